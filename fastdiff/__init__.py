@@ -1,0 +1,52 @@
+"""fastdiff: samples from diffusion U-Nets, as fast as the hardware allows.
+
+Names are resolved on first use (PEP 562), so that ``import fastdiff`` and
+``fastdiff --help`` cost no torch import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "NoiseSchedule": "fastdiff.schedule",
+    "solvers": "fastdiff.solvers",
+    "StepTable": "fastdiff.solvers",
+    "UNet": "fastdiff.unet",
+    "UNetConfig": "fastdiff.unet",
+    "Sampler": "fastdiff.sampler",
+    "SampleOutput": "fastdiff.sampler",
+    "Trainer": "fastdiff.training",
+    "TrainConfig": "fastdiff.training",
+    "FastdiffError": "fastdiff.errors",
+}
+
+if TYPE_CHECKING:
+    from fastdiff import solvers as solvers
+    from fastdiff.errors import FastdiffError as FastdiffError
+    from fastdiff.sampler import Sampler as Sampler
+    from fastdiff.sampler import SampleOutput as SampleOutput
+    from fastdiff.schedule import NoiseSchedule as NoiseSchedule
+    from fastdiff.solvers import StepTable as StepTable
+    from fastdiff.training import TrainConfig as TrainConfig
+    from fastdiff.training import Trainer as Trainer
+    from fastdiff.unet import UNet as UNet
+    from fastdiff.unet import UNetConfig as UNetConfig
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    module = importlib.import_module(_EXPORTS[name])
+    value = module if _EXPORTS[name] == f"fastdiff.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

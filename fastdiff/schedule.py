@@ -1,0 +1,220 @@
+"""Noise schedules and the forward process, in float64 (Ho et al. 2020, arXiv:2006.11239, section 2).
+
+    q(x_t | x_0)          = N(sqrt(abar_t) x_0, (1 - abar_t) I)                   eq. 4
+    q(x_{t-1} | x_t, x_0) = N(mu_t(x_t, x_0), betatilde_t I)                      eqs. 6, 7
+
+with alpha_t = 1 - beta_t and abar_t = prod_{s <= t} alpha_s. Timesteps count from 0, as in the code bases of the field: abar_0
+is one step away from the data, and the data itself (abar = 1) has no index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdiff.errors import ConfigError, InvalidArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KINDS = ("linear", "scaled_linear", "cosine", "sigmoid", "custom")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+MAX_TIMESTEPS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """A discrete variance-preserving noise schedule beta_0 .. beta_{T-1}.
+
+    kind
+        "linear":         beta from ``beta_start`` to ``beta_end`` in equal steps (Ho et al. 2020).
+        "scaled_linear":  sqrt(beta) from sqrt(beta_start) to sqrt(beta_end) in equal steps (latent diffusion).
+        "cosine":         abar(u) = cos^2((u + 0.008) / 1.008 * pi/2), beta capped at 0.999 (Nichol & Dhariwal 2021).
+        "sigmoid":        beta = beta_start + (beta_end - beta_start) * sigmoid(u), u from -6 to 6 (GeoDiff; diffusers).
+        "custom":         ``betas`` as given.
+    timesteps
+        T, 1 .. 1,000,000; for "custom" it is the length of ``betas``.
+    rescale_zero_terminal_snr
+        Shift and scale sqrt(abar) so that abar_{T-1} = 0 (Lin et al. 2023, arXiv:2305.08891, algorithm 1).
+
+    Immutable, hashable, compared by value. Raises `ConfigError` naming the value and what is allowed.
+    """
+
+    kind: str = "linear"
+    timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    betas: tuple[float, ...] | None = None
+    rescale_zero_terminal_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"schedule kind {self.kind!r} is unknown; allowed: {', '.join(KINDS)}")
+        if (self.kind == "custom") != (self.betas is not None):
+            raise ConfigError(f"kind={self.kind!r} with betas={'given' if self.betas is not None else 'None'}: betas go with kind='custom'")
+        if self.betas is not None:
+            betas = tuple(float(b) for b in self.betas)
+            object.__setattr__(self, "betas", betas)
+            object.__setattr__(self, "timesteps", len(betas))
+            bad = [i for i, b in enumerate(betas) if not 0.0 < b < 1.0]
+            if bad:
+                raise ConfigError(f"betas[{bad[0]}]={betas[bad[0]]!r}: every beta must lie in (0, 1)")
+        if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or not 1 <= self.timesteps <= MAX_TIMESTEPS:
+            raise ConfigError(f"timesteps={self.timesteps!r}: a whole number from 1 to {MAX_TIMESTEPS} is needed")
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ConfigError(f"beta_start={self.beta_start!r}, beta_end={self.beta_end!r}: 0 < beta_start <= beta_end < 1 is needed")
+        if self.rescale_zero_terminal_snr and self.timesteps < 2:
+            raise ConfigError("rescale_zero_terminal_snr needs at least 2 timesteps")
+        self.alphas_cumprod  # noqa: B018  a schedule that cannot be is refused here, not at its first use
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | NDArray[np.float64]) -> NoiseSchedule:
+        """A custom schedule with the given abar (strictly falling, in (0, 1)); beta_t = 1 - abar_t / abar_{t-1}."""
+        abar = np.asarray(alphas_cumprod, dtype=np.float64)
+        return cls(kind="custom", betas=tuple(1.0 - abar / np.concatenate([[1.0], abar[:-1]])))
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Read the schedule part of a diffusers ``scheduler_config.json``; a missing key has diffusers' default."""
+        names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+        rescale = bool(config.get("rescale_betas_zero_snr", False))
+        if config.get("trained_betas") is not None:
+            return cls(kind="custom", betas=tuple(config["trained_betas"]), rescale_zero_terminal_snr=rescale)
+        name = config.get("beta_schedule", "linear")
+        if name not in names:
+            raise ConfigError(f"beta_schedule={name!r} is not supported; allowed: {', '.join(names)}")
+        return cls(
+            kind=names[name],
+            timesteps=config.get("num_train_timesteps", 1000),
+            beta_start=config.get("beta_start", 1e-4),
+            beta_end=config.get("beta_end", 0.02),
+            rescale_zero_terminal_snr=rescale,
+        )
+
+    def to_scheduler_config(self) -> dict[str, Any]:
+        """The schedule as diffusers ``scheduler_config.json`` keys; inverse of `from_scheduler_config`."""
+        names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+        return {
+            "num_train_timesteps": self.timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "beta_schedule": names.get(self.kind, "linear"),
+            "trained_betas": None if self.betas is None else list(self.betas),
+            "rescale_betas_zero_snr": self.rescale_zero_terminal_snr,
+        }
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """abar_t, float64 [T], read-only, strictly falling."""
+        return _alphas_cumprod(self)
+
+    @property
+    def alphas(self) -> NDArray[np.float64]:
+        """alpha_t = abar_t / abar_{t-1}, float64 [T]."""
+        return self.alphas_cumprod / np.concatenate([[1.0], self.alphas_cumprod[:-1]])
+
+    @property
+    def variances(self) -> NDArray[np.float64]:
+        """beta_t = 1 - alpha_t, float64 [T] (after any rescaling)."""
+        return 1.0 - self.alphas
+
+    @property
+    def snr(self) -> NDArray[np.float64]:
+        """Signal-to-noise ratio abar_t / (1 - abar_t), float64 [T] (Kingma et al. 2021)."""
+        return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+
+    def abar(self, t: float) -> float:
+        """abar at a timestep t in [0, T-1]; between two integers log abar is interpolated; t = -1 is the data, abar = 1."""
+        if t == -1:
+            return 1.0
+        if not 0 <= t <= self.timesteps - 1:
+            raise InvalidArgument(f"timestep {t!r} is outside 0 .. {self.timesteps - 1}")
+        low = math.floor(t)
+        if low == t:
+            return float(self.alphas_cumprod[low])
+        w = t - low
+        a, b = self.alphas_cumprod[low], self.alphas_cumprod[low + 1]
+        return float(a ** (1 - w) * b**w)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Draw from the forward process, q(x_t | x_0) (Ho et al. 2020, eq. 4):
+
+            x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
+
+        x0, noise: [B, ...] of one dtype, noise ~ N(0, I); t: integer [B], 0 .. T-1. Returns x0's shape and dtype. The coefficients
+        are float64 rounded to float32 (float64 for float64 data): in half precision abar_t itself would round to 1 for the
+        first timesteps, and no noise would be added.
+        """
+        import torch
+
+        a, s = self.signal_and_noise(t, x0.ndim, torch.float64 if x0.dtype == torch.float64 else torch.float32)
+        return (a * x0 + s * noise).to(x0.dtype)
+
+    def signal_and_noise(self, t: Tensor, ndim: int, dtype: Any) -> tuple[Tensor, Tensor]:
+        """(sqrt(abar_t), sqrt(1 - abar_t)) for integer t [B], each [B, 1, ...] with ``ndim`` dimensions, on t's device."""
+        import torch
+
+        if t.is_floating_point() or t.ndim != 1:
+            raise InvalidArgument(f"t must be an integer tensor [B], got {t.dtype} {tuple(t.shape)}")
+        table = np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1.0 - self.alphas_cumprod)])
+        table_t = torch.from_numpy(table).to(device=t.device, dtype=dtype)
+        a, s = table_t[:, t].reshape(2, -1, *[1] * (ndim - 1))
+        return a, s
+
+    def posterior(self, t: int, t_prev: int) -> tuple[float, float, float]:
+        """Coefficients of q(x_{t_prev} | x_t, x_0) = N(c0 x_0 + ct x_t, var I), for any t_prev < t (-1: the data).
+
+            alpha = abar_t / abar_prev,  beta = 1 - alpha
+            c0  = sqrt(abar_prev) beta / (1 - abar_t)                                      (eq. 7)
+            ct  = sqrt(alpha) (1 - abar_prev) / (1 - abar_t)                               (eq. 7)
+            var = beta (1 - abar_prev) / (1 - abar_t)                                      (eq. 7)
+
+        Returns (c0, ct, var).
+        """
+        if not -1 <= t_prev < t:
+            raise InvalidArgument(f"t_prev={t_prev!r} must be less than t={t!r}, and at least -1")
+        return posterior(self.abar(t), self.abar(t_prev))
+
+
+def posterior(abar: float, abar_prev: float) -> tuple[float, float, float]:
+    """(c0, ct, var) of the posterior between two noise levels; see `NoiseSchedule.posterior`."""
+    alpha = abar / abar_prev
+    beta = 1.0 - alpha
+    c0 = math.sqrt(abar_prev) * beta / (1.0 - abar)
+    ct = math.sqrt(alpha) * (1.0 - abar_prev) / (1.0 - abar)
+    var = beta * (1.0 - abar_prev) / (1.0 - abar)
+    return c0, ct, var
+
+
+def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:
+    T, start, end = schedule.timesteps, schedule.beta_start, schedule.beta_end
+    if schedule.betas is not None:
+        return np.asarray(schedule.betas, dtype=np.float64)
+    if schedule.kind == "linear":
+        return np.linspace(start, end, T)
+    if schedule.kind == "scaled_linear":
+        return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2
+    if schedule.kind == "sigmoid":
+        return start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, T)))
+    u = np.arange(T + 1) / T
+    abar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1.0 - abar[1:] / abar[:-1], 0.999)
+
+
+def _alphas_cumprod(schedule: NoiseSchedule) -> NDArray[np.float64]:
+    abar = np.cumprod(1.0 - _betas(schedule))
+    if schedule.rescale_zero_terminal_snr:
+        # Lin et al. 2023, algorithm 1: sqrt(abar) is shifted so that its last entry is 0 and scaled so that its first is kept.
+        root = np.sqrt(abar)
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        abar = root**2
+    if abar[-1] < 0.0 or np.any(np.diff(abar) >= 0.0):
+        raise ConfigError(f"{schedule.kind} schedule with {schedule.timesteps} timesteps: alphas_cumprod must fall strictly; smaller betas are needed")
+    abar.setflags(write=False)
+    return abar

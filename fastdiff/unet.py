@@ -1,0 +1,576 @@
+"""The U-Net: GroupNorm + Swish + convolution residual blocks, attention, time and class conditioning.
+
+This module is the meaning of the network; every backend is held to it. State-dict keys and configuration
+keys are those of diffusers' ``UNet2DModel``, so weights load in both directions.
+
+Sources: Ho et al. 2020 (arXiv:2006.11239, appendix B); Dhariwal & Nichol 2021 (arXiv:2105.05233) for scale-shift and
+residual up/down-sampling; Ho & Salimans 2022 (arXiv:2207.12598) for the null label.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff.errors import ConfigError, InvalidArgument
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+CLASS_IMAGE = (None, "add", "multiply", "concat")
+CLASS_MAP_SIZE = 8  # side of the map that the class encoder draws, before it is resized to the image
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UNetConfig:
+    """Everything that decides the network's shape. Names and defaults are diffusers' ``UNet2DModel``'s.
+
+    Fields beyond diffusers':
+
+    ``null_label``
+        The label that means "no class" (the last row of a class embedding with ``num_class_embeds`` rows); training
+        drops labels to it and guidance evaluates it. None: the network cannot be guided.
+    ``class_image``
+        None: the class embedding is added to the time embedding (with ``resnet_time_scale_shift="scale_shift"`` it then
+        scales and shifts every block, FiLM). "add", "multiply", "concat": an encoder network turns the label into an image
+        that is added to, multiplied with (as 1 + image), or concatenated to the input; the time embedding stays class-free.
+
+    Raises `ConfigError` naming the key, its value and what is allowed.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1.0
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+    null_label: int | None = None
+    class_image: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("down_block_types", "up_block_types", "block_out_channels"):
+            value = getattr(self, key)
+            if not isinstance(value, (list, tuple)) or not value:
+                raise ConfigError(f"{key}={value!r}: a non-empty list is needed")
+            object.__setattr__(self, key, tuple(value))
+        if isinstance(self.sample_size, list):
+            object.__setattr__(self, "sample_size", tuple(self.sample_size))
+        self._check_numbers()
+        self._check_choices()
+        self._check_blocks()
+        self._check_conditioning()
+
+    def _check_numbers(self) -> None:
+        positive = {k: getattr(self, k) for k in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")}
+        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+        positive |= {k: getattr(self, k) for k in optional if getattr(self, k) is not None}
+        positive |= {f"block_out_channels[{i}]": c for i, c in enumerate(self.block_out_channels)}
+        if self.sample_size is not None:
+            size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
+            if len(size) != 2:
+                raise ConfigError(f"sample_size={self.sample_size!r}: one number or two (height, width) are allowed")
+            positive |= {"sample_size height": size[0], "sample_size width": size[1]}
+        for key, value in positive.items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
+                raise ConfigError(f"{key}={value!r}: a whole number from 1 to {1 << 20} is needed")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout={self.dropout!r}: 0 <= dropout < 1 is needed")
+        if not self.norm_eps > 0 or not math.isfinite(self.norm_eps):
+            raise ConfigError(f"norm_eps={self.norm_eps!r}: a small positive number such as 1e-5 is needed")
+        if not self.mid_block_scale_factor or not math.isfinite(self.mid_block_scale_factor):
+            raise ConfigError(f"mid_block_scale_factor={self.mid_block_scale_factor!r}: a finite number, not 0, is needed")
+
+    def _check_choices(self) -> None:
+        choices: dict[str, tuple[Any, ...]] = {
+            "time_embedding_type": ("positional",),
+            "mid_block_type": ("UNetMidBlock2D", None),
+            "downsample_padding": (0, 1),
+            "downsample_type": ("conv", "resnet"),
+            "upsample_type": ("conv", "resnet"),
+            "act_fn": ("silu", "swish"),
+            "resnet_time_scale_shift": ("default", "scale_shift"),
+            "class_embed_type": (None, "timestep", "identity"),
+            "class_image": CLASS_IMAGE,
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"{key}={getattr(self, key)!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
+
+    def _check_blocks(self) -> None:
+        n = len(self.block_out_channels)
+        for key, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            names = getattr(self, key)
+            if len(names) != n:
+                raise ConfigError(f"{key} has {len(names)} entries but block_out_channels has {n}; they must agree")
+            for name in names:
+                if name not in allowed:
+                    raise ConfigError(f"{key}: {name!r} is not supported; allowed: {', '.join(allowed)}")
+        for i, channels in enumerate(self.block_out_channels):
+            if channels % self.norm_num_groups:
+                raise ConfigError(
+                    f"block_out_channels[{i}]={channels} is not divisible by norm_num_groups={self.norm_num_groups}"
+                )
+            if self.attention_head_dim is not None and self.attention_head_dim > channels and self._has_attention(i):
+                raise ConfigError(f"attention_head_dim={self.attention_head_dim} exceeds block_out_channels[{i}]={channels}")
+
+    def _has_attention(self, level: int) -> bool:
+        last = level == len(self.block_out_channels) - 1
+        in_mid = last and self.mid_block_type is not None and self.add_attention
+        up = self.up_block_types[len(self.block_out_channels) - 1 - level]
+        return in_mid or self.down_block_types[level].startswith("Attn") or up.startswith("Attn")
+
+    def _check_conditioning(self) -> None:
+        if self.class_image is not None and (self.num_class_embeds is None or self.class_embed_type is not None):
+            raise ConfigError(f"class_image={self.class_image!r} needs num_class_embeds and class_embed_type=None")
+        if self.null_label is not None:
+            if self.num_class_embeds is None or self.class_embed_type is not None:
+                raise ConfigError(f"null_label={self.null_label!r} needs num_class_embeds and class_embed_type=None")
+            if self.null_label != self.num_class_embeds - 1:
+                raise ConfigError(
+                    f"null_label={self.null_label!r} must be the last class, num_class_embeds - 1 = {self.num_class_embeds - 1}"
+                )
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many labels a user may ask for (the null label excluded); None for a network without an embedding table."""
+        if self.num_class_embeds is None or self.class_embed_type is not None:
+            return None
+        return self.num_class_embeds - (self.null_label is not None)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether `UNet.forward` needs ``class_labels``."""
+        return self.num_class_embeds is not None or self.class_embed_type is not None
+
+    @property
+    def stride(self) -> int:
+        """Height and width of the input must be multiples of this."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+    @property
+    def temb_channels(self) -> int:
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
+        """Read a diffusers ``config.json``. Keys that start with "_" are notes; other unknown keys raise `ConfigError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
+        if unknown:
+            raise ConfigError(f"unknown keys for a UNet2DModel configuration: {', '.join(unknown)}")
+        try:
+            return cls(**{k: v for k, v in config.items() if k in known})
+        except TypeError as e:
+            raise ConfigError(f"a value in the U-Net configuration has the wrong type: {e}") from e
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-serialisable diffusers keys; fastdiff's own keys appear only when they are set."""
+        config = dataclasses.asdict(self)
+        for key in ("null_label", "class_image"):
+            if config[key] is None:
+                del config[key]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+
+
+def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoidal embedding of (possibly fractional) timesteps (Vaswani et al. 2017; Ho et al. 2020).
+
+        w_i = 10000^(-i / (dim/2 - freq_shift)),    emb = [sin(t w), cos(t w)]      ([cos, sin] when flipped)
+
+    t: [B]; returns float32 [B, dim] (float64 where t is float64), zero-padded when dim is odd.
+    """
+    half = dim // 2
+    if t.dtype != torch.float64:
+        t = t.float()
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    w = torch.exp(-math.log(10000.0) * i / (half - freq_shift)).to(t.dtype)
+    angle = t[:, None] * w[None, :]
+    parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """MLP on the sinusoid: emb = W2 silu(W1 s + b1) + b2."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features)
+        self.linear_2 = nn.Linear(out_features, out_features)
+
+    def forward(self, s: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(s)))
+
+
+class ClassEncoder(nn.Module):
+    """Label -> image of ``channels`` x H x W: an embedding, an MLP, and a smooth resize of the small map it draws.
+
+    It depends on the label alone, so a sampler evaluates it once per image, not once per step.
+    """
+
+    def __init__(self, num_class_embeds: int, features: int, channels: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_class_embeds, features)
+        self.linear_1 = nn.Linear(features, features)
+        self.linear_2 = nn.Linear(features, channels * CLASS_MAP_SIZE * CLASS_MAP_SIZE)
+        self.channels = channels
+
+    def forward(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        m = self.linear_2(F.silu(self.linear_1(self.embedding(labels))))
+        m = m.view(-1, self.channels, CLASS_MAP_SIZE, CLASS_MAP_SIZE)
+        return F.interpolate(m, size=size, mode="bilinear", align_corners=False)
+
+
+class ResnetBlock(nn.Module):
+    """Residual block (Ho et al. 2020, appendix B); ``scale_shift`` and resampling as in Dhariwal & Nichol 2021.
+
+        h = conv1(resample(silu(norm1(x))))
+        h = norm2(h + W silu(emb))                       time_scale_shift "default"
+        h = norm2(h) (1 + scale) + shift                 "scale_shift", [scale, shift] = W silu(emb)
+        out = (shortcut(resample(x)) + conv2(silu(h))) / scale_factor
+    """
+
+    def __init__(
+        self, config: UNetConfig, in_channels: int, out_channels: int, resample: str | None = None, scale_factor: float = 1.0
+    ):
+        super().__init__()
+        self.resample = resample
+        self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
+        self.scale_factor = scale_factor
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return x
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(self._resampled(F.silu(self.norm1(x))))
+        x = self._resampled(x)
+        emb = self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return (x + h) / self.scale_factor if self.scale_factor != 1.0 else x + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels: out = (x + W_o softmax(q k^T / sqrt(d)) v) / scale_factor, on GroupNorm(x)."""
+
+    def __init__(
+        self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale_factor: float = 1.0
+    ):
+        super().__init__()
+        self.head_dim = head_dim or channels
+        self.heads = channels // self.head_dim
+        self.scale_factor = scale_factor
+        inner = self.heads * self.head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else None
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = h.flatten(2).transpose(1, 2)  # [B, HW, C]
+        q, k, v = (
+            proj(h).view(B, H * W, self.heads, self.head_dim).transpose(1, 2) for proj in (self.to_q, self.to_k, self.to_v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.to_out[0](h.transpose(1, 2).reshape(B, H * W, self.heads * self.head_dim))
+        out = x + h.transpose(1, 2).reshape(B, C, H, W)
+        return out / self.scale_factor if self.scale_factor != 1.0 else out
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2; padding 0 means the original DDPM's asymmetric pad (right and bottom only)."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.padding == 0:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """``layers_per_block`` residual blocks, each with attention where the type says so, then a halving of the size."""
+
+    def __init__(self, config: UNetConfig, kind: str, in_channels: int, out_channels: int, downsample: bool):
+        super().__init__()
+        layers = config.layers_per_block
+        self.resnets = nn.ModuleList(
+            ResnetBlock(config, in_channels if j == 0 else out_channels, out_channels) for j in range(layers)
+        )
+        attention = kind.startswith("Attn")
+        self.attentions = _attentions(config, out_channels, layers) if attention else None
+        # As in diffusers, downsample_type is heard by the attention block only; the other two names fix their own.
+        resnet = kind == "ResnetDownsampleBlock2D" or (attention and config.downsample_type == "resnet")
+        self.downsamplers = None
+        if downsample:
+            self.downsamplers = nn.ModuleList(
+                [
+                    ResnetBlock(config, out_channels, out_channels, resample="down")
+                    if resnet
+                    else Downsample(out_channels, config.downsample_padding)
+                ]
+            )
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for j, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions is not None:
+                x = self.attentions[j](x)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x, emb)
+            skips.append(x)
+        return x, skips
+
+
+class UpBlock(nn.Module):
+    """``layers_per_block + 1`` residual blocks on [h, skip], attention where the type says so, then a doubling."""
+
+    def __init__(
+        self, config: UNetConfig, kind: str, prev_channels: int, out_channels: int, in_channels: int, upsample: bool
+    ):
+        super().__init__()
+        layers = config.layers_per_block + 1
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                config,
+                (prev_channels if j == 0 else out_channels) + (in_channels if j == layers - 1 else out_channels),
+                out_channels,
+            )
+            for j in range(layers)
+        )
+        attention = kind.startswith("Attn")
+        self.attentions = _attentions(config, out_channels, layers) if attention else None
+        resnet = kind == "ResnetUpsampleBlock2D" or (attention and config.upsample_type == "resnet")
+        self.upsamplers = None
+        if upsample:
+            self.upsamplers = nn.ModuleList(
+                [ResnetBlock(config, out_channels, out_channels, resample="up") if resnet else Upsample(out_channels)]
+            )
+
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+        for j, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            if self.attentions is not None:
+                x = self.attentions[j](x)
+        if self.upsamplers is not None:
+            x = self.upsamplers[0](x, emb)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__()
+        factor = float(config.mid_block_scale_factor)
+        self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels, scale_factor=factor) for _ in range(2))
+        groups = config.attn_norm_num_groups
+        if groups is None and config.resnet_time_scale_shift == "default":
+            groups = config.norm_num_groups  # as in diffusers: scale-shift networks have no norm before this attention
+        self.attentions = None
+        if config.add_attention:
+            self.attentions = nn.ModuleList(
+                [Attention(channels, config.attention_head_dim, groups, config.norm_eps, scale_factor=factor)]
+            )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = self.resnets[0](x, emb)
+        if self.attentions is not None:
+            x = self.attentions[0](x)
+        return self.resnets[1](x, emb)
+
+
+def _attentions(config: UNetConfig, channels: int, layers: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        Attention(channels, config.attention_head_dim, config.norm_num_groups, config.norm_eps) for _ in range(layers)
+    )
+
+
+class UNet(nn.Module):
+    """The denoiser: ``unet(x, t, class_labels) -> out``.
+
+    x: [B, in_channels, H, W] in the network's dtype, H and W multiples of ``config.stride``. t: [B] or a scalar, any
+    real dtype. class_labels: int64 [B] (float for ``class_embed_type`` "timestep"; [B, temb] for "identity").
+    Returns [B, out_channels, H, W].
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels = config.block_out_channels
+        features = config.temb_channels
+        self.class_encoder = None
+        in_channels = config.in_channels
+        if config.class_image is not None:
+            assert config.num_class_embeds is not None  # held by UNetConfig
+            self.class_encoder = ClassEncoder(config.num_class_embeds, features, config.in_channels)
+            in_channels *= 2 if config.class_image == "concat" else 1
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], features)
+        self.class_embedding = self._class_embedding(config)
+
+        self.down_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.down_block_types):
+            last = i == len(channels) - 1
+            self.down_blocks.append(DownBlock(config, kind, channels[max(i - 1, 0)], channels[i], downsample=not last))
+        self.mid_block = MidBlock(config, channels[-1]) if config.mid_block_type is not None else None
+        self.up_blocks = nn.ModuleList()
+        reverse = channels[::-1]
+        for i, kind in enumerate(config.up_block_types):
+            last = i == len(channels) - 1
+            skip = reverse[min(i + 1, len(channels) - 1)]
+            self.up_blocks.append(UpBlock(config, kind, reverse[max(i - 1, 0)], reverse[i], skip, upsample=not last))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    @staticmethod
+    def _class_embedding(config: UNetConfig) -> nn.Module | None:
+        if config.class_image is not None:
+            return None
+        if config.class_embed_type == "timestep":
+            return TimestepEmbedding(config.block_out_channels[0], config.temb_channels)
+        if config.class_embed_type == "identity":
+            return nn.Identity()
+        if config.num_class_embeds is not None:
+            return nn.Embedding(config.num_class_embeds, config.temb_channels)
+        return None
+
+    def embedding(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """The vector [B, temb_channels] that every residual block hears: time, plus the class where it is added there."""
+        config = self.config
+        dtype = self.conv_in.weight.dtype
+
+        def sinusoid(values: Tensor) -> Tensor:
+            return timestep_embedding(
+                values.double() if dtype == torch.float64 else values,
+                config.block_out_channels[0],
+                flip_sin_to_cos=config.flip_sin_to_cos,
+                freq_shift=config.freq_shift,
+            ).to(dtype)
+
+        emb = self.time_embedding(sinusoid(t))
+        if self.class_embedding is not None:
+            assert class_labels is not None
+            if config.class_embed_type == "timestep":
+                class_labels = sinusoid(class_labels)
+            emb = emb + self.class_embedding(class_labels).to(dtype)
+        return emb
+
+    def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        config = self.config
+        if (class_labels is None) == config.conditional:
+            need = "needs" if config.conditional else "has no class conditioning and takes no"
+            raise InvalidArgument(f"this U-Net {need} class_labels")
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        emb = self.embedding(t, class_labels)
+
+        if config.center_input_sample:
+            x = 2 * x - 1.0
+        if self.class_encoder is not None:
+            image = self.class_encoder(class_labels, (x.shape[2], x.shape[3]))
+            if config.class_image == "add":
+                x = x + image
+            elif config.class_image == "multiply":
+                x = x * (1 + image)
+            else:
+                x = torch.cat([x, image], dim=1)
+
+        h = self.conv_in(x)
+        skips = [h]
+        for down in self.down_blocks:
+            h, more = down(h, emb)
+            skips += more
+        if self.mid_block is not None:
+            h = self.mid_block(h, emb)
+        for up in self.up_blocks:
+            h = up(h, skips, emb)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def zero_residuals_(self) -> UNet:
+        """Zero the last layer of every residual branch and the head, as Ho et al. start training: the identity, eps = 0."""
+        heads: list[nn.Module] = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                heads.append(module.conv2)
+            elif isinstance(module, Attention):
+                heads.append(module.to_out[0])
+        for head in heads:
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> UNet:
+        """Load a diffusers folder, a fastdiff checkpoint file, or a built-in model name. See `fastdiff.checkpoint`."""
+        from fastdiff import checkpoint
+
+        return checkpoint.load(path).unet
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, atomically; diffusers loads the folder."""
+        from fastdiff import checkpoint
+
+        checkpoint.save_unet(self, path)
