@@ -13,7 +13,6 @@ from fastdiff import noise
 from fastdiff.errors import InvalidArgument
 from fastdiff.noise import INITIAL, MASK, UPDATE, as_int64, check_seed, normal, philox4x32
 
-LOW = 0xFFFFFFFF
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, words.
 KNOWN = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

@@ -69,6 +69,13 @@ class ImageData(Dataset[Batch]):
         """uint8 [B, C, H, W] and int64 [B] (None where the data has no labels), in the order of `indices`."""
         raise NotImplementedError
 
+    def _check(self, indices: Sequence[int]) -> list[int]:
+        order = [operator.index(index) for index in indices]
+        for index in order:
+            if not 0 <= index < len(self):
+                raise IndexError(f"image {index} of {len(self)}")
+        return order
+
     def __getitem__(self, index: int) -> Batch:
         """One image [C, H, W] and its label []."""
         images, labels = self.__getitems__([index])
@@ -158,7 +165,7 @@ class ArrayData(ImageData):
         return self.images.shape[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        at = torch.as_tensor(indices, dtype=torch.int64)
+        at = torch.tensor(self._check(indices), dtype=torch.int64)
         return self.images[at], None if self.labels is None else self.labels[at]
 
 
@@ -206,10 +213,7 @@ class FolderData(ImageData):
         return len(self.files)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        order = [operator.index(i) for i in indices]
-        for i in order:
-            if not 0 <= i < len(self.files):
-                raise IndexError(f"image {i} of {len(self.files)} in {self.root}")
+        order = self._check(indices)
         batch = torch.empty((len(order), self.channels, *self.size), dtype=torch.uint8)
         view = batch.numpy()
         used = []

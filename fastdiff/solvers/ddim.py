@@ -1,0 +1,73 @@
+"""Denoising diffusion implicit models (Song et al. 2021, arXiv:2010.02502)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.schedule import NoiseSchedule, posterior
+from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
+from fastdiff.solvers.spacing import timesteps
+from fastdiff.solvers.table import Row, StepTable, check_clip, levels
+
+
+def ddim(
+    schedule: NoiseSchedule,
+    steps: int | None = 50,
+    *,
+    eta: float = 0.0,
+    spacing: str | Sequence[float] = "trailing",
+    prediction: str = "epsilon",
+    clip: float | None = 1.0,
+    eps_from: str = "clipped",
+    steps_offset: int = 0,
+    set_alpha_to_one: bool = True,
+) -> StepTable:
+    """DDIM as a table. Between levels abar_t and abar_p, p being the next row's timestep:
+
+        sigma = eta sqrt((1 - abar_p) / (1 - abar_t)) sqrt(1 - abar_t / abar_p)                                  (eq. 16)
+        x_p   = sqrt(abar_p) x_0 + sqrt(1 - abar_p - sigma^2) eps + sigma z                                       (eq. 12)
+
+    eta
+        0: deterministic; 1 over all steps: DDPM with the posterior variance.
+    spacing
+        "trailing", "leading", "linspace", "quadratic", or a falling list of timesteps (then ``steps`` may be None).
+    prediction
+        What the network says: "epsilon", "sample" or "v_prediction".
+    clip
+        Bound of |x_0|; None for none.
+    eps_from
+        After clipping, eps is taken from the clipped x_0 ("clipped", so that x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps still
+        holds; OpenAI's code bases) or stays what the network said ("output", diffusers' default).
+    steps_offset
+        Added to every timestep of "leading" spacing.
+    set_alpha_to_one
+        The last row goes to abar = 1, the data; False: to abar_0 (latent diffusion).
+
+    Raises `InvalidArgument` naming the value and what is allowed.
+    """
+    check_prediction(prediction)
+    c = check_clip(clip)
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta < math.inf:
+        raise InvalidArgument(f"eta={eta!r}: 0 or a positive number is needed")
+    if eps_from not in ("clipped", "output"):
+        raise InvalidArgument(f"eps_from={eps_from!r} is unknown; allowed: clipped, output")
+    ts = timesteps(schedule, steps, spacing, steps_offset)
+    final = 1.0 if set_alpha_to_one else float(schedule.alphas_cumprod[0])
+    rows = []
+    for t, (abar, abar_next) in zip(ts, levels([schedule.abar(t) for t in ts], final), strict=True):
+        kx, ko = x0_coefficients(prediction, abar)
+        sigma = eta * math.sqrt(max(posterior(abar, abar_next)[2], 0.0))
+        squared = 1.0 - abar_next - sigma**2
+        if squared < -1e-12:
+            raise InvalidArgument(f"eta={eta!r}: more noise than the level at timestep {t:g} holds; eta=1 is always possible")
+        direction = math.sqrt(max(squared, 0.0))
+        if eps_from == "clipped":
+            a, s = math.sqrt(abar), math.sqrt(1.0 - abar)
+            ax, ao, a0 = direction / s, 0.0, math.sqrt(abar_next) - direction * a / s
+        else:
+            ex, eo = eps_coefficients(prediction, abar)
+            ax, ao, a0 = direction * ex, direction * eo, math.sqrt(abar_next)
+        rows.append(Row(t=t, abar=abar, abar_next=abar_next, kx=kx, ko=ko, c=c, ax=ax, ao=ao, a0=a0, s=sigma))
+    return StepTable("ddim", len(ts), tuple(rows))

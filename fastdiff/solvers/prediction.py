@@ -1,0 +1,41 @@
+"""What a network's output says about x_0 and the noise, as coefficients of x_t and out.
+
+    x_t = a x_0 + s eps,   a = sqrt(abar_t), s = sqrt(1 - abar_t)                       (Ho et al. 2020, eq. 4)
+    epsilon        out = eps              x_0 = (x_t - s out) / a      eps = out
+    sample         out = x_0              x_0 = out                    eps = (x_t - a out) / s
+    v_prediction   out = a eps - s x_0    x_0 = a x_t - s out          eps = s x_t + a out        (Salimans & Ho 2022)
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.schedule import PREDICTIONS
+
+
+def check_prediction(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise InvalidArgument(f"prediction={prediction!r} is unknown; allowed: {', '.join(PREDICTIONS)}")
+
+
+def x0_coefficients(prediction: str, abar: float) -> tuple[float, float]:
+    """(kx, ko) with x_0 = kx x_t + ko out."""
+    a, s = math.sqrt(abar), math.sqrt(1.0 - abar)
+    if prediction == "epsilon":
+        if a == 0.0:
+            raise InvalidArgument("epsilon prediction says nothing about x_0 at zero SNR (abar = 0); use a v_prediction network")
+        return 1.0 / a, -s / a
+    if prediction == "sample":
+        return 0.0, 1.0
+    return a, -s
+
+
+def eps_coefficients(prediction: str, abar: float) -> tuple[float, float]:
+    """(ex, eo) with eps = ex x_t + eo out."""
+    a, s = math.sqrt(abar), math.sqrt(1.0 - abar)
+    if prediction == "epsilon":
+        return 0.0, 1.0
+    if prediction == "sample":
+        return 1.0 / s, -a / s
+    return s, a

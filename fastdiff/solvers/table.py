@@ -1,0 +1,183 @@
+"""A sampler is a table: one row is one network evaluation and one linear update, all coefficients known beforehand.
+
+A row turns the state x and the network's output out = network(x, t) into the next state:
+
+    x0 = clip(kx x + ko out, -c, c)
+    h  = hx x + ho out + h0 x0
+    x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
+    save: xs = this row's input x        push: m3, m2, m1 = m2, m1, h
+
+z ~ N(0, I); v is the second half of the output of a network that learned its variance (elsewhere sv = 0). A coefficient of
+zero means that its operand is not read. The state is variance-preserving: x has the variance of sqrt(abar) x_0 + sqrt(1 - abar) z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdiff.errors import InvalidArgument
+
+FORMAT = 1
+MAX_ROWS = 1 << 24  # the row is 24 bits of a noise counter
+
+
+class Row(NamedTuple):
+    """One network evaluation; see the module's docstring for the formula. Everything is float64.
+
+    t is the network's timestep (may be fractional); abar and abar_next are the noise levels before and after the row. The
+    weight of guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a stage is a row inside a
+    step of a multi-stage solver.
+    """
+
+    t: float
+    abar: float
+    abar_next: float
+    kx: float
+    ko: float
+    c: float = math.inf
+    hx: float = 0.0
+    ho: float = 0.0
+    h0: float = 0.0
+    ax: float = 0.0
+    ao: float = 0.0
+    a0: float = 0.0
+    a1: float = 0.0
+    a2: float = 0.0
+    a3: float = 0.0
+    as_: float = 0.0
+    s: float = 0.0
+    sv: float = 0.0
+    g: float = 1.0
+    save: float = 0.0
+    push: float = 0.0
+    stage: float = 0.0
+
+
+COLUMNS = Row._fields
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTable:
+    """An immutable, hashable table of `Row`; built by the functions in `fastdiff.solvers`.
+
+    steps: what the user asked for; len(table): rows, one network evaluation each; init_scale: the scale of the initial noise;
+    ascending: timesteps may rise (inversion, resampling). Raises `InvalidArgument` when a row contradicts its neighbours.
+    """
+
+    solver: str
+    steps: int
+    rows: tuple[Row, ...]
+    init_scale: float = 1.0
+    ascending: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.rows) < MAX_ROWS:
+            raise InvalidArgument(f"a table of {len(self.rows)} rows: 1 to {MAX_ROWS - 1} are needed")
+        if not 0.0 < self.init_scale < math.inf:
+            raise InvalidArgument(f"init_scale={self.init_scale!r}: a positive number is needed")
+        for i, row in enumerate(self.rows):
+            for name, value in zip(COLUMNS, row, strict=True):
+                if not (math.isfinite(value) or (name == "c" and value == math.inf)):
+                    raise InvalidArgument(f"{self.solver} row {i}: {name}={value!r} is not a finite number")
+            if row.t < 0 or row.c <= 0 or not (0 <= row.abar < 1 and 0 < row.abar_next <= 1):
+                raise InvalidArgument(f"{self.solver} row {i}: t={row.t}, c={row.c}, abar={row.abar} -> {row.abar_next} is out of range")
+        for i, (row, after) in enumerate(zip(self.rows, self.rows[1:], strict=False)):
+            if not after.stage and row.abar_next != after.abar:
+                raise InvalidArgument(f"{self.solver} row {i} ends at abar={row.abar_next}, row {i + 1} starts at {after.abar}")
+            if not (self.ascending or after.stage or row.t > after.t):
+                raise InvalidArgument(f"{self.solver} rows {i}, {i + 1}: timesteps must fall, got {row.t}, {after.t}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The network's timestep of every row."""
+        return tuple(row.t for row in self.rows)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether some row reads v, so that the network must have twice the image's channels."""
+        return any(row.sv for row in self.rows)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether some row adds noise."""
+        return any(row.s for row in self.rows)
+
+    @property
+    def history(self) -> int:
+        """How many earlier h (m1, m2, m3) the rows read: 0 to 3."""
+        return max((k for row in self.rows for k, a in ((1, row.a1), (2, row.a2), (3, row.a3)) if a), default=0)
+
+    def nfe(self, guided: bool = False) -> int:
+        """Network evaluations for one image; a guided row counts two."""
+        return len(self.rows) + (sum(1 for row in self.rows if row.g) if guided else 0)
+
+    def with_guidance_interval(self, start: float, end: float) -> StepTable:
+        """Guide only the rows between two shares of the run, row i of N when start <= i/N and (i+1)/N <= end (0: pure noise,
+        1: the image). Kynkaanniemi et al. 2024 (arXiv:2404.07724); the shares are those of diffusers' guidance_start and _end.
+        """
+        if not 0.0 <= start <= end <= 1.0:
+            raise InvalidArgument(f"guidance_interval=({start!r}, {end!r}): 0 <= start <= end <= 1 is needed")
+        n = len(self.rows)
+        inside = (start <= i / n and (i + 1) / n <= end for i in range(n))
+        return dataclasses.replace(self, rows=tuple(r._replace(g=r.g * ok) for r, ok in zip(self.rows, inside, strict=True)))
+
+    @functools.cached_property
+    def coefficients(self) -> NDArray[np.float64]:
+        """float64 [rows + 1, len(COLUMNS)], read-only. The last row is the identity, x' = x, where a finished image idles."""
+        last = self.rows[-1]
+        idle = Row(t=last.t, abar=last.abar_next, abar_next=last.abar_next, kx=0.0, ko=0.0, ax=1.0, g=0.0)
+        array = np.array([*self.rows, idle], dtype=np.float64)
+        array.setflags(write=False)
+        return array
+
+    def to_json(self) -> str:
+        """The table as JSON, exact; an infinite c is null. Inverse of `from_json`."""
+        rows = [[None if math.isinf(v) else v for v in row] for row in self.rows]
+        head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
+        return json.dumps({"format": FORMAT, **head, "columns": COLUMNS, "rows": rows})
+
+    @classmethod
+    def from_json(cls, text: str) -> StepTable:
+        """Read what `to_json` wrote; `InvalidArgument` names what does not fit."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data["format"] != FORMAT or tuple(data["columns"]) != COLUMNS:
+                raise InvalidArgument(f"a step table of format {data['format']!r} with columns {data['columns']!r} cannot be read")
+            rows = tuple(Row(*(math.inf if v is None else float(v) for v in row)) for row in data["rows"])
+            return cls(data["solver"], data["steps"], rows, data["init_scale"], data["ascending"])
+        except (KeyError, TypeError, ValueError) as e:
+            if isinstance(e, InvalidArgument):
+                raise
+            raise InvalidArgument(f"not a step table: {type(e).__name__} {e}") from e
+
+    def __str__(self) -> str:
+        used = [name for name in COLUMNS if any(getattr(row, name) not in (0.0, math.inf) for row in self.rows)]
+        head = f"{self.solver}: {self.steps} steps, {len(self.rows)} rows, initial noise x {self.init_scale:g}"
+        lines = ["  ".join(f"{name.rstrip('_'):>10}" for name in ("row", *used))]
+        lines += ["  ".join(f"{v:>10.6g}" for v in (i, *(getattr(row, name) for name in used))) for i, row in enumerate(self.rows)]
+        return "\n".join([head, *lines])
+
+
+def check_clip(clip: float | None) -> float:
+    """The bound c of x0 as a number; None is no bound."""
+    if clip is None:
+        return math.inf
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
+        raise InvalidArgument(f"clip={clip!r}: a positive number or None is needed")
+    return float(clip)
+
+
+def levels(abar: Sequence[float], last: float) -> list[tuple[float, float]]:
+    """(level, next level) of every row: each row ends where the next one starts, the final one at ``last``."""
+    return list(zip(abar, [*abar[1:], last], strict=True))
