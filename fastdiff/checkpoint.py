@@ -47,7 +47,9 @@ class Pretrained:
 
 def builtin_models() -> list[str]:
     """Names of the models that come with fastdiff."""
-    return sorted(p.name for p in BUILTIN.iterdir() if (p / "unet" / "config.json").exists()) if BUILTIN.is_dir() else []
+    return (
+        sorted(p.name for p in BUILTIN.iterdir() if (p / "unet" / "config.json").exists()) if BUILTIN.is_dir() else []
+    )
 
 
 def load(model: str | Path) -> Pretrained:
@@ -60,20 +62,28 @@ def load(model: str | Path) -> Pretrained:
         path = BUILTIN / str(model)
         if str(model) not in builtin_models():
             known = ", ".join(builtin_models())
-            raise CheckpointError(f"{model}: neither an existing folder or file nor a built-in model (built in: {known})")
+            raise CheckpointError(
+                f"{model}: neither an existing folder or file nor a built-in model (built in: {known})"
+            )
     if path.is_dir():
         return _load_folder(path)
     if path.suffix.lower() in PICKLES:
-        raise CheckpointError(f"{path}: pickle formats can run code when opened and are refused; convert the weights to .safetensors")
+        raise CheckpointError(
+            f"{path}: pickle formats can run code when opened and are refused; convert the weights to .safetensors"
+        )
     return _load_file(path)
 
 
 def _load_folder(path: Path) -> Pretrained:
     folder = path / "unet" if (path / "unet" / "config.json").exists() else path
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"{path}: no config.json and no unet/config.json; a diffusers model or pipeline folder is needed")
+        raise CheckpointError(
+            f"{path}: no config.json and no unet/config.json; a diffusers model or pipeline folder is needed"
+        )
     if not (folder / WEIGHTS).exists():
-        raise CheckpointError(f"{folder}: no {WEIGHTS}; only safetensors weights are read (found: {', '.join(sorted(p.name for p in folder.iterdir()))})")
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS}; only safetensors weights are read (found: {', '.join(sorted(p.name for p in folder.iterdir()))})"
+        )
     unet = UNet(_unet_config(folder / "config.json"))
     tensors, _ = read_safetensors(folder / WEIGHTS)
     load_weights(unet, tensors, folder / WEIGHTS)
@@ -141,7 +151,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
                 raise CheckpointError(f"{path}: {size} bytes; too short for a safetensors file")
             (length,) = struct.unpack("<Q", start)
             if length > size - 8:
-                raise CheckpointError(f"{path}: truncated or not safetensors: its header claims {length} bytes, the file has {size}")
+                raise CheckpointError(
+                    f"{path}: truncated or not safetensors: its header claims {length} bytes, the file has {size}"
+                )
             if length > MAX_HEADER:
                 raise CheckpointError(f"{path}: a header of {length} bytes is refused; at most {MAX_HEADER} are read")
             header = file.read(length)
@@ -165,7 +177,9 @@ def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -
     tensors = {_modern(name): tensor for name, tensor in tensors.items()}
     expected = unet.state_dict()
     problems = [f"missing: {name} {tuple(expected[name].shape)}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"unexpected: {name} {tuple(tensors[name].shape)}" for name in sorted(tensors.keys() - expected.keys())
+    ]
     fitted = {}
     for name in sorted(expected.keys() & tensors.keys()):
         tensor, shape = tensors[name], expected[name].shape
@@ -214,5 +228,9 @@ def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, predictio
         "clip_sample_range": 1.0,
     }
     write_text(path / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2) + "\n")
-    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
     write_text(path / "model_index.json", json.dumps(index, indent=2) + "\n")

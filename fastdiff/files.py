@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block succeeds it becomes ``path``, durably, else it is removed."""
+    """Yield a temporary path beside ``path``; when the block succeeds it becomes ``path``, durably, else it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
@@ -33,7 +33,7 @@ def write_text(path: str | Path, text: str) -> None:
 def _fsync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows has no handle on a folder to sync
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what it may write
     try:
         os.fsync(handle)
     finally:

@@ -3,8 +3,8 @@
     q(x_t | x_0)          = N(sqrt(abar_t) x_0, (1 - abar_t) I)                   eq. 4
     q(x_{t-1} | x_t, x_0) = N(mu_t(x_t, x_0), betatilde_t I)                      eqs. 6, 7
 
-with alpha_t = 1 - beta_t and abar_t = prod_{s <= t} alpha_s. Timesteps count from 0, as in the code bases of the field: abar_0
-is one step away from the data, and the data itself (abar = 1) has no index.
+with alpha_t = 1 - beta_t and abar_t = prod_{s <= t} alpha_s. Timesteps count from 0, as in the code bases of the field:
+abar_0 is one step away from the data, and the data itself (abar = 1) has no index.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 KINDS = ("linear", "scaled_linear", "cosine", "sigmoid", "custom")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 MAX_TIMESTEPS = 1_000_000
+DIFFUSERS_KINDS = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +64,61 @@ class NoiseSchedule:
         if self.kind not in KINDS:
             raise ConfigError(f"schedule kind {self.kind!r} is unknown; allowed: {', '.join(KINDS)}")
         if (self.kind == "custom") != (self.betas is not None):
-            raise ConfigError(f"kind={self.kind!r} with betas={'given' if self.betas is not None else 'None'}: betas go with kind='custom'")
+            given = "given" if self.betas is not None else "None"
+            raise ConfigError(f"kind={self.kind!r} with betas={given}: betas go with kind='custom', and only with it")
         if self.betas is not None:
-            betas = tuple(float(b) for b in self.betas)
+            if isinstance(self.betas, str) or not hasattr(self.betas, "__iter__"):
+                raise ConfigError(f"betas={self.betas!r}: a list of numbers is needed")
+            betas = tuple(_number(f"betas[{i}]", b) for i, b in enumerate(self.betas))
+            for i, beta in enumerate(betas):
+                if not 0.0 < beta < 1.0:
+                    raise ConfigError(f"betas[{i}]={beta!r}: every beta must lie in (0, 1)")
             object.__setattr__(self, "betas", betas)
             object.__setattr__(self, "timesteps", len(betas))
-            bad = [i for i, b in enumerate(betas) if not 0.0 < b < 1.0]
-            if bad:
-                raise ConfigError(f"betas[{bad[0]}]={betas[bad[0]]!r}: every beta must lie in (0, 1)")
-        if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or not 1 <= self.timesteps <= MAX_TIMESTEPS:
-            raise ConfigError(f"timesteps={self.timesteps!r}: a whole number from 1 to {MAX_TIMESTEPS} is needed")
-        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise ConfigError(f"beta_start={self.beta_start!r}, beta_end={self.beta_end!r}: 0 < beta_start <= beta_end < 1 is needed")
+        T = self.timesteps
+        if not isinstance(T, numbers.Integral) or isinstance(T, bool) or not 1 <= T <= MAX_TIMESTEPS:
+            raise ConfigError(f"timesteps={T!r}: a whole number from 1 to {MAX_TIMESTEPS} is needed")
+        object.__setattr__(self, "timesteps", int(T))
+        start, end = _number("beta_start", self.beta_start), _number("beta_end", self.beta_end)
+        if not 0.0 < start <= end < 1.0:
+            raise ConfigError(f"beta_start={start!r}, beta_end={end!r}: 0 < beta_start <= beta_end < 1 is needed")
+        object.__setattr__(self, "beta_start", start)
+        object.__setattr__(self, "beta_end", end)
+        if not isinstance(self.rescale_zero_terminal_snr, bool):
+            raise ConfigError(f"rescale_zero_terminal_snr={self.rescale_zero_terminal_snr!r}: True or False is needed")
         if self.rescale_zero_terminal_snr and self.timesteps < 2:
-            raise ConfigError("rescale_zero_terminal_snr needs at least 2 timesteps")
+            raise ConfigError("rescale_zero_terminal_snr=True needs at least 2 timesteps")
         self.alphas_cumprod  # noqa: B018  a schedule that cannot be is refused here, not at its first use
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles are built anew: a copied cache of alphas_cumprod would be writable.
+        return type(self), tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | NDArray[np.float64]) -> NoiseSchedule:
         """A custom schedule with the given abar (strictly falling, in (0, 1)); beta_t = 1 - abar_t / abar_{t-1}."""
-        abar = np.asarray(alphas_cumprod, dtype=np.float64)
-        return cls(kind="custom", betas=tuple(1.0 - abar / np.concatenate([[1.0], abar[:-1]])))
+        abar = [_number(f"alphas_cumprod[{i}]", a) for i, a in enumerate(alphas_cumprod)]
+        previous = [1.0, *abar[:-1]]
+        for i, (a, b) in enumerate(zip(abar, previous, strict=True)):
+            if not 0.0 < a < b:
+                raise ConfigError(
+                    f"alphas_cumprod[{i}]={a!r}: it must lie above 0 and below {b!r}, the value before it"
+                )
+        return cls(kind="custom", betas=tuple(1.0 - a / b for a, b in zip(abar, previous, strict=True)))
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read the schedule part of a diffusers ``scheduler_config.json``; a missing key has diffusers' default."""
-        names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
-        rescale = bool(config.get("rescale_betas_zero_snr", False))
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"a scheduler configuration is an object with keys, not {type(config).__name__}")
+        rescale = config.get("rescale_betas_zero_snr", False)
         if config.get("trained_betas") is not None:
-            return cls(kind="custom", betas=tuple(config["trained_betas"]), rescale_zero_terminal_snr=rescale)
+            return cls(kind="custom", betas=config["trained_betas"], rescale_zero_terminal_snr=rescale)
         name = config.get("beta_schedule", "linear")
-        if name not in names:
-            raise ConfigError(f"beta_schedule={name!r} is not supported; allowed: {', '.join(names)}")
+        if not isinstance(name, str) or name not in DIFFUSERS_KINDS:
+            raise ConfigError(f"beta_schedule={name!r} is not supported; allowed: {', '.join(DIFFUSERS_KINDS)}")
         return cls(
-            kind=names[name],
+            kind=DIFFUSERS_KINDS[name],
             timesteps=config.get("num_train_timesteps", 1000),
             beta_start=config.get("beta_start", 1e-4),
             beta_end=config.get("beta_end", 0.02),
@@ -99,7 +127,7 @@ class NoiseSchedule:
 
     def to_scheduler_config(self) -> dict[str, Any]:
         """The schedule as diffusers ``scheduler_config.json`` keys; inverse of `from_scheduler_config`."""
-        names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+        names = {kind: name for name, kind in DIFFUSERS_KINDS.items()}
         return {
             "num_train_timesteps": self.timesteps,
             "beta_start": self.beta_start,
@@ -130,7 +158,7 @@ class NoiseSchedule:
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
     def abar(self, t: float) -> float:
-        """abar at a timestep t in [0, T-1]; between two integers log abar is interpolated; t = -1 is the data, abar = 1."""
+        """abar at a timestep t in [0, T-1], log abar interpolated between two integers; t = -1 is the data, abar = 1."""
         if t == -1:
             return 1.0
         if not 0 <= t <= self.timesteps - 1:
@@ -147,21 +175,36 @@ class NoiseSchedule:
 
             x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
 
-        x0, noise: [B, ...] of one dtype, noise ~ N(0, I); t: integer [B], 0 .. T-1. Returns x0's shape and dtype. The coefficients
-        are float64 rounded to float32 (float64 for float64 data): in half precision abar_t itself would round to 1 for the
-        first timesteps, and no noise would be added.
+        x0, noise: [B, ...] of one dtype, noise ~ N(0, I); t: integer [B], 0 .. T-1. Returns x0's shape and dtype. The
+        coefficients are float64 rounded to float32 (float64 for float64 data): in half precision abar_t itself would
+        round to 1 for the first timesteps, and no noise would be added.
         """
         import torch
 
-        a, s = self.signal_and_noise(t, x0.ndim, torch.float64 if x0.dtype == torch.float64 else torch.float32)
+        if not x0.is_floating_point() or x0.dtype != noise.dtype or x0.shape != noise.shape:
+            raise InvalidArgument(
+                f"x0 ({x0.dtype} {tuple(x0.shape)}) and noise ({noise.dtype} {tuple(noise.shape)}) must have "
+                "one shape and one floating-point dtype"
+            )
+        if t.shape != x0.shape[:1]:
+            raise InvalidArgument(f"t {tuple(t.shape)} must hold one timestep for each image of x0 {tuple(x0.shape)}")
+        dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        a, s = self.signal_and_noise(t.to(x0.device), x0.ndim, dtype)
         return (a * x0 + s * noise).to(x0.dtype)
 
     def signal_and_noise(self, t: Tensor, ndim: int, dtype: Any) -> tuple[Tensor, Tensor]:
-        """(sqrt(abar_t), sqrt(1 - abar_t)) for integer t [B], each [B, 1, ...] with ``ndim`` dimensions, on t's device."""
+        """(sqrt(abar_t), sqrt(1 - abar_t)) for integer t [B], each [B, 1, ...] with ``ndim`` dimensions, on t's device.
+
+        The range of t is checked where that costs no synchronisation with a device: on the CPU.
+        """
         import torch
 
-        if t.is_floating_point() or t.ndim != 1:
-            raise InvalidArgument(f"t must be an integer tensor [B], got {t.dtype} {tuple(t.shape)}")
+        if t.dtype not in (torch.int32, torch.int64) or t.ndim != 1:
+            raise InvalidArgument(f"t must be an int64 or int32 tensor [B], got {t.dtype} {tuple(t.shape)}")
+        if t.device.type == "cpu":
+            bad = t[(t < 0) | (t >= self.timesteps)]
+            if len(bad):
+                raise InvalidArgument(f"timestep {int(bad[0])} is outside 0 .. {self.timesteps - 1}")
         table = np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1.0 - self.alphas_cumprod)])
         table_t = torch.from_numpy(table).to(device=t.device, dtype=dtype)
         a, s = table_t[:, t].reshape(2, -1, *[1] * (ndim - 1))
@@ -192,6 +235,12 @@ def posterior(abar: float, abar_prev: float) -> tuple[float, float, float]:
     return c0, ct, var
 
 
+def _number(key: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r}: a number is needed")
+    return float(value)
+
+
 def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:
     T, start, end = schedule.timesteps, schedule.beta_start, schedule.beta_end
     if schedule.betas is not None:
@@ -199,7 +248,7 @@ def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:
     if schedule.kind == "linear":
         return np.linspace(start, end, T)
     if schedule.kind == "scaled_linear":
-        return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2
+        return np.square(np.linspace(math.sqrt(start), math.sqrt(end), T))
     if schedule.kind == "sigmoid":
         return start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, T)))
     u = np.arange(T + 1) / T
@@ -208,13 +257,17 @@ def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:
 
 
 def _alphas_cumprod(schedule: NoiseSchedule) -> NDArray[np.float64]:
-    abar = np.cumprod(1.0 - _betas(schedule))
-    if schedule.rescale_zero_terminal_snr:
-        # Lin et al. 2023, algorithm 1: sqrt(abar) is shifted so that its last entry is 0 and scaled so that its first is kept.
+    abar: NDArray[np.float64] = np.cumprod(1.0 - _betas(schedule))
+    last = abar[-1]
+    if schedule.rescale_zero_terminal_snr and last < abar[0]:
+        # Lin et al. 2023, algorithm 1: sqrt(abar) is shifted to end at 0 and scaled to keep its first entry.
         root = np.sqrt(abar)
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        abar = root**2
-    if abar[-1] < 0.0 or np.any(np.diff(abar) >= 0.0):
-        raise ConfigError(f"{schedule.kind} schedule with {schedule.timesteps} timesteps: alphas_cumprod must fall strictly; smaller betas are needed")
+        abar = np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+    # Betas below rounding leave abar where it was; many large ones drive it to 0.
+    if not (abar[0] < 1.0 and np.all(np.diff(abar) < 0.0) and last > 0.0):
+        raise ConfigError(
+            f"{schedule.kind} schedule with {schedule.timesteps} timesteps: alphas_cumprod must fall strictly between 1 "
+            f"and 0 but goes from {abar[0]} to {last}; the betas are too {'small' if last > 0.5 else 'large'}"
+        )
     abar.setflags(write=False)
     return abar

@@ -24,6 +24,7 @@ from fastdiff.errors import ConfigError, InvalidArgument
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 CLASS_IMAGE = (None, "add", "multiply", "concat")
+MAX_LEVELS, MAX_LAYERS = 16, 64  # far more than any network has; they bound what an untrusted config.json can cost
 CLASS_MAP_SIZE = 8  # side of the map that the class encoder draws, before it is resized to the image
 
 
@@ -38,8 +39,9 @@ class UNetConfig:
         drops labels to it and guidance evaluates it. None: the network cannot be guided.
     ``class_image``
         None: the class embedding is added to the time embedding (with ``resnet_time_scale_shift="scale_shift"`` it then
-        scales and shifts every block, FiLM). "add", "multiply", "concat": an encoder network turns the label into an image
-        that is added to, multiplied with (as 1 + image), or concatenated to the input; the time embedding stays class-free.
+        scales and shifts every block, FiLM). "add", "multiply", "concat": an encoder network turns the label into an
+        image that is added to, multiplied with (as 1 + image), or concatenated to the input; the time embedding stays
+        class-free.
 
     Raises `ConfigError` naming the key, its value and what is allowed.
     """
@@ -78,8 +80,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for key in ("down_block_types", "up_block_types", "block_out_channels"):
             value = getattr(self, key)
-            if not isinstance(value, (list, tuple)) or not value:
-                raise ConfigError(f"{key}={value!r}: a non-empty list is needed")
+            if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
+                raise ConfigError(f"{key}={value!r}: a list of 1 to {MAX_LEVELS} entries is needed")
             object.__setattr__(self, key, tuple(value))
         if isinstance(self.sample_size, list):
             object.__setattr__(self, "sample_size", tuple(self.sample_size))
@@ -89,24 +91,35 @@ class UNetConfig:
         self._check_conditioning()
 
     def _check_numbers(self) -> None:
-        positive = {k: getattr(self, k) for k in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")}
+        needed = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
         optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
-        positive |= {k: getattr(self, k) for k in optional if getattr(self, k) is not None}
-        positive |= {f"block_out_channels[{i}]": c for i, c in enumerate(self.block_out_channels)}
+        whole = {k: getattr(self, k) for k in (*needed, *optional)}
+        whole = {k: v for k, v in whole.items() if k in needed or v is not None}
+        whole |= {f"block_out_channels[{i}]": c for i, c in enumerate(self.block_out_channels)}
         if self.sample_size is not None:
             size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
             if len(size) != 2:
                 raise ConfigError(f"sample_size={self.sample_size!r}: one number or two (height, width) are allowed")
-            positive |= {"sample_size height": size[0], "sample_size width": size[1]}
-        for key, value in positive.items():
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
-                raise ConfigError(f"{key}={value!r}: a whole number from 1 to {1 << 20} is needed")
-        if not 0.0 <= self.dropout < 1.0:
+            whole |= {"sample_size height": size[0], "sample_size width": size[1]}
+        for key, value in whole.items():
+            most = MAX_LAYERS if key == "layers_per_block" else 1 << 20
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(f"{key}={value!r}: a whole number from 1 to {most} is needed")
+        for key in ("dropout", "norm_eps", "mid_block_scale_factor", "freq_shift"):
+            value = getattr(self, key)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ConfigError(f"{key}={value!r}: a finite number is needed")
+        if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout!r}: 0 <= dropout < 1 is needed")
-        if not self.norm_eps > 0 or not math.isfinite(self.norm_eps):
+        if self.norm_eps <= 0:
             raise ConfigError(f"norm_eps={self.norm_eps!r}: a small positive number such as 1e-5 is needed")
-        if not self.mid_block_scale_factor or not math.isfinite(self.mid_block_scale_factor):
-            raise ConfigError(f"mid_block_scale_factor={self.mid_block_scale_factor!r}: a finite number, not 0, is needed")
+        if self.mid_block_scale_factor == 0:
+            raise ConfigError(f"mid_block_scale_factor={self.mid_block_scale_factor!r}: any number but 0 is allowed")
+        half = self.block_out_channels[0] // 2  # the sinusoid's frequencies are 10000^(-i / (half - freq_shift))
+        if not 0 <= self.freq_shift < half:
+            raise ConfigError(
+                f"freq_shift={self.freq_shift!r}: 0 <= freq_shift < {half}, half of block_out_channels[0], is needed"
+            )
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {
@@ -119,10 +132,16 @@ class UNetConfig:
             "resnet_time_scale_shift": ("default", "scale_shift"),
             "class_embed_type": (None, "timestep", "identity"),
             "class_image": CLASS_IMAGE,
+            "center_input_sample": (False, True),
+            "flip_sin_to_cos": (False, True),
+            "add_attention": (False, True),
         }
         for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise ConfigError(f"{key}={getattr(self, key)!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
+            value = getattr(self, key)
+            if not any(
+                value == a and type(value) is type(a) for a in allowed
+            ):  # True == 1 == 1.0, but they are not the same
+                raise ConfigError(f"{key}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
     def _check_blocks(self) -> None:
         n = len(self.block_out_channels)
@@ -138,14 +157,24 @@ class UNetConfig:
                 raise ConfigError(
                     f"block_out_channels[{i}]={channels} is not divisible by norm_num_groups={self.norm_num_groups}"
                 )
+            if n - 1 == i and self._mid_attention and channels % (self.attn_norm_num_groups or 1):
+                raise ConfigError(
+                    f"block_out_channels[{i}]={channels} is not divisible by "
+                    f"attn_norm_num_groups={self.attn_norm_num_groups}"
+                )
             if self.attention_head_dim is not None and self.attention_head_dim > channels and self._has_attention(i):
-                raise ConfigError(f"attention_head_dim={self.attention_head_dim} exceeds block_out_channels[{i}]={channels}")
+                raise ConfigError(
+                    f"attention_head_dim={self.attention_head_dim} exceeds block_out_channels[{i}]={channels}"
+                )
 
     def _has_attention(self, level: int) -> bool:
-        last = level == len(self.block_out_channels) - 1
-        in_mid = last and self.mid_block_type is not None and self.add_attention
-        up = self.up_block_types[len(self.block_out_channels) - 1 - level]
-        return in_mid or self.down_block_types[level].startswith("Attn") or up.startswith("Attn")
+        last = len(self.block_out_channels) - 1
+        kinds = (self.down_block_types[level], self.up_block_types[last - level])
+        return (level == last and self._mid_attention) or any(kind.startswith("Attn") for kind in kinds)
+
+    @property
+    def _mid_attention(self) -> bool:
+        return self.mid_block_type is not None and self.add_attention
 
     def _check_conditioning(self) -> None:
         if self.class_image is not None and (self.num_class_embeds is None or self.class_embed_type is not None):
@@ -153,14 +182,15 @@ class UNetConfig:
         if self.null_label is not None:
             if self.num_class_embeds is None or self.class_embed_type is not None:
                 raise ConfigError(f"null_label={self.null_label!r} needs num_class_embeds and class_embed_type=None")
-            if self.null_label != self.num_class_embeds - 1:
+            last = self.num_class_embeds - 1
+            if type(self.null_label) is not int or self.null_label != last:
                 raise ConfigError(
-                    f"null_label={self.null_label!r} must be the last class, num_class_embeds - 1 = {self.num_class_embeds - 1}"
+                    f"null_label={self.null_label!r} must be the last class, num_class_embeds - 1 = {last}"
                 )
 
     @property
     def num_classes(self) -> int | None:
-        """How many labels a user may ask for (the null label excluded); None for a network without an embedding table."""
+        """How many labels a user may ask for (the null label excluded); None for a network without embedded labels."""
         if self.num_class_embeds is None or self.class_embed_type is not None:
             return None
         return self.num_class_embeds - (self.null_label is not None)
@@ -181,15 +211,16 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Read a diffusers ``config.json``. Keys that start with "_" are notes; other unknown keys raise `ConfigError`."""
+        """Read a diffusers ``config.json``. Keys that start with "_" are notes; other unknown keys are refused."""
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"a U-Net configuration is an object with keys, not {type(config).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
         if unknown:
-            raise ConfigError(f"unknown keys for a UNet2DModel configuration: {', '.join(unknown)}")
-        try:
-            return cls(**{k: v for k, v in config.items() if k in known})
-        except TypeError as e:
-            raise ConfigError(f"a value in the U-Net configuration has the wrong type: {e}") from e
+            raise ConfigError(
+                f"unknown U-Net configuration keys: {', '.join(unknown)}; allowed: {', '.join(sorted(known))}"
+            )
+        return cls(**{k: v for k, v in config.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-serialisable diffusers keys; fastdiff's own keys appear only when they are set."""
@@ -251,14 +282,19 @@ class ClassEncoder(nn.Module):
 class ResnetBlock(nn.Module):
     """Residual block (Ho et al. 2020, appendix B); ``scale_shift`` and resampling as in Dhariwal & Nichol 2021.
 
-        h = conv1(resample(silu(norm1(x))))
-        h = norm2(h + W silu(emb))                       time_scale_shift "default"
-        h = norm2(h) (1 + scale) + shift                 "scale_shift", [scale, shift] = W silu(emb)
-        out = (shortcut(resample(x)) + conv2(silu(h))) / scale_factor
+    h = conv1(resample(silu(norm1(x))))
+    h = norm2(h + W silu(emb))                       time_scale_shift "default"
+    h = norm2(h) (1 + scale) + shift                 "scale_shift", [scale, shift] = W silu(emb)
+    out = (shortcut(resample(x)) + conv2(silu(h))) / scale_factor
     """
 
     def __init__(
-        self, config: UNetConfig, in_channels: int, out_channels: int, resample: str | None = None, scale_factor: float = 1.0
+        self,
+        config: UNetConfig,
+        in_channels: int,
+        out_channels: int,
+        resample: str | None = None,
+        scale_factor: float = 1.0,
     ):
         super().__init__()
         self.resample = resample
@@ -297,9 +333,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all pixels: out = (x + W_o softmax(q k^T / sqrt(d)) v) / scale_factor, on GroupNorm(x)."""
 
-    def __init__(
-        self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale_factor: float = 1.0
-    ):
+    def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale_factor: float = 1.0):
         super().__init__()
         self.head_dim = head_dim or channels
         self.heads = channels // self.head_dim
@@ -316,7 +350,8 @@ class Attention(nn.Module):
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2)  # [B, HW, C]
         q, k, v = (
-            proj(h).view(B, H * W, self.heads, self.head_dim).transpose(1, 2) for proj in (self.to_q, self.to_k, self.to_v)
+            proj(h).view(B, H * W, self.heads, self.head_dim).transpose(1, 2)
+            for proj in (self.to_q, self.to_k, self.to_v)
         )
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.to_out[0](h.transpose(1, 2).reshape(B, H * W, self.heads * self.head_dim))
@@ -499,7 +534,7 @@ class UNet(nn.Module):
         return None
 
     def embedding(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The vector [B, temb_channels] that every residual block hears: time, plus the class where it is added there."""
+        """The vector [B, temb_channels] that every residual block hears: time, plus the class where it is added."""
         config = self.config
         dtype = self.conv_in.weight.dtype
 
@@ -524,6 +559,10 @@ class UNet(nn.Module):
         if (class_labels is None) == config.conditional:
             need = "needs" if config.conditional else "has no class conditioning and takes no"
             raise InvalidArgument(f"this U-Net {need} class_labels")
+        if x.shape[2] % config.stride or x.shape[3] % config.stride:
+            raise InvalidArgument(
+                f"height and width must be multiples of {config.stride} for this U-Net, not {x.shape[2]}x{x.shape[3]}"
+            )
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         emb = self.embedding(t, class_labels)
 
@@ -550,7 +589,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def zero_residuals_(self) -> UNet:
-        """Zero the last layer of every residual branch and the head, as Ho et al. start training: the identity, eps = 0."""
+        """Zero the last layer of every residual branch and the head, where Ho et al. start training: eps = 0."""
         heads: list[nn.Module] = [self.conv_out]
         for module in self.modules():
             if isinstance(module, ResnetBlock):

@@ -1,0 +1,59 @@
+"""Backends: ways to run the network and the update.
+
+A backend prepares a network for a `Spec` and returns a `Runner`. `eager` and `compiled` wrap the module itself.
+An explicit backend never falls back: where it cannot run, `prepare` raises one `BackendError` that lists every reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.state import State
+
+BACKENDS = ("eager", "compiled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a runner is prepared for: images of ``shape`` (C, H, W), at most ``batch`` of them, the network in ``dtype`` on ``device``.
+
+    null_label: the label of the unconditional half of a guided step; None where the network cannot be guided.
+    """
+
+    batch: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    null_label: int | None = None
+    determinism: str = "seed"
+
+
+class Runner(Protocol):
+    """Advances a `State`, in place."""
+
+    def forward(self, state: State) -> None:
+        """Network and guidance: sets ``state.out``."""
+
+    def update(self, state: State) -> None:
+        """One row of the table for every image, row += 1."""
+
+    def step(self, state: State) -> None:
+        """Both, as one unit."""
+
+
+def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
+    """The runner of a backend by name. Raises `InvalidArgument` for an unknown name, `BackendError` with every reason it cannot run."""
+    if backend == "eager":
+        from fastdiff.backends import eager
+
+        return eager.prepare(unet, spec)
+    if backend == "compiled":
+        from fastdiff.backends import compiled
+
+        return compiled.prepare(unet, spec)
+    raise InvalidArgument(f"backend={backend!r} is unknown; allowed: auto, {', '.join(BACKENDS)}")

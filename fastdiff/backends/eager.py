@@ -1,0 +1,61 @@
+"""Backend `eager`: the module as it is and the reference update. Runs any network, anywhere torch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import update
+from fastdiff.backends import Spec
+from fastdiff.errors import BackendError
+from fastdiff.state import State
+
+
+class EagerRunner:
+    """``network(x, t[, class_labels=...])`` in ``spec.dtype``; everything else in the state's float32.
+
+    The result may be a tensor or an object with ``.sample``, as diffusers' networks return.
+    """
+
+    def __init__(self, network: Callable[..., Any], spec: Spec):
+        self.network = network
+        self.spec = spec
+
+    def _call(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        x = x.to(self.spec.dtype).contiguous(memory_format=torch.channels_last)
+        out = self.network(x, t) if label is None else self.network(x, t, class_labels=label)
+        return out if isinstance(out, Tensor) else out.sample
+
+    @torch.no_grad()
+    def forward(self, state: State) -> None:
+        t = state.column("t")
+        if not state.guided_host.any():
+            state.out = self._call(state.x, t, state.label).to(state.x.dtype)
+            return
+        assert state.label is not None, "guidance needs labels"
+        null = torch.full_like(state.label, self.spec.null_label or 0)
+        both = self._call(torch.cat([state.x, state.x]), torch.cat([t, t]), torch.cat([state.label, null])).to(state.x.dtype)
+        w = 1.0 + state.column("g") * (state.guidance - 1.0)
+        state.out = update.guide(*both.chunk(2), w, state.x.shape[1], state.guidance_rescale)
+
+    @torch.no_grad()
+    def update(self, state: State) -> None:
+        update.update(state)
+
+    def step(self, state: State) -> None:
+        self.forward(state)
+        self.update(state)
+
+
+def refuse_bitwise(name: str, spec: Spec) -> None:
+    """PyTorch chooses kernels by batch size and thread count, so its wrappers cannot promise equal bits."""
+    if spec.determinism == "bitwise":
+        raise BackendError(f"backend {name!r} cannot give determinism='bitwise': PyTorch's kernels depend on the batch; use 'seed'")
+
+
+def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:
+    refuse_bitwise("eager", spec)
+    return EagerRunner(unet, spec)

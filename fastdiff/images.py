@@ -1,0 +1,72 @@
+"""Pictures out of tensors: PIL images, grids, files, animations. Images are [-1, 1], C = 1 (gray) or 3 (RGB) channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.files import atomic_path
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """[n, C, H, W] floats to uint8 [n, H, W, C]: round((clip(x, -1, 1) + 1) 127.5), NaN as 0."""
+    x = images.detach().float().clamp(-1.0, 1.0).nan_to_num(nan=-1.0)
+    return ((x + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """One PIL image per image: mode L for one channel, RGB for three; other counts raise `InvalidArgument`."""
+    return [_pil(array) for array in to_uint8(images)]
+
+
+def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Image.Image:
+    """All images in one picture, row by row; ``columns`` defaults to a square."""
+    return _grid(to_uint8(images), columns, padding)
+
+
+def _pil(array: NDArray[np.uint8]) -> Image.Image:
+    if array.shape[-1] not in (1, 3):
+        raise InvalidArgument(f"images of {array.shape[-1]} channels are not pictures; 1 (gray) or 3 (RGB) are")
+    return Image.fromarray(array[:, :, 0] if array.shape[-1] == 1 else array)
+
+
+def _grid(array: NDArray[np.uint8], columns: int | None, padding: int) -> Image.Image:
+    n, height, width, channels = array.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    if columns < 1 or padding < 0:
+        raise InvalidArgument(f"columns={columns}, padding={padding}: columns of at least 1 and padding of at least 0 are needed")
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8)
+    for i, image in enumerate(array):
+        y, x = padding + i // columns * (height + padding), padding + i % columns * (width + padding)
+        canvas[y : y + height, x : x + width] = image
+    return _pil(canvas)
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write one picture, atomically; the suffix names the format."""
+    if Path(path).suffix.lower() not in PICTURES:
+        raise InvalidArgument(f"{path}: unknown picture suffix; allowed: {', '.join(PICTURES)}")
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.0) -> None:
+    """Write frames as an animated .gif or .webp of about ``seconds``; the last frame stays as long again."""
+    if Path(path).suffix.lower() not in (".gif", ".webp"):
+        raise InvalidArgument(f"{path}: an animation is a .gif or .webp file")
+    if not frames:
+        raise InvalidArgument("an animation needs at least one frame")
+    milliseconds = max(int(1000 * seconds / len(frames)), 20)
+    durations = [milliseconds] * (len(frames) - 1) + [int(1000 * seconds) + milliseconds]
+    with atomic_path(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
