@@ -43,9 +43,13 @@ def _grid(array: NDArray[np.uint8], columns: int | None, padding: int) -> Image.
     n, height, width, channels = array.shape
     columns = columns or math.ceil(math.sqrt(n))
     if columns < 1 or padding < 0:
-        raise InvalidArgument(f"columns={columns}, padding={padding}: columns of at least 1 and padding of at least 0 are needed")
+        raise InvalidArgument(
+            f"columns={columns}, padding={padding}: columns of at least 1 and padding of at least 0 are needed"
+        )
     rows = math.ceil(n / columns)
-    canvas = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8)
+    canvas = np.full(
+        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8
+    )
     for i, image in enumerate(array):
         y, x = padding + i // columns * (height + padding), padding + i % columns * (width + padding)
         canvas[y : y + height, x : x + width] = image

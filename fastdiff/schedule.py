@@ -158,7 +158,7 @@ class NoiseSchedule:
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
     def abar(self, t: float) -> float:
-        """abar at a timestep t in [0, T-1], log abar interpolated between two integers; t = -1 is the data, abar = 1."""
+        """abar at a timestep t in [0, T-1], log abar interpolated between integers; t = -1 is the data, abar = 1."""
         if t == -1:
             return 1.0
         if not 0 <= t <= self.timesteps - 1:
@@ -257,7 +257,7 @@ def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:
 
 
 def _alphas_cumprod(schedule: NoiseSchedule) -> NDArray[np.float64]:
-    abar: NDArray[np.float64] = np.cumprod(1.0 - _betas(schedule))
+    abar = np.cumprod(1.0 - _betas(schedule), dtype=np.float64)
     last = abar[-1]
     if schedule.rescale_zero_terminal_snr and last < abar[0]:
         # Lin et al. 2023, algorithm 1: sqrt(abar) is shifted to end at 0 and scaled to keep its first entry.
@@ -266,8 +266,8 @@ def _alphas_cumprod(schedule: NoiseSchedule) -> NDArray[np.float64]:
     # Betas below rounding leave abar where it was; many large ones drive it to 0.
     if not (abar[0] < 1.0 and np.all(np.diff(abar) < 0.0) and last > 0.0):
         raise ConfigError(
-            f"{schedule.kind} schedule with {schedule.timesteps} timesteps: alphas_cumprod must fall strictly between 1 "
-            f"and 0 but goes from {abar[0]} to {last}; the betas are too {'small' if last > 0.5 else 'large'}"
+            f"{schedule.kind} schedule of {schedule.timesteps} timesteps: alphas_cumprod must fall strictly from below "
+            f"1 to above 0, but goes from {abar[0]} to {last}; the betas are too {'small' if last > 0.5 else 'large'}"
         )
     abar.setflags(write=False)
     return abar

@@ -53,10 +53,10 @@ def update_noise(state: State) -> Tensor | None:
 def update(state: State) -> None:
     """One row of the table for every image, then row += 1 (`fastdiff.solvers.table` has the formula).
 
-        x0 = clip(kx x + ko out, -c, c)
-        h  = hx x + ho out + h0 x0
-        x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
-        save: xs = x        push: m3, m2, m1 = m2, m1, h
+    x0 = clip(kx x + ko out, -c, c)
+    h  = hx x + ho out + h0 x0
+    x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
+    save: xs = x        push: m3, m2, m1 = m2, m1, h
     """
     k = state.column
     x = state.x

@@ -16,5 +16,7 @@ def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:
     """The first step of each batch size compiles (tens of seconds on a CPU); Inductor's cache makes later processes faster."""
     refuse_bitwise("compiled", spec)
     if spec.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise BackendError("backend 'compiled' cannot run here: torch.compile on a CPU needs a C++ compiler on the PATH")
+        raise BackendError(
+            "backend 'compiled' cannot run here: torch.compile on a CPU needs a C++ compiler on the PATH"
+        )
     return EagerRunner(torch.compile(unet, fullgraph=True, dynamic=False), spec)

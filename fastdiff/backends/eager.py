@@ -37,7 +37,9 @@ class EagerRunner:
             return
         assert state.label is not None, "guidance needs labels"
         null = torch.full_like(state.label, self.spec.null_label or 0)
-        both = self._call(torch.cat([state.x, state.x]), torch.cat([t, t]), torch.cat([state.label, null])).to(state.x.dtype)
+        both = self._call(torch.cat([state.x, state.x]), torch.cat([t, t]), torch.cat([state.label, null])).to(
+            state.x.dtype
+        )
         w = 1.0 + state.column("g") * (state.guidance - 1.0)
         state.out = update.guide(*both.chunk(2), w, state.x.shape[1], state.guidance_rescale)
 
@@ -53,7 +55,9 @@ class EagerRunner:
 def refuse_bitwise(name: str, spec: Spec) -> None:
     """PyTorch chooses kernels by batch size and thread count, so its wrappers cannot promise equal bits."""
     if spec.determinism == "bitwise":
-        raise BackendError(f"backend {name!r} cannot give determinism='bitwise': PyTorch's kernels depend on the batch; use 'seed'")
+        raise BackendError(
+            f"backend {name!r} cannot give determinism='bitwise': PyTorch's kernels depend on the batch; use 'seed'"
+        )
 
 
 def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:

@@ -61,7 +61,9 @@ def ddim(
         sigma = eta * math.sqrt(max(posterior(abar, abar_next)[2], 0.0))
         squared = 1.0 - abar_next - sigma**2
         if squared < -1e-12:
-            raise InvalidArgument(f"eta={eta!r}: more noise than the level at timestep {t:g} holds; eta=1 is always possible")
+            raise InvalidArgument(
+                f"eta={eta!r}: more noise than the level at timestep {t:g} holds; eta=1 is always possible"
+            )
         direction = math.sqrt(max(squared, 0.0))
         if eps_from == "clipped":
             a, s = math.sqrt(abar), math.sqrt(1.0 - abar)

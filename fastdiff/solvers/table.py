@@ -88,10 +88,14 @@ class StepTable:
                 if not (math.isfinite(value) or (name == "c" and value == math.inf)):
                     raise InvalidArgument(f"{self.solver} row {i}: {name}={value!r} is not a finite number")
             if row.t < 0 or row.c <= 0 or not (0 <= row.abar < 1 and 0 < row.abar_next <= 1):
-                raise InvalidArgument(f"{self.solver} row {i}: t={row.t}, c={row.c}, abar={row.abar} -> {row.abar_next} is out of range")
+                raise InvalidArgument(
+                    f"{self.solver} row {i}: t={row.t}, c={row.c}, abar={row.abar} -> {row.abar_next} is out of range"
+                )
         for i, (row, after) in enumerate(zip(self.rows, self.rows[1:], strict=False)):
             if not after.stage and row.abar_next != after.abar:
-                raise InvalidArgument(f"{self.solver} row {i} ends at abar={row.abar_next}, row {i + 1} starts at {after.abar}")
+                raise InvalidArgument(
+                    f"{self.solver} row {i} ends at abar={row.abar_next}, row {i + 1} starts at {after.abar}"
+                )
             if not (self.ascending or after.stage or row.t > after.t):
                 raise InvalidArgument(f"{self.solver} rows {i}, {i + 1}: timesteps must fall, got {row.t}, {after.t}")
 
@@ -130,7 +134,9 @@ class StepTable:
             raise InvalidArgument(f"guidance_interval=({start!r}, {end!r}): 0 <= start <= end <= 1 is needed")
         n = len(self.rows)
         inside = (start <= i / n and (i + 1) / n <= end for i in range(n))
-        return dataclasses.replace(self, rows=tuple(r._replace(g=r.g * ok) for r, ok in zip(self.rows, inside, strict=True)))
+        return dataclasses.replace(
+            self, rows=tuple(r._replace(g=r.g * ok) for r, ok in zip(self.rows, inside, strict=True))
+        )
 
     @functools.cached_property
     def coefficients(self) -> NDArray[np.float64]:
@@ -153,7 +159,9 @@ class StepTable:
         try:
             data: dict[str, Any] = json.loads(text)
             if data["format"] != FORMAT or tuple(data["columns"]) != COLUMNS:
-                raise InvalidArgument(f"a step table of format {data['format']!r} with columns {data['columns']!r} cannot be read")
+                raise InvalidArgument(
+                    f"a step table of format {data['format']!r} with columns {data['columns']!r} cannot be read"
+                )
             rows = tuple(Row(*(math.inf if v is None else float(v) for v in row)) for row in data["rows"])
             return cls(data["solver"], data["steps"], rows, data["init_scale"], data["ascending"])
         except (KeyError, TypeError, ValueError) as e:
@@ -165,7 +173,10 @@ class StepTable:
         used = [name for name in COLUMNS if any(getattr(row, name) not in (0.0, math.inf) for row in self.rows)]
         head = f"{self.solver}: {self.steps} steps, {len(self.rows)} rows, initial noise x {self.init_scale:g}"
         lines = ["  ".join(f"{name.rstrip('_'):>10}" for name in ("row", *used))]
-        lines += ["  ".join(f"{v:>10.6g}" for v in (i, *(getattr(row, name) for name in used))) for i, row in enumerate(self.rows)]
+        lines += [
+            "  ".join(f"{v:>10.6g}" for v in (i, *(getattr(row, name) for name in used)))
+            for i, row in enumerate(self.rows)
+        ]
         return "\n".join([head, *lines])
 
 

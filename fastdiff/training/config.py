@@ -57,7 +57,11 @@ class TrainConfig:
         self._need("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
         for key in ("label_dropout", "beta1", "beta2", "ema_decay"):
             self._need(key, 0 <= getattr(self, key) < 1, "a number from 0 to just under 1")
-        self._need("min_snr_gamma", self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf, "None or a positive number")
+        self._need(
+            "min_snr_gamma",
+            self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf,
+            "None or a positive number",
+        )
 
     def _need(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:

@@ -11,7 +11,7 @@ from fastdiff.schedule import NoiseSchedule
 def target(prediction: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """What the network should say about x_t = a x_0 + s noise (a = sqrt(abar_t), s = sqrt(1 - abar_t)).
 
-        epsilon: noise        sample: x_0        v_prediction: a noise - s x_0        (Salimans & Ho 2022, arXiv:2202.00512)
+    epsilon: noise        sample: x_0        v_prediction: a noise - s x_0        (Salimans & Ho 2022, arXiv:2202.00512)
     """
     if prediction == "epsilon":
         return noise

@@ -40,13 +40,17 @@ def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Op
     except (OSError, SafetensorError) as e:
         full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
         advice = "the disk is full; free some space and start again to resume" if full else "start again to resume"
-        raise TrainingError(f"{path}: the checkpoint could not be written ({e}); the one before it is intact; {advice}") from e
+        raise TrainingError(
+            f"{path}: the checkpoint could not be written ({e}); the one before it is intact; {advice}"
+        ) from e
 
 
 def _check_finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
-            raise TrainingError(f"{name} has NaN or infinite values; {path} keeps the last good checkpoint. Try a lower lr")
+            raise TrainingError(
+                f"{name} has NaN or infinite values; {path} keeps the last good checkpoint. Try a lower lr"
+            )
 
 
 def load(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -56,14 +60,18 @@ def load(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Op
     if info.get("kind") != "training":
         raise CheckpointError(f"{path} is not a training checkpoint of fastdiff, so training cannot resume from it")
     parameters = dict(model.named_parameters())
-    expected = {f"{prefix}.{k}": v.shape for prefix, m in (("model", model), ("ema", ema)) for k, v in m.state_dict().items()}
+    expected = {
+        f"{prefix}.{k}": v.shape for prefix, m in (("model", model), ("ema", ema)) for k, v in m.state_dict().items()
+    }
     for name, parameter in parameters.items():
         expected |= {f"optimizer.{m}.{name}": torch.Size() if m == "step" else parameter.shape for m in MOMENTS}
     bad = sorted(k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k))
     if bad:
         raise CheckpointError(f"{path} belongs to another network: {len(bad)} tensors differ: {', '.join(bad[:10])}")
     for prefix, module in (("model", model), ("ema", ema)):
-        module.load_state_dict({k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")})
+        module.load_state_dict(
+            {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+        )
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {
             m: tensors[f"optimizer.{m}.{name}"].to(parameter.device if m != "step" else "cpu") for m in MOMENTS

@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from fastdiff import checkpoint
 from fastdiff import noise as fd_noise
 from fastdiff.errors import InvalidArgument, TrainingError
+from fastdiff.images import save_picture
+from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import state
 from fastdiff.training.config import TrainConfig
@@ -82,11 +85,17 @@ class Trainer:
         if data.channels != config.in_channels:
             raise InvalidArgument(f"the images have {data.channels} channels, the U-Net takes {config.in_channels}")
         if config.out_channels != config.in_channels:
-            raise InvalidArgument(f"training needs out_channels={config.in_channels} (learned variances are not trained here)")
+            raise InvalidArgument(
+                f"training needs out_channels={config.in_channels} (learned variances are not trained here)"
+            )
         if any(side % config.stride for side in data.size):
-            raise InvalidArgument(f"images of {data.size[0]}x{data.size[1]}: both must be multiples of the U-Net's stride {config.stride}")
+            raise InvalidArgument(
+                f"images of {data.size[0]}x{data.size[1]}: both must be multiples of the U-Net's stride {config.stride}"
+            )
         if config.conditional and config.num_classes is None:
-            raise InvalidArgument(f"class_embed_type={config.class_embed_type!r} cannot be trained from labels; use num_class_embeds")
+            raise InvalidArgument(
+                f"class_embed_type={config.class_embed_type!r} cannot be trained from labels; use num_class_embeds"
+            )
         if config.num_classes is not None and (data.num_classes is None or data.num_classes > config.num_classes):
             raise InvalidArgument(f"the U-Net takes {config.num_classes} classes, the data has {data.num_classes}")
         if len(data) == 0:
@@ -113,7 +122,9 @@ class Trainer:
 
     def _permutation(self, epoch: int) -> Tensor:
         if getattr(self, "_epoch", None) != epoch:
-            self._order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self._hash("epoch", epoch)))
+            self._order = torch.randperm(
+                len(self.data), generator=torch.Generator().manual_seed(self._hash("epoch", epoch))
+            )
             self._epoch = epoch
         return self._order
 
@@ -121,7 +132,9 @@ class Trainer:
         text = "/".join(map(str, (self.config.seed, *what)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
-    def _batch(self, images: Tensor, labels: Tensor | None, positions: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _batch(
+        self, images: Tensor, labels: Tensor | None, positions: range
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x_0 in [-1, 1], noise ~ N(0, I), t ~ Uniform{0..T-1} and labels of some positions (algorithm 1, lines 2-4).
 
         One Philox block per image decides: t = floor(w0 T / 2^32), flipped if w1 is odd, label dropped if w2 / 2^32 < p.
@@ -210,7 +223,9 @@ class Trainer:
             batches = []
             self.step += 1
             now = time.perf_counter()
-            logger.step(self.step, loss=loss, lr=config.lr_at(self.step - 1), images_per_s=config.batch_size / (now - started))
+            logger.step(
+                self.step, loss=loss, lr=config.lr_at(self.step - 1), images_per_s=config.batch_size / (now - started)
+            )
             started = now
             last = self.step == config.steps
             if self.rank == 0 and (last or self.step % config.save_every == 0):
@@ -274,12 +289,24 @@ class Trainer:
         self.step = info["step"]
         self.ema.n_averaged.fill_(self.step)
         if info["world_size"] != self.world and self.rank == 0:
-            log.warning("resuming with %d processes instead of %d: same batches, other rounding", self.world, info["world_size"])
+            log.warning(
+                "resuming with %d processes instead of %d: same batches, other rounding", self.world, info["world_size"]
+            )
         if self.rank == 0:
             log.info("resuming %s at step %d", self.checkpoint_path, self.step)
 
+    def _sample_grid(self, logger: TrainingLog) -> None:
+        """Eight images of each of the first ten classes (or sixty-four) from the EMA weights, as ``samples/step-*.png``."""
+        sampler = Sampler(self.ema.module, self.schedule, prediction=self.config.prediction)
+        classes = sampler.info.classes
+        labels = None if classes is None else [label for label in range(min(classes, 10)) for _ in range(8)]
+        output = sampler.sample(
+            64 if labels is None else len(labels), steps=25, seed=self.config.seed, labels=labels, size=self.data.size
+        )
+        picture = output.grid(columns=8)
+        save_picture(picture, self.out / "samples" / f"step-{self.step:07d}.png")
+        logger.image(self.step, picture)
+
     def export(self, path: str | Path) -> None:
         """Write the EMA weights, network and schedule as a diffusers folder."""
-        from fastdiff import checkpoint
-
         checkpoint.save_folder(path, self.ema.module, self.schedule, prediction=self.config.prediction)

@@ -1,0 +1,5 @@
+"""``python -m fastdiff``, as torchrun starts it."""
+
+from fastdiff.cli import main
+
+main()

@@ -1,0 +1,373 @@
+"""The command line: ``fastdiff sample | train | info``. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastdiff import __version__
+from fastdiff.errors import FastdiffError, InvalidArgument
+
+if TYPE_CHECKING:
+    from fastdiff.training import ImageData
+    from fastdiff.unet import UNetConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Samples from diffusion U-Nets, as fast as the hardware allows.",
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A built-in name (fashion-mnist), a diffusers folder, or a .safetensors checkpoint."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def sample(
+    model: ModelArgument = "fashion-mnist",
+    n: Annotated[int, typer.Option("--n", "-n", help="How many images.")] = 16,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="A picture (grid), an .npz, or a folder of PNGs (no suffix).")
+    ] = Path("samples.png"),
+    per_class: Annotated[
+        int | None, typer.Option(help="This many images of every class, a row each; replaces --n and --labels.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="A class for all images, or a comma-separated list that is repeated.")
+    ] = None,
+    solver: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    steps: Annotated[
+        int | None, typer.Option(help="Network evaluations [default: 50 for ddim, all timesteps for ddpm].")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")] = 0.0,
+    variance: Annotated[str | None, typer.Option(help="Noise of ddpm: posterior, beta, none, learned_range.")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="trailing, leading, linspace or quadratic [default: the model's].")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
+    start_index: Annotated[int, typer.Option(help="The first image's index.")] = 0,
+    size: Annotated[str | None, typer.Option(help="Height and width, as 32 or 24x40 [default: the model's].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in flight [default: by the network's size].")] = None,
+    backend: Annotated[str, typer.Option(help="auto, eager or compiled.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cuda where there is one].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: the model's].")] = None,
+    animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw images from a model.
+
+    Examples:
+
+      fastdiff sample fashion-mnist --per-class 8 --out out/samples.png
+
+      fastdiff sample fashion-mnist --n 4 --labels 9 --guidance 2 --animate boots.gif --out boots.png
+
+      fastdiff sample fashion-mnist --n 100 --solver ddpm --steps 100 --out samples.npz
+    """
+    from fastdiff import Sampler, SampleOutput
+    from fastdiff.images import PICTURES, animate as write_animation, grid
+
+    if out.suffix.lower() not in (*PICTURES, ".npz", ""):
+        raise InvalidArgument(
+            f"--out {out}: unknown suffix; allowed: {', '.join((*PICTURES, '.npz'))}, or none for a folder"
+        )
+    if animate is not None and animate.suffix.lower() not in (".gif", ".webp"):
+        raise InvalidArgument(f"--animate {animate}: a .gif or .webp file is needed")
+    sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
+    columns = None
+    chosen: list[int] | None = None
+    if per_class is not None:
+        classes = sampler.info.classes
+        if classes is None or per_class < 1:
+            raise InvalidArgument(
+                f"--per-class {per_class}: a class-conditional model and a number of at least 1 are needed"
+            )
+        n, columns = classes * per_class, per_class
+        chosen = [label for label in range(classes) for _ in range(per_class)]
+    elif labels is not None:
+        given = _numbers("--labels", labels)
+        chosen = [given[i % len(given)] for i in range(n)]
+    options: dict[str, Any] = {
+        "solver": solver, "steps": steps, "eta": eta, "variance": variance, "spacing": spacing, "guidance": guidance, "seed": seed,
+        "start_index": start_index, "size": None if size is None else _size(size), "batch_size": batch_size, "labels": chosen,
+    }  # fmt: skip
+    show = sys.stderr.isatty() and not as_json
+    started = time.perf_counter()
+    if animate is None:
+        output: SampleOutput = sampler.sample(n, progress=show, **options)
+    else:
+        frames = []
+
+        def keep(event: Any) -> None:
+            if event.indices.start == start_index:  # the first chunk is shown
+                frames.append(grid(event.x, columns))
+
+        output = sampler.sample(n, progress=show, callback=keep, **options)
+        write_animation(frames, animate)
+    seconds = time.perf_counter() - started
+    output.save(out, columns)
+    rows = len(output.table)
+    result = {
+        "out": str(out),
+        "images": n,
+        "shape": list(output.images.shape[1:]),
+        "seed": output.seed,
+        "solver": output.table.solver,
+        "rows": rows,
+        "nfe": output.nfe,
+        "backend": sampler.backend,
+        "device": str(sampler.device),
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+        "seconds": round(seconds, 3),
+        "img_steps_per_s": round(n * rows / seconds, 2),
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{out}: {n} images, {output.table.solver}, {rows} steps, {output.nfe} network evaluations each, seed {output.seed}"
+    )
+    print(
+        f"{seconds:.1f} s, {n * rows / seconds:.1f} img-steps/s on {result['device']} ({result['backend']}, {result['dtype']})"
+    )
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A folder of images, an .npz, or an IDX (MNIST) file, .gz or not.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for checkpoints, log and samples; an interrupted run there is resumed."
+        ),
+    ],
+    labels: Annotated[Path | None, typer.Option(help="IDX file of labels, for an IDX file of images.")] = None,
+    size: Annotated[str | None, typer.Option(help="Image size, as 32 or 24x40 [default: the data's].")] = None,
+    fit: Annotated[
+        str, typer.Option(help="crop: centre-crop and shrink larger images; pad: put smaller ones on black.")
+    ] = "crop",
+    unconditional: Annotated[bool, typer.Option(help="Ignore the labels that the data has.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="A U-Net config.json (diffusers keys); replaces the network options below.")
+    ] = None,
+    channels: Annotated[str, typer.Option(help="Width of each resolution.")] = "64,128,256",
+    layers: Annotated[int, typer.Option(help="Residual blocks per resolution.")] = 2,
+    attention: Annotated[
+        str, typer.Option(help="Feature-map heights that get attention, as 16,8; empty for none.")
+    ] = "16",
+    head_dim: Annotated[int | None, typer.Option(help="Channels of an attention head [default: one head].")] = None,
+    groups: Annotated[int, typer.Option(help="Groups of GroupNorm.")] = 32,
+    dropout: Annotated[float, typer.Option(help="Dropout in the residual blocks.")] = 0.0,
+    scale_shift: Annotated[
+        bool, typer.Option(help="Time and class scale and shift each block (FiLM) instead of being added.")
+    ] = False,
+    class_image: Annotated[
+        str | None, typer.Option(help="add, multiply or concat: the class joins the input image instead.")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="linear, scaled_linear, cosine or sigmoid.")] = "linear",
+    timesteps: Annotated[int, typer.Option(help="Length of the noise schedule.")] = 1000,
+    prediction: Annotated[str, typer.Option(help="epsilon, sample or v_prediction.")] = "epsilon",
+    min_snr_gamma: Annotated[
+        float | None, typer.Option(help="Min-SNR weighting of the loss, as 5 [default: none].")
+    ] = None,
+    label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.1,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 100_000,
+    batch_size: Annotated[int, typer.Option(help="Images per update, over all processes.")] = 128,
+    accumulate: Annotated[int, typer.Option(help="Parts in which a batch is run.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
+    lr_warmup: Annotated[int, typer.Option(help="Updates of linear warm-up.")] = 500,
+    lr_decay: Annotated[str, typer.Option(help="cosine, linear or none.")] = "cosine",
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    grad_clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights that are sampled.")] = 0.9999,
+    hflip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order, noise.")] = 0,
+    log_every: Annotated[int, typer.Option(help="Updates between lines of log.jsonl.")] = 50,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 1000,
+    sample_every: Annotated[int, typer.Option(help="Updates between sample grids; 0 for none.")] = 1000,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a U-Net on images; classes are the sub-folders, the npz's labels, or the --labels file.
+
+    Under torchrun the batch is shared by the processes. The result is OUT/model, a diffusers folder.
+
+    Examples:
+
+      fastdiff train photos --size 64 --out runs/photos --precision bf16 --compile
+
+      fastdiff train train-images-idx3-ubyte.gz --labels train-labels-idx1-ubyte.gz --size 32 --fit pad --out runs/fashion
+
+      torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 --out runs/photos
+    """
+    import torch
+
+    from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
+    from fastdiff.checkpoint import read_json
+    from fastdiff.training import load_data
+
+    settings = TrainConfig(
+        steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,
+        label_dropout=label_dropout, hflip=hflip, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay, weight_decay=weight_decay,
+        grad_clip=grad_clip, ema_decay=ema_decay, precision=precision, compile=compile_, seed=seed, log_every=log_every,
+        save_every=save_every, sample_every=sample_every,
+    )  # fmt: skip
+    noise = NoiseSchedule(schedule, timesteps)
+    unet_config = UNetConfig.from_dict(read_json(config)) if config is not None else None
+    images = load_data(data, labels=labels, size=None if size is None else _size(size), fit=fit)
+    if unet_config is None:
+        unet_config = _network(
+            images, _numbers("--channels", channels), layers, _numbers("--attention", attention) if attention else [], head_dim, groups,
+            dropout, scale_shift, class_image, unconditional,
+        )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet(unet_config).zero_residuals_()
+    trainer = Trainer(unet, images, out, settings, noise, device=device)
+    started = time.perf_counter()
+    trainer.fit()
+    if trainer.rank == 0:
+        seconds = time.perf_counter() - started
+        result = {"model": str(out / "model"), "step": trainer.step, "parameters": sum(p.numel() for p in unet.parameters()),
+                  "seconds": round(seconds, 1)}  # fmt: skip
+        print(json.dumps(result) if as_json else f"{out / 'model'}: step {trainer.step}, {seconds:.0f} s")
+
+
+@app.command()
+def info(
+    model: ModelArgument = "fashion-mnist",
+    solver: Annotated[str | None, typer.Option(help="Also print this solver's step table: ddim or ddpm.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Rows of that table.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe a model: its network, schedule and cost, and a solver's step table.
+
+    Examples:
+
+      fastdiff info fashion-mnist
+
+      fastdiff info fashion-mnist --solver ddim --steps 10
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fastdiff import Sampler
+    from fastdiff.request import Options, step_table
+
+    sampler = Sampler.from_pretrained(model, device="cpu")
+    shape = (sampler.info.channels, *(sampler.info.size or (sampler.info.stride,) * 2))
+    label = None if sampler.info.classes is None else torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        sampler.unet(torch.zeros(1, *shape), torch.zeros(1), label)
+    table = None
+    if solver is not None:
+        table = step_table(
+            Options(solver=solver, steps=steps), sampler.schedule, sampler.prediction, sampler._scheduler_config
+        )
+    config: Any = sampler.unet.config
+    result: dict[str, Any] = {
+        "model": model,
+        "parameters": sum(p.numel() for p in sampler.unet.parameters()),
+        "image": list(shape),
+        "classes": sampler.info.classes,
+        "null_label": sampler.info.null_label,
+        "gflop_per_image_step": round(flops.get_total_flops() / 1e9, 4),
+        "prediction": sampler.prediction,
+        "schedule": {k: v for k, v in sampler.schedule.to_scheduler_config().items() if v is not None},
+        "unet": config.to_dict(),
+    }
+    if as_json:
+        print(json.dumps(result | ({} if table is None else {"table": json.loads(table.to_json())})))
+        return
+    for key, value in result.items():
+        print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
+    if table is not None:
+        print(f"\n{table}")
+
+
+def _network(
+    data: ImageData, channels: list[int], layers: int, attention: list[int], head_dim: int | None, groups: int, dropout: float,
+    scale_shift: bool, class_image: str | None, unconditional: bool,
+) -> UNetConfig:  # fmt: skip
+    """The U-Net that the options describe, for this data."""
+    from fastdiff import UNetConfig
+
+    heights = [data.size[0] >> level for level in range(len(channels))]
+    unknown = sorted(set(attention) - set(heights))
+    if unknown:
+        raise InvalidArgument(f"--attention {unknown[0]}: the feature maps are {', '.join(map(str, heights))} high")
+    has = [height in attention for height in heights]
+    classes = None if unconditional else data.num_classes
+    return UNetConfig(
+        sample_size=data.size[0] if data.size[0] == data.size[1] else data.size,
+        in_channels=data.channels,
+        out_channels=data.channels,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in has),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has)),
+        attention_head_dim=head_dim,
+        norm_num_groups=groups,
+        dropout=dropout,
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+        num_class_embeds=None if classes is None else classes + 1,
+        null_label=classes,
+        class_image=class_image if classes is not None else None,
+    )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InvalidArgument(f"{option} {text}: whole numbers separated by commas are needed") from e
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError as e:
+        raise InvalidArgument(f"--size {text}: a number, or height x width as in 24x40, is needed") from e
+    if len(sides) not in (1, 2):
+        raise InvalidArgument(f"--size {text}: a number, or height x width as in 24x40, is needed")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def main() -> None:
+    """Entry point: errors that fastdiff raises on purpose are one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except FastdiffError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

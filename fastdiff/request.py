@@ -1,0 +1,290 @@
+"""A call of the sampler, checked: everything that can be wrong with it is found here, before anything heavy runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastdiff import solvers
+from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.noise import check_seed
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers import StepTable
+
+SOLVERS = ("ddim", "ddpm")
+FROM_MODEL = "model"
+
+# Images are run in chunks whose activations take about this much; larger ones do not make a step faster.
+CHUNK_BYTES = 2 << 30
+MAX_CHUNK = 64
+
+NoiseSource = Callable[[int | None, range], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkInfo:
+    """What a sampler must know of a network: read from a `UNetConfig` or a diffusers config, or given as a shape."""
+
+    channels: int
+    size: tuple[int, int] | None
+    out_channels: int | None = None
+    stride: int = 1
+    width: int = 64
+    classes: int | None = None
+    null_label: int | None = None
+    described: bool = False
+
+    @classmethod
+    def of(cls, unet: nn.Module, shape: tuple[int, int, int] | None) -> NetworkInfo:
+        """Raises `InvalidArgument` where neither the network nor ``shape`` tells the input, `ConfigError` for class embeddings that
+        are not fed by labels.
+        """
+        if shape is not None and not (
+            isinstance(shape, tuple) and len(shape) == 3 and all(_whole(v) and v >= 1 for v in shape)
+        ):
+            raise InvalidArgument(f"shape={shape!r}: (channels, height, width), each at least 1, is needed")
+        config = getattr(unet, "config", None)
+        if getattr(config, "in_channels", None) is None:
+            if shape is None:
+                raise InvalidArgument(
+                    "the network has no configuration that tells its input; give shape=(channels, height, width)"
+                )
+            return cls(channels=shape[0], size=shape[1:])
+        if getattr(config, "class_embed_type", None) is not None:
+            raise ConfigError(
+                f"class_embed_type={config.class_embed_type!r} is not fed by labels, so a Sampler cannot run it"
+            )
+        size = config.sample_size
+        if size is not None and not isinstance(size, (tuple, list)):
+            size = (size, size)
+        null = getattr(config, "null_label", None)
+        embeds = config.num_class_embeds
+        return cls(
+            channels=config.in_channels if shape is None else shape[0],
+            size=(None if size is None else tuple(size)) if shape is None else shape[1:],
+            out_channels=config.out_channels,
+            stride=1 << (len(config.block_out_channels) - 1),
+            width=max(config.block_out_channels[0], 1),
+            classes=None if embeds is None else embeds - (null is not None),
+            null_label=null,
+            described=True,
+        )
+
+    def activation_bytes(self, size: tuple[int, int]) -> int:
+        """A rough size of one image's activations: a dozen float32 maps of the first block's width."""
+        return 12 * 4 * self.width * size[0] * size[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `Sampler.sample`, which describes them."""
+
+    solver: str | StepTable = "ddim"
+    steps: int | None = None
+    eta: float = 0.0
+    variance: str | None = None
+    spacing: str | Sequence[float] | None = None
+    clip: float | str | None = FROM_MODEL
+    seed: int | None = 0
+    start_index: int = 0
+    labels: int | Sequence[int] | Tensor | None = None
+    guidance: float | Sequence[float] = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    size: int | tuple[int, int] | None = None
+    noise: Tensor | NoiseSource | None = None
+    batch_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked call: n images of ``shape`` in chunks of at most ``batch_size``."""
+
+    n: int
+    seed: int
+    start_index: int
+    shape: tuple[int, int, int]
+    table: StepTable
+    nfe: int
+    labels: Tensor | None
+    guidance: NDArray[np.float64]
+    guidance_rescale: float
+    noise: Tensor | NoiseSource | None
+    batch_size: int
+
+    @property
+    def chunks(self) -> list[range]:
+        """Positions 0 .. n-1 in runs of at most ``batch_size``."""
+        return [range(i, min(i + self.batch_size, self.n)) for i in range(0, self.n, self.batch_size)]
+
+    def indices(self, chunk: range) -> range:
+        """Global image indices of a chunk."""
+        return range(self.start_index + chunk.start, self.start_index + chunk.stop)
+
+
+def check(
+    n: int, o: Options, info: NetworkInfo, schedule: NoiseSchedule, prediction: str, scheduler_config: Mapping[str, Any]
+) -> Request:
+    """The checked request. Raises `InvalidArgument` naming the value and what is allowed."""
+    if not _whole(n) or n < 1:
+        raise InvalidArgument(f"n={n!r}: a whole number of at least 1 is needed")
+    if not _whole(o.start_index) or not 0 <= o.start_index <= (1 << 63) - n:
+        raise InvalidArgument(f"start_index={o.start_index!r}: a whole number from 0 is needed")
+    if o.batch_size is not None and (not _whole(o.batch_size) or o.batch_size < 1):
+        raise InvalidArgument(f"batch_size={o.batch_size!r}: a whole number of at least 1, or None, is needed")
+    seed = secrets.randbits(63) if o.seed is None else check_seed(o.seed)
+    size = _size(n, o.size, info)
+    shape = (info.channels, *size)
+    table = step_table(o, schedule, prediction, scheduler_config)
+    if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
+        raise InvalidArgument(
+            f"variance='learned_range' needs a network with {2 * info.channels} output channels, this one has {info.out_channels}"
+        )
+    guidance = _guidance(n, o, info)
+    if o.guidance_interval != (0.0, 1.0):
+        table = _guided_between(table, o.guidance_interval)
+    if isinstance(o.noise, Tensor) and tuple(o.noise.shape) != (n, *shape):
+        raise InvalidArgument(f"noise has shape {tuple(o.noise.shape)}, {(n, *shape)} is needed")
+    default_batch = max(1, min(MAX_CHUNK, CHUNK_BYTES // info.activation_bytes(size)))
+    return Request(
+        n=int(n),
+        seed=seed,
+        start_index=int(o.start_index),
+        shape=shape,
+        table=table,
+        nfe=table.nfe(guided=bool((guidance != 1.0).any())),
+        labels=_labels(n, o.labels, info),
+        guidance=guidance,
+        guidance_rescale=float(o.guidance_rescale),
+        noise=o.noise,
+        batch_size=min(int(n), o.batch_size or default_batch),
+    )
+
+
+def step_table(o: Options, schedule: NoiseSchedule, prediction: str, scheduler_config: Mapping[str, Any]) -> StepTable:
+    """The table that the options ask for; what they leave open, the model's scheduler configuration decides."""
+    config = scheduler_config
+    if isinstance(o.solver, StepTable):
+        return o.solver
+    if o.solver not in SOLVERS:
+        raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {', '.join(SOLVERS)}, or a StepTable")
+    clip = o.clip
+    if isinstance(clip, str):
+        if clip != FROM_MODEL:
+            raise InvalidArgument(f"clip={clip!r}: a positive number, None or {FROM_MODEL!r} is needed")
+        clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
+    spacing = o.spacing if o.spacing is not None else config.get("timestep_spacing", "trailing")
+    common: dict[str, Any] = {"prediction": prediction, "clip": clip, "spacing": spacing}
+    if spacing == "leading":
+        common["steps_offset"] = config.get("steps_offset", 0)
+    if o.solver == "ddim":
+        if o.variance is not None:
+            raise InvalidArgument(f"variance={o.variance!r} belongs to solver 'ddpm'; the noise of ddim is eta")
+        steps = min(50, schedule.timesteps) if o.steps is None and isinstance(spacing, str) else o.steps
+        return solvers.ddim(schedule, steps, eta=o.eta, set_alpha_to_one=config.get("set_alpha_to_one", True), **common)
+    if o.eta != 0.0:
+        raise InvalidArgument(f"eta={o.eta!r} belongs to solver 'ddim'; the noise of ddpm is variance")
+    names = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned_range"}
+    named = config.get("variance_type", "fixed_small")
+    if o.variance is None and named not in names:
+        raise InvalidArgument(f"the model's variance_type {named!r} is not supported; give variance=")
+    return solvers.ddpm(schedule, o.steps, variance=o.variance or names[named], **common)
+
+
+def _size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) -> tuple[int, int]:
+    if size is None:
+        if info.size is None:
+            raise InvalidArgument("the network's configuration has no sample_size; give size=")
+        height, width = info.size
+    else:
+        pair = size if isinstance(size, (tuple, list)) else (size, size)
+        if len(pair) != 2 or not all(_whole(v) and v >= 1 for v in pair):
+            raise InvalidArgument(f"size={size!r}: one whole number or (height, width), each at least 1, is needed")
+        height, width = pair
+    if height % info.stride or width % info.stride:
+        raise InvalidArgument(f"size={height}x{width}: both must be multiples of the network's stride, {info.stride}")
+    memory = _memory()
+    if memory is not None:
+        need, result = info.activation_bytes((height, width)), 4 * n * info.channels * height * width
+        if need > memory:
+            raise InvalidArgument(
+                f"size={height}x{width}: one image needs about {need >> 30} GiB, this machine has {memory >> 30} GiB"
+            )
+        if result > memory:
+            raise InvalidArgument(
+                f"n={n}: the images alone need {result >> 30} GiB, this machine has {memory >> 30} GiB; draw fewer at a time, "
+                "with start_index for the next ones"
+            )
+    return height, width
+
+
+def _labels(n: int, labels: int | Sequence[int] | Tensor | None, info: NetworkInfo) -> Tensor | None:
+    if labels is None:
+        if info.null_label is not None:
+            return torch.full((n,), info.null_label, dtype=torch.int64)
+        if info.classes is not None:
+            raise InvalidArgument(f"this network is class-conditional; give labels from 0 to {info.classes - 1}")
+        return None
+    if info.classes is None and info.described:
+        raise InvalidArgument(f"labels={labels!r}: this network has no classes")
+    try:
+        tensor = torch.as_tensor([labels] * n if _whole(labels) else labels)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InvalidArgument(f"labels={labels!r}: one whole number, or {n} of them, are needed") from e
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tuple(tensor.shape) != (n,):
+        raise InvalidArgument(
+            f"labels of {tensor.dtype} {tuple(tensor.shape)}: one whole number, or {n} of them, are needed"
+        )
+    limit = info.classes if info.classes is not None else 1 << 31
+    bad = tensor[(tensor < 0) | (tensor >= limit)]
+    if len(bad):
+        raise InvalidArgument(f"label {int(bad[0])} is out of range: 0 to {limit - 1} are allowed")
+    return tensor.to(device="cpu", dtype=torch.int64)
+
+
+def _guidance(n: int, o: Options, info: NetworkInfo) -> NDArray[np.float64]:
+    try:
+        scales = np.broadcast_to(np.asarray(o.guidance, dtype=np.float64), (n,))
+    except (TypeError, ValueError) as e:
+        raise InvalidArgument(f"guidance={o.guidance!r}: one number, or {n} of them, are needed") from e
+    if not np.isfinite(scales).all():
+        raise InvalidArgument(f"guidance={o.guidance!r}: finite numbers are needed")
+    rescale = o.guidance_rescale
+    if isinstance(rescale, bool) or not isinstance(rescale, (int, float)) or not 0.0 <= rescale <= 1.0:
+        raise InvalidArgument(f"guidance_rescale={rescale!r}: a number from 0 to 1 is needed")
+    if (scales != 1.0).any():
+        if info.null_label is None:
+            raise InvalidArgument(
+                f"guidance={o.guidance!r} needs a network trained with label dropout (null_label in its configuration); 1 is off"
+            )
+        if o.labels is None:
+            raise InvalidArgument(f"guidance={o.guidance!r} needs labels to guide towards; 1 is off")
+    return scales
+
+
+def _guided_between(table: StepTable, interval: tuple[float, float]) -> StepTable:
+    try:
+        start, end = (float(v) for v in interval)
+    except (TypeError, ValueError) as e:
+        raise InvalidArgument(f"guidance_interval={interval!r}: two numbers (start, end) from 0 to 1 are needed") from e
+    return table.with_guidance_interval(start, end)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _memory() -> int | None:
+    """Physical memory in bytes; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
