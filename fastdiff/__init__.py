@@ -27,8 +27,8 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from fastdiff import solvers as solvers
     from fastdiff.errors import FastdiffError as FastdiffError
-    from fastdiff.sampler import Sampler as Sampler
     from fastdiff.sampler import SampleOutput as SampleOutput
+    from fastdiff.sampler import Sampler as Sampler
     from fastdiff.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.solvers import StepTable as StepTable
     from fastdiff.training import TrainConfig as TrainConfig

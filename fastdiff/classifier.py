@@ -1,4 +1,4 @@
-"""A small Fashion-MNIST classifier, the judge of generated samples: is it the class it was asked for, and how far is it?
+"""A small Fashion-MNIST classifier, the judge of generated samples: is it what was asked for, and how far is it?
 
     judge = Classifier.load("fashion-mnist")          # comes with fastdiff; recipes/train_classifier.py made it
     logits, features = judge.judge(images)            # images: float32 [N, 1, 32, 32] in [-1, 1]
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, model: str | Path = "fashion-mnist") -> Classifier:
-        """From a ``.safetensors`` file, a folder that holds ``classifier.safetensors``, or the name of a built-in model.
+        """From a ``.safetensors`` file, a folder that holds ``classifier.safetensors``, or a built-in model's name.
 
         In float32 on the CPU, in eval mode. Raises `CheckpointError` naming the file and every mismatch.
         """

@@ -86,8 +86,9 @@ def sample(
 
       fastdiff sample fashion-mnist --n 100 --solver ddpm --steps 100 --out samples.npz
     """
-    from fastdiff import Sampler, SampleOutput
-    from fastdiff.images import PICTURES, animate as write_animation, grid
+    from fastdiff import SampleOutput, Sampler
+    from fastdiff.images import PICTURES, grid
+    from fastdiff.images import animate as write_animation
 
     if out.suffix.lower() not in (*PICTURES, ".npz", ""):
         raise InvalidArgument(
@@ -110,8 +111,9 @@ def sample(
         given = _numbers("--labels", labels)
         chosen = [given[i % len(given)] for i in range(n)]
     options: dict[str, Any] = {
-        "solver": solver, "steps": steps, "eta": eta, "variance": variance, "spacing": spacing, "guidance": guidance, "seed": seed,
-        "start_index": start_index, "size": None if size is None else _size(size), "batch_size": batch_size, "labels": chosen,
+        "solver": solver, "steps": steps, "eta": eta, "variance": variance, "spacing": spacing, "guidance": guidance,
+        "seed": seed, "start_index": start_index, "size": None if size is None else _size(size),
+        "batch_size": batch_size, "labels": chosen,
     }  # fmt: skip
     show = sys.stderr.isatty() and not as_json
     started = time.perf_counter()
@@ -147,10 +149,12 @@ def sample(
         print(json.dumps(result))
         return
     print(
-        f"{out}: {n} images, {output.table.solver}, {rows} steps, {output.nfe} network evaluations each, seed {output.seed}"
+        f"{out}: {n} images, {output.table.solver}, {rows} steps, {output.nfe} network evaluations each, "
+        f"seed {output.seed}"
     )
     print(
-        f"{seconds:.1f} s, {n * rows / seconds:.1f} img-steps/s on {result['device']} ({result['backend']}, {result['dtype']})"
+        f"{seconds:.1f} s, {n * rows / seconds:.1f} img-steps/s on {result['device']} "
+        f"({result['backend']}, {result['dtype']})"
     )
 
 
@@ -222,7 +226,7 @@ def train(
 
       fastdiff train photos --size 64 --out runs/photos --precision bf16 --compile
 
-      fastdiff train train-images-idx3-ubyte.gz --labels train-labels-idx1-ubyte.gz --size 32 --fit pad --out runs/fashion
+      fastdiff train images-idx3-ubyte.gz --labels labels-idx1-ubyte.gz --size 32 --fit pad --out runs/mnist
 
       torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 --out runs/photos
     """
@@ -234,17 +238,17 @@ def train(
 
     settings = TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,
-        label_dropout=label_dropout, hflip=hflip, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay, weight_decay=weight_decay,
-        grad_clip=grad_clip, ema_decay=ema_decay, precision=precision, compile=compile_, seed=seed, log_every=log_every,
-        save_every=save_every, sample_every=sample_every,
+        label_dropout=label_dropout, hflip=hflip, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
+        weight_decay=weight_decay, grad_clip=grad_clip, ema_decay=ema_decay, precision=precision, compile=compile_,
+        seed=seed, log_every=log_every, save_every=save_every, sample_every=sample_every,
     )  # fmt: skip
     noise = NoiseSchedule(schedule, timesteps)
     unet_config = UNetConfig.from_dict(read_json(config)) if config is not None else None
     images = load_data(data, labels=labels, size=None if size is None else _size(size), fit=fit)
     if unet_config is None:
         unet_config = _network(
-            images, _numbers("--channels", channels), layers, _numbers("--attention", attention) if attention else [], head_dim, groups,
-            dropout, scale_shift, class_image, unconditional,
+            images, _numbers("--channels", channels), layers, _numbers("--attention", attention) if attention else [],
+            head_dim, groups, dropout, scale_shift, class_image, unconditional,
         )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -254,8 +258,13 @@ def train(
     trainer.fit()
     if trainer.rank == 0:
         seconds = time.perf_counter() - started
-        result = {"model": str(out / "model"), "step": trainer.step, "parameters": sum(p.numel() for p in unet.parameters()),
-                  "seconds": round(seconds, 1)}  # fmt: skip
+        parameters = sum(p.numel() for p in unet.parameters())
+        result = {
+            "model": str(out / "model"),
+            "step": trainer.step,
+            "parameters": parameters,
+            "seconds": round(seconds, 1),
+        }
         print(json.dumps(result) if as_json else f"{out / 'model'}: step {trainer.step}, {seconds:.0f} s")
 
 
@@ -312,8 +321,8 @@ def info(
 
 
 def _network(
-    data: ImageData, channels: list[int], layers: int, attention: list[int], head_dim: int | None, groups: int, dropout: float,
-    scale_shift: bool, class_image: str | None, unconditional: bool,
+    data: ImageData, channels: list[int], layers: int, attention: list[int], head_dim: int | None, groups: int,
+    dropout: float, scale_shift: bool, class_image: str | None, unconditional: bool,
 ) -> UNetConfig:  # fmt: skip
     """The U-Net that the options describe, for this data."""
     from fastdiff import UNetConfig

@@ -1,4 +1,4 @@
-"""Pictures out of tensors: PIL images, grids, files, animations. Images are [-1, 1], C = 1 (gray) or 3 (RGB) channels."""
+"""Pictures out of tensors: PIL images, grids, files, animations. Images are in [-1, 1], gray (C = 1) or RGB (C = 3)."""
 
 from __future__ import annotations
 

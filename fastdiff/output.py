@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,8 +20,8 @@ from fastdiff.solvers import StepTable
 class Event:
     """One finished row of a run, for the images ``indices`` (global numbers) that are in flight.
 
-    row counts from 0, rows is the table's length; x is the state after the row and x0 the denoised image that the row saw, both
-    float32 [len(indices), C, H, W] on the sampler's device.
+    row counts from 0, rows is the table's length; x is the state after the row and x0 the denoised image that the row
+    saw, both float32 [len(indices), C, H, W] on the sampler's device.
     """
 
     row: int
@@ -34,8 +35,8 @@ class Event:
 class SampleOutput:
     """The images of (seed, start_index .. start_index + n - 1).
 
-    images: float32 [n, C, H, W] on the CPU, in [-1, 1] where x0 was clipped; nfe: network evaluations per image (a guided
-    row counts two); labels: int64 [n] or None.
+    images: float32 [n, C, H, W] on the CPU, in [-1, 1] where x0 was clipped; nfe: network evaluations per image (a
+    guided row counts two); labels: int64 [n] or None.
     """
 
     images: Tensor
@@ -65,7 +66,11 @@ class SampleOutput:
             images.save_picture(self.to_pil()[0] if len(self.images) == 1 else self.grid(columns), path)
         elif path.suffix.lower() == ".npz":
             indices = np.arange(self.start_index, self.start_index + len(self.images))
-            arrays = {"images": images.to_uint8(self.images), "seed": np.uint64(self.seed), "indices": indices}
+            arrays: dict[str, Any] = {
+                "images": images.to_uint8(self.images),
+                "seed": np.uint64(self.seed),
+                "indices": indices,
+            }
             if self.labels is not None:
                 arrays["labels"] = self.labels.numpy()
             with atomic_path(path) as temporary:

@@ -44,14 +44,14 @@ class NetworkInfo:
 
     @classmethod
     def of(cls, unet: nn.Module, shape: tuple[int, int, int] | None) -> NetworkInfo:
-        """Raises `InvalidArgument` where neither the network nor ``shape`` tells the input, `ConfigError` for class embeddings that
-        are not fed by labels.
+        """Raises `InvalidArgument` where neither the network nor ``shape`` tells the input, `ConfigError` for class
+        embeddings that are not fed by labels.
         """
         if shape is not None and not (
             isinstance(shape, tuple) and len(shape) == 3 and all(_whole(v) and v >= 1 for v in shape)
         ):
             raise InvalidArgument(f"shape={shape!r}: (channels, height, width), each at least 1, is needed")
-        config = getattr(unet, "config", None)
+        config: Any = getattr(unet, "config", None)
         if getattr(config, "in_channels", None) is None:
             if shape is None:
                 raise InvalidArgument(
@@ -146,7 +146,8 @@ def check(
     table = step_table(o, schedule, prediction, scheduler_config)
     if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
         raise InvalidArgument(
-            f"variance='learned_range' needs a network with {2 * info.channels} output channels, this one has {info.out_channels}"
+            f"variance='learned_range' needs a network with {2 * info.channels} output channels, "
+            f"this one has {info.out_channels}"
         )
     guidance = _guidance(n, o, info)
     if o.guidance_interval != (0.0, 1.0):
@@ -220,8 +221,8 @@ def _size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) -> tupl
             )
         if result > memory:
             raise InvalidArgument(
-                f"n={n}: the images alone need {result >> 30} GiB, this machine has {memory >> 30} GiB; draw fewer at a time, "
-                "with start_index for the next ones"
+                f"n={n}: the images alone need {result >> 30} GiB, this machine has {memory >> 30} GiB; draw fewer at "
+                "a time, with start_index for the next ones"
             )
     return height, width
 
@@ -263,7 +264,7 @@ def _guidance(n: int, o: Options, info: NetworkInfo) -> NDArray[np.float64]:
     if (scales != 1.0).any():
         if info.null_label is None:
             raise InvalidArgument(
-                f"guidance={o.guidance!r} needs a network trained with label dropout (null_label in its configuration); 1 is off"
+                f"guidance={o.guidance!r} needs a network trained with label dropout (null_label in its config); 1 is off"
             )
         if o.labels is None:
             raise InvalidArgument(f"guidance={o.guidance!r} needs labels to guide towards; 1 is off")

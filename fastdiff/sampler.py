@@ -35,8 +35,9 @@ class Sampler:
     """Samples from a diffusion U-Net.
 
     unet
-        A `fastdiff.UNet`, a diffusers ``UNet2DModel``, or any module called as ``unet(x, t)`` or ``unet(x, t, class_labels=labels)``
-        (then give ``shape``, its (C, H, W)). It is never changed, and its present weights are used, also while it trains.
+        A `fastdiff.UNet`, a diffusers ``UNet2DModel``, or any module called as ``unet(x, t)`` or
+        ``unet(x, t, class_labels=labels)`` (then give ``shape``, its (C, H, W)). It is never changed, and its present
+        weights are used, also while it trains.
     schedule, prediction
         What it was trained with; prediction is "epsilon", "sample" or "v_prediction".
     backend
@@ -44,10 +45,11 @@ class Sampler:
     device, dtype
         Where and in what the network runs; None keeps its own. The state is float32 always.
     determinism
-        "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": bit for bit, where a backend offers it.
+        "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": bit for bit, where a backend
+        offers it.
 
-    It may be called from several threads, which take turns step by step. Raises `InvalidArgument` naming the value and what
-    is allowed, `BackendError` with every reason why a backend cannot run.
+    It may be called from several threads, which take turns step by step. Raises `InvalidArgument` naming the value
+    and what is allowed, `BackendError` with every reason why a backend cannot run.
     """
 
     def __init__(
@@ -99,8 +101,8 @@ class Sampler:
     ) -> Sampler:
         """A sampler for a built-in model's name, a diffusers folder, or a checkpoint file (see `fastdiff.checkpoint`).
 
-        Schedule, prediction, clipping, spacing and variance are those of its scheduler configuration. device None: CUDA where
-        there is one.
+        Schedule, prediction, clipping, spacing and variance are those of its scheduler configuration. device None:
+        CUDA where there is one.
         """
         loaded = checkpoint.load(model)
         config = loaded.scheduler_config
@@ -149,7 +151,8 @@ class Sampler:
         eta, variance
             The noise of ddim (0: none) and of ddpm ("posterior", "beta", "none", "learned_range"; None: the model's).
         spacing
-            "trailing", "leading", "linspace", "quadratic" or a falling list of timesteps; None: the model's, else trailing.
+            "trailing", "leading", "linspace", "quadratic" or a falling list of timesteps; None: the model's, else
+            trailing.
         clip
             The bound of |x0|, None for no bound; by default the model's, else 1.
         seed, start_index
@@ -157,13 +160,13 @@ class Sampler:
         labels
             A class for all images or one for each; None: the null class, where the network has one.
         guidance
-            Classifier-free guidance scale for all images or one for each; 1 is off. guidance_interval is the share of the run
-            that is guided (0 is pure noise, 1 the image), guidance_rescale goes from 0 (off) to 1.
+            Classifier-free guidance scale for all images or one for each; 1 is off. guidance_interval is the share of
+            the run that is guided (0 is pure noise, 1 the image), guidance_rescale goes from 0 (off) to 1.
         size
             Height and width, multiples of the network's stride; by default the network's own.
         noise
-            The initial noise [n, C, H, W], or a function (row, indices) -> [len(indices), C, H, W] for all noise, called with row
-            None for the initial one. None: Philox noise of (seed, index).
+            The initial noise [n, C, H, W], or a function (row, indices) -> [len(indices), C, H, W] for all noise,
+            called with row None for the initial one. None: Philox noise of (seed, index).
         batch_size
             Images in flight; by default what suits the network's size.
         callback
@@ -171,13 +174,13 @@ class Sampler:
         progress
             A bar on standard error.
 
-        Raises `InvalidArgument` before anything heavy runs; `Cancelled` after `cancel`; `NumericsError` when images became
-        NaN or infinite, with the others in its ``output``.
+        Raises `InvalidArgument` before anything heavy runs; `Cancelled` after `cancel`; `NumericsError` when images
+        became NaN or infinite, with the others in its ``output``.
         """
         options = Options(
-            solver=solver, steps=steps, eta=eta, variance=variance, spacing=spacing, clip=clip, seed=seed, start_index=start_index,
-            labels=labels, guidance=guidance, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale, size=size,
-            noise=noise, batch_size=batch_size,
+            solver=solver, steps=steps, eta=eta, variance=variance, spacing=spacing, clip=clip, seed=seed,
+            start_index=start_index, labels=labels, guidance=guidance, guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale, size=size, noise=noise, batch_size=batch_size,
         )  # fmt: skip
         r = self._request(n, options)
         parts: list[Tensor] = []
@@ -198,17 +201,18 @@ class Sampler:
         if not finite.all():
             bad = tuple(r.start_index + int(i) for i in torch.nonzero(~finite)[:, 0])
             raise NumericsError(
-                f"{len(bad)} of {n} images became NaN or infinite in {self.dtype} (index {', '.join(map(str, bad[:20]))}); the "
-                "others are in this error's .output. Try float32, or less guidance",
+                f"{len(bad)} of {n} images became NaN or infinite in {self.dtype} (index "
+                f"{', '.join(map(str, bad[:20]))}); the others are in this error's .output. "
+                "Try float32, or less guidance",
                 bad,
                 output,
             )
         return output
 
     def stream(self, n: int, *, every: int = 1, progress: bool = False, **options: Any) -> Iterator[Event]:
-        """The rows of `sample` as they finish: an `Event` for every ``every``-th row and for the last. Takes the options of `sample`.
+        """The rows of `sample` as they finish: an `Event` for every ``every``-th row and for the last.
 
-        Arguments are checked at the call. Leaving the loop, or `cancel`, ends the run and frees everything.
+        Takes the options of `sample`, checked at the call. Leaving the loop, or `cancel`, ends the run and frees all.
         """
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgument(f"every={every!r}: a whole number of at least 1 is needed")
@@ -222,7 +226,7 @@ class Sampler:
         return (event for event, _ in rows if event is not None)
 
     def cancel(self) -> None:
-        """End all running calls between two steps: `sample` raises `Cancelled`, `stream` stops. Later calls run as usual."""
+        """End all running calls between two steps: `sample` raises `Cancelled`, `stream` stops. Later calls run."""
         self._cancellations += 1
 
     def close(self) -> None:
@@ -246,7 +250,7 @@ class Sampler:
     def _rows(
         self, r: Request, preview: Callable[[int], bool], progress: bool
     ) -> Iterator[tuple[Event | None, Tensor | None]]:
-        """The loop. Yields after every row: an event where ``preview(row)`` asks for one, the images where a chunk is finished.
+        """The loop. Yields after every row: an event where ``preview(row)`` asks for it, the images where a chunk ends.
 
         A short last chunk is padded with images that idle, so that no new batch size has to be prepared.
         """
@@ -310,7 +314,7 @@ class Sampler:
         return state
 
     def _runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
-        """The runner for a batch size, prepared once; a converted copy of the network is made anew when the weights have changed."""
+        """The runner for a batch size, prepared once; a converted copy of the network follows changed weights."""
         spec = backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism)
         parameters = list(self.unet.parameters())
         as_it_is = all(p.device == self.device and p.dtype == self.dtype for p in parameters)

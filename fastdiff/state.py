@@ -14,18 +14,20 @@ from fastdiff.noise import as_int64
 from fastdiff.solvers.table import COLUMNS, StepTable
 
 Noise = Callable[[int], Tensor]
-"""A source of update noise: row -> [B, C, H, W]. Without one, noise is Philox."""
+"""A source of update noise: row -> [B, C, H, W], asked for each row at which an image needs some. None: Philox."""
 
 
 class TableBank:
-    """The coefficients of several tables on a device: ``values`` [tables, rows + 1, columns], short tables padded with identity rows."""
+    """The coefficients of several tables on a device: ``values`` [tables, rows + 1, columns], float64 on the ``host``.
+
+    Short tables are padded with identity rows.
+    """
 
     def __init__(self, tables: Sequence[StepTable], device: torch.device, dtype: torch.dtype = torch.float32):
         self.tables = tuple(tables)
         rows = max(len(table) for table in tables)
-        self.host = np.stack(
-            [np.concatenate([t.coefficients, np.repeat(t.coefficients[-1:], rows - len(t), axis=0)]) for t in tables]
-        )
+        arrays = [table.coefficients for table in tables]
+        self.host = np.stack([np.concatenate([a, np.repeat(a[-1:], rows + 1 - len(a), axis=0)]) for a in arrays])
         self.values = torch.from_numpy(self.host).to(device=device, dtype=dtype)
         self.lengths_host = np.array([len(table) for table in tables])
         self.lengths = torch.from_numpy(self.lengths_host).to(device)
@@ -35,10 +37,10 @@ class TableBank:
 class State:
     """A batch in flight. B images, each at its own row of its own table.
 
-    x, xs, m1..m3: float32 [B, C, H, W] (xs and m's only where a table uses them); out: the network's output after guidance,
-    [B, C or 2C, H, W]. table, row, seed, index, label: int64 [B]; seed is the two's complement of an unsigned number;
-    index is the image's global number; label is None for an unconditional network. guidance: float32 [B], 1 = off.
-    row_host mirrors row, so that no step ever asks the device.
+    x, xs, m1..m3: float32 [B, C, H, W] (xs and m's only where a table uses them); out: the network's output after
+    guidance, [B, C or 2C, H, W]. table, row, seed, index, label: int64 [B]; seed is the two's complement of an unsigned
+    number; index is the image's global number; label is None for an unconditional network. guidance: float32 [B],
+    1 = off. row_host mirrors row, so that no step ever asks the device.
     """
 
     x: Tensor

@@ -1,41 +1,51 @@
 """The update of a batch whose rows differ, in plain torch: the reference for every kernel.
 
-Written for reading. Each image gathers its row's coefficients; an operand whose coefficient is zero is not read, so that NaN or
-left-over values in an unused buffer cannot reach the image.
+Written for reading. Each image gathers its row's coefficients; an operand whose coefficient is zero is not read, so
+that NaN or left-over values in an unused buffer cannot reach the image.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import noise
+from fastdiff.errors import InvalidArgument
 from fastdiff.state import State
 
 
-def _times(k: Tensor, operand: Tensor | None) -> Tensor | float:
-    """k * operand per image, exactly 0 where k = 0 whatever the operand holds."""
-    if operand is None:
-        return 0.0
-    k = k.view(-1, 1, 1, 1)
-    return torch.where(k == 0, 0.0, k * operand)
+def _combine(state: State, **operands: Tensor | None) -> Tensor:
+    """The sum of k * operand over columns k of every image's row; where k = 0, whatever the operand holds adds nothing.
+
+    Nothing is -0.0: x + -0.0 is x for every x, so an image that idles keeps even its zeros' signs.
+    """
+    total = torch.full_like(state.x, -0.0)
+    for name, operand in operands.items():
+        if operand is not None:
+            k = state.column(name).view(-1, 1, 1, 1)
+            total = total + torch.where(k == 0, -0.0, k * operand)
+    return total
 
 
 def split_output(state: State) -> tuple[Tensor, Tensor | None]:
     """(out, v): what the network predicts, and the variance's share for a network with twice the channels."""
     assert state.out is not None, "forward comes before update"
     C = state.x.shape[1]
-    if state.out.shape[1] == C:
+    if state.out.shape[1] == C and not state.column_host("sv").any():
         return state.out, None
+    if state.out.shape[1] != 2 * C:
+        raise InvalidArgument(
+            f"the network gave {state.out.shape[1]} channels; {C} are needed, or {2 * C} where the variance is learned"
+        )
     return state.out[:, :C], state.out[:, C:]
 
 
 def predict_x0(state: State) -> Tensor:
     """The denoised image that the current row sees: x0 = clip(kx x + ko out, -c, c)."""
     out, _ = split_output(state)
-    x0 = _times(state.column("kx"), state.x) + _times(state.column("ko"), out)
+    x0 = _combine(state, kx=state.x, ko=out)
     c = state.column("c").view(-1, 1, 1, 1)
-    assert isinstance(x0, Tensor)
     return torch.maximum(torch.minimum(x0, c), -c)
 
 
@@ -45,54 +55,53 @@ def update_noise(state: State) -> Tensor | None:
     if not noisy.any():
         return None
     if state.noise is not None:
-        return state.noise(int(state.row_host[noisy][0]))
+        first, *others = np.unique(state.row_host[noisy]).tolist()
+        z = state.noise(first)
+        for row in others:
+            z = torch.where((state.row == row).view(-1, 1, 1, 1), state.noise(row), z)
+        return z
     z = noise.normal(state.seed, state.index, state.row, noise.UPDATE, tuple(state.x.shape[1:]))
     return z.to(state.x.dtype)
 
 
 def update(state: State) -> None:
-    """One row of the table for every image, then row += 1 (`fastdiff.solvers.table` has the formula).
+    """One row of the table for every image:
 
-    x0 = clip(kx x + ko out, -c, c)
-    h  = hx x + ho out + h0 x0
-    x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
-    save: xs = x        push: m3, m2, m1 = m2, m1, h
+        x0 = clip(kx x + ko out, -c, c)
+        h  = hx x + ho out + h0 x0
+        x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
+        save: xs = x        push: m3, m2, m1 = m2, m1, h
+
+    then row += 1 (`fastdiff.solvers.table` says what the columns mean).
     """
-    k = state.column
     x = state.x
     out, v = split_output(state)
     x0 = predict_x0(state)
     z = update_noise(state)
-
-    new = _times(k("ax"), x) + _times(k("ao"), out) + _times(k("a0"), x0)
-    new = new + _times(k("a1"), state.m1) + _times(k("a2"), state.m2) + _times(k("a3"), state.m3)
-    new = new + _times(k("as_"), state.xs)
-    if z is not None:
-        if v is not None:
-            z = z * torch.exp(_times(k("sv"), v))
-        new = new + _times(k("s"), z)
+    if z is not None and v is not None:
+        z = torch.exp(_combine(state, sv=v)) * z
+    new = _combine(state, ax=x, ao=out, a0=x0, a1=state.m1, a2=state.m2, a3=state.m3, as_=state.xs, s=z)
 
     if state.m1 is not None:
-        push = (k("push") != 0).view(-1, 1, 1, 1)
-        h = _times(k("hx"), x) + _times(k("ho"), out) + _times(k("h0"), x0)
+        push = state.column("push").view(-1, 1, 1, 1) != 0
+        h = _combine(state, hx=x, ho=out, h0=x0)
         if state.m2 is not None:
             if state.m3 is not None:
                 state.m3 = torch.where(push, state.m2, state.m3)
             state.m2 = torch.where(push, state.m1, state.m2)
         state.m1 = torch.where(push, h, state.m1)
     if state.xs is not None:
-        state.xs = torch.where((k("save") != 0).view(-1, 1, 1, 1), x, state.xs)
-    assert isinstance(new, Tensor)
+        state.xs = torch.where(state.column("save").view(-1, 1, 1, 1) != 0, x, state.xs)
     state.x = new
     state.advance()
 
 
 def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, rescale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, in the form where 1 is off), rescaled (Lin et al. 2023, eqs. 15, 16).
+    """Classifier-free guidance (Ho & Salimans 2022; 1 is off), rescaled (Lin et al. 2023, eqs. 15, 16).
 
         out = u + w (c - u);    out <- phi out std(c) / std(out) + (1 - phi) out,   std over an image's elements
 
-    An image with w = 1 keeps its conditional output bit for bit. Channels past ``channels`` (a learned variance) are c's.
+    An image with w = 1 keeps its conditional output bit for bit. Channels past ``channels`` (learned variance) are c's.
     """
     c, u = conditional[:, :channels], unconditional[:, :channels]
     w = w.view(-1, 1, 1, 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.classifier import CLASS_NAMES, SIZE, Classifier
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import FastdiffError, InvalidArgument
 from fastdiff.files import write_text
 from fastdiff.training.data import ArrayData, load_data
 
@@ -30,18 +30,20 @@ MAX_LR, MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.2, 0.9, 5e-4, 0.05
 SHIFT, ERASE, ERASED = 2, (4, 13), 0.5  # pixels; sides of the erased rectangle, lowest and highest + 1; share of images
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with Fashion-MNIST's four IDX files")
     parser.add_argument("--out", type=Path, default=OUT, help="weights; the report goes beside them as .json")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0, help="weights, order and augmentation")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the training's autocast")
-    args = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    args = parser.parse_args(argv)
 
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     train_data, test_data = load_split(args.data, "train"), load_split(args.data, "t10k")
     start = time.perf_counter()
@@ -63,7 +65,7 @@ def main() -> int:
         "parameters": sum(p.numel() for p in classifier.parameters()),
         "training_seconds": round(seconds),
         "sha256": hashlib.sha256(args.out.read_bytes()).hexdigest(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "recipes/train_classifier.py", *(sys.argv[1:] if argv is None else argv)]),
     }
     write_text(args.out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     print(f"test accuracy {report['accuracy']:.2%} after {seconds:.0f} s; wrote {args.out}")
@@ -91,6 +93,8 @@ def train(data: ArrayData, epochs: int, batch_size: int, precision: str) -> Clas
         classifier.parameters(), MAX_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )
     steps = len(data) // batch_size
+    if steps < 1 or epochs < 1:
+        raise InvalidArgument(f"{epochs} epochs of {len(data)} images in batches of {batch_size} are no training")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LR, total_steps=epochs * steps, pct_start=0.2)
     for epoch in range(1, epochs + 1):
         start, total = time.perf_counter(), 0.0

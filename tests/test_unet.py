@@ -47,7 +47,6 @@ def assert_equals_diffusers(
     twin = diffusers_twin(unet)
     ours, theirs = unet.state_dict(), UNet2DModel.state_dict(twin)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    assert all(bool((v != 0).all()) for v in ours.values())
     x, t, labels = random_images(config, batch, size), torch.tensor([3, 917])[:batch], random_labels(config, batch)
     expected = twin(x, t, class_labels=labels).sample
     assert expected.std() > 1e-2
@@ -57,9 +56,13 @@ def assert_equals_diffusers(
 # Equality with diffusers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "tensors", "parameters"), [("ddpm-cifar10-32", 328, 35_746_307)])
-def test_cifar_network(name, tensors, parameters):
-    check_published(name, tensors, parameters, 32)
+def test_random_weights_are_nowhere_zero():
+    for config in (TINY_CLASSES, change(TINY_CLASSES, class_image="concat")):
+        assert all(bool((p != 0).all()) for p in random_unet(config).parameters())
+
+
+def test_cifar_network():
+    check_published("ddpm-cifar10-32", 328, 35_746_307, 32)
 
 
 @pytest.mark.parametrize("size", [64, pytest.param(256, marks=pytest.mark.slow)])
@@ -72,7 +75,7 @@ def check_published(name, tensors, parameters, size):
         empty = UNet(PUBLISHED[name])
     assert len(empty.state_dict()) == tensors
     assert sum(p.numel() for p in empty.parameters()) == parameters
-    assert_equals_diffusers(PUBLISHED[name], (size, size), batch=2 if size < 256 else 1)
+    assert_equals_diffusers(PUBLISHED[name], (size, size), batch=2 if size == 32 else 1)
 
 
 NO_ATTENTION = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -177,7 +180,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(config=configs(), seed=st.integers(0, 1000))
 def test_generated_configurations(config, seed):
     assert_equals_diffusers(config, seed=seed)
@@ -235,13 +238,13 @@ def test_timestep_embedding(dim, flip, shift):
         angles = [t * 10000 ** (-i / (half - shift)) for i in range(half)]
         sines, cosines = [math.sin(a) for a in angles], [math.cos(a) for a in angles]
         expected = (cosines + sines if flip else sines + cosines) + [0.0] * (dim % 2)
-        for dtype, tolerance in ((torch.float32, 2e-4), (torch.float64, 2e-4), (torch.int64, 2e-4)):
-            if dtype == torch.int64 and t != int(t):
-                continue
+        for dtype in (torch.float32, torch.float64, torch.int64) if t == int(t) else (torch.float32, torch.float64):
             got = timestep_embedding(torch.tensor([t]).to(dtype), dim, flip_sin_to_cos=flip, freq_shift=shift)
             assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert got.shape == (1, dim)
-            assert np.abs(got[0].double().numpy() - expected).max() < tolerance
+            assert (
+                np.abs(got[0].double().numpy() - expected).max() < 2e-4
+            )  # the frequencies are float32, as in diffusers
 
 
 @torch.no_grad()
@@ -308,7 +311,7 @@ def resize_matrix(size: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 16)])
 @pytest.mark.parametrize("class_image", ["add", "multiply", "concat"])
 def test_class_image(class_image, size):
-    """image = resize(W2 silu(W1 E[label] + b1) + b2); x + image, x (1 + image), [x, image] go into a class-free network."""
+    """image = resize(W2 silu(W1 E[label] + b1) + b2); x + image, x (1 + image) or [x, image] enters a class-free network."""
     config = change(TINY_CLASSES, class_image=class_image)
     unet = random_unet(config).double()
     x, t, labels = random_images(config, 3, size).double(), torch.tensor([0.0, 300.0, 999.0]), torch.tensor([0, 2, 4])
@@ -511,17 +514,16 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "key", "value", "allowed"), BAD, ids=lambda v: str(v)[:40])
-@pytest.mark.parametrize("from_json", [False, True])
-def test_bad_configurations(changes, key, value, allowed, from_json):
+def test_bad_configurations(changes, key, value, allowed):
     with pytest.raises(ConfigError) as caught:
-        if from_json:
-            UNetConfig.from_dict({**TINY.to_dict(), **changes})
-        else:
-            change(**changes)
+        change(**changes)
     message = str(caught.value)
     assert key in message
     assert str(value) in message
     assert allowed in message
+    with pytest.raises(ConfigError) as caught:
+        UNetConfig.from_dict({**TINY.to_dict(), **changes})
+    assert str(caught.value) == message
 
 
 def test_unneeded_limits_are_not_held():
@@ -547,7 +549,6 @@ def test_fastdiff_keys_round_trip_and_are_absent_when_unset():
 
 
 def test_defaults_are_those_of_diffusers():
-    theirs = UNet2DModel.config_class if hasattr(UNet2DModel, "config_class") else None
     with torch.device("meta"):
         theirs = dict(UNet2DModel().config)
     ours = UNetConfig().to_dict()
@@ -613,9 +614,8 @@ def check_compiled(config, backend):
         )
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_is_one_graph(name):
-    check_compiled(change(**COMPILED[name]), "eager")
+def test_is_one_graph():
+    check_compiled(change(**COMPILED["class image"]), "eager")
 
 
 @needs_compiler

@@ -67,7 +67,7 @@ def randomize_(module: Module, seed: int = 0) -> Module:
                 z = 0.2 * z
             elif "embedding.weight" not in name:
                 z = z / math.sqrt(parameter[0].numel())
-            parameter.copy_(torch.where(z.abs() < 1e-4, 1e-4, z))
+            parameter.copy_(z.masked_fill_(z == 0, 0.1))
     return module
 
 

@@ -20,7 +20,7 @@ BACKENDS = ("eager", "compiled")
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a runner is prepared for: images of ``shape`` (C, H, W), at most ``batch`` of them, the network in ``dtype`` on ``device``.
+    """What a runner is prepared for: ``batch`` images of ``shape`` (C, H, W), the network in ``dtype`` on ``device``.
 
     null_label: the label of the unconditional half of a guided step; None where the network cannot be guided.
     """
@@ -47,7 +47,10 @@ class Runner(Protocol):
 
 
 def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
-    """The runner of a backend by name. Raises `InvalidArgument` for an unknown name, `BackendError` with every reason it cannot run."""
+    """The runner of a backend by name.
+
+    Raises `InvalidArgument` for an unknown name, `BackendError` with every reason why it cannot run.
+    """
     if backend == "eager":
         from fastdiff.backends import eager
 

@@ -13,7 +13,7 @@ from fastdiff.errors import BackendError
 
 
 def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:
-    """The first step of each batch size compiles (tens of seconds on a CPU); Inductor's cache makes later processes faster."""
+    """The first step of each batch size compiles: tens of seconds on a CPU, less where Inductor's cache knows it."""
     refuse_bitwise("compiled", spec)
     if spec.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise BackendError(

@@ -41,7 +41,8 @@ class EagerRunner:
             state.x.dtype
         )
         w = 1.0 + state.column("g") * (state.guidance - 1.0)
-        state.out = update.guide(*both.chunk(2), w, state.x.shape[1], state.guidance_rescale)
+        conditional, unconditional = both.chunk(2)
+        state.out = update.guide(conditional, unconditional, w, state.x.shape[1], state.guidance_rescale)
 
     @torch.no_grad()
     def update(self, state: State) -> None:

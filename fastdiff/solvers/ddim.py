@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule, posterior
 from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
-from fastdiff.solvers.spacing import timesteps
-from fastdiff.solvers.table import Row, StepTable, check_clip, levels
+from fastdiff.solvers.spacing import levels, timesteps
+from fastdiff.solvers.table import Row, StepTable, check_clip, is_number
 
 
 def ddim(
     schedule: NoiseSchedule,
-    steps: int | None = 50,
+    steps: int | None = None,
     *,
     eta: float = 0.0,
     spacing: str | Sequence[float] = "trailing",
@@ -26,9 +26,11 @@ def ddim(
 ) -> StepTable:
     """DDIM as a table. Between levels abar_t and abar_p, p being the next row's timestep:
 
-        sigma = eta sqrt((1 - abar_p) / (1 - abar_t)) sqrt(1 - abar_t / abar_p)                                  (eq. 16)
-        x_p   = sqrt(abar_p) x_0 + sqrt(1 - abar_p - sigma^2) eps + sigma z                                       (eq. 12)
+        sigma = eta sqrt((1 - abar_p) / (1 - abar_t)) sqrt(1 - abar_t / abar_p)         (eq. 16)
+        x_p   = sqrt(abar_p) x_0 + sqrt(1 - abar_p - sigma^2) eps + sigma z             (eq. 12)
 
+    steps
+        How many rows; None: 50, or every timestep of a schedule that has fewer.
     eta
         0: deterministic; 1 over all steps: DDPM with the posterior variance.
     spacing
@@ -38,25 +40,27 @@ def ddim(
     clip
         Bound of |x_0|; None for none.
     eps_from
-        After clipping, eps is taken from the clipped x_0 ("clipped", so that x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps still
-        holds; OpenAI's code bases) or stays what the network said ("output", diffusers' default).
+        After clipping, eps is taken from the clipped x_0 ("clipped", so that x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t)
+        eps still holds; OpenAI's code bases) or stays what the network said ("output", diffusers' default).
     steps_offset
         Added to every timestep of "leading" spacing.
     set_alpha_to_one
-        The last row goes to abar = 1, the data; False: to abar_0 (latent diffusion).
+        The last row goes to abar = 1, the data; False: to abar_0 (latent diffusion), of whose noise eta adds a share.
 
     Raises `InvalidArgument` naming the value and what is allowed.
     """
     check_prediction(prediction)
     c = check_clip(clip)
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta < math.inf:
+    if not is_number(eta) or not 0.0 <= eta < math.inf:
         raise InvalidArgument(f"eta={eta!r}: 0 or a positive number is needed")
     if eps_from not in ("clipped", "output"):
         raise InvalidArgument(f"eps_from={eps_from!r} is unknown; allowed: clipped, output")
+    if steps is None and isinstance(spacing, str):
+        steps = min(50, schedule.timesteps)
     ts = timesteps(schedule, steps, spacing, steps_offset)
     final = 1.0 if set_alpha_to_one else float(schedule.alphas_cumprod[0])
     rows = []
-    for t, (abar, abar_next) in zip(ts, levels([schedule.abar(t) for t in ts], final), strict=True):
+    for t, (abar, abar_next) in zip(ts, levels(schedule, ts, final), strict=True):
         kx, ko = x0_coefficients(prediction, abar)
         sigma = eta * math.sqrt(max(posterior(abar, abar_next)[2], 0.0))
         squared = 1.0 - abar_next - sigma**2

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule, posterior
 from fastdiff.solvers.prediction import check_prediction, x0_coefficients
-from fastdiff.solvers.spacing import timesteps
-from fastdiff.solvers.table import Row, StepTable, check_clip, levels
+from fastdiff.solvers.spacing import levels, timesteps
+from fastdiff.solvers.table import Row, StepTable, check_clip
 
 VARIANCES = ("posterior", "beta", "none", "learned_range")
 
@@ -24,17 +24,19 @@ def ddpm(
     clip: float | None = 1.0,
     steps_offset: int = 0,
 ) -> StepTable:
-    """DDPM ancestral sampling as a table; ``steps`` None visits every timestep. Between levels abar_t and abar_p (p the next
-    row's timestep, abar_p = 1 at the end), with alpha = abar_t / abar_p and beta = 1 - alpha:
+    """DDPM ancestral sampling as a table; ``steps`` None visits every timestep. Between levels abar_t and abar_p (p the
+    next row's timestep, abar_p = 1 at the end), with alpha = abar_t / abar_p and beta = 1 - alpha:
 
-        x_p = sqrt(abar_p) beta / (1 - abar_t) x_0 + sqrt(alpha) (1 - abar_p) / (1 - abar_t) x_t + sigma z        (eq. 7)
+        x_p = sqrt(abar_p) beta / (1 - abar_t) x_0 + sqrt(alpha) (1 - abar_p) / (1 - abar_t) x_t + sigma z      (eq. 7)
 
-        variance "posterior"       sigma^2 = beta (1 - abar_p) / (1 - abar_t)           (fixed_small in diffusers)
-                 "beta"            sigma^2 = beta                                       (fixed_large)
+        variance "posterior"       sigma^2 = beta (1 - abar_p) / (1 - abar_t)                (diffusers' fixed_small)
+                 "beta"            sigma^2 = beta                                            (fixed_large)
                  "none"            sigma = 0, the mean alone
-                 "learned_range"   log sigma^2 = (1+v)/2 log beta + (1-v)/2 log posterior       (Nichol & Dhariwal 2021, eq. 15)
+                 "learned_range"   log sigma^2 = (1+v)/2 log beta + (1-v)/2 log posterior    (Nichol & Dhariwal 2021,
+                                                                                              eq. 15)
 
-    The last row adds no noise. Options are those of `ddim`. Raises `InvalidArgument` naming the value and what is allowed.
+    The last row adds no noise. Options are those of `ddim`. Raises `InvalidArgument` naming the value and what is
+    allowed.
     """
     if variance not in VARIANCES:
         raise InvalidArgument(f"variance={variance!r} is unknown; allowed: {', '.join(VARIANCES)}")
@@ -44,7 +46,7 @@ def ddpm(
         steps = schedule.timesteps
     ts = timesteps(schedule, steps, spacing, steps_offset)
     rows = []
-    for t, (abar, abar_next) in zip(ts, levels([schedule.abar(t) for t in ts], 1.0), strict=True):
+    for t, (abar, abar_next) in zip(ts, levels(schedule, ts, 1.0), strict=True):
         kx, ko = x0_coefficients(prediction, abar)
         c0, ct, var = posterior(abar, abar_next)
         beta = 1.0 - abar / abar_next

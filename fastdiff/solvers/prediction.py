@@ -1,9 +1,10 @@
 """What a network's output says about x_0 and the noise, as coefficients of x_t and out.
 
-x_t = a x_0 + s eps,   a = sqrt(abar_t), s = sqrt(1 - abar_t)                       (Ho et al. 2020, eq. 4)
-epsilon        out = eps              x_0 = (x_t - s out) / a      eps = out
-sample         out = x_0              x_0 = out                    eps = (x_t - a out) / s
-v_prediction   out = a eps - s x_0    x_0 = a x_t - s out          eps = s x_t + a out        (Salimans & Ho 2022)
+With x_t = a x_0 + s eps, a = sqrt(abar_t), s = sqrt(1 - abar_t) (Ho et al. 2020, eq. 4):
+
+    epsilon        out = eps              x_0 = (x_t - s out) / a      eps = out
+    sample         out = x_0              x_0 = out                    eps = (x_t - a out) / s
+    v_prediction   out = a eps - s x_0    x_0 = a x_t - s out          eps = s x_t + a out        (Salimans & Ho 2022)
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def x0_coefficients(prediction: str, abar: float) -> tuple[float, float]:
     if prediction == "epsilon":
         if a == 0.0:
             raise InvalidArgument(
-                "epsilon prediction says nothing about x_0 at zero SNR (abar = 0); use a v_prediction network"
+                "prediction='epsilon' says nothing about x_0 at zero SNR (abar = 0); "
+                "networks of 'sample' or 'v_prediction' can start there"
             )
         return 1.0 / a, -s / a
     if prediction == "sample":

@@ -7,18 +7,19 @@ A row turns the state x and the network's output out = network(x, t) into the ne
     x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
     save: xs = this row's input x        push: m3, m2, m1 = m2, m1, h
 
-z ~ N(0, I); v is the second half of the output of a network that learned its variance (elsewhere sv = 0). A coefficient of
-zero means that its operand is not read. The state is variance-preserving: x has the variance of sqrt(abar) x_0 + sqrt(1 - abar) z.
+z ~ N(0, I); v is the second half of the output of a network that learned its variance (elsewhere sv = 0). A
+coefficient of zero means that its operand is not read. The state is variance-preserving: x has the variance of
+sqrt(abar) x_0 + sqrt(1 - abar) z.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import json
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import numbers
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +33,9 @@ MAX_ROWS = 1 << 24  # the row is 24 bits of a noise counter
 class Row(NamedTuple):
     """One network evaluation; see the module's docstring for the formula. Everything is float64.
 
-    t is the network's timestep (may be fractional); abar and abar_next are the noise levels before and after the row. The
-    weight of guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a stage is a row inside a
-    step of a multi-stage solver.
+    t is the network's timestep (may be fractional); abar and abar_next are the noise levels before and after the row.
+    The weight of guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a
+    stage is a row inside a step of a multi-stage solver.
     """
 
     t: float
@@ -68,8 +69,9 @@ COLUMNS = Row._fields
 class StepTable:
     """An immutable, hashable table of `Row`; built by the functions in `fastdiff.solvers`.
 
-    steps: what the user asked for; len(table): rows, one network evaluation each; init_scale: the scale of the initial noise;
-    ascending: timesteps may rise (inversion, resampling). Raises `InvalidArgument` when a row contradicts its neighbours.
+    steps: what the user asked for; len(table): rows, one network evaluation each; init_scale: the scale of the initial
+    noise; ascending: timesteps may rise (inversion, resampling). Raises `InvalidArgument` for values out of range and
+    when a row contradicts its neighbours.
     """
 
     solver: str
@@ -79,19 +81,32 @@ class StepTable:
     ascending: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.solver, str):
+            raise InvalidArgument(f"solver={self.solver!r}: a name is needed")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise InvalidArgument(f"steps={self.steps!r}: a whole number of at least 1 is needed")
+        if not is_number(self.init_scale) or not 0.0 < self.init_scale < math.inf:
+            raise InvalidArgument(f"init_scale={self.init_scale!r}: a positive number is needed")
+        if not isinstance(self.ascending, bool):
+            raise InvalidArgument(f"ascending={self.ascending!r}: True or False is needed")
+        object.__setattr__(self, "rows", tuple(self.rows))
         if not 1 <= len(self.rows) < MAX_ROWS:
             raise InvalidArgument(f"a table of {len(self.rows)} rows: 1 to {MAX_ROWS - 1} are needed")
-        if not 0.0 < self.init_scale < math.inf:
-            raise InvalidArgument(f"init_scale={self.init_scale!r}: a positive number is needed")
         for i, row in enumerate(self.rows):
+            if not isinstance(row, Row):
+                raise InvalidArgument(f"{self.solver} row {i}: {row!r} is not a Row")
             for name, value in zip(COLUMNS, row, strict=True):
-                if not (math.isfinite(value) or (name == "c" and value == math.inf)):
+                if not isinstance(value, (int, float)) or not (math.isfinite(value) or (name == "c" and value > 0)):
                     raise InvalidArgument(f"{self.solver} row {i}: {name}={value!r} is not a finite number")
             if row.t < 0 or row.c <= 0 or not (0 <= row.abar < 1 and 0 < row.abar_next <= 1):
                 raise InvalidArgument(
                     f"{self.solver} row {i}: t={row.t}, c={row.c}, abar={row.abar} -> {row.abar_next} is out of range"
                 )
-        for i, (row, after) in enumerate(zip(self.rows, self.rows[1:], strict=False)):
+            if not {row.save, row.push, row.stage} <= {0.0, 1.0}:
+                raise InvalidArgument(
+                    f"{self.solver} row {i}: save={row.save}, push={row.push}, stage={row.stage} must be 0 or 1"
+                )
+        for i, (row, after) in enumerate(itertools.pairwise(self.rows)):
             if not after.stage and row.abar_next != after.abar:
                 raise InvalidArgument(
                     f"{self.solver} row {i} ends at abar={row.abar_next}, row {i + 1} starts at {after.abar}"
@@ -127,10 +142,12 @@ class StepTable:
         return len(self.rows) + (sum(1 for row in self.rows if row.g) if guided else 0)
 
     def with_guidance_interval(self, start: float, end: float) -> StepTable:
-        """Guide only the rows between two shares of the run, row i of N when start <= i/N and (i+1)/N <= end (0: pure noise,
-        1: the image). Kynkaanniemi et al. 2024 (arXiv:2404.07724); the shares are those of diffusers' guidance_start and _end.
+        """Guide only the rows between two shares of the run (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+
+        Row i of N is guided when start <= i/N and (i+1)/N <= end (0: pure noise, 1: the image), as for diffusers'
+        control_guidance_start and _end.
         """
-        if not 0.0 <= start <= end <= 1.0:
+        if not (is_number(start) and is_number(end) and 0.0 <= start <= end <= 1.0):
             raise InvalidArgument(f"guidance_interval=({start!r}, {end!r}): 0 <= start <= end <= 1 is needed")
         n = len(self.rows)
         inside = (start <= i / n and (i + 1) / n <= end for i in range(n))
@@ -138,14 +155,12 @@ class StepTable:
             self, rows=tuple(r._replace(g=r.g * ok) for r, ok in zip(self.rows, inside, strict=True))
         )
 
-    @functools.cached_property
+    @property
     def coefficients(self) -> NDArray[np.float64]:
-        """float64 [rows + 1, len(COLUMNS)], read-only. The last row is the identity, x' = x, where a finished image idles."""
+        """float64 [rows + 1, len(COLUMNS)]. The last row is the identity, x' = x, where a finished image idles."""
         last = self.rows[-1]
         idle = Row(t=last.t, abar=last.abar_next, abar_next=last.abar_next, kx=0.0, ko=0.0, ax=1.0, g=0.0)
-        array = np.array([*self.rows, idle], dtype=np.float64)
-        array.setflags(write=False)
-        return array
+        return np.array([*self.rows, idle], dtype=np.float64)
 
     def to_json(self) -> str:
         """The table as JSON, exact; an infinite c is null. Inverse of `from_json`."""
@@ -162,9 +177,9 @@ class StepTable:
                 raise InvalidArgument(
                     f"a step table of format {data['format']!r} with columns {data['columns']!r} cannot be read"
                 )
-            rows = tuple(Row(*(math.inf if v is None else float(v) for v in row)) for row in data["rows"])
+            rows = tuple(Row(*(math.inf if v is None else v for v in row)) for row in data["rows"])
             return cls(data["solver"], data["steps"], rows, data["init_scale"], data["ascending"])
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             if isinstance(e, InvalidArgument):
                 raise
             raise InvalidArgument(f"not a step table: {type(e).__name__} {e}") from e
@@ -180,15 +195,15 @@ class StepTable:
         return "\n".join([head, *lines])
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number; True and False are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_clip(clip: float | None) -> float:
     """The bound c of x0 as a number; None is no bound."""
     if clip is None:
         return math.inf
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
+    if not is_number(clip) or not clip > 0:
         raise InvalidArgument(f"clip={clip!r}: a positive number or None is needed")
     return float(clip)
-
-
-def levels(abar: Sequence[float], last: float) -> list[tuple[float, float]]:
-    """(level, next level) of every row: each row ends where the next one starts, the final one at ``last``."""
-    return list(zip(abar, [*abar[1:], last], strict=True))
