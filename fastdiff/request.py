@@ -264,7 +264,7 @@ def _guidance(n: int, o: Options, info: NetworkInfo) -> NDArray[np.float64]:
     if (scales != 1.0).any():
         if info.null_label is None:
             raise InvalidArgument(
-                f"guidance={o.guidance!r} needs a network trained with label dropout (null_label in its config); 1 is off"
+                f"guidance={o.guidance!r} needs a network trained with label dropout (config null_label); 1 is off"
             )
         if o.labels is None:
             raise InvalidArgument(f"guidance={o.guidance!r} needs labels to guide towards; 1 is off")

@@ -32,6 +32,8 @@ ORDER = (
     "kernels",
     "backends",
     "images",
+    "output",
+    "request",
     "sampler",
     "training",
     "classifier",
