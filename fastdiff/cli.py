@@ -58,21 +58,21 @@ def sample(
     ] = None,
     solver: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
     steps: Annotated[
-        int | None, typer.Option(help="Network evaluations [default: 50 for ddim, all timesteps for ddpm].")
+        int | None, typer.Option(help="Network evaluations (default: 50 for ddim, all timesteps for ddpm).")
     ] = None,
     eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")] = 0.0,
     variance: Annotated[str | None, typer.Option(help="Noise of ddpm: posterior, beta, none, learned_range.")] = None,
     spacing: Annotated[
-        str | None, typer.Option(help="trailing, leading, linspace or quadratic [default: the model's].")
+        str | None, typer.Option(help="trailing, leading, linspace or quadratic (default: the model's).")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
     start_index: Annotated[int, typer.Option(help="The first image's index.")] = 0,
-    size: Annotated[str | None, typer.Option(help="Height and width, as 32 or 24x40 [default: the model's].")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images in flight [default: by the network's size].")] = None,
+    size: Annotated[str | None, typer.Option(help="Height and width, as 32 or 24x40 (default: the model's).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")] = None,
     backend: Annotated[str, typer.Option(help="auto, eager or compiled.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cuda where there is one].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: the model's].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's).")] = None,
     animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,13 +82,14 @@ def sample(
 
       fastdiff sample fashion-mnist --per-class 8 --out out/samples.png
 
-      fastdiff sample fashion-mnist --n 4 --labels 9 --guidance 2 --animate boots.gif --out boots.png
+      fastdiff sample --n 4 --labels 9 --guidance 2 --animate boots.gif -o boots.png
 
-      fastdiff sample fashion-mnist --n 100 --solver ddpm --steps 100 --out samples.npz
+      fastdiff sample --n 100 --solver ddpm --steps 100 --out samples.npz
     """
     from fastdiff import SampleOutput, Sampler
     from fastdiff.images import PICTURES, grid
     from fastdiff.images import animate as write_animation
+    from fastdiff.request import image_size
 
     if out.suffix.lower() not in (*PICTURES, ".npz", ""):
         raise InvalidArgument(
@@ -96,6 +97,10 @@ def sample(
         )
     if animate is not None and animate.suffix.lower() not in (".gif", ".webp"):
         raise InvalidArgument(f"--animate {animate}: a .gif or .webp file is needed")
+    for path in (out, animate):  # a folder that cannot be made says so before the work
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    height_width = None if size is None else _size(size)
     sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
     columns = None
     chosen: list[int] | None = None
@@ -106,13 +111,15 @@ def sample(
                 f"--per-class {per_class}: a class-conditional model and a number of at least 1 are needed"
             )
         n, columns = classes * per_class, per_class
+        image_size(n, height_width, sampler.info)  # too many images are refused before their labels are made
         chosen = [label for label in range(classes) for _ in range(per_class)]
     elif labels is not None:
         given = _numbers("--labels", labels)
+        image_size(n, height_width, sampler.info)
         chosen = [given[i % len(given)] for i in range(n)]
     options: dict[str, Any] = {
         "solver": solver, "steps": steps, "eta": eta, "variance": variance, "spacing": spacing, "guidance": guidance,
-        "seed": seed, "start_index": start_index, "size": None if size is None else _size(size),
+        "seed": seed, "start_index": start_index, "size": height_width,
         "batch_size": batch_size, "labels": chosen,
     }  # fmt: skip
     show = sys.stderr.isatty() and not as_json
@@ -170,7 +177,7 @@ def train(
         ),
     ],
     labels: Annotated[Path | None, typer.Option(help="IDX file of labels, for an IDX file of images.")] = None,
-    size: Annotated[str | None, typer.Option(help="Image size, as 32 or 24x40 [default: the data's].")] = None,
+    size: Annotated[str | None, typer.Option(help="Image size, as 32 or 24x40 (default: the data's).")] = None,
     fit: Annotated[
         str, typer.Option(help="crop: centre-crop and shrink larger images; pad: put smaller ones on black.")
     ] = "crop",
@@ -183,7 +190,7 @@ def train(
     attention: Annotated[
         str, typer.Option(help="Feature-map heights that get attention, as 16,8; empty for none.")
     ] = "16",
-    head_dim: Annotated[int | None, typer.Option(help="Channels of an attention head [default: one head].")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of an attention head (default: one head).")] = None,
     groups: Annotated[int, typer.Option(help="Groups of GroupNorm.")] = 32,
     dropout: Annotated[float, typer.Option(help="Dropout in the residual blocks.")] = 0.0,
     scale_shift: Annotated[
@@ -196,7 +203,7 @@ def train(
     timesteps: Annotated[int, typer.Option(help="Length of the noise schedule.")] = 1000,
     prediction: Annotated[str, typer.Option(help="epsilon, sample or v_prediction.")] = "epsilon",
     min_snr_gamma: Annotated[
-        float | None, typer.Option(help="Min-SNR weighting of the loss, as 5 [default: none].")
+        float | None, typer.Option(help="Min-SNR weighting of the loss, as 5 (default: none).")
     ] = None,
     label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.1,
     steps: Annotated[int, typer.Option(help="Updates.")] = 100_000,
@@ -211,7 +218,7 @@ def train(
     hflip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order, noise.")] = 0,
     log_every: Annotated[int, typer.Option(help="Updates between lines of log.jsonl.")] = 50,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 1000,
@@ -226,9 +233,9 @@ def train(
 
       fastdiff train photos --size 64 --out runs/photos --precision bf16 --compile
 
-      fastdiff train images-idx3-ubyte.gz --labels labels-idx1-ubyte.gz --size 32 --fit pad --out runs/mnist
+      fastdiff train images.gz --labels labels.gz --size 32 --fit pad -o runs/mnist
 
-      torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 --out runs/photos
+      torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 -o runs/photos
     """
     import torch
 
@@ -289,6 +296,8 @@ def info(
     from fastdiff import Sampler
     from fastdiff.request import Options, step_table
 
+    if steps is not None and solver is None:
+        raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table")
     sampler = Sampler.from_pretrained(model, device="cpu")
     shape = (sampler.info.channels, *(sampler.info.size or (sampler.info.stride,) * 2))
     label = None if sampler.info.classes is None else torch.zeros(1, dtype=torch.int64)
@@ -369,11 +378,11 @@ def _size(text: str) -> int | tuple[int, int]:
 
 
 def main() -> None:
-    """Entry point: errors that fastdiff raises on purpose are one line on standard error and exit code 2."""
+    """Entry point: fastdiff's own errors and those of files are one line on standard error, exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()
-    except FastdiffError as e:
+    except (FastdiffError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

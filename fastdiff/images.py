@@ -41,7 +41,7 @@ def _pil(array: NDArray[np.uint8]) -> Image.Image:
 
 def _grid(array: NDArray[np.uint8], columns: int | None, padding: int) -> Image.Image:
     n, height, width, channels = array.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
     if columns < 1 or padding < 0:
         raise InvalidArgument(
             f"columns={columns}, padding={padding}: columns of at least 1 and padding of at least 0 are needed"

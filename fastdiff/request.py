@@ -136,12 +136,12 @@ def check(
     """The checked request. Raises `InvalidArgument` naming the value and what is allowed."""
     if not _whole(n) or n < 1:
         raise InvalidArgument(f"n={n!r}: a whole number of at least 1 is needed")
-    if not _whole(o.start_index) or not 0 <= o.start_index <= (1 << 63) - n:
+    if not _whole(o.start_index) or not 0 <= o.start_index <= (1 << 63) - int(n):
         raise InvalidArgument(f"start_index={o.start_index!r}: a whole number from 0 is needed")
     if o.batch_size is not None and (not _whole(o.batch_size) or o.batch_size < 1):
         raise InvalidArgument(f"batch_size={o.batch_size!r}: a whole number of at least 1, or None, is needed")
     seed = secrets.randbits(63) if o.seed is None else check_seed(o.seed)
-    size = _size(n, o.size, info)
+    size = image_size(n, o.size, info)
     shape = (info.channels, *size)
     table = step_table(o, schedule, prediction, scheduler_config)
     if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
@@ -150,8 +150,11 @@ def check(
             f"this one has {info.out_channels}"
         )
     guidance = _guidance(n, o, info)
-    if o.guidance_interval != (0.0, 1.0):
-        table = _guided_between(table, o.guidance_interval)
+    table = _guided_between(table, o.guidance_interval)
+    if not (o.noise is None or isinstance(o.noise, Tensor) or callable(o.noise)):
+        raise InvalidArgument(
+            f"noise is a {type(o.noise).__name__}; a tensor {(n, *shape)}, a function (row, indices) or None is needed"
+        )
     if isinstance(o.noise, Tensor) and tuple(o.noise.shape) != (n, *shape):
         raise InvalidArgument(f"noise has shape {tuple(o.noise.shape)}, {(n, *shape)} is needed")
     default_batch = max(1, min(MAX_CHUNK, CHUNK_BYTES // info.activation_bytes(size)))
@@ -174,6 +177,10 @@ def step_table(o: Options, schedule: NoiseSchedule, prediction: str, scheduler_c
     """The table that the options ask for; what they leave open, the model's scheduler configuration decides."""
     config = scheduler_config
     if isinstance(o.solver, StepTable):
+        given = {"eta": o.eta != 0.0, "variance": o.variance is not None, "spacing": o.spacing is not None}
+        given |= {"steps": o.steps not in (None, o.solver.steps), "clip": o.clip != FROM_MODEL}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise InvalidArgument(f"{name}={getattr(o, name)!r} cannot change a StepTable; leave it out")
         return o.solver
     if o.solver not in SOLVERS:
         raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {', '.join(SOLVERS)}, or a StepTable")
@@ -200,7 +207,8 @@ def step_table(o: Options, schedule: NoiseSchedule, prediction: str, scheduler_c
     return solvers.ddpm(schedule, o.steps, variance=o.variance or names[named], **common)
 
 
-def _size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) -> tuple[int, int]:
+def image_size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) -> tuple[int, int]:
+    """Height and width of the images; `InvalidArgument` where they, or n of them, cannot be."""
     if size is None:
         if info.size is None:
             raise InvalidArgument("the network's configuration has no sample_size; give size=")
@@ -240,15 +248,16 @@ def _labels(n: int, labels: int | Sequence[int] | Tensor | None, info: NetworkIn
         tensor = torch.as_tensor([labels] * n if _whole(labels) else labels)
     except (TypeError, ValueError, RuntimeError) as e:
         raise InvalidArgument(f"labels={labels!r}: one whole number, or {n} of them, are needed") from e
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or tuple(tensor.shape) != (n,):
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tuple(tensor.shape) != (n,):
         raise InvalidArgument(
             f"labels of {tensor.dtype} {tuple(tensor.shape)}: one whole number, or {n} of them, are needed"
         )
     limit = info.classes if info.classes is not None else 1 << 31
+    tensor = tensor.to(device="cpu", dtype=torch.int64)
     bad = tensor[(tensor < 0) | (tensor >= limit)]
     if len(bad):
         raise InvalidArgument(f"label {int(bad[0])} is out of range: 0 to {limit - 1} are allowed")
-    return tensor.to(device="cpu", dtype=torch.int64)
+    return tensor
 
 
 def _guidance(n: int, o: Options, info: NetworkInfo) -> NDArray[np.float64]:
@@ -276,7 +285,7 @@ def _guided_between(table: StepTable, interval: tuple[float, float]) -> StepTabl
         start, end = (float(v) for v in interval)
     except (TypeError, ValueError) as e:
         raise InvalidArgument(f"guidance_interval={interval!r}: two numbers (start, end) from 0 to 1 are needed") from e
-    return table.with_guidance_interval(start, end)
+    return table if (start, end) == (0.0, 1.0) else table.with_guidance_interval(start, end)
 
 
 def _whole(value: object) -> bool:

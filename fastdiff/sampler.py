@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,6 +65,10 @@ class Sampler:
         shape: tuple[int, int, int] | None = None,
         scheduler_config: dict[str, Any] | None = None,
     ):
+        if not isinstance(unet, nn.Module):
+            raise InvalidArgument(f"unet={unet!r}: a torch module is needed; from_pretrained takes names and paths")
+        if schedule is not None and not isinstance(schedule, NoiseSchedule):
+            raise InvalidArgument(f"schedule={schedule!r}: a NoiseSchedule or None is needed")
         check_prediction(prediction)
         if determinism not in ("seed", "bitwise"):
             raise InvalidArgument(f"determinism={determinism!r} is unknown; allowed: seed, bitwise")
@@ -75,7 +79,7 @@ class Sampler:
         self.info = NetworkInfo.of(unet, shape)
         self.schedule = schedule or NoiseSchedule()
         self.prediction = prediction
-        self.device = torch.device(device) if device is not None else parameter.device
+        self.device = _device(device) if device is not None else parameter.device
         self.dtype = _dtype(dtype) if dtype is not None else parameter.dtype
         self.determinism = determinism
         self.backend = "eager" if backend == "auto" else backend
@@ -83,7 +87,8 @@ class Sampler:
             log.info("backend auto: eager")
         self._scheduler_config = scheduler_config or {}
         self._lock = threading.Lock()
-        self._runners: dict[tuple[backends.Spec, Any], backends.Runner] = {}
+        self._runners: dict[backends.Spec, backends.Runner] = {}
+        self._copy: nn.Module | None = None
         self._cancellations = 0
         self._closed = False
         self._runner(
@@ -108,7 +113,7 @@ class Sampler:
         config = loaded.scheduler_config
         if config.get("thresholding"):
             raise ConfigError(f"{loaded.path}: thresholding=true in its scheduler configuration is not supported")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             loaded.unet.to(device),
             loaded.schedule,
@@ -184,16 +189,18 @@ class Sampler:
         )  # fmt: skip
         r = self._request(n, options)
         parts: list[Tensor] = []
-        for event, x in self._rows(r, preview=lambda _: callback is not None, progress=progress):
-            if callback is not None and event is not None:
-                try:
-                    callback(event)
-                except Exception as e:
-                    raise CallbackError(
-                        f"the callback raised {type(e).__name__} at row {event.row} of {event.rows}: {e}"
-                    ) from e
-            if x is not None:
-                parts.append(x.float().cpu())
+        rows = self._rows(r, self._cancellations, preview=lambda _: callback is not None, progress=progress)
+        with contextlib.closing(rows):  # else an error's traceback would keep the run alive
+            for event, x in rows:
+                if callback is not None and event is not None:
+                    try:
+                        callback(event)
+                    except Exception as e:
+                        raise CallbackError(
+                            f"the callback raised {type(e).__name__} at row {event.row} of {event.rows}: {e}"
+                        ) from e
+                if x is not None:
+                    parts.append(x.float().cpu())
         if sum(map(len, parts)) < n:
             raise Cancelled(f"cancelled with {sum(map(len, parts))} of {n} images finished")
         output = SampleOutput(torch.cat(parts), r.seed, r.start_index, r.table, r.nfe, r.labels)
@@ -222,7 +229,11 @@ class Sampler:
             raise InvalidArgument(f"stream has no option {unknown}; allowed: {', '.join(sorted(names))}")
         r = self._request(n, Options(**options))
         last = len(r.table) - 1
-        rows = self._rows(r, preview=lambda row: row % every == every - 1 or row == last, progress=progress)
+
+        def preview(row: int) -> bool:
+            return row % every == every - 1 or row == last
+
+        rows = self._rows(r, self._cancellations, preview, progress)
         return (event for event, _ in rows if event is not None)
 
     def cancel(self) -> None:
@@ -235,6 +246,7 @@ class Sampler:
         self.cancel()
         with self._lock:
             self._runners.clear()
+            self._copy = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -248,18 +260,20 @@ class Sampler:
         return request.check(n, options, self.info, self.schedule, self.prediction, self._scheduler_config)
 
     def _rows(
-        self, r: Request, preview: Callable[[int], bool], progress: bool
-    ) -> Iterator[tuple[Event | None, Tensor | None]]:
+        self, r: Request, started: int, preview: Callable[[int], bool], progress: bool
+    ) -> Generator[tuple[Event | None, Tensor | None], None, None]:
         """The loop. Yields after every row: an event where ``preview(row)`` asks for it, the images where a chunk ends.
 
-        A short last chunk is padded with images that idle, so that no new batch size has to be prepared.
+        started: the number of cancellations before the call. A short last chunk is padded with images that idle, so
+        that no new batch size has to be prepared.
         """
-        started = self._cancellations
         with _bar(progress, len(r.chunks) * len(r.table)) as tick:
             for chunk in r.chunks:
                 n = len(chunk)
                 state = self._start(r, chunk)
                 with self._lock:
+                    if self._cancellations != started:  # a closed sampler prepares nothing
+                        return
                     runner = self._runner(r.batch_size, r.shape)
                 for row in range(len(r.table)):
                     if self._cancellations != started:
@@ -285,7 +299,7 @@ class Sampler:
             if not isinstance(z, Tensor) or tuple(z.shape) != (len(chunk), *r.shape):
                 got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
                 raise InvalidArgument(f"noise must give a tensor {(len(chunk), *r.shape)}, got {got}")
-            z = z.to(device=self.device, dtype=torch.float32)
+            z = z.detach().to(device=self.device, dtype=torch.float32)
             return torch.cat([z, z.new_zeros(pad, *r.shape)])
 
         source = r.noise
@@ -314,18 +328,33 @@ class Sampler:
         return state
 
     def _runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
-        """The runner for a batch size, prepared once; a converted copy of the network follows changed weights."""
+        """The runner for a batch size, prepared once."""
         spec = backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism)
-        parameters = list(self.unet.parameters())
-        as_it_is = all(p.device == self.device and p.dtype == self.dtype for p in parameters)
-        version = None if as_it_is else tuple((p.data_ptr(), p._version) for p in parameters)
-        if (spec, version) not in self._runners:
-            self._runners = {k: v for k, v in self._runners.items() if k[1] == version}
-            network = (
-                self.unet if as_it_is else copy.deepcopy(self.unet).to(device=self.device, dtype=self.dtype).eval()
-            )
-            self._runners[spec, version] = backends.prepare(self.backend, network, spec)
-        return self._runners[spec, version]
+        network = self._network()
+        if spec not in self._runners:
+            self._runners[spec] = backends.prepare(self.backend, network, spec)
+        return self._runners[spec]
+
+    def _network(self) -> nn.Module:
+        """The module itself, or the one converted copy of it, with the present weights.
+
+        They are copied anew for every chunk: fused optimizers and edits of ``.data`` leave no trace of a change.
+        """
+        if all(p.device == self.device and p.dtype == self.dtype for p in self.unet.parameters()):
+            if self._copy is not None:  # the module was converted meanwhile
+                self._copy = None
+                self._runners.clear()
+            return self.unet
+        present = [*self.unet.parameters(), *self.unet.buffers()]
+        with torch.inference_mode(False), torch.no_grad():  # weights that can be written again in any mode
+            mine = [] if self._copy is None else [*self._copy.parameters(), *self._copy.buffers()]
+            if self._copy is None or [t.shape for t in mine] != [t.shape for t in present]:
+                self._copy = copy.deepcopy(self.unet).to(device=self.device, dtype=self.dtype).eval()
+                self._runners.clear()
+            else:
+                for into, now in zip(mine, present, strict=True):
+                    into.copy_(now)
+        return self._copy
 
 
 @contextlib.contextmanager
@@ -354,6 +383,14 @@ def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        # A device that is not there says so, and "cuda" becomes "cuda:0", as parameters call it.
+        return torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, AssertionError, TypeError) as e:
+        raise InvalidArgument(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from e
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

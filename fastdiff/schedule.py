@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -98,13 +99,13 @@ class NoiseSchedule:
     def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | NDArray[np.float64]) -> NoiseSchedule:
         """A custom schedule with the given abar (strictly falling, in (0, 1)); beta_t = 1 - abar_t / abar_{t-1}."""
         abar = [_number(f"alphas_cumprod[{i}]", a) for i, a in enumerate(alphas_cumprod)]
-        previous = [1.0, *abar[:-1]]
-        for i, (a, b) in enumerate(zip(abar, previous, strict=True)):
-            if not 0.0 < a < b:
+        pairs = list(itertools.pairwise([1.0, *abar]))
+        for i, (before, a) in enumerate(pairs):
+            if not 0.0 < a < before:
                 raise ConfigError(
-                    f"alphas_cumprod[{i}]={a!r}: it must lie above 0 and below {b!r}, the value before it"
+                    f"alphas_cumprod[{i}]={a!r}: it must lie above 0 and below {before!r}, the one before"
                 )
-        return cls(kind="custom", betas=tuple(1.0 - a / b for a, b in zip(abar, previous, strict=True)))
+        return cls(kind="custom", betas=tuple(1.0 - a / before for before, a in pairs))
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fastdiff.errors import DataError, InvalidArgument
-from fastdiff.training import data as data_module
+from fastdiff.training import arrays
 from fastdiff.training.data import load_data
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -446,7 +446,7 @@ def nothing_is_read(monkeypatch):
     def fail(*_):
         pytest.fail("the data were read")
 
-    monkeypatch.setattr(data_module, "_read_exactly", fail)
+    monkeypatch.setattr(arrays, "_read_exactly", fail)
 
 
 @pytest.mark.usefixtures("nothing_is_read")
@@ -462,7 +462,7 @@ def test_zip_bombs_are_refused_before_decompression(tmp_path, monkeypatch):
     write_npz(path, [npy_header((1, 1 << 20, 1 << 20)), bytes(100)])
     with pytest.raises(DataError, match=r"bomb\.npz: images .*pixels"):
         load_data(path)
-    monkeypatch.setattr(data_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(arrays, "MAX_BYTES", 1000)
     np.savez(path, images=random_pixels(10, 10, 11))
     with pytest.raises(DataError, match=r"bomb\.npz.*1100 bytes, more than the 1000"):
         load_data(path)
@@ -470,7 +470,7 @@ def test_zip_bombs_are_refused_before_decompression(tmp_path, monkeypatch):
 
 def test_fitted_size_is_limited(tmp_path, monkeypatch):
     np.savez(tmp_path / "data.npz", images=random_pixels(10, 10, 10))
-    monkeypatch.setattr(data_module, "MAX_BYTES", 2000)
+    monkeypatch.setattr(arrays, "MAX_BYTES", 2000)
     assert len(load_data(tmp_path / "data.npz")) == 10
     with pytest.raises(DataError, match="fitted to 20x20 would take 4000 bytes"):
         load_data(tmp_path / "data.npz", size=20, fit="pad")
@@ -569,7 +569,7 @@ def test_gzip_bombs(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(idx(np.zeros((128, 1024, 1024), np.uint8)), 1))
     assert path.stat().st_size < 1 << 20
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "_read_exactly", lambda *_: pytest.fail("the data were read"))
+        patch.setattr(arrays, "_read_exactly", lambda *_: pytest.fail("the data were read"))
         with pytest.raises(DataError, match=r"bomb\.gz.*bomb"):
             load_data(path)
     # A small image file with much behind it: reading stops one byte after the declared end.

@@ -200,7 +200,7 @@ def test_more_than_one_downsampling_and_fractional_timesteps_agree_with_diffuser
 @pytest.mark.parametrize(
     "config",
     [TINY, change(**VARIANTS["scale-shift with classes"]), change(TINY_CLASSES, class_image="concat")],
-    ids=str,
+    ids=["tiny", "scale-shift with classes", "class image"],
 )
 def test_float32_is_close_to_float64(config):
     unet, x = random_unet(config), random_images(config, 3)
@@ -311,7 +311,7 @@ def resize_matrix(size: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 16)])
 @pytest.mark.parametrize("class_image", ["add", "multiply", "concat"])
 def test_class_image(class_image, size):
-    """image = resize(W2 silu(W1 E[label] + b1) + b2); x + image, x (1 + image) or [x, image] enters a class-free network."""
+    """image = resize(W2 silu(W1 E[label] + b1) + b2); x + image, x (1 + image), [x, image] go into a plain network."""
     config = change(TINY_CLASSES, class_image=class_image)
     unet = random_unet(config).double()
     x, t, labels = random_images(config, 3, size).double(), torch.tensor([0.0, 300.0, 999.0]), torch.tensor([0, 2, 4])

@@ -1,7 +1,7 @@
 """Whole runs of a table and of diffusers' schedulers on the same noise, and the moments that a table gives a Gaussian.
 
-A run is driven as the sampler drives it: a solver's `StepTable` in a `TableBank`, a `State` whose noise is handed in, and
-`fastdiff.update.update` after every evaluation of the denoiser.
+A run is driven as the sampler drives it: a solver's `StepTable` in a `TableBank`, a `State` whose noise is handed in,
+and `fastdiff.update.update` after every evaluation of the denoiser.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def alphas_cumprod(name: str) -> Tensor:
 
 
 def denoiser(prediction: str, schedule: str = "linear", learned: bool = False) -> Denoise:
-    """A fixed smooth network: x_0 = 1.5 tanh(w x + 0.4 sin(t/90 + channel)), w by channel, said as ``prediction`` says it.
+    """A fixed smooth network: x_0 = 1.5 tanh(w x + 0.4 sin(t/90 + channel)), w by channel, as ``prediction`` says it.
 
     It leaves [-1, 1], so that clipping matters at every noise level. ``learned``: a second half v, beyond [-1, 1] too.
     """
@@ -54,7 +54,7 @@ def denoiser(prediction: str, schedule: str = "linear", learned: bool = False) -
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         t = t.double().reshape(-1, 1, 1, 1)
-        low = t.long()
+        low = t.long().clamp(max=T - 1)
         abar = torch.lerp(table[low], table[(low + 1).clamp(max=T - 1)], t - low)
         a, s, t = abar.sqrt().to(x.dtype), (1 - abar).sqrt().to(x.dtype), t.to(x.dtype)
         channel = torch.arange(x.shape[1], dtype=x.dtype).reshape(1, -1, 1, 1)
@@ -73,7 +73,7 @@ def draw_noise(rows: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
 
 
 def run(tables: Sequence[StepTable], denoise: Denoise, noise: Tensor) -> Tensor:
-    """The states after every row, [rows, B, C, H, W], in noise's dtype; image b follows tables[b], all share the noise."""
+    """The states after every row, [rows, B, C, H, W], image b follows tables[b], all share the noise."""
     B = len(tables)
     scale = torch.tensor([table.init_scale for table in tables], dtype=noise.dtype).reshape(-1, 1, 1, 1)
     state = State.create(

@@ -57,6 +57,7 @@ def ddim(
         raise InvalidArgument(f"eps_from={eps_from!r} is unknown; allowed: clipped, output")
     if steps is None and isinstance(spacing, str):
         steps = min(50, schedule.timesteps)
+    eta = float(eta)
     ts = timesteps(schedule, steps, spacing, steps_offset)
     final = 1.0 if set_alpha_to_one else float(schedule.alphas_cumprod[0])
     rows = []

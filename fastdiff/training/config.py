@@ -14,10 +14,22 @@ from fastdiff.schedule import PREDICTIONS
 class TrainConfig:
     """Settings of a `Trainer`. Batch sizes and steps are global: they do not change with the number of processes.
 
-    prediction: what the network is trained to say, "epsilon", "sample" or "v_prediction". min_snr_gamma: None for the
-    simple loss. label_dropout: share of labels replaced by the network's null label, for guidance. precision: "fp32" or "bf16"
-    (autocast). lr_decay: after ``lr_warmup`` steps, "none", or "cosine" / "linear" down to 0 at ``steps``. accumulate: a
-    batch is run in this many parts. Raises `InvalidArgument` naming the setting.
+    prediction
+        What the network is trained to say: "epsilon", "sample" or "v_prediction".
+    min_snr_gamma
+        None for the simple loss.
+    label_dropout
+        Share of labels replaced by the network's null label, for guidance.
+    lr_decay
+        After ``lr_warmup`` steps: "none", or "cosine" / "linear" down to 0 at ``steps``.
+    accumulate
+        A batch is run in this many parts.
+    precision
+        "fp32" or "bf16" (autocast).
+    log_every, save_every, sample_every
+        Steps between lines of the log, checkpoints, and sample grids (0: none); each also follows the last step.
+
+    Raises `InvalidArgument` naming the setting, its value and what is allowed.
     """
 
     steps: int = 100_000
@@ -52,15 +64,17 @@ class TrainConfig:
         self._need("prediction", self.prediction in PREDICTIONS, " or ".join(map(repr, PREDICTIONS)))
         self._need("lr_decay", self.lr_decay in ("none", "cosine", "linear"), "'none', 'cosine' or 'linear'")
         self._need("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
-        self._need("lr", 0 < self.lr < math.inf, "a positive number")
-        self._need("grad_clip", self.grad_clip > 0, "a positive number (inf: no clipping)")
-        self._need("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
+        for key in ("hflip", "compile"):
+            self._need(key, isinstance(getattr(self, key), bool), "True or False")
+        self._need("lr", _number(self.lr) and 0 < self.lr < math.inf, "a positive number")
+        self._need("grad_clip", _number(self.grad_clip) and self.grad_clip > 0, "a positive number (inf: no clipping)")
+        self._need("weight_decay", _number(self.weight_decay) and 0 <= self.weight_decay < math.inf, "a number from 0")
         for key in ("label_dropout", "beta1", "beta2", "ema_decay"):
-            self._need(key, 0 <= getattr(self, key) < 1, "a number from 0 to just under 1")
+            value = getattr(self, key)
+            self._need(key, _number(value) and 0 <= value < 1, "a number from 0 to just under 1")
+        gamma = self.min_snr_gamma
         self._need(
-            "min_snr_gamma",
-            self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf,
-            "None or a positive number",
+            "min_snr_gamma", gamma is None or (_number(gamma) and 0 < gamma < math.inf), "None or a positive number"
         )
 
     def _need(self, key: str, ok: bool, allowed: str) -> None:
@@ -83,3 +97,7 @@ class TrainConfig:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -2,91 +2,100 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fastdiff.files import write_text
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.state import writing
 
 
 class TrainingLog:
     """One line every ``log_every`` steps: step, loss (their mean), lr, images_per_s, seconds since the start.
 
-    On a resume, lines past the checkpoint's step are dropped, so that the file tells one story.
+    The file tells one story: a resumed run drops the lines past its checkpoint's step, takes the ``losses`` since the
+    last line from it, and counts seconds on. images_per_s includes waiting for data, but no checkpoints and samples.
     """
 
-    def __init__(self, out: Path, config: TrainConfig, step: int, enabled: bool):
-        self.enabled = enabled
-        self.config = config
+    def __init__(self, out: Path, config: TrainConfig, step: int, losses: list[float], enabled: bool):
+        self.config, self.losses, self.enabled = config, losses, enabled
         self.path = out / "log.jsonl"
-        self.losses: list[float] = []
-        self.rates: list[float] = []
-        self.started = time.perf_counter()
+        self.busy: list[float] = []
+        self.board: Any = None
+        self._open = contextlib.ExitStack()
         if not enabled:
             return
-        out.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board: Any = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        with writing(self.path):
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+            records = list(_records(text, step))
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+            self.started = time.perf_counter() - (records[-1].get("seconds", 0.0) if records else 0.0)
+            self.file = self._open.enter_context(self.path.open("a", encoding="utf-8"))
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+                # Events from purge_step on are hidden.
+                self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+                self._open.callback(self.board.close)
         self.bar = _Bar(config.steps, step)
+        self._open.callback(self.bar.close)
 
-    def step(self, step: int, *, loss: float, lr: float, images_per_s: float) -> None:
+    def step(self, step: int, *, loss: float, lr: float, seconds: float) -> None:
+        """Report one update, which took ``seconds``."""
         if not self.enabled:
             return
         self.losses.append(loss)
-        self.rates.append(1.0 / images_per_s)
+        self.busy.append(seconds)
         last = step == self.config.steps
-        self.bar.update(step, f"loss {loss:.4f}  {images_per_s:.0f} images/s")
+        self.bar.update(step, f"loss {loss:.4f}  {self.config.batch_size / seconds:.0f} images/s")
         if step % self.config.log_every and not last:
             return
         record = {
             "step": step,
             "loss": sum(self.losses) / len(self.losses),
             "lr": lr,
-            "images_per_s": round(len(self.rates) / sum(self.rates), 2),
+            "images_per_s": round(self.config.batch_size * len(self.busy) / sum(self.busy), 2),
             "seconds": round(time.perf_counter() - self.started, 1),
         }
-        self.losses, self.rates = [], []
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for key in ("loss", "lr", "images_per_s"):
-                self.board.add_scalar(key, record[key], step)
+        self.losses.clear()
+        self.busy.clear()
+        with writing(self.path):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            if self.board is not None:
+                for key in ("loss", "lr", "images_per_s"):
+                    self.board.add_scalar(key, record[key], step)
 
     def image(self, step: int, picture: Any) -> None:
         """Show a sample grid (a PIL image) in TensorBoard."""
-        if self.enabled and self.board is not None:
+        if self.board is not None:
             import numpy as np
 
-            self.board.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            with writing(self.path.parent / "tensorboard"):
+                self.board.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.enabled:
-            self.bar.close()
-            self.file.close()
-            if self.board is not None:
-                self.board.close()
+        # What ended the run is the news, not that a full disk also keeps the log from being closed.
+        with writing(self.path) if error is None else contextlib.suppress(OSError):
+            self._open.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a log line; a line cut short by a crash is later than any."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _records(text: str, step: int) -> Iterator[dict[str, Any]]:
+    """The log's lines up to ``step``, without any that a crash cut short."""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            if record["step"] <= step:
+                yield record
 
 
 class _Bar:

@@ -25,8 +25,8 @@ def loss_weights(schedule: NoiseSchedule, prediction: str, min_snr_gamma: float 
 
         epsilon: min(SNR, gamma) / SNR      sample: min(SNR, gamma)      v_prediction: min(SNR, gamma) / (SNR + 1)
 
-    gamma None: w_t = 1, the simple loss of Ho et al. for the prediction at hand. At SNR = 0 (zero-terminal-SNR schedules)
-    the epsilon weight is 1, its limit.
+    gamma None: w_t = 1, the simple loss of Ho et al. for the prediction at hand. At SNR = 0 (zero-terminal-SNR
+    schedules) the epsilon weight is 1, its limit.
     """
     snr = torch.from_numpy(schedule.snr.copy())
     if min_snr_gamma is None:

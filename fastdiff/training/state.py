@@ -1,14 +1,16 @@
 """Training checkpoints: one safetensors file, written atomically, that resumes a run bit for bit.
 
-Tensors: ``model.*`` and ``ema.*`` (diffusers keys), ``optimizer.<moment>.*``. Metadata: JSON under "fastdiff": the step,
-the configurations, what the data was. There is no random state to save: every draw is a function of (seed, step).
+Tensors: ``model.*`` and ``ema.*`` (diffusers keys), ``optimizer.<moment>.*``. Metadata: JSON under "fastdiff": the
+step, the configurations, what the data was, the losses since the log's last line. There is no random state to save:
+every draw is a function of (seed, step).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,21 @@ from fastdiff.files import atomic_path
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write of ``path`` into a `TrainingError`; files are replaced whole, so what was there is intact."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
+        advice = "Free some space and start" if full else "Start"
+        raise TrainingError(
+            f"{path} could not be written ({e}); what was there is intact. {advice} again to resume"
+        ) from e
+
+
 def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, info: dict[str, Any]) -> None:
-    """Write a checkpoint; `TrainingError` (and the previous file intact) when the weights are not finite or the disk is full."""
+    """Write a checkpoint; `TrainingError`, and the old file intact, when a weight is not finite or the disk is full."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("model", model), ("ema", ema)):
         for name, tensor in module.state_dict().items():
@@ -33,37 +48,51 @@ def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Op
     for name, parameter in model.named_parameters():
         for moment, tensor in optimizer.state[parameter].items():
             tensors[f"optimizer.{moment}.{name}"] = tensor.detach().contiguous()
-    _check_finite(path, tensors.items())
-    try:
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
-    except (OSError, SafetensorError) as e:
-        full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
-        advice = "the disk is full; free some space and start again to resume" if full else "start again to resume"
-        raise TrainingError(
-            f"{path}: the checkpoint could not be written ({e}); the one before it is intact; {advice}"
-        ) from e
-
-
-def _check_finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise TrainingError(
-                f"{name} has NaN or infinite values; {path} keeps the last good checkpoint. Try a lower lr"
+                f"{name} has NaN or infinite values; {path} stays as it was: the last good checkpoint. Try a lower lr"
             )
+    with writing(path), atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
 
 
-def load(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save` wrote, in place, and return its info. Nothing is changed unless every tensor fits."""
+def sweep(path: Path) -> None:
+    """Remove what a process that was killed while it wrote ``path`` left beside it."""
+    for pattern in (f".{path.stem}-*.tmp{path.suffix}", ".tmp??????"):  # atomic_path's and, inside it, safetensors'
+        for leftover in path.parent.glob(pattern):
+            with writing(leftover):
+                leftover.unlink(missing_ok=True)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` wrote: tensors and info. `CheckpointError` names the file."""
     tensors, metadata = read_safetensors(path)
-    info: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
-    if info.get("kind") != "training":
-        raise CheckpointError(f"{path} is not a training checkpoint of fastdiff, so training cannot resume from it")
+    try:
+        info = json.loads(metadata.get(METADATA_KEY, "{}"))
+        if info.get("kind") != "training":
+            raise CheckpointError(f"{path} is not a training checkpoint of fastdiff, so training cannot resume from it")
+        missing = {"step", "train", "unet", "scheduler", "data", "world_size"} - info.keys()
+        if missing:
+            raise CheckpointError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"{path}: its fastdiff metadata cannot be read ({str(e)[:200]})") from e
+    return tensors, info
+
+
+def restore(
+    path: Path, tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Copy a checkpoint's tensors into place. Nothing is changed unless every one fits."""
     parameters = dict(model.named_parameters())
     expected = {
         f"{prefix}.{k}": v.shape for prefix, m in (("model", model), ("ema", ema)) for k, v in m.state_dict().items()
     }
-    for name, parameter in parameters.items():
+    started = any(name.startswith("optimizer.") for name in tensors)  # before the first update there are no moments
+    for name, parameter in parameters.items() if started else ():
         expected |= {f"optimizer.{m}.{name}": torch.Size() if m == "step" else parameter.shape for m in MOMENTS}
     bad = sorted(k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k))
     if bad:
@@ -72,8 +101,8 @@ def load(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Op
         module.load_state_dict(
             {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
         )
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
-            m: tensors[f"optimizer.{m}.{name}"].to(parameter.device if m != "step" else "cpu") for m in MOMENTS
-        }
-    return info
+    for name, parameter in parameters.items() if started else ():
+        # Moments take their parameter's layout in memory: fused AdamW walks through both without looking at strides.
+        moments = {m: torch.empty_like(parameter, requires_grad=False) for m in MOMENTS if m != "step"}
+        moments["step"] = torch.empty((), device=parameter.device)
+        optimizer.state[parameter] = {m: t.copy_(tensors[f"optimizer.{m}.{name}"]) for m, t in moments.items()}

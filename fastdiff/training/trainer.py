@@ -1,32 +1,33 @@
 """The training loop of DDPM (Ho et al. 2020, algorithm 1).
 
-Training, like sampling, is a pure function: of the data, the initial weights and the seed. Which images a step sees, their
-timesteps, noise, flips and dropped labels are functions of (seed, position in the stream of images), so a resumed run
-continues bit for bit, and the number of processes changes results by rounding only.
+Training, like sampling, is a pure function: of the data, the initial weights and the seed. Which images a step sees,
+their timesteps, noise, flips and dropped labels are functions of (seed, position in the stream of images), so a resumed
+run continues bit for bit (on CUDA as far as its kernels are deterministic), and the number of processes changes results
+by rounding only (and, in networks with dropout, by which units are dropped).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
-import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
-from fastdiff import checkpoint
+from fastdiff import checkpoint, solvers
 from fastdiff import noise as fd_noise
-from fastdiff.errors import InvalidArgument, TrainingError
+from fastdiff.errors import CheckpointError, InvalidArgument, TrainingError
 from fastdiff.images import save_picture
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
@@ -39,15 +40,22 @@ from fastdiff.unet import UNet
 
 log = logging.getLogger("fastdiff")
 
+GRID_STEPS = 25  # of the sample grids
+MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile")  # between the parts of a run
+
+Part = tuple[range, Tensor, Tensor | None]  # positions in the stream of images, their images (uint8) and labels
+
 
 class Trainer:
     """Train a U-Net; `fit` runs until ``config.steps`` and resumes what an earlier, interrupted run left in ``out``.
 
-    ``out`` receives ``checkpoint.safetensors`` (everything; `fastdiff.Sampler.from_pretrained` samples its EMA weights),
-    ``log.jsonl``, ``samples/step-*.png`` and, at the end, ``model/``, the EMA weights as a diffusers folder.
+    ``unet`` itself is trained (in float32); ``ema`` holds its averaged weights, which are sampled and exported. ``out``
+    receives ``checkpoint.safetensors`` (everything; `fastdiff.Sampler.from_pretrained` samples its EMA weights),
+    ``log.jsonl``, ``samples/step-*.png`` and, at the end, ``model/``, the EMA weights as a diffusers folder. A run may
+    be interrupted at any moment, by Ctrl-C, a kill or a power cut; it loses the steps since its last checkpoint.
 
-    Under torchrun every process builds the same Trainer; rank 0 writes. Raises `InvalidArgument` where data, network and
-    config do not fit together, `TrainingError` when the loss stops being finite or a checkpoint cannot be written.
+    Under torchrun every process builds the same Trainer; rank 0 writes. Raises `InvalidArgument` where data, network
+    and config do not fit together, `TrainingError` when the loss stops being finite or a file cannot be written.
     """
 
     def __init__(
@@ -65,11 +73,14 @@ class Trainer:
         self.out = Path(out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._check(unet)
-        if device is None:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
-        self.unet = unet.to(self.device, memory_format=torch.channels_last).train()
-        self.ema: AveragedModel = AveragedModel(self.unet, multi_avg_fn=self._ema_update).eval().requires_grad_(False)
+        if self.config.sample_every:  # a grid that cannot be is refused now, not at its first step
+            self._table = solvers.ddim(
+                self.schedule, min(GRID_STEPS, self.schedule.timesteps), prediction=self.config.prediction
+            )
+        self.device = _device(device)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
+        self.unet = unet.to(self.device, torch.float32).train()
+        self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(),
             lr=self.config.lr,
@@ -78,15 +89,18 @@ class Trainer:
             fused=True,
         )
         self.step = 0
+        self._epoch, self._order = -1, torch.empty(0)
+        self._losses: list[float] = []  # since the last line of log.jsonl
         self._weights = loss_weights(self.schedule, self.config.prediction, self.config.min_snr_gamma).to(self.device)
 
     def _check(self, unet: UNet) -> None:
-        config, data = unet.config, self.data
+        config, data, batch = unet.config, self.data, self.config.batch_size
         if data.channels != config.in_channels:
             raise InvalidArgument(f"the images have {data.channels} channels, the U-Net takes {config.in_channels}")
         if config.out_channels != config.in_channels:
             raise InvalidArgument(
-                f"training needs out_channels={config.in_channels} (learned variances are not trained here)"
+                f"out_channels={config.out_channels}: training needs out_channels={config.in_channels}, as many as "
+                "in_channels (learned variances are not trained here)"
             )
         if any(side % config.stride for side in data.size):
             raise InvalidArgument(
@@ -97,18 +111,26 @@ class Trainer:
                 f"class_embed_type={config.class_embed_type!r} cannot be trained from labels; use num_class_embeds"
             )
         if config.num_classes is not None and (data.num_classes is None or data.num_classes > config.num_classes):
-            raise InvalidArgument(f"the U-Net takes {config.num_classes} classes, the data has {data.num_classes}")
+            raise InvalidArgument(
+                f"the U-Net takes {config.num_classes} classes, the data has {data.num_classes or 'no labels'}"
+            )
         if len(data) == 0:
             raise InvalidArgument("the data holds no images")
-        if self.config.batch_size % (self.world * self.config.accumulate):
+        if batch % (self.world * self.config.accumulate):
             raise InvalidArgument(
-                f"batch_size={self.config.batch_size} must be a multiple of processes x accumulate = {self.world} x {self.config.accumulate}"
+                f"batch_size={batch} must be a multiple of processes x accumulate = "
+                f"{self.world} x {self.config.accumulate}"
+            )
+        if self.config.sample_every and data.channels not in (1, 3):
+            raise InvalidArgument(
+                f"sample_every={self.config.sample_every}: images of {data.channels} channels are not pictures; 0 is "
+                "needed"
             )
 
     # ---- what a step sees: functions of (seed, position) -------------------------------------------------------------
 
     def _positions(self, step: int) -> Iterator[range]:
-        """The positions in the stream of images of this process's parts of batch ``step``: one range per accumulation."""
+        """This process's parts of batch ``step``, as positions in the stream of images: one range per accumulation."""
         c = self.config
         part = c.batch_size // (c.accumulate * self.world)
         for micro in range(c.accumulate):
@@ -121,7 +143,7 @@ class Trainer:
         return [int(self._permutation(p // n)[p % n]) for p in positions]
 
     def _permutation(self, epoch: int) -> Tensor:
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             self._order = torch.randperm(
                 len(self.data), generator=torch.Generator().manual_seed(self._hash("epoch", epoch))
             )
@@ -137,7 +159,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x_0 in [-1, 1], noise ~ N(0, I), t ~ Uniform{0..T-1} and labels of some positions (algorithm 1, lines 2-4).
 
-        One Philox block per image decides: t = floor(w0 T / 2^32), flipped if w1 is odd, label dropped if w2 / 2^32 < p.
+        One Philox block per image decides: t = floor(w0 T / 2^32), flipped if w1 is odd, label dropped if w2 < p 2^32.
         """
         c = self.config
         x0 = images.to(self.device).float() / 127.5 - 1.0
@@ -168,79 +190,93 @@ class Trainer:
         error = (out.float() - target(self.config.prediction, x0, noise, a, s)) ** 2
         return (self._weights[t] * error.mean(dim=(1, 2, 3))).mean()
 
-    def _ema_update(self, averaged: list[Tensor], current: list[Tensor], i: Tensor) -> None:
-        """ema <- d ema + (1 - d) w, with d warmed up (`TrainConfig.ema_at`)."""
-        torch._foreach_lerp_(averaged, current, 1.0 - self.config.ema_at(int(i)))
+    @torch.no_grad()
+    def _average(self) -> None:
+        """ema <- d ema + (1 - d) w, with d warmed up (`TrainConfig.ema_at`); the first update takes the weights."""
+        d = self.config.ema_at(self.step) if self.step else 0.0
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1.0 - d)
 
-    def _update(self, network: nn.Module, batches: list[tuple[range, Tensor, Tensor | None]]) -> float:
+    def _update(self, network: nn.Module, parts: list[Part]) -> float:
+        """One step of AdamW on a batch; its loss."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step)
-        torch.manual_seed(self._hash("dropout", self.step, self.rank))
+        self._seed_dropout()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for i, (positions, images, labels) in enumerate(batches):
-            hold = isinstance(network, nn.parallel.DistributedDataParallel) and i < len(batches) - 1
+        for i, (positions, images, labels) in enumerate(parts):
+            hold = isinstance(network, nn.parallel.DistributedDataParallel) and i < len(parts) - 1
             with network.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]  # a DDP module
                 loss = self._loss(network, *self._batch(images, labels, positions)) / config.accumulate
                 loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.unet.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), config.grad_clip)
         if self.world > 1:
             dist.all_reduce(total)
             total /= self.world
-        value = float(total)
-        if value != value or value in (float("inf"), float("-inf")):
+        # The one synchronisation of a step: a network must not be updated, averaged or saved once it is broken.
+        value, size = torch.stack((total, norm)).tolist()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            what = f"the loss became {value}" if not math.isfinite(value) else f"the gradient's norm became {size}"
             raise TrainingError(
-                f"the loss became {value} at step {self.step}; {self.checkpoint_path} keeps the last good checkpoint. Try a lower lr or grad_clip"
+                f"{what} at step {self.step + 1}; {self.checkpoint_path} stays as it was: the last good checkpoint. "
+                "Try a lower lr or grad_clip"
             )
         self.optimizer.step()
-        self.ema.update_parameters(self.unet)
+        self._average()
         return value
+
+    def _seed_dropout(self) -> None:
+        seed = self._hash("dropout", self.step, self.rank)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed devices that are not ours
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
 
     def fit(self) -> None:
         """Train to ``config.steps``, resuming from ``out`` where a checkpoint lies there."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), self._processes():
+        ours = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(ours), self._processes():
             self._resume()
             network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
                 network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
-            with TrainingLog(self.out, self.config, self.step, enabled=self.rank == 0) as logger:
+            with TrainingLog(self.out, self.config, self.step, self._losses, enabled=self.rank == 0) as logger:
                 self._loop(network, logger)
             if self.rank == 0:
                 self.export(self.out / "model")
 
     def _loop(self, network: nn.Module, logger: TrainingLog) -> None:
         config = self.config
-        batches: list[tuple[range, Tensor, Tensor | None]] = []
-        started = time.perf_counter()
-        for positions, (images, labels) in self._stream():
-            batches.append((positions, images, labels))
-            if len(batches) < config.accumulate:
-                continue
-            loss = self._update(network, batches)
-            batches = []
-            self.step += 1
-            now = time.perf_counter()
-            logger.step(
-                self.step, loss=loss, lr=config.lr_at(self.step - 1), images_per_s=config.batch_size / (now - started)
-            )
-            started = now
-            last = self.step == config.steps
-            if self.rank == 0 and (last or self.step % config.save_every == 0):
-                self.save()
-            if self.rank == 0 and config.sample_every and (last or self.step % config.sample_every == 0):
-                self._sample_grid(logger)
+        with contextlib.closing(self._stream()) as stream:
+            while self.step < config.steps:
+                started = time.perf_counter()
+                loss = self._update(network, [next(stream) for _ in range(config.accumulate)])
+                lr = config.lr_at(self.step)
+                self.step += 1
+                logger.step(self.step, loss=loss, lr=lr, seconds=time.perf_counter() - started)
+                last = self.step == config.steps
+                if self.rank == 0 and config.sample_every and (last or self.step % config.sample_every == 0):
+                    self._sample_grid(logger)
+                if self.rank == 0 and (last or self.step % config.save_every == 0):
+                    self.save()
 
-    def _stream(self) -> Iterator[tuple[range, tuple[Tensor, Tensor | None]]]:
-        """This process's batches from the current step on, read ahead by a DataLoader."""
-        positions = [p for step in range(self.step, self.config.steps) for p in self._positions(step)]
-        # The loader draws a number from a generator when it starts; its own one keeps the run's draws untouched.
-        loader = DataLoader(
-            self.data, batch_sampler=map(self._indices, positions), collate_fn=lambda x: x, generator=torch.Generator()
-        )
-        yield from zip(positions, loader, strict=True)
+    def _stream(self) -> Generator[Part, None, None]:
+        """This process's parts of batches from the current step on; a thread reads one ahead."""
+
+        def read(positions: range) -> Part:
+            return positions, *self.data.__getitems__(self._indices(positions))
+
+        ahead: Future[Part] | None = None
+        with ThreadPoolExecutor(1, "fastdiff-data") as reader:
+            for step in range(self.step, self.config.steps):
+                for positions in self._positions(step):
+                    ready, ahead = ahead, reader.submit(read, positions)
+                    if ready is not None:
+                        yield ready.result()
+            if ahead is not None:
+                yield ahead.result()
 
     @contextlib.contextmanager
     def _processes(self) -> Iterator[None]:
@@ -268,45 +304,69 @@ class Trainer:
             "scheduler": self.schedule.to_scheduler_config() | {"prediction_type": self.config.prediction},
             "data": {"images": len(self.data), "size": list(self.data.size), "channels": self.data.channels},
             "world_size": self.world,
+            "losses": self._losses,
         }
 
     def save(self) -> None:
         """Write ``checkpoint.safetensors`` now, atomically."""
-        state.save(self.checkpoint_path, self.unet, self.ema.module, self.optimizer, self._info())
+        state.save(self.checkpoint_path, self.unet, self.ema, self.optimizer, self._info())
 
     def _resume(self) -> None:
+        """Take up the checkpoint, where there is one. One that does not fit is refused, and then nothing is changed."""
+        if self.rank == 0:
+            state.sweep(self.checkpoint_path)
         if not self.checkpoint_path.exists():
             return
-        info = state.load(self.checkpoint_path, self.unet, self.ema.module, self.optimizer)
+        tensors, info = state.load(self.checkpoint_path)
         mine = self._info()
-        free = {"steps", "log_every", "save_every", "sample_every", "compile"}  # may change between the parts of a run
-        changed = {f"train.{k}" for k in mine["train"] if k not in free and info["train"].get(k) != mine["train"][k]}
-        changed |= {key for key in ("unet", "scheduler", "data") if info[key] != mine[key]}
+        try:
+            kept = mine["train"].keys() - set(MAY_CHANGE)
+            changed = {f"train.{key}" for key in kept if info["train"].get(key) != mine["train"][key]}
+            changed |= {key for key in ("unet", "scheduler", "data") if info[key] != mine[key]}
+            step, losses, world = (
+                int(info["step"]),
+                [float(loss) for loss in info.get("losses", [])],
+                info["world_size"],
+            )
+        except (TypeError, ValueError, AttributeError) as e:
+            raise CheckpointError(f"{self.checkpoint_path}: its fastdiff metadata cannot be read ({e})") from e
         if changed:
             raise TrainingError(
-                f"{self.checkpoint_path} was written with other settings ({', '.join(sorted(changed))}); use those, or another folder"
+                f"{self.checkpoint_path} was written with other settings ({', '.join(sorted(changed))}); use those, or "
+                "another folder"
             )
-        self.step = info["step"]
-        self.ema.n_averaged.fill_(self.step)
-        if info["world_size"] != self.world and self.rank == 0:
-            log.warning(
-                "resuming with %d processes instead of %d: same batches, other rounding", self.world, info["world_size"]
-            )
+        state.restore(self.checkpoint_path, tensors, self.unet, self.ema, self.optimizer)
+        self.step, self._losses = step, losses
         if self.rank == 0:
-            log.info("resuming %s at step %d", self.checkpoint_path, self.step)
+            log.info("resuming %s at step %d", self.checkpoint_path, step)
+            if world != self.world:
+                log.warning("resuming with %d processes instead of %s: same batches, other rounding", self.world, world)
 
     def _sample_grid(self, logger: TrainingLog) -> None:
-        """Eight images of each of the first ten classes (or sixty-four) from the EMA weights, as ``samples/step-*.png``."""
-        sampler = Sampler(self.ema.module, self.schedule, prediction=self.config.prediction)
+        """Eight images of each of the first ten classes (or sixty-four), of the EMA weights: ``samples/step-*.png``."""
+        sampler = Sampler(self.ema, self.schedule, prediction=self.config.prediction)
         classes = sampler.info.classes
         labels = None if classes is None else [label for label in range(min(classes, 10)) for _ in range(8)]
-        output = sampler.sample(
-            64 if labels is None else len(labels), steps=25, seed=self.config.seed, labels=labels, size=self.data.size
-        )
+        n = 64 if labels is None else len(labels)
+        output = sampler.sample(n, solver=self._table, seed=self.config.seed, labels=labels, size=self.data.size)
         picture = output.grid(columns=8)
-        save_picture(picture, self.out / "samples" / f"step-{self.step:07d}.png")
+        path = self.out / "samples" / f"step-{self.step:07d}.png"
+        with state.writing(path):
+            save_picture(picture, path)
         logger.image(self.step, picture)
 
     def export(self, path: str | Path) -> None:
         """Write the EMA weights, network and schedule as a diffusers folder."""
-        checkpoint.save_folder(path, self.ema.module, self.schedule, prediction=self.config.prediction)
+        checkpoint.save_folder(path, self.ema, self.schedule, prediction=self.config.prediction)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device to train on; under torchrun each process has the CUDA device of its local rank."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if found.type == "cuda" and found.index is None:
+            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        raise InvalidArgument(f"device={device!r} cannot be used: {str(e).splitlines()[0]}") from e
+    return found
