@@ -274,7 +274,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, prediction: str = "epsilon") -> None:
-    """Write a diffusers pipeline folder: ``unet/``, ``scheduler/`` and ``model_index.json``."""
+    """Write a diffusers pipeline folder: ``unet/``, ``scheduler/`` and ``model_index.json``.
+
+    The index is left out for a network with a class image: diffusers, which has none, would load it with random parts.
+    """
     path = Path(path)
     save_unet(unet, path / "unet")
     scheduler = {
@@ -293,4 +296,5 @@ def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, predictio
     }
     with _writing(path):
         write_text(path / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2) + "\n")
-        write_text(path / "model_index.json", json.dumps(index, indent=2) + "\n")
+        if unet.config.class_image is None:
+            write_text(path / "model_index.json", json.dumps(index, indent=2) + "\n")

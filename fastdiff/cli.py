@@ -182,6 +182,9 @@ def train(
         str, typer.Option(help="crop: centre-crop and shrink larger images; pad: put smaller ones on black.")
     ] = "crop",
     unconditional: Annotated[bool, typer.Option(help="Ignore the labels that the data has.")] = False,
+    init: Annotated[
+        str | None, typer.Option(help="Start from this model's network and weights instead of the options below.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A U-Net config.json (diffusers keys); replaces the network options below.")
     ] = None,
@@ -240,7 +243,7 @@ def train(
     import torch
 
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
-    from fastdiff.checkpoint import read_json
+    from fastdiff.checkpoint import load, read_json
     from fastdiff.training import load_data
 
     settings = TrainConfig(
@@ -250,16 +253,28 @@ def train(
         seed=seed, log_every=log_every, save_every=save_every, sample_every=sample_every,
     )  # fmt: skip
     noise = NoiseSchedule(schedule, timesteps)
+    if init is not None and config is not None:
+        raise InvalidArgument("--init and --config both give the network; use one")
+    given = None if init is None else load(init)
+    if given is not None and (given.schedule != noise or given.scheduler_config.get("prediction_type") != prediction):
+        raise InvalidArgument(
+            f"--init {init}: it was trained with another --schedule, --timesteps or --prediction; use those of "
+            f"`fastdiff info {init}`"
+        )
     unet_config = UNetConfig.from_dict(read_json(config)) if config is not None else None
     images = load_data(data, labels=labels, size=None if size is None else _size(size), fit=fit)
-    if unet_config is None:
-        unet_config = _network(
-            images, _numbers("--channels", channels), layers, _numbers("--attention", attention) if attention else [],
-            head_dim, groups, dropout, scale_shift, class_image, unconditional,
-        )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        unet = UNet(unet_config).zero_residuals_()
+    if given is not None:
+        unet = given.unet
+    else:
+        if unet_config is None:
+            unet_config = _network(
+                images, _numbers("--channels", channels), layers,
+                _numbers("--attention", attention) if attention else [], head_dim, groups, dropout, scale_shift,
+                class_image, unconditional,
+            )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            unet = UNet(unet_config).zero_residuals_()
     trainer = Trainer(unet, images, out, settings, noise, device=device)
     started = time.perf_counter()
     trainer.fit()

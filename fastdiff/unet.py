@@ -24,7 +24,7 @@ from fastdiff.errors import ConfigError, InvalidArgument
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 CLASS_IMAGE = (None, "add", "multiply", "concat")
-MAX_LEVELS, MAX_LAYERS = 16, 64  # far more than any network has; they bound what an untrusted config.json can cost
+MAX_LEVELS, MAX_LAYERS = 16, 16  # far more than any network has; they bound what an untrusted config.json can cost
 CLASS_MAP_SIZE = 8  # side of the map that the class encoder draws, before it is resized to the image
 
 

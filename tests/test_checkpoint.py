@@ -146,6 +146,12 @@ def test_class_image_networks_are_fastdiffs_own(tmp_path):
     assert loaded.config == config
     assert torch.equal(evaluate(loaded, LABELS), evaluate(unet, LABELS))
 
+    save_folder(tmp_path / "pipeline", unet, NoiseSchedule("cosine"))
+    assert load(tmp_path / "pipeline").schedule == NoiseSchedule("cosine")
+    assert_equal_weights(load(tmp_path / "pipeline").unet, unet)
+    with pytest.raises(OSError, match=r"model_index\.json"):  # not half of it, with random weights for the rest
+        DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_legacy_attention(folder, bare):

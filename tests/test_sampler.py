@@ -794,7 +794,7 @@ def loaded(unet: UNet) -> None:
 
 
 def another_module(unet: UNet) -> None:
-    unet.conv_in = nn.Sequential(unet.conv_in, nn.Conv2d(8, 8, 1))
+    unet.conv_out = nn.Sequential(unet.conv_out, nn.Conv2d(3, 3, 1))
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float64"])
@@ -889,7 +889,7 @@ def test_a_nan_names_its_image_and_leaves_the_others() -> None:
     x = initial(0, range(6))
     clean = sampler.sample(6, steps=3, noise=x, start_index=40, batch_size=4)
     x[2, 1, 3, 3] = math.nan
-    with pytest.raises(NumericsError, match=r"1 of 6 .* float32 .*index 42") as caught:
+    with pytest.raises(NumericsError, match=r"1 of 6 .*float32 \(index 42\)") as caught:
         sampler.sample(6, steps=3, noise=x, start_index=40, batch_size=4)
     error = caught.value
     assert isinstance(error, FastdiffError)
@@ -902,15 +902,15 @@ def test_a_nan_names_its_image_and_leaves_the_others() -> None:
 
 
 class Poison(Probe):
-    """Says infinity of images labelled 3, at one timestep."""
+    """Says NaN of images labelled 3, at one timestep."""
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         out = super().forward(x, t, class_labels)
-        return torch.where(((class_labels == 3) & (t == 49)).view(-1, 1, 1, 1), math.inf, out)
+        return torch.where(((class_labels == 3) & (t == 49)).view(-1, 1, 1, 1), math.nan, out)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_infinity_mid_run_stays_in_its_image(clip: float | None) -> None:
+def test_a_nan_mid_run_stays_in_its_image(clip: float | None) -> None:
     sampler = Sampler(Poison(), SCHEDULE, shape=SHAPE)
     clean = sampler.sample(4, solver="ddpm", steps=4, labels=[0, 1, 1, 0], clip=clip).images
     with pytest.raises(NumericsError) as caught:
@@ -977,24 +977,24 @@ def save_pipeline(path: Path, scheduler: Any, config: UNetConfig = TINY) -> DDPM
     ("scheduler", "ddim", "ddpm"),
     [
         (
-            DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
+            DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
                           variance_type="fixed_large", timestep_spacing="leading", steps_offset=1),
             {"prediction": "v_prediction", "clip": None, "spacing": "leading", "steps_offset": 1},
             {"prediction": "v_prediction", "clip": None, "spacing": "leading", "steps_offset": 1, "variance": "beta"},
         ),
         (
-            DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=2.5,
+            DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=2.5,
                           timestep_spacing="linspace", steps_offset=1),
             {"prediction": "sample", "clip": 2.5, "spacing": "linspace"},
             {"prediction": "sample", "clip": 2.5, "spacing": "linspace"},
         ),
         (
-            DDIMScheduler(T, beta_schedule="squaredcos_cap_v2", set_alpha_to_one=False, timestep_spacing="trailing"),
+            DDIMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", set_alpha_to_one=False, timestep_spacing="trailing"),
             {"set_alpha_to_one": False},
             {},
         ),
         (
-            DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
+            DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
             {"spacing": "leading"},
             {"spacing": "leading", "variance": "learned_range"},
         ),
@@ -1021,10 +1021,10 @@ def test_scheduler_configurations_of_diffusers(
 
 
 def test_scheduler_configurations_that_are_refused(tmp_path: Path) -> None:
-    save_pipeline(tmp_path / "threshold", DDPMScheduler(T, thresholding=True))
+    save_pipeline(tmp_path / "threshold", DDPMScheduler(num_train_timesteps=T, thresholding=True))
     with pytest.raises(ConfigError, match=r"threshold.*thresholding=true"):
         Sampler.from_pretrained(tmp_path / "threshold")
-    save_pipeline(tmp_path / "log", DDPMScheduler(T, variance_type="fixed_small_log"))
+    save_pipeline(tmp_path / "log", DDPMScheduler(num_train_timesteps=T, variance_type="fixed_small_log"))
     sampler = Sampler.from_pretrained(tmp_path / "log")
     with pytest.raises(InvalidArgument, match=r"fixed_small_log.*give variance="):
         sampler.sample(1, solver="ddpm", steps=2)
@@ -1044,7 +1044,7 @@ def test_scheduler_configurations_that_are_refused(tmp_path: Path) -> None:
 )
 def test_whole_ddim_pipelines_of_diffusers(tmp_path: Path, options: dict[str, Any], call: dict[str, Any]) -> None:
     """The pipeline's pictures from the folder that it saved, with the options left alone."""
-    pipeline = save_pipeline(tmp_path, DDIMScheduler(T, beta_end=0.1, **options))
+    pipeline = save_pipeline(tmp_path, DDIMScheduler(num_train_timesteps=T, beta_end=0.1, **options))
     sampler = Sampler.from_pretrained(tmp_path, device="cpu")
     compare_with_ddim_pipeline(pipeline, sampler, options, call, steps=10)
 
@@ -1053,7 +1053,7 @@ def test_whole_ddim_pipelines_of_diffusers(tmp_path: Path, options: dict[str, An
 def test_eps_of_the_output_is_diffusers_default(tmp_path: Path, prediction: str) -> None:
     """With clipping diffusers keeps the network's eps; a table can say so."""
     options = {"clip_sample": True, "prediction_type": prediction}
-    pipeline = save_pipeline(tmp_path, DDIMScheduler(T, beta_end=0.1, **options))
+    pipeline = save_pipeline(tmp_path, DDIMScheduler(num_train_timesteps=T, beta_end=0.1, **options))
     sampler = Sampler.from_pretrained(tmp_path, device="cpu")
     table = solvers.ddim(
         sampler.schedule, 10, spacing="leading", prediction=prediction, eps_from="output"
@@ -1091,7 +1091,7 @@ def compare_with_ddim_pipeline(
 
 def test_whole_ddpm_pipelines_of_diffusers(tmp_path: Path) -> None:
     """Ancestral sampling with the numbers of one torch generator, in the pipeline's order."""
-    pipeline = save_pipeline(tmp_path, DDPMScheduler(T, beta_end=0.1, variance_type="fixed_large"))
+    pipeline = save_pipeline(tmp_path, DDPMScheduler(num_train_timesteps=T, beta_end=0.1, variance_type="fixed_large"))
     expected = pipeline(3, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
     generator = torch.Generator().manual_seed(0)
     drawn: list[Tensor] = []
@@ -1304,9 +1304,8 @@ def test_a_table_of_learned_variance_needs_the_network(nothing_runs: Callable[[S
 
 
 def test_a_network_without_a_size_needs_one(nothing_runs: Callable[[Sampler], Sampler]) -> None:
-    sampler = sampler_of(dataclasses.replace(TINY, sample_size=None))
-    assert sampler.sample(1, steps=1, size=4).images.shape == (1, 3, 4, 4)
-    refused(nothing_runs(sampler).sample, {}, ("sample_size", "size="))
+    config = dataclasses.replace(TINY, sample_size=None)
+    refused(nothing_runs(sampler_of(config)).sample, {}, ("sample_size", "size="))
 
 
 @pytest.mark.parametrize(

@@ -438,7 +438,7 @@ NAN, INF = float("nan"), float("inf")
 BAD = [
     # changes, the key, the value and what is allowed as the message says them
     *[({k: v}, k, v, "1 to") for k in ("in_channels", "out_channels", "norm_num_groups") for v in (0, -1, 2.0, True)],
-    *[({"layers_per_block": v}, "layers_per_block", v, "1 to 64") for v in (0, 65, 1 << 40, "2", None, False)],
+    *[({"layers_per_block": v}, "layers_per_block", v, "1 to 16") for v in (0, 17, 1 << 40, "2", None, False)],
     ({"in_channels": None}, "in_channels", None, "a whole number"),
     ({"in_channels": 1 << 21}, "in_channels", 1 << 21, "1048576"),
     *[({k: 0}, k, 0, "1 to") for k in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")],

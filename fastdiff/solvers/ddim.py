@@ -63,13 +63,15 @@ def ddim(
     rows = []
     for t, (abar, abar_next) in zip(ts, levels(schedule, ts, final), strict=True):
         kx, ko = x0_coefficients(prediction, abar)
-        sigma = eta * math.sqrt(max(posterior(abar, abar_next)[2], 0.0))
-        squared = 1.0 - abar_next - sigma**2
-        if squared < -1e-12:
+        _, ct, var = posterior(abar, abar_next)
+        sigma = eta * math.sqrt(var)
+        # 1 - abar_p - sigma^2 without its cancellation, which the root would turn into 1e-8.
+        squared = (1.0 - eta**2) * var + ct**2 * (1.0 - abar)
+        if squared < 0.0:
             raise InvalidArgument(
                 f"eta={eta!r}: more noise than the level at timestep {t:g} holds; eta=1 is always possible"
             )
-        direction = math.sqrt(max(squared, 0.0))
+        direction = math.sqrt(squared)
         if eps_from == "clipped":
             a, s = math.sqrt(abar), math.sqrt(1.0 - abar)
             ax, ao, a0 = direction / s, 0.0, math.sqrt(abar_next) - direction * a / s
