@@ -55,7 +55,7 @@ trainer = fastdiff.Trainer(unet, data, "run", settings, schedule)
 trainer.fit()  # run/ now holds a checkpoint, a log, and model/, which Sampler.from_pretrained loads
 
 # 4. Sampling, from memory: trainer.ema holds the running average of the weights, which draws better than the last ones.
-sampler = fastdiff.Sampler(trainer.ema.module, schedule, prediction="v_prediction")
+sampler = fastdiff.Sampler(trainer.ema, schedule, prediction="v_prediction")
 out = sampler.sample(24, steps=25, labels=[kind for kind in range(3) for _ in range(8)], guidance=2.0, seed=1)
 out.save("samples.png", columns=8)
 weights = sum(p.numel() for p in unet.parameters())

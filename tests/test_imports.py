@@ -40,6 +40,7 @@ ORDER = (
     "evaluation",
     "bench",
     "cli",
+    "__main__",
 )
 # UNet.from_pretrained and UNet.save_pretrained hand their work, when called, to the module that needs UNet.
 FORWARDS = {("unet", "checkpoint")}

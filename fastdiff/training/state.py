@@ -24,6 +24,7 @@ from fastdiff.errors import CheckpointError, TrainingError
 from fastdiff.files import atomic_path
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+LEFTOVERS = (f".*-[0-9]*-{'[0-9a-f]' * 8}.tmp.*", ".tmp??????")  # atomic_path's files and, within, safetensors'
 
 
 @contextlib.contextmanager
@@ -60,12 +61,13 @@ def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Op
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
 
 
-def sweep(path: Path) -> None:
-    """Remove what a process that was killed while it wrote ``path`` left beside it."""
-    for pattern in (f".{path.stem}-*.tmp{path.suffix}", ".tmp??????"):  # atomic_path's and, inside it, safetensors'
-        for leftover in path.parent.glob(pattern):
-            with writing(leftover):
-                leftover.unlink(missing_ok=True)
+def sweep(out: Path) -> None:
+    """Remove the half-written files that a killed run left in its folder."""
+    for folder in (out, out / "samples", out / "model", out / "model" / "unet", out / "model" / "scheduler"):
+        for pattern in LEFTOVERS:
+            for leftover in folder.glob(pattern):
+                with writing(leftover):
+                    leftover.unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

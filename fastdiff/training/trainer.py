@@ -314,7 +314,7 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the checkpoint, where there is one. One that does not fit is refused, and then nothing is changed."""
         if self.rank == 0:
-            state.sweep(self.checkpoint_path)
+            state.sweep(self.out)
         if not self.checkpoint_path.exists():
             return
         tensors, info = state.load(self.checkpoint_path)
