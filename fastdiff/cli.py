@@ -80,11 +80,11 @@ def sample(
 
     Examples:
 
-      fastdiff sample fashion-mnist --per-class 8 --out out/samples.png
+    fastdiff sample fashion-mnist --per-class 8 --out out/samples.png
 
-      fastdiff sample --n 4 --labels 9 --guidance 2 --animate boots.gif -o boots.png
+    fastdiff sample --n 4 --labels 9 --guidance 2 --animate boots.gif -o boots.png
 
-      fastdiff sample --n 100 --solver ddpm --steps 100 --out samples.npz
+    fastdiff sample --n 100 --solver ddpm --steps 100 --out samples.npz
     """
     from fastdiff import SampleOutput, Sampler
     from fastdiff.images import PICTURES, grid
@@ -234,11 +234,11 @@ def train(
 
     Examples:
 
-      fastdiff train photos --size 64 --out runs/photos --precision bf16 --compile
+    fastdiff train photos --size 64 --out runs/photos --precision bf16 --compile
 
-      fastdiff train images.gz --labels labels.gz --size 32 --fit pad -o runs/mnist
+    fastdiff train images.gz --labels labels.gz --size 32 --fit pad -o runs/mnist
 
-      torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 -o runs/photos
+    torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 -o runs/2
     """
     import torch
 
@@ -301,9 +301,9 @@ def info(
 
     Examples:
 
-      fastdiff info fashion-mnist
+    fastdiff info fashion-mnist
 
-      fastdiff info fashion-mnist --solver ddim --steps 10
+    fastdiff info fashion-mnist --solver ddim --steps 10
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

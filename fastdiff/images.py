@@ -73,4 +73,6 @@ def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.
     milliseconds = max(int(1000 * seconds / len(frames)), 20)
     durations = [milliseconds] * (len(frames) - 1) + [int(1000 * seconds) + milliseconds]
     with atomic_path(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+        frames[0].save(
+            temporary, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0, lossless=True
+        )  # noise is the worst case of lossy WebP; GIF has no such choice

@@ -350,7 +350,7 @@ def test_bounded_time_and_memory(tmp_path):
     hostile = {}
 
     def model(name, word, config=None):
-        """A copy of the good model, yet to be spoilt; loading it shall fail with this word. Returns its weights' path."""
+        """A copy of the good model, yet to be spoilt; loading it shall fail with this word. Returns the weights."""
         (tmp_path / name).mkdir()
         config = config if config is not None else (good / "config.json").read_text()
         (tmp_path / name / "config.json").write_text(config)

@@ -973,28 +973,31 @@ def save_pipeline(path: Path, scheduler: Any, config: UNetConfig = TINY) -> DDPM
     return pipeline
 
 
+COSINE = {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2"}
+
+
 @pytest.mark.parametrize(
     ("scheduler", "ddim", "ddpm"),
     [
         (
-            DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
-                          variance_type="fixed_large", timestep_spacing="leading", steps_offset=1),
+            DDPMScheduler(**COSINE, prediction_type="v_prediction", clip_sample=False, variance_type="fixed_large",
+                          timestep_spacing="leading", steps_offset=1),
             {"prediction": "v_prediction", "clip": None, "spacing": "leading", "steps_offset": 1},
             {"prediction": "v_prediction", "clip": None, "spacing": "leading", "steps_offset": 1, "variance": "beta"},
         ),
         (
-            DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=2.5,
+            DDPMScheduler(**COSINE, prediction_type="sample", clip_sample_range=2.5,
                           timestep_spacing="linspace", steps_offset=1),
             {"prediction": "sample", "clip": 2.5, "spacing": "linspace"},
             {"prediction": "sample", "clip": 2.5, "spacing": "linspace"},
         ),
         (
-            DDIMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", set_alpha_to_one=False, timestep_spacing="trailing"),
+            DDIMScheduler(**COSINE, set_alpha_to_one=False, timestep_spacing="trailing"),
             {"set_alpha_to_one": False},
             {},
         ),
         (
-            DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
+            DDPMScheduler(**COSINE, variance_type="learned_range"),
             {"spacing": "leading"},
             {"spacing": "leading", "variance": "learned_range"},
         ),
