@@ -395,8 +395,8 @@ def test_it_learns(tmp_path: Path) -> None:
         block_out_channels=(16, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
     )
     settings = {
-        "steps": 300, "batch_size": 32, "lr": 8e-3, "prediction": "v_prediction", "lr_warmup": 10, "lr_decay": "cosine", "ema_decay": 0.95,
-        "log_every": 10, "save_every": 300,
+        "steps": 300, "batch_size": 32, "lr": 8e-3, "lr_warmup": 10, "lr_decay": "cosine", "prediction": "v_prediction",
+        "ema_decay": 0.95, "log_every": 10, "save_every": 300,
     }  # fmt: skip
     trainer = toy_trainer(tmp_path, unet=unet, data=data, timesteps=100, **settings)
     trainer.fit()

@@ -209,6 +209,7 @@ def test_float32_is_close_to_float64(config):
     t, labels = torch.tensor([0.0, 4.5, 999.0]), random_labels(config, 3)
     single = unet(x, t, labels)
     double = unet.double()(x.double(), t.double(), labels)
+    assert torch.equal(unet(x.double(), t, labels), double)
     assert single.dtype == torch.float32
     assert double.dtype == torch.float64
     assert 0 < relative_error(single, double) <= 1e-5
