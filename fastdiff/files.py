@@ -16,7 +16,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; safetensors' own files are for their owner alone
+        temporary.unlink()
         yield temporary
+        temporary.chmod(mode)
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)

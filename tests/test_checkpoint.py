@@ -254,6 +254,18 @@ def test_built_in_models(tmp_path, monkeypatch):
         refused(name, "birds, flowers")
 
 
+@pytest.mark.parametrize("name", checkpoint.builtin_models())
+def test_models_that_come_with_fastdiff(name):
+    model = load(name)
+    assert model.scheduler_config["_class_name"] == "DDPMScheduler"
+    assert model.unet.config.sample_size is not None
+    size = 8 * model.unet.config.stride
+    x = torch.randn((1, model.unet.config.in_channels, size, size), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(1, dtype=torch.int64) if model.unet.config.conditional else None
+    with torch.no_grad():
+        assert model.unet(x, 500, labels).std() > 0.1
+
+
 def test_without_built_in_models(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "BUILTIN", tmp_path / "absent")
     assert checkpoint.builtin_models() == []
@@ -701,6 +713,13 @@ def test_full_disk_keeps_the_old_model(tmp_path):
     assert_equal_weights(load(tmp_path / "model").unet, random_unet(TINY))
 
 
+@needs_posix
+def test_others_may_read_what_they_may_read_elsewhere(folder):
+    (folder / "plain").write_text("")
+    expected = (folder / "plain").stat().st_mode
+    assert {n: (folder / n).stat().st_mode for n in names(folder)} == dict.fromkeys(names(folder), expected)
+
+
 def test_paths_that_cannot_be_folders(tmp_path):
     (tmp_path / "file").write_text("mine")
     for save in (save_unet, lambda unet, path: save_folder(path, unet, NoiseSchedule())):
@@ -743,9 +762,7 @@ def test_kills_never_leave_a_broken_file(tmp_path):
     run_python(code, tmp_path / "model", tmp_path / "other", 20)
     leftovers = [n for n in names(tmp_path / "model") if n not in ("config.json", WEIGHTS)]
     assert all(n.startswith(".") for n in leftovers)
-    killed_midway = {n.partition(".tmp")[2] for n in leftovers}
-    assert killed_midway <= {".json", ".safetensors"}
-    assert killed_midway  # some kill hit a file half written
+    assert leftovers  # some kill hit a file half written
 
 
 @needs_posix

@@ -161,20 +161,14 @@ def test_augmentation():
     torch.manual_seed(0)
     image = torch.full((1, 1, 32, 32), -1.0)
     image[..., 8, 3] = 1.0  # one lit pixel, off the centre line
-    out = trainer.augment(image.expand(4000, 1, 32, 32).clone())
+    out = trainer.augment(image.expand(4000, 1, 32, 32))
     assert out.shape == (4000, 1, 32, 32)
     assert set(out.unique().tolist()) == {-1.0, 1.0}
     lit = (out == 1).nonzero()
-    erased = 1 - len(lit) / 4000
-    assert 0.02 < erased < 0.15  # about half of the images lose a sixteenth of their area
+    assert lit[:, 0].tolist() == list(range(4000))  # one in every image
     assert set(lit[:, 2].tolist()) == set(range(6, 11))  # shifted by up to 2
     assert set(lit[:, 3].tolist()) == {*range(1, 6), *range(26, 31)}  # and mirrored: 3 -> 28
     assert abs((lit[:, 3] < 16).double().mean().item() - 0.5) < 0.05
-
-    full = trainer.augment(torch.ones(2000, 1, 32, 32))
-    dark = (full[:, 0, 2:-2, 2:-2] == -1).sum((1, 2))  # clear of what a shift brings in
-    assert abs((dark > 0).double().mean().item() - 0.5) < 0.1
-    assert dark.max() <= 12 * 12
 
 
 def write_idx(path, array):
