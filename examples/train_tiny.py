@@ -1,4 +1,4 @@
-"""Train a diffusion model from nothing in a few seconds: discs, squares and crosses of 16 x 16 pixels.
+"""Train a diffusion model from nothing in a few seconds: discs, squares and crosses of 12 x 12 pixels.
 
 Run it anywhere:  python train_tiny.py        It writes samples.png and a folder run/ with the checkpoint and the log.
 """
@@ -8,20 +8,20 @@ import numpy as np
 import fastdiff
 from fastdiff.training import load_data
 
-SIZE = 16
+SIZE = 12
 
 
 def draw(kind: int, rng: np.random.Generator) -> np.ndarray:
-    """A bright shape of random place, size and brightness on black: uint8 [16, 16]."""
+    """A bright shape of random place, size and brightness on black: uint8 [12, 12]."""
     y, x = np.mgrid[:SIZE, :SIZE]
-    radius = rng.uniform(3, 5)
+    radius = rng.uniform(2.5, 4)
     y, x = y - rng.uniform(radius, SIZE - 1 - radius), x - rng.uniform(radius, SIZE - 1 - radius)
     inside = [
         x**2 + y**2 <= radius**2,
         np.maximum(abs(x), abs(y)) <= 0.85 * radius,
         (np.minimum(abs(x), abs(y)) <= 1) & (np.maximum(abs(x), abs(y)) <= radius),
     ]
-    return (inside[kind] * rng.uniform(140, 255)).astype(np.uint8)
+    return (inside[kind] * rng.uniform(160, 255)).astype(np.uint8)
 
 
 # 1. The data: arrays named images and labels in an .npz (a folder of pictures would do as well).
@@ -49,7 +49,7 @@ schedule = fastdiff.NoiseSchedule("cosine")
 
 # 3. Training: an image is drowned in noise, the network says what is what (v_prediction) and is corrected.
 settings = fastdiff.TrainConfig(
-    steps=300, batch_size=32, prediction="v_prediction", lr=3e-3, lr_warmup=20, ema_decay=0.98, sample_every=0
+    steps=350, batch_size=64, prediction="v_prediction", lr=4e-3, lr_warmup=20, ema_decay=0.98, sample_every=0
 )
 trainer = fastdiff.Trainer(unet, data, "run", settings, schedule)
 trainer.fit()  # run/ now holds a checkpoint, a log, and model/, which Sampler.from_pretrained loads
