@@ -1,6 +1,6 @@
 """How long the command line takes to answer. Limit: half a second of CPU time for ``fastdiff --help``.
 
-    pytest benchmarks/ --benchmark-json=startup.json
+pytest benchmarks/ --benchmark-json=startup.json
 """
 
 from __future__ import annotations

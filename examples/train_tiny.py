@@ -4,6 +4,7 @@ Run it anywhere:  python train_tiny.py        It writes samples.png and a folder
 """
 
 import numpy as np
+import torch
 
 import fastdiff
 from fastdiff.training import load_data
@@ -44,6 +45,7 @@ config = fastdiff.UNetConfig(
     num_class_embeds=4,
     null_label=3,
 )
+torch.manual_seed(0)  # the network starts from random weights
 unet = fastdiff.UNet(config)
 schedule = fastdiff.NoiseSchedule("cosine")
 

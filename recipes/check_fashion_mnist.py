@@ -130,12 +130,16 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def read_samples(path: Path) -> Images:
-    """An .npz file with ``images`` [N, 1, 32, 32], floats in [-1, 1] or uint8, and ``labels`` [N], 0..9."""
+    """An .npz file with ``images`` [N, 1, 32, 32] or, as ``fastdiff sample`` writes them, [N, 32, 32, 1], floats in
+    [-1, 1] or uint8, and ``labels`` [N], 0..9.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             pixels, labels = file["images"], file["labels"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: an .npz file with images and labels is needed ({error})") from error
+    if pixels.ndim == 4 and pixels.shape[3] == 1:
+        pixels = np.moveaxis(pixels, 3, 1)
     if pixels.ndim != 4 or pixels.shape[1:] != (1, SIZE, SIZE) or len(pixels) == 0:
         raise DataError(f"{path}: images must be [N, 1, {SIZE}, {SIZE}], not {list(pixels.shape)}")
     if pixels.dtype != np.uint8 and pixels.dtype.kind != "f":

@@ -33,7 +33,7 @@ from fastdiff.noise import INITIAL, normal
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.training import ArrayData, TrainConfig, Trainer
-from fastdiff.training import log as log_module
+from fastdiff.training.log import TrainingLog
 from fastdiff.unet import UNet, UNetConfig
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]  # of a checkpoint's tensors and info
@@ -316,6 +316,25 @@ def test_ema_warms_up() -> None:
     assert [config.ema_at(i) for i in (0, 1, 90)] == pytest.approx([1 / 10, 2 / 11, 91 / 100])
     assert config.ema_at(890) == pytest.approx(891 / 900)
     assert config.ema_at(891) == config.ema_at(10**6) == 0.99
+
+
+def test_ema_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ema <- d ema + (1 - d) w, d = min(decay, (1 + i) / (10 + i)); the first update takes the weights."""
+    trainer = toy_trainer(tmp_path, steps=6, lr=1e-2, lr_warmup=0, ema_decay=0.3)
+    average, expected, errors = trainer._average, np.zeros(()), []
+
+    def averaged() -> None:
+        nonlocal expected
+        average()
+        i, w = trainer.step, trainer.unet.conv_in.weight.detach().double().numpy().copy()
+        d = min(0.3, (1 + i) / (10 + i))  # 0.3 from i = 3 on
+        expected = w if i == 0 else d * expected + (1 - d) * w
+        errors.append(np.abs(trainer.ema.conv_in.weight.numpy() - expected).max())
+
+    monkeypatch.setattr(trainer, "_average", averaged)
+    trainer.fit()
+    assert len(errors) == 6
+    assert max(errors) < 1e-6  # each update moves weights by 1e-2
 
 
 def adamw_by_hand(trainer: Trainer, steps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
@@ -855,6 +874,22 @@ def test_no_space_left_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_a_log_that_cannot_be_closed(tmp_path: Path) -> None:
+    """It is an error, but does not hide what ended the run."""
+
+    def fail() -> None:
+        raise OSError("no more")
+
+    with pytest.raises(TrainingError, match="what ended it"), TrainingLog(tmp_path, TrainConfig(), 0, [], True) as log:
+        log._open.callback(fail)
+        raise TrainingError("what ended it")
+    with (
+        pytest.raises(TrainingError, match=r"log\.jsonl could not be written \(no more\)"),
+        TrainingLog(tmp_path, TrainConfig(), 0, [], True) as log,
+    ):
+        log._open.callback(fail)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     trainer = toy_trainer(tmp_path / "file")
@@ -947,7 +982,6 @@ def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = plain.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 3/3"]  # the first, every 30 s, the last
     assert "\x1b" not in plain.getvalue()
-    assert log_module.sys.stderr is plain
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
