@@ -880,14 +880,16 @@ def test_a_log_that_cannot_be_closed(tmp_path: Path) -> None:
     def fail() -> None:
         raise OSError("no more")
 
-    with pytest.raises(TrainingError, match="what ended it"), TrainingLog(tmp_path, TrainConfig(), 0, [], True) as log:
-        log._open.callback(fail)
-        raise TrainingError("what ended it")
-    with (
-        pytest.raises(TrainingError, match=r"log\.jsonl could not be written \(no more\)"),
-        TrainingLog(tmp_path, TrainConfig(), 0, [], True) as log,
-    ):
-        log._open.callback(fail)
+    def end(error: Exception | None) -> None:
+        with TrainingLog(tmp_path, TrainConfig(), 0, [], enabled=True) as log:
+            log._open.callback(fail)
+            if error is not None:
+                raise error
+
+    with pytest.raises(TrainingError, match="what ended it"):
+        end(TrainingError("what ended it"))
+    with pytest.raises(TrainingError, match=r"log\.jsonl could not be written \(no more\)"):
+        end(None)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
