@@ -240,6 +240,30 @@ def test_compiled_is_one_graph_and_follows_the_weights() -> None:
     assert all(module.training for module in unet.modules())
 
 
+class Convolution(nn.Module):
+    """A network that is soon compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        out = self.conv(x) + 1e-3 * t.view(-1, 1, 1, 1)
+        return out if class_labels is None else out + 0.1 * class_labels.view(-1, 1, 1, 1)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_runs_any_number_of_batch_sizes() -> None:
+    """Dynamo gives up on code that it had to compile for more than eight shapes."""
+    unet = Convolution()
+    compiled, eager = (Sampler(unet, SCHEDULE, backend=name, shape=SHAPE) for name in ("compiled", "eager"))
+    for n in range(1, 12):
+        for labels in (None, 1):
+            images = [sampler.sample(n, steps=2, labels=labels).images for sampler in (compiled, eager)]
+            assert (images[0] - images[1]).abs().max() < 1e-5
+
+
 def test_forward_and_update_are_a_step() -> None:
     case = CASES["everything"]
     unet = random_unet(case.config)

@@ -52,13 +52,11 @@ def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Op
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise TrainingError(
-                f"{name} has NaN or infinite values; {path} stays as it was: the last good checkpoint. Try a lower lr"
+                f"{name} has NaN or infinite values; {path} stays as it was: the last good checkpoint. Try a lower lr "
+                "or grad_clip, in another folder"
             )
     with writing(path), atomic_path(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
-        temporary.chmod(mode)  # safetensors makes files that only their owner may read
 
 
 def sweep(out: Path) -> None:

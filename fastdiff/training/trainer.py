@@ -220,7 +220,7 @@ class Trainer:
             what = f"the loss became {value}" if not math.isfinite(value) else f"the gradient's norm became {size}"
             raise TrainingError(
                 f"{what} at step {self.step + 1}; {self.checkpoint_path} stays as it was: the last good checkpoint. "
-                "Try a lower lr or grad_clip"
+                "Try a lower lr or grad_clip, in another folder"
             )
         self.optimizer.step()
         self._average()
