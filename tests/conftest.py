@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# One thread, here and in every process that a test starts, before torch counts the cores: the networks are small, and
+# bits and rounding bands are compared between processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Tests need no network, and must not learn whether there is one.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
