@@ -16,11 +16,13 @@ Both sides shrink alike where images lie densely (trousers) and grow alike where
 a threshold of its own. A fixed distance would not do: half of the test trousers lie within 0.14 of a training image,
 half of the bags within 0.29. Nor would the smallest distance among a class's test images: one test T-shirt is a
 training T-shirt to within 0.005, and hardly any copy is as close. Measured: 10 of the 10,000 test images are
-near-duplicates, products that the training images show too; so is every training image with Gaussian noise of standard
-deviation 0.02 added, 97 % of those with 0.05 (6 of 255 gray levels), and none that is moved by a pixel.
+near-duplicates, products that the training images show too. So are all of 1,000 training images with Gaussian noise of
+standard deviation 0.02 added, 97 % with 0.05 (6 of 255 gray levels), 24 % when blurred by half a pixel, and none when
+moved by a pixel.
 
 So some new images are near-duplicates, and a lone one proves nothing. The samples fail when they hold significantly
-more of them than the test images do: Fisher's exact test, one-sided, at 1 %. --max-duplicates 0 asks for none at all.
+more of them than the test images do: Fisher's exact test, one-sided, at 1 %. With 1,000 random test images as samples
+and the others as the test images, 0.2 % of the draws fail. --max-duplicates 0 asks for none; 65 % of the draws fail so.
 """
 
 from __future__ import annotations

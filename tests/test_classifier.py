@@ -30,9 +30,9 @@ WEIGHTS = BUILTIN / "fashion-mnist" / "classifier.safetensors"
 
 # of waves(3); atol 1e-4 is for other processors' sums
 LOGITS = [
-    [1.0854, -1.0401, 1.1201, -1.8682, -1.7543, -0.4633, -1.4043, 0.0275, 3.4192, 0.6742],
-    [1.4083, -1.1379, 0.8824, -1.1337, -0.7270, 0.2499, -3.4075, 0.5327, 0.4649, 2.5656],
-    [2.2324, -1.1646, 1.3791, -0.8760, -0.1397, 2.1978, -2.6264, -0.4577, 0.3407, -0.9691],
+    [2.35241, -1.19101, 0.15765, -0.63199, -2.15015, 0.58363, -1.31880, -0.27868, 1.94473, 0.49452],
+    [0.41411, -1.65252, 0.29961, 0.19844, -0.91384, 0.22921, -1.82508, -0.37495, 4.06774, -0.43860],
+    [2.64066, -2.21029, 0.97284, -0.55086, -0.74443, 0.91120, -1.46971, -0.94197, 2.34519, -0.97034],
 ]
 
 
@@ -63,7 +63,7 @@ def waves(n):
 
 def test_recorded_accuracy(classifier):
     record = json.loads(WEIGHTS.with_suffix(".json").read_text())
-    assert record["accuracy"] >= 0.92
+    assert record["accuracy"] >= 0.93
     assert record["test_images"] == 10_000
     assert record["sha256"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     assert record["parameters"] == sum(p.numel() for p in classifier.parameters())
