@@ -74,7 +74,7 @@ class SampleOutput:
             if self.labels is not None:
                 arrays["labels"] = self.labels.numpy()
             with atomic_path(path) as temporary:
-                np.savez_compressed(temporary, allow_pickle=False, **arrays)
+                np.savez_compressed(temporary, **arrays)
         elif not path.suffix:
             for i, picture in enumerate(self.to_pil(), start=self.start_index):
                 images.save_picture(picture, path / f"{i:06d}.png")

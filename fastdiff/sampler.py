@@ -114,7 +114,7 @@ class Sampler:
         if config.get("thresholding"):
             raise ConfigError(f"{loaded.path}: thresholding=true in its scheduler configuration is not supported")
         device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # NHWC weights: 1.15 times the img-steps/s of NCHW (eager float32, one CPU thread, the built-in model at B=32).
+        # Convolutions like NHWC better than NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         return cls(
             loaded.unet.to(device),

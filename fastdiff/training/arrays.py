@@ -111,7 +111,7 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
 def _unzipped(raw: IO[bytes]) -> IO[bytes]:
     zipped = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[return-value]
+    return gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[return-value]  # it reads like a binary file
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -238,7 +238,7 @@ class Trainer:
         ours = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(ours), self._processes():
             self._resume()
-            network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]
+            network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # a module in, a module out
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
                 network = nn.parallel.DistributedDataParallel(network, device_ids=ids)

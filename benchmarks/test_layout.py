@@ -1,0 +1,36 @@
+"""The eager network in NHWC against NCHW: why `Sampler.from_pretrained` converts the weights it loads.
+
+pytest benchmarks/test_layout.py -s
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+import fastdiff
+
+BATCH, STEPS, ROUNDS = 32, 4, 7
+
+
+def test_nhwc_against_nchw(benchmark: Any) -> None:
+    unets = {name: fastdiff.UNet.from_pretrained("fashion-mnist") for name in ("nchw", "nhwc")}
+    unets["nhwc"].to(memory_format=torch.channels_last)
+    schedule = fastdiff.NoiseSchedule("cosine")
+    samplers = {name: fastdiff.Sampler(u, schedule, prediction="v_prediction") for name, u in unets.items()}
+    speed: dict[str, list[float]] = {name: [] for name in samplers}
+
+    def interleaved() -> None:
+        for name, sampler in samplers.items():
+            started = time.perf_counter()
+            sampler.sample(BATCH, steps=STEPS, labels=1)
+            speed[name].append(BATCH * STEPS / (time.perf_counter() - started))
+
+    benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
+    medians = {name: statistics.median(values[1:]) for name, values in speed.items()}
+    ratio = medians["nhwc"] / medians["nchw"]
+    benchmark.extra_info |= {"img_steps_per_s": medians, "ratio": ratio, "threads": torch.get_num_threads()}
+    print(f"{medians} img-steps/s with {torch.get_num_threads()} threads: NHWC is {ratio:.2f} times NCHW")
