@@ -16,7 +16,7 @@ _EXPORTS = {
     "solvers": "fastdiff.solvers",
     "StepTable": "fastdiff.solvers",
     "UNet": "fastdiff.unet",
-    "UNetConfig": "fastdiff.unet",
+    "UNetConfig": "fastdiff.unet_config",
     "Sampler": "fastdiff.sampler",
     "SampleOutput": "fastdiff.sampler",
     "Trainer": "fastdiff.training",
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastdiff.training import TrainConfig as TrainConfig
     from fastdiff.training import Trainer as Trainer
     from fastdiff.unet import UNet as UNet
-    from fastdiff.unet import UNetConfig as UNetConfig
+    from fastdiff.unet_config import UNetConfig as UNetConfig
 
 __all__ = ["__version__", *_EXPORTS]
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.files import atomic_path, write_text
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet
+from fastdiff.unet_config import UNetConfig
 
 METADATA_KEY = "fastdiff"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -16,7 +16,7 @@ from fastdiff.errors import FastdiffError, InvalidArgument
 
 if TYPE_CHECKING:
     from fastdiff.training import ImageData
-    from fastdiff.unet import UNetConfig
+    from fastdiff.unet_config import UNetConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -295,6 +295,10 @@ def info(
     model: ModelArgument = "fashion-mnist",
     solver: Annotated[str | None, typer.Option(help="Also print this solver's step table: ddim or ddpm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rows of that table.")] = None,
+    program: Annotated[
+        bool, typer.Option("--program", help="Also print the network's fused operations and their memory.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Rows that the operations are counted for.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a model: its network, schedule and cost, and a solver's step table.
@@ -304,20 +308,22 @@ def info(
     fastdiff info fashion-mnist
 
     fastdiff info fashion-mnist --solver ddim --steps 10
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
+    fastdiff info fashion-mnist --program --batch-size 8
+    """
     from fastdiff import Sampler
+    from fastdiff.lower import lower
+    from fastdiff.plan import plan
     from fastdiff.request import Options, step_table
 
     if steps is not None and solver is None:
         raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table")
+    if batch_size < 1:
+        raise InvalidArgument(f"--batch-size {batch_size}: at least 1 is needed")
     sampler = Sampler.from_pretrained(model, device="cpu")
-    shape = (sampler.info.channels, *(sampler.info.size or (sampler.info.stride,) * 2))
-    label = None if sampler.info.classes is None else torch.zeros(1, dtype=torch.int64)
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        sampler.unet(torch.zeros(1, *shape), torch.zeros(1), label)
+    height, width = sampler.info.size or (sampler.info.stride,) * 2
+    layout = plan(lower(sampler.unet, (height, width)), batch_size)  # type: ignore[arg-type]  # from_pretrained: a UNet
+    operations = layout.to_dict()
     table = None
     if solver is not None:
         table = step_table(
@@ -327,21 +333,24 @@ def info(
     result: dict[str, Any] = {
         "model": model,
         "parameters": sum(p.numel() for p in sampler.unet.parameters()),
-        "image": list(shape),
+        "image": [sampler.info.channels, height, width],
         "classes": sampler.info.classes,
         "null_label": sampler.info.null_label,
-        "gflop_per_image_step": round(flops.get_total_flops() / 1e9, 4),
+        "gflop_per_image_step": round(operations["flops"] / batch_size / 1e9, 4),
         "prediction": sampler.prediction,
         "schedule": {k: v for k, v in sampler.schedule.to_scheduler_config().items() if v is not None},
         "unet": config.to_dict(),
     }
     if as_json:
-        print(json.dumps(result | ({} if table is None else {"table": json.loads(table.to_json())})))
+        result |= {} if table is None else {"table": json.loads(table.to_json())}
+        print(json.dumps(result | ({"program": operations} if program else {})))
         return
     for key, value in result.items():
         print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
     if table is not None:
         print(f"\n{table}")
+    if program:
+        print(f"\n{layout}")
 
 
 def _network(
@@ -369,6 +378,8 @@ def _network(
         norm_num_groups=groups,
         dropout=dropout,
         resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+        # diffusers' scale-shift networks have no norm before the mid attention unless this is set; ADM's have one.
+        attn_norm_num_groups=groups if scale_shift else None,
         num_class_embeds=None if classes is None else classes + 1,
         null_label=classes,
         class_image=class_image if classes is not None else None,

@@ -9,226 +9,17 @@ residual up/down-sampling; Ho & Salimans 2022 (arXiv:2207.12598) for the null la
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.errors import InvalidArgument
+from fastdiff.unet_config import UNetConfig
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-CLASS_IMAGE = (None, "add", "multiply", "concat")
-MAX_LEVELS, MAX_LAYERS = 16, 16  # far more than any network has; they bound what an untrusted config.json can cost
 CLASS_MAP_SIZE = 8  # side of the map that the class encoder draws, before it is resized to the image
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class UNetConfig:
-    """Everything that decides the network's shape. Names and defaults are diffusers' ``UNet2DModel``'s.
-
-    Fields beyond diffusers':
-
-    ``null_label``
-        The label that means "no class" (the last row of a class embedding with ``num_class_embeds`` rows); training
-        drops labels to it and guidance evaluates it. None: the network cannot be guided.
-    ``class_image``
-        None: the class embedding is added to the time embedding (with ``resnet_time_scale_shift="scale_shift"`` it then
-        scales and shifts every block, FiLM). "add", "multiply", "concat": an encoder network turns the label into an
-        image that is added to, multiplied with (as 1 + image), or concatenated to the input; the time embedding stays
-        class-free.
-
-    Raises `ConfigError` naming the key, its value and what is allowed.
-    """
-
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 3
-    out_channels: int = 3
-    center_input_sample: bool = False
-    time_embedding_type: str = "positional"
-    time_embedding_dim: int | None = None
-    freq_shift: int = 0
-    flip_sin_to_cos: bool = True
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
-    mid_block_type: str | None = "UNetMidBlock2D"
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int = 2
-    mid_block_scale_factor: float = 1.0
-    downsample_padding: int = 1
-    downsample_type: str = "conv"
-    upsample_type: str = "conv"
-    dropout: float = 0.0
-    act_fn: str = "silu"
-    attention_head_dim: int | None = 8
-    norm_num_groups: int = 32
-    attn_norm_num_groups: int | None = None
-    norm_eps: float = 1e-5
-    resnet_time_scale_shift: str = "default"
-    add_attention: bool = True
-    class_embed_type: str | None = None
-    num_class_embeds: int | None = None
-    num_train_timesteps: int | None = None
-    null_label: int | None = None
-    class_image: str | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("down_block_types", "up_block_types", "block_out_channels"):
-            value = getattr(self, key)
-            if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
-                raise ConfigError(f"{key}={value!r}: a list of 1 to {MAX_LEVELS} entries is needed")
-            object.__setattr__(self, key, tuple(value))
-        if isinstance(self.sample_size, list):
-            object.__setattr__(self, "sample_size", tuple(self.sample_size))
-        self._check_numbers()
-        self._check_choices()
-        self._check_blocks()
-        self._check_conditioning()
-
-    def _check_numbers(self) -> None:
-        needed = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
-        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
-        whole = {k: getattr(self, k) for k in (*needed, *optional)}
-        whole = {k: v for k, v in whole.items() if k in needed or v is not None}
-        whole |= {f"block_out_channels[{i}]": c for i, c in enumerate(self.block_out_channels)}
-        if self.sample_size is not None:
-            size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
-            if len(size) != 2:
-                raise ConfigError(f"sample_size={self.sample_size!r}: one number or two (height, width) are allowed")
-            whole |= {"sample_size height": size[0], "sample_size width": size[1]}
-        for key, value in whole.items():
-            most = MAX_LAYERS if key == "layers_per_block" else 1 << 20
-            if type(value) is not int or not 1 <= value <= most:
-                raise ConfigError(f"{key}={value!r}: a whole number from 1 to {most} is needed")
-        for key in ("dropout", "norm_eps", "mid_block_scale_factor", "freq_shift"):
-            value = getattr(self, key)
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ConfigError(f"{key}={value!r}: a finite number is needed")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout!r}: 0 <= dropout < 1 is needed")
-        if self.norm_eps <= 0:
-            raise ConfigError(f"norm_eps={self.norm_eps!r}: a small positive number such as 1e-5 is needed")
-        if self.mid_block_scale_factor == 0:
-            raise ConfigError(f"mid_block_scale_factor={self.mid_block_scale_factor!r}: any number but 0 is allowed")
-        half = self.block_out_channels[0] // 2  # the sinusoid's frequencies are 10000^(-i / (half - freq_shift))
-        if not 0 <= self.freq_shift < half:
-            raise ConfigError(
-                f"freq_shift={self.freq_shift!r}: 0 <= freq_shift < {half}, half of block_out_channels[0], is needed"
-            )
-
-    def _check_choices(self) -> None:
-        choices: dict[str, tuple[Any, ...]] = {
-            "time_embedding_type": ("positional",),
-            "mid_block_type": ("UNetMidBlock2D", None),
-            "downsample_padding": (0, 1),
-            "downsample_type": ("conv", "resnet"),
-            "upsample_type": ("conv", "resnet"),
-            "act_fn": ("silu", "swish"),
-            "resnet_time_scale_shift": ("default", "scale_shift"),
-            "class_embed_type": (None, "timestep", "identity"),
-            "class_image": CLASS_IMAGE,
-            "center_input_sample": (False, True),
-            "flip_sin_to_cos": (False, True),
-            "add_attention": (False, True),
-        }
-        for key, allowed in choices.items():
-            value = getattr(self, key)
-            if not any(
-                value == a and type(value) is type(a) for a in allowed
-            ):  # True == 1 == 1.0, but they are not the same
-                raise ConfigError(f"{key}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
-
-    def _check_blocks(self) -> None:
-        n = len(self.block_out_channels)
-        for key, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            names = getattr(self, key)
-            if len(names) != n:
-                raise ConfigError(f"{key} has {len(names)} entries but block_out_channels has {n}; they must agree")
-            for name in names:
-                if name not in allowed:
-                    raise ConfigError(f"{key}: {name!r} is not supported; allowed: {', '.join(allowed)}")
-        for i, channels in enumerate(self.block_out_channels):
-            if channels % self.norm_num_groups:
-                raise ConfigError(
-                    f"block_out_channels[{i}]={channels} is not divisible by norm_num_groups={self.norm_num_groups}"
-                )
-            if n - 1 == i and self._mid_attention and channels % (self.attn_norm_num_groups or 1):
-                raise ConfigError(
-                    f"block_out_channels[{i}]={channels} is not divisible by "
-                    f"attn_norm_num_groups={self.attn_norm_num_groups}"
-                )
-            if self.attention_head_dim is not None and self.attention_head_dim > channels and self._has_attention(i):
-                raise ConfigError(
-                    f"attention_head_dim={self.attention_head_dim} exceeds block_out_channels[{i}]={channels}"
-                )
-
-    def _has_attention(self, level: int) -> bool:
-        last = len(self.block_out_channels) - 1
-        kinds = (self.down_block_types[level], self.up_block_types[last - level])
-        return (level == last and self._mid_attention) or any(kind.startswith("Attn") for kind in kinds)
-
-    @property
-    def _mid_attention(self) -> bool:
-        return self.mid_block_type is not None and self.add_attention
-
-    def _check_conditioning(self) -> None:
-        if self.class_image is not None and (self.num_class_embeds is None or self.class_embed_type is not None):
-            raise ConfigError(f"class_image={self.class_image!r} needs num_class_embeds and class_embed_type=None")
-        if self.null_label is not None:
-            if self.num_class_embeds is None or self.class_embed_type is not None:
-                raise ConfigError(f"null_label={self.null_label!r} needs num_class_embeds and class_embed_type=None")
-            last = self.num_class_embeds - 1
-            if type(self.null_label) is not int or self.null_label != last:
-                raise ConfigError(
-                    f"null_label={self.null_label!r} must be the last class, num_class_embeds - 1 = {last}"
-                )
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many labels a user may ask for (the null label excluded); None for a network without embedded labels."""
-        if self.num_class_embeds is None or self.class_embed_type is not None:
-            return None
-        return self.num_class_embeds - (self.null_label is not None)
-
-    @property
-    def conditional(self) -> bool:
-        """Whether `UNet.forward` needs ``class_labels``."""
-        return self.num_class_embeds is not None or self.class_embed_type is not None
-
-    @property
-    def stride(self) -> int:
-        """Height and width of the input must be multiples of this."""
-        return 1 << (len(self.block_out_channels) - 1)
-
-    @property
-    def temb_channels(self) -> int:
-        return self.time_embedding_dim or 4 * self.block_out_channels[0]
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Read a diffusers ``config.json``. Keys that start with "_" are notes; other unknown keys are refused."""
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"a U-Net configuration is an object with keys, not {type(config).__name__}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
-        if unknown:
-            raise ConfigError(
-                f"unknown U-Net configuration keys: {', '.join(unknown)}; allowed: {', '.join(sorted(known))}"
-            )
-        return cls(**{k: v for k, v in config.items() if k in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-serialisable diffusers keys; fastdiff's own keys appear only when they are set."""
-        config = dataclasses.asdict(self)
-        for key in ("null_label", "class_image"):
-            if config[key] is None:
-                del config[key]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -533,25 +324,24 @@ class UNet(nn.Module):
             return nn.Embedding(config.num_class_embeds, config.temb_channels)
         return None
 
+    def sinusoid(self, t: Tensor) -> Tensor:
+        """The embedding of timesteps [B] that the time MLP hears, [B, channels of the first block]."""
+        dtype = self.conv_in.weight.dtype
+        return timestep_embedding(
+            t.double() if dtype == torch.float64 else t,
+            self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        ).to(dtype)
+
     def embedding(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """The vector [B, temb_channels] that every residual block hears: time, plus the class where it is added."""
-        config = self.config
-        dtype = self.conv_in.weight.dtype
-
-        def sinusoid(values: Tensor) -> Tensor:
-            return timestep_embedding(
-                values.double() if dtype == torch.float64 else values,
-                config.block_out_channels[0],
-                flip_sin_to_cos=config.flip_sin_to_cos,
-                freq_shift=config.freq_shift,
-            ).to(dtype)
-
-        emb = self.time_embedding(sinusoid(t))
+        emb = self.time_embedding(self.sinusoid(t))
         if self.class_embedding is not None:
             assert class_labels is not None
-            if config.class_embed_type == "timestep":
-                class_labels = sinusoid(class_labels)
-            emb = emb + self.class_embedding(class_labels).to(dtype)
+            if self.config.class_embed_type == "timestep":
+                class_labels = self.sinusoid(class_labels)
+            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
         return emb
 
     def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 from fastdiff.state import State, TableBank
-from fastdiff.unet import UNetConfig
+from fastdiff.unet_config import UNetConfig
 
 SCHEDULE = NoiseSchedule("linear", 100, beta_end=0.1)
 SHAPE = (3, 8, 8)

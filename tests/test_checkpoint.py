@@ -30,7 +30,8 @@ from fastdiff.checkpoint import WEIGHTS, load, load_weights, read_json, read_saf
 from fastdiff.errors import CheckpointError, ConfigError, FastdiffError
 from fastdiff.files import atomic_path, write_text
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet
+from fastdiff.unet_config import UNetConfig
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="limits and SIGKILL are POSIX")
 

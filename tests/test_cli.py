@@ -22,6 +22,8 @@ from unets import TINY_CLASSES, random_unet
 
 import fastdiff
 from fastdiff import checkpoint, cli, images, solvers
+from fastdiff.lower import lower
+from fastdiff.plan import plan
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
@@ -347,7 +349,8 @@ def test_info_of_the_built_in_model(tmp_path: Path) -> None:
     }
     sampler = Sampler.from_pretrained("fashion-mnist", device="cpu")
     assert said["parameters"] == sum(p.numel() for p in sampler.unet.parameters())
-    assert said["gflop_per_image_step"] > 0.01
+    program = plan(lower(sampler.unet, (32, 32)), 1)
+    assert said["gflop_per_image_step"] == round(program.to_dict()["flops"] / 1e9, 4)
     assert said["schedule"]["beta_schedule"] == "squaredcos_cap_v2"
     table = StepTable.from_json(json.dumps(said["table"]))
     assert table == solvers.ddim(NoiseSchedule("cosine"), 4, prediction="v_prediction")
@@ -367,8 +370,28 @@ def test_info(model: str, call: Call) -> None:
     assert table[0].startswith("ddpm: 5 steps, 5 rows")
     assert len(table) == 7
     said = json.loads(call("info", model, "--json")[1])
-    assert "table" not in said
+    assert not {"table", "program"} & set(said)
     assert said["unet"] == unet.config.to_dict()
+
+
+def test_info_program(model: str, call: Call) -> None:
+    layout = plan(lower(random_unet(TINY_CLASSES), (8, 8)), 3)
+    code, out, err = call("info", model, "--program", "--batch-size", "3")
+    assert (code, err) == (0, "")
+    printed = out.split("\n\n")[1].splitlines()
+    assert "\n".join(printed) == str(layout)
+    assert len(printed) == len(layout.program.ops) + 2
+    for line, op in zip(printed[1:], layout.program.ops, strict=False):
+        assert line.startswith(type(op).__name__.lower())
+        assert f"  {op.dst}" in line
+    assert f"{layout.size / 2**20:.1f} MiB" in printed[-1]
+    said = json.loads(call("info", model, "--program", "--batch-size", "3", "--json")[1])["program"]
+    assert said == layout.to_dict()
+    assert said["arena"] == layout.size
+    assert said["flops"] == 3 * sum(map(layout.program.flops, layout.program.ops))
+    code, out, err = call("info", model, "--program", "--batch-size", "0")
+    assert code != 0
+    assert "--batch-size 0" in err
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

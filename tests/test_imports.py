@@ -24,6 +24,7 @@ ORDER = (
     "solvers",
     "state",
     "update",
+    "unet_config",
     "unet",
     "checkpoint",
     "program",

@@ -43,7 +43,8 @@ from fastdiff.sampler import Event, Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 from fastdiff.state import State
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet
+from fastdiff.unet_config import UNetConfig
 
 T = 100
 SCHEDULE = NoiseSchedule("linear", T, beta_end=0.1)  # abar falls to 0.006, as for 1000 steps of the usual one

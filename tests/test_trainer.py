@@ -35,7 +35,8 @@ from fastdiff.sampler import Sampler
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.training import ArrayData, TrainConfig, Trainer
 from fastdiff.training.log import TrainingLog
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet
+from fastdiff.unet_config import UNetConfig
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]  # of a checkpoint's tensors and info
 
