@@ -1,19 +1,42 @@
-# Every target sets up what it needs: .venv holds fastdiff (editable) and its tools, and is rebuilt when its inputs change.
+# Every target sets up what it needs: .venv holds fastdiff (editable) and its tools, fastdiff/_native*.so is the native
+# engine, and each is rebuilt when its inputs change. FASTDIFF_NATIVE=OFF in the environment leaves the engine out.
 
 PYTHON ?= python3
 BIN := .venv/bin
+VENV := .venv/.installed
 READY := .venv/.ready
+CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
+CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample test test-all lint format examples wheel-check clean
+.PHONY: help sample native test test-all lint format examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(READY): pyproject.toml constraints.txt
+# The engine is not built here: pip would do it in an environment that it then deletes, so always from nothing.
+$(VENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	FASTDIFF_NATIVE=OFF $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@rm -rf build/native
 	@touch $@
+
+ifeq ($(FASTDIFF_NATIVE),OFF)
+BUILD_NATIVE = @echo 'the native engine is left out: FASTDIFF_NATIVE=OFF'
+else
+define BUILD_NATIVE
+@test -f build/native/build.ninja || PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B build/native -G Ninja \
+	-D FASTDIFF_INPLACE=ON -D Python_EXECUTABLE="$(CURDIR)/$(BIN)/python" --log-level=NOTICE
+@$(BIN)/cmake --build build/native
+endef
+endif
+
+$(READY): $(VENV) $(CSRC)
+	$(BUILD_NATIVE)
+	@touch $@
+
+native: $(VENV)  ## build the native engine: after a change, only what depends on it
+	$(BUILD_NATIVE)
 
 sample: $(READY)  ## draw 80 images with the built-in model into out/samples.png
 	@mkdir -p out
@@ -29,10 +52,12 @@ lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(READY)  ## fix style and formatting where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 examples: $(READY)  ## run every script of examples/ in an empty folder
 	tests/examples_check.sh
@@ -42,4 +67,6 @@ wheel-check: $(READY)  ## build the wheel, install it elsewhere and use it there
 
 clean:  ## remove build products and caches (out/, runs/ and .venv stay)
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f fastdiff/_native*.so $(READY)
+	find csrc/inplace -mindepth 1 -not -name CMakeLists.txt -delete
 	find fastdiff tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

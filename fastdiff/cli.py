@@ -70,7 +70,7 @@ def sample(
     start_index: Annotated[int, typer.Option(help="The first image's index.")] = 0,
     size: Annotated[str | None, typer.Option(help="Height and width, as 32 or 24x40 (default: the model's).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")] = None,
-    backend: Annotated[str, typer.Option(help="auto, eager or compiled.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, eager or compiled.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's).")] = None,
     animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,

@@ -2,7 +2,8 @@
 
 What fuses is decided here, while emitting: a GroupNorm and its Swish go into the operation that reads the result; bias,
 time embedding, residual and statistics go into the operation that writes; a concatenation is two sources; nearest
-doubling is a flag of the convolution behind it; the three projections of an attention are one product.
+doubling is a flag of the convolution behind it; the projections of an attention are one product before and one behind
+it, and half as large where a single head lets them merge.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ class _Emitter:
         emb: int | None = None,
         residual: str | None = None,
         divide: float = 1.0,
+        merged: str | None = None,
+        channels: int | None = None,
     ) -> str:
         """A convolution or linear layer; its numbers come from the module that stands at (the first of) ``keys``."""
         keys = (keys,) if isinstance(keys, str) else keys
@@ -154,13 +157,14 @@ class _Emitter:
         padding = padding or (kernel // 2, kernel // 2)
         H, W, _ = self.buffers[src[0]].shape
         H, W = ((v * (1 + upsample) + sum(padding) - kernel) // stride + 1 for v in (H, W))
-        channels = 0
-        for layer in layers:
-            assert isinstance(layer.weight, Tensor)
-            channels += layer.weight.shape[0]
+        if channels is None:
+            channels = 0
+            for layer in layers:
+                assert isinstance(layer.weight, Tensor)
+                channels += layer.weight.shape[0]
         dst = dst or self.buffer(keys[0], (H, W, channels))
         self._measured(src, norm)
-        self.ops.append(Conv(dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide))
+        self.ops.append(Conv(dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide, merged))
         return dst
 
     def _layer(self, key: str, block: modules.DownBlock | modules.UpBlock, j: int, src: tuple[str, ...]) -> str:
@@ -198,11 +202,18 @@ class _Emitter:
         block = self.unet.get_submodule(key)
         assert isinstance(block, modules.Attention)
         norm = None if block.group_norm is None else self._norm(f"{key}.group_norm", silu=False)
-        qkv = self._conv((f"{key}.to_q", f"{key}.to_k", f"{key}.to_v"), (x,), norm=norm)
-        H, W, _ = self.buffers[x].shape
+        H, W, C = self.buffers[x].shape
+        to_q, to_k, to_v, to_out = (f"{key}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
         core = self.buffer(f"{key}.core", (H, W, block.heads * block.head_dim))
-        self.ops.append(Attention(core, (qkv,), block.heads, block.head_dim))
-        return self._conv(f"{key}.to_out.0", (core,), residual=x, divide=block.scale_factor)
+        if (block.heads, block.head_dim) == (1, C):
+            q = self._conv((to_k, to_q), (x,), norm=norm, merged="first transposed", channels=C)
+            self.ops.append(Attention(core, (q, x), 1, C, norm))
+            out, merged = (to_out, to_v), "in turn"
+        else:
+            qkv = self._conv((to_q, to_k, to_v), (x,), norm=norm)
+            self.ops.append(Attention(core, (qkv,), block.heads, block.head_dim))
+            out, merged = (to_out,), None
+        return self._conv(out, (core,), residual=x, divide=block.scale_factor, merged=merged, channels=C)
 
     def _resampled(self, key: str, h: str) -> str:
         block = self.unet.get_submodule(key)

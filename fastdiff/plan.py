@@ -28,7 +28,8 @@ class Lifetime:
 class Plan:
     """Where a program's buffers stand for ``rows`` rows, activations of ``itemsize`` bytes.
 
-    offsets: bytes into the arena, by buffer and by ``<name>.statistics`` [rows, 2, C], which is float32 or wider.
+    offsets: bytes into the arena, by buffer [rows, H, W, C] and by ``<name>.statistics`` [rows, strips, 2, C], which is
+    float32 or wider. C is a buffer's channels, padded to a multiple of ``group`` where the plan was made so.
     size: of the arena in bytes. bound: the most that is alive at any one operation; no plan can be smaller.
     """
 
@@ -104,26 +105,28 @@ class Plan:
         return "\n".join(lines)
 
 
-def lifetimes(program: Program, rows: int, itemsize: int = 4) -> dict[str, Lifetime]:
-    """Of everything in the arena, in order of birth. Activations take ``itemsize`` bytes a number."""
+def lifetimes(program: Program, rows: int, itemsize: int = 4, group: int = 1) -> dict[str, Lifetime]:
+    """Of everything in the arena, in order of birth; see `Plan`."""
     last = {name: i for i, op in enumerate(program.ops) for name in (*program.reads(op), op.dst)}
     result = {}
     for first, op in enumerate(program.ops):
         buffer = program.buffers[op.dst]
         if buffer.external:
             continue
-        result[op.dst] = Lifetime(first, last[op.dst], _aligned(rows * buffer.elements * itemsize))
+        H, W, C = buffer.shape
+        channels = _multiple(C, group)
+        result[op.dst] = Lifetime(first, last[op.dst], _multiple(rows * H * W * channels * itemsize, ALIGNMENT))
         if buffer.statistics:
-            size = _aligned(rows * 2 * buffer.shape[2] * max(itemsize, 4))
+            size = _multiple(rows * buffer.strips * 2 * channels * max(itemsize, 4), ALIGNMENT)
             result[op.dst + STATISTICS] = Lifetime(first, last[op.dst], size)
     return result
 
 
-def plan(program: Program, rows: int, itemsize: int = 4) -> Plan:
+def plan(program: Program, rows: int, itemsize: int = 4, group: int = 1) -> Plan:
     """Largest first, each at the lowest offset where nothing that lives at the same time stands (greedy by size:
     Pisarchyk & Lee 2020, arXiv:2001.03288, section 5).
     """
-    lives = lifetimes(program, rows, itemsize)
+    lives = lifetimes(program, rows, itemsize, group)
     placed: list[tuple[int, Lifetime]] = []
     offsets = {}
     for name, life in sorted(lives.items(), key=lambda item: (-item[1].size, item[1].first)):
@@ -137,5 +140,5 @@ def plan(program: Program, rows: int, itemsize: int = 4) -> Plan:
     return Plan(program, rows, itemsize, lives, offsets)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of

@@ -13,14 +13,16 @@ from typing import TypeAlias
 
 Shape: TypeAlias = tuple[int, int, int]
 
+STRIP = 4  # pixel rows: what an operation makes at a time, and what its statistics are of
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Buffer:
     """``shape`` = (H, W, C) of a row, channels last; a vector is (1, 1, C).
 
     external: the caller's, not in the arena (`Program` lists them).
-    statistics: the operation that writes it also emits, per row and channel, the mean and the sum of squared deviations
-    over H x W, which every `Norm` that reads it combines into its groups.
+    statistics: the operation that writes it also emits, per row, strip of `STRIP` pixel rows and channel, the mean and
+    the sum of squared deviations, which every `Norm` that reads it combines into its groups.
     """
 
     name: str
@@ -33,6 +35,10 @@ class Buffer:
         """Numbers in a row."""
         H, W, C = self.shape
         return H * W * C
+
+    @property
+    def strips(self) -> int:
+        return -(-self.shape[0] // STRIP)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +87,8 @@ class Conv:
         dst = (W h + b + projections[emb : emb + C] + residual) / divide
 
     weights: key prefixes, stacked along the output channels. A residual of half dst's size is nearest-doubled.
+    merged: W and b are products of the two layers at ``weights``, computed once (see `Attention`): "first transposed",
+    W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
     """
 
     dst: str
@@ -94,6 +102,7 @@ class Conv:
     emb: int | None = None
     residual: str | None = None
     divide: float = 1.0
+    merged: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,12 +118,18 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attention:
-    """dst = softmax(q k^T / sqrt(head_dim)) v over the pixels of a row, head by head; src holds [q, k, v] per pixel."""
+    """dst = softmax(q k^T / sqrt(head_dim)) v over the pixels of a row, head by head.
+
+    src: (qkv,), which holds [q, k, v] per pixel; or (q, x) with k = v = norm(x), for one head as wide as x. There the
+    projections merge. With h = norm(x), (h Wq^T + bq) (h Wk^T + bk)^T is (h Wq^T Wk + bq Wk) h^T but for terms that are
+    equal for all keys, which softmax does not hear; and (p (h Wv^T + bv)) Wo^T + bo = (p h) (Wo Wv)^T + Wo bv + bo.
+    """
 
     dst: str
     src: tuple[str, ...]
     heads: int
     head_dim: int
+    norm: Norm | None = None
 
     weights = ()
 
@@ -137,7 +152,7 @@ class Program:
     buffers: dict[str, Buffer]
 
     def norm(self, op: Op) -> Norm | None:
-        return op.norm if isinstance(op, (Conv, Pool)) else None
+        return op.norm if isinstance(op, (Conv, Pool, Attention)) else None
 
     def reads(self, op: Op) -> Iterator[str]:
         """Every buffer that the operation reads."""
@@ -155,7 +170,7 @@ class Program:
     def flops(self, op: Op) -> int:
         """Of a row, a multiplication and an addition each counting one; only convolutions, products and attention.
 
-        Of the direct algorithm: a backend that folds or transforms does fewer.
+        Of the direct algorithm: a backend that transforms does fewer.
         """
         H, W, C = self.buffers[op.dst].shape
         if isinstance(op, Conv):

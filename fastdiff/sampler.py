@@ -41,7 +41,8 @@ class Sampler:
     schedule, prediction
         What it was trained with; prediction is "epsilon", "sample" or "v_prediction".
     backend
-        "eager", "compiled" or "auto", which logs its choice.
+        "native" (fastdiff's own U-Net on the CPU, in float32), "eager", "compiled", or "auto": native where it can run,
+        else eager; its choice is logged.
     device, dtype
         Where and in what the network runs; None keeps its own. The state is float32 always.
     determinism
@@ -82,18 +83,18 @@ class Sampler:
         self.device = _device(device) if device is not None else parameter.device
         self.dtype = _dtype(dtype) if dtype is not None else parameter.dtype
         self.determinism = determinism
-        self.backend = "eager" if backend == "auto" else backend
-        if backend == "auto":
-            log.info("backend auto: eager")
         self._scheduler_config = scheduler_config or {}
         self._lock = threading.Lock()
         self._runners: dict[backends.Spec, backends.Runner] = {}
         self._copy: nn.Module | None = None
         self._cancellations = 0
         self._closed = False
-        self._runner(
-            1, (self.info.channels, *(self.info.size or (self.info.stride,) * 2))
-        )  # what cannot run says so now
+        first = self._spec(1, (self.info.channels, *(self.info.size or (self.info.stride,) * 2)))
+        self.backend = backend
+        if backend == "auto":
+            self.backend = backends.choose(unet, first)
+            log.info("backend auto: %s", self.backend)
+        self._runner(first.batch, first.shape)  # what cannot run says so now
 
     @classmethod
     def from_pretrained(
@@ -329,9 +330,12 @@ class Sampler:
             state.idle(range(len(chunk), r.batch_size))
         return state
 
+    def _spec(self, batch: int, shape: tuple[int, int, int]) -> backends.Spec:
+        return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism)
+
     def _runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
         """The runner for a batch size, prepared once."""
-        spec = backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism)
+        spec = self._spec(batch, shape)
         network = self._network()
         if spec not in self._runners:
             self._runners[spec] = backends.prepare(self.backend, network, spec)

@@ -13,8 +13,17 @@ from torch.nn import functional as F
 
 from fastdiff.lower import embed_timesteps
 from fastdiff.plan import STATISTICS, Plan, plan
-from fastdiff.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
+from fastdiff.program import STRIP, Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.unet import UNet
+
+
+def strip_statistics(x: Tensor) -> Tensor:
+    """[rows, H, W, C] -> [rows, strips, 2, C]: mean and sum of squared deviations of every strip of pixel rows."""
+    parts = []
+    for part in x.split(STRIP, dim=1):
+        mean = part.mean(dim=(1, 2))
+        parts.append(torch.stack([mean, ((part - mean[:, None, None]) ** 2).sum(dim=(1, 2))], dim=1))
+    return torch.stack(parts, dim=1)
 
 
 class Interpreter:
@@ -31,6 +40,21 @@ class Interpreter:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """`UNet.forward`, by way of the program."""
+        self.set_inputs(x, t, labels)
+        self.view_bytes(0, self.plan.size).fill_(0xFF)  # NaN
+        for i, op in enumerate(self.program.ops):
+            result = self.compute(op)
+            assert result.shape == (self.rows, *self.shape(op.dst))
+            self.buffer(op.dst).copy_(result)
+            if self.program.buffers[op.dst].statistics:
+                self.statistics(op.dst).copy_(strip_statistics(result))
+            for dead, life in self.plan.lifetimes.items():
+                if life.last == i:
+                    self.view_bytes(self.plan.offsets[dead], life.size).fill_(0xFF)
+        assert self.arena.eq(0xFF).all(), "something outlives the program"
+        return self.external["out"].permute(0, 3, 1, 2)
+
+    def set_inputs(self, x: Tensor, t: Tensor, labels: Tensor | None) -> None:
         self.external = {"x": x.permute(0, 2, 3, 1), "out": torch.full((len(x), *self.shape("out")), math.nan).to(x)}
         name = "projections" if self.unet.class_embedding is None else "time"
         self.external[name] = embed_timesteps(self.unet, t)[:, None, None, :]
@@ -40,20 +64,6 @@ class Interpreter:
             self.external["class"] = self.unet.class_embedding(labels)[:, None, None, :].to(self.dtype)
         if self.unet.class_encoder is not None:
             self.external["class_image"] = self.unet.class_encoder(labels, x.shape[2:]).permute(0, 2, 3, 1)
-        self.view_bytes(0, self.plan.size).fill_(0xFF)  # NaN
-        for i, op in enumerate(self.program.ops):
-            result = self.compute(op)
-            assert result.shape == (self.rows, *self.shape(op.dst))
-            self.buffer(op.dst).copy_(result)
-            if self.program.buffers[op.dst].statistics:
-                mean = result.mean(dim=(1, 2))
-                squares = ((result - mean[:, None, None]) ** 2).sum(dim=(1, 2))
-                self.statistics(op.dst).copy_(torch.stack([mean, squares], dim=1))
-            for dead, life in self.plan.lifetimes.items():
-                if life.last == i:
-                    self.view_bytes(self.plan.offsets[dead], life.size).fill_(0xFF)
-        assert self.arena.eq(0xFF).all(), "something outlives the program"
-        return self.external["out"].permute(0, 3, 1, 2)
 
     def shape(self, name: str) -> tuple[int, int, int]:
         return self.program.buffers[name].shape
@@ -67,14 +77,11 @@ class Interpreter:
         return self._view(name, self.shape(name))
 
     def statistics(self, name: str) -> Tensor:
-        return self._view(name + STATISTICS, (2, self.shape(name)[2]))
+        return self._view(name + STATISTICS, (self.program.buffers[name].strips, 2, self.shape(name)[2]))
 
     def _view(self, name: str, shape: tuple[int, ...]) -> Tensor:
         size = self.rows * math.prod(shape) * self.dtype.itemsize
         return self.view_bytes(self.plan.offsets[name], size).view(self.dtype).view(self.rows, *shape)
-
-    def stacked(self, keys: tuple[str, ...], kind: str) -> Tensor:
-        return torch.cat([self.weights[f"{key}.{kind}"] for key in keys])
 
     def compute(self, op: Op) -> Tensor:
         sources = [self.buffer(name) for name in op.src]
@@ -86,12 +93,9 @@ class Interpreter:
             return {"add": x + m, "multiply": x * (1 + m), "concat": torch.cat([x, m], dim=3)}[op.class_image]
         if isinstance(op, Embed):
             return F.silu(sources[0] + sources[1])
-        h = torch.cat(sources, dim=3)
         if isinstance(op, Attention):
-            rows, H, W, C = h.shape
-            q, k, v = h.view(rows, H * W, 3, op.heads, op.head_dim).permute(2, 0, 3, 1, 4)
-            weights = (q @ k.transpose(-1, -2) / math.sqrt(op.head_dim)).softmax(dim=-1)
-            return (weights @ v).transpose(1, 2).reshape(rows, H, W, C // 3)
+            return self.attended(op)
+        h = torch.cat(sources, dim=3)
         if op.norm is not None:
             h = self.normalized(h, op.src, op.norm)
         if isinstance(op, Pool):
@@ -101,13 +105,15 @@ class Interpreter:
     def normalized(self, h: Tensor, src: tuple[str, ...], norm: Norm) -> Tensor:
         """From the statistics alone, combined over a group's channels (Chan et al. 1979)."""
         rows, H, W, C = h.shape
-        mean, squares = torch.cat([self.statistics(name) for name in src], dim=2).unbind(1)
-        mean, squares = (v.view(rows, norm.groups, C // norm.groups) for v in (mean, squares))
-        centre = mean.mean(dim=2, keepdim=True)
-        count = H * W * C // norm.groups
-        var = (squares + H * W * (mean - centre) ** 2).sum(dim=2, keepdim=True) / count
+        statistics = torch.cat([self.statistics(name) for name in src], dim=3)  # [rows, strips, 2, C]
+        mean, squares = statistics.unflatten(3, (norm.groups, C // norm.groups)).unbind(2)
+        count = torch.tensor([min(STRIP, H - y) * W for y in range(0, H, STRIP)], dtype=h.dtype).view(1, -1, 1, 1)
+        total = H * W * C // norm.groups
+        centre = (count * mean).sum(dim=(1, 3), keepdim=True) / total
+        var = (squares + count * (mean - centre) ** 2).sum(dim=(1, 3), keepdim=True) / total
         centre, rstd = (
-            v.expand(-1, -1, C // norm.groups).reshape(rows, 1, 1, C) for v in (centre, 1 / (var + norm.eps).sqrt())
+            v[:, 0].expand(-1, -1, C // norm.groups).reshape(rows, 1, 1, C)
+            for v in (centre, 1 / (var + norm.eps).sqrt())
         )
         h = (h - centre) * rstd * self.weights[f"{norm.weights}.weight"] + self.weights[f"{norm.weights}.bias"]
         if norm.modulation is not None:
@@ -115,13 +121,33 @@ class Interpreter:
             h = h * (1 + scale) + shift
         return F.silu(h) if norm.silu else h
 
+    def attended(self, op: Attention) -> Tensor:
+        h = self.buffer(op.src[0])
+        rows, H, W, _ = h.shape
+        if len(op.src) == 2:
+            x = self.buffer(op.src[1])
+            k = v = (x if op.norm is None else self.normalized(x, op.src[1:], op.norm)).view(rows, 1, H * W, -1)
+            q = h.view(rows, 1, H * W, -1)
+        else:
+            q, k, v = h.view(rows, H * W, 3, op.heads, op.head_dim).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(op.head_dim)).softmax(dim=-1)
+        return (weights @ v).transpose(1, 2).reshape(rows, H, W, op.heads * op.head_dim)
+
+    def layer(self, op: Conv) -> tuple[Tensor, Tensor]:
+        """W [N, C, k, k] and b."""
+        W, b = ([self.weights[f"{key}.{kind}"] for key in op.weights] for kind in ("weight", "bias"))
+        if op.merged == "first transposed":
+            return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
+        if op.merged == "in turn":
+            return (W[0] @ W[1])[:, :, None, None], W[0] @ b[1] + b[0]
+        return torch.cat(W).view(-1, W[0].shape[1], op.kernel, op.kernel), torch.cat(b)
+
     def convolved(self, op: Conv, h: Tensor) -> Tensor:
         if op.upsample:
             h = h.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
         before, after = op.padding
-        W = self.stacked(op.weights, "weight")
-        W = W.view(*W.shape[:2], op.kernel, op.kernel)
-        h = F.conv2d(F.pad(h.permute(0, 3, 1, 2), (before, after) * 2), W, self.stacked(op.weights, "bias"), op.stride)
+        W, b = self.layer(op)
+        h = F.conv2d(F.pad(h.permute(0, 3, 1, 2), (before, after) * 2), W, b, op.stride)
         h = h.permute(0, 2, 3, 1)
         if op.emb is not None:
             h = h + self.buffer("projections")[..., op.emb : op.emb + h.shape[3]]

@@ -84,6 +84,7 @@ VARIANTS = {
     "channels in and out": {"in_channels": 1, "out_channels": 6},
     "class embedding": {"num_class_embeds": 5},
     "scale-shift": {"resnet_time_scale_shift": "scale_shift"},
+    "scale-shift, one head": {"resnet_time_scale_shift": "scale_shift", "attention_head_dim": None},
     "scale-shift with classes": {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5, **RESNET_BLOCKS},
     "scale-shift, norm before the mid attention": {
         "resnet_time_scale_shift": "scale_shift",

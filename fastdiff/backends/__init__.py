@@ -1,6 +1,7 @@
 """Backends: ways to run the network and the update.
 
-A backend prepares a network for a `Spec` and returns a `Runner`. `eager` and `compiled` wrap the module itself.
+A backend prepares a network for a `Spec` and returns a `Runner`. `eager` and `compiled` wrap the module itself;
+`native` runs what `fastdiff.lower` makes of it.
 An explicit backend never falls back: where it cannot run, `prepare` raises one `BackendError` that lists every reason.
 """
 
@@ -15,7 +16,7 @@ from torch import nn
 from fastdiff.errors import InvalidArgument
 from fastdiff.state import State
 
-BACKENDS = ("eager", "compiled")
+BACKENDS = ("eager", "compiled", "native")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Runner(Protocol):
         """Both, as one unit."""
 
 
+def choose(unet: nn.Module, spec: Spec) -> str:
+    """What "auto" means: `native` where it can run, else `eager`."""
+    from fastdiff.backends import native
+
+    return "eager" if native.reasons_against(unet, spec) else "native"
+
+
 def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
     """The runner of a backend by name.
 
@@ -59,4 +67,8 @@ def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
         from fastdiff.backends import compiled
 
         return compiled.prepare(unet, spec)
+    if backend == "native":
+        from fastdiff.backends import native
+
+        return native.prepare(unet, spec)
     raise InvalidArgument(f"backend={backend!r} is unknown; allowed: auto, {', '.join(BACKENDS)}")

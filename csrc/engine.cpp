@@ -1,0 +1,248 @@
+#include "engine.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace fastdiff {
+
+namespace {
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins while `waiting` holds, giving the processor away when that takes long (more threads than processors).
+template <class Condition>
+void spin(Condition waiting) {
+  for (int i = 0; waiting(); i++) {
+    if (i < 4000)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
+
+// Numbers of loaded items and products that one member handles at a time: what stays in a core's second-level cache.
+constexpr int64_t block_numbers = 192 * 1024;
+
+// Items a member must have for itself if it is to read all weights for them.
+constexpr int panel_items = 24;
+
+}  // namespace
+
+// Team ---------------------------------------------------------------------------------------------------------------
+
+Team::Team(int size) {
+  if (size < 1) throw std::invalid_argument("threads: at least 1 is needed");
+  for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+}
+
+Team::~Team() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Team::barrier() {
+  const uint64_t phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  spin([&] { return phase_.load(std::memory_order_acquire) == phase; });
+}
+
+void Team::start(void (*call)(void*, int), void* work) {
+  if (!threads_.empty()) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      call_ = call;
+      work_ = work;
+      round_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+  call(work, 0);
+  if (!threads_.empty()) barrier();
+}
+
+void Team::serve(int index) {
+  uint64_t seen = 0;
+  for (;;) {
+    for (int i = 0; i < 20000 && round_.load(std::memory_order_acquire) == seen; i++) pause();
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return stop_ || round_.load(std::memory_order_relaxed) != seen; });
+      if (stop_) return;
+      seen = round_.load(std::memory_order_relaxed);
+    }
+    call_(work_, index);
+    barrier();
+  }
+}
+
+// Engine -------------------------------------------------------------------------------------------------------------
+
+Engine::Engine(const Kernels& kernels, std::shared_ptr<Team> team, int rows)
+    : kernels_(kernels), team_(std::move(team)), rows_(rows) {
+  if (rows < 1) throw std::invalid_argument("rows: at least 1 is needed");
+}
+
+Engine::Split Engine::split(const ConvArgs& conv) const {
+  const int strips = rows_ * conv.map.strips(), members = team_->size();
+  const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() + panel);
+  // Of the blocks that fit, the one whose items leave the fewest lanes of the last group of six idle, then the largest.
+  const int most = static_cast<int>(std::clamp<int64_t>(block_numbers / (item * conv.items()), 1, strips));
+  int block = 1;
+  const auto waste = [&](int b) { return static_cast<double>(ceil_div(b * conv.items(), 6) * 6) / (b * conv.items()); };
+  for (int b = 1; b <= most; b++)
+    if (waste(b) <= waste(block) + 0.02) block = b;
+  // Weights are read once per block. Where a member's strips are few, everybody reading all weights costs more than
+  // everybody reading all items.
+  const int mine = ceil_div(strips, members) * conv.items();
+  if (members > 1 && conv.panels() >= members && (mine < panel_items || strips < members)) return {strips, true};
+  return {std::min(block, ceil_div(strips, members)), false};
+}
+
+void Engine::add(const Op& op) {
+  const auto wants = [this](int64_t size) { own_size_ = std::max(own_size_, size); };
+  const auto wants_norm = [this](const NormArgs& norm) {
+    int width = 0;
+    for (int s = 0; s < norm.count; s++) width += padded(norm.channels[s]);
+    norm_size_ = std::max<int64_t>(norm_size_, static_cast<int64_t>(rows_) * width);
+  };
+  if (const auto* conv = std::get_if<ConvOp>(&op)) {
+    const Split how = split(conv->conv);
+    const int items = how.block * conv->conv.items();
+    if (how.panels) common_size_ = std::max(common_size_, conv->conv.load_size(items));
+    wants(conv->conv.space() + conv->conv.product_size(items) + (how.panels ? 0 : conv->conv.load_size(items)));
+    wants_norm(conv->norm);
+  } else if (const auto* pool = std::get_if<PoolOp>(&op)) {
+    wants(pool->pool.space());
+    wants_norm(pool->norm);
+  } else if (const auto* attention = std::get_if<AttentionOp>(&op)) {
+    wants(attention->attention.space());
+    wants_norm(attention->norm);
+  }
+  ops_.push_back(op);
+  ready_ = false;
+}
+
+int64_t Engine::space() const {
+  return static_cast<int64_t>(sizeof(float)) * (own_size_ * team_->size() + common_size_ + 2 * norm_size_);
+}
+
+void Engine::run(int first, int last) {
+  if (first < 0 || last > size() || first > last) throw std::invalid_argument("run: no such operations");
+  if (!ready_) {
+    own_.clear();
+    for (int i = 0; i < team_->size(); i++) own_.emplace_back(new float[own_size_]());
+    common_.reset(new float[common_size_]());
+    norm_.reset(new float[2 * norm_size_]());
+    ready_ = true;
+  }
+  auto work = [&](int member) { run_member(member, first, last, nullptr); };
+  team_->run(work);
+}
+
+std::vector<int64_t> Engine::profile(int first, int last) {
+  run(first, last);
+  std::vector<int64_t> times(last - first);
+  auto work = [&](int member) { run_member(member, first, last, member == 0 ? times.data() : nullptr); };
+  team_->run(work);
+  return times;
+}
+
+void Engine::run_member(int member, int first, int last, int64_t* times) {
+  auto then = std::chrono::steady_clock::now();
+  for (int i = first; i < last; i++) {
+    std::visit([&](const auto& op) { run_op(member, op); }, ops_[i]);
+    team_->barrier();
+    if (times != nullptr) {
+      const auto now = std::chrono::steady_clock::now();
+      times[i - first] = std::chrono::duration_cast<std::chrono::nanoseconds>(now - then).count();
+      then = now;
+    }
+  }
+}
+
+void Engine::run_norm(int member, const NormArgs& norm) {
+  if (norm.count == 0) return;
+  NormArgs args = norm;
+  args.scale = norm_.get();
+  args.shift = norm_.get() + norm_size_;
+  kernels_.norm(args, share({0, rows_}, member, team_->size()));
+  team_->barrier();
+}
+
+void Engine::run_op(int member, const InputArgs& op) {
+  kernels_.input(op, share({0, rows_ * op.map.strips()}, member, team_->size()));
+}
+
+void Engine::run_op(int member, const EmbedArgs& op) {
+  kernels_.embed(op.time, op.classes, op.features, op.dst, share({0, rows_}, member, team_->size()));
+}
+
+void Engine::run_op(int member, const ConvOp& op) {
+  run_norm(member, op.norm);
+  ConvArgs conv = op.conv;
+  if (op.norm.count > 0) {
+    conv.src.scale = norm_.get();
+    conv.src.shift = norm_.get() + norm_size_;
+  }
+  const Split how = split(conv);
+  const Range strips{0, rows_ * conv.map.strips()}, panels{0, conv.panels()};
+  const int items = how.block * conv.items();
+  float* space = own(member);
+  float* products = space + conv.space();
+  if (how.panels) {
+    const Range mine = share(strips, member, team_->size());
+    kernels_.conv_load(conv, mine, common_.get(), mine.begin * conv.items(), items, space);
+    team_->barrier();
+    kernels_.conv_store(conv, strips, share(panels, member, team_->size()), common_.get(), items, products);
+    return;
+  }
+  float* loaded = products + conv.product_size(items);
+  const Range mine = share(strips, member, team_->size());
+  for (int s = mine.begin; s < mine.end; s += how.block) {
+    const Range block{s, std::min(s + how.block, mine.end)};
+    kernels_.conv_load(conv, block, loaded, 0, items, space);
+    kernels_.conv_store(conv, block, panels, loaded, items, products);
+  }
+}
+
+void Engine::run_op(int member, const PoolOp& op) {
+  run_norm(member, op.norm);
+  PoolArgs pool = op.pool;
+  if (op.norm.count > 0) {
+    pool.src.scale = norm_.get();
+    pool.src.shift = norm_.get() + norm_size_;
+  }
+  kernels_.pool(pool, share({0, rows_ * pool.map.strips()}, member, team_->size()), own(member));
+}
+
+void Engine::run_op(int member, const AttentionOp& op) {
+  run_norm(member, op.norm);
+  AttentionArgs attention = op.attention;
+  if (op.norm.count > 0) {
+    attention.scale = norm_.get();
+    attention.shift = norm_.get() + norm_size_;
+  }
+  const Range units{0, rows_ * attention.heads * attention.blocks()};
+  kernels_.attention(attention, share(units, member, team_->size()), own(member));
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,140 @@
+// Convolutions and matrix products: load (norm, Swish, transform), multiply by panels, store (inverse transform, bias,
+// embedding, residual, statistics).
+
+template <class F>
+static void load_tiles(const ConvArgs& a, int c, const float* pixels, int columns, float* loaded, int64_t stride) {
+  const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
+  for (int ty = 0; ty < rows; ty++)
+    for (int tx = 0; tx < tiles; tx++)
+      transform_input<F>(pixels + (ty * columns + tx) * F::out * lanes,
+                         columns, loaded + static_cast<int64_t>(ty * tiles + tx) * a.depth() + c, stride);
+}
+
+static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns, float* loaded) {
+  const int channels = a.src.all_channels(), depth = a.depth(), rows = std::min(strip, a.map.height);
+  for (int y = 0; y < rows; y++)
+    for (int x = 0; x < a.map.width; x++) {
+      float* item = loaded + static_cast<int64_t>(y * a.map.width + x) * depth + c;
+      for (int ky = 0; ky < a.kernel; ky++)
+        for (int kx = 0; kx < a.kernel; kx++)
+          store(item + (ky * a.kernel + kx) * channels,
+                load(pixels + ((y * a.stride + ky) * columns + x * a.stride + kx) * lanes));
+    }
+}
+
+static void conv_load(const ConvArgs& a, Range strips, float* loaded, int offset, int items, float* space) {
+  const int per_row = a.map.strips(), height = std::min(strip, a.map.height);
+  // Tiles may reach beyond the map; what they make there is dropped.
+  const int out = a.method == Method::winograd4 ? 4 : a.method == Method::winograd2 ? 2 : 1;
+  const int columns = a.stride * (ceil_div(a.map.width, out) * out - 1) + a.kernel;
+  const int rows = a.stride * (ceil_div(height, out) * out - 1) + a.kernel;
+  for (int s = strips.begin; s < strips.end; s++) {
+    float* first = loaded + static_cast<int64_t>(offset + (s - strips.begin) * a.items()) * a.depth();
+    const int y0 = s % per_row * strip * a.stride - a.padding;
+    for (int c = 0; c < a.src.all_channels(); c += lanes) {
+      read_pixels(a.src, a.upsample, s / per_row, y0, rows, -a.padding, columns, c, space);
+      switch (a.method) {
+        case Method::winograd4: load_tiles<Winograd4>(a, c, space, columns, first, a.load_stride(items)); break;
+        case Method::winograd2: load_tiles<Winograd2>(a, c, space, columns, first, a.load_stride(items)); break;
+        case Method::direct: load_taps(a, c, space, columns, first); break;
+      }
+    }
+  }
+}
+
+// Finishes one vector of output channels of a strip: (y + bias + residual) / divide, stored, and the statistics of what
+// was stored, merged group of pixels by group of pixels (Chan et al. 1979).
+struct Finish {
+  const ConvArgs& a;
+  int row, channel;
+  Vec bias, mean{}, squares{};
+  int count = 0;
+  Vec values[16];
+  int held = 0;
+
+  Finish(const ConvArgs& a, int row, int channel) : a(a), row(row), channel(channel), bias(load(a.bias + channel)) {
+    if (a.emb.base != nullptr) bias += load_some(a.emb(row) + channel, a.emb_channels - channel);
+  }
+
+  inline void pixel(int y, int x, Vec v) {
+    v += bias;
+    if (a.residual != nullptr) {
+      const int h = a.map.height >> a.residual_shift, w = a.map.width >> a.residual_shift;
+      v += load(a.residual + ((static_cast<int64_t>(row) * h + (y >> a.residual_shift)) * w + (x >> a.residual_shift)) *
+                                 a.outputs + channel);
+    }
+    v *= a.inverse_divide;
+    store(a.dst + ((static_cast<int64_t>(row) * a.map.height + y) * a.map.width + x) * a.outputs + channel, v);
+    values[held++] = v;
+  }
+
+  // After at most 16 pixels.
+  inline void measure() {
+    if (a.statistics != nullptr && held > 0) {
+      Vec sum = values[0];
+      for (int i = 1; i < held; i++) sum += values[i];
+      const Vec m = sum * (1.0f / held);
+      Vec d2 = splat(0);
+      for (int i = 0; i < held; i++) d2 += (values[i] - m) * (values[i] - m);
+      const float share = static_cast<float>(held) / (count + held);
+      const Vec delta = m - mean;
+      mean += delta * share;
+      squares += d2 + delta * delta * (count * share);
+      count += held;
+    }
+    held = 0;
+  }
+
+  void done(int strip_index) {
+    if (a.statistics == nullptr) return;
+    float* to = a.statistics + static_cast<int64_t>(strip_index) * 2 * a.outputs + channel;
+    store(to, mean);
+    store(to + a.outputs, squares);
+  }
+};
+
+template <class F>
+__attribute__((noinline)) static void store_tiles(const ConvArgs& a, Finish& finish, int y0, const float* products, int64_t stride) {
+  const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
+  for (int ty = 0; ty < rows; ty++)
+    for (int tx = 0; tx < tiles; tx++) {
+      Vec y[F::out * F::out];
+      transform_output<F>(products + static_cast<int64_t>(ty * tiles + tx) * panel, stride, y);
+      const int top = y0 + ty * F::out, left = tx * F::out;
+      for (int i = 0; i < F::out && top + i < a.map.height; i++)
+        for (int j = 0; j < F::out && left + j < a.map.width; j++) finish.pixel(top + i, left + j, y[i * F::out + j]);
+      finish.measure();
+    }
+}
+
+__attribute__((noinline)) static void store_pixels(const ConvArgs& a, Finish& finish, int y0, const float* products) {
+  for (int y = 0; y < strip && y0 + y < a.map.height; y++)
+    for (int x = 0; x < a.map.width; x++) {
+      finish.pixel(y0 + y, x, load(products + static_cast<int64_t>(y * a.map.width + x) * panel));
+      if (finish.held == 16 || x + 1 == a.map.width) finish.measure();
+    }
+}
+
+static void conv_store(const ConvArgs& a, Range strips, Range panels, const float* loaded, int items, float* products) {
+  const int per_row = a.map.strips(), depth = a.depth(), used = strips.size() * a.items();
+  const int64_t stride = a.product_stride(items);
+  for (int p = panels.begin; p < panels.end; p++) {
+    const int width = std::min(panel, a.outputs - p * panel);
+    for (int position = 0; position < a.positions(); position++)
+      multiply(used, width, depth, loaded + position * a.load_stride(items), depth,
+               a.weights + (static_cast<int64_t>(p) * a.positions() + position) * depth * panel,
+               products + position * stride, panel);
+    for (int s = strips.begin; s < strips.end; s++)
+      for (int j = 0; j < width; j += lanes) {
+        Finish finish(a, s / per_row, p * panel + j);
+        const float* first = products + static_cast<int64_t>(s - strips.begin) * a.items() * panel + j;
+        const int y0 = s % per_row * strip;
+        switch (a.method) {
+          case Method::winograd4: store_tiles<Winograd4>(a, finish, y0, first, stride); break;
+          case Method::winograd2: store_tiles<Winograd2>(a, finish, y0, first, stride); break;
+          case Method::direct: store_pixels(a, finish, y0, first); break;
+        }
+        finish.done(s);
+      }
+  }
+}

@@ -1,0 +1,75 @@
+// Matrix products against packed panels: c [items, panel] = a [items, depth] b [depth, panel].
+
+// The widest block of accumulators that, with the row of b and a broadcast a, fits the registers: 6 x 4 vectors where
+// there are 32 of them, 6 x 2 where there are 16.
+static constexpr int block_items = 6;
+static constexpr int block_vectors = lanes == 8 ? 2 : 4;
+static constexpr int block_depth = 512;  // rows of b between two looks at c: 128 KB, half of what stays in L2
+
+// first: b has not been read lately, so its rows are asked for ahead of time.
+template <int items, int vectors, bool first = false>
+static inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                                  bool accumulate) {
+  Vec sum[items][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < items; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vec{};
+  for (int k = 0; k < depth; k++) {
+    Vec row[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) {
+      row[j] = load(b + static_cast<int64_t>(k) * panel + j * lanes);
+      if (first) __builtin_prefetch(b + static_cast<int64_t>(k + 12) * panel + j * lanes);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < items; i++) {
+      const Vec x = splat(a[i * lda + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) sum[i][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < items; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) store(c + i * ldc + j * lanes, sum[i][j]);
+}
+
+template <int vectors>
+static void multiply_rows(int items, int depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                          bool accumulate) {
+  int i = 0;
+  if (items >= block_items) {
+    multiply_block<block_items, vectors, true>(depth, a, lda, b, c, ldc, accumulate);
+    i = block_items;
+  }
+  for (; i + block_items <= items; i += block_items)
+    multiply_block<block_items, vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+  a += i * lda;
+  c += i * ldc;
+  switch (items - i) {
+    case 1: return multiply_block<1, vectors>(depth, a, lda, b, c, ldc, accumulate);
+    case 2: return multiply_block<2, vectors>(depth, a, lda, b, c, ldc, accumulate);
+    case 3: return multiply_block<3, vectors>(depth, a, lda, b, c, ldc, accumulate);
+    case 4: return multiply_block<4, vectors>(depth, a, lda, b, c, ldc, accumulate);
+    case 5: return multiply_block<5, vectors>(depth, a, lda, b, c, ldc, accumulate);
+  }
+}
+
+// Only the first `width` columns of the panel are wanted. Every sum runs over k in order, whatever `items` is, so an
+// item's bits do not depend on its neighbours.
+__attribute__((noinline)) static void multiply(int items, int width, int depth, const float* a, int64_t lda, const float* b, float* c,
+                     int64_t ldc) {
+  for (int k = 0; k < depth; k += block_depth) {
+    const int part = std::min(block_depth, depth - k);
+    for (int j = 0; j < width; j += block_vectors * lanes) {
+      const float* rows = b + static_cast<int64_t>(k) * panel + j;
+      switch (std::min(block_vectors, (width - j + lanes - 1) / lanes)) {
+        case 1: multiply_rows<1>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
+        case 2: multiply_rows<2>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
+        case 3: multiply_rows<std::min(block_vectors, 3)>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
+        case 4: multiply_rows<std::min(block_vectors, 4)>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
+      }
+    }
+  }
+}

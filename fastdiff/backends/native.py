@@ -1,0 +1,533 @@
+"""Backend `native`: the C++ engine for CPUs. Runs fastdiff's own U-Net, in float32, as a lowered program.
+
+This module owns every buffer that the engine reads and writes, packs the weights, and chooses each convolution's
+algorithm; `csrc/` does the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import threading
+import weakref
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdiff import update
+from fastdiff.backends import Spec
+from fastdiff.errors import BackendError
+from fastdiff.lower import embed_timesteps, lower
+from fastdiff.plan import ALIGNMENT, STATISTICS, Plan, plan
+from fastdiff.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
+from fastdiff.solvers.table import COLUMNS, StepTable
+from fastdiff.state import State
+from fastdiff.unet import UNet
+from fastdiff.unet_config import UNetConfig
+
+
+def extension() -> ModuleType | None:
+    """The compiled module, or None where it was not built."""
+    try:
+        from fastdiff import _native
+    except ImportError:
+        return None
+    return _native
+
+
+def isa() -> str:
+    """The instruction set that the environment asks for; empty: the best one."""
+    return os.environ.get("FASTDIFF_ISA", "")
+
+
+def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
+    """Everything that keeps this backend from running the network; empty where it can."""
+    reasons = []
+    native = extension()
+    if native is None:
+        reasons.append("the extension fastdiff._native is not built (install with a C++ compiler present)")
+    elif not native.isas():
+        reasons.append("this processor has none of the instruction sets it was built for (x86-64: AVX2 and FMA)")
+    elif isa() not in ("", *native.isas()):
+        reasons.append(f"FASTDIFF_ISA={isa()!r} is not available; available: {', '.join(native.isas())}")
+    if type(unet) is not UNet:
+        reasons.append(f"it runs fastdiff.UNet only, not {type(unet).__name__}")
+    else:
+        reasons += _alterations(unet)
+    if spec.device.type != "cpu":
+        reasons.append(f"it runs on the CPU, not on {spec.device}")
+    if spec.dtype != torch.float32:
+        reasons.append(f"it computes in float32, not in {str(spec.dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def _alterations(unet: UNet) -> list[str]:
+    """What of the module the program would not know of."""
+    reasons = []
+    if [(name, type(m)) for name, m in unet.named_modules()] != _modules(unet.config):
+        reasons.append("modules of the network were replaced, so its configuration does not describe it")
+    if any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules()):
+        reasons.append("modules of the network have forward hooks, which it would not call")
+    return reasons
+
+
+@functools.lru_cache(maxsize=8)
+def _modules(config: UNetConfig) -> list[tuple[str, type]]:
+    with torch.device("meta"):
+        return [(name, type(m)) for name, m in UNet(config).named_modules()]
+
+
+def _refuse(unet: nn.Module, spec: Spec) -> None:
+    reasons = reasons_against(unet, spec)
+    if reasons:
+        raise BackendError("backend 'native' cannot run here: " + "; ".join(reasons))
+
+
+def prepare(unet: nn.Module, spec: Spec) -> NativeRunner:
+    """Raises `BackendError` with every reason why it cannot run."""
+    _refuse(unet, spec)
+    assert isinstance(unet, UNet)
+    return NativeRunner(unet, spec)
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+# Points of the Winograd transforms (csrc/kernels/winograd.hpp); infinity is the last one of each.
+POINTS = {"winograd2": (0.0, 1.0, -1.0), "winograd4": (0.0, 0.75, -0.75, 1.5, -1.5)}
+
+
+def winograd_g(points: tuple[float, ...]) -> Tensor:
+    """G [len(points) + 1, 3] in float64: row j is [1, p_j, p_j^2] / prod_k (p_j - p_k), the last row [0, 0, 1]."""
+    rows = []
+    for p in points:
+        n = math.prod(p - other for other in points if other != p)
+        rows.append([1 / n, p / n, p * p / n])
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def pack(weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int) -> Tensor:
+    """[N, C, k, k] -> float32 [panels, positions, depth, panel], zeros where channels are padded.
+
+    channels: of each source; every one is padded to a multiple of ``group``. depth: padded channels, under every tap
+    where ``method`` is "direct".
+    """
+    N, _, k, _ = weight.shape
+    parts = []
+    for part in weight.split(channels, dim=1):
+        parts.append(torch.nn.functional.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % group)))
+    W = torch.cat(parts, dim=1)
+    if method == "direct":
+        U = W.permute(2, 3, 1, 0).reshape(1, k * k * W.shape[1], N)
+    else:
+        G = winograd_g(POINTS[method])
+        U = torch.einsum("ia,ncab,jb->ijcn", G, W.double(), G).flatten(0, 1)
+    U = torch.nn.functional.pad(U, (0, -N % panel))
+    return U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float().contiguous()
+
+
+class Weights:
+    """A network's weights as the engine reads them, each packing made once and shared by all batch sizes."""
+
+    def __init__(self, unet: UNet, native: ModuleType):
+        self.native = native
+        self.state = {k: v.detach() for k, v in unet.state_dict().items()}
+        self.packed: dict[tuple[Any, ...], Tensor] = {}
+        self.fingerprint = self._fingerprint(unet)
+
+    @classmethod
+    def of(cls, unet: UNet, native: ModuleType) -> Weights:
+        """The network's, as they are now."""
+        with _weights_lock:
+            known = _weights.get(unet)
+            if known is None or known.fingerprint != cls._fingerprint(unet):
+                known = _weights[unet] = cls(unet, native)
+            return known
+
+    @staticmethod
+    def _fingerprint(unet: UNet) -> tuple[int, ...]:
+        """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
+        return tuple(int(p.detach().contiguous().view(torch.int32).sum()) for p in unet.parameters())
+
+    def conv(self, op: Conv, channels: tuple[int, ...], method: str) -> tuple[Tensor, Tensor]:
+        """Kernel and bias; channels: of each source."""
+
+        def kernel() -> Tensor:
+            return pack(self._layer(op)[0], channels, method, self.native.GROUP, self.native.PANEL)
+
+        def bias() -> Tensor:
+            return self._padded(self._layer(op)[1])
+
+        return self._once((op.weights, channels, method), kernel), self._once((op.weights, "bias"), bias)
+
+    def _layer(self, op: Conv) -> tuple[Tensor, Tensor]:
+        """W [N, C, k, k] and b [N], stacked or merged as the operation says."""
+        W, b = ([self.state[f"{key}.{kind}"].double() for key in op.weights] for kind in ("weight", "bias"))
+        if op.merged == "first transposed":
+            return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
+        if op.merged == "in turn":
+            return (W[0] @ W[1])[:, :, None, None], W[0] @ b[1] + b[0]
+        return torch.cat(W).reshape(-1, W[0].shape[1], op.kernel, op.kernel), torch.cat(b)
+
+    def _padded(self, v: Tensor) -> Tensor:
+        return torch.nn.functional.pad(v.float(), (0, -len(v) % self.native.GROUP)).contiguous()
+
+    def vector(self, name: str) -> Tensor:
+        return self._once((name,), lambda: self._padded(self.state[name]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.packed.values())
+
+    def _once(self, key: tuple[Any, ...], make: Any) -> Tensor:
+        if key not in self.packed:
+            self.packed[key] = make()
+        return self.packed[key]
+
+
+_weights: weakref.WeakKeyDictionary[UNet, Weights] = weakref.WeakKeyDictionary()
+_weights_lock = threading.Lock()
+
+
+# The choice of algorithms ---------------------------------------------------------------------------------------------
+
+
+def choose_method(op: Conv, program: Program, rows: int | None) -> str:
+    """The algorithm for a convolution: Winograd's where the kernel is 3x3 at stride 1 and the map has enough tiles.
+
+    A tile costs 36 (F4) or 16 (F2) products per pair of channels for 16 or 4 pixels, against 9 a pixel; but weights
+    grow by 4 or 16/9, and reading them is what few tiles cannot hide. rows=None: by the layer's shape alone.
+    """
+    if op.kernel != 3 or op.stride != 1 or op.padding != (1, 1):
+        return "direct"
+    H, W, _ = program.buffers[op.dst].shape
+    count = 8 if rows is None else rows
+
+    def cost(method: str) -> float:
+        size, positions = {"direct": (1, 9), "winograd2": (2, 16), "winograd4": (4, 36)}[method]
+        items = count * math.ceil(H / size) * math.ceil(W / size)
+        # In products: a weight that is read costs about as much as multiplying it by a dozen items.
+        return positions * (items + 12)
+
+    return min(("winograd4", "winograd2", "direct"), key=cost)
+
+
+# Buffers and operations -----------------------------------------------------------------------------------------------
+
+
+def aligned(nbytes: int) -> Tensor:
+    """Zeroed bytes at a multiple of `ALIGNMENT`."""
+    raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+    return raw[-raw.data_ptr() % ALIGNMENT :][:nbytes]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What changes from step to step, at addresses that do not. Rows past the images are their unconditional halves.
+
+    x: [images, C, H, W]. timestep: the row's entry in ``times``; label: in ``classes``. class_images: [rows, H, W, C].
+    """
+
+    x: Tensor
+    timestep: Tensor
+    label: Tensor
+    times: Tensor
+    classes: Tensor | None
+    class_images: Tensor | None
+
+
+class Compiled:
+    """A program with addresses: for ``rows`` rows, in an arena."""
+
+    def __init__(
+        self, native: ModuleType, program: Program, layout: Plan, arena: Tensor, weights: Weights, inputs: Inputs,
+        isa: str, team: Any, by_shape: bool,
+    ):  # fmt: skip
+        self.native = native
+        self.program = program
+        self.layout = layout
+        self.rows = layout.rows
+        self.arena = arena
+        self.weights = weights
+        self.inputs = inputs
+        self.engine = native.Engine(isa, team, self.rows)
+        self.methods: dict[str, str] = {}
+        self.by_shape = by_shape
+        H, W, C = program.buffers["out"].shape
+        self.out = torch.zeros(self.rows, H, W, self._padded(C))
+        for op in program.ops:
+            self._add(op)
+
+    def run(self) -> Tensor:
+        """The network's output, [rows, H, W, padded C]."""
+        self.engine.run(0, len(self.engine))
+        return self.out
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer of the arena, [rows, H, W, padded C]; for tests."""
+        H, W, C = self.program.buffers[name].shape
+        shape = (self.rows, H, W, self._padded(C))
+        return self.out if name == "out" else self._view(self.layout.offsets[name], shape)
+
+    def statistics(self, name: str) -> Tensor:
+        """[rows, strips, 2, padded C]; for tests."""
+        H, _, C = self.program.buffers[name].shape
+        shape = (self.rows, math.ceil(H / self.native.STRIP), 2, self._padded(C))
+        return self._view(self.layout.offsets[name + STATISTICS], shape)
+
+    def _view(self, offset: int, shape: tuple[int, ...]) -> Tensor:
+        return self.arena[offset : offset + 4 * math.prod(shape)].view(torch.float32).view(shape)
+
+    def _padded(self, channels: int) -> int:
+        group: int = self.native.GROUP
+        return -(-channels // group) * group
+
+    def _at(self, name: str) -> int:
+        if name == "out":
+            return self.out.data_ptr()
+        return self.arena.data_ptr() + self.layout.offsets[name]
+
+    def _sources(self, op: Op) -> dict[str, Any]:
+        channels = [self._padded(self.program.buffers[name].shape[2]) for name in op.src]
+        return {"src": [self._at(name) for name in op.src], "channels": channels}
+
+    def _projections(self, offset: int) -> Any:
+        """From ``offset`` on, for every row."""
+        width = self.program.buffers["projections"].shape[2]
+        if self.program.buffers["projections"].external:
+            times = self.inputs.times
+            return self.native.RowVectors(
+                times.data_ptr() + 4 * offset, self.inputs.timestep.data_ptr(), times.shape[1]
+            )
+        return self.native.RowVectors(self._at("projections") + 4 * offset, 0, self._padded(width))
+
+    def _norm(self, op: Conv | Pool) -> dict[str, Any]:
+        if op.norm is None:
+            return {"norm": None, "silu": False}
+        return {"norm": self._norm_of(op.src, op.norm), "silu": op.norm.silu}
+
+    def _norm_of(self, src: tuple[str, ...], norm: Norm) -> Any:
+        H, W, _ = self.program.buffers[src[0]].shape
+        gamma, beta = (self.weights.vector(f"{norm.weights}.{kind}") for kind in ("weight", "bias"))
+        return self.native.Norm(
+            statistics=[self._at(name + STATISTICS) for name in src],
+            channels=[self.program.buffers[name].shape[2] for name in src],
+            height=H,
+            width=W,
+            groups=norm.groups,
+            eps=norm.eps,
+            gamma=gamma.data_ptr(),
+            beta=beta.data_ptr(),
+            modulation=None if norm.modulation is None else self._projections(norm.modulation),
+        )
+
+    def _add(self, op: Op) -> None:
+        H, W, C = self.program.buffers[op.dst].shape
+        if isinstance(op, Input):
+            self._add_input(op)
+        elif isinstance(op, Embed):
+            assert self.inputs.classes is not None
+            rows = [
+                self.native.RowVectors(table.data_ptr(), index.data_ptr(), table.shape[1])
+                for table, index in (
+                    (self.inputs.times, self.inputs.timestep),
+                    (self.inputs.classes, self.inputs.label),
+                )
+            ]
+            self.engine.embed(time=rows[0], classes=rows[1], features=C, dst=self._at(op.dst))
+        elif isinstance(op, Conv):
+            self._add_conv(op)
+        elif isinstance(op, Pool):
+            self.engine.pool(**self._sources(op), height=H, width=W, **self._norm(op), dst=self._at(op.dst))
+        else:
+            assert isinstance(op, Attention)
+            self._add_attention(op)
+
+    def _add_attention(self, op: Attention) -> None:
+        H, W, inner = self.program.buffers[op.dst].shape
+        q = self._at(op.src[0])
+        q_stride = self._padded(self.program.buffers[op.src[0]].shape[2])
+        if len(op.src) == 1:
+            k, v, stride = q + 4 * inner, q + 8 * inner, q_stride
+        else:
+            k = v = self._at(op.src[1])
+            stride = self._padded(inner)
+        norm = None if op.norm is None else self._norm_of(op.src[1:], op.norm)
+        self.engine.attention(
+            queries=q, query_stride=q_stride, keys=k, values=v, key_stride=stride, norm=norm, pixels=H * W,
+            heads=op.heads, head_dim=op.head_dim, dst=self._at(op.dst),
+        )  # fmt: skip
+
+    def _add_input(self, op: Input) -> None:
+        x, images = self.inputs.x, self.inputs.class_images
+        rows = None
+        if images is not None:
+            rows = self.native.RowVectors(images.data_ptr(), 0, images[0].numel())
+        self.engine.input(
+            x=x.data_ptr(),
+            class_image=rows,
+            images=x.shape[0],
+            channels=x.shape[1],
+            height=x.shape[2],
+            width=x.shape[3],
+            center=op.center,
+            combine=(None, "add", "multiply", "concat").index(op.class_image),
+            dst=self._at(op.dst),
+        )
+
+    def _add_conv(self, op: Conv) -> None:
+        buffers = self.program.buffers
+        H, W, C = buffers[op.dst].shape
+        method = choose_method(op, self.program, None if self.by_shape else self.rows)
+        self.methods[op.dst] = method
+        kernel, bias = self.weights.conv(op, tuple(buffers[name].shape[2] for name in op.src), method)
+        self.engine.conv(
+            **self._sources(op),
+            src_height=buffers[op.src[0]].shape[0],
+            src_width=buffers[op.src[0]].shape[1],
+            height=H,
+            width=W,
+            kernel=op.kernel,
+            stride=op.stride,
+            padding=op.padding[0],
+            upsample=op.upsample,
+            method=getattr(self.native.Method, method),
+            **self._norm(op),
+            weights=kernel.data_ptr(),
+            bias=bias.data_ptr(),
+            outputs=self._padded(C),
+            emb=None if op.emb is None else self._projections(op.emb),
+            emb_channels=C,
+            residual=0 if op.residual is None else self._at(op.residual),
+            residual_shift=int(op.residual is not None and buffers[op.residual].shape[0] != H),
+            divide=op.divide,
+            dst=self._at(op.dst),
+            statistics=self._at(op.dst + STATISTICS) if buffers[op.dst].statistics else 0,
+        )
+
+
+# The runner -----------------------------------------------------------------------------------------------------------
+
+
+class NativeRunner:
+    """Runs batches of ``spec.batch`` images, guided ones as twice as many rows in the same arena."""
+
+    def __init__(self, unet: UNet, spec: Spec):
+        native = extension()
+        assert native is not None
+        self.native = native
+        self.unet = unet
+        self.spec = spec
+        self.isa = isa()
+        self.program = lower(unet, spec.shape[1:])
+        self._reset()
+
+    def _reset(self) -> None:
+        self.weights = Weights.of(self.unet, self.native)
+        self.team = self.native.Team(torch.get_num_threads())
+        self.process = os.getpid()
+        self.compiled: dict[int, Compiled] = {}
+        self.arena = aligned(0)
+        self.tables: tuple[StepTable, ...] = ()
+        self.state: State | None = None
+
+    @torch.no_grad()
+    def forward(self, state: State) -> None:
+        """Network and guidance: sets ``state.out``."""
+        guided = bool(state.guided_host.any())
+        compiled = self._compiled(state, guided)
+        inputs = compiled.inputs
+        inputs.x.copy_(state.x)
+        entries = torch.from_numpy(self.entry[state.table_host, state.row_host])
+        inputs.timestep.copy_(entries.repeat(1 + guided))
+        net = compiled.run()
+        B, C, H, W = state.x.shape
+        state.out = torch.empty(B, self.unet.config.out_channels, H, W)
+        self.native.guide(
+            state.out, net, state.bank.values, state.table, state.row, state.guidance if guided else None,
+            channels=min(C, state.out.shape[1]), rescale=state.guidance_rescale, isa=self.isa,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def update(self, state: State) -> None:
+        """One row of the table for every image, in place, row += 1."""
+        out, v = update.split_output(state)  # says what is wrong with the channels
+        z = update.update_noise(state) if state.noise is not None else None
+        state.x = state.x.contiguous()
+        self.native.update(
+            state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
+            seed=state.seed, index=state.index, z=None if z is None else z.contiguous(), xs=state.xs, m1=state.m1,
+            m2=state.m2, m3=state.m3, isa=self.isa,
+        )  # fmt: skip
+        state.advance()
+
+    def step(self, state: State) -> None:
+        self.forward(state)
+        self.update(state)
+
+    def _compiled(self, state: State, guided: bool) -> Compiled:
+        """The program for this state's rows, with its embeddings and labels in place."""
+        if self.process != os.getpid():
+            _of_the_parent.append((self.team, self.compiled))
+            self._reset()
+        fresh = state is not self.state
+        if fresh:
+            _refuse(self.unet, self.spec)
+            if self.weights is not Weights.of(self.unet, self.native):
+                self._reset()
+        self.state = state
+        if state.bank.tables != self.tables:
+            self.tables = state.bank.tables
+            t, inverse = np.unique(state.bank.host[..., COLUMNS.index("t")], return_inverse=True)
+            self.times = embed_timesteps(self.unet, torch.from_numpy(t).float()).contiguous()
+            self.entry = inverse.reshape(state.bank.host.shape[:2]).astype(np.int64)
+            self.compiled.clear()
+        rows = len(state.x) * (1 + guided)
+        if rows not in self.compiled:
+            self.compiled[rows] = self._compile(state.x, rows)
+            fresh = True
+        compiled = self.compiled[rows]
+        if fresh and state.label is not None:
+            self._set_labels(compiled.inputs, state.label, guided)
+        return compiled
+
+    def _compile(self, x: Tensor, rows: int) -> Compiled:
+        layout = plan(self.program, rows, group=self.native.GROUP)
+        if len(self.arena) < layout.size:
+            self.arena = aligned(layout.size)
+            self.compiled.clear()  # they have addresses of the old one
+        embedding, classes, images = self.unet.class_embedding, None, None
+        if isinstance(embedding, nn.Embedding):
+            classes = embedding.weight.detach().float().contiguous()
+        if self.unet.class_encoder is not None:
+            images = torch.zeros(rows, *x.shape[2:], x.shape[1])
+        inputs = Inputs(
+            x=torch.empty(x.shape),
+            timestep=torch.zeros(rows, dtype=torch.int64),
+            label=torch.zeros(rows, dtype=torch.int64),
+            times=self.times,
+            classes=classes,
+            class_images=images,
+        )
+        return Compiled(
+            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team,
+            self.spec.determinism == "bitwise",
+        )  # fmt: skip
+
+    def _set_labels(self, inputs: Inputs, label: Tensor, guided: bool) -> None:
+        if guided:
+            label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
+        inputs.label.copy_(label)
+        if inputs.class_images is not None:
+            assert self.unet.class_encoder is not None
+            distinct, place = torch.unique(label, return_inverse=True)
+            maps = self.unet.class_encoder(distinct, self.spec.shape[1:]).permute(0, 2, 3, 1)
+            inputs.class_images.copy_(maps[place])
+
+
+# Teams whose threads the parent process kept when it forked: to end them would wait for threads that are not here.
+_of_the_parent: list[Any] = []

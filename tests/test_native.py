@@ -1,0 +1,440 @@
+"""The native engine, operation by operation and as a backend, against float64; on every instruction set here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+
+import pytest
+import torch
+from interpreter import Interpreter, strip_statistics
+from torch import Tensor
+from unets import (
+    PUBLISHED,
+    RESNET_BLOCKS,
+    TINY,
+    TINY_CLASSES,
+    VARIANTS,
+    change,
+    random_images,
+    random_labels,
+    random_unet,
+    relative_error,
+)
+
+from fastdiff import NoiseSchedule, Sampler
+from fastdiff.backends import Spec, native, prepare
+from fastdiff.errors import BackendError
+from fastdiff.lower import lower
+from fastdiff.plan import STATISTICS, plan
+from fastdiff.program import STRIP, Conv
+from fastdiff.unet import UNet
+
+extension = native.extension()
+if extension is None:
+    pytest.skip("fastdiff._native is not built", allow_module_level=True)
+
+ISAS = extension.isas()
+CPU = torch.device("cpu")
+SCHEDULE = NoiseSchedule("linear", 100, beta_end=0.1)
+
+
+def one_level(channels: int, groups: int, size: tuple[int, int], head_dim: int | None = None):
+    """Any image size, at channel counts that divide nothing."""
+    return change(
+        block_out_channels=(channels,), norm_num_groups=groups, sample_size=size, attention_head_dim=head_dim,
+        down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",), num_class_embeds=3,
+    )  # fmt: skip
+
+
+# Networks whose operations, together, are every operation at many shapes.
+NETWORKS = {name: change(**changes) for name, changes in VARIANTS.items() if "class_embed_type" not in changes}
+NETWORKS |= {f"class image, {kind}": change(TINY_CLASSES, class_image=kind) for kind in ("add", "multiply", "concat")}
+NETWORKS |= {
+    "96 channels, 5x7": one_level(96, 8, (5, 7)),
+    "160 channels, 12x12": one_level(160, 5, (12, 12), 32),
+    "200 channels, 7x5": one_level(200, 8, (7, 5), 25),
+    "1x1": one_level(24, 3, (1, 1)),
+    "2x3": one_level(24, 3, (2, 3)),
+    "resnet blocks, 24x40": change(**RESNET_BLOCKS, sample_size=(24, 40), block_out_channels=(20, 36)),
+}
+
+
+class Replay(Interpreter):
+    """A network's buffers in float64, each rounded to float32 when it is written, so that an operation of the engine
+    can be given exactly what the reference was given.
+    """
+
+    def __init__(self, config, rows: int):
+        self.config = config
+        single = random_unet(config)
+        size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
+        x = random_images(config, rows, size)
+        labels, t = random_labels(config, rows), torch.linspace(0, 999, rows)
+        program = lower(single, size)
+        super().__init__(program, random_unet(config).double(), rows)
+        self.single, self.x = single, x
+        self.held: dict[str, Tensor] = {}
+        self.measured: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self.set_inputs(x.double(), t.double(), labels)
+            self.exact = {}
+            for op in program.ops:
+                self.exact[op.dst] = self.compute(op)
+                self.put(op.dst, self.exact[op.dst])
+        layout = plan(program, rows, group=extension.GROUP)
+        self.inputs = native.Inputs(
+            x=x,
+            timestep=torch.arange(rows),
+            label=torch.arange(rows),
+            times=self.external["projections" if single.class_embedding is None else "time"].flatten(1).float(),
+            classes=None if "class" not in self.external else self.external["class"].flatten(1).float(),
+            class_images=None
+            if "class_image" not in self.external
+            else self.external["class_image"].float().contiguous(),
+        )
+        self.layout = layout
+
+    def put(self, name: str, value: Tensor) -> None:
+        self.held[name] = value.float().double()
+        self.measured[name] = strip_statistics(self.held[name]).float().double()
+
+    def buffer(self, name: str) -> Tensor:
+        return self.held[name] if name in self.held else self.external[name].float().double()
+
+    def statistics(self, name: str) -> Tensor:
+        return self.measured[name]
+
+    def compiled(self, isa: str, threads: int = 1) -> native.Compiled:
+        arena = native.aligned(self.layout.size)
+        weights = native.Weights.of(self.single, extension)
+        return native.Compiled(
+            extension, self.program, self.layout, arena, weights, self.inputs, isa, extension.Team(threads), False
+        )
+
+    @torch.no_grad()
+    def check(self, compiled: native.Compiled, i: int, tolerance: float) -> None:
+        """Operation i alone, in an arena of NaN: the result, its statistics, its padding, and nothing else written."""
+        op = self.program.ops[i]
+        compiled.arena.fill_(0xFF)
+        compiled.out.fill_(math.nan)
+        for name in self.program.reads(op):
+            if not self.program.buffers[name].external:
+                self.fill(compiled.buffer(name), self.held[name])
+                if self.program.buffers[name].statistics:
+                    self.fill(compiled.statistics(name), self.measured[name])
+        before = compiled.arena.clone()
+        compiled.engine.run(i, i + 1)
+
+        got, exact = compiled.buffer(op.dst), self.exact[op.dst]
+        C = exact.shape[3]
+        assert relative_error(got[..., :C], exact) <= tolerance, op
+        assert got[..., C:].eq(0).all(), "channels of padding are zeros"
+        if self.program.buffers[op.dst].statistics:
+            measured, expected = compiled.statistics(op.dst), strip_statistics(exact)
+            for kind in (0, 1):  # squares of one pixel are zeros
+                distance = (measured[:, :, kind, :C] - expected[:, :, kind]).norm()
+                assert distance <= 10 * tolerance * expected[:, :, kind].norm()
+            assert measured[..., C:].eq(0).all()
+        written = torch.zeros_like(compiled.arena, dtype=torch.bool)
+        for name in (op.dst, op.dst + STATISTICS):
+            if name in self.layout.offsets:
+                offset = self.layout.offsets[name]
+                view = compiled.buffer(name) if name == op.dst else compiled.statistics(op.dst)
+                written[offset : offset + view.numel() * 4] = True
+        assert torch.equal(compiled.arena[~written], before[~written]), "wrote elsewhere"
+
+    @staticmethod
+    def fill(view: Tensor, value: Tensor) -> None:
+        view.zero_()
+        view[..., : value.shape[-1]] = value
+
+
+@pytest.fixture(scope="module")
+def replays():
+    known: dict[tuple[str, int], Replay] = {}
+
+    def replay(name: str, rows: int) -> Replay:
+        if (name, rows) not in known:
+            known[name, rows] = Replay(NETWORKS.get(name) or PUBLISHED[name], rows)
+        return known[name, rows]
+
+    return replay
+
+
+def force(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Have every convolution that can be done by the method done by it."""
+
+    def choose(op: Conv, *_: object) -> str:
+        return method if (op.kernel, op.stride, op.padding) == (3, 1, (1, 1)) else "direct"
+
+    monkeypatch.setattr(native, "choose_method", choose)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("method", ["direct", "winograd2", "winograd4"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_operations(replays, name, method, isa, monkeypatch):
+    replay = replays(name, 3)
+    force(monkeypatch, method)
+    compiled = replay.compiled(isa)
+    for i in range(len(replay.program.ops)):
+        replay.check(compiled, i, 4e-6 if method == "winograd4" else 2e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_operations_shared_by_threads(replays, rows, threads, isa):
+    for name in ("160 channels, 12x12", "resnet blocks, 24x40", "1x1"):
+        replay = replays(name, rows)
+        compiled = replay.compiled(isa, threads)
+        for i in range(len(replay.program.ops)):
+            replay.check(compiled, i, 4e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_operations_of_the_published_network(replays, isa):
+    replay = replays("ddpm-cifar10-32", 2)
+    compiled = replay.compiled(isa, 2)
+    for i in range(len(replay.program.ops)):
+        replay.check(compiled, i, 4e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("method", ["direct", "winograd2", "winograd4"])
+def test_statistics_at_a_large_mean(replays, method, isa, monkeypatch):
+    """The variance is that of the deviations: E[x^2] - E[x]^2 would lose every digit at a mean of 10^4 deviations."""
+    force(monkeypatch, method)
+    replay = Replay(NETWORKS["96 channels, 5x7"], 3)
+    i = next(i for i, op in enumerate(replay.program.ops) if op.dst.endswith("resnets.0.conv1"))
+    source = replay.program.ops[i].src[0]
+    large = torch.randn_like(replay.held[source]) + 1e4
+    replay.put(source, large)
+    replay.exact[replay.program.ops[i].dst] = replay.compute(replay.program.ops[i])
+    # The sources themselves are rounded to 2^-11 of a deviation there.
+    replay.check(replay.compiled(isa), i, 2e-3)
+
+    bias = f"{source}.bias"
+    replay.weights[bias] += 1e4
+    with torch.no_grad():
+        replay.single.get_parameter(bias).copy_(replay.weights[bias])
+    j = next(j for j, op in enumerate(replay.program.ops) if op.dst == source)
+    replay.exact[source] = replay.compute(replay.program.ops[j])
+    compiled = replay.compiled(isa)
+    compiled.arena.fill_(0xFF)
+    for name in replay.program.reads(replay.program.ops[j]):
+        replay.fill(compiled.buffer(name), replay.held[name])
+    compiled.engine.run(j, j + 1)
+    got, exact = compiled.statistics(source)[..., :96], strip_statistics(replay.exact[source])
+    assert relative_error(got[:, :, 0], exact[:, :, 0]) <= 1e-6
+    assert relative_error(got[:, :, 1], exact[:, :, 1]) <= 2e-3
+
+
+# The choice of algorithms and weights ---------------------------------------------------------------------------------
+
+
+def test_winograd_matrices_are_exact():
+    """A^T [(G g) . (B^T d)] is the convolution, for the B^T and A^T that follow from the points."""
+    for points, outputs in ((native.POINTS["winograd2"], 2), (native.POINTS["winograd4"], 4)):
+        n = len(points) + 1
+        bt = torch.zeros(n, n, dtype=torch.float64)
+        everything = torch.tensor([1.0], dtype=torch.float64)  # coefficients, lowest power first
+
+        def times(p: Tensor, root: float) -> Tensor:
+            return torch.cat([p.new_zeros(1), p]) - root * torch.cat([p, p.new_zeros(1)])
+
+        for j, point in enumerate(points):
+            others = torch.tensor([1.0], dtype=torch.float64)
+            for k, other in enumerate(points):
+                if k != j:
+                    others = times(others, other)
+            bt[j, : len(others)] = others
+            everything = times(everything, point)
+        bt[-1] = everything
+        at = torch.tensor(
+            [[p**i for p in points] + [float(i == outputs - 1)] for i in range(outputs)], dtype=torch.float64
+        )
+        d, g = torch.randn(n, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+        y = at @ ((native.winograd_g(points) @ g) * (bt @ d))
+        assert (y - d.unfold(0, 3, 1) @ g).abs().max() < 1e-12
+
+
+def test_packed_weights_of_a_concatenation():
+    """Each source is padded by itself; a panel holds 64 outputs."""
+    W = torch.randn(70, 5 + 3, 3, 3)
+    packed = native.pack(W, (5, 3), "direct", 16, 64)
+    assert packed.shape == (2, 1, 9 * 32, 64)
+    taps = packed.permute(2, 0, 3, 1).reshape(9, 32, 128)
+    assert torch.equal(taps[:, :5, :70], W[:, :5].permute(2, 3, 1, 0).flatten(0, 1))
+    assert torch.equal(taps[:, 16:19, :70], W[:, 5:].permute(2, 3, 1, 0).flatten(0, 1))
+    assert packed.count_nonzero() == W.numel()
+    one = torch.zeros(1, 1, 3, 3)
+    one[0, 0, 1, 1] = 1.0
+    G = native.winograd_g(native.POINTS["winograd4"])[:, 1]
+    expected = torch.outer(G, G).flatten()
+    assert (native.pack(one, (1,), "winograd4", 16, 64)[0, :, 0, 0] - expected).abs().max() < 1e-7
+
+
+def test_one_packing_for_all_batch_sizes():
+    unet = random_unet(TINY)
+    sampler = Sampler(unet, SCHEDULE, backend="native")
+    for n in (1, 2, 3):
+        sampler.sample(n, steps=1, batch_size=n)
+    weights = native.Weights.of(unet, extension)
+    assert all(runner.weights is weights for runner in sampler._runners.values())
+    assert len({key for key in weights.packed if len(key) == 3}) <= 3 * sum(
+        isinstance(op, Conv) for op in lower(unet, (8, 8)).ops
+    )
+
+
+def test_the_choice_depends_on_the_shape_alone_where_bits_matter():
+    program = lower(random_unet(PUBLISHED["ddpm-cifar10-32"]), (32, 32))
+    convs = [op for op in program.ops if isinstance(op, Conv)]
+    assert {native.choose_method(op, program, 1) for op in convs} == {"direct", "winograd2", "winograd4"}
+    many = {op.dst for op in convs if native.choose_method(op, program, 32) == "winograd4"}
+    few = {op.dst for op in convs if native.choose_method(op, program, 1) == "winograd4"}
+    assert few < many
+    assert all(native.choose_method(op, program, 1) == "direct" for op in convs if (op.kernel, op.stride) != (3, 1))
+
+
+# As a backend ---------------------------------------------------------------------------------------------------------
+
+
+def image_like(config, batch: int) -> Tensor:
+    size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
+    return random_images(config, batch, size)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["ddpm-cifar10-32", "class image, concat", "scale-shift with classes"])
+def test_sampler_is_close_to_eager_in_float64(name, isa, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_ISA", isa)
+    unet = random_unet(NETWORKS.get(name) or PUBLISHED[name])
+    options = {"steps": 2, "seed": 3}
+    if unet.config.num_classes:
+        options |= {"labels": [0, 1]}
+    if unet.config.null_label is not None:
+        options |= {"guidance": [1.0, 2.5]}
+    got = Sampler(unet, SCHEDULE, backend="native").sample(2, **options).images
+    exact = Sampler(unet, SCHEDULE, backend="eager", dtype="float64").sample(2, **options).images
+    assert relative_error(got, exact) <= 2e-5
+
+
+@torch.no_grad()
+def test_nan_in_one_image_leaves_the_others_bit_unchanged():
+    unet = random_unet(TINY)
+    x = Sampler(unet, SCHEDULE, backend="native")
+    noise = random_images(TINY, 3)
+    clean = x.sample(3, steps=3, noise=noise, clip=None).images
+    noise[1, 0, 3, 3] = torch.nan
+    with pytest.raises(Exception, match="NaN") as error:
+        x.sample(3, steps=3, noise=noise, clip=None)
+    assert torch.equal(error.value.output.images[[0, 2]], clean[[0, 2]])
+
+
+def test_weights_that_change_are_noticed():
+    unet = random_unet(TINY)
+    sampler = Sampler(unet, SCHEDULE, backend="native")
+    before = sampler.sample(1, steps=2).images
+    for edit in (lambda w: w.data.mul_(1.5), lambda w: w.detach().mul_(1.5)):
+        edit(unet.mid_block.resnets[0].conv1.weight)
+        after = sampler.sample(1, steps=2).images
+        assert (after - before).abs().max() > 1e-3
+        expected = Sampler(unet, SCHEDULE, backend="eager").sample(1, steps=2).images
+        assert (after - expected).abs().max() < 1e-4
+        before = after
+
+
+def test_modules_that_change_are_refused():
+    unet = random_unet(TINY)
+    sampler = Sampler(unet, SCHEDULE, backend="native")
+    hook = unet.conv_in.register_forward_hook(lambda *_: None)
+    with pytest.raises(BackendError, match="forward hooks"):
+        sampler.sample(1, steps=1)
+    hook.remove()
+    sampler.sample(1, steps=1)
+    unet.conv_out = torch.nn.Sequential(unet.conv_out)
+    with pytest.raises(BackendError, match="modules of the network were replaced"):
+        sampler.sample(1, steps=1)
+
+
+def test_every_reason_is_told():
+    class Other(torch.nn.Module):
+        pass
+
+    spec = Spec(1, (3, 8, 8), torch.bfloat16, torch.device("meta"))
+    with pytest.raises(BackendError, match=r"fastdiff.UNet only, not Other; .*not on meta; .*not in bfloat16"):
+        prepare("native", Other(), spec)
+    assert native.reasons_against(random_unet(TINY), dataclasses.replace(spec, dtype=torch.float32, device=CPU)) == []
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(native, "extension", lambda: None)
+    with pytest.raises(BackendError, match=r"_native is not built .*C\+\+ compiler"):
+        Sampler(random_unet(TINY), SCHEDULE, backend="native")
+    assert Sampler(random_unet(TINY), SCHEDULE).backend == "eager"
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("FASTDIFF_ISA", "sse9")
+    with pytest.raises(BackendError, match=r"FASTDIFF_ISA='sse9' .*available: "):
+        Sampler(random_unet(TINY), SCHEDULE, backend="native")
+
+
+def test_two_samplers_in_two_threads():
+    unets = [random_unet(TINY, seed) for seed in (0, 1)]
+    expected = [Sampler(u, SCHEDULE, backend="native").sample(2, steps=20).images for u in unets]
+    samplers = [Sampler(u, SCHEDULE, backend="native") for u in unets]
+    got: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        got[i] = samplers[i].sample(2, steps=20).images
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], expected[i]) for i in (0, 1))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_after_use():
+    """The child has none of the parent's threads; it makes its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sampler = Sampler(random_unet(TINY), SCHEDULE, backend="native")
+        expected = sampler.sample(1, steps=2).images
+        torch.set_num_threads(1)  # torch's own threads do not survive a fork either
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(int(not torch.equal(sampler.sample(1, steps=2).images, expected)))
+            finally:
+                os._exit(2)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert torch.equal(sampler.sample(1, steps=2).images, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_more_threads_than_processors():
+    threads = torch.get_num_threads()
+    expected = Sampler(random_unet(TINY), SCHEDULE, backend="native").sample(3, steps=3).images
+    torch.set_num_threads(4 * (os.cpu_count() or 1))
+    try:
+        got = Sampler(random_unet(TINY), SCHEDULE, backend="native").sample(3, steps=3).images
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(got, expected)
+
+
+def test_strips_are_the_engines():
+    assert extension.STRIP == STRIP
+    assert isinstance(random_unet(TINY), UNet)
