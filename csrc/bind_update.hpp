@@ -69,11 +69,14 @@ inline void bind_update(nb::module_& m) {
   using ConstFloats = Array<const float>;
   using Integers = Array<const int64_t>;
 
-  m.def("columns", [] {
-    nb::list names;
-    for (const char* name : column_names) names.append(name);
-    return names;
-  }, "The columns of a table, in the order in which the kernels read them.");
+  m.def(
+      "columns",
+      [] {
+        nb::list names;
+        for (const char* name : column_names) names.append(name);
+        return names;
+      },
+      "The columns of a table, in the order in which the kernels read them.");
 
   m.def(
       "update",

@@ -32,8 +32,8 @@ const Kernels& choose_kernels(const std::string& name) {
     if (name.empty() || name == kernels->name) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not available here; available: " +
-                              (names.empty() ? "none" : names));
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not available here; available: " + (names.empty() ? "none" : names));
 }
 
 }  // namespace fastdiff

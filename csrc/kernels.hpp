@@ -72,11 +72,11 @@ enum class Method { direct, winograd2, winograd4 };
 
 struct ConvArgs {
   Sources src;
-  Map map;           // of the result
-  int kernel;        // 1 or 3
-  int stride;        // 1 or 2
-  int padding;       // before the first row and column
-  bool upsample;     // the sources are doubled (nearest)
+  Map map;        // of the result
+  int kernel;     // 1 or 3
+  int stride;     // 1 or 2
+  int padding;    // before the first row and column
+  bool upsample;  // the sources are doubled (nearest)
   Method method;
   const float* weights;  // [panels, positions, depth, panel], zero-padded
   const float* bias;     // [padded outputs]
@@ -91,26 +91,37 @@ struct ConvArgs {
 
   // Products at every position of the transform: 1, 16 or 36.
   int positions() const { return method == Method::direct ? 1 : method == Method::winograd2 ? 16 : 36; }
+  // Pixels on a tile's side.
+  int tile() const { return method == Method::winograd4 ? 4 : method == Method::winograd2 ? 2 : 1; }
   // Summands of a product.
-  int depth() const {
-    return src.all_channels() * (method == Method::direct ? kernel * kernel : 1);
-  }
+  int depth() const { return src.all_channels() * (method == Method::direct ? kernel * kernel : 1); }
   int panels() const { return ceil_div(outputs, panel); }
   // Items (tiles, or pixels where direct) of a strip; the last strip of a map may use fewer.
-  int items() const {
-    const int size = method == Method::winograd4 ? 4 : method == Method::winograd2 ? 2 : 1;
-    return ceil_div(map.height < strip ? map.height : strip, size) * ceil_div(map.width, size);
-  }
+  int items() const { return ceil_div(map.height < strip ? map.height : strip, tile()) * ceil_div(map.width, tile()); }
   // Numbers between two positions. Odd multiples of a cache line, or all positions would share one cache set.
   int64_t load_stride(int items) const { return static_cast<int64_t>(items) * depth() + group; }
   int64_t product_stride(int items) const { return static_cast<int64_t>(items) * panel + group; }
   int64_t load_size(int items) const { return positions() * load_stride(items); }
   int64_t product_size(int items) const { return positions() * product_stride(items); }
-  // Numbers of the working space in which a strip of one group of channels is read.
-  int64_t space() const {
-    const int columns = stride * (ceil_div(map.width, 4) * 4 - 1) + kernel, rows = stride * (strip - 1) + kernel;
-    return static_cast<int64_t>(rows) * columns * group;
+  // A product of the sources as they lie in memory: nothing is loaded.
+  bool in_place() const {
+    return method == Method::direct && kernel == 1 && stride == 1 && src.scale == nullptr && !upsample;
   }
+  // Pixels that n strips of one map read. Tiles may reach beyond the map; what they make there is dropped.
+  int columns() const { return stride * (ceil_div(map.width, tile()) * tile() - 1) + kernel; }
+  int rows(int n) const {
+    const int height = map.height < strip ? map.height : n * strip;
+    return stride * (ceil_div(height, tile()) * tile() - 1) + kernel;
+  }
+  // Strips that are read together: as many as leave their pixels, one group of channels of them, in the first-level
+  // cache.
+  int run() const {
+    int n = 1;
+    while (n < 8 && static_cast<int64_t>(rows(n + 1)) * columns() * group <= 8 * 1024) n++;
+    return n;
+  }
+  // Numbers of the working space in which one group of channels is read.
+  int64_t space() const { return static_cast<int64_t>(rows(run())) * columns() * group; }
 };
 
 struct PoolArgs {
@@ -140,8 +151,8 @@ struct AttentionArgs {
 };
 
 struct InputArgs {
-  const float* x;            // [images, channels, H, W]; row r reads image r mod images
-  RowVectors class_image;    // a row's [H, W, channels], as it is; base null: none
+  const float* x;          // [images, channels, H, W]; row r reads image r mod images
+  RowVectors class_image;  // a row's [H, W, channels], as it is; base null: none
   int images, channels;
   Map map;
   bool center;

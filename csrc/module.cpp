@@ -14,7 +14,6 @@ using namespace fastdiff;
 
 namespace {
 
-
 // A field of two addresses or numbers, set as a list of one or two.
 template <class T, class Value>
 void set_pair(Value (&pair)[2], const std::vector<T>& values) {
@@ -61,110 +60,126 @@ NB_MODULE(_native, m) {
       .value("winograd2", Method::winograd2)
       .value("winograd4", Method::winograd4);
 
-  nb::class_<RowVectors>(m, "RowVectors").def("__init__", [](RowVectors* self, uintptr_t base, uintptr_t index, int64_t stride) {
-    new (self) RowVectors(row_vectors(base, index, stride));
-  }, nb::arg("base"), nb::arg("index") = 0, nb::arg("stride"));
+  nb::class_<RowVectors>(m, "RowVectors")
+      .def(
+          "__init__",
+          [](RowVectors* self, uintptr_t base, uintptr_t index, int64_t stride) {
+            new (self) RowVectors(row_vectors(base, index, stride));
+          },
+          nb::arg("base"), nb::arg("index") = 0, nb::arg("stride"));
 
-  nb::class_<NormArgs>(m, "Norm")
-      .def("__init__",
-           [](NormArgs* self, const std::vector<uintptr_t>& statistics, const std::vector<int>& channels, int height,
-              int width, int groups, float eps, uintptr_t gamma, uintptr_t beta, std::optional<RowVectors> modulation) {
-             NormArgs a{};
-             a.count = static_cast<int>(statistics.size());
-             set_pair(a.statistics, statistics);
-             set_pair(a.channels, channels);
-             a.map = {height, width};
-             a.groups = groups;
-             a.eps = eps;
-             a.gamma = reinterpret_cast<const float*>(gamma);
-             a.beta = reinterpret_cast<const float*>(beta);
-             a.modulation = modulation.value_or(RowVectors{});
-             new (self) NormArgs(a);
-           },
-           nb::kw_only(), nb::arg("statistics"), nb::arg("channels"), nb::arg("height"), nb::arg("width"),
-           nb::arg("groups"), nb::arg("eps"), nb::arg("gamma"), nb::arg("beta"), nb::arg("modulation") = nb::none());
+  nb::class_<NormArgs>(m, "Norm").def(
+      "__init__",
+      [](NormArgs* self, const std::vector<uintptr_t>& statistics, const std::vector<int>& channels, int height,
+         int width, int groups, float eps, uintptr_t gamma, uintptr_t beta, std::optional<RowVectors> modulation) {
+        NormArgs a{};
+        a.count = static_cast<int>(statistics.size());
+        set_pair(a.statistics, statistics);
+        set_pair(a.channels, channels);
+        a.map = {height, width};
+        a.groups = groups;
+        a.eps = eps;
+        a.gamma = reinterpret_cast<const float*>(gamma);
+        a.beta = reinterpret_cast<const float*>(beta);
+        a.modulation = modulation.value_or(RowVectors{});
+        new (self) NormArgs(a);
+      },
+      nb::kw_only(), nb::arg("statistics"), nb::arg("channels"), nb::arg("height"), nb::arg("width"), nb::arg("groups"),
+      nb::arg("eps"), nb::arg("gamma"), nb::arg("beta"), nb::arg("modulation") = nb::none());
 
   nb::class_<Team>(m, "Team").def(nb::init<int>()).def_prop_ro("size", &Team::size);
 
   nb::class_<Engine>(m, "Engine")
-      .def("__init__",
-           [](Engine* self, const std::string& isa, std::shared_ptr<Team> team, int rows) {
-             new (self) Engine(choose_kernels(isa), std::move(team), rows);
-           },
-           nb::arg("isa"), nb::arg("team"), nb::arg("rows"))
-      .def("input",
-           [](Engine& e, uintptr_t x, std::optional<RowVectors> class_image, int images, int channels, int height, int width,
-              bool center, int combine, uintptr_t dst) {
-             e.add(InputArgs{reinterpret_cast<const float*>(x), class_image.value_or(RowVectors{}), images,
-                             channels, {height, width}, center, combine, reinterpret_cast<float*>(dst)});
-           },
-           nb::kw_only(), nb::arg("x"), nb::arg("class_image").none(), nb::arg("images"), nb::arg("channels"),
-           nb::arg("height"), nb::arg("width"), nb::arg("center"), nb::arg("combine"), nb::arg("dst"))
-      .def("embed",
-           [](Engine& e, const RowVectors& time, const RowVectors& classes, int features, uintptr_t dst) {
-             e.add(EmbedArgs{time, classes, features, reinterpret_cast<float*>(dst)});
-           },
-           nb::kw_only(), nb::arg("time"), nb::arg("classes"), nb::arg("features"), nb::arg("dst"))
-      .def("conv",
-           [](Engine& e, const std::vector<uintptr_t>& src, const std::vector<int>& channels, int src_height,
-              int src_width, int height, int width, int kernel, int stride, int padding, bool upsample, Method method,
-              std::optional<NormArgs> norm, bool silu, uintptr_t weights, uintptr_t bias, int outputs,
-              std::optional<RowVectors> emb, int emb_channels, uintptr_t residual, int residual_shift, float divide, uintptr_t dst,
-              uintptr_t statistics) {
-             ConvArgs a{};
-             a.src = sources(src, channels, src_height, src_width, silu);
-             a.map = {height, width};
-             a.kernel = kernel;
-             a.stride = stride;
-             a.padding = padding;
-             a.upsample = upsample;
-             a.method = method;
-             a.weights = reinterpret_cast<const float*>(weights);
-             a.bias = reinterpret_cast<const float*>(bias);
-             a.outputs = outputs;
-             a.emb = emb.value_or(RowVectors{});
-             a.emb_channels = emb_channels;
-             a.residual = reinterpret_cast<const float*>(residual);
-             a.residual_shift = residual_shift;
-             a.inverse_divide = 1.0f / divide;
-             a.dst = reinterpret_cast<float*>(dst);
-             a.statistics = reinterpret_cast<float*>(statistics);
-             e.add(ConvOp{a, norm.value_or(NormArgs{})});
-           },
-           nb::kw_only(), nb::arg("src"), nb::arg("channels"), nb::arg("src_height"), nb::arg("src_width"),
-           nb::arg("height"), nb::arg("width"), nb::arg("kernel"), nb::arg("stride"), nb::arg("padding"),
-           nb::arg("upsample"), nb::arg("method"), nb::arg("norm").none(), nb::arg("silu"), nb::arg("weights"),
-           nb::arg("bias"), nb::arg("outputs"), nb::arg("emb").none(), nb::arg("emb_channels"), nb::arg("residual"), nb::arg("residual_shift"),
-           nb::arg("divide"), nb::arg("dst"), nb::arg("statistics"))
-      .def("pool",
-           [](Engine& e, const std::vector<uintptr_t>& src, const std::vector<int>& channels, int height, int width,
-              std::optional<NormArgs> norm, bool silu, uintptr_t dst) {
-             PoolArgs a{};
-             a.src = sources(src, channels, 2 * height, 2 * width, silu);
-             a.map = {height, width};
-             a.dst = reinterpret_cast<float*>(dst);
-             e.add(PoolOp{a, norm.value_or(NormArgs{})});
-           },
-           nb::kw_only(), nb::arg("src"), nb::arg("channels"), nb::arg("height"), nb::arg("width"), nb::arg("norm").none(),
-           nb::arg("silu"), nb::arg("dst"))
-      .def("attention",
-           [](Engine& e, uintptr_t queries, int query_stride, uintptr_t keys, uintptr_t values, int key_stride,
-              std::optional<NormArgs> norm, int pixels, int heads, int head_dim, uintptr_t dst) {
-             AttentionArgs a{};
-             a.queries = reinterpret_cast<const float*>(queries);
-             a.keys = reinterpret_cast<const float*>(keys);
-             a.values = reinterpret_cast<const float*>(values);
-             a.query_stride = query_stride;
-             a.key_stride = key_stride;
-             a.pixels = pixels;
-             a.heads = heads;
-             a.head_dim = head_dim;
-             a.dst = reinterpret_cast<float*>(dst);
-             e.add(AttentionOp{a, norm.value_or(NormArgs{})});
-           },
-           nb::kw_only(), nb::arg("queries"), nb::arg("query_stride"), nb::arg("keys"), nb::arg("values"),
-           nb::arg("key_stride"), nb::arg("norm").none(), nb::arg("pixels"), nb::arg("heads"), nb::arg("head_dim"),
-           nb::arg("dst"))
+      .def(
+          "__init__",
+          [](Engine* self, const std::string& isa, std::shared_ptr<Team> team, int rows) {
+            new (self) Engine(choose_kernels(isa), std::move(team), rows);
+          },
+          nb::arg("isa"), nb::arg("team"), nb::arg("rows"))
+      .def(
+          "input",
+          [](Engine& e, uintptr_t x, std::optional<RowVectors> class_image, int images, int channels, int height,
+             int width, bool center, int combine, uintptr_t dst) {
+            e.add(InputArgs{reinterpret_cast<const float*>(x),
+                            class_image.value_or(RowVectors{}),
+                            images,
+                            channels,
+                            {height, width},
+                            center,
+                            combine,
+                            reinterpret_cast<float*>(dst)});
+          },
+          nb::kw_only(), nb::arg("x"), nb::arg("class_image").none(), nb::arg("images"), nb::arg("channels"),
+          nb::arg("height"), nb::arg("width"), nb::arg("center"), nb::arg("combine"), nb::arg("dst"))
+      .def(
+          "embed",
+          [](Engine& e, const RowVectors& time, const RowVectors& classes, int features, uintptr_t dst) {
+            e.add(EmbedArgs{time, classes, features, reinterpret_cast<float*>(dst)});
+          },
+          nb::kw_only(), nb::arg("time"), nb::arg("classes"), nb::arg("features"), nb::arg("dst"))
+      .def(
+          "conv",
+          [](Engine& e, const std::vector<uintptr_t>& src, const std::vector<int>& channels, int src_height,
+             int src_width, int height, int width, int kernel, int stride, int padding, bool upsample, Method method,
+             std::optional<NormArgs> norm, bool silu, uintptr_t weights, uintptr_t bias, int outputs,
+             std::optional<RowVectors> emb, int emb_channels, uintptr_t residual, int residual_shift, float divide,
+             uintptr_t dst, uintptr_t statistics) {
+            ConvArgs a{};
+            a.src = sources(src, channels, src_height, src_width, silu);
+            a.map = {height, width};
+            a.kernel = kernel;
+            a.stride = stride;
+            a.padding = padding;
+            a.upsample = upsample;
+            a.method = method;
+            a.weights = reinterpret_cast<const float*>(weights);
+            a.bias = reinterpret_cast<const float*>(bias);
+            a.outputs = outputs;
+            a.emb = emb.value_or(RowVectors{});
+            a.emb_channels = emb_channels;
+            a.residual = reinterpret_cast<const float*>(residual);
+            a.residual_shift = residual_shift;
+            a.inverse_divide = 1.0f / divide;
+            a.dst = reinterpret_cast<float*>(dst);
+            a.statistics = reinterpret_cast<float*>(statistics);
+            e.add(ConvOp{a, norm.value_or(NormArgs{})});
+          },
+          nb::kw_only(), nb::arg("src"), nb::arg("channels"), nb::arg("src_height"), nb::arg("src_width"),
+          nb::arg("height"), nb::arg("width"), nb::arg("kernel"), nb::arg("stride"), nb::arg("padding"),
+          nb::arg("upsample"), nb::arg("method"), nb::arg("norm").none(), nb::arg("silu"), nb::arg("weights"),
+          nb::arg("bias"), nb::arg("outputs"), nb::arg("emb").none(), nb::arg("emb_channels"), nb::arg("residual"),
+          nb::arg("residual_shift"), nb::arg("divide"), nb::arg("dst"), nb::arg("statistics"))
+      .def(
+          "pool",
+          [](Engine& e, const std::vector<uintptr_t>& src, const std::vector<int>& channels, int height, int width,
+             std::optional<NormArgs> norm, bool silu, uintptr_t dst) {
+            PoolArgs a{};
+            a.src = sources(src, channels, 2 * height, 2 * width, silu);
+            a.map = {height, width};
+            a.dst = reinterpret_cast<float*>(dst);
+            e.add(PoolOp{a, norm.value_or(NormArgs{})});
+          },
+          nb::kw_only(), nb::arg("src"), nb::arg("channels"), nb::arg("height"), nb::arg("width"),
+          nb::arg("norm").none(), nb::arg("silu"), nb::arg("dst"))
+      .def(
+          "attention",
+          [](Engine& e, uintptr_t queries, int query_stride, uintptr_t keys, uintptr_t values, int key_stride,
+             std::optional<NormArgs> norm, int pixels, int heads, int head_dim, uintptr_t dst) {
+            AttentionArgs a{};
+            a.queries = reinterpret_cast<const float*>(queries);
+            a.keys = reinterpret_cast<const float*>(keys);
+            a.values = reinterpret_cast<const float*>(values);
+            a.query_stride = query_stride;
+            a.key_stride = key_stride;
+            a.pixels = pixels;
+            a.heads = heads;
+            a.head_dim = head_dim;
+            a.dst = reinterpret_cast<float*>(dst);
+            e.add(AttentionOp{a, norm.value_or(NormArgs{})});
+          },
+          nb::kw_only(), nb::arg("queries"), nb::arg("query_stride"), nb::arg("keys"), nb::arg("values"),
+          nb::arg("key_stride"), nb::arg("norm").none(), nb::arg("pixels"), nb::arg("heads"), nb::arg("head_dim"),
+          nb::arg("dst"))
       .def("run", &Engine::run, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
       .def("profile", &Engine::profile, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("space", &Engine::space)

@@ -10,10 +10,10 @@
 namespace fastdiff {
 
 // The columns of a table: COLUMNS in fastdiff/solvers/table.py, which says what they mean, in the same order.
-#define FASTDIFF_COLUMNS(column) \
+#define FASTDIFF_COLUMNS(column)                                                                                       \
   column(t) column(abar) column(abar_next) column(kx) column(ko) column(c) column(hx) column(ho) column(h0) column(ax) \
-  column(ao) column(a0) column(a1) column(a2) column(a3) column(as_) column(s) column(sv) column(g) column(save) \
-  column(push) column(stage)
+      column(ao) column(a0) column(a1) column(a2) column(a3) column(as_) column(s) column(sv) column(g) column(save)   \
+          column(push) column(stage)
 
 // One row of a table.
 struct Coefficients {
@@ -81,12 +81,12 @@ struct GuideArgs {
   const int64_t* row = nullptr;
   const float* guidance = nullptr;  // [images]; 1 is off
   float rescale = 0.0f;
-  int images = 0;          // of the whole batch
-  bool guided = false;     // row images + i of net is image i without its label; bank, ... guidance are read only then
-  int channels = 0;        // that are guided; those past them (v) are the conditional row's
+  int images = 0;       // of the whole batch
+  bool guided = false;  // row images + i of net is image i without its label; bank, ... guidance are read only then
+  int channels = 0;     // that are guided; those past them (v) are the conditional row's
   int out_channels = 0;
-  int padded = 0;          // channels in a pixel of net
-  int64_t pixels = 0;      // H W
+  int padded = 0;              // channels in a pixel of net
+  int64_t pixels = 0;          // H W
   const float* net = nullptr;  // [images or 2 images, H, W, padded]
   float* out = nullptr;        // [images, out_channels, H, W]
 };

@@ -205,6 +205,8 @@ class _Emitter:
         H, W, C = self.buffers[x].shape
         to_q, to_k, to_v, to_out = (f"{key}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
         core = self.buffer(f"{key}.core", (H, W, block.heads * block.head_dim))
+        out: tuple[str, ...] = (to_out,)
+        merged = None
         if (block.heads, block.head_dim) == (1, C):
             q = self._conv((to_k, to_q), (x,), norm=norm, merged="first transposed", channels=C)
             self.ops.append(Attention(core, (q, x), 1, C, norm))
@@ -212,7 +214,6 @@ class _Emitter:
         else:
             qkv = self._conv((to_q, to_k, to_v), (x,), norm=norm)
             self.ops.append(Attention(core, (qkv,), block.heads, block.head_dim))
-            out, merged = (to_out,), None
         return self._conv(out, (core,), residual=x, divide=block.scale_factor, merged=merged, channels=C)
 
     def _resampled(self, key: str, h: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import random
 import threading
 
 import pytest
@@ -24,12 +25,13 @@ from unets import (
     relative_error,
 )
 
-from fastdiff import NoiseSchedule, Sampler
+from fastdiff import NoiseSchedule, Sampler, noise, solvers
 from fastdiff.backends import Spec, native, prepare
 from fastdiff.errors import BackendError
 from fastdiff.lower import lower
 from fastdiff.plan import STATISTICS, plan
 from fastdiff.program import STRIP, Conv
+from fastdiff.state import State, TableBank
 from fastdiff.unet import UNet
 
 extension = native.extension()
@@ -304,11 +306,6 @@ def test_the_choice_depends_on_the_shape_alone_where_bits_matter():
 # As a backend ---------------------------------------------------------------------------------------------------------
 
 
-def image_like(config, batch: int) -> Tensor:
-    size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
-    return random_images(config, batch, size)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["ddpm-cifar10-32", "class image, concat", "scale-shift with classes"])
 def test_sampler_is_close_to_eager_in_float64(name, isa, monkeypatch):
@@ -334,6 +331,61 @@ def test_nan_in_one_image_leaves_the_others_bit_unchanged():
     with pytest.raises(Exception, match="NaN") as error:
         x.sample(3, steps=3, noise=noise, clip=None)
     assert torch.equal(error.value.output.images[[0, 2]], clean[[0, 2]])
+
+
+TABLES = (
+    solvers.ddim(SCHEDULE, 5).with_guidance_interval(0.0, 0.6),
+    solvers.ddpm(SCHEDULE, 4),
+    solvers.ddim(SCHEDULE, 3, eta=0.7),
+)
+
+
+def images_of(batch: int, probe: int, threads: int) -> tuple[Tensor, Tensor]:
+    """A batch of random images with one that never changes in slot ``probe``: that image, and all."""
+    draw = random.Random(batch)
+    slots = range(batch)
+    table, index = [draw.randrange(3) for _ in slots], [draw.randrange(2**40) for _ in slots]
+    label, guidance = [draw.randrange(5) for _ in slots], [draw.choice([1.0, 3.0]) for _ in slots]
+    table[probe], index[probe], label[probe], guidance[probe] = 0, 7, 3, 2.5
+    i = torch.tensor(index)
+    x = noise.normal(torch.full_like(i, 11), i, torch.zeros_like(i), noise.INITIAL, (3, 8, 8))
+    state = State.create(
+        x, TableBank(TABLES, CPU), seed=11, index=index, table=table, label=label, guidance=guidance,
+    )  # fmt: skip
+    spec = Spec(batch, (3, 8, 8), torch.float32, CPU, TINY_CLASSES.null_label, "bitwise")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runner = prepare("native", random_unet(TINY_CLASSES), spec)
+    finally:
+        torch.set_num_threads(before)
+    for step in range(5):
+        if step == 2 and batch > 1:
+            state.idle([(probe + 1) % batch])  # cancelled
+        runner.step(state)
+    return state.x[probe].clone(), state.x.clone()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 16, 64])
+def test_bits_do_not_depend_on_the_batch(batch, threads):
+    alone, _ = images_of(1, 0, 1)
+    for probe in {0, batch // 2, batch - 1}:
+        image, others = images_of(batch, probe, threads)
+        assert torch.equal(image.view(torch.int32), alone.view(torch.int32))
+        assert others.isfinite().all()
+
+
+def test_bitwise_samples_in_any_chunks():
+    sampler = Sampler(random_unet(TINY_CLASSES), SCHEDULE, determinism="bitwise")
+    assert sampler.backend == "native"
+    labels = [i % 4 for i in range(17)]
+    options = {"solver": "ddpm", "steps": 3, "guidance": [1.0, 2.0] * 8 + [3.0]}
+    expected = sampler.sample(17, labels=labels, batch_size=17, **options).images
+    for size in (1, 2, 5, 16):
+        assert torch.equal(sampler.sample(17, labels=labels, batch_size=size, **options).images, expected)
+    part = sampler.sample(1, labels=labels[9], solver="ddpm", steps=3, guidance=2.0, start_index=9).images
+    assert torch.equal(part[0], expected[9])
 
 
 def test_weights_that_change_are_noticed():

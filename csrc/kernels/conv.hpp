@@ -6,8 +6,8 @@ static void load_tiles(const ConvArgs& a, int c, const float* pixels, int column
   const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
   for (int ty = 0; ty < rows; ty++)
     for (int tx = 0; tx < tiles; tx++)
-      transform_input<F>(pixels + (ty * columns + tx) * F::out * lanes,
-                         columns, loaded + static_cast<int64_t>(ty * tiles + tx) * a.depth() + c, stride);
+      transform_input<F>(pixels + (ty * columns + tx) * F::out * lanes, columns,
+                         loaded + static_cast<int64_t>(ty * tiles + tx) * a.depth() + c, stride);
 }
 
 static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns, float* loaded) {
@@ -23,22 +23,25 @@ static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns
 }
 
 static void conv_load(const ConvArgs& a, Range strips, float* loaded, int offset, int items, float* space) {
-  const int per_row = a.map.strips(), height = std::min(strip, a.map.height);
-  // Tiles may reach beyond the map; what they make there is dropped.
-  const int out = a.method == Method::winograd4 ? 4 : a.method == Method::winograd2 ? 2 : 1;
-  const int columns = a.stride * (ceil_div(a.map.width, out) * out - 1) + a.kernel;
-  const int rows = a.stride * (ceil_div(height, out) * out - 1) + a.kernel;
-  for (int s = strips.begin; s < strips.end; s++) {
-    float* first = loaded + static_cast<int64_t>(offset + (s - strips.begin) * a.items()) * a.depth();
+  if (a.in_place()) return;
+  const int per_row = a.map.strips();
+  for (int s = strips.begin; s < strips.end;) {
+    // Strips that follow each other in a map share the pixel rows at their edges.
+    const int n = std::min({a.run(), strips.end - s, per_row - s % per_row});
     const int y0 = s % per_row * strip * a.stride - a.padding;
     for (int c = 0; c < a.src.all_channels(); c += lanes) {
-      read_pixels(a.src, a.upsample, s / per_row, y0, rows, -a.padding, columns, c, space);
-      switch (a.method) {
-        case Method::winograd4: load_tiles<Winograd4>(a, c, space, columns, first, a.load_stride(items)); break;
-        case Method::winograd2: load_tiles<Winograd2>(a, c, space, columns, first, a.load_stride(items)); break;
-        case Method::direct: load_taps(a, c, space, columns, first); break;
+      read_pixels(a.src, a.upsample, s / per_row, y0, a.rows(n), -a.padding, a.columns(), c, space);
+      for (int i = 0; i < n; i++) {
+        const float* pixels = space + static_cast<int64_t>(i) * strip * a.stride * a.columns() * lanes;
+        float* first = loaded + static_cast<int64_t>(offset + (s + i - strips.begin) * a.items()) * a.depth();
+        switch (a.method) {
+          case Method::winograd4: load_tiles<Winograd4>(a, c, pixels, a.columns(), first, a.load_stride(items)); break;
+          case Method::winograd2: load_tiles<Winograd2>(a, c, pixels, a.columns(), first, a.load_stride(items)); break;
+          case Method::direct: load_taps(a, c, pixels, a.columns(), first); break;
+        }
       }
     }
+    s += n;
   }
 }
 
@@ -60,8 +63,9 @@ struct Finish {
     v += bias;
     if (a.residual != nullptr) {
       const int h = a.map.height >> a.residual_shift, w = a.map.width >> a.residual_shift;
-      v += load(a.residual + ((static_cast<int64_t>(row) * h + (y >> a.residual_shift)) * w + (x >> a.residual_shift)) *
-                                 a.outputs + channel);
+      v += load(a.residual +
+                ((static_cast<int64_t>(row) * h + (y >> a.residual_shift)) * w + (x >> a.residual_shift)) * a.outputs +
+                channel);
     }
     v *= a.inverse_divide;
     store(a.dst + ((static_cast<int64_t>(row) * a.map.height + y) * a.map.width + x) * a.outputs + channel, v);
@@ -94,7 +98,8 @@ struct Finish {
 };
 
 template <class F>
-__attribute__((noinline)) static void store_tiles(const ConvArgs& a, Finish& finish, int y0, const float* products, int64_t stride) {
+__attribute__((noinline)) static void store_tiles(const ConvArgs& a, Finish& finish, int y0, const float* products,
+                                                  int64_t stride) {
   const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
   for (int ty = 0; ty < rows; ty++)
     for (int tx = 0; tx < tiles; tx++) {
@@ -115,19 +120,34 @@ __attribute__((noinline)) static void store_pixels(const ConvArgs& a, Finish& fi
     }
 }
 
+// The pixels of all rows before a strip.
+static int64_t pixels_before(const ConvArgs& a, int s) {
+  const int per_row = a.map.strips();
+  return (static_cast<int64_t>(s / per_row) * a.map.height + s % per_row * strip) * a.map.width;
+}
+
 static void conv_store(const ConvArgs& a, Range strips, Range panels, const float* loaded, int items, float* products) {
-  const int per_row = a.map.strips(), depth = a.depth(), used = strips.size() * a.items();
-  const int64_t stride = a.product_stride(items);
+  const int per_row = a.map.strips(), depth = a.depth();
+  const int64_t stride = a.product_stride(items), begin = pixels_before(a, strips.begin);
   for (int p = panels.begin; p < panels.end; p++) {
     const int width = std::min(panel, a.outputs - p * panel);
-    for (int position = 0; position < a.positions(); position++)
-      multiply(used, width, depth, loaded + position * a.load_stride(items), depth,
-               a.weights + (static_cast<int64_t>(p) * a.positions() + position) * depth * panel,
-               products + position * stride, panel);
+    const float* weights = a.weights + static_cast<int64_t>(p) * a.positions() * depth * panel;
+    if (a.in_place()) {  // the sources are the matrix, their pixels the items
+      const int used = static_cast<int>(pixels_before(a, strips.end) - begin);
+      for (int part = 0, from = 0; part < a.src.count; from += a.src.channels[part++])
+        multiply(used, width, a.src.channels[part], a.src.data[part] + begin * a.src.channels[part],
+                 a.src.channels[part], weights + static_cast<int64_t>(from) * panel, products, panel, part > 0);
+    } else {
+      for (int position = 0; position < a.positions(); position++)
+        multiply(strips.size() * a.items(), width, depth, loaded + position * a.load_stride(items), depth,
+                 weights + static_cast<int64_t>(position) * depth * panel, products + position * stride, panel);
+    }
     for (int s = strips.begin; s < strips.end; s++)
       for (int j = 0; j < width; j += lanes) {
         Finish finish(a, s / per_row, p * panel + j);
-        const float* first = products + static_cast<int64_t>(s - strips.begin) * a.items() * panel + j;
+        const int64_t item =
+            a.in_place() ? pixels_before(a, s) - begin : static_cast<int64_t>(s - strips.begin) * a.items();
+        const float* first = products + item * panel + j;
         const int y0 = s % per_row * strip;
         switch (a.method) {
           case Method::winograd4: store_tiles<Winograd4>(a, finish, y0, first, stride); break;

@@ -56,19 +56,19 @@ static void multiply_rows(int items, int depth, const float* a, int64_t lda, con
   }
 }
 
-// Only the first `width` columns of the panel are wanted. Every sum runs over k in order, whatever `items` is, so an
+// Only the first `width` columns of the panel are wanted. onto: added to what c holds. Every sum runs over k in order, whatever `items` is, so an
 // item's bits do not depend on its neighbours.
-__attribute__((noinline)) static void multiply(int items, int width, int depth, const float* a, int64_t lda, const float* b, float* c,
-                     int64_t ldc) {
-  for (int k = 0; k < depth; k += block_depth) {
+__attribute__((noinline)) static void multiply(int items, int width, int depth, const float* a, int64_t lda,
+                                               const float* b, float* c, int64_t ldc, bool onto = false) {
+  for (int k = 0; k < depth; k += block_depth, onto = true) {
     const int part = std::min(block_depth, depth - k);
     for (int j = 0; j < width; j += block_vectors * lanes) {
       const float* rows = b + static_cast<int64_t>(k) * panel + j;
       switch (std::min(block_vectors, (width - j + lanes - 1) / lanes)) {
-        case 1: multiply_rows<1>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
-        case 2: multiply_rows<2>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
-        case 3: multiply_rows<std::min(block_vectors, 3)>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
-        case 4: multiply_rows<std::min(block_vectors, 4)>(items, part, a + k, lda, rows, c + j, ldc, k > 0); break;
+        case 1: multiply_rows<1>(items, part, a + k, lda, rows, c + j, ldc, onto); break;
+        case 2: multiply_rows<2>(items, part, a + k, lda, rows, c + j, ldc, onto); break;
+        case 3: multiply_rows<std::min(block_vectors, 3)>(items, part, a + k, lda, rows, c + j, ldc, onto); break;
+        case 4: multiply_rows<std::min(block_vectors, 4)>(items, part, a + k, lda, rows, c + j, ldc, onto); break;
       }
     }
   }

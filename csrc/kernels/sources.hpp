@@ -22,8 +22,7 @@ static void read_block(const Sources& s, int row, int y0, int rows, int x0, int 
       std::memset(line, 0, sizeof(float) * columns * lanes);
       continue;
     }
-    const float* pixels =
-        data + (static_cast<int64_t>(row) * s.map.height + (y >> upsample)) * s.map.width * channels;
+    const float* pixels = data + (static_cast<int64_t>(row) * s.map.height + (y >> upsample)) * s.map.width * channels;
     for (int x = 0; x < first; x++) store(line + x * lanes, splat(0));
     for (int x = std::max(last, 0); x < columns; x++) store(line + x * lanes, splat(0));
     for (int x = first; x < last;) {

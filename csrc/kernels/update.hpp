@@ -443,8 +443,8 @@ static void guide(const GuideArgs& args, Range images) {
   for (int image = images.begin; image < images.end; ++image) {
     const float* conditional = args.net + image * row_size;
     float* out = args.out + image * args.out_channels * args.pixels;
-    const float w = args.guided ? guidance_weight(args.bank(args.table[image], args.row[image]).g, args.guidance[image])
-                                : 1.0f;
+    const float w =
+        args.guided ? guidance_weight(args.bank(args.table[image], args.row[image]).g, args.guidance[image]) : 1.0f;
     if (w != 1.0f) guide_image(args, conditional, args.net + (args.images + image) * row_size, w, out);
     for_planes({w != 1.0f ? args.channels : 0, args.out_channels}, args.pixels, [&](int channel, int64_t begin, int n) {
       gather(conditional + begin * args.padded + channel, args.padded, n, out + channel * args.pixels + begin);
