@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all lint format examples wheel-check clean
+.PHONY: help sample native test test-all sanitize lint format examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -47,6 +47,14 @@ test: $(READY)  ## run the tests that take minutes at most
 
 test-all: $(READY)  ## run every test
 	$(BIN)/python -m pytest
+
+SANITIZE ?= address;undefined
+
+sanitize: $(VENV)  ## run the engine's C++ tests under sanitizers (SANITIZE=thread: that one)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))" -G Ninja \
+		-D FASTDIFF_TESTS=ON -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE
+	@$(BIN)/cmake --build "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))"
+	@"build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))/fastdiff_tests"
 
 lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff check

@@ -1,0 +1,335 @@
+// The engine without Python, for the sanitizers: every operation at shapes that divide nothing, against loops written
+// out in double, with buffers of exactly the size they need. Prints what failed; the exit code is how many.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine.hpp"
+#include "isa.hpp"
+
+using namespace fastdiff;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  if (holds) return;
+  failures++;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+std::mt19937 generator(1);
+
+std::vector<float> random(size_t n) {
+  std::normal_distribution<float> normal;
+  std::vector<float> v(n);
+  for (float& x : v) x = normal(generator);
+  return v;
+}
+
+// [pixels, padded channels], zeros past the channels.
+std::vector<float> random_map(int pixels, int channels) {
+  std::vector<float> v(static_cast<size_t>(pixels) * padded(channels));
+  for (int p = 0; p < pixels; p++) {
+    const std::vector<float> x = random(channels);
+    std::copy(x.begin(), x.end(), v.begin() + static_cast<size_t>(p) * padded(channels));
+  }
+  return v;
+}
+
+struct Case {
+  int rows, height, width;
+  std::vector<int> channels;  // of each source
+  int outputs, kernel, stride;
+  bool upsample, norm, residual;
+  Method method;
+  std::string name() const {
+    std::string s = "conv " + std::to_string(rows) + " x " + std::to_string(height) + "x" + std::to_string(width);
+    for (int c : channels) s += " " + std::to_string(c);
+    return s + " -> " + std::to_string(outputs) + " kernel " + std::to_string(kernel) + " stride " +
+           std::to_string(stride) + " method " + std::to_string(static_cast<int>(method)) + (upsample ? " up" : "") +
+           (norm ? " norm" : "") + (residual ? " residual" : "");
+  }
+};
+
+// G g for the points of kernels/winograd.hpp.
+std::vector<std::vector<double>> winograd_g(Method method) {
+  const std::vector<double> points =
+      method == Method::winograd2 ? std::vector<double>{0, 1, -1} : std::vector<double>{0, 0.75, -0.75, 1.5, -1.5};
+  std::vector<std::vector<double>> g;
+  for (double p : points) {
+    double n = 1;
+    for (double q : points)
+      if (q != p) n *= p - q;
+    g.push_back({1 / n, p / n, p * p / n});
+  }
+  g.push_back({0, 0, 1});
+  return g;
+}
+
+// weights: [outputs, channels of all sources, kernel, kernel].
+std::vector<float> pack(const Case& c, const std::vector<float>& weights, const ConvArgs& a) {
+  std::vector<float> packed(static_cast<size_t>(a.panels()) * a.positions() * a.depth() * panel);
+  int total = 0;
+  for (int channels : c.channels) total += channels;
+  const auto g = c.method == Method::direct ? std::vector<std::vector<double>>{} : winograd_g(c.method);
+  for (int n = 0; n < c.outputs; n++)
+    for (int k = 0; k < total; k++) {
+      const int place = k < c.channels[0] ? k : padded(c.channels[0]) + k - c.channels[0];
+      const float* w = &weights[(static_cast<size_t>(n) * total + k) * c.kernel * c.kernel];
+      const auto at = [&](int position, int depth) -> float& {
+        return packed[((static_cast<size_t>(n / panel) * a.positions() + position) * a.depth() + depth) * panel +
+                      n % panel];
+      };
+      if (c.method == Method::direct) {
+        for (int tap = 0; tap < c.kernel * c.kernel; tap++) at(0, tap * a.src.all_channels() + place) = w[tap];
+        continue;
+      }
+      const int size = static_cast<int>(g.size());
+      for (int i = 0; i < size; i++)
+        for (int j = 0; j < size; j++) {
+          double sum = 0;
+          for (int y = 0; y < 3; y++)
+            for (int x = 0; x < 3; x++) sum += g[i][y] * w[3 * y + x] * g[j][x];
+          at(i * size + j, place) = static_cast<float>(sum);
+        }
+    }
+  return packed;
+}
+
+void check_conv(const Kernels& kernels, int threads, const Case& c) {
+  const int in_h = c.height, in_w = c.width, up = c.upsample ? 2 : 1, before = c.kernel / 2;
+  const int H = (in_h * up + 2 * before - c.kernel) / c.stride + 1;
+  const int W = (in_w * up + 2 * before - c.kernel) / c.stride + 1;
+  int total = 0;
+  for (int channels : c.channels) total += channels;
+  const int groups = total % 3 == 0 ? 3 : 1;
+
+  ConvOp op{};
+  ConvArgs& a = op.conv;
+  std::vector<std::vector<float>> sources, statistics;
+  a.src.count = static_cast<int>(c.channels.size());
+  for (int s = 0; s < a.src.count; s++) {
+    sources.push_back(random_map(c.rows * in_h * in_w, c.channels[s]));
+    a.src.data[s] = sources[s].data();
+    a.src.channels[s] = padded(c.channels[s]);
+  }
+  a.src.map = {in_h, in_w};
+  a.src.silu = c.norm;
+  a.map = {H, W};
+  a.kernel = c.kernel;
+  a.stride = c.stride;
+  a.padding = before;
+  a.upsample = c.upsample;
+  a.method = c.method;
+  a.outputs = padded(c.outputs);
+  a.inverse_divide = 0.5f;
+  const std::vector<float> weights = random(static_cast<size_t>(c.outputs) * total * c.kernel * c.kernel);
+  std::vector<float> bias = random(c.outputs), emb = random(static_cast<size_t>(c.rows) * c.outputs);
+  const std::vector<float> packed = pack(c, weights, a);
+  bias.resize(a.outputs);
+  a.weights = packed.data();
+  a.bias = bias.data();
+  a.emb = {emb.data(), nullptr, c.outputs};
+  a.emb_channels = c.outputs;
+  const std::vector<float> residual = random_map(c.rows * H * W, c.outputs);
+  if (c.residual) a.residual = residual.data();
+  std::vector<float> dst(residual.size(), std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> measured(static_cast<size_t>(c.rows) * a.map.strips() * 2 * a.outputs);
+  a.dst = dst.data();
+  a.statistics = measured.data();
+
+  // The norm's inputs: statistics of each strip, straight from the definition.
+  std::vector<float> gamma = random(total), beta = random(total);
+  if (c.norm) {
+    NormArgs& n = op.norm;
+    n.count = a.src.count;
+    n.map = {in_h, in_w};
+    n.groups = groups;
+    n.eps = 1e-5f;
+    n.gamma = gamma.data();
+    n.beta = beta.data();
+    for (int s = 0; s < n.count; s++) {
+      const int stride = padded(c.channels[s]), strips = n.map.strips();
+      statistics.emplace_back(static_cast<size_t>(c.rows) * strips * 2 * stride);
+      n.channels[s] = c.channels[s];
+      for (int row = 0; row < c.rows; row++)
+        for (int t = 0; t < strips; t++)
+          for (int k = 0; k < stride; k++) {
+            const int first = t * strip * in_w, last = std::min((t + 1) * strip, in_h) * in_w;
+            const float* x = &sources[s][static_cast<size_t>(row) * in_h * in_w * stride + k];
+            double mean = 0, squares = 0;
+            for (int p = first; p < last; p++) mean += x[static_cast<size_t>(p) * stride] / (last - first);
+            for (int p = first; p < last; p++) squares += std::pow(x[static_cast<size_t>(p) * stride] - mean, 2);
+            float* to = &statistics[s][(static_cast<size_t>(row) * strips + t) * 2 * stride + k];
+            to[0] = static_cast<float>(mean);
+            to[stride] = static_cast<float>(squares);
+          }
+      n.statistics[s] = statistics[s].data();
+    }
+  }
+
+  Engine engine(kernels, std::make_shared<Team>(threads), c.rows);
+  engine.add(op);
+  engine.run(0, 1);
+
+  // The same in double. h: what the convolution reads, [rows, in_h, in_w, total].
+  std::vector<double> h(static_cast<size_t>(c.rows) * in_h * in_w * total);
+  for (int p = 0; p < c.rows * in_h * in_w; p++)
+    for (int k = 0, s = 0, local = 0; k < total; k++, local++) {
+      if (local == c.channels[s]) s++, local = 0;
+      h[static_cast<size_t>(p) * total + k] = sources[s][static_cast<size_t>(p) * padded(c.channels[s]) + local];
+    }
+  if (c.norm)
+    for (int row = 0; row < c.rows; row++)
+      for (int g = 0; g < groups; g++) {
+        const int size = total / groups, pixels = in_h * in_w;
+        double mean = 0, var = 0;
+        const auto at = [&](int p, int k) -> double& {
+          return h[(static_cast<size_t>(row) * pixels + p) * total + g * size + k];
+        };
+        for (int p = 0; p < pixels; p++)
+          for (int k = 0; k < size; k++) mean += at(p, k) / (pixels * size);
+        for (int p = 0; p < pixels; p++)
+          for (int k = 0; k < size; k++) var += std::pow(at(p, k) - mean, 2) / (pixels * size);
+        for (int p = 0; p < pixels; p++)
+          for (int k = 0; k < size; k++) {
+            const double y = (at(p, k) - mean) / std::sqrt(var + 1e-5) * gamma[g * size + k] + beta[g * size + k];
+            at(p, k) = y / (1 + std::exp(-y));
+          }
+      }
+  double error = 0, norm = 0, rest = 0;
+  for (int row = 0; row < c.rows; row++)
+    for (int y = 0; y < H; y++)
+      for (int x = 0; x < W; x++) {
+        const size_t pixel = (static_cast<size_t>(row) * H + y) * W + x;
+        for (int n = 0; n < c.outputs; n++) {
+          double sum = bias[n] + emb[static_cast<size_t>(row) * c.outputs + n];
+          for (int ky = 0; ky < c.kernel; ky++)
+            for (int kx = 0; kx < c.kernel; kx++) {
+              const int sy = y * c.stride + ky - before, sx = x * c.stride + kx - before;
+              if (sy < 0 || sx < 0 || sy >= in_h * up || sx >= in_w * up) continue;
+              const double* from = &h[((static_cast<size_t>(row) * in_h + sy / up) * in_w + sx / up) * total];
+              for (int k = 0; k < total; k++)
+                sum += from[k] * weights[((static_cast<size_t>(n) * total + k) * c.kernel + ky) * c.kernel + kx];
+            }
+          if (c.residual) sum += residual[pixel * a.outputs + n];
+          const double got = dst[pixel * a.outputs + n];
+          error += std::pow(got - 0.5 * sum, 2);
+          norm += std::pow(0.5 * sum, 2);
+        }
+        for (int n = c.outputs; n < a.outputs; n++) rest += std::fabs(dst[pixel * a.outputs + n]);
+      }
+  expect(std::sqrt(error / norm) < 5e-6,
+         std::string(kernels.name) + " " + c.name() + ": relative error " + std::to_string(std::sqrt(error / norm)));
+  expect(rest == 0, c.name() + ": padding is not zero");
+}
+
+void check_attention(const Kernels& kernels, int threads, int rows, int pixels, int heads, int d) {
+  const int inner = heads * d, stride = padded(3 * inner);
+  const std::vector<float> qkv = random_map(rows * pixels, 3 * inner);
+  std::vector<float> dst(static_cast<size_t>(rows) * pixels * padded(inner), std::numeric_limits<float>::quiet_NaN());
+  AttentionOp op{};
+  op.attention.queries = qkv.data();
+  op.attention.keys = qkv.data() + inner;
+  op.attention.values = qkv.data() + 2 * inner;
+  op.attention.query_stride = op.attention.key_stride = stride;
+  op.attention.pixels = pixels;
+  op.attention.heads = heads;
+  op.attention.head_dim = d;
+  op.attention.dst = dst.data();
+  Engine engine(kernels, std::make_shared<Team>(threads), rows);
+  engine.add(op);
+  engine.run(0, 1);
+  double error = 0, norm = 0;
+  for (int row = 0; row < rows; row++)
+    for (int head = 0; head < heads; head++)
+      for (int i = 0; i < pixels; i++) {
+        const auto at = [&](int p, int part, int k) {
+          return static_cast<double>(
+              qkv[(static_cast<size_t>(row) * pixels + p) * stride + part * inner + head * d + k]);
+        };
+        std::vector<double> weight(pixels);
+        double sum = 0;
+        for (int j = 0; j < pixels; j++) {
+          double score = 0;
+          for (int k = 0; k < d; k++) score += at(i, 0, k) * at(j, 1, k);
+          sum += weight[j] = std::exp(score / std::sqrt(d));
+        }
+        for (int k = 0; k < d; k++) {
+          double value = 0;
+          for (int j = 0; j < pixels; j++) value += weight[j] / sum * at(j, 2, k);
+          error += std::pow(dst[(static_cast<size_t>(row) * pixels + i) * padded(inner) + head * d + k] - value, 2);
+          norm += value * value;
+        }
+      }
+  expect(std::sqrt(error / norm) < 5e-6, std::string(kernels.name) + " attention of " + std::to_string(pixels) +
+                                             " pixels, " + std::to_string(heads) + " heads of " + std::to_string(d));
+}
+
+// What a member of a team may see: every barrier keeps all of them together.
+void check_team(int threads) {
+  Team team(threads);
+  std::vector<int> seen(threads);
+  std::atomic<int> early{0};
+  for (int round = 0; round < 50; round++) {
+    auto work = [&](int i) {
+      for (int phase = 0; phase < 20; phase++) {
+        seen[i] = phase;
+        team.barrier();
+        for (int other : seen) early += other != phase;
+        team.barrier();
+      }
+    };
+    team.run(work);
+  }
+  expect(early == 0, "a member of a team of " + std::to_string(threads) + " went past a barrier");
+}
+
+void check_refusals() {
+  const auto refused = [](auto&& call) {
+    try {
+      call();
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  expect(refused([] { choose_kernels("sse9"); }), "an unknown instruction set is refused");
+  expect(refused([] { Team team(0); }), "a team of nobody is refused");
+  Engine engine(choose_kernels(""), std::make_shared<Team>(1), 1);
+  expect(refused([&] { engine.run(0, 1); }), "operations that are not there are refused");
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Method> methods = {Method::direct, Method::winograd2, Method::winograd4};
+  for (const Kernels* kernels : available_kernels())
+    for (int threads : {1, 3}) {
+      for (Method method : methods) {
+        check_conv(*kernels, threads, {3, 5, 7, {33}, 20, 3, 1, false, true, true, method});
+        check_conv(*kernels, threads, {2, 9, 6, {20, 7}, 70, 3, 1, false, true, false, method});
+        check_conv(*kernels, threads, {5, 3, 5, {6}, 17, 3, 1, true, false, true, method});
+        check_conv(*kernels, threads, {1, 1, 1, {3}, 1, 3, 1, false, false, false, method});
+        check_conv(*kernels, threads, {1, 24, 40, {18}, 130, 3, 1, false, true, true, method});
+      }
+      check_conv(*kernels, threads, {3, 6, 10, {33}, 20, 3, 2, false, false, false, Method::direct});
+      check_conv(*kernels, threads, {3, 5, 7, {33}, 200, 1, 1, false, true, true, Method::direct});
+      check_conv(*kernels, threads, {3, 5, 7, {33, 15}, 100, 1, 1, false, false, true, Method::direct});
+      check_conv(*kernels, threads, {7, 1, 1, {40}, 300, 1, 1, false, false, false, Method::direct});
+      check_attention(*kernels, threads, 2, 35, 3, 5);
+      check_attention(*kernels, threads, 1, 130, 1, 96);
+      check_attention(*kernels, threads, 3, 1, 2, 16);
+      check_attention(*kernels, threads, 1, 64, 2, 70);
+    }
+  for (int threads : {1, 2, 5}) check_team(threads);
+  check_refusals();
+  std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
+  return failures;
+}
