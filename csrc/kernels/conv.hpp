@@ -74,19 +74,44 @@ struct Finish {
 
   // After at most 16 pixels.
   inline void measure() {
-    if (a.statistics != nullptr && held > 0) {
-      Vec sum = values[0];
-      for (int i = 1; i < held; i++) sum += values[i];
-      const Vec m = sum * (1.0f / held);
-      Vec d2 = splat(0);
-      for (int i = 0; i < held; i++) d2 += (values[i] - m) * (values[i] - m);
-      const float share = static_cast<float>(held) / (count + held);
-      const Vec delta = m - mean;
-      mean += delta * share;
-      squares += d2 + delta * delta * (count * share);
-      count += held;
-    }
+    if (a.statistics != nullptr && held > 0) merge(values, held);
     held = 0;
+  }
+
+  inline void merge(const Vec* v, int n) {
+    Vec sum = v[0];
+    for (int i = 1; i < n; i++) sum += v[i];
+    const Vec m = sum * (1.0f / n);
+    Vec d2 = splat(0);
+    for (int i = 0; i < n; i++) d2 += (v[i] - m) * (v[i] - m);
+    const float share = static_cast<float>(n) / (count + n);
+    const Vec delta = m - mean;
+    mean += delta * share;
+    squares += d2 + delta * delta * (count * share);
+    count += n;
+  }
+
+  // size x size pixels, all of them in the map: pixel() and measure() without a question per pixel.
+  template <int size>
+  inline void tile(int top, int left, Vec* y) {
+    const int64_t at = ((static_cast<int64_t>(row) * a.map.height + top) * a.map.width + left) * a.outputs + channel;
+    const int64_t line = static_cast<int64_t>(a.map.width) * a.outputs;
+    const Vec b = bias;
+#pragma GCC unroll 16
+    for (int i = 0; i < size * size; i++) y[i] += b;
+    if (a.residual != nullptr) {
+      const float* r = a.residual + at;
+#pragma GCC unroll 16
+      for (int i = 0; i < size * size; i++) y[i] += load(r + i / size * line + i % size * a.outputs);
+    }
+    const float factor = a.inverse_divide;
+    float* d = a.dst + at;
+#pragma GCC unroll 16
+    for (int i = 0; i < size * size; i++) {
+      y[i] *= factor;
+      store(d + i / size * line + i % size * a.outputs, y[i]);
+    }
+    if (a.statistics != nullptr) merge(y, size * size);
   }
 
   void done(int strip_index) {
@@ -106,6 +131,10 @@ __attribute__((noinline)) static void store_tiles(const ConvArgs& a, Finish& fin
       Vec y[F::out * F::out];
       transform_output<F>(products + static_cast<int64_t>(ty * tiles + tx) * panel, stride, y);
       const int top = y0 + ty * F::out, left = tx * F::out;
+      if (top + F::out <= a.map.height && left + F::out <= a.map.width && a.residual_shift == 0) {
+        finish.tile<F::out>(top, left, y);
+        continue;
+      }
       for (int i = 0; i < F::out && top + i < a.map.height; i++)
         for (int j = 0; j < F::out && left + j < a.map.width; j++) finish.pixel(top + i, left + j, y[i * F::out + j]);
       finish.measure();

@@ -227,9 +227,9 @@ def aligned(nbytes: int) -> Tensor:
 
 @dataclasses.dataclass
 class Inputs:
-    """What changes from step to step, at addresses that do not. Rows past the images are their unconditional halves.
+    """What changes from step to step, at addresses that do not, row by row.
 
-    x: [images, C, H, W]. timestep: the row's entry in ``times``; label: in ``classes``. class_images: [rows, H, W, C].
+    x: [rows, C, H, W]. timestep: the row's entry in ``times``; label: in ``classes``. class_images: [rows, H, W, C].
     """
 
     x: Tensor
@@ -238,6 +238,7 @@ class Inputs:
     times: Tensor
     classes: Tensor | None
     class_images: Tensor | None
+    labelled: bool = False
 
 
 class Compiled:
@@ -410,11 +411,14 @@ class Compiled:
         )
 
 
+# Activations that a part of a batch may take: with the weights that pass by, what a third-level cache holds.
+ARENA_BYTES = 32 << 20
+
 # The runner -----------------------------------------------------------------------------------------------------------
 
 
 class NativeRunner:
-    """Runs batches of ``spec.batch`` images, guided ones as twice as many rows in the same arena."""
+    """Runs batches of ``spec.batch`` images, a guided one as two rows, in parts whose activations stay in the cache."""
 
     def __init__(self, unet: UNet, spec: Spec):
         native = extension()
@@ -424,6 +428,7 @@ class NativeRunner:
         self.spec = spec
         self.isa = isa()
         self.program = lower(unet, spec.shape[1:])
+        self.row_bytes = plan(self.program, 1, group=native.GROUP).size
         self._reset()
 
     def _reset(self) -> None:
@@ -438,19 +443,93 @@ class NativeRunner:
     @torch.no_grad()
     def forward(self, state: State) -> None:
         """Network and guidance: sets ``state.out``."""
+        self._follow(state)
         guided = bool(state.guided_host.any())
-        compiled = self._compiled(state, guided)
-        inputs = compiled.inputs
-        inputs.x.copy_(state.x)
-        entries = torch.from_numpy(self.entry[state.table_host, state.row_host])
-        inputs.timestep.copy_(entries.repeat(1 + guided))
-        net = compiled.run()
-        B, C, H, W = state.x.shape
-        state.out = torch.empty(B, self.unet.config.out_channels, H, W)
+        rows = len(state.x) * (1 + guided)
+        x = state.x.repeat(1 + guided, 1, 1, 1)
+        timestep = torch.from_numpy(self.entry[state.table_host, state.row_host]).repeat(1 + guided)
+        label = state.label
+        if label is not None and guided:
+            label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
+
+        H, W, C = self.program.buffers["out"].shape
+        net = torch.empty(rows, H, W, -(-C // self.native.GROUP) * self.native.GROUP)
+        part = self._part(rows)
+        for first in range(0, rows, part):
+            chosen = slice(first, min(first + part, rows))
+            compiled = self._compiled(part)
+            self._fill(compiled.inputs, x[chosen], timestep[chosen], None if label is None else label[chosen])
+            net[chosen] = compiled.run()[: chosen.stop - first]
+
+        state.out = torch.empty(len(state.x), C, H, W)
         self.native.guide(
             state.out, net, state.bank.values, state.table, state.row, state.guidance if guided else None,
-            channels=min(C, state.out.shape[1]), rescale=state.guidance_rescale, isa=self.isa,
+            channels=min(C, state.x.shape[1]), rescale=state.guidance_rescale, isa=self.isa,
         )  # fmt: skip
+
+    def _part(self, rows: int) -> int:
+        """How many rows run at a time: as equal parts as can be whose arenas take `ARENA_BYTES` at most."""
+        parts = -(-rows * self.row_bytes // ARENA_BYTES)
+        return -(-rows // min(parts, rows))
+
+    def _follow(self, state: State) -> None:
+        """Notice what changed since the last step: the process, the network, the tables."""
+        if self.process != os.getpid():
+            _of_the_parent.append((self.team, self.compiled))
+            self._reset()
+        if state is not self.state:
+            _refuse(self.unet, self.spec)
+            if self.weights is not Weights.of(self.unet, self.native):
+                self._reset()
+            self.state = state
+        if state.bank.tables != self.tables:
+            self.tables = state.bank.tables
+            t, inverse = np.unique(state.bank.host[..., COLUMNS.index("t")], return_inverse=True)
+            self.times = embed_timesteps(self.unet, torch.from_numpy(t).float()).contiguous()
+            self.entry = inverse.reshape(state.bank.host.shape[:2]).astype(np.int64)
+            self.compiled.clear()
+
+    def _compiled(self, rows: int) -> Compiled:
+        if rows not in self.compiled:
+            self.compiled[rows] = self._compile(rows)
+        return self.compiled[rows]
+
+    def _compile(self, rows: int) -> Compiled:
+        layout = plan(self.program, rows, group=self.native.GROUP)
+        if len(self.arena) < layout.size:
+            self.arena = aligned(layout.size)
+            self.compiled.clear()  # they have addresses of the old one
+        embedding, classes, images = self.unet.class_embedding, None, None
+        if isinstance(embedding, nn.Embedding):
+            classes = embedding.weight.detach().float().contiguous()
+        C, H, W = self.spec.shape
+        if self.unet.class_encoder is not None:
+            images = torch.zeros(rows, H, W, C)
+        inputs = Inputs(
+            x=torch.zeros(rows, C, H, W),
+            timestep=torch.zeros(rows, dtype=torch.int64),
+            label=torch.zeros(rows, dtype=torch.int64),
+            times=self.times,
+            classes=classes,
+            class_images=images,
+        )
+        return Compiled(
+            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team,
+            self.spec.determinism == "bitwise",
+        )  # fmt: skip
+
+    def _fill(self, inputs: Inputs, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
+        n = len(x)
+        inputs.x[:n] = x
+        inputs.timestep[:n] = timestep
+        if label is None or (inputs.labelled and torch.equal(inputs.label[:n], label)):
+            return
+        inputs.label[:n], inputs.labelled = label, True
+        if inputs.class_images is not None:
+            assert self.unet.class_encoder is not None
+            distinct, place = torch.unique(label, return_inverse=True)
+            maps = self.unet.class_encoder(distinct, self.spec.shape[1:]).permute(0, 2, 3, 1)
+            inputs.class_images[:n] = maps[place]
 
     @torch.no_grad()
     def update(self, state: State) -> None:
@@ -468,65 +547,6 @@ class NativeRunner:
     def step(self, state: State) -> None:
         self.forward(state)
         self.update(state)
-
-    def _compiled(self, state: State, guided: bool) -> Compiled:
-        """The program for this state's rows, with its embeddings and labels in place."""
-        if self.process != os.getpid():
-            _of_the_parent.append((self.team, self.compiled))
-            self._reset()
-        fresh = state is not self.state
-        if fresh:
-            _refuse(self.unet, self.spec)
-            if self.weights is not Weights.of(self.unet, self.native):
-                self._reset()
-        self.state = state
-        if state.bank.tables != self.tables:
-            self.tables = state.bank.tables
-            t, inverse = np.unique(state.bank.host[..., COLUMNS.index("t")], return_inverse=True)
-            self.times = embed_timesteps(self.unet, torch.from_numpy(t).float()).contiguous()
-            self.entry = inverse.reshape(state.bank.host.shape[:2]).astype(np.int64)
-            self.compiled.clear()
-        rows = len(state.x) * (1 + guided)
-        if rows not in self.compiled:
-            self.compiled[rows] = self._compile(state.x, rows)
-            fresh = True
-        compiled = self.compiled[rows]
-        if fresh and state.label is not None:
-            self._set_labels(compiled.inputs, state.label, guided)
-        return compiled
-
-    def _compile(self, x: Tensor, rows: int) -> Compiled:
-        layout = plan(self.program, rows, group=self.native.GROUP)
-        if len(self.arena) < layout.size:
-            self.arena = aligned(layout.size)
-            self.compiled.clear()  # they have addresses of the old one
-        embedding, classes, images = self.unet.class_embedding, None, None
-        if isinstance(embedding, nn.Embedding):
-            classes = embedding.weight.detach().float().contiguous()
-        if self.unet.class_encoder is not None:
-            images = torch.zeros(rows, *x.shape[2:], x.shape[1])
-        inputs = Inputs(
-            x=torch.empty(x.shape),
-            timestep=torch.zeros(rows, dtype=torch.int64),
-            label=torch.zeros(rows, dtype=torch.int64),
-            times=self.times,
-            classes=classes,
-            class_images=images,
-        )
-        return Compiled(
-            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team,
-            self.spec.determinism == "bitwise",
-        )  # fmt: skip
-
-    def _set_labels(self, inputs: Inputs, label: Tensor, guided: bool) -> None:
-        if guided:
-            label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
-        inputs.label.copy_(label)
-        if inputs.class_images is not None:
-            assert self.unet.class_encoder is not None
-            distinct, place = torch.unique(label, return_inverse=True)
-            maps = self.unet.class_encoder(distinct, self.spec.shape[1:]).permute(0, 2, 3, 1)
-            inputs.class_images.copy_(maps[place])
 
 
 # Teams whose threads the parent process kept when it forked: to end them would wait for threads that are not here.
