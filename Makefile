@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all sanitize lint format examples wheel-check clean
+.PHONY: help sample native test test-all sanitize arm-check lint format examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -55,6 +55,9 @@ sanitize: $(VENV)  ## run the engine's C++ tests under sanitizers (SANITIZE=thre
 		-D FASTDIFF_TESTS=ON -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE
 	@$(BIN)/cmake --build "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))"
 	@"build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))/fastdiff_tests"
+
+arm-check: $(VENV)  ## run the engine's C++ tests for arm64 in an emulator, where a cross compiler is installed
+	tests/arm_check.sh
 
 lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff check

@@ -5,8 +5,8 @@
 
 Prints img-steps/s (one image through the network once): the median over rounds in which every engine takes its turn,
 and its ratio to each peer. Weights are random; every engine's error against float64 comes first, and one whose error is
-above 1e-4 gets no speed. A peer that is not installed is left out and named. `limit` is what the multiply-adds of the
-native program would take at this machine's peak, Winograd's savings included, and nothing else.
+above 1e-4 gets no speed. A peer that is not installed is left out and named. `limit` is the speed at which the products
+of the native program alone, Winograd's savings included, would run at this machine's peak of multiply-adds.
 """
 
 from __future__ import annotations
@@ -105,17 +105,6 @@ def products(unet: UNet, size: tuple[int, int], rows: int) -> float:
     return total
 
 
-def peak_flops() -> float:
-    """What a large matrix product reaches here."""
-    a = torch.randn(2048, 2048)
-    best = 0.0
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ a
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - started))
-    return best
-
-
 def machine() -> dict[str, Any]:
     model = platform.processor()
     info = Path("/proc/cpuinfo")
@@ -135,7 +124,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "matmul_gflops": round(peak_flops() / 1e9),
+        "fma_gflops": round(extension.rates()[1] * torch.get_num_threads()),
     }
 
 
@@ -193,7 +182,7 @@ def main() -> None:
     print(json.dumps(report["machine"]))
     for batch in map(int, arguments.batches.split(",")):
         result = measure(unet, (side, side), batch, arguments.engines.split(","), arguments.rounds)
-        limit = report["machine"]["matmul_gflops"] / result["gflop_per_image"]
+        limit = report["machine"]["fma_gflops"] / result["gflop_per_image"]
         result["limit"] = round(limit, 1)
         report["batches"].append(result)
         print(f"\nbatch {batch}: {result['gflop_per_image']} GFLOP an image in products, limit {limit:.1f} img-steps/s")

@@ -176,6 +176,11 @@ struct Kernels {
   void (*attention)(const AttentionArgs&, Range units, float* space);
   void (*input)(const InputArgs&, Range strips);
   void (*embed)(RowVectors time, RowVectors classes, int features, float* dst, Range rows);
+  // A product by itself, and multiply-adds without any memory, fma_chains vectors of them a round: for measurements.
+  void (*multiply)(int items, int width, int depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                   bool onto);
+  float (*fma)(int64_t rounds);
+  int fma_chains;
   void (*update)(const UpdateArgs&, Range images);
   void (*guide)(const GuideArgs&, Range images);
   void (*noise)(const NoiseArgs&, Range images);

@@ -1,9 +1,12 @@
 // fastdiff._native: the engine for Python. Buffers come as addresses, whose owner is fastdiff/backends/native.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+
+#include <chrono>
 
 #include "bind_update.hpp"
 #include "engine.hpp"
@@ -41,6 +44,34 @@ Sources sources(const std::vector<uintptr_t>& data, const std::vector<int>& chan
   return s;
 }
 
+// The best of a few short runs.
+template <class Work>
+double gflops(double flop, Work work) {
+  double best = 0;
+  for (int i = 0; i < 20; i++) {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+    best = std::max(best, flop / time.count() / 1e9);
+  }
+  return best;
+}
+
+std::pair<double, double> rates(const std::string& isa) {
+  const Kernels& kernels = choose_kernels(isa);
+  constexpr int items = 24, depth = 64, repeats = 200, rounds = 20000;
+  const std::vector<float> a(items * depth, 0.5f), b(depth * panel, 0.25f);
+  std::vector<float> c(items * panel);
+  const double product = gflops(2.0 * items * depth * panel * repeats, [&] {
+    for (int i = 0; i < repeats; i++)
+      kernels.multiply(items, panel, depth, a.data(), depth, b.data(), c.data(), panel, false);
+  });
+  volatile float kept = 0;
+  const double peak =
+      gflops(2.0 * kernels.lanes * kernels.fma_chains * rounds, [&] { kept = kept + kernels.fma(rounds); });
+  return {product, peak};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -54,6 +85,9 @@ NB_MODULE(_native, m) {
   });
 
   bind_update(m);
+  m.def(
+      "rates", &rates, nb::arg("isa") = "", nb::call_guard<nb::gil_scoped_release>(),
+      "GFLOP/s of one thread: (products of the inner kernel on data in the cache, multiply-adds on registers alone).");
 
   nb::enum_<Method>(m, "Method")
       .value("direct", Method::direct)

@@ -296,7 +296,11 @@ def info(
     solver: Annotated[str | None, typer.Option(help="Also print this solver's step table: ddim or ddpm.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rows of that table.")] = None,
     program: Annotated[
-        bool, typer.Option("--program", help="Also print the network's fused operations and their memory.")
+        bool,
+        typer.Option(
+            "--program",
+            help="Also print the network's fused operations, their memory, and the native engine's algorithms.",
+        ),
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Rows that the operations are counted for.")] = 1,
     as_json: JsonOption = False,
@@ -312,8 +316,10 @@ def info(
     fastdiff info fashion-mnist --program --batch-size 8
     """
     from fastdiff import Sampler
+    from fastdiff.backends.native import choose_method
     from fastdiff.lower import lower
     from fastdiff.plan import plan
+    from fastdiff.program import Conv
     from fastdiff.request import Options, step_table
 
     if steps is not None and solver is None:
@@ -323,7 +329,10 @@ def info(
     sampler = Sampler.from_pretrained(model, device="cpu")
     height, width = sampler.info.size or (sampler.info.stride,) * 2
     layout = plan(lower(sampler.unet, (height, width)), batch_size)  # type: ignore[arg-type]  # from_pretrained: a UNet
-    operations = layout.to_dict()
+    methods = {
+        op.dst: choose_method(op, layout.program, batch_size) for op in layout.program.ops if isinstance(op, Conv)
+    }
+    operations = layout.to_dict(methods)
     table = None
     if solver is not None:
         table = step_table(
@@ -350,7 +359,7 @@ def info(
     if table is not None:
         print(f"\n{table}")
     if program:
-        print(f"\n{layout}")
+        print(f"\n{layout.text(methods)}")
 
 
 def _network(

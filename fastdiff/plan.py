@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from fastdiff.program import Conv, Program
@@ -51,8 +52,11 @@ class Plan:
                 alive[i] += life.size
         return max(alive, default=0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every operation with its shapes, cost and place, and the sums; JSON-serialisable. FLOPs are of all rows."""
+    def to_dict(self, methods: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Every operation with its shapes, cost and place, and the sums; JSON-serialisable. FLOPs are of all rows.
+
+        methods: a backend's algorithm for an operation, by the buffer it writes.
+        """
         program = self.program
         ops = []
         for op in program.ops:
@@ -76,6 +80,8 @@ class Plan:
                     "name": op.dst,
                 }
             )
+            if methods is not None:
+                ops[-1]["method"] = methods.get(op.dst)
         return {
             "rows": self.rows,
             "flops": sum(op["flops"] for op in ops),
@@ -87,12 +93,17 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        report = self.to_dict()
+        return self.text()
+
+    def text(self, methods: Mapping[str, str] | None = None) -> str:
+        """`to_dict` as a table."""
+        report = self.to_dict(methods)
         lines = [f"{'op':12}{'from':22}{'to':13}{'MFLOP':>9}{'weights':>9}{'KiB':>8}{'at KiB':>8}  name"]
         for op in report["ops"]:
             source, target = (" + ".join("x".join(map(str, s)) for s in shapes) for shapes in (op["src"], [op["dst"]]))
             at = "-" if op["offset"] is None else f"{op['offset'] / 1024:.0f}"
             extras = f" ({', '.join(op['with'])})" if op["with"] else ""
+            extras += f" [{op['method']}]" if op.get("method") else ""
             lines.append(
                 f"{op['op']:12}{source:22}{target:13}{op['flops'] / 1e6:9.2f}{op['weights']:9}{op['bytes'] / 1024:8.0f}"
                 f"{at:>8}  {op['name']}{extras}"

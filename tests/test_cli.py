@@ -22,8 +22,10 @@ from unets import TINY_CLASSES, random_unet
 
 import fastdiff
 from fastdiff import checkpoint, cli, images, solvers
+from fastdiff.backends.native import choose_method
 from fastdiff.lower import lower
 from fastdiff.plan import plan
+from fastdiff.program import Conv
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
@@ -379,14 +381,17 @@ def test_info_program(model: str, call: Call) -> None:
     code, out, err = call("info", model, "--program", "--batch-size", "3")
     assert (code, err) == (0, "")
     printed = out.split("\n\n")[1].splitlines()
-    assert "\n".join(printed) == str(layout)
+    methods = {op.dst: choose_method(op, layout.program, 3) for op in layout.program.ops if isinstance(op, Conv)}
+    assert "\n".join(printed) == layout.text(methods) != str(layout)
+    assert {"winograd4", "direct"} <= set(methods.values())
     assert len(printed) == len(layout.program.ops) + 2
     for line, op in zip(printed[1:], layout.program.ops, strict=False):
         assert line.startswith(type(op).__name__.lower())
         assert f"  {op.dst}" in line
     assert f"{layout.size / 2**20:.1f} MiB" in printed[-1]
     said = json.loads(call("info", model, "--program", "--batch-size", "3", "--json")[1])["program"]
-    assert said == layout.to_dict()
+    assert said == layout.to_dict(methods)
+    assert {op["name"]: op["method"] for op in said["ops"] if op["method"]} == methods
     assert said["arena"] == layout.size
     assert said["flops"] == 3 * sum(map(layout.program.flops, layout.program.ops))
     code, out, err = call("info", model, "--program", "--batch-size", "0")

@@ -322,6 +322,20 @@ def test_sampler_is_close_to_eager_in_float64(name, isa, monkeypatch):
 
 
 @torch.no_grad()
+def test_large_batches_run_in_equal_parts(monkeypatch):
+    unet = random_unet(TINY_CLASSES)
+    options = {"steps": 2, "labels": [0, 1, 2, 3, 0, 1, 2], "guidance": [1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 0.0]}
+    expected = Sampler(unet, SCHEDULE, determinism="bitwise").sample(7, **options).images
+    monkeypatch.setattr(native, "CACHE_BYTES", 1)
+    sampler = Sampler(unet, SCHEDULE, determinism="bitwise")
+    for bytes_ in (1, 5 * sampler._runner(7, (3, 8, 8)).row_bytes):
+        runner = sampler._runner(7, (3, 8, 8))
+        runner.weight_bytes = bytes_
+        assert torch.equal(sampler.sample(7, **options).images, expected)
+        assert set(runner.compiled) == {runner._part(14)} == {1 if bytes_ == 1 else 5}
+        runner.compiled.clear()
+
+
 def test_nan_in_one_image_leaves_the_others_bit_unchanged():
     unet = random_unet(TINY)
     x = Sampler(unet, SCHEDULE, backend="native")
@@ -386,6 +400,38 @@ def test_bitwise_samples_in_any_chunks():
         assert torch.equal(sampler.sample(17, labels=labels, batch_size=size, **options).images, expected)
     part = sampler.sample(1, labels=labels[9], solver="ddpm", steps=3, guidance=2.0, start_index=9).images
     assert torch.equal(part[0], expected[9])
+
+
+def test_more_memory_than_there_is():
+    with pytest.raises(BackendError, match=r"needs 1125899906842624 bytes \(1048576.0 GiB\) .*smaller batch_size"):
+        native.aligned(1 << 50)
+
+
+def psnr(got: Tensor, exact: Tensor) -> float:
+    """In dB, for images in [-1, 1]."""
+    return float(10 * torch.log10(4 / ((got.double() - exact.double()) ** 2).mean()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "options"),
+    [(10, {"solver": "ddim", "steps": 50, "guidance": 3.0}), (2, {"solver": "ddpm", "steps": 1000})],
+    ids=["ddim 50", "ddpm 1000"],
+)
+def test_whole_runs_of_the_built_in_model(n, options):
+    """Errors do not grow over a run: float32 against float64, the same noise."""
+    options |= {"labels": list(range(n)), "seed": 5}
+    got = Sampler.from_pretrained("fashion-mnist", backend="native", device="cpu").sample(n, **options).images
+    exact = Sampler.from_pretrained("fashion-mnist", backend="eager", device="cpu", dtype="float64")
+    assert psnr(got, exact.sample(n, **options).images) >= 60
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_the_published_network():
+    unet = random_unet(PUBLISHED["ddpm-cifar10-32"])
+    got = Sampler(unet, backend="native").sample(1, steps=50).images
+    exact = Sampler(unet, backend="eager", dtype="float64").sample(1, steps=50).images
+    assert psnr(got, exact) >= 60
 
 
 def test_weights_that_change_are_noticed():
@@ -485,6 +531,12 @@ def test_more_threads_than_processors():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_inner_kernel_stays_in_registers(isa):
+    """A compiler that spills its accumulators halves its speed. A ratio within one run, the best of many short ones."""
+    assert max(product / peak for product, peak in (extension.rates(isa) for _ in range(5))) > 0.7
 
 
 def test_strips_are_the_engines():

@@ -73,3 +73,19 @@ __attribute__((noinline)) static void multiply(int items, int width, int depth, 
     }
   }
 }
+
+// `rounds` times as many multiply-adds as hide their own latency, on registers alone: what limits everything else. Each
+// counts 2 lanes; the result keeps the compiler from leaving them out.
+static constexpr int fma_chains = block_items * block_vectors;
+static float fma(int64_t rounds) {
+  Vec sum[fma_chains];
+  for (int i = 0; i < fma_chains; i++) sum[i] = splat(static_cast<float>(i));  // equal chains would become one
+  Vec x = splat(0.999f), y = splat(1e-3f);
+  for (int64_t r = 0; r < rounds; r++) {
+#pragma GCC unroll 24
+    for (int i = 0; i < fma_chains; i++) sum[i] = sum[i] * x + y;
+  }
+  Vec total{};
+  for (int i = 0; i < fma_chains; i++) total += sum[i];
+  return total[0];
+}

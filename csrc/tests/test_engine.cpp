@@ -291,6 +291,27 @@ void check_team(int threads) {
   expect(early == 0, "a member of a team of " + std::to_string(threads) + " went past a barrier");
 }
 
+// Random123's known answer for Philox4x32-10 with counter and key 0, and the normals made of words at the two ends.
+void check_noise(const Kernels& kernels) {
+  const int64_t zero = 0;
+  uint32_t words[4];
+  float z[4];
+  NoiseArgs a;
+  a.seed = a.index = a.row = &zero;
+  a.size = 4;
+  a.words = words;
+  a.z = z;
+  kernels.noise(a, {0, 1});
+  const uint32_t known[4] = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
+  for (int i = 0; i < 4; i++) expect(words[i] == known[i], std::string(kernels.name) + " Philox word");
+  for (int i = 0; i < 4; i += 2) {
+    const double u0 = ((words[i] >> 9) + 0.5) / (1 << 23), u1 = ((words[i + 1] >> 9) + 0.5) / (1 << 23);
+    const double r = std::sqrt(-2 * std::log(u0)), angle = 2 * std::acos(-1.0) * u1;
+    expect(std::fabs(z[i] - r * std::cos(angle)) < 2e-6, std::string(kernels.name) + " normal, cosine");
+    expect(std::fabs(z[i + 1] - r * std::sin(angle)) < 2e-6, std::string(kernels.name) + " normal, sine");
+  }
+}
+
 void check_refusals() {
   const auto refused = [](auto&& call) {
     try {
@@ -310,6 +331,7 @@ void check_refusals() {
 
 int main() {
   const std::vector<Method> methods = {Method::direct, Method::winograd2, Method::winograd4};
+  for (const Kernels* kernels : available_kernels()) check_noise(*kernels);
   for (const Kernels* kernels : available_kernels())
     for (int threads : {1, 3}) {
       for (Method method : methods) {

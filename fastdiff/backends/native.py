@@ -220,8 +220,14 @@ def choose_method(op: Conv, program: Program, rows: int | None) -> str:
 
 
 def aligned(nbytes: int) -> Tensor:
-    """Zeroed bytes at a multiple of `ALIGNMENT`."""
-    raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+    """Zeroed bytes at a multiple of `ALIGNMENT`. Raises `BackendError` where there are not so many."""
+    try:
+        raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+    except RuntimeError as e:
+        raise BackendError(
+            f"backend 'native' needs {nbytes} bytes ({nbytes / 2**30:.1f} GiB) for activations, which this machine "
+            "does not have free; ask for smaller images or a smaller batch_size"
+        ) from e
     return raw[-raw.data_ptr() % ALIGNMENT :][:nbytes]
 
 
@@ -411,8 +417,8 @@ class Compiled:
         )
 
 
-# Activations that a part of a batch may take: with the weights that pass by, what a third-level cache holds.
-ARENA_BYTES = 32 << 20
+# What a third-level cache holds of activations, with the weights that pass by.
+CACHE_BYTES = 32 << 20
 
 # The runner -----------------------------------------------------------------------------------------------------------
 
@@ -429,6 +435,7 @@ class NativeRunner:
         self.isa = isa()
         self.program = lower(unet, spec.shape[1:])
         self.row_bytes = plan(self.program, 1, group=native.GROUP).size
+        self.weight_bytes = 4 * sum(self.program.parameters(op) for op in self.program.ops)
         self._reset()
 
     def _reset(self) -> None:
@@ -468,9 +475,13 @@ class NativeRunner:
         )  # fmt: skip
 
     def _part(self, rows: int) -> int:
-        """How many rows run at a time: as equal parts as can be whose arenas take `ARENA_BYTES` at most."""
-        parts = -(-rows * self.row_bytes // ARENA_BYTES)
-        return -(-rows // min(parts, rows))
+        """How many rows run at a time: all in as few equal parts as keep a part's arena in the cache.
+
+        Every part reads all weights, so one whose arena is smaller than those would lose more than it gains.
+        """
+        most = max(CACHE_BYTES, self.weight_bytes)
+        parts = min(-(-rows * self.row_bytes // most), rows)
+        return -(-rows // parts)
 
     def _follow(self, state: State) -> None:
         """Notice what changed since the last step: the process, the network, the tables."""
