@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -103,7 +104,7 @@ Engine::Engine(const Kernels& kernels, std::shared_ptr<Team> team, int rows)
 
 Engine::Split Engine::split(const ConvArgs& conv) const {
   const int strips = rows_ * conv.map.strips(), members = team_->size();
-  const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() + panel);
+  const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() / (conv.bf16 ? 2 : 1) + panel);
   // Of the blocks that fit, the one whose items leave the fewest lanes of the last group of six idle, then the largest.
   const int most = static_cast<int>(std::clamp<int64_t>(block_numbers / (item * conv.items()), 1, strips));
   int block = 1;
@@ -118,6 +119,9 @@ Engine::Split Engine::split(const ConvArgs& conv) const {
 }
 
 void Engine::add(const Op& op) {
+  const auto* bf16 = std::get_if<ConvOp>(&op);
+  if (bf16 != nullptr && bf16->conv.bf16 && !kernels_.bf16)
+    throw std::invalid_argument(std::string(kernels_.name) + " does not multiply bfloat16");
   const auto wants = [this](int64_t size) { own_size_ = std::max(own_size_, size); };
   const auto wants_norm = [this](const NormArgs& norm) {
     int width = 0;

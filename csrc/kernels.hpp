@@ -78,10 +78,11 @@ struct ConvArgs {
   int padding;    // before the first row and column
   bool upsample;  // the sources are doubled (nearest)
   Method method;
-  const float* weights;  // [panels, positions, depth, panel], zero-padded
-  const float* bias;     // [padded outputs]
-  int outputs;           // padded
-  RowVectors emb;        // added to the bias of a row, not padded; base null: none
+  bool bf16;            // products of bfloat16: load rounds, and the weights are such
+  const void* weights;  // [panels, positions, depth, panel], zero-padded; of bfloat16 [.., depth / 2, panel, 2]
+  const float* bias;    // [padded outputs]
+  int outputs;          // padded
+  RowVectors emb;       // added to the bias of a row, not padded; base null: none
   int emb_channels;
   const float* residual;
   int residual_shift;  // 1: of half the size, doubled (nearest)
@@ -99,13 +100,13 @@ struct ConvArgs {
   // Items (tiles, or pixels where direct) of a strip; the last strip of a map may use fewer.
   int items() const { return ceil_div(map.height < strip ? map.height : strip, tile()) * ceil_div(map.width, tile()); }
   // Numbers between two positions. Odd multiples of a cache line, or all positions would share one cache set.
-  int64_t load_stride(int items) const { return static_cast<int64_t>(items) * depth() + group; }
+  int64_t load_stride(int items) const { return static_cast<int64_t>(items) * depth() + (bf16 ? 2 : 1) * group; }
   int64_t product_stride(int items) const { return static_cast<int64_t>(items) * panel + group; }
-  int64_t load_size(int items) const { return positions() * load_stride(items); }
+  int64_t load_size(int items) const { return positions() * load_stride(items) / (bf16 ? 2 : 1); }  // in floats
   int64_t product_size(int items) const { return positions() * product_stride(items); }
   // A product of the sources as they lie in memory: nothing is loaded.
   bool in_place() const {
-    return method == Method::direct && kernel == 1 && stride == 1 && src.scale == nullptr && !upsample;
+    return method == Method::direct && kernel == 1 && stride == 1 && src.scale == nullptr && !upsample && !bf16;
   }
   // Pixels that n strips of one map read. Tiles may reach beyond the map; what they make there is dropped.
   int columns() const { return stride * (ceil_div(map.width, tile()) * tile() - 1) + kernel; }
@@ -163,14 +164,15 @@ struct InputArgs {
 struct Kernels {
   const char* name;
   int lanes;
+  bool bf16;  // whether it multiplies bfloat16
   // Every kernel works on a part of the operation. `space` is the caller's, args.space() numbers.
   // For rows `rows`: statistics -> scale and shift.
   void (*norm)(const NormArgs&, Range rows);
   // Read, normalise and transform strips into `loaded` [positions, items, depth], whose first item is `offset` and
   // which has room for `items`.
-  void (*conv_load)(const ConvArgs&, Range strips, float* loaded, int offset, int items, float* space);
+  void (*conv_load)(const ConvArgs&, Range strips, void* loaded, int offset, int items, float* space);
   // Multiply what was loaded with panels of weights, and finish. `products`: product_size(items) numbers.
-  void (*conv_store)(const ConvArgs&, Range strips, Range panels, const float* loaded, int items, float* products);
+  void (*conv_store)(const ConvArgs&, Range strips, Range panels, const void* loaded, int items, float* products);
   void (*pool)(const PoolArgs&, Range strips, float* space);
   // For blocks of queries, numbered through rows, heads and blocks.
   void (*attention)(const AttentionArgs&, Range units, float* space);

@@ -78,6 +78,12 @@ NB_MODULE(_native, m) {
   m.attr("STRIP") = strip;
   m.attr("GROUP") = group;
   m.attr("PANEL") = panel;
+  m.def("bf16_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : available_kernels())
+      if (kernels->bf16) names.emplace_back(kernels->name);
+    return names;
+  });
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
@@ -155,7 +161,7 @@ NB_MODULE(_native, m) {
           "conv",
           [](Engine& e, const std::vector<uintptr_t>& src, const std::vector<int>& channels, int src_height,
              int src_width, int height, int width, int kernel, int stride, int padding, bool upsample, Method method,
-             std::optional<NormArgs> norm, bool silu, uintptr_t weights, uintptr_t bias, int outputs,
+             std::optional<NormArgs> norm, bool silu, bool bf16, uintptr_t weights, uintptr_t bias, int outputs,
              std::optional<RowVectors> emb, int emb_channels, uintptr_t residual, int residual_shift, float divide,
              uintptr_t dst, uintptr_t statistics) {
             ConvArgs a{};
@@ -166,7 +172,8 @@ NB_MODULE(_native, m) {
             a.padding = padding;
             a.upsample = upsample;
             a.method = method;
-            a.weights = reinterpret_cast<const float*>(weights);
+            a.bf16 = bf16;
+            a.weights = reinterpret_cast<const void*>(weights);
             a.bias = reinterpret_cast<const float*>(bias);
             a.outputs = outputs;
             a.emb = emb.value_or(RowVectors{});
@@ -180,9 +187,9 @@ NB_MODULE(_native, m) {
           },
           nb::kw_only(), nb::arg("src"), nb::arg("channels"), nb::arg("src_height"), nb::arg("src_width"),
           nb::arg("height"), nb::arg("width"), nb::arg("kernel"), nb::arg("stride"), nb::arg("padding"),
-          nb::arg("upsample"), nb::arg("method"), nb::arg("norm").none(), nb::arg("silu"), nb::arg("weights"),
-          nb::arg("bias"), nb::arg("outputs"), nb::arg("emb").none(), nb::arg("emb_channels"), nb::arg("residual"),
-          nb::arg("residual_shift"), nb::arg("divide"), nb::arg("dst"), nb::arg("statistics"))
+          nb::arg("upsample"), nb::arg("method"), nb::arg("norm").none(), nb::arg("silu"), nb::arg("bf16"),
+          nb::arg("weights"), nb::arg("bias"), nb::arg("outputs"), nb::arg("emb").none(), nb::arg("emb_channels"),
+          nb::arg("residual"), nb::arg("residual_shift"), nb::arg("divide"), nb::arg("dst"), nb::arg("statistics"))
       .def(
           "pool",
           [](Engine& e, const std::vector<uintptr_t>& src, const std::vector<int>& channels, int height, int width,

@@ -72,7 +72,9 @@ def sample(
     batch_size: Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")] = None,
     backend: Annotated[str, typer.Option(help="auto, native, eager or compiled.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
+    ] = None,
     animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -29,6 +29,7 @@ __all__ = ["Event", "SampleOutput", "Sampler"]
 log = logging.getLogger("fastdiff")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FAST = "bfloat16-fast"
 
 
 class Sampler:
@@ -41,10 +42,11 @@ class Sampler:
     schedule, prediction
         What it was trained with; prediction is "epsilon", "sample" or "v_prediction".
     backend
-        "native" (fastdiff's own U-Net on the CPU, in float32), "eager", "compiled", or "auto": native where it can run,
-        else eager; its choice is logged.
+        "native" (fastdiff's own U-Net on the CPU, in float32 or bfloat16), "eager", "compiled", or "auto": native where
+        it can run, else eager; its choice is logged.
     device, dtype
-        Where and in what the network runs; None keeps its own. The state is float32 always.
+        Where and in what the network runs; None keeps its own. The state is float32 always. "bfloat16-fast" is the
+        native backend's: faster, with more than twice the error of its bfloat16 (which is as exact as PyTorch's).
     determinism
         "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": bit for bit, where a backend
         offers it.
@@ -81,7 +83,8 @@ class Sampler:
         self.schedule = schedule or NoiseSchedule()
         self.prediction = prediction
         self.device = _device(device) if device is not None else parameter.device
-        self.dtype = _dtype(dtype) if dtype is not None else parameter.dtype
+        self.fast = dtype == FAST
+        self.dtype = _dtype("bfloat16" if self.fast else dtype) if dtype is not None else parameter.dtype
         self.determinism = determinism
         self._scheduler_config = scheduler_config or {}
         self._lock = threading.Lock()
@@ -331,7 +334,7 @@ class Sampler:
         return state
 
     def _spec(self, batch: int, shape: tuple[int, int, int]) -> backends.Spec:
-        return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism)
+        return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism, self.fast)
 
     def _runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
         """The runner for a batch size, prepared once."""
@@ -346,7 +349,9 @@ class Sampler:
 
         They are copied anew for every chunk: fused optimizers and edits of ``.data`` leave no trace of a change.
         """
-        if all(p.device == self.device and p.dtype == self.dtype for p in self.unet.parameters()):
+        # The native engine rounds for itself, and better so: what it rounds are transformed weights.
+        dtype = torch.float32 if self.backend == "native" else self.dtype
+        if all(p.device == self.device and p.dtype == dtype for p in self.unet.parameters()):
             if self._copy is not None:  # the module was converted meanwhile
                 self._copy = None
                 self._runners.clear()
@@ -355,7 +360,7 @@ class Sampler:
         with torch.inference_mode(False), torch.no_grad():  # weights that can be written again in any mode
             mine = [] if self._copy is None else [*self._copy.parameters(), *self._copy.buffers()]
             if self._copy is None or [t.shape for t in mine] != [t.shape for t in present]:
-                self._copy = copy.deepcopy(self.unet).to(device=self.device, dtype=self.dtype).eval()
+                self._copy = copy.deepcopy(self.unet).to(device=self.device, dtype=dtype).eval()
                 self._runners.clear()
             else:
                 for into, now in zip(mine, present, strict=True):
@@ -402,5 +407,5 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
-        raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
+        raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}, {FAST}")
     return found  # type: ignore[return-value]  # one of DTYPES, as just checked

@@ -78,6 +78,7 @@ class Replay(Interpreter):
         program = lower(single, size)
         super().__init__(program, random_unet(config).double(), rows)
         self.single, self.x = single, x
+        self.spec = Spec(rows, tuple(x.shape[1:]), torch.float32, CPU)
         self.held: dict[str, Tensor] = {}
         self.measured: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -109,11 +110,19 @@ class Replay(Interpreter):
     def statistics(self, name: str) -> Tensor:
         return self.measured[name]
 
-    def compiled(self, isa: str, threads: int = 1) -> native.Compiled:
+    def compiled(self, isa: str, threads: int = 1, dtype: torch.dtype = torch.float32) -> native.Compiled:
         arena = native.aligned(self.layout.size)
         weights = native.Weights.of(self.single, extension)
         return native.Compiled(
-            extension, self.program, self.layout, arena, weights, self.inputs, isa, extension.Team(threads), False
+            extension,
+            self.program,
+            self.layout,
+            arena,
+            weights,
+            self.inputs,
+            isa,
+            extension.Team(threads),
+            dataclasses.replace(self.spec, dtype=dtype, fast=dtype == torch.bfloat16),
         )
 
     @torch.no_grad()
@@ -186,6 +195,25 @@ def test_operations(replays, name, method, isa, monkeypatch):
         replay.check(compiled, i, 4e-6 if method == "winograd4" else 2e-6)
 
 
+BF16_ISAS = [pytest.param(None, marks=pytest.mark.skip("no products of bfloat16 here"))]
+if extension.bf16_isas():
+    BF16_ISAS = extension.bf16_isas()
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
+@pytest.mark.parametrize(("method", "tolerance"), [("direct", 4e-3), ("winograd2", 7e-3), ("winograd4", 2e-2)])
+@pytest.mark.parametrize(
+    "name", ["tiny", "96 channels, 5x7", "160 channels, 12x12", "200 channels, 7x5", "1x1", "resnet blocks, 24x40"]
+)
+def test_operations_in_bfloat16(replays, name, method, tolerance, isa, monkeypatch):
+    """bfloat16 has 8 bits: 2^-9 is 2e-3, from each side of a product."""
+    replay = replays(name, 3)
+    force(monkeypatch, method)
+    compiled = replay.compiled(isa, 2, torch.bfloat16)
+    for i in range(len(replay.program.ops)):
+        replay.check(compiled, i, tolerance)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("threads", [2, 3])
@@ -195,6 +223,57 @@ def test_operations_shared_by_threads(replays, rows, threads, isa):
         compiled = replay.compiled(isa, threads)
         for i in range(len(replay.program.ops)):
             replay.check(compiled, i, 4e-6)
+
+
+def network_errors(config, dtypes: list[str | None], backend: str, seed: int = 0) -> list[float]:
+    """Of one evaluation, in each dtype, against float64."""
+    unet, null = random_unet(config, seed), config.null_label
+    x, labels, t = random_images(config, 2), random_labels(config, 2), 40
+    table = solvers.ddim(SCHEDULE, spacing=[t])
+    with torch.no_grad():
+        exact = random_unet(config, seed).double()(x.double(), torch.tensor([t] * 2).double(), labels)
+    errors = []
+    for name in dtypes:
+        sampler = Sampler(unet, SCHEDULE, backend=backend, dtype=name)
+        state = State.create(x.clone(), TableBank([table], CPU), label=labels)
+        runner = sampler._runner(2, tuple(x.shape[1:]))
+        runner.forward(state)
+        errors.append(relative_error(state.out, exact))
+        assert sampler.info.null_label == null
+    return errors
+
+
+CONDITIONINGS = {
+    "added": {}, "scale-shift": {"resnet_time_scale_shift": "scale_shift"},
+    "add": {"class_image": "add"}, "multiply": {"class_image": "multiply"}, "concat": {"class_image": "concat"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_every_conditioning_in_every_precision(conditioning):
+    config = change(
+        TINY_CLASSES,
+        **CONDITIONINGS[conditioning],
+        sample_size=24,
+        block_out_channels=(32, 64),
+        attention_head_dim=None,
+    )
+    assert network_errors(config, ["float32"], "native")[0] <= 1e-5
+    if extension.bf16_isas():
+        plain, fast = network_errors(config, ["bfloat16", "bfloat16-fast"], "native")
+        (torchs,) = network_errors(config, ["bfloat16"], "eager")
+        assert 1e-4 < plain <= torchs
+        assert plain < fast <= 2.5 * torchs
+
+
+def test_the_published_network_in_every_precision():
+    """The errors that the precisions promise."""
+    config = PUBLISHED["ddpm-cifar10-32"]
+    assert network_errors(config, ["float32"], "native")[0] <= 1e-5
+    if extension.bf16_isas():
+        plain, fast = network_errors(config, ["bfloat16", "bfloat16-fast"], "native")
+        assert plain <= 1e-2
+        assert fast <= 2.5e-2
 
 
 @pytest.mark.slow
@@ -464,8 +543,8 @@ def test_every_reason_is_told():
     class Other(torch.nn.Module):
         pass
 
-    spec = Spec(1, (3, 8, 8), torch.bfloat16, torch.device("meta"))
-    with pytest.raises(BackendError, match=r"fastdiff.UNet only, not Other; .*not on meta; .*not in bfloat16"):
+    spec = Spec(1, (3, 8, 8), torch.float16, torch.device("meta"))
+    with pytest.raises(BackendError, match=r"fastdiff.UNet only, not Other; .*not on meta; .*not in float16"):
         prepare("native", Other(), spec)
     assert native.reasons_against(random_unet(TINY), dataclasses.replace(spec, dtype=torch.float32, device=CPU)) == []
 
@@ -475,6 +554,15 @@ def test_without_the_extension(monkeypatch):
     with pytest.raises(BackendError, match=r"_native is not built .*C\+\+ compiler"):
         Sampler(random_unet(TINY), SCHEDULE, backend="native")
     assert Sampler(random_unet(TINY), SCHEDULE).backend == "eager"
+
+
+def test_bfloat16_needs_an_instruction_set_that_multiplies_it(monkeypatch):
+    monkeypatch.setenv("FASTDIFF_ISA", ISAS[-1])
+    with pytest.raises(BackendError, match="no products of bfloat16"):
+        Sampler(random_unet(TINY), SCHEDULE, backend="native", dtype="bfloat16")
+    assert Sampler(random_unet(TINY), SCHEDULE, dtype="bfloat16").backend == "eager"
+    with pytest.raises(BackendError, match=r"'eager' has one kind of bfloat16"):
+        Sampler(random_unet(TINY), SCHEDULE, dtype="bfloat16-fast")
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):

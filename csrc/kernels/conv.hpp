@@ -1,8 +1,8 @@
 // Convolutions and matrix products: load (norm, Swish, transform), multiply by panels, store (inverse transform, bias,
 // embedding, residual, statistics).
 
-template <class F>
-static void load_tiles(const ConvArgs& a, int c, const float* pixels, int columns, float* loaded, int64_t stride) {
+template <class F, class T>
+static void load_tiles(const ConvArgs& a, int c, const float* pixels, int columns, T* loaded, int64_t stride) {
   const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
   for (int ty = 0; ty < rows; ty++)
     for (int tx = 0; tx < tiles; tx++)
@@ -10,11 +10,12 @@ static void load_tiles(const ConvArgs& a, int c, const float* pixels, int column
                          loaded + static_cast<int64_t>(ty * tiles + tx) * a.depth() + c, stride);
 }
 
-static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns, float* loaded) {
+template <class T>
+static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns, T* loaded) {
   const int channels = a.src.all_channels(), depth = a.depth(), rows = std::min(strip, a.map.height);
   for (int y = 0; y < rows; y++)
     for (int x = 0; x < a.map.width; x++) {
-      float* item = loaded + static_cast<int64_t>(y * a.map.width + x) * depth + c;
+      T* item = loaded + static_cast<int64_t>(y * a.map.width + x) * depth + c;
       for (int ky = 0; ky < a.kernel; ky++)
         for (int kx = 0; kx < a.kernel; kx++)
           store(item + (ky * a.kernel + kx) * channels,
@@ -22,8 +23,8 @@ static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns
     }
 }
 
-static void conv_load(const ConvArgs& a, Range strips, float* loaded, int offset, int items, float* space) {
-  if (a.in_place()) return;
+template <class T>
+static void load_strips(const ConvArgs& a, Range strips, T* loaded, int offset, int items, float* space) {
   const int per_row = a.map.strips();
   for (int s = strips.begin; s < strips.end;) {
     // Strips that follow each other in a map share the pixel rows at their edges.
@@ -33,7 +34,7 @@ static void conv_load(const ConvArgs& a, Range strips, float* loaded, int offset
       read_pixels(a.src, a.upsample, s / per_row, y0, a.rows(n), -a.padding, a.columns(), c, space);
       for (int i = 0; i < n; i++) {
         const float* pixels = space + static_cast<int64_t>(i) * strip * a.stride * a.columns() * lanes;
-        float* first = loaded + static_cast<int64_t>(offset + (s + i - strips.begin) * a.items()) * a.depth();
+        T* first = loaded + static_cast<int64_t>(offset + (s + i - strips.begin) * a.items()) * a.depth();
         switch (a.method) {
           case Method::winograd4: load_tiles<Winograd4>(a, c, pixels, a.columns(), first, a.load_stride(items)); break;
           case Method::winograd2: load_tiles<Winograd2>(a, c, pixels, a.columns(), first, a.load_stride(items)); break;
@@ -43,6 +44,14 @@ static void conv_load(const ConvArgs& a, Range strips, float* loaded, int offset
     }
     s += n;
   }
+}
+
+static void conv_load(const ConvArgs& a, Range strips, void* loaded, int offset, int items, float* space) {
+  if (a.in_place()) return;
+  if (a.bf16)
+    load_strips(a, strips, static_cast<BF16*>(loaded), offset, items, space);
+  else
+    load_strips(a, strips, static_cast<float*>(loaded), offset, items, space);
 }
 
 // Finishes one vector of output channels of a strip: (y + bias + residual) / divide, stored, and the statistics of what
@@ -155,21 +164,35 @@ static int64_t pixels_before(const ConvArgs& a, int s) {
   return (static_cast<int64_t>(s / per_row) * a.map.height + s % per_row * strip) * a.map.width;
 }
 
-static void conv_store(const ConvArgs& a, Range strips, Range panels, const float* loaded, int items, float* products) {
+// The products of a panel at every position; `weights` are the panel's.
+template <class T>
+static void multiply_positions(const ConvArgs& a, int used, int width, const T* loaded, int items, const T* weights,
+                               float* products) {
+  for (int position = 0; position < a.positions(); position++)
+    multiply(used, width, a.depth(), loaded + position * a.load_stride(items), a.depth(),
+             weights + static_cast<int64_t>(position) * a.depth() * panel,
+             products + position * a.product_stride(items), panel);
+}
+
+static void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loaded, int items, float* products) {
   const int per_row = a.map.strips(), depth = a.depth();
   const int64_t stride = a.product_stride(items), begin = pixels_before(a, strips.begin);
   for (int p = panels.begin; p < panels.end; p++) {
     const int width = std::min(panel, a.outputs - p * panel);
-    const float* weights = a.weights + static_cast<int64_t>(p) * a.positions() * depth * panel;
+    const int64_t first_weight = static_cast<int64_t>(p) * a.positions() * depth * panel;
+    const int used = strips.size() * a.items();
     if (a.in_place()) {  // the sources are the matrix, their pixels the items
-      const int used = static_cast<int>(pixels_before(a, strips.end) - begin);
+      const float* weights = static_cast<const float*>(a.weights) + first_weight;
+      const int pixels = static_cast<int>(pixels_before(a, strips.end) - begin);
       for (int part = 0, from = 0; part < a.src.count; from += a.src.channels[part++])
-        multiply(used, width, a.src.channels[part], a.src.data[part] + begin * a.src.channels[part],
+        multiply(pixels, width, a.src.channels[part], a.src.data[part] + begin * a.src.channels[part],
                  a.src.channels[part], weights + static_cast<int64_t>(from) * panel, products, panel, part > 0);
+    } else if (a.bf16) {
+      multiply_positions(a, used, width, static_cast<const BF16*>(loaded), items,
+                         static_cast<const BF16*>(a.weights) + first_weight, products);
     } else {
-      for (int position = 0; position < a.positions(); position++)
-        multiply(strips.size() * a.items(), width, depth, loaded + position * a.load_stride(items), depth,
-                 weights + static_cast<int64_t>(position) * depth * panel, products + position * stride, panel);
+      multiply_positions(a, used, width, static_cast<const float*>(loaded), items,
+                         static_cast<const float*>(a.weights) + first_weight, products);
     }
     for (int s = strips.begin; s < strips.end; s++)
       for (int j = 0; j < width; j += lanes) {

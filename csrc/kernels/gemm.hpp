@@ -1,4 +1,5 @@
-// Matrix products against packed panels: c [items, panel] = a [items, depth] b [depth, panel].
+// Matrix products against packed panels: c [items, panel] = a [items, depth] b [depth, panel], in float or in bfloat16
+// with sums in float. b of bfloat16 is [depth / 2, panel, 2].
 
 // The widest block of accumulators that, with the row of b and a broadcast a, fits the registers: 6 x 4 vectors where
 // there are 32 of them, 6 x 2 where there are 16.
@@ -6,28 +7,62 @@ static constexpr int block_items = 6;
 static constexpr int block_vectors = lanes == 8 ? 2 : 4;
 static constexpr int block_depth = 512;  // rows of b between two looks at c: 128 KB, half of what stays in L2
 
+// sum[i][j] += a[i, k] b[k, j], over one k for float.
+template <int items, int vectors>
+static inline void multiply_step(Vec (&sum)[items][vectors], const float* a, int64_t lda, const float* b) {
+  Vec row[vectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < vectors; j++) row[j] = load(b + j * lanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < items; i++) {
+    const Vec x = splat(a[i * lda]);
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) sum[i][j] += x * row[j];
+  }
+}
+
+// The same over two k for bfloat16, which lie side by side in a and in b.
+template <int items, int vectors>
+static inline void multiply_step(Vec (&sum)[items][vectors], const BF16* a, int64_t lda, const BF16* b) {
+#ifdef __AVX512BF16__
+  __m512bh row[vectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < vectors; j++) row[j] = (__m512bh)_mm512_loadu_si512(b + j * 2 * lanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < items; i++) {
+    int32_t pair;
+    std::memcpy(&pair, a + i * lda, sizeof pair);
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) sum[i][j] = (Vec)_mm512_dpbf16_ps((__m512)sum[i][j], x, row[j]);
+  }
+#else
+  (void)sum, (void)a, (void)lda, (void)b;
+#endif
+}
+
+// Summands that a step takes.
+template <class T>
+static constexpr int step_depth = 1;
+template <>
+constexpr int step_depth<BF16> = 2;
+
 // first: b has not been read lately, so its rows are asked for ahead of time.
-template <int items, int vectors, bool first = false>
-static inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+template <int items, int vectors, bool first, class T>
+static inline void multiply_block(int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
                                   bool accumulate) {
+  constexpr int step = step_depth<T>;
   Vec sum[items][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < items; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vec{};
-  for (int k = 0; k < depth; k++) {
-    Vec row[vectors];
+  for (int k = 0; k < depth; k += step) {
+    const T* row = b + static_cast<int64_t>(k) * panel;
+    if (first)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; j++) {
-      row[j] = load(b + static_cast<int64_t>(k) * panel + j * lanes);
-      if (first) __builtin_prefetch(b + static_cast<int64_t>(k + 12) * panel + j * lanes);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < items; i++) {
-      const Vec x = splat(a[i * lda + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) sum[i][j] += x * row[j];
-    }
+      for (int j = 0; j < vectors; j++) __builtin_prefetch(row + 12 * step * panel + j * step * lanes);
+    multiply_step(sum, a + k, lda, row);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < items; i++)
@@ -35,8 +70,8 @@ static inline void multiply_block(int depth, const float* a, int64_t lda, const 
     for (int j = 0; j < vectors; j++) store(c + i * ldc + j * lanes, sum[i][j]);
 }
 
-template <int vectors>
-static void multiply_rows(int items, int depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+template <int vectors, class T>
+static void multiply_rows(int items, int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
                           bool accumulate) {
   int i = 0;
   if (items >= block_items) {
@@ -44,26 +79,27 @@ static void multiply_rows(int items, int depth, const float* a, int64_t lda, con
     i = block_items;
   }
   for (; i + block_items <= items; i += block_items)
-    multiply_block<block_items, vectors>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+    multiply_block<block_items, vectors, false>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
   a += i * lda;
   c += i * ldc;
   switch (items - i) {
-    case 1: return multiply_block<1, vectors>(depth, a, lda, b, c, ldc, accumulate);
-    case 2: return multiply_block<2, vectors>(depth, a, lda, b, c, ldc, accumulate);
-    case 3: return multiply_block<3, vectors>(depth, a, lda, b, c, ldc, accumulate);
-    case 4: return multiply_block<4, vectors>(depth, a, lda, b, c, ldc, accumulate);
-    case 5: return multiply_block<5, vectors>(depth, a, lda, b, c, ldc, accumulate);
+    case 1: return multiply_block<1, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
+    case 2: return multiply_block<2, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
+    case 3: return multiply_block<3, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
+    case 4: return multiply_block<4, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
+    case 5: return multiply_block<5, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
   }
 }
 
-// Only the first `width` columns of the panel are wanted. onto: added to what c holds. Every sum runs over k in order, whatever `items` is, so an
-// item's bits do not depend on its neighbours.
-__attribute__((noinline)) static void multiply(int items, int width, int depth, const float* a, int64_t lda,
-                                               const float* b, float* c, int64_t ldc, bool onto = false) {
+// Only the first `width` columns of the panel are wanted. onto: added to what c holds. Every sum runs over k in order,
+// whatever `items` is, so an item's bits do not depend on its neighbours.
+template <class T>
+__attribute__((noinline)) static void multiply(int items, int width, int depth, const T* a, int64_t lda, const T* b,
+                                               float* c, int64_t ldc, bool onto = false) {
   for (int k = 0; k < depth; k += block_depth, onto = true) {
     const int part = std::min(block_depth, depth - k);
     for (int j = 0; j < width; j += block_vectors * lanes) {
-      const float* rows = b + static_cast<int64_t>(k) * panel + j;
+      const T* rows = b + static_cast<int64_t>(k) * panel + j * step_depth<T>;
       switch (std::min(block_vectors, (width - j + lanes - 1) / lanes)) {
         case 1: multiply_rows<1>(items, part, a + k, lda, rows, c + j, ldc, onto); break;
         case 2: multiply_rows<2>(items, part, a + k, lda, rows, c + j, ldc, onto); break;

@@ -19,6 +19,19 @@ static inline Vec load_some(const float* p, int count) {
 }
 static inline Vec splat(float x) { return x - Vec{}; }  // (a - 0 keeps every a, -0 included)
 
+// Elements of products: float, or bfloat16 as its bits where the instruction set multiplies those.
+struct BF16 {
+  uint16_t bits;
+};
+static inline void store(BF16* p, Vec v) {
+#ifdef __AVX512BF16__
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &rounded, sizeof rounded);
+#else
+  (void)p, (void)v;
+#endif
+}
+
 // The whole number nearest to t, for |t| < 2^22; `code` is for power().
 static inline Vec nearest(Vec t, Vec& code) {
 #ifdef __AVX512F__

@@ -41,8 +41,8 @@ struct Winograd4 {
 };
 
 // pixels: [.., columns, lanes], the tile's first one; loaded: where position 0 goes.
-template <class F>
-static inline void transform_input(const float* pixels, int columns, float* loaded, int64_t stride) {
+template <class F, class T>
+static inline void transform_input(const float* pixels, int columns, T* loaded, int64_t stride) {
   Vec half[F::in][F::in];
 #pragma GCC unroll 6
   for (int x = 0; x < F::in; x++) {

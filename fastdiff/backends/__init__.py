@@ -24,6 +24,7 @@ class Spec:
     """What a runner is prepared for: ``batch`` images of ``shape`` (C, H, W), the network in ``dtype`` on ``device``.
 
     null_label: the label of the unconditional half of a guided step; None where the network cannot be guided.
+    fast: bfloat16 may round more for speed, where a backend can trade so (`native`).
     """
 
     batch: int
@@ -32,6 +33,7 @@ class Spec:
     device: torch.device
     null_label: int | None = None
     determinism: str = "seed"
+    fast: bool = False
 
 
 class Runner(Protocol):

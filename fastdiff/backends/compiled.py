@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.backends import Spec
-from fastdiff.backends.eager import EagerRunner, refuse_bitwise
+from fastdiff.backends.eager import EagerRunner, refuse
 from fastdiff.errors import BackendError
 
 _count = itertools.count()
@@ -18,7 +18,7 @@ _count = itertools.count()
 
 def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:
     """The first step of each batch size compiles: tens of seconds on a CPU, less where Inductor's cache knows it."""
-    refuse_bitwise("compiled", spec)
+    refuse("compiled", spec)
     if spec.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise BackendError(
             "backend 'compiled' cannot run here: torch.compile on a CPU needs a C++ compiler on the PATH"

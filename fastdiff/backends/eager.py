@@ -53,14 +53,18 @@ class EagerRunner:
         self.update(state)
 
 
-def refuse_bitwise(name: str, spec: Spec) -> None:
-    """PyTorch chooses kernels by batch size and thread count, so its wrappers cannot promise equal bits."""
+def refuse(name: str, spec: Spec) -> None:
+    """What wrappers of PyTorch cannot give: equal bits, as it chooses kernels by batch size and thread count; and a
+    faster bfloat16.
+    """
     if spec.determinism == "bitwise":
         raise BackendError(
             f"backend {name!r} cannot give determinism='bitwise': PyTorch's kernels depend on the batch; use 'seed'"
         )
+    if spec.fast:
+        raise BackendError(f"backend {name!r} has one kind of bfloat16 only; use dtype='bfloat16'")
 
 
 def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:
-    refuse_bitwise("eager", spec)
+    refuse("eager", spec)
     return EagerRunner(unet, spec)

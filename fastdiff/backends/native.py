@@ -1,4 +1,7 @@
-"""Backend `native`: the C++ engine for CPUs. Runs fastdiff's own U-Net, in float32, as a lowered program.
+"""Backend `native`: the C++ engine for CPUs. Runs fastdiff's own U-Net as a lowered program.
+
+Products are of float32, or of bfloat16 with sums in float32; everything between them is float32. bfloat16 has two
+kinds: Winograd's F(4x4, 3x3) rounds more than twice as much as F(2x2, 3x3), so only `Spec.fast` has it.
 
 This module owns every buffer that the engine reads and writes, packs the weights, and chooses each convolution's
 algorithm; `csrc/` does the arithmetic.
@@ -61,9 +64,15 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons += _alterations(unet)
     if spec.device.type != "cpu":
         reasons.append(f"it runs on the CPU, not on {spec.device}")
-    if spec.dtype != torch.float32:
-        reasons.append(f"it computes in float32, not in {str(spec.dtype).removeprefix('torch.')}")
+    if spec.dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"it computes in float32 or bfloat16, not in {str(spec.dtype).removeprefix('torch.')}")
+    if spec.dtype == torch.bfloat16 and native is not None and not _multiplies_bf16(native):
+        reasons.append("the processor, or FASTDIFF_ISA, has no products of bfloat16 (x86-64: AVX-512 BF16)")
     return reasons
+
+
+def _multiplies_bf16(native: ModuleType) -> bool:
+    return (isa() or next(iter(native.isas()), "")) in native.bf16_isas()
 
 
 def _alterations(unet: UNet) -> list[str]:
@@ -110,8 +119,11 @@ def winograd_g(points: tuple[float, ...]) -> Tensor:
     return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
-def pack(weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int) -> Tensor:
-    """[N, C, k, k] -> float32 [panels, positions, depth, panel], zeros where channels are padded.
+def pack(
+    weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[N, C, k, k] -> [panels, positions, depth, panel], zeros where channels are padded; bfloat16 is [.., depth / 2,
+    panel, 2].
 
     channels: of each source; every one is padded to a multiple of ``group``. depth: padded channels, under every tap
     where ``method`` is "direct".
@@ -127,7 +139,10 @@ def pack(weight: Tensor, channels: tuple[int, ...], method: str, group: int, pan
         G = winograd_g(POINTS[method])
         U = torch.einsum("ia,ncab,jb->ijcn", G, W.double(), G).flatten(0, 1)
     U = torch.nn.functional.pad(U, (0, -N % panel))
-    return U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float().contiguous()
+    U = U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float()
+    if dtype == torch.bfloat16:
+        U = U.unflatten(2, (-1, 2)).transpose(3, 4).to(dtype)
+    return U.contiguous()
 
 
 class Weights:
@@ -153,16 +168,16 @@ class Weights:
         """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
         return tuple(int(p.detach().contiguous().view(torch.int32).sum()) for p in unet.parameters())
 
-    def conv(self, op: Conv, channels: tuple[int, ...], method: str) -> tuple[Tensor, Tensor]:
-        """Kernel and bias; channels: of each source."""
+    def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Kernel, in ``dtype``, and bias; channels: of each source."""
 
         def kernel() -> Tensor:
-            return pack(self._layer(op)[0], channels, method, self.native.GROUP, self.native.PANEL)
+            return pack(self._layer(op)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
 
         def bias() -> Tensor:
             return self._padded(self._layer(op)[1])
 
-        return self._once((op.weights, channels, method), kernel), self._once((op.weights, "bias"), bias)
+        return self._once((op.weights, channels, method, dtype), kernel), self._once((op.weights, "bias"), bias)
 
     def _layer(self, op: Conv) -> tuple[Tensor, Tensor]:
         """W [N, C, k, k] and b [N], stacked or merged as the operation says."""
@@ -196,7 +211,10 @@ _weights_lock = threading.Lock()
 # The choice of algorithms ---------------------------------------------------------------------------------------------
 
 
-def choose_method(op: Conv, program: Program, rows: int | None) -> str:
+METHODS = ("winograd4", "winograd2", "direct")
+
+
+def choose_method(op: Conv, program: Program, rows: int | None, allowed: tuple[str, ...] = METHODS) -> str:
     """The algorithm for a convolution: Winograd's where the kernel is 3x3 at stride 1 and the map has enough tiles.
 
     A tile costs 36 (F4) or 16 (F2) products per pair of channels for 16 or 4 pixels, against 9 a pixel; but weights
@@ -213,7 +231,7 @@ def choose_method(op: Conv, program: Program, rows: int | None) -> str:
         # In products: a weight that is read costs about as much as multiplying it by a dozen items.
         return positions * (items + 12)
 
-    return min(("winograd4", "winograd2", "direct"), key=cost)
+    return min(allowed, key=cost)
 
 
 # Buffers and operations -----------------------------------------------------------------------------------------------
@@ -252,7 +270,7 @@ class Compiled:
 
     def __init__(
         self, native: ModuleType, program: Program, layout: Plan, arena: Tensor, weights: Weights, inputs: Inputs,
-        isa: str, team: Any, by_shape: bool,
+        isa: str, team: Any, spec: Spec,
     ):  # fmt: skip
         self.native = native
         self.program = program
@@ -263,7 +281,7 @@ class Compiled:
         self.inputs = inputs
         self.engine = native.Engine(isa, team, self.rows)
         self.methods: dict[str, str] = {}
-        self.by_shape = by_shape
+        self.spec = spec
         H, W, C = program.buffers["out"].shape
         self.out = torch.zeros(self.rows, H, W, self._padded(C))
         for op in program.ops:
@@ -389,9 +407,13 @@ class Compiled:
     def _add_conv(self, op: Conv) -> None:
         buffers = self.program.buffers
         H, W, C = buffers[op.dst].shape
-        method = choose_method(op, self.program, None if self.by_shape else self.rows)
+        bf16 = self.spec.dtype == torch.bfloat16 and op.dst != "projections"
+        allowed = METHODS[1:] if bf16 and not self.spec.fast else METHODS
+        rows = None if self.spec.determinism == "bitwise" else self.rows
+        method = choose_method(op, self.program, rows, allowed)
         self.methods[op.dst] = method
-        kernel, bias = self.weights.conv(op, tuple(buffers[name].shape[2] for name in op.src), method)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        kernel, bias = self.weights.conv(op, tuple(buffers[name].shape[2] for name in op.src), method, dtype)
         self.engine.conv(
             **self._sources(op),
             src_height=buffers[op.src[0]].shape[0],
@@ -404,6 +426,7 @@ class Compiled:
             upsample=op.upsample,
             method=getattr(self.native.Method, method),
             **self._norm(op),
+            bf16=bf16,
             weights=kernel.data_ptr(),
             bias=bias.data_ptr(),
             outputs=self._padded(C),
@@ -525,9 +548,8 @@ class NativeRunner:
             class_images=images,
         )
         return Compiled(
-            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team,
-            self.spec.determinism == "bitwise",
-        )  # fmt: skip
+            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec
+        )
 
     def _fill(self, inputs: Inputs, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
         n = len(x)
