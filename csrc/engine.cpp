@@ -119,8 +119,9 @@ Engine::Split Engine::split(const ConvArgs& conv) const {
 }
 
 void Engine::add(const Op& op) {
-  const auto* bf16 = std::get_if<ConvOp>(&op);
-  if (bf16 != nullptr && bf16->conv.bf16 && !kernels_.bf16)
+  const auto* products = std::get_if<ConvOp>(&op);
+  const auto* attends = std::get_if<AttentionOp>(&op);
+  if (!kernels_.bf16 && ((products && products->conv.bf16) || (attends && attends->attention.bf16)))
     throw std::invalid_argument(std::string(kernels_.name) + " does not multiply bfloat16");
   const auto wants = [this](int64_t size) { own_size_ = std::max(own_size_, size); };
   const auto wants_norm = [this](const NormArgs& norm) {

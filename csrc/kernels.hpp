@@ -16,6 +16,7 @@ constexpr int panel = 64;  // output channels multiplied at a time
 constexpr int strip = 4;   // pixel rows that a unit of work makes
 
 static inline int padded(int channels) { return (channels + group - 1) / group * group; }
+static inline int even(int n) { return n + n % 2; }
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct Range {
@@ -141,13 +142,14 @@ struct AttentionArgs {
   const float* scale;  // [rows, padded(head_dim)], or null
   const float* shift;
   int pixels, heads, head_dim;
+  bool bf16;   // products of bfloat16
   float* dst;  // [rows, pixels, padded(heads * head_dim)]
 
   static constexpr int block = 48;  // queries at a time
   int blocks() const { return ceil_div(pixels, block); }
   int64_t space() const {
     const int64_t keys = ceil_div(pixels, panel) * panel, width = ceil_div(head_dim, panel) * panel;
-    return keys * head_dim + width * pixels + block * (keys + width);
+    return keys * even(head_dim) + width * even(pixels) + block * (2 * keys + width + padded(head_dim));
   }
 };
 

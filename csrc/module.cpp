@@ -205,7 +205,7 @@ NB_MODULE(_native, m) {
       .def(
           "attention",
           [](Engine& e, uintptr_t queries, int query_stride, uintptr_t keys, uintptr_t values, int key_stride,
-             std::optional<NormArgs> norm, int pixels, int heads, int head_dim, uintptr_t dst) {
+             std::optional<NormArgs> norm, int pixels, int heads, int head_dim, bool bf16, uintptr_t dst) {
             AttentionArgs a{};
             a.queries = reinterpret_cast<const float*>(queries);
             a.keys = reinterpret_cast<const float*>(keys);
@@ -215,12 +215,13 @@ NB_MODULE(_native, m) {
             a.pixels = pixels;
             a.heads = heads;
             a.head_dim = head_dim;
+            a.bf16 = bf16;
             a.dst = reinterpret_cast<float*>(dst);
             e.add(AttentionOp{a, norm.value_or(NormArgs{})});
           },
           nb::kw_only(), nb::arg("queries"), nb::arg("query_stride"), nb::arg("keys"), nb::arg("values"),
           nb::arg("key_stride"), nb::arg("norm").none(), nb::arg("pixels"), nb::arg("heads"), nb::arg("head_dim"),
-          nb::arg("dst"))
+          nb::arg("bf16"), nb::arg("dst"))
       .def("run", &Engine::run, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
       .def("profile", &Engine::profile, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("space", &Engine::space)

@@ -1,37 +1,61 @@
 // softmax(q k^T / sqrt(d)) v for one (row, head) at a time, as two products against panels packed on the spot.
 
-// v [width / panel, P, panel]: the head's values, normalised where there is a norm.
-static void pack_values(const AttentionArgs& a, int row, int head, float* v) {
-  const int d = a.head_dim, P = a.pixels;
-  for (int p = 0; p < P; p++) {
-    const float* value = a.values + (static_cast<int64_t>(row) * P + p) * a.key_stride + head * d;
-    for (int k = 0; k < d; k += lanes) {
-      Vec h = load_some(value + k, d - k);
-      if (a.scale != nullptr) {
-        const int64_t at = static_cast<int64_t>(row) * padded(d) + k;
-        h = h * load(a.scale + at) + load(a.shift + at);
-      }
-      store(v + (static_cast<int64_t>(k / panel) * P + p) * panel + k % panel, h);
-    }
-  }
+// One vector of a pixel's channels of a head, from channel k on, normalised where there is a norm; zeros past the last.
+static inline Vec read_head(const AttentionArgs& a, const float* source, int row, int head, int p, int k) {
+  Vec h = load_some(source + (static_cast<int64_t>(row) * a.pixels + p) * a.key_stride + head * a.head_dim + k,
+                    a.head_dim - k);
+  if (a.scale == nullptr) return h;
+  const int64_t at = static_cast<int64_t>(row) * padded(a.head_dim) + k;
+  return h * load(a.scale + at) + load(a.shift + at);
 }
 
-// kt [keys / panel, d, panel]: the head's keys, transposed and divided by sqrt(d); zeros past the last. Normalised ones
-// are the values.
-static void pack_keys(const AttentionArgs& a, int row, int head, const float* v, float* kt) {
-  constexpr int some = 16;  // depths at a time, whose lines of kt stay in the first-level cache
+// v [width / panel, P, panel], of bfloat16 [.., P / 2, panel, 2]: the head's values.
+static void pack_values(const AttentionArgs& a, int row, int head, float* v) {
+  for (int p = 0; p < a.pixels; p++)
+    for (int k = 0; k < a.head_dim; k += lanes)
+      store(v + (static_cast<int64_t>(k / panel) * a.pixels + p) * panel + k % panel,
+            read_head(a, a.values, row, head, p, k));
+}
+
+static void pack_values(const AttentionArgs& a, int row, int head, BF16* v) {
+  const int P = even(a.pixels);
+  for (int p = 0; p < P; p += 2)
+    for (int k = 0; k < a.head_dim; k += lanes)
+      store_pairs(v + (static_cast<int64_t>(k / panel) * P + p) * panel + k % panel * 2,
+                  read_head(a, a.values, row, head, p, k),
+                  p + 1 < a.pixels ? read_head(a, a.values, row, head, p + 1, k) : splat(0));
+}
+
+// kt [keys / panel, d, panel], of bfloat16 [.., d / 2, panel, 2]: the head's keys, transposed and divided by sqrt(d);
+// zeros past the last. Channels come by vectors, whose lines of kt stay in the first-level cache for a panel of keys.
+static void pack_keys(const AttentionArgs& a, int row, int head, float* kt) {
   const int d = a.head_dim, P = a.pixels;
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
   if (P % panel != 0)
     std::memset(kt + static_cast<int64_t>(P / panel) * d * panel, 0, sizeof(float) * static_cast<int64_t>(d) * panel);
   for (int first = 0; first < P; first += panel)
-    for (int k = 0; k < d; k += some)
+    for (int k = 0; k < d; k += lanes)
       for (int p = first; p < std::min(first + panel, P); p++) {
-        const float* key = a.scale != nullptr
-                               ? v + (static_cast<int64_t>(k / panel) * P + p) * panel + k % panel
-                               : a.keys + (static_cast<int64_t>(row) * P + p) * a.key_stride + head * d + k;
+        float key[lanes];
+        store(key, read_head(a, a.keys, row, head, p, k) * scale);
         float* column = kt + (static_cast<int64_t>(first / panel) * d + k) * panel + p % panel;
-        for (int i = 0; i < std::min(some, d - k); i++) column[static_cast<int64_t>(i) * panel] = key[i] * scale;
+        for (int i = 0; i < std::min(lanes, d - k); i++) column[static_cast<int64_t>(i) * panel] = key[i];
+      }
+}
+
+static void pack_keys(const AttentionArgs& a, int row, int head, BF16* kt) {
+  const int d = even(a.head_dim), P = a.pixels;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim));
+  if (P % panel != 0)
+    std::memset(kt + static_cast<int64_t>(P / panel) * d * panel, 0, sizeof(BF16) * static_cast<int64_t>(d) * panel);
+  for (int first = 0; first < P; first += panel)
+    for (int k = 0; k < d; k += lanes)
+      for (int p = first; p < std::min(first + panel, P); p++) {
+        BF16 key[lanes];
+        store(key, read_head(a, a.keys, row, head, p, k) * scale);
+        BF16* column = kt + (static_cast<int64_t>(first / panel) * d + k) * panel + p % panel * 2;
+        for (int i = 0; i < std::min(lanes, d - k); i += 2)
+          std::memcpy(column + static_cast<int64_t>(i) * panel, key + i, 2 * sizeof(BF16));
       }
 }
 
@@ -60,33 +84,49 @@ static void softmax(float* scores, int n, int P, int keys, float* sums) {
   }
 }
 
+// The rows of a matrix as the products want them: as they are, or rounded into `space` [n, columns] and zero-padded.
+static const float* as_operand(const float* rows, int64_t, int, int, int, float*) { return rows; }
+static const BF16* as_operand(const float* rows, int64_t stride, int n, int count, int columns, BF16* space) {
+  for (int i = 0; i < n; i++)
+    for (int k = 0; k < columns; k += lanes)
+      store(space + static_cast<int64_t>(i) * columns + k, load_some(rows + i * stride + k, count - k));
+  return space;
+}
+
 // Units of work are blocks of queries, numbered through pairs: unit = (row * heads + head) * blocks + block.
-static void attention(const AttentionArgs& a, Range units, float* space) {
+template <class T>
+static void attend(const AttentionArgs& a, Range units, float* space) {
+  constexpr bool rounds = step_depth<T> == 2;
   const int inner = a.heads * a.head_dim, to = padded(inner), d = a.head_dim, P = a.pixels;
   const int keys = ceil_div(P, panel) * panel, width = ceil_div(d, panel) * panel;
+  const int depth = rounds ? even(d) : d, last = rounds ? even(P) : P, columns = padded(d);
   const int blocks = a.blocks();
   constexpr int query_block = AttentionArgs::block;
-  float* kt = space;                                                  // [keys / panel, d, panel]
-  float* v = kt + static_cast<int64_t>(keys) * d;                     // [width / panel, P, panel]
-  float* scores = v + static_cast<int64_t>(width) * P;                // [query_block, keys]
+  // What is in T takes as many floats, or half as many.
+  T* kt = reinterpret_cast<T*>(space);                  // [keys / panel, depth, panel]
+  T* v = kt + static_cast<int64_t>(keys) * depth;       // [width / panel, last, panel]
+  T* operand = v + static_cast<int64_t>(width) * last;  // [query_block, keys or columns]
+  float* scores = reinterpret_cast<float*>(operand + (rounds ? query_block * std::max(keys, columns) : 0));
   float* result = scores + static_cast<int64_t>(query_block) * keys;  // [query_block, width]
   int packed = -1;
   for (int unit = units.begin; unit < units.end; unit++) {
     const int pair = unit / blocks, row = pair / a.heads, head = pair % a.heads;
-    const float* queries = a.queries + static_cast<int64_t>(row) * P * a.query_stride + head * d;
     if (pair != packed) {
       pack_values(a, row, head, v);
-      pack_keys(a, row, head, v, kt);
+      pack_keys(a, row, head, kt);
       packed = pair;
     }
     const int q0 = unit % blocks * query_block, n = std::min(query_block, P - q0);
+    const float* queries = a.queries + (static_cast<int64_t>(row) * P + q0) * a.query_stride + head * d;
+    const T* q = as_operand(queries, a.query_stride, n, d, columns, operand);
     for (int p = 0; p < keys; p += panel)
-      multiply(n, panel, d, queries + static_cast<int64_t>(q0) * a.query_stride, a.query_stride,
-               kt + static_cast<int64_t>(p) * d, scores + p, keys);
+      multiply(n, panel, depth, q, rounds ? columns : a.query_stride, kt + static_cast<int64_t>(p) * depth, scores + p,
+               keys);
     float sums[query_block];
     softmax(scores, n, P, keys, sums);
+    const T* weights = as_operand(scores, keys, n, keys, keys, operand);
     for (int k = 0; k < width; k += panel)
-      multiply(n, std::min(panel, d - k), P, scores, keys, v + static_cast<int64_t>(k) * P, result + k, width);
+      multiply(n, std::min(panel, d - k), last, weights, keys, v + static_cast<int64_t>(k) * last, result + k, width);
     for (int i = 0; i < n; i++) {
       float* pixel = a.dst + (static_cast<int64_t>(row) * P + q0 + i) * to;
       for (int k = 0; k < d; k++) pixel[head * d + k] = result[static_cast<int64_t>(i) * width + k] * sums[i];
@@ -94,4 +134,11 @@ static void attention(const AttentionArgs& a, Range units, float* space) {
         for (int k = inner; k < to; k++) pixel[k] = 0.0f;
     }
   }
+}
+
+static void attention(const AttentionArgs& a, Range units, float* space) {
+  if (a.bf16)
+    attend<BF16>(a, units, space);
+  else
+    attend<float>(a, units, space);
 }

@@ -32,6 +32,17 @@ static inline void store(BF16* p, Vec v) {
 #endif
 }
 
+// even[0], odd[0], even[1], odd[1], ...
+static inline void store_pairs(BF16* p, Vec even, Vec odd) {
+#ifdef __AVX512BF16__
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  (void)p, (void)even, (void)odd;
+#endif
+}
+
 // The whole number nearest to t, for |t| < 2^22; `code` is for power().
 static inline Vec nearest(Vec t, Vec& code) {
 #ifdef __AVX512F__

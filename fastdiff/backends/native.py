@@ -384,7 +384,7 @@ class Compiled:
         norm = None if op.norm is None else self._norm_of(op.src[1:], op.norm)
         self.engine.attention(
             queries=q, query_stride=q_stride, keys=k, values=v, key_stride=stride, norm=norm, pixels=H * W,
-            heads=op.heads, head_dim=op.head_dim, dst=self._at(op.dst),
+            heads=op.heads, head_dim=op.head_dim, bf16=self.spec.dtype == torch.bfloat16, dst=self._at(op.dst),
         )  # fmt: skip
 
     def _add_input(self, op: Input) -> None:
