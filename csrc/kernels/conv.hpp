@@ -5,9 +5,8 @@ template <class F, class T>
 static void load_tiles(const ConvArgs& a, int c, const float* pixels, int columns, T* loaded, int64_t stride) {
   const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
   for (int ty = 0; ty < rows; ty++)
-    for (int tx = 0; tx < tiles; tx++)
-      transform_input<F>(pixels + (ty * columns + tx) * F::out * lanes, columns,
-                         loaded + static_cast<int64_t>(ty * tiles + tx) * a.depth() + c, stride);
+    transform_input<F>(pixels + ty * columns * F::out * lanes, columns, tiles,
+                       loaded + static_cast<int64_t>(ty * tiles) * a.depth() + c, a.depth(), stride);
 }
 
 template <class T>

@@ -40,25 +40,44 @@ struct Winograd4 {
   }
 };
 
-// pixels: [.., columns, lanes], the tile's first one; loaded: where position 0 goes.
+// B^T d of one column of pixels [in, columns, lanes].
+template <class F>
+static inline void transform_column(const float* pixels, int columns, Vec (&half)[F::in][F::in], int x) {
+  Vec d[F::in], t[F::in];
+#pragma GCC unroll 6
+  for (int y = 0; y < F::in; y++) d[y] = load(pixels + y * columns * lanes);
+  F::input(d, t);
+#pragma GCC unroll 6
+  for (int y = 0; y < F::in; y++) half[y][x] = t[y];
+}
+
+// A row of `tiles` tiles side by side, from the first one's pixels on; loaded: where its position 0 goes, `depth` apart
+// from the next tile's. Tiles share two columns. Of Winograd2 they are kept: all 16 numbers stay in registers. Of
+// Winograd4 they are transformed again: 36 do not, and to move them costs as much.
 template <class F, class T>
-static inline void transform_input(const float* pixels, int columns, T* loaded, int64_t stride) {
+static inline void transform_input(const float* pixels, int columns, int tiles, T* loaded, int64_t depth,
+                                   int64_t stride) {
+  constexpr bool keep = F::in == 4;
+  constexpr int shared = F::in - F::out;
   Vec half[F::in][F::in];
+  if (keep)
 #pragma GCC unroll 6
-  for (int x = 0; x < F::in; x++) {
-    Vec d[F::in], t[F::in];
+    for (int x = 0; x < shared; x++) transform_column<F>(pixels + x * lanes, columns, half, F::out + x);
+  for (int tile = 0; tile < tiles; tile++, pixels += F::out * lanes, loaded += depth) {
+    if (keep)
 #pragma GCC unroll 6
-    for (int y = 0; y < F::in; y++) d[y] = load(pixels + (y * columns + x) * lanes);
-    F::input(d, t);
+      for (int y = 0; y < F::in; y++)
 #pragma GCC unroll 6
-    for (int y = 0; y < F::in; y++) half[y][x] = t[y];
-  }
+        for (int x = 0; x < shared; x++) half[y][x] = half[y][F::out + x];
 #pragma GCC unroll 6
-  for (int y = 0; y < F::in; y++) {
-    Vec t[F::in];
-    F::input(half[y], t);
+    for (int x = keep ? shared : 0; x < F::in; x++) transform_column<F>(pixels + x * lanes, columns, half, x);
 #pragma GCC unroll 6
-    for (int x = 0; x < F::in; x++) store(loaded + (y * F::in + x) * stride, t[x]);
+    for (int y = 0; y < F::in; y++) {
+      Vec t[F::in];
+      F::input(half[y], t);
+#pragma GCC unroll 6
+      for (int x = 0; x < F::in; x++) store(loaded + (y * F::in + x) * stride, t[x]);
+    }
   }
 }
 
