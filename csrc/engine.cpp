@@ -163,6 +163,31 @@ void Engine::run(int first, int last) {
   team_->run(work);
 }
 
+void Engine::forward(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide) {
+  for (int first = 0; first < batch.rows(); first += rows_) {
+    const int n = std::min(rows_, batch.rows() - first);
+    for (int i = 0; i < n; i++) {
+      const int row = first + i, image = row % batch.images;
+      std::copy_n(batch.x + image * batch.image_size, batch.image_size, inputs.x + i * batch.image_size);
+      inputs.timestep[i] = batch.entry[batch.table[image] * batch.entry_rows + batch.row[image]];
+      if (batch.label != nullptr) inputs.label[i] = batch.label[row];
+      if (batch.class_image != nullptr)
+        std::copy_n(batch.class_image + row * batch.image_size, batch.image_size,
+                    inputs.class_image + i * batch.image_size);
+    }
+    run(0, size());
+    std::copy_n(inputs.out, n * batch.out_size, batch.net + first * batch.out_size);
+  }
+  auto work = [&](int member) { kernels_.guide(guide, share({0, batch.images}, member, team_->size())); };
+  team_->run(work);
+}
+
+void Engine::step(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide, const UpdateArgs& update) {
+  forward(inputs, batch, guide);
+  auto work = [&](int member) { kernels_.update(update, share({0, batch.images}, member, team_->size())); };
+  team_->run(work);
+}
+
 std::vector<int64_t> Engine::profile(int first, int last) {
   run(first, last);
   std::vector<int64_t> times(last - first);

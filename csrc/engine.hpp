@@ -69,6 +69,32 @@ struct AttentionOp {
 
 using Op = std::variant<InputArgs, EmbedArgs, ConvOp, PoolOp, AttentionOp>;
 
+// Where the program's operations read what changes from step to step, row by row, and where they leave the result.
+struct NetworkInputs {
+  float* x;            // [rows, image_size]
+  int64_t* timestep;   // [rows]
+  int64_t* label;      // [rows]
+  float* class_image;  // [rows, image_size]; null: the network has none
+  const float* out;    // [rows, out_size]
+};
+
+// A batch at its present step. Rows past the images are their unconditional halves.
+struct Batch {
+  int images;
+  bool guided;
+  int64_t image_size;  // numbers of an image
+  int64_t out_size;    // numbers of a row of the network's output
+  const float* x;      // [images, image_size]
+  const int64_t* table;
+  const int64_t* row;
+  const int64_t* entry;  // [tables, entry_rows]: where a timestep's embedding is
+  int64_t entry_rows;
+  const int64_t* label;      // of every row; null: the network has no labels
+  const float* class_image;  // of every row; null: the network has none
+  float* net;                // [rows, out_size]
+  int rows() const { return guided ? 2 * images : images; }
+};
+
 class Engine {
  public:
   // rows: evaluations of the network in a step.
@@ -78,7 +104,11 @@ class Engine {
   int size() const { return static_cast<int>(ops_.size()); }
   // Operations `first` to `last` - 1, in order. One caller at a time.
   void run(int first, int last);
-  // The same, with the nanoseconds that each took.
+  // All operations for every row of the batch, as many at a time as the engine has, and guidance.
+  void forward(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide);
+  // forward, and one row of the table for every image.
+  void step(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide, const UpdateArgs& update);
+  // The same as run, with the nanoseconds that each took.
   std::vector<int64_t> profile(int first, int last);
   // Bytes of working space.
   int64_t space() const;

@@ -44,6 +44,87 @@ Sources sources(const std::vector<uintptr_t>& data, const std::vector<int>& chan
   return s;
 }
 
+using Floats = Array<float>;
+using ConstFloats = Array<const float>;
+using Integers = Array<int64_t>;
+using ConstIntegers = Array<const int64_t>;
+
+// Network, guidance and, where `advance_rows`, the update and row += 1: one step of a batch in one call.
+void step(Engine& engine, Floats in_x, Integers in_timestep, Integers in_label, Floats in_class_image,
+          ConstFloats in_out, Floats x, Integers row, ConstIntegers table, ConstIntegers entry, ConstIntegers label,
+          ConstFloats class_image, Floats net, Floats out, ConstFloats bank, ConstFloats guidance, float rescale,
+          bool advance_rows, ConstIntegers lengths, ConstIntegers seed, ConstIntegers index, Floats xs, Floats m1,
+          Floats m2, Floats m3) {
+  if (x.ndim() != 4 || out.ndim() != 4 || net.ndim() != 4 || entry.ndim() != 2 || in_out.ndim() != 4)
+    throw std::invalid_argument("x, out, net and in_out have four dimensions, entry two");
+  const size_t B = x.shape(0), C = x.shape(1), H = x.shape(2), W = x.shape(3);
+  const size_t rows = guidance.is_valid() ? 2 * B : B;
+  check_shape(net, {rows, H, W, in_out.shape(3)}, "net");
+  check_shape(out, {B, out.shape(1), H, W}, "out");
+  check_shape(in_x, {in_out.shape(0), C, H, W}, "in_x");
+  check_shape(guidance, {B}, "guidance");
+  check_shape(label, {rows}, "label");
+  check_shape(class_image, {rows, H, W, C}, "class_image");
+  check_shape(seed, {B}, "seed");
+  check_shape(index, {B}, "index");
+  for (const Floats* buffer : {&xs, &m1, &m2, &m3}) check_shape(*buffer, {B, C, H, W}, "a buffer of the update");
+  const Bank tables = checked_bank(bank, table, ConstIntegers(row), B);
+  if (entry.shape(0) != bank.shape(0) || entry.shape(1) != bank.shape(1))
+    throw std::invalid_argument("entry is not [tables, rows]");
+
+  const NetworkInputs inputs{in_x.data(), in_timestep.data(), in_label.data(), data_or_null(in_class_image),
+                             in_out.data()};
+  Batch batch{};
+  batch.images = static_cast<int>(B);
+  batch.guided = guidance.is_valid();
+  batch.image_size = static_cast<int64_t>(C * H * W);
+  batch.out_size = static_cast<int64_t>(H * W * in_out.shape(3));
+  batch.x = x.data();
+  batch.table = table.data();
+  batch.row = row.data();
+  batch.entry = entry.data();
+  batch.entry_rows = static_cast<int64_t>(entry.shape(1));
+  batch.label = data_or_null(label);
+  batch.class_image = data_or_null(class_image);
+  batch.net = net.data();
+
+  GuideArgs guide;
+  guide.bank = tables;
+  guide.table = table.data();
+  guide.row = row.data();
+  guide.guidance = data_or_null(guidance);
+  guide.rescale = rescale;
+  guide.images = batch.images;
+  guide.guided = batch.guided;
+  guide.out_channels = static_cast<int>(out.shape(1));
+  guide.channels = std::min(static_cast<int>(C), guide.out_channels);
+  guide.padded = static_cast<int>(in_out.shape(3));
+  guide.pixels = static_cast<int64_t>(H * W);
+  guide.net = net.data();
+  guide.out = out.data();
+
+  UpdateArgs update;
+  update.bank = tables;
+  update.table = table.data();
+  update.row = row.data();
+  update.seed = seed.data();
+  update.index = index.data();
+  update.channels = static_cast<int>(C);
+  update.out_channels = guide.out_channels;
+  update.pixels = guide.pixels;
+  update.x = x.data();
+  update.xs = data_or_null(xs);
+  update.m1 = data_or_null(m1);
+  update.m2 = data_or_null(m2);
+  update.m3 = data_or_null(m3);
+  update.out = out.data();
+
+  nb::gil_scoped_release release;
+  if (!advance_rows) return engine.forward(inputs, batch, guide);
+  engine.step(inputs, batch, guide, update);
+  advance(row.data(), table.data(), lengths.data(), batch.images);
+}
+
 // The best of a few short runs.
 template <class Work>
 double gflops(double flop, Work work) {
@@ -222,6 +303,15 @@ NB_MODULE(_native, m) {
           nb::kw_only(), nb::arg("queries"), nb::arg("query_stride"), nb::arg("keys"), nb::arg("values"),
           nb::arg("key_stride"), nb::arg("norm").none(), nb::arg("pixels"), nb::arg("heads"), nb::arg("head_dim"),
           nb::arg("bf16"), nb::arg("dst"))
+      .def("step", &step, nb::kw_only(), nb::arg("in_x").noconvert(), nb::arg("in_timestep").noconvert(),
+           nb::arg("in_label").noconvert(), nb::arg("in_class_image").noconvert().none(), nb::arg("in_out").noconvert(),
+           nb::arg("x").noconvert(), nb::arg("row").noconvert(), nb::arg("table").noconvert(),
+           nb::arg("entry").noconvert(), nb::arg("label").noconvert().none(), nb::arg("class_image").noconvert().none(),
+           nb::arg("net").noconvert(), nb::arg("out").noconvert(), nb::arg("bank").noconvert(),
+           nb::arg("guidance").noconvert().none(), nb::arg("rescale"), nb::arg("advance_rows"),
+           nb::arg("lengths").noconvert(), nb::arg("seed").noconvert(), nb::arg("index").noconvert(),
+           nb::arg("xs").noconvert().none(), nb::arg("m1").noconvert().none(), nb::arg("m2").noconvert().none(),
+           nb::arg("m3").noconvert().none())
       .def("run", &Engine::run, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
       .def("profile", &Engine::profile, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("space", &Engine::space)

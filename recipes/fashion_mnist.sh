@@ -13,8 +13,8 @@ recipes=$(dirname "$0")
 
 fastdiff train "$data/train-images-idx3-ubyte.gz" --labels "$data/train-labels-idx1-ubyte.gz" --size 32 --fit pad \
     --out "$run" \
-    --channels 32,64,128 --layers 1 --attention 8 --groups 8 \
-    --prediction v_prediction --min-snr-gamma 5 --schedule cosine \
+    --channels 32,64,128 --layers 1 --attention 8 --groups 8 --scale-shift --class-image concat \
+    --prediction v_prediction --schedule cosine \
     --lr 1e-3 --lr-warmup 200 --ema-decay 0.9995 --label-dropout 0.1 \
     --precision bf16 --compile --batch-size 128 --steps 6000 --seed 0
 

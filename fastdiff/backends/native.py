@@ -262,7 +262,6 @@ class Inputs:
     times: Tensor
     classes: Tensor | None
     class_images: Tensor | None
-    labelled: bool = False
 
 
 class Compiled:
@@ -286,11 +285,6 @@ class Compiled:
         self.out = torch.zeros(self.rows, H, W, self._padded(C))
         for op in program.ops:
             self._add(op)
-
-    def run(self) -> Tensor:
-        """The network's output, [rows, H, W, padded C]."""
-        self.engine.run(0, len(self.engine))
-        return self.out
 
     def buffer(self, name: str) -> Tensor:
         """A buffer of the arena, [rows, H, W, padded C]; for tests."""
@@ -469,33 +463,69 @@ class NativeRunner:
         self.arena = aligned(0)
         self.tables: tuple[StepTable, ...] = ()
         self.state: State | None = None
+        self.labels: dict[bool, tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
     def forward(self, state: State) -> None:
         """Network and guidance: sets ``state.out``."""
+        self._run(state, advance=False)
+
+    @torch.no_grad()
+    def update(self, state: State) -> None:
+        """One row of the table for every image, in place, row += 1."""
+        out, v = update.split_output(state)  # says what is wrong with the channels
+        z = update.update_noise(state) if state.noise is not None else None
+        state.x = state.x.contiguous()
+        self.native.update(
+            state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
+            seed=state.seed, index=state.index, z=None if z is None else z.contiguous(), xs=state.xs, m1=state.m1,
+            m2=state.m2, m3=state.m3, isa=self.isa,
+        )  # fmt: skip
+        state.advance()
+
+    @torch.no_grad()
+    def step(self, state: State) -> None:
+        """Both, in one call of the engine, unless the noise is the caller's."""
+        learned = self.unet.config.out_channels == 2 * state.x.shape[1]
+        if state.noise is not None or (state.column_host("sv").any() and not learned):
+            self.forward(state)
+            self.update(state)
+        else:
+            self._run(state, advance=True)
+            state.row_host = np.minimum(state.row_host + 1, state.bank.lengths_host[state.table_host])
+
+    def _run(self, state: State, advance: bool) -> None:
         self._follow(state)
         guided = bool(state.guided_host.any())
         rows = len(state.x) * (1 + guided)
-        x = state.x.repeat(1 + guided, 1, 1, 1)
-        timestep = torch.from_numpy(self.entry[state.table_host, state.row_host]).repeat(1 + guided)
-        label = state.label
-        if label is not None and guided:
-            label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
-
+        label, class_images = self._labels(state, guided)
+        compiled = self._compiled(self._part(rows))
+        inputs = compiled.inputs
         H, W, C = self.program.buffers["out"].shape
-        net = torch.empty(rows, H, W, -(-C // self.native.GROUP) * self.native.GROUP)
-        part = self._part(rows)
-        for first in range(0, rows, part):
-            chosen = slice(first, min(first + part, rows))
-            compiled = self._compiled(part)
-            self._fill(compiled.inputs, x[chosen], timestep[chosen], None if label is None else label[chosen])
-            net[chosen] = compiled.run()[: chosen.stop - first]
-
-        state.out = torch.empty(len(state.x), C, H, W)
-        self.native.guide(
-            state.out, net, state.bank.values, state.table, state.row, state.guidance if guided else None,
-            channels=min(C, state.x.shape[1]), rescale=state.guidance_rescale, isa=self.isa,
+        state.x, state.out = state.x.contiguous(), torch.empty(len(state.x), C, H, W)
+        compiled.engine.step(
+            in_x=inputs.x, in_timestep=inputs.timestep, in_label=inputs.label, in_class_image=inputs.class_images,
+            in_out=compiled.out, x=state.x, row=state.row, table=state.table, entry=self.entry, label=label,
+            class_image=class_images, net=torch.empty(rows, *compiled.out.shape[1:]), out=state.out,
+            bank=state.bank.values, guidance=state.guidance if guided else None, rescale=state.guidance_rescale,
+            advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index, xs=state.xs,
+            m1=state.m1, m2=state.m2, m3=state.m3,
         )  # fmt: skip
+
+    def _labels(self, state: State, guided: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Of every row: its label, and its class image [H, W, C] where the network has those."""
+        if state.label is None:
+            return None, None
+        if guided not in self.labels:
+            label, images = state.label, None
+            if guided:
+                label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
+            if self.unet.class_encoder is not None:
+                distinct, place = torch.unique(label, return_inverse=True)
+                maps = self.unet.class_encoder(distinct, self.spec.shape[1:]).permute(0, 2, 3, 1)
+                images = maps[place].contiguous()
+            self.labels[guided] = label.contiguous(), images
+        return self.labels[guided]
 
     def _part(self, rows: int) -> int:
         """How many rows run at a time: all in as few equal parts as keep a part's arena in the cache.
@@ -516,11 +546,12 @@ class NativeRunner:
             if self.weights is not Weights.of(self.unet, self.native):
                 self._reset()
             self.state = state
+            self.labels.clear()
         if state.bank.tables != self.tables:
             self.tables = state.bank.tables
             t, inverse = np.unique(state.bank.host[..., COLUMNS.index("t")], return_inverse=True)
             self.times = embed_timesteps(self.unet, torch.from_numpy(t).float()).contiguous()
-            self.entry = inverse.reshape(state.bank.host.shape[:2]).astype(np.int64)
+            self.entry = torch.from_numpy(inverse.reshape(state.bank.host.shape[:2]).astype(np.int64))
             self.compiled.clear()
 
     def _compiled(self, rows: int) -> Compiled:
@@ -550,36 +581,6 @@ class NativeRunner:
         return Compiled(
             self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec
         )
-
-    def _fill(self, inputs: Inputs, x: Tensor, timestep: Tensor, label: Tensor | None) -> None:
-        n = len(x)
-        inputs.x[:n] = x
-        inputs.timestep[:n] = timestep
-        if label is None or (inputs.labelled and torch.equal(inputs.label[:n], label)):
-            return
-        inputs.label[:n], inputs.labelled = label, True
-        if inputs.class_images is not None:
-            assert self.unet.class_encoder is not None
-            distinct, place = torch.unique(label, return_inverse=True)
-            maps = self.unet.class_encoder(distinct, self.spec.shape[1:]).permute(0, 2, 3, 1)
-            inputs.class_images[:n] = maps[place]
-
-    @torch.no_grad()
-    def update(self, state: State) -> None:
-        """One row of the table for every image, in place, row += 1."""
-        out, v = update.split_output(state)  # says what is wrong with the channels
-        z = update.update_noise(state) if state.noise is not None else None
-        state.x = state.x.contiguous()
-        self.native.update(
-            state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
-            seed=state.seed, index=state.index, z=None if z is None else z.contiguous(), xs=state.xs, m1=state.m1,
-            m2=state.m2, m3=state.m3, isa=self.isa,
-        )  # fmt: skip
-        state.advance()
-
-    def step(self, state: State) -> None:
-        self.forward(state)
-        self.update(state)
 
 
 # Teams whose threads the parent process kept when it forked: to end them would wait for threads that are not here.
