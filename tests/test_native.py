@@ -26,7 +26,7 @@ from unets import (
 )
 
 from fastdiff import NoiseSchedule, Sampler, noise, solvers
-from fastdiff.backends import Spec, native, prepare
+from fastdiff.backends import Spec, native, packing, prepare
 from fastdiff.errors import BackendError
 from fastdiff.lower import lower
 from fastdiff.plan import STATISTICS, plan
@@ -112,7 +112,7 @@ class Replay(Interpreter):
 
     def compiled(self, isa: str, threads: int = 1, dtype: torch.dtype = torch.float32) -> native.Compiled:
         arena = native.aligned(self.layout.size)
-        weights = native.Weights.of(self.single, extension)
+        weights = packing.Weights.of(self.single, extension)
         return native.Compiled(
             extension,
             self.program,
@@ -320,7 +320,7 @@ def test_statistics_at_a_large_mean(replays, method, isa, monkeypatch):
 
 def test_winograd_matrices_are_exact():
     """A^T [(G g) . (B^T d)] is the convolution, for the B^T and A^T that follow from the points."""
-    for points, outputs in ((native.POINTS["winograd2"], 2), (native.POINTS["winograd4"], 4)):
+    for points, outputs in ((packing.POINTS["winograd2"], 2), (packing.POINTS["winograd4"], 4)):
         n = len(points) + 1
         bt = torch.zeros(n, n, dtype=torch.float64)
         everything = torch.tensor([1.0], dtype=torch.float64)  # coefficients, lowest power first
@@ -340,14 +340,14 @@ def test_winograd_matrices_are_exact():
             [[p**i for p in points] + [float(i == outputs - 1)] for i in range(outputs)], dtype=torch.float64
         )
         d, g = torch.randn(n, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-        y = at @ ((native.winograd_g(points) @ g) * (bt @ d))
+        y = at @ ((packing.winograd_g(points) @ g) * (bt @ d))
         assert (y - d.unfold(0, 3, 1) @ g).abs().max() < 1e-12
 
 
 def test_packed_weights_of_a_concatenation():
     """Each source is padded by itself; a panel holds 64 outputs."""
     W = torch.randn(70, 5 + 3, 3, 3)
-    packed = native.pack(W, (5, 3), "direct", 16, 64)
+    packed = packing.pack(W, (5, 3), "direct", 16, 64)
     assert packed.shape == (2, 1, 9 * 32, 64)
     taps = packed.permute(2, 0, 3, 1).reshape(9, 32, 128)
     assert torch.equal(taps[:, :5, :70], W[:, :5].permute(2, 3, 1, 0).flatten(0, 1))
@@ -355,9 +355,9 @@ def test_packed_weights_of_a_concatenation():
     assert packed.count_nonzero() == W.numel()
     one = torch.zeros(1, 1, 3, 3)
     one[0, 0, 1, 1] = 1.0
-    G = native.winograd_g(native.POINTS["winograd4"])[:, 1]
+    G = packing.winograd_g(packing.POINTS["winograd4"])[:, 1]
     expected = torch.outer(G, G).flatten()
-    assert (native.pack(one, (1,), "winograd4", 16, 64)[0, :, 0, 0] - expected).abs().max() < 1e-7
+    assert (packing.pack(one, (1,), "winograd4", 16, 64)[0, :, 0, 0] - expected).abs().max() < 1e-7
 
 
 def test_one_packing_for_all_batch_sizes():
@@ -365,7 +365,7 @@ def test_one_packing_for_all_batch_sizes():
     sampler = Sampler(unet, SCHEDULE, backend="native")
     for n in (1, 2, 3):
         sampler.sample(n, steps=1, batch_size=n)
-    weights = native.Weights.of(unet, extension)
+    weights = packing.Weights.of(unet, extension)
     assert all(runner.weights is weights for runner in sampler._runners.values())
     assert len({key for key in weights.packed if len(key) == 3}) <= 3 * sum(
         isinstance(op, Conv) for op in lower(unet, (8, 8)).ops

@@ -3,8 +3,8 @@
 Products are of float32, or of bfloat16 with sums in float32; everything between them is float32. bfloat16 has two
 kinds: Winograd's F(4x4, 3x3) rounds more than twice as much as F(2x2, 3x3), so only `Spec.fast` has it.
 
-This module owns every buffer that the engine reads and writes, packs the weights, and chooses each convolution's
-algorithm; `csrc/` does the arithmetic.
+This module owns every buffer that the engine reads and writes and chooses each convolution's algorithm;
+`fastdiff.backends.packing` has the weights, and `csrc/` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import math
 import os
-import threading
-import weakref
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from fastdiff import update
 from fastdiff.backends import Spec
+from fastdiff.backends.packing import Weights
 from fastdiff.errors import BackendError
 from fastdiff.lower import embed_timesteps, lower
 from fastdiff.plan import ALIGNMENT, STATISTICS, Plan, plan
@@ -102,110 +101,6 @@ def prepare(unet: nn.Module, spec: Spec) -> NativeRunner:
     _refuse(unet, spec)
     assert isinstance(unet, UNet)
     return NativeRunner(unet, spec)
-
-
-# Weights --------------------------------------------------------------------------------------------------------------
-
-# Points of the Winograd transforms (csrc/kernels/winograd.hpp); infinity is the last one of each.
-POINTS = {"winograd2": (0.0, 1.0, -1.0), "winograd4": (0.0, 0.75, -0.75, 1.5, -1.5)}
-
-
-def winograd_g(points: tuple[float, ...]) -> Tensor:
-    """G [len(points) + 1, 3] in float64: row j is [1, p_j, p_j^2] / prod_k (p_j - p_k), the last row [0, 0, 1]."""
-    rows = []
-    for p in points:
-        n = math.prod(p - other for other in points if other != p)
-        rows.append([1 / n, p / n, p * p / n])
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
-
-
-def pack(
-    weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """[N, C, k, k] -> [panels, positions, depth, panel], zeros where channels are padded; bfloat16 is [.., depth / 2,
-    panel, 2].
-
-    channels: of each source; every one is padded to a multiple of ``group``. depth: padded channels, under every tap
-    where ``method`` is "direct".
-    """
-    N, _, k, _ = weight.shape
-    parts = []
-    for part in weight.split(channels, dim=1):
-        parts.append(torch.nn.functional.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % group)))
-    W = torch.cat(parts, dim=1)
-    if method == "direct":
-        U = W.permute(2, 3, 1, 0).reshape(1, k * k * W.shape[1], N)
-    else:
-        G = winograd_g(POINTS[method])
-        U = torch.einsum("ia,ncab,jb->ijcn", G, W.double(), G).flatten(0, 1)
-    U = torch.nn.functional.pad(U, (0, -N % panel))
-    U = U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float()
-    if dtype == torch.bfloat16:
-        U = U.unflatten(2, (-1, 2)).transpose(3, 4).to(dtype)
-    return U.contiguous()
-
-
-class Weights:
-    """A network's weights as the engine reads them, each packing made once and shared by all batch sizes."""
-
-    def __init__(self, unet: UNet, native: ModuleType):
-        self.native = native
-        self.state = {k: v.detach() for k, v in unet.state_dict().items()}
-        self.packed: dict[tuple[Any, ...], Tensor] = {}
-        self.fingerprint = self._fingerprint(unet)
-
-    @classmethod
-    def of(cls, unet: UNet, native: ModuleType) -> Weights:
-        """The network's, as they are now."""
-        with _weights_lock:
-            known = _weights.get(unet)
-            if known is None or known.fingerprint != cls._fingerprint(unet):
-                known = _weights[unet] = cls(unet, native)
-            return known
-
-    @staticmethod
-    def _fingerprint(unet: UNet) -> tuple[int, ...]:
-        """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
-        return tuple(int(p.detach().contiguous().view(torch.int32).sum()) for p in unet.parameters())
-
-    def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Kernel, in ``dtype``, and bias; channels: of each source."""
-
-        def kernel() -> Tensor:
-            return pack(self._layer(op)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
-
-        def bias() -> Tensor:
-            return self._padded(self._layer(op)[1])
-
-        return self._once((op.weights, channels, method, dtype), kernel), self._once((op.weights, "bias"), bias)
-
-    def _layer(self, op: Conv) -> tuple[Tensor, Tensor]:
-        """W [N, C, k, k] and b [N], stacked or merged as the operation says."""
-        W, b = ([self.state[f"{key}.{kind}"].double() for key in op.weights] for kind in ("weight", "bias"))
-        if op.merged == "first transposed":
-            return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
-        if op.merged == "in turn":
-            return (W[0] @ W[1])[:, :, None, None], W[0] @ b[1] + b[0]
-        return torch.cat(W).reshape(-1, W[0].shape[1], op.kernel, op.kernel), torch.cat(b)
-
-    def _padded(self, v: Tensor) -> Tensor:
-        return torch.nn.functional.pad(v.float(), (0, -len(v) % self.native.GROUP)).contiguous()
-
-    def vector(self, name: str) -> Tensor:
-        return self._once((name,), lambda: self._padded(self.state[name]))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.packed.values())
-
-    def _once(self, key: tuple[Any, ...], make: Any) -> Tensor:
-        if key not in self.packed:
-            self.packed[key] = make()
-        return self.packed[key]
-
-
-_weights: weakref.WeakKeyDictionary[UNet, Weights] = weakref.WeakKeyDictionary()
-_weights_lock = threading.Lock()
 
 
 # The choice of algorithms ---------------------------------------------------------------------------------------------
