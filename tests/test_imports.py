@@ -31,6 +31,7 @@ ORDER = (
     "plan",
     "lower",
     "kernels",
+    "_native",  # csrc/
     "backends",
     "images",
     "output",
