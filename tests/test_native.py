@@ -372,6 +372,21 @@ def test_one_packing_for_all_batch_sizes():
     )
 
 
+@pytest.mark.slow
+def test_packed_weights_take_at_most_four_times_the_raw_ones():
+    """float32, for the batch sizes 1, 8 and 32, whose algorithms differ."""
+    unet = random_unet(PUBLISHED["ddpm-cifar10-32"])
+    raw = 4 * sum(p.numel() for p in unet.parameters())
+    sizes = []
+    for n in (1, 8, 32):
+        sampler = Sampler(unet, SCHEDULE, backend="native")
+        sampler.sample(n, steps=1, batch_size=n)
+        memory = sampler._runner(n, (3, 32, 32)).memory()
+        sizes.append(memory["weights"])
+        assert min(memory.values()) > 0
+    assert raw < sizes[0] < sizes[1] <= sizes[2] <= 4 * raw
+
+
 def test_the_choice_depends_on_the_shape_alone_where_bits_matter():
     program = lower(random_unet(PUBLISHED["ddpm-cifar10-32"]), (32, 32))
     convs = [op for op in program.ops if isinstance(op, Conv)]

@@ -113,7 +113,8 @@ def choose_method(op: Conv, program: Program, rows: int | None, allowed: tuple[s
     """The algorithm for a convolution: Winograd's where the kernel is 3x3 at stride 1 and the map has enough tiles.
 
     A tile costs 36 (F4) or 16 (F2) products per pair of channels for 16 or 4 pixels, against 9 a pixel; but weights
-    grow by 4 or 16/9, and reading them is what few tiles cannot hide. rows=None: by the layer's shape alone.
+    grow by 4 or 16/9, and reading them is what few tiles cannot hide. rows=None: by the layer's shape alone. Maps of
+    one F4 tile never take it: their layers could come to have three packings, for 3 % of a large batch's time.
     """
     if op.kernel != 3 or op.stride != 1 or op.padding != (1, 1):
         return "direct"
@@ -126,7 +127,7 @@ def choose_method(op: Conv, program: Program, rows: int | None, allowed: tuple[s
         # In products: a weight that is read costs about as much as multiplying it by a dozen items.
         return positions * (items + 12)
 
-    return min(allowed, key=cost)
+    return min((m for m in allowed if m != "winograd4" or H * W > 16), key=cost)
 
 
 # Buffers and operations -----------------------------------------------------------------------------------------------
@@ -332,6 +333,8 @@ class Compiled:
 # What a third-level cache holds of activations, with the weights that pass by.
 CACHE_BYTES = 32 << 20
 
+TIMES = 64  # distinct timesteps for which there is room from the start
+
 # The runner -----------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +360,7 @@ class NativeRunner:
         self.compiled: dict[int, Compiled] = {}
         self.arena = aligned(0)
         self.tables: tuple[StepTable, ...] = ()
+        self.times = torch.empty(0, 0)
         self.state: State | None = None
         self.labels: dict[bool, tuple[Tensor, Tensor | None]] = {}
 
@@ -422,6 +426,11 @@ class NativeRunner:
             self.labels[guided] = label.contiguous(), images
         return self.labels[guided]
 
+    def memory(self) -> dict[str, int]:
+        """Bytes held: packed weights (of all batch sizes and precisions), activations, working space."""
+        space = sum(compiled.engine.space for compiled in self.compiled.values())
+        return {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
+
     def _part(self, rows: int) -> int:
         """How many rows run at a time: all in as few equal parts as keep a part's arena in the cache.
 
@@ -445,9 +454,12 @@ class NativeRunner:
         if state.bank.tables != self.tables:
             self.tables = state.bank.tables
             t, inverse = np.unique(state.bank.host[..., COLUMNS.index("t")], return_inverse=True)
-            self.times = embed_timesteps(self.unet, torch.from_numpy(t).float()).contiguous()
             self.entry = torch.from_numpy(inverse.reshape(state.bank.host.shape[:2]).astype(np.int64))
-            self.compiled.clear()
+            times = embed_timesteps(self.unet, torch.from_numpy(t).float())
+            if len(times) > len(self.times):
+                self.times = times.new_empty(max(TIMES, len(times)), times.shape[1])
+                self.compiled.clear()  # they have addresses of the old ones
+            self.times[: len(times)] = times
 
     def _compiled(self, rows: int) -> Compiled:
         if rows not in self.compiled:
