@@ -40,7 +40,7 @@ native: $(VENV)  ## build the native engine: after a change, only what depends o
 
 sample: $(READY)  ## draw 80 images with the built-in model into out/samples.png
 	@mkdir -p out
-	$(BIN)/fastdiff sample fashion-mnist --per-class 8 --eta 1 --guidance 3 --out out/samples.png
+	$(BIN)/fastdiff sample fashion-mnist --per-class 8 --guidance 2 --out out/samples.png
 
 test: $(READY)  ## run the tests that take minutes at most
 	$(BIN)/python -m pytest -m 'not slow'

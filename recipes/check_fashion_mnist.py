@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=Path, help="an .npz file to check in place of a model")
     parser.add_argument("--per-class", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50, help="of DDIM")
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with Fashion-MNIST's four IDX files")
     parser.add_argument("--classifier", default="fashion-mnist", help="what Classifier.load takes")
