@@ -270,7 +270,8 @@ def test_sample_says_what_it_did(model: str, call: Call) -> None:
     code, out, err = call("sample", model, "--n", "5", "--steps", "3", "--solver", "ddpm", "--out", "a.npz")
     assert (code, err) == (0, "")
     assert out.startswith("a.npz: 5 images, ddpm, 3 steps, 3 network evaluations each, seed 0\n")
-    assert re.search(r"img-steps/s on \w+(:\d+)? \(eager, float32\)", out)
+    backend = Sampler.from_pretrained(model).backend
+    assert re.search(rf"img-steps/s on \w+(:\d+)? \({backend}, float32\)", out)
 
 
 def test_sample_options_reach_the_sampler(model: str, call: Call) -> None:
