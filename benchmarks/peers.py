@@ -4,12 +4,12 @@
     python benchmarks/peers.py --network ddpm-celebahq-256 --batches 1 --json out.json
     python benchmarks/peers.py --engines native,openvino           # float32 alone, without waiting for torch.compile
 
-Prints img-steps/s (one image through the network once), the median over rounds in which every engine takes its turn,
-after every engine's error against float64 (weights are random); an error beyond its precision's gets no speed. Then the
-ratios: float32 to the best peer in float32, bfloat16 to the best with an error of at most 1e-2, bfloat16-fast to the
-best in bfloat16 whatever its error. A peer that is not installed is left out and named. The limit is the speed at
-which the products of the native program alone, Winograd's savings included, would run at this machine's peak of
-multiply-adds.
+Prints img-steps/s (one image through the network once): the median over rounds in which every engine takes its turn,
+after every engine's error against float64 (weights are random). An error above 1e-4, or 1e-1 in bfloat16, gets no
+speed. Then the ratios: float32 to the best peer in float32, bfloat16 to the best with an error of at most 1e-2,
+bfloat16-fast to the best in bfloat16 whatever its error. A peer that is not installed is left out and named. The limit
+is the speed at which the products of the native program alone, Winograd's savings included, would run at this machine's
+peak of multiply-adds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from unets import PUBLISHED, diffusers_twin, random_unet
 
 Network = Callable[[], Tensor]
 Make = Callable[[UNet, Tensor, Tensor], Network]
-ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 2.5e-2}
+ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 1e-1}
 
 
 def native_engine(dtype: torch.dtype, fast: bool = False) -> Make:
