@@ -62,7 +62,7 @@ def native_engine(dtype: torch.dtype, fast: bool = False) -> Make:
 
 def torch_eager(dtype: torch.dtype) -> Make:
     def make(unet: UNet, x: Tensor, t: Tensor) -> Network:
-        unet = unet.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        unet = unet.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         return lambda: unet(x, t)
 
@@ -184,13 +184,32 @@ def machine() -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def profile(unet: UNet, size: tuple[int, int], batch: int) -> dict[str, float]:
+    """Milliseconds of the native engine in float32 by kind of operation and height of its result, the largest first."""
+    x = torch.randn(batch, unet.config.in_channels, *size)
+    runner = native.prepare(random_unet(unet.config), Spec(batch, tuple(x.shape[1:]), torch.float32, x.device))  # type: ignore[arg-type]  # three numbers
+    runner.forward(State.create(x, TableBank([solvers.ddim(NoiseSchedule(), 1)], x.device)))
+    (compiled,) = runner.compiled.values()
+    engine, ops = compiled.engine, compiled.program.ops
+    times = torch.tensor([engine.profile(0, len(engine)) for _ in range(7)]).median(dim=0).values
+    total: dict[str, float] = {}
+    for op, nanoseconds in zip(ops, times.tolist(), strict=True):
+        kind = type(op).__name__.lower()
+        if isinstance(op, Conv):
+            kind += f" {op.kernel}x{op.kernel}/{op.stride} {compiled.methods[op.dst]}" + " up" * op.upsample
+        key = f"{kind}, {compiled.program.buffers[op.dst].shape[0]} high"
+        total[key] = total.get(key, 0.0) + nanoseconds / 1e6
+    return {key: round(ms, 2) for key, ms in sorted(total.items(), key=lambda item: -item[1])}
+
+
 def whole_job(name: str, rounds: int) -> dict[str, Any]:
     """Seconds of 16 images in 50 DDIM steps: `Sampler.sample` in float32, and diffusers' pipeline in channels_last."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     unet = random_unet(PUBLISHED[name])
     sampler = Sampler(unet, NoiseSchedule(), backend="native")
-    twin = diffusers_twin(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    twin = diffusers_twin(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
     pipeline = DDIMPipeline(unet=twin, scheduler=DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     jobs: dict[str, Callable[[], Any]] = {
@@ -250,6 +269,7 @@ def main() -> None:
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--job", action="store_true", help="also a whole sampling job, against diffusers' pipeline")
+    parser.add_argument("--profile", action="store_true", help="only where the native engine's time goes, by batch")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -257,6 +277,10 @@ def main() -> None:
         unet = UNet(PUBLISHED[arguments.network])
     side = unet.config.sample_size
     assert isinstance(side, int)
+    if arguments.profile:
+        for batch in map(int, arguments.batches.split(",")):
+            print(json.dumps({"batch": batch, "ms": profile(unet, (side, side), batch)}, indent=1))
+        return
     report: dict[str, Any] = {"network": arguments.network, "machine": machine(), "batches": []}
     print(json.dumps(report["machine"]))
     for batch in map(int, arguments.batches.split(",")):

@@ -17,7 +17,7 @@ struct Winograd2 {
   }
 };
 
-// F(4, 3): points 0, a, -a, b, -b, inf with a = 3/4, b = 3/2, which round half as much as the usual 1 and 2 do.
+// F(4, 3): points 0, a, -a, b, -b, inf with a = 3/4, b = 3/2, which round less than the usual 1 and 2 do.
 struct Winograd4 {
   static constexpr int in = 6, out = 4;
   static constexpr float a = 0.75f, b = 1.5f, a2 = a * a, b2 = b * b;

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import os
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -77,17 +78,23 @@ def _multiplies_bf16(native: ModuleType) -> bool:
 def _alterations(unet: UNet) -> list[str]:
     """What of the module the program would not know of."""
     reasons = []
-    if [(name, type(m)) for name, m in unet.named_modules()] != _modules(unet.config):
+    if _structure(unet) != _described(unet.config):
         reasons.append("modules of the network were replaced, so its configuration does not describe it")
     if any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules()):
         reasons.append("modules of the network have forward hooks, which it would not call")
     return reasons
 
 
+def _structure(unet: UNet) -> list[tuple[str, object]]:
+    """Types of all modules and shapes of all weights: the engine's addresses follow from them."""
+    modules: list[tuple[str, object]] = [(name, type(m)) for name, m in unet.named_modules()]
+    return modules + [(name, p.shape) for name, p in unet.named_parameters()]
+
+
 @functools.lru_cache(maxsize=8)
-def _modules(config: UNetConfig) -> list[tuple[str, type]]:
+def _described(config: UNetConfig) -> list[tuple[str, object]]:
     with torch.device("meta"):
-        return [(name, type(m)) for name, m in UNet(config).named_modules()]
+        return _structure(UNet(config))
 
 
 def _refuse(unet: nn.Module, spec: Spec) -> None:
@@ -114,7 +121,7 @@ def choose_method(op: Conv, program: Program, rows: int | None, allowed: tuple[s
 
     A tile costs 36 (F4) or 16 (F2) products per pair of channels for 16 or 4 pixels, against 9 a pixel; but weights
     grow by 4 or 16/9, and reading them is what few tiles cannot hide. rows=None: by the layer's shape alone. Maps of
-    one F4 tile never take it: their layers could come to have three packings, for 3 % of a large batch's time.
+    one F4 tile never take it: their layers could come to have three packings, for little of a large batch's time.
     """
     if op.kernel != 3 or op.stride != 1 or op.padding != (1, 1):
         return "direct"
@@ -361,7 +368,7 @@ class NativeRunner:
         self.arena = aligned(0)
         self.tables: tuple[StepTable, ...] = ()
         self.times = torch.empty(0, 0)
-        self.state: State | None = None
+        self.state: weakref.ref[State] | None = None  # a run that has ended is not kept alive
         self.labels: dict[bool, tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
@@ -445,11 +452,11 @@ class NativeRunner:
         if self.process != os.getpid():
             _of_the_parent.append((self.team, self.compiled))
             self._reset()
-        if state is not self.state:
+        if self.state is None or self.state() is not state:
             _refuse(self.unet, self.spec)
             if self.weights is not Weights.of(self.unet, self.native):
                 self._reset()
-            self.state = state
+            self.state = weakref.ref(state)
             self.labels.clear()
         if state.bank.tables != self.tables:
             self.tables = state.bank.tables

@@ -75,7 +75,12 @@ class Weights:
     @staticmethod
     def _fingerprint(unet: UNet) -> tuple[int, ...]:
         """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
-        return tuple(int(p.detach().contiguous().view(torch.int32).sum()) for p in unet.parameters())
+        fingerprint = []
+        for p in unet.parameters():
+            bits = p.detach().contiguous().flatten().view(torch.int64 if p.numel() % 2 == 0 else torch.int32)
+            # The second sum hears the order: each number counts with its neighbour.
+            fingerprint += [int(bits.sum()), int((bits[1:] ^ (bits[:-1] << 1)).sum())]
+        return tuple(fingerprint)
 
     def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Kernel, in ``dtype``, and bias; channels: of each source."""
