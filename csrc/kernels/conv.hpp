@@ -22,9 +22,39 @@ static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns
     }
 }
 
+// Of 1 x 1: an item is a pixel, its channels side by side as they are in memory.
+template <class T, bool normed>
+static void load_pixels(const ConvArgs& a, Range strips, T* loaded) {
+  const int per_row = a.map.strips(), depth = a.depth();
+  for (int s = strips.begin; s < strips.end; s++, loaded += static_cast<int64_t>(a.items()) * depth) {
+    const int row = s / per_row, y0 = s % per_row * strip;
+    const int pixels = std::min(strip, a.map.height - y0) * a.map.width;
+    for (int part = 0, from = 0; part < a.src.count; from += a.src.channels[part++]) {
+      const int channels = a.src.channels[part];
+      const float* data =
+          a.src.data[part] + (static_cast<int64_t>(row) * a.map.height + y0) * a.map.width * channels;
+      const float* scale = normed ? a.src.scale + static_cast<int64_t>(row) * depth + from : nullptr;
+      const float* shift = normed ? a.src.shift + static_cast<int64_t>(row) * depth + from : nullptr;
+      for (int i = 0; i < pixels; i++)
+        for (int c = 0; c < channels; c += lanes) {
+          Vec v = load(data + static_cast<int64_t>(i) * channels + c);
+          if (normed) {
+            v = v * load(scale + c) + load(shift + c);
+            if (a.src.silu) v = silu(v);
+          }
+          store(loaded + static_cast<int64_t>(i) * depth + from + c, v);
+        }
+    }
+  }
+}
+
 template <class T>
 static void load_strips(const ConvArgs& a, Range strips, T* loaded, int offset, int items, float* space) {
   const int per_row = a.map.strips();
+  if (a.kernel == 1 && a.stride == 1 && !a.upsample) {
+    const auto load = a.src.scale != nullptr ? load_pixels<T, true> : load_pixels<T, false>;
+    return load(a, strips, loaded + static_cast<int64_t>(offset) * a.depth());
+  }
   for (int s = strips.begin; s < strips.end;) {
     // Strips that follow each other in a map share the pixel rows at their edges.
     const int n = std::min({a.run(), strips.end - s, per_row - s % per_row});

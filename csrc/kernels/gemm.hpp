@@ -47,22 +47,22 @@ static constexpr int step_depth = 1;
 template <>
 constexpr int step_depth<BF16> = 2;
 
-// first: b has not been read lately, so its rows are asked for ahead of time.
-template <int items, int vectors, bool first, class T>
+// Of the rows of b behind these ones, which the next call will read, `lines` cache lines a step are asked for, from the
+// line `line` on: weights pass by once, and seldom lie nearer than the third-level cache.
+template <int items, int vectors, int lines, class T>
 static inline void multiply_block(int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
-                                  bool accumulate) {
-  constexpr int step = step_depth<T>;
+                                  bool accumulate, int line = 0) {
+  constexpr int step = step_depth<T>, line_size = 64 / sizeof(T);
   Vec sum[items][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < items; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vec{};
+  const T* ahead = b + static_cast<int64_t>(depth) * panel + line * line_size;
   for (int k = 0; k < depth; k += step) {
-    const T* row = b + static_cast<int64_t>(k) * panel;
-    if (first)
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) __builtin_prefetch(row + 12 * step * panel + j * step * lanes);
-    multiply_step(sum, a + k, lda, row);
+    for (int l = 0; l < lines; l++) __builtin_prefetch(ahead + k * panel + l * line_size, 0, 2);
+    multiply_step(sum, a + k, lda, b + static_cast<int64_t>(k) * panel);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < items; i++)
@@ -73,21 +73,31 @@ static inline void multiply_block(int depth, const T* a, int64_t lda, const T* b
 template <int vectors, class T>
 static void multiply_rows(int items, int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
                           bool accumulate) {
+  constexpr int lines = vectors * lanes * step_depth<T> * sizeof(T) / 64;
+  const bool spread = items >= lines * block_items;  // a line a step in each of the first blocks, or all in the first
   int i = 0;
-  if (items >= block_items) {
-    multiply_block<block_items, vectors, true>(depth, a, lda, b, c, ldc, accumulate);
+  if (!spread && items >= block_items) {
+    multiply_block<block_items, vectors, lines>(depth, a, lda, b, c, ldc, accumulate);
     i = block_items;
   }
+  for (; spread && i < lines * block_items; i += block_items)
+    multiply_block<block_items, vectors, 1>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate, i / block_items);
   for (; i + block_items <= items; i += block_items)
-    multiply_block<block_items, vectors, false>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+    multiply_block<block_items, vectors, 0>(depth, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
   a += i * lda;
   c += i * ldc;
+  const auto rest = [&]<int n>() {
+    if (i == 0)
+      multiply_block<n, vectors, lines>(depth, a, lda, b, c, ldc, accumulate);
+    else
+      multiply_block<n, vectors, 0>(depth, a, lda, b, c, ldc, accumulate);
+  };
   switch (items - i) {
-    case 1: return multiply_block<1, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
-    case 2: return multiply_block<2, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
-    case 3: return multiply_block<3, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
-    case 4: return multiply_block<4, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
-    case 5: return multiply_block<5, vectors, false>(depth, a, lda, b, c, ldc, accumulate);
+    case 1: return rest.template operator()<1>();
+    case 2: return rest.template operator()<2>();
+    case 3: return rest.template operator()<3>();
+    case 4: return rest.template operator()<4>();
+    case 5: return rest.template operator()<5>();
   }
 }
 
