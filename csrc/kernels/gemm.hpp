@@ -48,7 +48,8 @@ template <>
 constexpr int step_depth<BF16> = 2;
 
 // Of the rows of b behind these ones, which the next call will read, `lines` cache lines a step are asked for, from the
-// line `line` on: weights pass by once, and seldom lie nearer than the third-level cache.
+// line `line` on: weights pass by once, and seldom lie nearer than the third-level cache. So are the items behind these,
+// which fill the first-level cache while these are multiplied.
 template <int items, int vectors, int lines, class T>
 static inline void multiply_block(int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
                                   bool accumulate, int line = 0) {
@@ -62,6 +63,7 @@ static inline void multiply_block(int depth, const T* a, int64_t lda, const T* b
   for (int k = 0; k < depth; k += step) {
 #pragma GCC unroll 4
     for (int l = 0; l < lines; l++) __builtin_prefetch(ahead + k * panel + l * line_size, 0, 2);
+    __builtin_prefetch(a + items * lda + k * items, 0, 3);
     multiply_step(sum, a + k, lda, b + static_cast<int64_t>(k) * panel);
   }
 #pragma GCC unroll 8

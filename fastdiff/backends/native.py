@@ -337,7 +337,8 @@ class Compiled:
         )
 
 
-# What a third-level cache holds of activations, with the weights that pass by.
+# What a third-level cache holds of activations, with the weights that pass by: 32 images of the CIFAR-10 U-Net are 4 %
+# faster in parts of 8 in float32, 10 % in bfloat16.
 CACHE_BYTES = 32 << 20
 
 TIMES = 64  # distinct timesteps for which there is room from the start
@@ -439,12 +440,11 @@ class NativeRunner:
         return {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
 
     def _part(self, rows: int) -> int:
-        """How many rows run at a time: all in as few equal parts as keep a part's arena in the cache.
+        """How many rows run at a time: all, in as few equal parts as keep a part's arena in the cache.
 
-        Every part reads all weights, so one whose arena is smaller than those would lose more than it gains.
+        Every part reads all weights, but those are prefetched, and activations are not.
         """
-        most = max(CACHE_BYTES, self.weight_bytes)
-        parts = min(-(-rows * self.row_bytes // most), rows)
+        parts = min(-(-rows * self.row_bytes // CACHE_BYTES), rows)
         return -(-rows // parts)
 
     def _follow(self, state: State) -> None:
