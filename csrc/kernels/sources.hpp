@@ -26,7 +26,9 @@ static void read_block(const Sources& s, int row, int y0, int rows, int x0, int 
     for (int x = 0; x < first; x++) store(line + x * lanes, splat(0));
     for (int x = std::max(last, 0); x < columns; x++) store(line + x * lanes, splat(0));
     for (int x = first; x < last;) {
-      Vec v = load(pixels + static_cast<int64_t>((x + x0) >> upsample) * channels);
+      const float* pixel = pixels + static_cast<int64_t>((x + x0) >> upsample) * channels;
+      __builtin_prefetch(pixel + lanes, 0, 2);
+      Vec v = load(pixel);
       if (normed) {
         v = v * scale + shift;
         if (s.silu) v = silu(v);
