@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample | train | info``. Nothing heavy is imported until a command runs."""
+"""The command line: ``fastdiff sample | train | info | convert``. Nothing heavy is imported until a command runs."""
 
 from __future__ import annotations
 
@@ -245,8 +245,9 @@ def train(
     import torch
 
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
-    from fastdiff.checkpoint import load, read_json
+    from fastdiff.checkpoint import load
     from fastdiff.training import load_data
+    from fastdiff.weights import read_json
 
     settings = TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,
@@ -362,6 +363,58 @@ def info(
         print(f"\n{table}")
     if program:
         print(f"\n{layout.text(methods)}")
+
+
+@app.command()
+def convert(
+    src: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A model: a folder, a file, or a built-in name."),
+    ],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="A folder (diffusers), or a file: .safetensors, .pt, .ckpt.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="diffusers (a folder), safetensors (one file), or the tensors of an original code base: ddpm, openai, "
+            "openai-new, edm (default: by DST).",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Of SRC: a published model, as adm-imagenet-64; an unknown one lists all.")
+    ] = None,
+    flags: Annotated[
+        str | None, typer.Option(help="Of SRC, instead: its README's flags, as '--image_size 64 ...'.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a folder's weights, as fp16.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Which of a .pt's sets of weights (default: the averaged ones).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model in another format; not one bit of a tensor changes, so there and back gives what was there.
+
+    PyTorch files are read without running code in them.
+
+    Examples:
+
+    fastdiff convert 64x64_diffusion.pt adm64 --preset adm-imagenet-64
+
+    fastdiff convert adm64 back.pt --format openai-new
+
+    fastdiff convert fashion-mnist fashion.safetensors
+    """
+    from fastdiff.convert import convert as run
+
+    result = run(src, dst, to=to, preset=preset, flags=flags, variant=variant, weights=weights)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
+    if result["left_out"]:
+        print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
 
 
 def _network(

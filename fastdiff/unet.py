@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -401,11 +402,11 @@ class UNet(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> UNet:
-        """Load a diffusers folder, a fastdiff checkpoint file, or a built-in model name. See `fastdiff.checkpoint`."""
+    def from_pretrained(cls, path: str | Path, **source: Any) -> UNet:
+        """Load a folder, a checkpoint file, or a built-in model's name, with the options of `checkpoint.load`."""
         from fastdiff import checkpoint
 
-        return checkpoint.load(path).unet
+        return checkpoint.load(path, **source).unet
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, atomically; diffusers loads the folder."""

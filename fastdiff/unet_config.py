@@ -16,9 +16,10 @@ CLASS_IMAGE = (None, "add", "multiply", "concat")
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "diffusers": {},
     # hojonathanho/diffusion and its ports to PyTorch (pesser, ermongroup): one head as wide as the map, GroupNorm with
-    # eps 1e-6, the sinusoid [sin, cos] with its endpoint, and a stride-2 convolution padded on the right and bottom only.
+    # eps 1e-6, the sinusoid [sin, cos] with its endpoint, stride-2 convolutions padded on the right and bottom only.
     "ho": {
-        "attention_head_dim": None, "norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0,
+        "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
+        "flip_sin_to_cos": False, "freq_shift": 1,
     },
     # openai/improved-diffusion and guided-diffusion: eps 1e-5, [cos, sin] without it, padding on both sides.
     "openai": {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
@@ -255,7 +256,7 @@ class UNetConfig:
 
     @classmethod
     def like(cls, codebase: str, **fields: Any) -> UNetConfig:
-        """A configuration with the conventions of "diffusers", "ho" (the original DDPM) or "openai", and these fields."""
+        """A configuration with these fields and the conventions of "diffusers", "ho" (original DDPM) or "openai"."""
         if codebase not in CONVENTIONS:
             raise ConfigError(f"code base {codebase!r} is unknown; allowed: {', '.join(CONVENTIONS)}")
         return cls(**{**CONVENTIONS[codebase], **fields})

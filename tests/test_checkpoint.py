@@ -26,12 +26,13 @@ from unets import TINY, TINY_CLASSES, diffusers_twin, random_images, random_unet
 
 import fastdiff
 from fastdiff import checkpoint
-from fastdiff.checkpoint import WEIGHTS, load, load_weights, read_json, read_safetensors, save_folder, save_unet
+from fastdiff.checkpoint import WEIGHTS, load, load_weights, save_folder, save_unet
 from fastdiff.errors import CheckpointError, ConfigError, FastdiffError
 from fastdiff.files import atomic_path, write_text
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNet
 from fastdiff.unet_config import UNetConfig
+from fastdiff.weights import read_json, read_safetensors
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="limits and SIGKILL are POSIX")
 
