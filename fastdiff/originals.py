@@ -161,24 +161,13 @@ def _openai(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> Original
         raise ConfigError(f"attention_resolutions={flags['attention_resolutions']}: numbers from 1 on are needed")
     down = {size // resolution for resolution in resolutions}  # by how much the map is smaller there
     attention = [2**level in down for level in range(len(widths))]
-    heads: dict[str, Any] = {"attention_head_dim": flags["num_head_channels"]}
-    if flags["num_head_channels"] == -1:
-        heads = {"num_attention_heads": flags["num_heads"]}
-        if flags["num_heads_upsample"] not in (-1, flags["num_heads"]):
-            raise ConfigError(
-                f"num_heads_upsample={flags['num_heads_upsample']}: another number of heads in the up blocks is not "
-                "supported; -1 is"
-            )
-    else:
-        for width in (w for w, has in zip(widths, [*attention[:-1], True], strict=True) if has):
-            if flags["num_head_channels"] < 1 or width % flags["num_head_channels"]:
-                raise ConfigError(f"num_head_channels={flags['num_head_channels']} does not divide {width} channels")
+    heard = {width for width, has in zip(widths, [*attention[:-1], True], strict=True) if has}
     resnet = "Resnet" if flags["resblock_updown"] else ""
     kinds = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
     labels = tensors.get("label_emb.weight")
     classes = 1000 if labels is None or labels.ndim != 2 else labels.shape[0]
     config = UNetConfig(
-        **{**FIXED["openai"], **heads},
+        **{**FIXED["openai"], **_heads(flags, heard)},
         sample_size=size,
         out_channels=6 if flags["learn_sigma"] else 3,
         block_out_channels=widths,
@@ -198,6 +187,27 @@ def _openai(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> Original
     )
     layout = "openai-new" if flags["use_new_attention_order"] else "openai"
     return Original(layout, config, _openai_scheduler(flags))
+
+
+def _heads(flags: Mapping[str, Any], widths: set[int]) -> dict[str, Any]:
+    """How attention on maps of these widths is told its heads: by their channels, as in diffusers, where it can be."""
+    heads, channels = flags["num_heads"], flags["num_head_channels"]
+    if channels == -1 and flags["num_heads_upsample"] not in (-1, heads):
+        raise ConfigError(
+            f"num_heads_upsample={flags['num_heads_upsample']}: another number of heads in the up blocks is not "
+            "supported; -1 is"
+        )
+    name = "num_heads" if channels == -1 else "num_head_channels"
+    for width in sorted(widths):
+        if flags[name] < 1 or width % flags[name]:
+            raise ConfigError(f"{name}={flags[name]} does not divide the {width} channels of an attention")
+    if channels != -1:
+        return {"attention_head_dim": channels}
+    if heads == 1:
+        return {"attention_head_dim": None}
+    if len(widths) == 1:
+        return {"attention_head_dim": min(widths) // heads}
+    return {"num_attention_heads": heads}
 
 
 def _timestep_scale(flags: Mapping[str, Any]) -> float:
