@@ -346,7 +346,7 @@ def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, RuntimeError) as e:  # torch.save raises the last of them
         raise CheckpointError(f"{path}: the model could not be written ({e}); files that were there are whole") from e
 
 

@@ -72,7 +72,8 @@ def convert(
             if suffix == ".safetensors":
                 save_file(checkpoint.plain(state), temporary, metadata={METADATA_KEY: json.dumps(info)})
             else:
-                torch.save(checkpoint.plain(state), temporary)
+                with temporary.open("wb") as file:  # given a path, torch would put its name into the file
+                    torch.save(checkpoint.plain(state), file)
     return {
         "src": str(src),
         "dst": str(dst),

@@ -144,7 +144,12 @@ def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
             f"{path}: damaged, or more than tensors in dicts and lists; pickles that would run code are refused, and "
             f"nothing in it was run ({reason})"
         ) from e
-    return _entry(path, value, entry)
+    state = _entry(path, value, entry)
+    # Views may repeat what they are of, so that a few bytes say that they are terabytes.
+    larger = [k for k, v in state.items() if v.layout == torch.strided and v.nbytes > v.untyped_storage().nbytes()]
+    if larger:
+        raise CheckpointError(f"{path}: {', '.join(larger[:20])}: more numbers than the file holds; it is refused")
+    return state
 
 
 def _check_archive(path: Path, file: BinaryIO, size: int) -> None:
