@@ -29,9 +29,7 @@ app = typer.Typer(
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A built-in name (fashion-mnist), a diffusers folder, or a .safetensors checkpoint."
-    ),
+    typer.Argument(metavar="MODEL", help="A built-in name (fashion-mnist), a diffusers folder, or a checkpoint file."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
 
@@ -400,11 +398,11 @@ def convert(
 
     Examples:
 
-    fastdiff convert 64x64_diffusion.pt adm64 --preset adm-imagenet-64
-
-    fastdiff convert adm64 back.pt --format openai-new
-
     fastdiff convert fashion-mnist fashion.safetensors
+
+    fastdiff convert cifar10.ckpt cifar10 --preset ddpm-cifar10-32
+
+    fastdiff convert cifar10 back.ckpt --format ddpm
     """
     from fastdiff.convert import convert as run
 

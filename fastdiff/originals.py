@@ -102,7 +102,8 @@ def describe(
         if flags is None:
             raise CheckpointError(
                 f"{where}: OpenAI's files carry no configuration; give flags= (of the README or the training run, "
-                f"'--image_size 64 --num_channels 128 ...') or preset=, one of {', '.join(PRESETS)}"
+                f"'--image_size 64 --num_channels 128 ...') or preset=, one of {', '.join(PRESETS)} "
+                "(`fastdiff convert` takes both)"
             )
         return _openai(tensors, parse_flags(flags, {**OPENAI_FLAGS, "rescale_timesteps": None}))
     if family == "ddpm":

@@ -421,6 +421,11 @@ def test_bounded_time_and_memory(tmp_path):
     index.with_name(f"{WEIGHTS}.index.json").write_text(
         json.dumps({"weight_map": {str(i): "a" for i in range(200_000)}})
     )
+    for name, legacy in (("100,000 tensors.pt", False), ("100,000 tensors, legacy.pt", True)):
+        hostile[str(tmp_path / name)] = "a pickle of more than 1048576 instructions"
+        bogus = {str(i): torch.ones(1) for i in range(100_000)}
+        bogus = {k: bogus["0"] for k in bogus}  # of one storage: the files have a pickle and little else
+        torch.save([{k: v[:] for k, v in bogus.items()}], tmp_path / name, _use_new_zipfile_serialization=not legacy)
     claims = torch.ones(1).expand(1 << 40)  # four bytes of a file that say they are four terabytes
     torch.save({"temb.dense.0.weight": claims, "conv_in.weight": claims}, tmp_path / "expanded.pt")
     hostile[str(tmp_path / "expanded.pt")] = "more numbers than the file holds"

@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import originals as oracle
 import pytest
@@ -350,6 +352,8 @@ def test_adm_samples_with_its_learned_variance(file, backend):
     reference = fastdiff.Sampler.from_pretrained(path, backend="eager", dtype="float64", **options)
     expected = reference.sample(2, solver="ddpm", steps=5, labels=[6, 0], seed=1).images
     assert relative_error(out.images, expected) <= 1e-4
+    out = sampler.sample(2, steps=3, labels=[6, 0], seed=1)  # ddim, which does not hear the other three channels
+    assert relative_error(out.images, reference.sample(2, steps=3, labels=[6, 0], seed=1).images) <= 1e-4
     with pytest.raises(InvalidArgument, match="label 7 is out of range"):
         sampler.sample(1, labels=7)
 
@@ -460,6 +464,55 @@ def test_options_that_do_not_apply(tmp_path):
     for option in ({"variant": "fp16"}, {"weights": "ema"}):
         with pytest.raises(CheckpointError, match=r"does not apply to a file of this kind"):
             load(tmp_path / "m" / "unet" / WEIGHTS, **option)
+
+
+# The README's table ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_every_line_of_the_readme(tmp_path, monkeypatch):
+    """Each call as it stands, on files made here: the presets and flags are those of small networks."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\|.*\| `(UNet\.from_pretrained\(.*\))` \|$", text, re.MULTILINE)
+    improved, adm, adm512 = (CASES[name][1] for name in ("improved-diffusion", "ADM-64", "ADM-512"))
+    monkeypatch.setitem(PRESETS, "adm-imagenet-64", adm)
+    monkeypatch.setitem(PRESETS, "adm-imagenet-512", adm512)
+    monkeypatch.chdir(tmp_path)
+
+    tiny = random_unet(TINY)
+    save_folder("folder", tiny, NoiseSchedule())
+    half = {k: v.half() for k, v in tiny.state_dict().items()}
+    save_file(half, "folder/unet/diffusion_pytorch_model.fp16.safetensors")
+    info = {"unet": TINY.to_dict(), "scheduler": {}}
+    save_file(
+        {f"ema.{k}": v for k, v in tiny.state_dict().items()}, "state.safetensors", {"fastdiff": json.dumps(info)}
+    )
+    Path("old").mkdir()
+    old = {"_class_name": "UNetModel", "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4],
+           "resolution": 8, "in_channels": 3, "out_ch": 3}  # fmt: skip
+    Path("old/config.json").write_text(json.dumps(old))
+    files = {
+        "old/diffusion_pytorch_model.bin": "ddpm", "ddpm.ckpt": "ddpm", "improved.pt": "improved-diffusion",
+        "adm.pt": "ADM-64", "adm512.pt": "ADM-512", "edm.pt": "DDPM++",
+    }  # fmt: skip
+    for path, name in files.items():
+        torch.save(state_dict(name), path)
+
+    run = set()
+    for line in lines:
+        call = re.sub(r'flags="[^"]*"', f'flags="{improved}"', line)
+        unet = eval(call, {"UNet": fastdiff.UNet})
+        path = re.search(r'"(.*?)"', line)[1]
+        name = files.get(path) or files.get(f"{path}/diffusion_pytorch_model.bin")
+        size = 16 if name == "ADM-512" else 8
+        x, t = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([5.0, 700.0], dtype=torch.float64)
+        labels = torch.tensor([1, 0]) if unet.config.conditional else None
+        expected = answer(original(name) if name else random_unet(TINY).double(), x, t, labels)
+        tolerance = 2e-3 if "variant" in line else 1e-10
+        assert relative_error(answer(unet.double(), x, t, labels), expected) <= tolerance, line
+        run.add(path)
+    assert run == {"folder", "state.safetensors", "old", *list(files)[1:]}
+    assert len(lines) == 9
 
 
 # Networks that are not there ------------------------------------------------------------------------------------------
