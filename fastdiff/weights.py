@@ -162,7 +162,7 @@ def _check_archive(path: Path, file: BinaryIO, size: int) -> None:
     """Hold a zip archive to what torch.save writes: few records, not compressed, no more of them than the file has."""
     directory = _directory_bytes(file, size)
     if directory is None:
-        raise CheckpointError(f"{path}: truncated archive: it has no end record")
+        raise CheckpointError(f"{path}: truncated archive, or one that goes on behind its end")
     if directory > MAX_DIRECTORY:
         raise CheckpointError(f"{path}: an archive with a directory of {directory} bytes is refused")
     archive = zipfile.ZipFile(file)
@@ -192,7 +192,7 @@ def _check_pickles(path: Path, file: IO[bytes], count: int) -> None:
 
 
 def _directory_bytes(file: BinaryIO, size: int) -> int | None:
-    """Size of a zip archive's directory, from its end records (APPNOTE 4.3.14-16); None where there are none.
+    """Size of a zip archive's directory, from the records that end it (APPNOTE 4.3.14-16); None where there are none.
 
     Python's zipfile makes an object of every entry in it, however many the end record counts.
     """
@@ -200,7 +200,7 @@ def _directory_bytes(file: BinaryIO, size: int) -> int | None:
     file.seek(size - length)
     tail = file.read(length)
     end = tail.rfind(b"PK\x05\x06")
-    if end < 0 or len(tail) - end < 22:
+    if end < 0 or len(tail) - end != 22:  # with anything behind it, torch and zipfile could see two archives
         return None
     (directory,) = struct.unpack("<L", tail[end + 12 : end + 16])
     locator = tail[max(end - 20, 0) : end]

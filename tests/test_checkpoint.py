@@ -611,6 +611,9 @@ def test_truncated_and_damaged_pytorch_files(folder, legacy):
     for size in (0, 1, 3, 4, 8, 100, len(content) // 2, len(content) - 100, len(content) - 22, len(content) - 1):
         (folder / "w.pt").write_bytes(content[:size])
         refused(folder / "w.pt")
+    if not legacy:
+        (folder / "w.pt").write_bytes(content + b"\0")
+        refused(folder / "w.pt", "goes on behind its end")
     rng = random.Random(0)
     for _ in range(30):  # an error of ours, or finite weights
         damaged = bytearray(content)
