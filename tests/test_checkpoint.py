@@ -19,7 +19,7 @@ import time
 import zipfile
 from pathlib import Path
 
-import originals as oracle
+import oracles as oracle
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import originals as oracle
+import oracles as oracle
 import pytest
 import torch
 from PIL import Image

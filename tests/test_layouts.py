@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-import originals as oracle
+import oracles as oracle
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
