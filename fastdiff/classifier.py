@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff.checkpoint import BUILTIN, read_safetensors
+from fastdiff.checkpoint import BUILTIN
 from fastdiff.errors import CheckpointError, InvalidArgument
 from fastdiff.files import atomic_path
+from fastdiff.weights import read_safetensors
 
 CLASS_NAMES = (
     "T-shirt/top",

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample | train | info``. Nothing heavy is imported until a command runs."""
+"""The command line: ``fastdiff sample | train | info | convert``. Nothing heavy is imported until a command runs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ app = typer.Typer(
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A built-in name (fashion-mnist), a diffusers folder, or a .safetensors checkpoint."
-    ),
+    typer.Argument(metavar="MODEL", help="A built-in name (fashion-mnist), a diffusers folder, or a checkpoint file."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
 
@@ -245,8 +243,9 @@ def train(
     import torch
 
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
-    from fastdiff.checkpoint import load, read_json
+    from fastdiff.checkpoint import load
     from fastdiff.training import load_data
+    from fastdiff.weights import read_json
 
     settings = TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,
@@ -362,6 +361,58 @@ def info(
         print(f"\n{table}")
     if program:
         print(f"\n{layout.text(methods)}")
+
+
+@app.command()
+def convert(
+    src: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A model: a folder, a file, or a built-in name."),
+    ],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="A folder (diffusers), or a file: .safetensors, .pt, .ckpt.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="diffusers (a folder), safetensors (one file), or the tensors of an original code base: ddpm, openai, "
+            "openai-new, edm (default: by DST).",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Of SRC: a published model, as adm-imagenet-64; an unknown one lists all.")
+    ] = None,
+    flags: Annotated[
+        str | None, typer.Option(help="Of SRC, instead: its README's flags, as '--image_size 64 ...'.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a folder's weights, as fp16.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Which of a .pt's sets of weights (default: the averaged ones).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model in another format; not one bit of a tensor changes, so there and back gives what was there.
+
+    PyTorch files are read without running code in them.
+
+    Examples:
+
+    fastdiff convert fashion-mnist fashion.safetensors
+
+    fastdiff convert cifar10.ckpt cifar10 --preset ddpm-cifar10-32
+
+    fastdiff convert cifar10 back.ckpt --format ddpm
+    """
+    from fastdiff.convert import convert as run
+
+    result = run(src, dst, to=to, preset=preset, flags=flags, variant=variant, weights=weights)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
+    if result["left_out"]:
+        print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
 
 
 def _network(

@@ -170,7 +170,8 @@ class _Emitter:
     def _layer(self, key: str, block: modules.DownBlock | modules.UpBlock, j: int, src: tuple[str, ...]) -> str:
         """A residual block and, where the block has them, its attention."""
         h = self._resnet(f"{key}.resnets.{j}", src)
-        return h if block.attentions is None else self._attention(f"{key}.attentions.{j}", h)
+        j -= len(block.resnets) - len(block.attentions or ())
+        return h if j < 0 else self._attention(f"{key}.attentions.{j}", h)
 
     def _resnet(self, key: str, src: tuple[str, ...]) -> str:
         block = self.unet.get_submodule(key)

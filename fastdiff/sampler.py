@@ -107,13 +107,14 @@ class Sampler:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         determinism: str = "seed",
+        **source: Any,
     ) -> Sampler:
         """A sampler for a built-in model's name, a diffusers folder, or a checkpoint file (see `fastdiff.checkpoint`).
 
         Schedule, prediction, clipping, spacing and variance are those of its scheduler configuration. device None:
-        CUDA where there is one.
+        CUDA where there is one. source: the options of `checkpoint.load`, which tell what an original file is.
         """
-        loaded = checkpoint.load(model)
+        loaded = checkpoint.load(model, **source)
         config = loaded.scheduler_config
         if config.get("thresholding"):
             raise ConfigError(f"{loaded.path}: thresholding=true in its scheduler configuration is not supported")

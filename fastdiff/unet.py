@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +86,20 @@ class ResnetBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         resample: str | None = None,
-        scale_factor: float = 1.0,
+        scale_factor: float | None = None,
     ):
         super().__init__()
         self.resample = resample
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
-        self.scale_factor = scale_factor
+        self.scale_factor = float(config.block_scale_factor if scale_factor is None else scale_factor)
         self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
         self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        shortcut = in_channels != out_channels or (resample is not None and config.resample_shortcut)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if shortcut else None
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "up":
@@ -124,9 +126,9 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all pixels: out = (x + W_o softmax(q k^T / sqrt(d)) v) / scale_factor, on GroupNorm(x)."""
 
-    def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale_factor: float = 1.0):
+    def __init__(self, channels: int, head_dim: int, groups: int | None, eps: float, scale_factor: float = 1.0):
         super().__init__()
-        self.head_dim = head_dim or channels
+        self.head_dim = head_dim
         self.heads = channels // self.head_dim
         self.scale_factor = scale_factor
         inner = self.heads * self.head_dim
@@ -212,7 +214,10 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """``layers_per_block + 1`` residual blocks on [h, skip], attention where the type says so, then a doubling."""
+    """``layers_per_block + 1`` residual blocks on [h, skip], attention where the type says so, then a doubling.
+
+    Attention stands behind all of the residual blocks, or (``up_attention="last"``) behind the last one.
+    """
 
     def __init__(
         self, config: UNetConfig, kind: str, prev_channels: int, out_channels: int, in_channels: int, upsample: bool
@@ -228,7 +233,8 @@ class UpBlock(nn.Module):
             for j in range(layers)
         )
         attention = kind.startswith("Attn")
-        self.attentions = _attentions(config, out_channels, layers) if attention else None
+        behind = layers if config.up_attention == "all" else 1
+        self.attentions = _attentions(config, out_channels, behind) if attention else None
         resnet = kind == "ResnetUpsampleBlock2D" or (attention and config.upsample_type == "resnet")
         self.upsamplers = None
         if upsample:
@@ -237,10 +243,11 @@ class UpBlock(nn.Module):
             )
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+        bare = len(self.resnets) - len(self.attentions or ())
         for j, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
-            if self.attentions is not None:
-                x = self.attentions[j](x)
+            if self.attentions is not None and j >= bare:
+                x = self.attentions[j - bare](x)
         if self.upsamplers is not None:
             x = self.upsamplers[0](x, emb)
         return x
@@ -259,7 +266,7 @@ class MidBlock(nn.Module):
         self.attentions = None
         if config.add_attention:
             self.attentions = nn.ModuleList(
-                [Attention(channels, config.attention_head_dim, groups, config.norm_eps, scale_factor=factor)]
+                [Attention(channels, config.head_dim(channels), groups, config.norm_eps, factor)]
             )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -270,8 +277,10 @@ class MidBlock(nn.Module):
 
 
 def _attentions(config: UNetConfig, channels: int, layers: int) -> nn.ModuleList:
+    factor = float(config.block_scale_factor)
     return nn.ModuleList(
-        Attention(channels, config.attention_head_dim, config.norm_num_groups, config.norm_eps) for _ in range(layers)
+        Attention(channels, config.head_dim(channels), config.norm_num_groups, config.norm_eps, factor)
+        for _ in range(layers)
     )
 
 
@@ -295,7 +304,7 @@ class UNet(nn.Module):
             self.class_encoder = ClassEncoder(config.num_class_embeds, features, config.in_channels)
             in_channels *= 2 if config.class_image == "concat" else 1
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], features)
+        self.time_embedding = TimestepEmbedding(config.sinusoid_channels, features)
         self.class_embedding = self._class_embedding(config)
 
         self.down_blocks = nn.ModuleList()
@@ -317,7 +326,7 @@ class UNet(nn.Module):
         if config.class_image is not None:
             return None
         if config.class_embed_type == "timestep":
-            return TimestepEmbedding(config.block_out_channels[0], config.temb_channels)
+            return TimestepEmbedding(config.sinusoid_channels, config.temb_channels)
         if config.class_embed_type == "identity":
             return nn.Identity()
         if config.num_class_embeds is not None:
@@ -325,11 +334,12 @@ class UNet(nn.Module):
         return None
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """The embedding of timesteps [B] that the time MLP hears, [B, channels of the first block]."""
+        """The embedding of timesteps [B] that the time MLP hears, [B, config.sinusoid_channels]."""
         dtype = self.conv_in.weight.dtype
+        t = t.double() if dtype == torch.float64 else t.float()
         return timestep_embedding(
-            t.double() if dtype == torch.float64 else t,
-            self.config.block_out_channels[0],
+            t * self.config.timestep_scale,
+            self.config.sinusoid_channels,
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         ).to(dtype)
@@ -392,11 +402,11 @@ class UNet(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> UNet:
-        """Load a diffusers folder, a fastdiff checkpoint file, or a built-in model name. See `fastdiff.checkpoint`."""
+    def from_pretrained(cls, path: str | Path, **source: Any) -> UNet:
+        """Load a folder, a checkpoint file, or a built-in model's name, with the options of `checkpoint.load`."""
         from fastdiff import checkpoint
 
-        return checkpoint.load(path).unet
+        return checkpoint.load(path, **source).unet
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, atomically; diffusers loads the folder."""

@@ -12,6 +12,18 @@ from fastdiff.errors import ConfigError
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 CLASS_IMAGE = (None, "add", "multiply", "concat")
+# What the networks of a code base have in common, where that differs from diffusers' defaults.
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "diffusers": {},
+    # hojonathanho/diffusion and its ports to PyTorch (pesser, ermongroup): one head as wide as the map, GroupNorm with
+    # eps 1e-6, the sinusoid [sin, cos] with its endpoint, stride-2 convolutions padded on the right and bottom only.
+    "ho": {
+        "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
+        "flip_sin_to_cos": False, "freq_shift": 1,
+    },
+    # openai/improved-diffusion and guided-diffusion: eps 1e-5, [cos, sin] without it, padding on both sides.
+    "openai": {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
+}  # fmt: skip
 MAX_LEVELS, MAX_LAYERS = 16, 16  # far more than any network has; they bound what an untrusted config.json can cost
 
 
@@ -29,6 +41,19 @@ class UNetConfig:
         scales and shifts every block, FiLM). "add", "multiply", "concat": an encoder network turns the label into an
         image that is added to, multiplied with (as 1 + image), or concatenated to the input; the time embedding stays
         class-free.
+    ``num_attention_heads``
+        The number of heads at every level (then ``attention_head_dim`` is not read); None: as many as
+        ``attention_head_dim`` fits. OpenAI's networks name the one or the other.
+    ``sinusoid_dim``
+        Width of the sinusoid, where it is not that of the first block (ADM-512; None: it is).
+    ``timestep_scale``
+        The sinusoid is of ``timestep_scale * t``: 1000 / T for improved-diffusion's ``rescale_timesteps``.
+    ``block_scale_factor``
+        What every residual block and attention outside the mid block divides its sum by (sqrt(2) in DDPM++).
+    ``up_attention``
+        "all": behind every residual block of an up block with attention; "last": behind its last one only (DDPM++).
+    ``resample_shortcut``
+        Whether residual blocks that resample have a 1x1 convolution in their shortcut (DDPM++).
 
     Raises `ConfigError` naming the key, its value and what is allowed.
     """
@@ -63,6 +88,12 @@ class UNetConfig:
     num_train_timesteps: int | None = None
     null_label: int | None = None
     class_image: str | None = None
+    num_attention_heads: int | None = None
+    sinusoid_dim: int | None = None
+    timestep_scale: float = 1.0
+    block_scale_factor: float = 1.0
+    up_attention: str = "all"
+    resample_shortcut: bool = False
 
     def __post_init__(self) -> None:
         for key in ("down_block_types", "up_block_types", "block_out_channels"):
@@ -79,7 +110,10 @@ class UNetConfig:
 
     def _check_numbers(self) -> None:
         needed = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
-        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+        optional = (
+            "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds",
+            "num_attention_heads", "sinusoid_dim",
+        )  # fmt: skip
         whole = {k: getattr(self, k) for k in (*needed, *optional)}
         whole = {k: v for k, v in whole.items() if k in needed or v is not None}
         whole |= {f"block_out_channels[{i}]": c for i, c in enumerate(self.block_out_channels)}
@@ -92,7 +126,8 @@ class UNetConfig:
             most = MAX_LAYERS if key == "layers_per_block" else 1 << 20
             if type(value) is not int or not 1 <= value <= most:
                 raise ConfigError(f"{key}={value!r}: a whole number from 1 to {most} is needed")
-        for key in ("dropout", "norm_eps", "mid_block_scale_factor", "freq_shift"):
+        factors = ("mid_block_scale_factor", "block_scale_factor", "timestep_scale")
+        for key in ("dropout", "norm_eps", "freq_shift", *factors):
             value = getattr(self, key)
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ConfigError(f"{key}={value!r}: a finite number is needed")
@@ -100,13 +135,13 @@ class UNetConfig:
             raise ConfigError(f"dropout={self.dropout!r}: 0 <= dropout < 1 is needed")
         if self.norm_eps <= 0:
             raise ConfigError(f"norm_eps={self.norm_eps!r}: a small positive number such as 1e-5 is needed")
-        if self.mid_block_scale_factor == 0:
-            raise ConfigError(f"mid_block_scale_factor={self.mid_block_scale_factor!r}: any number but 0 is allowed")
-        half = self.block_out_channels[0] // 2  # the sinusoid's frequencies are 10000^(-i / (half - freq_shift))
+        for key in factors:
+            if getattr(self, key) == 0:
+                raise ConfigError(f"{key}={getattr(self, key)!r}: any number but 0 is allowed")
+        half = self.sinusoid_channels // 2  # the sinusoid's frequencies are 10000^(-i / (half - freq_shift))
         if not 0 <= self.freq_shift < half:
-            raise ConfigError(
-                f"freq_shift={self.freq_shift!r}: 0 <= freq_shift < {half}, half of block_out_channels[0], is needed"
-            )
+            width = "block_out_channels[0]" if self.sinusoid_dim is None else "sinusoid_dim"
+            raise ConfigError(f"freq_shift={self.freq_shift!r}: 0 <= freq_shift < {half}, half of {width}, is needed")
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {
@@ -122,6 +157,8 @@ class UNetConfig:
             "center_input_sample": (False, True),
             "flip_sin_to_cos": (False, True),
             "add_attention": (False, True),
+            "up_attention": ("all", "last"),
+            "resample_shortcut": (False, True),
         }
         for key, allowed in choices.items():
             value = getattr(self, key)
@@ -149,7 +186,12 @@ class UNetConfig:
                     f"block_out_channels[{i}]={channels} is not divisible by "
                     f"attn_norm_num_groups={self.attn_norm_num_groups}"
                 )
-            if self.attention_head_dim is not None and self.attention_head_dim > channels and self._has_attention(i):
+            if not self._has_attention(i):
+                continue
+            heads = self.num_attention_heads
+            if heads is not None and channels % heads:
+                raise ConfigError(f"block_out_channels[{i}]={channels} is not divisible by num_attention_heads={heads}")
+            if heads is None and self.attention_head_dim is not None and self.attention_head_dim > channels:
                 raise ConfigError(
                     f"attention_head_dim={self.attention_head_dim} exceeds block_out_channels[{i}]={channels}"
                 )
@@ -193,8 +235,31 @@ class UNetConfig:
         return 1 << (len(self.block_out_channels) - 1)
 
     @property
+    def sinusoid_channels(self) -> int:
+        """Width of the sinusoid."""
+        return self.sinusoid_dim or self.block_out_channels[0]
+
+    @property
     def temb_channels(self) -> int:
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def head_dim(self, channels: int) -> int:
+        """Channels of an attention head on a map of ``channels``."""
+        if self.num_attention_heads is not None:
+            return channels // self.num_attention_heads
+        return self.attention_head_dim or channels
+
+    @property
+    def diffusers_can_run(self) -> bool:
+        """Whether diffusers' ``UNet2DModel`` can be this network; the null label is a note that it does not hear."""
+        return all(getattr(self, key) == default for key, default in OWN_FIELDS.items() if key != "null_label")
+
+    @classmethod
+    def like(cls, codebase: str, **fields: Any) -> UNetConfig:
+        """A configuration with these fields and the conventions of "diffusers", "ho" (original DDPM) or "openai"."""
+        if codebase not in CONVENTIONS:
+            raise ConfigError(f"code base {codebase!r} is unknown; allowed: {', '.join(CONVENTIONS)}")
+        return cls(**{**CONVENTIONS[codebase], **fields})
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
@@ -212,7 +277,19 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-serialisable diffusers keys; fastdiff's own keys appear only when they are set."""
         config = dataclasses.asdict(self)
-        for key in ("null_label", "class_image"):
-            if config[key] is None:
+        for key, default in OWN_FIELDS.items():
+            if config[key] == default:
                 del config[key]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+
+
+# Fields that diffusers does not have, with the values at which a network is one of diffusers'.
+OWN_FIELDS: dict[str, Any] = {
+    f.name: f.default
+    for f in dataclasses.fields(UNetConfig)
+    if f.name
+    in (
+        "null_label", "class_image", "num_attention_heads", "sinusoid_dim", "timestep_scale", "block_scale_factor",
+        "up_attention", "resample_shortcut",
+    )
+}  # fmt: skip

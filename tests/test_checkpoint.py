@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,20 +19,23 @@ import time
 import zipfile
 from pathlib import Path
 
+import oracles as oracle
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
-from unets import TINY, TINY_CLASSES, diffusers_twin, random_images, random_unet, relative_error
+from unets import TINY, TINY_CLASSES, diffusers_twin, random_images, random_unet, randomize_, relative_error
 
 import fastdiff
 from fastdiff import checkpoint
-from fastdiff.checkpoint import WEIGHTS, load, load_weights, read_json, read_safetensors, save_folder, save_unet
+from fastdiff.checkpoint import WEIGHTS, load, load_weights, save_folder, save_unet
+from fastdiff.convert import convert
 from fastdiff.errors import CheckpointError, ConfigError, FastdiffError
 from fastdiff.files import atomic_path, write_text
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNet
 from fastdiff.unet_config import UNetConfig
+from fastdiff.weights import read_json, read_safetensors
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="limits and SIGKILL are POSIX")
 
@@ -398,9 +402,33 @@ def test_bounded_time_and_memory(tmp_path):
     model("deep JSON", "not valid JSON", '{"a":' * 190_000)
     schedule = model("schedule of 10^12 steps", "timesteps=1000000000000").with_name("scheduler_config.json")
     schedule.write_text('{"num_train_timesteps": 1000000000000}')
-    hostile[str(tmp_path / "zip bomb.pt")] = "pickle"
-    with zipfile.ZipFile(tmp_path / "zip bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(200 << 20))
+    for name, kind in (("zip bomb.pt", zipfile.ZIP_DEFLATED), ("large pickle.pt", zipfile.ZIP_STORED)):
+        hostile[str(tmp_path / name)] = "compressed archive" if kind else "a pickle of more than 16777216 bytes"
+        with zipfile.ZipFile(tmp_path / name, "w", kind) as archive:
+            archive.writestr("archive/data.pkl", bytes(200 << 20))
+    hostile[str(tmp_path / "archive of 300,000 files.pt")] = "a directory of"
+    with zipfile.ZipFile(tmp_path / "archive of 300,000 files.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+    copies = 300_000
+    with open(tmp_path / "archive of 300,000 files.pt", "r+b") as file:
+        content = file.read()
+        start = content.index(b"PK\1\2")
+        entries = content[start : content.index(b"PK\5\6")] * copies
+        file.seek(start)
+        file.write(entries + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(entries), start, 0))
+    index = model("index of 2 MB", "1048576")
+    index.unlink()
+    index.with_name(f"{WEIGHTS}.index.json").write_text(
+        json.dumps({"weight_map": {str(i): "a" for i in range(200_000)}})
+    )
+    for name, legacy in (("100,000 tensors.pt", False), ("100,000 tensors, legacy.pt", True)):
+        hostile[str(tmp_path / name)] = "a pickle of more than 1048576 instructions"
+        bogus = {str(i): torch.ones(1) for i in range(100_000)}
+        bogus = {k: bogus["0"] for k in bogus}  # of one storage: the files have a pickle and little else
+        torch.save([{k: v[:] for k, v in bogus.items()}], tmp_path / name, _use_new_zipfile_serialization=not legacy)
+    claims = torch.ones(1).expand(1 << 40)  # four bytes of a file that say they are four terabytes
+    torch.save({"temb.dense.0.weight": claims, "conv_in.weight": claims}, tmp_path / "expanded.pt")
+    hostile[str(tmp_path / "expanded.pt")] = "more numbers than the file holds"
 
     code = """
     import json, resource, sys, time
@@ -502,7 +530,7 @@ def test_weights_too_large_for_the_networks_dtype_are_refused(folder):
 
 
 class Bomb:
-    """Unpickling it writes a file."""
+    """Unpickling it runs code, which writes a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -511,31 +539,44 @@ class Bomb:
         return exec, (f"open({self.path!r}, 'w').close()",)
 
 
-def test_pickles_are_never_opened(folder, tmp_path):
-    fuse = tmp_path / "exploded"
-    payload = pickle.dumps(Bomb(fuse))
+def bombs(fuse):
+    """A live bomb in every format that torch.load opens, and its bare pickle first."""
+    payload = pickle.dumps(Bomb(fuse), protocol=2)
     pickle.loads(payload)
     assert fuse.exists()  # it is live
     fuse.unlink()
-    saved = io.BytesIO()
-    torch.save({"conv_in.weight": Bomb(fuse)}, saved)
+    yield payload
+    for legacy in (False, True):
+        saved = io.BytesIO()
+        state = {**random_unet(TINY).state_dict(), "conv_in.bias": Bomb(fuse)}
+        torch.save(state, saved, _use_new_zipfile_serialization=not legacy)
+        yield saved.getvalue()
 
-    for content in (payload, saved.getvalue()):
-        for suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".PT"):
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_pickle_bombs_are_refused_and_never_run(folder, tmp_path):
+    fuse = tmp_path / "exploded"
+    for content in bombs(fuse):
+        for suffix in (".pt", ".pth", ".ckpt", ".bin", ".PT"):
             path = tmp_path / f"model{suffix}"
             path.write_bytes(content)
-            refused(path, "pickle", ".safetensors")
-        for suffix in (".safetensors", "", ".npz", ".txt"):
+            refused(path, "pickles that would run code are refused")
+            with pytest.raises(CheckpointError, match="nothing in it was run"):
+                convert(path, tmp_path / "out")
+        for suffix in (".safetensors", "", ".npz", ".txt", ".pkl"):
             path = folder / f"disguised{suffix}"
             path.write_bytes(content)
             refused(path)
         (folder / WEIGHTS).write_bytes(content)
         refused(folder, WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    for name in ("diffusion_pytorch_model.bin", "pytorch_model.pt"):
-        (folder / name).write_bytes(payload)
-        refused(folder, "only safetensors", name)
+        (folder / WEIGHTS).unlink()
+        (folder / "diffusion_pytorch_model.bin").write_bytes(content)
+        refused(folder, "diffusion_pytorch_model.bin", "refused")
+        (folder / "diffusion_pytorch_model.bin").unlink()
+    (folder / "pytorch_model.pt").write_bytes(b"")
+    refused(folder, WEIGHTS, "pytorch_model.pt")
     assert not fuse.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_zip_bombs_are_never_opened(tmp_path):
@@ -543,6 +584,242 @@ def test_zip_bombs_are_never_opened(tmp_path):
         with zipfile.ZipFile(tmp_path / f"bomb{suffix}", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/data.pkl", bytes(32 << 20))
         refused(tmp_path / f"bomb{suffix}")
+
+
+# PyTorch files --------------------------------------------------------------------------------------------------------
+
+
+def test_folders_with_pytorch_weights(folder):
+    """As diffusers writes them without safetensors; safetensors go first where both are there."""
+    expected = load(folder).unet
+    theirs = diffusers_twin(expected)
+    theirs.save_pretrained(folder, safe_serialization=False)
+    (folder / WEIGHTS).unlink()
+    assert names(folder) == ["config.json", "diffusion_pytorch_model.bin"]
+    assert_equal_weights(load(folder).unet, expected)
+    save_unet(random_unet(TINY, seed=4), folder)
+    assert_equal_weights(load(folder).unet, random_unet(TINY, seed=4))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_truncated_and_damaged_pytorch_files(folder, legacy):
+    (folder / "w.pt").write_bytes(b"")
+    torch.save(load_file(folder / WEIGHTS), folder / "w.pt", _use_new_zipfile_serialization=not legacy)
+    content = (folder / "w.pt").read_bytes()
+    assert_equal_weights(load(folder / "w.pt").unet, load(folder).unet)
+    for size in (0, 1, 3, 4, 8, 100, len(content) // 2, len(content) - 100, len(content) - 22, len(content) - 1):
+        (folder / "w.pt").write_bytes(content[:size])
+        refused(folder / "w.pt")
+    if not legacy:
+        (folder / "w.pt").write_bytes(content + b"\0")
+        refused(folder / "w.pt", "goes on behind its end")
+    rng = random.Random(0)
+    for _ in range(30):  # an error of ours, or finite weights
+        damaged = bytearray(content)
+        for _ in range(20):
+            damaged[rng.choice((rng.randrange(len(content)), rng.randrange(2000), -rng.randrange(1, 4000)))] = (
+                rng.randrange(256)
+            )
+        (folder / "w.pt").write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            assert all(p.isfinite().all() for p in load(folder / "w.pt").unet.parameters())
+
+
+def test_which_weights_of_a_pytorch_file(folder):
+    """The averaged ones, else the only ones, else the caller says; parallel training's prefix is taken off."""
+    path = folder / "w.pt"
+    a, b, c = (random_unet(TINY, seed=seed) for seed in (1, 2, 3))
+    plain, averaged, other = (dict(unet.state_dict()) for unet in (a, b, c))
+    parallel = {f"module.{k}": v for k, v in plain.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    for content, expected in (
+        (plain, a),
+        ({k: torch.nn.Parameter(v) for k, v in plain.items()}, a),
+        (parallel, a),
+        ({"state_dict": plain, "step": 7}, a),
+        ({"model": plain, "ema": averaged, "optimizer": optimizer}, b),
+        ({"model": parallel, "model_ema": {f"module.{k}": v for k, v in averaged.items()}}, b),
+        ([parallel, optimizer, 3, 1000, averaged], b),  # ermongroup's trainer
+        ([parallel, optimizer, 3, 1000], a),
+    ):
+        torch.save(content, path)
+        assert_equal_weights(load(path).unet, expected)
+
+    torch.save({"model": plain, "ema": averaged, "ema_fast": other, "step": 7}, path)
+    refused(path, "which weights? Name one with weights=", "'model', 'ema', 'ema_fast'")
+    for name, unet in (("model", a), ("ema", b), ("ema_fast", c)):
+        assert_equal_weights(load(path, weights=name).unet, unet)
+    with pytest.raises(CheckpointError, match=r"weights='step' is no set of weights in this file; it holds 'model'"):
+        load(path, weights="step")
+    torch.save([parallel, optimizer, 3, 1000, averaged], path)
+    assert_equal_weights(load(path, weights="0").unet, a)
+    torch.save(plain, path)
+    with pytest.raises(CheckpointError, match=r"weights='ema': this file holds one set of weights only"):
+        load(path, weights="ema")
+    for content in ({}, [], 3, "x", {"a": 1}, [1, 2], {"a": {}}, {1: torch.ones(1)}, torch.ones(3)):
+        torch.save(content, path)
+        refused(path, "which weights?", "the file holds none")
+
+
+def test_tensors_of_other_kinds_are_named(folder):
+    state = load_file(folder / WEIGHTS)
+    state["conv_in.bias"] = torch.ones(8).to_sparse()
+    state["conv_out.bias"] = torch.empty(3, device="meta")
+    torch.save(state, folder / "w.pt")
+    refused(folder / "w.pt", "2 problems", "dtype: conv_in.bias is no plain tensor", "conv_out.bias is no plain tensor")
+
+
+# Shards and variants --------------------------------------------------------------------------------------------------
+
+INDEX = f"{WEIGHTS}.index.json"
+
+
+@pytest.fixture
+def sharded(folder):
+    """The folder as diffusers writes it in shards."""
+    theirs = diffusers_twin(load(folder).unet)
+    (folder / WEIGHTS).unlink()
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 2
+    return folder
+
+
+def test_shards(sharded):
+    assert_equal_weights(load(sharded).unet, random_unet(TINY))
+    assert_equal_weights(load(sharded).unet, UNet2DModel.from_pretrained(sharded))
+    convert(sharded, sharded / "whole.safetensors")
+    assert_equal_weights(load(sharded / "whole.safetensors").unet, random_unet(TINY))
+
+
+def test_hostile_shards(sharded, tmp_path):
+    index = json.loads((sharded / INDEX).read_text())
+    places = index["weight_map"]
+    first = places["conv_in.bias"]
+    others = sorted(set(places.values()) - {first})
+
+    def written(**changes):
+        (sharded / INDEX).write_text(json.dumps({"weight_map": {**places, **changes}}))
+
+    secret = tmp_path / "secret.safetensors"
+    shutil.copy(sharded / first, secret)
+    for place in ("../secret.safetensors", str(secret), "sub/x.safetensors", "", ".", "w.pt", "w.bin", "config.json"):
+        written(**{"conv_in.bias": place})
+        refused(sharded, INDEX, "names of .safetensors files beside it are allowed")
+    written(**{"conv_in.bias": "absent.safetensors"})
+    refused(sharded, "absent.safetensors", "no regular file")
+    written(**{"conv_in.bias": others[0], "ghost": first})
+    refused(sharded, INDEX, "3 problems", f"missing: ghost in {first}", f"unexpected: conv_in.bias in {first}")
+    for content in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null}}', "{"):
+        (sharded / INDEX).write_text(content)
+        refused(sharded, INDEX)
+    written()
+    content = (sharded / others[0]).read_bytes()
+    (sharded / others[0]).write_bytes(content[:-1])
+    refused(sharded, others[0], "damaged or truncated")
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
+def test_variants(folder, shards):
+    """fp16 files beside the plain ones; without those, the variant has to be asked for."""
+    half = diffusers_twin(random_unet(TINY, seed=8)).half()
+    half.save_pretrained(folder, variant="fp16", max_shard_size="20KB" if shards else "1GB")
+    assert any("fp16" in name for name in names(folder))
+    assert_equal_weights(load(folder).unet, random_unet(TINY))
+    assert_equal_weights(load(folder, variant="fp16").unet, half.float())
+    assert_equal_weights(UNet.from_pretrained(folder, variant="fp16"), half.float())
+    assert fastdiff.Sampler.from_pretrained(folder, variant="fp16").sample(1, steps=1).images.isfinite().all()
+    (folder / WEIGHTS).unlink()
+    refused(folder, "another variant's name need variant=", "fp16")
+    with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.ema\.safetensors"):
+        load(folder, variant="ema")
+    for variant in ("", "../x", "a.b", "a/b"):
+        with pytest.raises(CheckpointError, match=r"a word such as fp16"):
+            load(folder, variant=variant)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"diffusion_pytorch_model.safetensors.index.{'fp16'}.json", "diffusion_pytorch_model.fp16.safetensors.index.json"],
+)
+def test_both_names_of_a_variants_index(sharded, name):
+    (sharded / INDEX).rename(sharded / name)
+    assert_equal_weights(load(sharded, variant="fp16").unet, random_unet(TINY))
+
+
+# Old schemas ----------------------------------------------------------------------------------------------------------
+
+OLD_UNET = {
+    "_class_name": "UNetModel", "_diffusers_version": "0.0.1", "attn_resolutions": [4], "ch": 32, "ch_mult": [1, 2],
+    "dropout": 0.0, "in_channels": 3, "num_res_blocks": 1, "out_ch": 3, "resamp_with_conv": True, "resolution": 8,
+}  # fmt: skip
+OLD_SCHEDULER = {
+    "_class_name": "GaussianDDPMScheduler", "_diffusers_version": "0.0.1", "beta_end": 0.03, "beta_schedule": "linear",
+    "beta_start": 0.0002, "clip_predicted_image": False, "timesteps": 200, "variance_type": "fixed_large",
+}  # fmt: skip
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder as diffusers 0.0.1 wrote it: the original DDPM's names, its constructor's arguments, pickled weights."""
+    network = randomize_(oracle.DDPM(32, 3, (1, 2), 1, (4,), 3, 8)).eval()
+    (tmp_path / "old").mkdir()
+    torch.save(network.state_dict(), tmp_path / "old" / "diffusion_pytorch_model.bin")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(OLD_UNET))
+    (tmp_path / "old" / "scheduler_config.json").write_text(json.dumps(OLD_SCHEDULER))
+    return tmp_path / "old", network
+
+
+@torch.no_grad()
+def test_old_schemas(old, tmp_path):
+    folder, network = old
+    model = load(folder)
+    assert relative_error(evaluate(model.unet), network(X, T)) <= 1e-5
+    assert model.schedule == NoiseSchedule("linear", 200, 0.0002, 0.03)
+    said = {
+        k: model.scheduler_config[k] for k in ("_class_name", "clip_sample", "variance_type", "num_train_timesteps")
+    }
+    assert said == {**said, "_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": "fixed_large"}
+    assert said["num_train_timesteps"] == 200
+    convert(folder, tmp_path / "new")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "new")
+    assert relative_error(evaluate(pipeline.unet.eval()), network(X, T)) <= 1e-5
+    convert(tmp_path / "new", tmp_path / "back.pt", to="ddpm")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert all(torch.equal(v, back[k]) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"resnet_eps": 1e-6}, "'UNetModel' with resnet_eps"),
+        ("config.json", {"ch": None}, "ch=None"),
+        ("config.json", {"ch_mult": 2}, "ch_mult=2"),
+        ("config.json", {"ch_mult": [2, 2]}, "begins with 1"),
+        ("config.json", {"ch_mult": []}, "begins with 1"),
+        ("config.json", {"ch_mult": [1] * 17}, "1 to 16"),
+        ("config.json", {"attn_resolutions": "16"}, "attn_resolutions='16'"),
+        ("config.json", {"resamp_with_conv": False}, "resamp_with_conv=False is not supported"),
+        ("config.json", {"num_res_blocks": 17}, "layers_per_block=17"),
+        ("config.json", {"_class_name": "UNetUnconditionalModel"}, "'UNetUnconditionalModel' is not supported"),
+        ("scheduler_config.json", {"timestep_values": [1]}, "GaussianDDPMScheduler with timestep_values"),
+        ("scheduler_config.json", {"timesteps": 0}, "timesteps=0"),
+        ("scheduler_config.json", {"_class_name": "DDPMScheduler", "num_train_timesteps": 9}, "timesteps=200 and num"),
+    ],
+    ids=str,
+)
+def test_old_schemas_that_are_not_known_exactly(old, file, change, words):
+    folder, _ = old
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **change}))
+    refused(folder, file, words, error=ConfigError)
+
+
+def test_old_schemas_lack_nothing(old):
+    folder, _ = old
+    for key in ("ch", "resolution", "ch_mult"):
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in OLD_UNET.items() if k != key}))
+        refused(folder, "config.json", f"without {key}", error=ConfigError)
 
 
 # Configuration files --------------------------------------------------------------------------------------------------
@@ -576,7 +853,8 @@ def test_hostile_json(folder, text, words, name):
     ("change", "words"),
     [
         ({"ch_mult": [1, 2]}, ["ch_mult", "allowed"]),
-        ({"_class_name": "UNetModel"}, ["_class_name 'UNetModel'", "UNet2DModel"]),
+        ({"_class_name": "UNetModel"}, ["_class_name 'UNetModel'", "num_res_blocks"]),
+        ({"_class_name": "UNet2DConditionModel"}, ["_class_name 'UNet2DConditionModel'", "UNet2DModel"]),
         ({"_class_name": ["UNet2DModel"]}, ["_class_name", "UNet2DModel"]),
         ({"norm_eps": float("nan")}, ["norm_eps", "nan"]),
         ({"sample_size": 10**40}, ["sample_size", "1048576"]),
@@ -687,6 +965,7 @@ def test_full_disk_keeps_the_old_model(tmp_path):
     import resource, sys, torch
     from pathlib import Path
     from fastdiff.checkpoint import load, save_folder
+    from fastdiff.convert import convert
     from fastdiff.errors import CheckpointError
     from fastdiff.files import write_text
     model = load(sys.argv[1])
@@ -694,9 +973,11 @@ def test_full_disk_keeps_the_old_model(tmp_path):
     with torch.no_grad():
         for p in model.unet.parameters():
             p.add_(1)
-    for folder in (sys.argv[1], sys.argv[1] + "/unet"):
+    for folder in (sys.argv[1], sys.argv[1] + "/unet", sys.argv[1] + "/a.safetensors", sys.argv[1] + "/a.pt"):
         try:
-            if folder == sys.argv[1]:
+            if "/a." in folder:
+                convert(sys.argv[2], folder, to="ddpm")
+            elif folder == sys.argv[1]:
                 save_folder(folder, model.unet, model.schedule)
             else:
                 model.unet.save_pretrained(folder)
@@ -709,7 +990,10 @@ def test_full_disk_keeps_the_old_model(tmp_path):
     except OSError as e:
         assert e.errno == 27, e
     """
-    run_python(code, tmp_path / "model")
+    (tmp_path / "ddpm").mkdir()
+    torch.save(randomize_(oracle.DDPM(32, 3, (1, 1), 1, (), 3, 8)).state_dict(), tmp_path / "ddpm" / "a.pt")
+    before |= {tmp_path / "ddpm" / "a.pt": (tmp_path / "ddpm" / "a.pt").read_bytes()}
+    run_python(code, tmp_path / "model", tmp_path / "ddpm" / "a.pt")
     assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
     assert_equal_weights(load(tmp_path / "model").unet, random_unet(TINY))
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles as oracle
 import pytest
 import torch
 from PIL import Image
-from unets import TINY_CLASSES, random_unet
+from unets import TINY_CLASSES, random_unet, randomize_
 
 import fastdiff
 from fastdiff import checkpoint, cli, images, solvers
@@ -31,7 +32,7 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 
 CLASSES = 4
-COMMANDS = ("sample", "train", "info")
+COMMANDS = ("sample", "train", "info", "convert")
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +128,7 @@ def test_help_says_every_default(command: str, help_text: Callable[[str], str]) 
     body = body[: body.index("-> None:")]
     explained = re.findall(r"\(default: [^)\n]*\)", body)
     assert "[default" not in body
-    assert len(explained) >= {"sample": 5, "train": 4, "info": 0}[command]
+    assert len(explained) >= {"sample": 5, "train": 4, "info": 0, "convert": 2}[command]
     for default in explained:
         assert default in text, f"{default} is not shown"
 
@@ -172,6 +173,62 @@ def test_info_examples(example: str, call: Call) -> None:
     assert "v_prediction" in out
     if "--solver" in example:
         assert "ddim: 10 steps, 10 rows" in out
+
+
+# convert --------------------------------------------------------------------------------------------------------------
+
+
+def test_convert_examples(call: Call) -> None:
+    """In their order, as each goes on from the one before; the original is a small one."""
+    network = randomize_(oracle.DDPM(32, 3, (1, 1), 1, (8,), 3, 16))
+    torch.save(network.state_dict(), "cifar10.ckpt")
+    for example in examples("convert"):
+        code, out, err = call(*shlex.split(example)[1:])
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{shlex.split(example)[3]}: ")
+    back = torch.load("back.ckpt", weights_only=True)
+    assert all(torch.equal(v, back[k]) for k, v in network.state_dict().items())
+    assert back.keys() == network.state_dict().keys()
+    assert checkpoint.load("cifar10").unet.config.sample_size == 32
+    assert call("sample", "fashion.safetensors", "--n", "1", "--steps", "1", "--labels", "3", "--out", "a.png")[0] == 0
+
+
+def test_convert_says_what_it_did(model: str, call: Call) -> None:
+    code, out, err = call("convert", model, "a.safetensors", "--json")
+    assert (code, err) == (0, "")
+    unet = random_unet(TINY_CLASSES)
+    assert json.loads(out) == {
+        "src": model, "dst": "a.safetensors", "format": "safetensors", "from": "diffusers",
+        "tensors": len(unet.state_dict()), "parameters": sum(p.numel() for p in unet.parameters()), "left_out": [],
+    }  # fmt: skip
+    song = randomize_(oracle.SongUNet(8, 128, (1,), 1, (), augment_dim=9))
+    torch.save({"ema": song.state_dict(), "net": {"x": torch.ones(1)}}, "edm.pt")
+    code, out, err = call("convert", "edm.pt", "b", "--weights", "ema")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1] == "left out, as sampling does not hear them: map_augment.weight"
+    assert (Path("b") / "unet" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["nowhere", "out"], ("nowhere", "fashion-mnist")),
+        (["MODEL", "out", "--format", "gguf"], ("'gguf'", "diffusers, safetensors, ddpm")),
+        (["MODEL", "out.pt"], ("out.pt", "Give the format")),
+        (["MODEL", "out.pt", "--format", "edm"], ("cannot be written as 'edm'", "norm_eps")),
+        (["MODEL", "out", "--preset", "adm-imagenet-64"], ("preset='adm-imagenet-64'", "folder")),
+        (["MODEL", "out", "--variant", "fp16"], ("fp16",)),
+        (["MODEL", "file/out"], ("file/out", "could not be written")),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_convert_arguments(arguments: list[str], needles: tuple[str, ...], model: str, call: Call) -> None:
+    Path("file").write_text("in the way")
+    assert_refused(call("convert", *[model if a == "MODEL" else a for a in arguments]), needles)
+    assert [p.name for p in Path().iterdir()] == ["file"]
+
+
+# train ----------------------------------------------------------------------------------------------------------------
 
 
 def photos(folder: Path) -> None:
@@ -467,8 +524,8 @@ def test_bad_input_in_a_shell(tmp_path: Path) -> None:
 def test_unknown_models(call: Call) -> None:
     for command in ("sample", "info"):
         assert_refused(call(command, "nothing-like-it"), ("nothing-like-it", "fashion-mnist"))
-    Path("model.pt").write_bytes(b"\x80\x04")
-    assert_refused(call("sample", "model.pt"), ("model.pt", "pickle", ".safetensors"))
+    Path("model.pt").write_bytes(b"\x80\x02")
+    assert_refused(call("sample", "model.pt"), ("model.pt", "pickles that would run code are refused"))
     Path("empty").mkdir()
     assert_refused(call("sample", "empty"), ("empty", "config.json"))
 

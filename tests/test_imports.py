@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ORDER = (
     "errors",
     "files",
+    "weights",
     "schedule",
     "noise",
     "solvers",
@@ -26,7 +27,10 @@ ORDER = (
     "update",
     "unet_config",
     "unet",
+    "layouts",
+    "originals",
     "checkpoint",
+    "convert",
     "program",
     "plan",
     "lower",

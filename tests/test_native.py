@@ -13,6 +13,7 @@ import torch
 from interpreter import Interpreter, strip_statistics
 from torch import Tensor
 from unets import (
+    OWN_VARIANTS,
     PUBLISHED,
     RESNET_BLOCKS,
     TINY,
@@ -53,6 +54,7 @@ def one_level(channels: int, groups: int, size: tuple[int, int], head_dim: int |
 # Networks whose operations, together, are every operation at many shapes.
 NETWORKS = {name: change(**changes) for name, changes in VARIANTS.items() if "class_embed_type" not in changes}
 NETWORKS |= {f"class image, {kind}": change(TINY_CLASSES, class_image=kind) for kind in ("add", "multiply", "concat")}
+NETWORKS |= {name: change(**changes) for name, changes in OWN_VARIANTS.items()}
 NETWORKS |= {
     "96 channels, 5x7": one_level(96, 8, (5, 7)),
     "160 channels, 12x12": one_level(160, 5, (12, 12), 32),

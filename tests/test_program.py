@@ -13,6 +13,7 @@ from interpreter import Interpreter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from unets import (
+    OWN_VARIANTS,
     PUBLISHED,
     RESNET_BLOCKS,
     TINY,
@@ -59,6 +60,13 @@ def assert_equals_module(config, size=None, seed=0, batch=3):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(variant):
     assert_equals_module(change(**VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("variant", OWN_VARIANTS)
+def test_own_variant(variant):
+    config = change(**OWN_VARIANTS[variant])
+    assert_equals_module(config)
+    assert not config.diffusers_can_run
 
 
 @pytest.mark.parametrize("variant", CLASS_IMAGES)

@@ -14,7 +14,9 @@ from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unets import (
+    ATTENTION_EVERYWHERE,
     NO_ATTENTION,
+    OWN_VARIANTS,
     PUBLISHED,
     THREE_LEVELS,
     TINY,
@@ -32,7 +34,7 @@ from unets import (
 
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.unet import Attention, ResnetBlock, UNet, timestep_embedding
-from fastdiff.unet_config import UNetConfig
+from fastdiff.unet_config import OWN_FIELDS, UNetConfig
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler"
@@ -310,6 +312,72 @@ def test_stride(levels):
     assert change(block_out_channels=(8,) * levels, **types).stride == 2 ** (levels - 1)
 
 
+# Options that diffusers does not have ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["two heads at every level", "scaled timesteps", "scaled blocks"])
+def test_own_options_are_heard(variant):
+    """The same weights, another output."""
+    config, x, t = change(**OWN_VARIANTS[variant]), random_images(TINY), torch.tensor([3, 917])
+    plain = {k: v for k, v in OWN_VARIANTS[variant].items() if k not in OWN_FIELDS}
+    unet, other = random_unet(config), random_unet(change(**plain))
+    other.load_state_dict(unet.state_dict())
+    assert relative_error(unet(x, t), other(x, t)) > 1e-3
+
+
+def test_own_options_change_the_shapes():
+    wider = random_unet(change(**OWN_VARIANTS["a wider sinusoid"]))
+    assert wider.time_embedding.linear_1.weight.shape == (48, 12)
+    assert wider.conv_in.weight.shape[0] == 8
+    last = random_unet(change(**OWN_VARIANTS["attention behind the last block"]))
+    assert [len(block.attentions) for block in last.down_blocks] == [2, 2]
+    assert [len(block.attentions) for block in last.up_blocks] == [1, 1]
+    shortcuts = random_unet(change(**OWN_VARIANTS["shortcuts that resample"]))
+    resampling = [m for m in shortcuts.modules() if isinstance(m, ResnetBlock) and m.resample]
+    assert len(resampling) == 2
+    assert all(m.conv_shortcut.weight.shape[:2] == m.conv1.weight.shape[:2] for m in resampling)
+
+
+@torch.no_grad()
+def test_scaled_timesteps_and_blocks():
+    x, t = random_images(TINY), torch.tensor([40.0, 900.0])
+    scaled = random_unet(change(timestep_scale=0.25))
+    assert torch.equal(scaled(x, t), random_unet(TINY)(x, t / 4))
+    # One factor for all blocks is diffusers' factor of the mid block, and the same of the others.
+    unet = random_unet(change(block_scale_factor=2.0, mid_block_scale_factor=2.0))
+    twin = diffusers_twin(random_unet(change(mid_block_scale_factor=2.0)))
+    for block in (*twin.down_blocks, *twin.up_blocks):
+        for module in block.modules():
+            if hasattr(module, "output_scale_factor"):
+                module.output_scale_factor = 2.0
+            if hasattr(module, "rescale_output_factor"):
+                module.rescale_output_factor = 2.0
+    assert relative_error(unet(x, t), twin(x, t).sample) <= 1e-5
+
+
+@torch.no_grad()
+def test_number_of_heads_and_their_width_say_the_same():
+    a = random_unet(change(num_attention_heads=2))
+    b = random_unet(change(attention_head_dim=8))
+    assert torch.equal(a(random_images(TINY), 3), b(random_images(TINY), 3))
+    blocks = random_unet(change(**ATTENTION_EVERYWHERE, num_attention_heads=2)).modules()
+    assert {(m.heads, m.head_dim) for m in blocks if isinstance(m, Attention)} == {(2, 4), (2, 8)}
+
+
+@pytest.mark.parametrize("codebase", ["diffusers", "ho", "openai"])
+def test_conventions(codebase):
+    """The quirks of a code base: eps, the sinusoid, the padding of downsampling, one head."""
+    config = UNetConfig.like(codebase, block_out_channels=(32, 64, 64, 64), sample_size=16)
+    assert config.sample_size == 16
+    said = (config.norm_eps, config.flip_sin_to_cos, config.freq_shift, config.downsample_padding)
+    assert said == {"ho": (1e-6, False, 1, 0)}.get(codebase, (1e-5, True, 0, 1))
+    assert config.attention_head_dim == (None if codebase == "ho" else 8)
+    assert UNetConfig.like(codebase, norm_eps=0.1).norm_eps == 0.1
+    with pytest.raises(ConfigError, match="'guess' is unknown; allowed: diffusers, ho, openai"):
+        UNetConfig.like("guess")
+
+
 # Initial state --------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +486,13 @@ BAD = [
         "class_embed_type=None",
     ),
     *[({"null_label": v, "num_class_embeds": 5}, "null_label", v, "num_class_embeds - 1 = 4") for v in (0, 5, -1, 4.0)],
+    *[({k: 0}, k, 0, "1 to") for k in ("num_attention_heads", "sinusoid_dim")],
+    ({"num_attention_heads": 3}, "num_attention_heads", 3, "block_out_channels[1]=16"),
+    ({"sinusoid_dim": 2, "freq_shift": 1}, "freq_shift", 1, "half of sinusoid_dim"),
+    *[({k: 0.0}, k, 0.0, "but 0") for k in ("timestep_scale", "block_scale_factor")],
+    *[({k: NAN}, k, NAN, "finite") for k in ("timestep_scale", "block_scale_factor")],
+    ({"up_attention": "first"}, "up_attention", "first", "'all', 'last'"),
+    ({"resample_shortcut": 1}, "resample_shortcut", 1, "False, True"),
     ({"null_label": True, "num_class_embeds": 2}, "null_label", True, "num_class_embeds - 1 = 1"),
 ]
 
@@ -442,9 +517,9 @@ def test_unneeded_limits_are_not_held():
     assert_equals_diffusers(change(attn_norm_num_groups=3, mid_block_type=None))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *OWN_VARIANTS])
 def test_configuration_round_trip(variant):
-    config = change(**VARIANTS[variant])
+    config = change(**{**VARIANTS, **OWN_VARIANTS}[variant])
     again = UNetConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert hash(again) == hash(config)

@@ -114,6 +114,16 @@ VARIANTS = {
     "act_fn swish": {"act_fn": "swish"},
 }
 
+# Options that diffusers does not have.
+OWN_VARIANTS = {
+    "two heads at every level": {**ATTENTION_EVERYWHERE, "num_attention_heads": 2},
+    "a wider sinusoid": {"sinusoid_dim": 12, "time_embedding_dim": 48, "num_class_embeds": 3},
+    "scaled timesteps": {"timestep_scale": 0.25},
+    "scaled blocks": {"block_scale_factor": 1.7, **ATTENTION_EVERYWHERE},
+    "attention behind the last block": {**ATTENTION_EVERYWHERE, "up_attention": "last", "layers_per_block": 2},
+    "shortcuts that resample": {"resample_shortcut": True, **RESNET_BLOCKS},
+}
+
 
 @st.composite
 def configs(draw):

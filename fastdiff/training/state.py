@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff.checkpoint import METADATA_KEY, read_safetensors
+from fastdiff.checkpoint import METADATA_KEY
 from fastdiff.errors import CheckpointError, TrainingError
 from fastdiff.files import atomic_path
+from fastdiff.weights import read_safetensors
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 LEFTOVERS = (f".*-[0-9]*-{'[0-9a-f]' * 8}.tmp.*", ".tmp??????")  # atomic_path's files and, within, safetensors'
