@@ -78,9 +78,11 @@ class Level(NamedTuple):
 class Walk:
     """The levels of a run, first to last, and what a row needs besides: prediction, clip c, threshold.
 
-    init_scale, data_scale, continuous: the table's. last_time: what the network is told of the level where the last step
-    ends, if that has noise. mispaired: the coefficients go to ``abar_next`` although the next
-    row starts elsewhere, as diffusers' do in places (`fastdiff.solvers.diffusers`).
+    init_scale, data_scale, continuous: the table's. output_scale: what the last row multiplies besides, where that is
+    no image but x_0 + sigma eps. last_time: what the network is told of the level where the last step ends, if that has
+    noise. compat: the coefficients may go to an ``abar_next`` other than where the next row starts, and timesteps may
+    repeat, as diffusers' do in places (`fastdiff.solvers.compat`); the table's labels join all the same, and what
+    repeats is a stage.
     """
 
     levels: tuple[Level, ...]
@@ -89,8 +91,9 @@ class Walk:
     threshold: tuple[float, float] | None = None
     init_scale: float = 1.0
     data_scale: float = 1.0
+    output_scale: float = 1.0
     continuous: bool = False
-    mispaired: bool = False
+    compat: bool = False
     last_time: float = 0.0
 
     @classmethod
@@ -141,14 +144,14 @@ class Walk:
             end = 1.0 if final == "zero" else schedule.abar(schedule.time(schedule.sigma_min))
             ends = list(zip(abar, [*abar[1:], end], strict=True))
             scale, init_scale = schedule.sigma_data, math.sqrt(1.0 - abar[0])
-            last_time = schedule.time(schedule.sigma_min)
+            last_time, output_scale = schedule.time(schedule.sigma_min), 1.0 / math.sqrt(end)
         else:
             spacing = "trailing" if spacing is None else spacing
             if steps is None and isinstance(spacing, str):
                 steps = min(50, schedule.timesteps)
             ts = timesteps(schedule, steps, spacing, steps_offset)
             ends = levels(schedule, ts, 1.0 if final == "zero" else float(schedule.alphas_cumprod[0]))
-            scale = init_scale = 1.0
+            scale = init_scale = output_scale = 1.0
             last_time = 0.0
         return cls(
             levels=tuple(Level(t, *end) for t, end in zip(ts, ends, strict=True)),
@@ -157,6 +160,7 @@ class Walk:
             threshold=limit,
             init_scale=init_scale,
             data_scale=scale,
+            output_scale=output_scale,
             continuous=isinstance(schedule, EDMSchedule),
             last_time=last_time,
         )
@@ -220,12 +224,12 @@ class Walk:
     def table(self, solver: str, rows: Sequence[Row], steps: int | None = None) -> StepTable:
         """The table of these rows. Its last row leaves the data's own units; a history that nobody reads is not kept."""
         rows = list(rows)
-        if self.mispaired:
-            for i in range(len(rows) - 1):
-                rows[i] = rows[i]._replace(abar_next=rows[i + 1].abar)
-        if self.data_scale != 1.0:
+        if self.compat:
+            rows = _joined(rows)
+        scale = self.data_scale * self.output_scale
+        if scale != 1.0:
             names = ("ax", "ao", "a0", "a1", "a2", "a3", "as_", "s")
-            rows[-1] = rows[-1]._replace(**{name: self.data_scale * getattr(rows[-1], name) for name in names})
+            rows[-1] = rows[-1]._replace(**{name: scale * getattr(rows[-1], name) for name in names})
         if not any(row.a1 or row.a2 or row.a3 for row in rows):
             rows = [row._replace(hx=0.0, ho=0.0, h0=0.0, push=0.0) for row in rows]
         return StepTable(
@@ -237,3 +241,15 @@ class Walk:
             threshold=self.threshold,
             data_scale=self.data_scale,
         )
+
+
+def _joined(rows: Sequence[Row]) -> list[Row]:
+    """Labels that join, and stages where a timestep repeats: what a `StepTable` needs of rows with quirks."""
+    ends = [after.abar for after in rows[1:]] + [rows[-1].abar_next]
+    joined, t = [], math.inf
+    for row, end in zip(rows, ends, strict=True):
+        repeats = row.t == t
+        joined.append(row._replace(abar_next=end, stage=1.0 if repeats else row.stage))
+        if not row.stage:
+            t = row.t
+    return joined
