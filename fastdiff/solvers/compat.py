@@ -43,6 +43,7 @@ from fastdiff.solvers.unipc import unipc_table
 from fastdiff.solvers.walk import Level, Walk
 
 ZERO_SNR = 2.0**-24
+PRECISION = "float32"  # of diffusers' noise levels
 
 
 def from_config(
@@ -227,13 +228,41 @@ def _discrete(
 # Schedulers in sigma --------------------------------------------------------------------------------------------------
 
 
-def _sigmas(schedule: NoiseSchedule) -> NDArray[np.float64]:
-    """sigma of every timestep, rising."""
-    abar = np.maximum(schedule.alphas_cumprod, ZERO_SNR if schedule.alphas_cumprod[-1] == 0.0 else 0.0)
-    return np.sqrt((1.0 - abar) / abar)
+def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
+    """sigma of every timestep, rising, in float32 by diffusers' own operations.
+
+    A cosine schedule's smallest sigma is 1.5e-3 off in float32, and timesteps are rounded from these sigmas.
+    """
+    import torch
+
+    dtype = getattr(torch, PRECISION)
+    start, end, T = schedule.beta_start, schedule.beta_end, schedule.timesteps
+    if schedule.kind == "linear":
+        betas = torch.linspace(start, end, T, dtype=dtype)
+    elif schedule.kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, T, dtype=dtype) ** 2
+    else:  # these come from float64
+        plain = dataclasses.replace(schedule, rescale_zero_terminal_snr=False)
+        betas = torch.tensor(plain.variances, dtype=dtype)
+    abar = torch.cumprod(1.0 - betas, dim=0)
+    if schedule.rescale_zero_terminal_snr:
+        root = abar.sqrt()
+        scaled = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        squares = scaled**2
+        abar = torch.cumprod(torch.cat([squares[:1], squares[1:] / squares[:-1]]), dim=0)
+        abar[-1] = ZERO_SNR
+    return (((1 - abar) / abar) ** 0.5).numpy()
 
 
-def _respaced(source: Source, t: NDArray[np.float64], between: NDArray[np.float64], train: NDArray[np.float64]) -> Any:
+def _times(sigmas: NDArray[np.float64], train: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Timesteps of sigmas, log sigma interpolated between whole ones; differences of neighbours in float32."""
+    logs, wanted = np.log(train), np.log(sigmas)
+    low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(train) - 2)
+    w = np.clip((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0.0, 1.0)
+    return (1.0 - w) * low + w * (low + 1)
+
+
+def _respaced(source: Source, between: NDArray[Any], train: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """(t, sigma) where the configuration asks for a sigma spacing, from between[0] to between[-1]; else None."""
     kinds = [kind for kind in ("karras", "exponential", "beta") if source.get(f"use_{kind}_sigmas", False)]
     if not kinds:
@@ -242,7 +271,7 @@ def _respaced(source: Source, t: NDArray[np.float64], between: NDArray[np.float6
         raise source.refuse(f"use_{kinds[-1]}_sigmas", "one of karras and exponential is")
     largest, smallest = (source.get(key, float(v)) for key, v in (("sigma_max", between[0]), ("sigma_min", between[-1])))
     sigmas = spaced_sigmas(kinds[0], source.steps, largest, smallest)
-    return np.interp(np.log(sigmas), np.log(train), np.arange(len(train))), sigmas
+    return _times(sigmas, train), sigmas
 
 
 def _sigma_walk(
@@ -274,7 +303,7 @@ def _multistep(source: Source, zero_snr: bool, final: str | None, floor: bool, b
     lowest = source.get("lambda_min_clipped", -math.inf) if source.name == "DPMSolverMultistepScheduler" else -math.inf
     top = len(train) - int(np.searchsorted(-np.log(train)[::-1], lowest))
     t = source.timesteps(len(train), "linspace", skip_last=True, top=top)
-    respaced = _respaced(source, t, train[::-1], train)
+    respaced = _respaced(source, train[::-1], train)
     sigmas = np.interp(t, np.arange(len(train)), train)
     end = train[0]
     if respaced is not None:
@@ -346,7 +375,7 @@ def _single(source: Source, zero_snr: bool, bounds: dict[str, Any], final: bool,
         end = float(train[0])
     if final and source.one_of("interpolation_type", "linear", ("linear", "log_linear")) == "log_linear":
         sigmas = np.exp(np.linspace(math.log(train[-1]), math.log(train[0]), source.steps + 1))
-    respaced = _respaced(source, t, sigmas, train)
+    respaced = _respaced(source, sigmas, train)
     if respaced is not None:
         t, sigmas = respaced
     elif len(sigmas) > source.steps:  # log_linear has one sigma more, where the last step ends
