@@ -69,7 +69,7 @@ def threshold(state: State) -> None:
 
 
 def predict_x0(state: State) -> Tensor:
-    """The denoised image that the current row sees: x0 = clip((kx x + ko out) / q, -c, c); q is 1 without a threshold."""
+    """The denoised image that the current row sees: x0 = clip((kx x + ko out) / q, -c, c), q of `threshold`, else 1."""
     out, _ = split_output(state)
     threshold(state)
     x0 = _combine(state, kx=state.x, ko=out)

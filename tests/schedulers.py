@@ -88,7 +88,7 @@ def run_scheduler(
         in_sigma = config["_class_name"].startswith(("Euler", "Heun", "LMS", "EDM", "CM"))
         x = noise[0] * scheduler.init_noise_sigma
         states = []
-        for row, t in enumerate(scheduler.timesteps):  # noqa: B007  ``row`` is read by draw
+        for row, t in enumerate(scheduler.timesteps):
             out = denoise(scheduler.scale_model_input(x, t), t.double().reshape(1))
             x = scheduler.step(out, t, x, **options).prev_sample
             last = row == len(scheduler.timesteps) - 1

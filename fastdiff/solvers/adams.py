@@ -7,6 +7,7 @@ eps_k are the last values of eps and L_k their Lagrange polynomials: in sigma fo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ def _table(walk: Walk, name: str, orders: Sequence[int], by_log: bool) -> StepTa
 
 
 def sigma_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """Integrals of the Lagrange polynomials of ``nodes`` from the first node to ``end``; exact, their degree being <= 3."""
+    """Integrals of the Lagrange polynomials of ``nodes`` from the first node to ``end``; exact, of degree 3 at most."""
     at = nodes[0] + (end - nodes[0]) * (NODES + 1.0) / 2.0
     half = 0.5 * (end - nodes[0])
     return [float(half * (WEIGHTS * _lagrange(nodes, k, at)).sum()) for k in range(len(nodes))]
@@ -104,7 +105,7 @@ def log_weights(nodes: Sequence[float], end: float) -> list[float]:
     total = max(end - nodes[0], -60.0)
     edges = np.linspace(0.0, total, max(1, math.ceil(abs(total))) + 1)
     weights = [0.0] * len(nodes)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges.tolist()):
         at = start + (stop - start) * (NODES + 1.0) / 2.0
         for k in range(len(nodes)):
             weights[k] += float(0.5 * (stop - start) * (WEIGHTS * _lagrange(shifted, k, at) * np.exp(at)).sum())

@@ -9,10 +9,12 @@ right mathematics. The quirks:
 - DDPM adds noise to the finished image where its last timestep is above 0 (fixed_large, learned_range).
 - One step of "leading" or "linspace" visits t = 0.
 - PNDM mixes the outputs of a v-prediction network, not their eps.
-- DPM-Solver's SDE of order 3 has a sign wrong.
+- DPM-Solver++ of order 3 takes half of the second derivative, which makes it of order 2; its SDE has a sign wrong too.
 - Timesteps of sigma spacings are rounded, so that some repeat; those rows are marked as stages.
-- Zero terminal SNR is abar = 2^-24 for the solvers in sigma, whose initial noise has the standard deviation sqrt(1 - abar)
-  with "linspace" and "trailing", 1 with "leading".
+- The solvers in sigma compute noise levels in float32 and have abar = 2^-24 for zero terminal SNR. Initial noise has
+  the standard deviation sqrt(1 - abar) with "linspace" and "trailing" (Euler, Heun, LMS), 1 elsewhere.
+- UniPC with "bh1" ends in NaN where the last step goes to sigma = 0, as do order 2 (heun) and 3 of DPM-Solver++ where a
+  sigma spacing ends with "sigma_min" behind 15 steps. Not reproduced: the table has the limit, which is finite.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ def from_config(
     eta, use_clipped_model_output
         Options of DDIMScheduler's step.
 
-    Multiplied by the table's init_scale, N(0, I) noise starts the same run as noise times init_noise_sigma in diffusers;
-    its sigma-space samples x are sqrt(1 + sigma^2) (EDM: sqrt(sigma_data^2 + sigma^2)) times the states.
+    Multiplied by the table's init_scale, N(0, I) noise starts the same run as noise times init_noise_sigma does in
+    diffusers; its sigma-space samples x are sqrt(1 + sigma^2) (EDM: sqrt(sigma_data^2 + sigma^2)) times the states.
 
     Raises `ConfigError` naming the scheduler or the option that is not supported, or the number of steps at which
     diffusers itself fails; `InvalidArgument` for options of other schedulers.
@@ -269,7 +271,9 @@ def _respaced(source: Source, between: NDArray[Any], train: NDArray[Any]) -> tup
         return None
     if len(kinds) > 1 or kinds == ["beta"]:
         raise source.refuse(f"use_{kinds[-1]}_sigmas", "one of karras and exponential is")
-    largest, smallest = (source.get(key, float(v)) for key, v in (("sigma_max", between[0]), ("sigma_min", between[-1])))
+    largest, smallest = (
+        source.get(key, float(v)) for key, v in (("sigma_max", between[0]), ("sigma_min", between[-1]))
+    )
     sigmas = spaced_sigmas(kinds[0], source.steps, largest, smallest)
     return _times(sigmas, train), sigmas
 
@@ -344,7 +348,7 @@ def _dpm_table(source: Source, walk: Walk) -> StepTable:
         source.get("lower_order_final", True),
         source.get("euler_at_final", False),
         sde,
-        second_share=-0.5 if sde else 0.5,
+        authors=True,
     )
 
 
@@ -370,7 +374,7 @@ def _single(source: Source, zero_snr: bool, bounds: dict[str, Any], final: bool,
     train = _sigmas(schedule)
     t = source.timesteps(len(train), "linspace", whole=False)
     sigmas = np.interp(t, np.arange(len(train)), train)
-    end, more = 0.0, {}
+    end, continuous = 0.0, False
     if final and source.one_of("final_sigmas_type", "zero", ("zero", "sigma_min")) == "sigma_min":
         end = float(train[0])
     if final and source.one_of("interpolation_type", "linear", ("linear", "log_linear")) == "log_linear":
@@ -381,10 +385,12 @@ def _single(source: Source, zero_snr: bool, bounds: dict[str, Any], final: bool,
     elif len(sigmas) > source.steps:  # log_linear has one sigma more, where the last step ends
         sigmas, end = sigmas[:-1], float(sigmas[-1])
     if final and source.get("timestep_type", "discrete") == "continuous" and source.prediction() == "v_prediction":
-        t, more = 0.25 * np.log(sigmas), {"continuous": True}
+        t, continuous = 0.25 * np.log(sigmas), True
     abar = 1.0 / (1.0 + float(sigmas[0]) ** 2)
     scale = 1.0 if source.get("timestep_spacing", "linspace") == "leading" else math.sqrt(1.0 - abar)
-    return _sigma_walk(source, t, sigmas, end, bounds, init_scale=scale, output_scale=math.hypot(end, 1.0), **more)
+    return _sigma_walk(
+        source, t, sigmas, end, bounds, init_scale=scale, output_scale=math.hypot(end, 1.0), continuous=continuous
+    )
 
 
 def _euler(source: Source) -> StepTable:

@@ -1,4 +1,4 @@
-"""Few-step samplers of distilled networks: consistency models (Song et al. 2023) and latent consistency (Luo et al. 2023).
+"""Few-step samplers of distilled networks: consistency models (Song et al. 2023), latent consistency (Luo et al. 2023).
 
 Each row goes to an image and back to the next level with fresh noise.
 """
@@ -29,10 +29,11 @@ def lcm(
     clip: float | None = None,
     threshold: float | tuple[float, float] | None = None,
 ) -> StepTable:
-    """Latent consistency models' multi-step sampling (Luo et al. 2023, arXiv:2310.04378, algorithm 3), 4 steps by default.
-    With tau = ``timestep_scaling`` t and sigma_data = 1/2,
+    """Latent consistency models' multi-step sampling (Luo et al. 2023, arXiv:2310.04378, algorithm 3), by default of 4
+    steps. With tau = ``timestep_scaling`` t and sigma_data = 1/2,
 
-        f   = c_skip x + c_out x_0,   c_skip = sigma_data^2 / (tau^2 + sigma_data^2),  c_out = tau / sqrt(tau^2 + sigma_data^2)
+        f   = c_skip x + c_out x_0,     c_skip = sigma_data^2 / (tau^2 + sigma_data^2)
+                                        c_out  = tau / sqrt(tau^2 + sigma_data^2)
         x_p = a_p f + s_p z;   f itself at the end
 
     spacing
@@ -80,7 +81,7 @@ def consistency(
     train_steps: int = 40,
     clip: float | None = 1.0,
 ) -> StepTable:
-    """Consistency models' multi-step sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1), 1 step by default. With
+    """Consistency models' multi-step sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1), by default one. With
     sigma_0 = ``schedule.sigma_min`` and the boundary condition of appendix C,
 
         f   = c_skip x + c_out F,    c_skip = sigma_data^2 / ((sigma - sigma_0)^2 + sigma_data^2)

@@ -38,7 +38,8 @@ def ddim(
     set_alpha_to_one
         The last row goes to abar = 1, the data; False: to abar_0 (latent diffusion), of whose noise eta adds a share.
 
-    The other options are those of all solvers (`Walk.of`). Raises `InvalidArgument` naming the value and what is allowed.
+    The other options are those of all solvers (`Walk.of`). Raises `InvalidArgument` naming the value and what is
+    allowed.
     """
     walk = Walk.of(
         schedule,

@@ -64,10 +64,12 @@ def dpmpp_3m(
     """DPM-Solver++(3M): the parabola through the last three values of x_0. With r_0 = h_0 / h, r_1 = h_1 / h:
 
         D_10 = (x_0 - m1) / r_0,  D_11 = (m1 - m2) / r_1
-        D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),  D_2 = (D_10 - D_11) / (r_0 + r_1)
+        D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),  D_2 = 2 (D_10 - D_11) / (r_0 + r_1)
         x_t = sigma_t / sigma_s x + a_t (1 - e^-h) x_0 + a_t ((e^-h - 1) / h + 1) D_1
               - a_t ((e^-h - 1 + h) / h^2 - 1/2) D_2
 
+    so that D_1 and D_2 are h and h^2 times the parabola's derivatives. The authors' code, and with it diffusers, leaves
+    out the 2, which costs an order: errors then fall with h^2, with the 2 as h^3 (tests/test_orders.py measures both).
     It starts with orders 1 and 2 (heun). Options are those of `dpmpp_2m`.
     """
     walk = Walk.of(schedule, steps, **common)
@@ -102,11 +104,11 @@ def dpmpp_table(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
     sde: bool = False,
-    second_share: float = 0.5,
+    authors: bool = False,
 ) -> StepTable:
     """The table over a walk: every DPM-Solver++ is this with other numbers.
 
-    second_share: what the SDE's third-order term has beside phi: 1/2; diffusers' sign is wrong (`diffusers`).
+    authors: order 3 with half of D_2, and for the SDE with diffusers' wrong sign in its coefficient.
     """
     if solver_type not in SOLVER_TYPES:
         raise InvalidArgument(f"solver_type={solver_type!r} is unknown; allowed: {', '.join(SOLVER_TYPES)}")
@@ -118,11 +120,11 @@ def dpmpp_table(
             k = 1
         elif i == n - 2 and lower_order_final and n < FEW:
             k = min(k, 2)
-        rows.append(_row(walk, i, k, solver_type, sde, second_share))
+        rows.append(_row(walk, i, k, solver_type, sde, authors))
     return walk.table(name, rows)
 
 
-def _row(walk: Walk, i: int, order: int, solver_type: str, sde: bool, second_share: float) -> Row:
+def _row(walk: Walk, i: int, order: int, solver_type: str, sde: bool, authors: bool) -> Row:
     level = walk.levels[i]
     # e^-h = sigma_t / sigma_s of the ratios sigma = s / a, so that infinite h needs no limit.
     decay = level.a * level.s_next / (level.a_next * level.s)
@@ -145,8 +147,10 @@ def _row(walk: Walk, i: int, order: int, solver_type: str, sde: bool, second_sha
         return walk.row(i, x=x, x0=full + d1, m=(-d1,), z=z, keep="x0")
     h1 = walk.levels[i - 2].log_sigma - walk.levels[i - 1].log_sigma
     r0, r1 = h0 / h, h1 / h
-    second = level.a_next * (g * phi(3, -g) + (second_share - 0.5))
-    # D_1 and D_2 as coefficients of D_10 and D_11
+    second = 2.0 * level.a_next * g * phi(3, -g)
+    if authors:
+        second = 0.5 * second - (level.a_next if sde else 0.0)
+    # D_1 and D_2 in D_10 and D_11
     d10 = first * (1.0 + r0 / (r0 + r1)) + second / (r0 + r1)
     d11 = -first * r0 / (r0 + r1) - second / (r0 + r1)
     m = (-d10 / r0 + d11 / r1, -d11 / r1)

@@ -18,7 +18,8 @@ def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]
 
         x_t = x_s + (sigma_t - sigma_s) eps = x_0 + sigma_t eps
 
-    In variance-preserving states, x / sqrt(1 + sigma^2), that is DDIM with eta = 0: a_t x_0 + s_t eps. Options: `Walk.of`.
+    In variance-preserving states, x / sqrt(1 + sigma^2), that is DDIM with eta = 0: a_t x_0 + s_t eps. Options:
+    `Walk.of`.
     """
     return euler_table(Walk.of(schedule, steps, **common), "euler", 0.0)
 

@@ -19,8 +19,8 @@ def heun(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
         x_t = x_s + (sigma_t - sigma_s) (eps_s + eps_e) / 2           one row, a stage, told the next timestep
             = (x_s + x_e + (sigma_t - sigma_s) eps_e) / 2
 
-    A step to zero noise has the first row only, so n steps are 2 n - 1 rows. Options: `Walk.of`. Raises `InvalidArgument`
-    for a schedule that starts at zero SNR, where sigma is infinite.
+    A step to zero noise has the first row only, so n steps are 2 n - 1 rows. Options: `Walk.of`. Raises
+    `InvalidArgument` for a schedule that starts at zero SNR, where sigma is infinite.
     """
     return heun_table(Walk.of(schedule, steps, **common))
 

@@ -1,4 +1,4 @@
-"""PLMS: the linear multi-step form of PNDM (Liu et al. 2022, arXiv:2202.09778), as diffusers and latent diffusion run it."""
+"""PLMS: PNDM (Liu et al. 2022, arXiv:2202.09778) without its Runge-Kutta start, as latent diffusion runs it."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ With x_t = a x_0 + s eps, a = sqrt(abar_t), s = sqrt(1 - abar_t) (Ho et al. 2020
     v_prediction   out = a eps - s x_0    x_0 = a x_t - s out          eps = s x_t + a out        (Salimans & Ho 2022)
     edm            out = s x_0 - a eps    x_0 = a x_t + s out          eps = s x_t - a out        (Karras et al. 2022)
 
-"edm" is the F of Karras et al.'s preconditioning (arXiv:2206.00364, eq. 7) in units of sigma_data. With y = x / sigma_data
-and x_t = y / sqrt(1 + (sigma / sigma_data)^2), its c_in x is x_t itself, and D = c_skip x + c_out F is sigma_data (a x_t +
-s F): v-prediction with the other sign.
+"edm" is the F of Karras et al.'s preconditioning (arXiv:2206.00364, eq. 7) in units of sigma_data. With y = x /
+sigma_data and x_t = y / sqrt(1 + (sigma / sigma_data)^2), its c_in x is x_t itself, and D = c_skip x + c_out F is
+sigma_data (a x_t + s F): v-prediction with the other sign.
 """
 
 from __future__ import annotations

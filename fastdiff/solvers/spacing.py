@@ -39,9 +39,10 @@ def timesteps(
                                                                   (Karras et al. 2022, arXiv:2206.00364, eq. 5)
         exponential sigma = sigma_T (sigma_0 / sigma_T)^(i/(steps-1)), equal steps of log-SNR
 
-    with sigma_T, sigma_0 of timesteps T-1 and 0; or ``spacing`` is the list itself: falling numbers in [0, T-1], which may be fractional (``steps`` None or its
-    length). One step always visits T-1: a network shown pure noise must be told so. "leading" can start far below T-1
-    (501 of 1000 steps start at 500), which is logged as a warning.
+    with sigma_T, sigma_0 of timesteps T-1 and 0; or ``spacing`` is the list itself: falling numbers in [0, T-1], which
+    may be fractional (``steps`` None or its length). One step always visits T-1: a network shown pure
+    noise must be told so. "leading" can start far below T-1 (501 of 1000 steps start at 500), which is logged as a
+    warning.
 
     Raises `InvalidArgument` for steps outside 1 .. T and for lists that rise, repeat or leave the range.
     """
@@ -118,8 +119,8 @@ def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, f
     if last == 0.0:
         if finite:
             raise InvalidArgument(
-                f"a schedule of zero terminal SNR starts at infinite sigma; sigma spacings ({', '.join(SIGMA_SPACINGS)}) "
-                "need a finite one"
+                "a schedule of zero terminal SNR starts at infinite sigma; spacings of sigma "
+                f"({', '.join(SIGMA_SPACINGS)}) need a finite one"
             )
         last = float(schedule.alphas_cumprod[-2])
     return math.sqrt((1.0 - last) / last), math.sqrt((1.0 - first) / first)

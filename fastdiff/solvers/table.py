@@ -11,8 +11,8 @@ z ~ N(0, I); v is the second half of the output of a network that learned its va
 coefficient of zero means that its operand is not read. The state is variance-preserving: x has the variance of
 sqrt(abar) x_0 + sqrt(1 - abar) z.
 
-A table with dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3) divides each image's x0 by its own
-q before the bound, x0 = clip((kx x + ko out) / q, -c, c): the one number of a row that is known only when it runs.
+A table with dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3) divides each image's x0 by its
+own q before the bound, x0 = clip((kx x + ko out) / q, -c, c): the one number of a row that is known only when it runs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Row(NamedTuple):
     """One network evaluation; see the module's docstring for the formula. Everything is float64.
 
     t is what the network is told of the noise level: a timestep (may be fractional), or another function of it in a
-    table that is ``continuous``. abar and abar_next are the noise levels before and after the
-    row. The weight of guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a
-    stage is a row inside a step of a multi-stage solver.
+    table that is ``continuous``. abar and abar_next are the noise levels before and after the row. The weight of
+    guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a stage is
+    a row inside a step of a multi-stage solver.
     """
 
     t: float

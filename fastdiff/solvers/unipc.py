@@ -1,4 +1,4 @@
-"""UniPC (Zhao et al. 2023, arXiv:2302.04867): a multi-step predictor whose every result is corrected once x_0 is known."""
+"""UniPC (Zhao et al. 2023, arXiv:2302.04867): a multi-step predictor, corrected once x_0 at its end is known."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def unipc(
     """UniPC-p with data prediction, p = ``order`` 1 to 3 (algorithms 5, 6). From level s to t, h = lambda_t - lambda_s,
     with D_k = (m_k - x_0) / r_k, r_k = (lambda_k - lambda_s) / h over the p - 1 values before:
 
-        UniP   x_t  = sigma_t / sigma_s x_s + a_t (1 - e^-h) x_0 + a_t B sum_k rho_k D_k,        B = h (bh1), 1 - e^-h (bh2)
+        UniP   x_t  = sigma_t / sigma_s x_s + a_t (1 - e^-h) x_0 + a_t B sum_k rho_k D_k,    B = h (bh1), 1 - e^-h (bh2)
         UniC   x_tc = the same with other rho, + a_t B rho_p (x_0 at x_t - x_0)
 
-    rho solves sum_k rho_k r_k^(j-1) = j! h phi_{j+1}(-h) / B for j = 1 .. p - 1 (UniP), with r_p = 1 for j = 1 .. p (UniC).
+    rho solves sum_k rho_k r_k^(j-1) = j! h phi_{j+1}(-h) / B for j = 1 .. p - 1 (UniP), or with r_p = 1 too for j = 1
+    .. p (UniC).
 
     UniC reuses the network's x_0 at x_t, so it costs no evaluation; and as both start from the same x_s with the same
     factor, the corrected state is the row's input x plus a combination of x_0, m1, m2, m3. Correction of the last step

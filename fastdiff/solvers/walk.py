@@ -1,4 +1,4 @@
-"""What every solver starts from: the noise levels of a run, what the network says at each, and how its rows are written.
+"""What every solver starts from: the noise levels of a run, what the network says there, and how rows are written.
 
 With x_t = a x_0 + s eps, a = sqrt(abar), s = sqrt(1 - abar), and sigma = s / a, lambda = -log sigma.
 """
@@ -222,7 +222,7 @@ class Walk:
         return Row(**{**given, **history, **columns})
 
     def table(self, solver: str, rows: Sequence[Row], steps: int | None = None) -> StepTable:
-        """The table of these rows. Its last row leaves the data's own units; a history that nobody reads is not kept."""
+        """The table of these rows. Its last row returns to the data's units; what nobody reads is not kept."""
         rows = list(rows)
         if self.compat:
             rows = _joined(rows)
@@ -230,8 +230,8 @@ class Walk:
         if scale != 1.0:
             names = ("ax", "ao", "a0", "a1", "a2", "a3", "as_", "s")
             rows[-1] = rows[-1]._replace(**{name: scale * getattr(rows[-1], name) for name in names})
-        if not any(row.a1 or row.a2 or row.a3 for row in rows):
-            rows = [row._replace(hx=0.0, ho=0.0, h0=0.0, push=0.0) for row in rows]
+        last_read = max((i for i, row in enumerate(rows) if row.a1 or row.a2 or row.a3), default=0)
+        rows[last_read:] = [row._replace(hx=0.0, ho=0.0, h0=0.0, push=0.0) for row in rows[last_read:]]
         return StepTable(
             solver,
             len(self) if steps is None else steps,
