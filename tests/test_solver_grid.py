@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from schedulers import run_scheduler, scheduler_module
-from solver_grid import GRID, PAGE, SIGMAS, TIMESTEPS, Solver, markdown
+from solver_grid import GRID, PAGE, SIGMAS, Solver, markdown
 from torch import Tensor
-from trajectories import SCHEDULES, SHAPE, Denoise, T, denoiser, draw_noise, run
+from trajectories import SCHEDULES, Denoise, T, denoiser, draw_noise, run
 
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.solvers import COLUMNS, EDMSchedule, StepTable, compat, from_config
 
 LINEAR = SCHEDULES["linear"]
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' own
 TOLERANCE = 1e-8
 
 
@@ -56,12 +57,13 @@ def direct(solver: Solver, prediction: str, spacing: str, steps: int, table: Ste
     if name == "consistency":
         return solver.build(None, steps)
     if name.endswith("EDM"):
-        own = solver.build(
-            EDMSchedule(), steps, spacing=spacing, prediction={"epsilon": "edm"}.get(prediction, prediction), clip=None
-        )
-        scale = table.init_scale  # diffusers starts at sqrt(sigma_max^2 + 1), Karras et al. at sigma_max
-        assert own.init_scale == pytest.approx(scale, rel=1e-4)
-        return None if spacing == "exponential" and steps == 1 else dataclasses.replace(own, init_scale=scale)
+        if (spacing, steps) == ("exponential", 1):
+            return None  # diffusers starts at sigma_min
+        said = {"epsilon": "edm"}.get(prediction, prediction)
+        own = solver.build(EDMSchedule(), steps, spacing=spacing, prediction=said, clip=None)
+        # diffusers starts at sqrt(sigma_max^2 + 1), Karras et al. at sigma_max
+        assert own.init_scale == pytest.approx(table.init_scale, rel=1e-4)
+        return dataclasses.replace(own, init_scale=table.init_scale)
     if name == "lcm":
         return solver.build(LINEAR, steps, prediction=prediction)
     ts = [row.t for row in table.rows if not row.stage]
@@ -121,11 +123,16 @@ def test_one_percent_of_any_coefficient_shows(solver, wide):
     errors = compare(config, steps, *tables)
     assert errors[0] < TOLERANCE
     unseen = [name for name, error in zip(names[1:], errors[1:], strict=True) if not error > TOLERANCE]
-    # Bounds that bind nowhere, and a network that is told another t and has the same tanh of a large argument.
-    assert [name for name in unseen if name[:2] != "c "] == []
+    # A bound may bind nowhere; 1 % of what is tiny is less than the tolerance; x0 may serve the preview alone.
+    tiny = {
+        f"{name} of row {i}" for i, row in enumerate(table.rows) for name in ("s", "ax") if getattr(row, name) < 1e-6
+    }
+    idle = {f"{k} of row {i}" for i, row in enumerate(table.rows) for k in ("kx", "ko") if row.a0 == row.h0 == 0.0}
+    assert [name for name in unseen if name[:2] != "c " and name not in tiny | idle] == []
     used = {name.split()[0] for name in names}
     assert {"ko", "init_scale"} <= used
     assert ("a1" in used) == bool(table.history)
+    assert ("s" in used) == table.stochastic
 
 
 # More options of from_config ------------------------------------------------------------------------------------------
@@ -170,7 +177,7 @@ def test_more_options_equal_diffusers(name, options, wide):
 
 
 @pytest.mark.parametrize(("eta", "clipped"), [(0.0, True), (0.7, False), (1.0, True)])
-def test_ddims_own_options(eta, clipped, wide, monkeypatch):
+def test_ddims_own_options(eta, clipped, wide):
     config = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
     table = from_config(config, 7, eta=eta, use_clipped_model_output=clipped)
     noise = draw_noise(7)
@@ -279,15 +286,13 @@ def test_keys_of_other_schedulers_are_ignored(wide):
 def test_repeated_timesteps_are_stages(wide):
     """Karras' spacing rounds small sigmas to the same timestep; levels differ, so diffusers runs, and so do we."""
     config = {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
-    table = from_config(config, 60)
+    table = from_config(config, 150)
     assert any(row.stage for row in table.rows)
-    assert len(set(table.timesteps)) + sum(int(row.stage) for row in table.rows) == len(table) == 60
-    assert max(compare(config, 60, table)) < TOLERANCE
+    assert len(set(table.timesteps)) + sum(int(row.stage) for row in table.rows) == len(table) == 150
+    assert max(compare(config, 150, table)) < TOLERANCE
 
 
 def test_a_given_schedule_replaces_the_configurations():
     config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
     cosine = SCHEDULES["cosine"]
     assert from_config(config, 5, cosine).rows[0].abar == cosine.alphas_cumprod[800]
-    assert SHAPE
-    assert TIMESTEPS
