@@ -164,7 +164,8 @@ TAIL = """
 `fastdiff.solvers.from_config(scheduler_config, steps)` gives the table of every line, diffusers' quirks included; the
 functions of `fastdiff.solvers` have the right mathematics, which differs where the table above says so and in these:
 
-- `linspace` and `trailing` of DDIM and PNDM step to t - T // steps in diffusers, elsewhere than where the next row starts.
+- `linspace` and `trailing` of DDIM and PNDM step to t - T // steps in diffusers, elsewhere than where the next row
+  starts.
 - One step starts at pure noise (t = T-1); diffusers' `leading` and `linspace` start it at t = 0.
 - Timesteps of Karras' and exponential spacing are fractional, those at which the schedule has the sigma; diffusers
   rounds or cuts them for DPM-Solver++, UniPC and DEIS.

@@ -111,7 +111,7 @@ def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[n
     known = abar[abar > 0.0]
     # log abar = -log(1 + sigma^2) is linear between integer timesteps.
     t = np.interp(wanted, np.log(known[::-1]), np.arange(len(known))[::-1])
-    return [float(v) for v in t]
+    return [float(round(v)) if abs(v - round(v)) < 1e-9 else float(v) for v in t]  # whole ones are exact
 
 
 def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, float]:
