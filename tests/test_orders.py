@@ -1,8 +1,8 @@
 """Orders of convergence: each solver's error on Gaussian data with the exact network, over part of the log-SNRs.
 
 The probability flow takes N(a mu, V), V = a^2 var + s^2, to the same at the end, so the end's mean and spread are
-known. The interval starts where x_0 hardly depends on x yet: there the first steps of multi-step solvers, whose orders are
-lower, cost nothing that shows.
+known. The interval starts where x_0 hardly depends on x yet: there the first steps of multi-step solvers, whose orders
+are lower, cost nothing that shows.
 """
 
 from __future__ import annotations

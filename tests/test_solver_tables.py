@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from test_solvers import LINEAR, linear_map, runs
 from test_update import network
 from torch import Tensor, nn
 from trajectories import SCHEDULES, SHAPE, denoiser, draw_noise, run
+from unets import TINY, random_unet
 
 from fastdiff import Sampler, request, solvers
 from fastdiff.cli import SOLVER_HELP
@@ -537,3 +539,30 @@ def test_a_models_thresholding_is_kept():
     sampler = toy(scheduler_config=config)
     assert sampler.sample(1, steps=4).table.threshold == (0.9, 1.7)
     assert sampler.sample(1, steps=4, clip=1.0).table.threshold is None
+
+
+def test_the_readme_names_them_all():
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    for name in (*SOLVERS, *solvers.SPACINGS, *solvers.SIGMA_SPACINGS):
+        assert f"`{name}`" in text, name
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc", "dpmpp_2m_sde", "lms", "plms"])
+@pytest.mark.parametrize("limit", [None, (0.8, 1.5)], ids=["clip", "threshold"])
+def test_the_native_engine_draws_what_eager_draws(name, limit):
+    """Whole runs, steps in one call or (with a threshold) in two; fractional timesteps."""
+    pytest.importorskip("fastdiff._native")
+    unet = random_unet(TINY)
+    table = getattr(solvers, name)(LINEAR, 5, spacing="karras", **({"threshold": limit} if limit else {}))
+    images = [Sampler(unet, LINEAR, backend=b).sample(3, solver=table, seed=2).images for b in ("native", "eager")]
+    assert images[0].isfinite().all()
+    assert (images[0] - images[1]).abs().max() < 1e-3
+
+
+def test_negative_times_reach_the_native_engine():
+    pytest.importorskip("fastdiff._native")
+    unet = random_unet(TINY)
+    images = [
+        Sampler(unet, EDMSchedule(), backend=b).sample(2, solver="auto", steps=4).images for b in ("native", "eager")
+    ]
+    assert (images[0] - images[1]).abs().max() < 1e-3
