@@ -81,7 +81,8 @@ inline void bind_update(nb::module_& m) {
   m.def(
       "update",
       [](Floats x, ConstFloats out, ConstFloats bank, Integers table, Integers row, Integers seed, Integers index,
-         ConstFloats z, Floats xs, Floats m1, Floats m2, Floats m3, int begin, int end, const std::string& isa) {
+         ConstFloats z, ConstFloats x0_scale, Floats xs, Floats m1, Floats m2, Floats m3, int begin, int end,
+         const std::string& isa) {
         const Kernels& kernels = choose_kernels(isa);
         if (x.ndim() != 4) throw std::invalid_argument("x is not [images, channels, height, width]");
         const size_t B = x.shape(0), C = x.shape(1), H = x.shape(2), W = x.shape(3);
@@ -89,6 +90,7 @@ inline void bind_update(nb::module_& m) {
         check_shape(seed, {B}, "seed");
         check_shape(index, {B}, "index");
         check_shape(z, {B, C, H, W}, "z");
+        check_shape(x0_scale, {B}, "x0_scale");
         check_shape(xs, {B, C, H, W}, "xs");
         check_shape(m1, {B, C, H, W}, "m1");
         check_shape(m2, {B, C, H, W}, "m2");
@@ -109,6 +111,7 @@ inline void bind_update(nb::module_& m) {
         args.m3 = data_or_null(m3);
         args.out = out.data();
         args.z = data_or_null(z);
+        args.x0_scale = data_or_null(x0_scale);
         for (size_t i = 0; i < B; ++i) {
           const Coefficients k = args.bank(args.table[i], args.row[i]);
           if (k.s != 0.0f && !args.z && !(args.seed && args.index))
@@ -123,9 +126,10 @@ inline void bind_update(nb::module_& m) {
       },
       "x"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
       nb::kw_only(), "seed"_a.noconvert().none() = nb::none(), "index"_a.noconvert().none() = nb::none(),
-      "z"_a.noconvert().none() = nb::none(), "xs"_a.noconvert().none() = nb::none(),
-      "m1"_a.noconvert().none() = nb::none(), "m2"_a.noconvert().none() = nb::none(),
-      "m3"_a.noconvert().none() = nb::none(), "begin"_a = 0, "end"_a = -1, "isa"_a = "",
+      "z"_a.noconvert().none() = nb::none(), "x0_scale"_a.noconvert().none() = nb::none(),
+      "xs"_a.noconvert().none() = nb::none(), "m1"_a.noconvert().none() = nb::none(),
+      "m2"_a.noconvert().none() = nb::none(), "m3"_a.noconvert().none() = nb::none(), "begin"_a = 0, "end"_a = -1,
+      "isa"_a = "",
       "One row of the table for images begin to end (all), in place: fastdiff.update.update without the advance.");
 
   m.def(

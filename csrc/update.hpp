@@ -70,8 +70,9 @@ struct UpdateArgs {
   float* m1 = nullptr;
   float* m2 = nullptr;
   float* m3 = nullptr;
-  const float* out = nullptr;  // [images, out_channels, H, W]
-  const float* z = nullptr;    // the caller's noise; null: Philox
+  const float* out = nullptr;       // [images, out_channels, H, W]
+  const float* z = nullptr;         // the caller's noise; null: Philox
+  const float* x0_scale = nullptr;  // [images], of kx x + ko out before the bound; null: 1
 };
 
 // From what the network wrote to the `out` of UpdateArgs: planes of channels, guided.

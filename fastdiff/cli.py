@@ -31,6 +31,11 @@ ModelArgument = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A built-in name (fashion-mnist), a diffusers folder, or a checkpoint file."),
 ]
+# fastdiff.request.SOLVERS, which must not be imported for --help
+SOLVER_HELP = (
+    "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, lms, deis, "
+    "plms, lcm or consistency."
+)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
 
 
@@ -54,14 +59,15 @@ def sample(
     labels: Annotated[
         str | None, typer.Option(help="A class for all images, or a comma-separated list that is repeated.")
     ] = None,
-    solver: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    solver: Annotated[str, typer.Option(help=SOLVER_HELP)] = "ddim",
     steps: Annotated[
-        int | None, typer.Option(help="Network evaluations (default: 50 for ddim, all timesteps for ddpm).")
+        int | None, typer.Option(help="Steps of the solver (default: 50; ddpm: all timesteps; auto: 20; lcm: 4).")
     ] = None,
     eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")] = 0.0,
     variance: Annotated[str | None, typer.Option(help="Noise of ddpm: posterior, beta, none, learned_range.")] = None,
     spacing: Annotated[
-        str | None, typer.Option(help="trailing, leading, linspace or quadratic (default: the model's).")
+        str | None,
+        typer.Option(help="trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."),
     ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
@@ -294,7 +300,7 @@ def train(
 @app.command()
 def info(
     model: ModelArgument = "fashion-mnist",
-    solver: Annotated[str | None, typer.Option(help="Also print this solver's step table: ddim or ddpm.")] = None,
+    solver: Annotated[str | None, typer.Option(help=f"Also print this solver's step table: {SOLVER_HELP}")] = None,
     steps: Annotated[int | None, typer.Option(help="Rows of that table.")] = None,
     program: Annotated[
         bool,
@@ -340,6 +346,7 @@ def info(
             Options(solver=solver, steps=steps), sampler.schedule, sampler.prediction, sampler._scheduler_config
         )
     config: Any = sampler.unet.config
+    schedule: Any = sampler.schedule  # a folder's is a NoiseSchedule
     result: dict[str, Any] = {
         "model": model,
         "parameters": sum(p.numel() for p in sampler.unet.parameters()),
@@ -348,7 +355,7 @@ def info(
         "null_label": sampler.info.null_label,
         "gflop_per_image_step": round(operations["flops"] / batch_size / 1e9, 4),
         "prediction": sampler.prediction,
-        "schedule": {k: v for k, v in sampler.schedule.to_scheduler_config().items() if v is not None},
+        "schedule": {k: v for k, v in schedule.to_scheduler_config().items() if v is not None},
         "unet": config.to_dict(),
     }
     if as_json:

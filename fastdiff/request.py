@@ -18,8 +18,8 @@ from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.noise import check_seed
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
+from fastdiff.solvers.walk import Schedule
 
-SOLVERS = ("ddim", "ddpm")
 FROM_MODEL = "model"
 
 # Images are run in chunks whose activations take about this much; larger ones do not make a step faster.
@@ -131,7 +131,7 @@ class Request:
 
 
 def check(
-    n: int, o: Options, info: NetworkInfo, schedule: NoiseSchedule, prediction: str, scheduler_config: Mapping[str, Any]
+    n: int, o: Options, info: NetworkInfo, schedule: Schedule, prediction: str, scheduler_config: Mapping[str, Any]
 ) -> Request:
     """The checked request. Raises `InvalidArgument` naming the value and what is allowed."""
     if not _whole(n) or n < 1:
@@ -173,7 +173,7 @@ def check(
     )
 
 
-def step_table(o: Options, schedule: NoiseSchedule, prediction: str, scheduler_config: Mapping[str, Any]) -> StepTable:
+def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config: Mapping[str, Any]) -> StepTable:
     """The table that the options ask for; what they leave open, the model's scheduler configuration decides."""
     config = scheduler_config
     if isinstance(o.solver, StepTable):
@@ -184,27 +184,111 @@ def step_table(o: Options, schedule: NoiseSchedule, prediction: str, scheduler_c
         return o.solver
     if o.solver not in SOLVERS:
         raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {', '.join(SOLVERS)}, or a StepTable")
-    clip = o.clip
+    if o.solver == "auto":
+        guided = not np.all(np.asarray(o.guidance) == 1.0)
+        listed = o.spacing is not None and not isinstance(o.spacing, str)
+        name, length, own = auto(schedule, len(o.spacing) if listed else o.steps, guided)  # type: ignore[arg-type]
+        o = dataclasses.replace(o, steps=length)
+    else:
+        name, own = str(o.solver), {}
+    for option, (owner, is_given, instead) in OWNERS.items():
+        if is_given(o) and name != owner:
+            raise InvalidArgument(f"{option}={getattr(o, option)!r} belongs to solver {owner!r}, not {name!r}{instead}")
+    clip, threshold = o.clip, None
     if isinstance(clip, str):
         if clip != FROM_MODEL:
             raise InvalidArgument(f"clip={clip!r}: a positive number, None or {FROM_MODEL!r} is needed")
         clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
-    spacing = o.spacing if o.spacing is not None else config.get("timestep_spacing", "trailing")
-    common: dict[str, Any] = {"prediction": prediction, "clip": clip, "spacing": spacing}
+        if config.get("thresholding"):
+            threshold = (config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0))
+    spacing = o.spacing
+    if spacing is None and isinstance(schedule, NoiseSchedule):
+        spacing = config.get("timestep_spacing", "trailing")
+    common: dict[str, Any] = {"prediction": prediction, "clip": clip, "threshold": threshold, "spacing": spacing}
     if spacing == "leading":
         common["steps_offset"] = config.get("steps_offset", 0)
-    if o.solver == "ddim":
-        if o.variance is not None:
-            raise InvalidArgument(f"variance={o.variance!r} belongs to solver 'ddpm'; the noise of ddim is eta")
-        steps = min(50, schedule.timesteps) if o.steps is None and isinstance(spacing, str) else o.steps
-        return solvers.ddim(schedule, steps, eta=o.eta, set_alpha_to_one=config.get("set_alpha_to_one", True), **common)
-    if o.eta != 0.0:
-        raise InvalidArgument(f"eta={o.eta!r} belongs to solver 'ddim'; the noise of ddpm is variance")
+    return TABLES[name](schedule, o, config, {**common, **own})
+
+
+def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int | None, dict[str, Any]]:
+    """(solver, steps, its options) that solver="auto" means. A static rule, from what the solvers' papers report:
+
+        EDM networks        heun, 18 steps                       Karras et al. 2022, table 2
+        fewer than 10       unipc, order 3, guided: order 2      Zhao et al. 2023, sections 4.1 and 4.2
+        10 to 49            dpmpp_3m, guided: dpmpp_2m           Lu et al. 2022 (DPM-Solver++), sections 4.1 and 7.1
+        50 to 249           dpmpp_2m_sde                         Lu et al. 2022; Karras et al. 2022, figure 4: given
+                                                                 steps enough, noise mends accumulated errors
+        250 and more        ddpm                                 Song et al. 2021 (DDIM), table 1
+
+    20 steps where ``steps`` is None. Guidance makes high orders unstable, hence the lower ones.
+    """
+    if isinstance(schedule, solvers.EDMSchedule):
+        return "heun", steps, {}
+    n = min(20, schedule.timesteps) if steps is None else steps
+    if not _whole(n) or n < 10:
+        return "unipc", n, {"order": 2 if guided else 3}
+    if n < 50:
+        return "dpmpp_2m" if guided else "dpmpp_3m", n, {}
+    return ("dpmpp_2m_sde" if n < 250 else "ddpm"), n, {}
+
+
+Build = Callable[[Any, Options, Mapping[str, Any], dict[str, Any]], StepTable]
+
+
+def _ddim(schedule: Schedule, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
+    return solvers.ddim(schedule, o.steps, eta=o.eta, set_alpha_to_one=config.get("set_alpha_to_one", True), **common)
+
+
+def _ddpm(schedule: Schedule, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
     names = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned_range"}
     named = config.get("variance_type", "fixed_small")
     if o.variance is None and named not in names:
         raise InvalidArgument(f"the model's variance_type {named!r} is not supported; give variance=")
     return solvers.ddpm(schedule, o.steps, variance=o.variance or names[named], **common)
+
+
+def _lcm(schedule: Any, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
+    scaling = config.get("timestep_scaling", 10.0)
+    T = schedule.timesteps if isinstance(schedule, NoiseSchedule) else 1
+    original = config.get("original_inference_steps", min(50, T))
+    kept = {k: v for k, v in common.items() if k not in ("spacing", "steps_offset")}
+    return solvers.lcm(schedule, o.steps, original_steps=original, timestep_scaling=scaling, spacing=o.spacing, **kept)
+
+
+def _consistency(schedule: Any, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
+    if o.spacing is not None:
+        raise InvalidArgument(f"spacing={o.spacing!r}: consistency has its own spacing; leave it out")
+    return solvers.consistency(schedule, o.steps, clip=common["clip"])
+
+
+def _plain(build: Callable[..., StepTable]) -> Build:
+    return lambda schedule, o, config, common: build(schedule, o.steps, **common)
+
+
+TABLES: dict[str, Build] = {
+    "ddim": _ddim,
+    "ddpm": _ddpm,
+    "dpmpp_1": _plain(solvers.dpmpp_1),
+    "dpmpp_2m": _plain(solvers.dpmpp_2m),
+    "dpmpp_3m": _plain(solvers.dpmpp_3m),
+    "dpmpp_2m_sde": _plain(solvers.dpmpp_2m_sde),
+    "unipc": _plain(solvers.unipc),
+    "euler": _plain(solvers.euler),
+    "euler_ancestral": _plain(solvers.euler_ancestral),
+    "heun": _plain(solvers.heun),
+    "lms": _plain(solvers.lms),
+    "deis": _plain(solvers.deis),
+    "plms": _plain(solvers.plms),
+    "lcm": _lcm,
+    "consistency": _consistency,
+}
+SOLVERS = ("auto", *TABLES)
+
+# Options of one solver: whose they are, whether they are given, and what another solver's noise is.
+OWNERS: dict[str, tuple[str, Callable[[Options], bool], str]] = {
+    "eta": ("ddim", lambda o: o.eta != 0.0, "; the noise of ddpm is variance"),
+    "variance": ("ddpm", lambda o: o.variance is not None, "; the noise of ddim is eta"),
+}
 
 
 def image_size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) -> tuple[int, int]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import backends, checkpoint, noise, request, update
-from fastdiff.errors import CallbackError, Cancelled, ConfigError, InvalidArgument, NumericsError
+from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
 from fastdiff.output import Event, SampleOutput
 from fastdiff.request import FROM_MODEL, NetworkInfo, NoiseSource, Options, Request
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import StepTable
+from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.prediction import check_prediction
+from fastdiff.solvers.walk import Schedule
 from fastdiff.state import State, TableBank
 
 __all__ = ["Event", "SampleOutput", "Sampler"]
@@ -40,7 +41,8 @@ class Sampler:
         ``unet(x, t, class_labels=labels)`` (then give ``shape``, its (C, H, W)). It is never changed, and its present
         weights are used, also while it trains.
     schedule, prediction
-        What it was trained with; prediction is "epsilon", "sample" or "v_prediction".
+        What it was trained with: a `NoiseSchedule` and "epsilon" (the default), "sample" or "v_prediction"; or a
+        `solvers.EDMSchedule` and "edm", for networks that are the F of EDM's preconditioning.
     backend
         "native" (fastdiff's own U-Net on the CPU, in float32 or bfloat16), "eager", "compiled", or "auto": native where
         it can run, else eager; its choice is logged.
@@ -58,9 +60,9 @@ class Sampler:
     def __init__(
         self,
         unet: nn.Module,
-        schedule: NoiseSchedule | None = None,
+        schedule: Schedule | None = None,
         *,
-        prediction: str = "epsilon",
+        prediction: str | None = None,
         backend: str = "auto",
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -70,8 +72,10 @@ class Sampler:
     ):
         if not isinstance(unet, nn.Module):
             raise InvalidArgument(f"unet={unet!r}: a torch module is needed; from_pretrained takes names and paths")
-        if schedule is not None and not isinstance(schedule, NoiseSchedule):
-            raise InvalidArgument(f"schedule={schedule!r}: a NoiseSchedule or None is needed")
+        if schedule is not None and not isinstance(schedule, (NoiseSchedule, EDMSchedule)):
+            raise InvalidArgument(f"schedule={schedule!r}: a NoiseSchedule, an EDMSchedule or None is needed")
+        if prediction is None:
+            prediction = "edm" if isinstance(schedule, EDMSchedule) else "epsilon"
         check_prediction(prediction)
         if determinism not in ("seed", "bitwise"):
             raise InvalidArgument(f"determinism={determinism!r} is unknown; allowed: seed, bitwise")
@@ -80,7 +84,7 @@ class Sampler:
         parameter = next(unet.parameters(), torch.zeros(()))
         self.unet = unet
         self.info = NetworkInfo.of(unet, shape)
-        self.schedule = schedule or NoiseSchedule()
+        self.schedule: Schedule = schedule or NoiseSchedule()
         self.prediction = prediction
         self.device = _device(device) if device is not None else parameter.device
         self.fast = dtype == FAST
@@ -116,8 +120,6 @@ class Sampler:
         """
         loaded = checkpoint.load(model, **source)
         config = loaded.scheduler_config
-        if config.get("thresholding"):
-            raise ConfigError(f"{loaded.path}: thresholding=true in its scheduler configuration is not supported")
         device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Convolutions like NHWC better than NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
@@ -157,16 +159,19 @@ class Sampler:
         """Draw ``n`` images.
 
         solver
-            "ddim", "ddpm", or a `StepTable`.
+            "ddim", "ddpm", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "euler", "euler_ancestral",
+            "heun", "lms", "deis", "plms", "lcm", "consistency", "auto" (a rule by steps and guidance, see
+            `fastdiff.request.auto`), or a `StepTable` that a function of `fastdiff.solvers` made.
         steps
-            Network evaluations; by default 50 for ddim and every timestep for ddpm.
+            Steps of the solver, each a network evaluation but with heun (two each, the last one) and plms (one more in
+            all). By default 50, every timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with EDM.
         eta, variance
             The noise of ddim (0: none) and of ddpm ("posterior", "beta", "none", "learned_range"; None: the model's).
         spacing
-            "trailing", "leading", "linspace", "quadratic" or a falling list of timesteps; None: the model's, else
-            trailing.
+            "trailing", "leading", "linspace", "quadratic", "karras", "exponential" or a falling list of timesteps
+            (`fastdiff.solvers.sigma_timesteps` makes one of sigmas); None: the model's, else trailing.
         clip
-            The bound of |x0|, None for no bound; by default the model's, else 1.
+            The bound of |x0|, None for no bound; by default the model's (which may be dynamic thresholding), else 1.
         seed, start_index
             Image i of the result is image start_index + i of the seed, whatever the batch. seed None draws a fresh one.
         labels
@@ -289,7 +294,7 @@ class Sampler:
                     with self._lock, _evaluating(self.unet):
                         if preview(row):
                             runner.forward(state)
-                            x0 = update.predict_x0(state)[:n]
+                            x0 = update.predict_x0(state)[:n] * r.table.data_scale
                             runner.update(state)
                             event = Event(row, len(r.table), r.indices(chunk), state.x[:n].clone(), x0)
                         else:

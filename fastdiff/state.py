@@ -31,6 +31,7 @@ class TableBank:
         self.values = torch.from_numpy(self.host).to(device=device, dtype=dtype)
         self.lengths_host = np.array([len(table) for table in tables])
         self.lengths = torch.from_numpy(self.lengths_host).to(device)
+        self.thresholds = any(table.threshold is not None for table in tables)
 
 
 @dataclasses.dataclass
@@ -40,7 +41,8 @@ class State:
     x, xs, m1..m3: float32 [B, C, H, W] (xs and m's only where a table uses them); out: the network's output after
     guidance, [B, C or 2C, H, W]. table, row, seed, index, label: int64 [B]; seed is the two's complement of an unsigned
     number; index is the image's global number; label is None for an unconditional network. guidance: float32 [B],
-    1 = off. row_host mirrors row, so that no step ever asks the device.
+    1 = off. x0_scale: float32 [B], 1/q of dynamic thresholding, set between forward and update; None where no table
+    asks for it. row_host mirrors row, so that no step ever asks the device.
     """
 
     x: Tensor
@@ -57,6 +59,7 @@ class State:
     guidance_rescale: float = 0.0
     noise: Noise | None = None
     out: Tensor | None = None
+    x0_scale: Tensor | None = None
     xs: Tensor | None = None
     m1: Tensor | None = None
     m2: Tensor | None = None

@@ -41,10 +41,40 @@ def split_output(state: State) -> tuple[Tensor, Tensor | None]:
     return state.out[:, :C], state.out[:, C:]
 
 
-def predict_x0(state: State) -> Tensor:
-    """The denoised image that the current row sees: x0 = clip(kx x + ko out, -c, c)."""
+def threshold(state: State) -> None:
+    """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): sets ``state.x0_scale`` to 1/q,
+
+        q = max(1, quantile of |x0| / c over the image's elements), at most the table's largest
+
+    so that x0 = clip(x0 / q, -c, c) fills the data's range without leaving it. The quantile lies between two order
+    statistics, linearly. Images whose tables have no threshold keep 1. An image does not depend on its batch.
+    """
+    state.x0_scale = None
+    if not state.bank.thresholds:
+        return
     out, _ = split_output(state)
+    x0 = _combine(state, kx=state.x, ko=out).abs().flatten(1)
+    c = state.column("c")
+    scale = torch.ones_like(c)
+    for i, table in enumerate(state.table_host.tolist()):
+        asked = state.bank.tables[table].threshold
+        if asked is None or state.row_host[i] == state.bank.lengths_host[table]:
+            continue
+        ordered, place = x0[i].sort().values, asked[0] * (x0.shape[1] - 1)
+        low = min(int(place), x0.shape[1] - 1)
+        high = min(low + 1, x0.shape[1] - 1)
+        q = torch.lerp(ordered[low], ordered[high], place - low) / c[i]
+        scale[i] = 1.0 / q.clamp(1.0, asked[1])
+    state.x0_scale = scale
+
+
+def predict_x0(state: State) -> Tensor:
+    """The denoised image that the current row sees: x0 = clip((kx x + ko out) / q, -c, c), q of `threshold`, else 1."""
+    out, _ = split_output(state)
+    threshold(state)
     x0 = _combine(state, kx=state.x, ko=out)
+    if state.x0_scale is not None:
+        x0 = x0 * state.x0_scale.view(-1, 1, 1, 1)
     c = state.column("c").view(-1, 1, 1, 1)
     return torch.maximum(torch.minimum(x0, c), -c)
 
@@ -67,7 +97,7 @@ def update_noise(state: State) -> Tensor | None:
 def update(state: State) -> None:
     """One row of the table for every image:
 
-        x0 = clip(kx x + ko out, -c, c)
+        x0 = clip((kx x + ko out) / q, -c, c)          q: `threshold`, else 1
         h  = hx x + ho out + h0 x0
         x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
         save: xs = x        push: m3, m2, m1 = m2, m1, h

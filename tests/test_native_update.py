@@ -23,7 +23,7 @@ from fastdiff import noise
 from fastdiff.noise import INITIAL, MASK, UPDATE, as_int64
 from fastdiff.solvers import COLUMNS, Row, StepTable
 from fastdiff.state import State, TableBank
-from fastdiff.update import guide, update
+from fastdiff.update import guide, threshold, update
 
 native = pytest.importorskip("fastdiff._native", reason="the native extension is not built")
 
@@ -71,12 +71,14 @@ def native_update(
     """What the kernel makes of a state's x and buffers; the state stays as it is. z None: Philox."""
     held = {name: getattr(state, name) for name in ("x", *BUFFERS)}
     held = {name: None if v is None else Guarded(v.numpy()) for name, v in held.items()}
-    inputs = {"out": Guarded(state.out.numpy()), "z": None if z is None else Guarded(z.numpy())}
+    threshold(state)
+    inputs = {"out": state.out, "z": z, "x0_scale": state.x0_scale}
+    inputs = {name: None if v is None else Guarded(v.numpy()) for name, v in inputs.items()}
     arrays = {name: None if v is None else v.array for name, v in {**held, **inputs}.items()}
     for begin, end in ranges:
         native.update(
             arrays["x"], arrays["out"], state.bank.values, state.table, state.row, seed=state.seed, index=state.index,
-            begin=begin, end=end, isa=isa, **{name: arrays[name] for name in ("z", *BUFFERS)},
+            begin=begin, end=end, isa=isa, **{name: arrays[name] for name in ("z", "x0_scale", *BUFFERS)},
         )  # fmt: skip
     for v in inputs.values():
         _ = v and v.check(written=False)

@@ -1027,8 +1027,8 @@ def test_scheduler_configurations_of_diffusers(
 
 def test_scheduler_configurations_that_are_refused(tmp_path: Path) -> None:
     save_pipeline(tmp_path / "threshold", DDPMScheduler(num_train_timesteps=T, thresholding=True))
-    with pytest.raises(ConfigError, match=r"threshold.*thresholding=true"):
-        Sampler.from_pretrained(tmp_path / "threshold")
+    dynamic = Sampler.from_pretrained(tmp_path / "threshold").sample(1, solver="ddpm", steps=2).table
+    assert dynamic == solvers.ddpm(NoiseSchedule(timesteps=T), 2, spacing="leading", threshold=(0.995, 1.0))
     save_pipeline(tmp_path / "log", DDPMScheduler(num_train_timesteps=T, variance_type="fixed_small_log"))
     sampler = Sampler.from_pretrained(tmp_path / "log")
     with pytest.raises(InvalidArgument, match=r"fixed_small_log.*give variance="):

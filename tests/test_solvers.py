@@ -830,8 +830,7 @@ BOTH = [
     ({"clip": math.nan}, "clip=nan: a positive number or None"),
     ({"clip": "x"}, "clip='x': a positive number or None"),
     ({"clip": True}, "clip=True: a positive number or None"),
-    ({"spacing": "karras"}, "spacing='karras' is unknown; allowed: trailing, leading, linspace, quadratic"),
-    ({"spacing": None}, "spacing=None: allowed are trailing, leading, linspace, quadratic"),
+    ({"spacing": "sine"}, "spacing='sine' is unknown; allowed: trailing, leading, linspace, quadratic, karras, expo"),
     ({"spacing": 5}, "spacing=5: allowed are trailing"),
     ({"spacing": []}, "no timesteps; at least one"),
     ({"spacing": [0, 500]}, "must fall, got 0 before 500"),
@@ -853,8 +852,7 @@ BOTH = [
     ({"spacing": "leading", "steps_offset": 0.5, "steps": 50}, "steps_offset=0.5: 0 to 19"),
     ({"spacing": "leading", "steps_offset": True, "steps": 50}, "steps_offset=True: 0 to 19"),
     ({"spacing": "leading", "steps_offset": 1000, "steps": 1}, "steps_offset=1000: 0 to 999"),
-    ({"prediction": "eps"}, "prediction='eps' is unknown; allowed: epsilon, sample, v_prediction"),
-    ({"prediction": None}, "prediction=None is unknown; allowed: epsilon"),
+    ({"prediction": "eps"}, "prediction='eps' is unknown; allowed: epsilon, sample, v_prediction, edm"),
 ]
 DDIM_ONLY = [
     ({"eta": math.nan}, "eta=nan: 0 or a positive number"),

@@ -348,7 +348,11 @@ static void update_image(const UpdateArgs& args, const Coefficients& k, int imag
 
 static void update(const UpdateArgs& args, Range images) {
   for (int image = images.begin; image < images.end; ++image) {
-    const Coefficients k = args.bank(args.table[image], args.row[image]);
+    Coefficients k = args.bank(args.table[image], args.row[image]);
+    if (args.x0_scale) {
+      k.kx *= args.x0_scale[image];
+      k.ko *= args.x0_scale[image];
+    }
     if (!idles(k)) update_image(args, k, image);
   }
 }

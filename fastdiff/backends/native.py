@@ -382,19 +382,20 @@ class NativeRunner:
         """One row of the table for every image, in place, row += 1."""
         out, v = update.split_output(state)  # says what is wrong with the channels
         z = update.update_noise(state) if state.noise is not None else None
+        update.threshold(state)
         state.x = state.x.contiguous()
         self.native.update(
             state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
-            seed=state.seed, index=state.index, z=None if z is None else z.contiguous(), xs=state.xs, m1=state.m1,
-            m2=state.m2, m3=state.m3, isa=self.isa,
+            seed=state.seed, index=state.index, z=None if z is None else z.contiguous(),
+            x0_scale=state.x0_scale, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, isa=self.isa,
         )  # fmt: skip
         state.advance()
 
     @torch.no_grad()
     def step(self, state: State) -> None:
-        """Both, in one call of the engine, unless the noise is the caller's."""
+        """Both, in one call of the engine, unless the noise is the caller's or x0 has a dynamic threshold."""
         learned = self.unet.config.out_channels == 2 * state.x.shape[1]
-        if state.noise is not None or (state.column_host("sv").any() and not learned):
+        if state.noise is not None or state.bank.thresholds or (state.column_host("sv").any() and not learned):
             self.forward(state)
             self.update(state)
         else:

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule, posterior
-from fastdiff.solvers.prediction import check_prediction, x0_coefficients
-from fastdiff.solvers.spacing import levels, timesteps
-from fastdiff.solvers.table import Row, StepTable, check_clip
+from fastdiff.solvers.table import StepTable
+from fastdiff.solvers.walk import Schedule, Walk
 
 VARIANCES = ("posterior", "beta", "none", "learned_range")
 
 
 def ddpm(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     steps: int | None = None,
     *,
     variance: str = "posterior",
-    spacing: str | Sequence[float] = "trailing",
-    prediction: str = "epsilon",
+    spacing: str | Sequence[float] | None = None,
+    prediction: str | None = None,
     clip: float | None = 1.0,
+    threshold: float | tuple[float, float] | None = None,
     steps_offset: int = 0,
 ) -> StepTable:
     """DDPM ancestral sampling as a table; ``steps`` None visits every timestep. Between levels abar_t and abar_p (p the
@@ -35,21 +35,37 @@ def ddpm(
                  "learned_range"   log sigma^2 = (1+v)/2 log beta + (1-v)/2 log posterior    (Nichol & Dhariwal 2021,
                                                                                               eq. 15)
 
-    The last row adds no noise. Options are those of `ddim`. Raises `InvalidArgument` naming the value and what is
-    allowed.
+    The last row adds no noise. The other options are those of all solvers (`Walk.of`). Raises `InvalidArgument` naming
+    the value and what is allowed.
     """
     if variance not in VARIANCES:
         raise InvalidArgument(f"variance={variance!r} is unknown; allowed: {', '.join(VARIANCES)}")
-    check_prediction(prediction)
-    c = check_clip(clip)
-    if steps is None and isinstance(spacing, str):
+    if steps is None and isinstance(schedule, NoiseSchedule) and (spacing is None or isinstance(spacing, str)):
         steps = schedule.timesteps
-    ts = timesteps(schedule, steps, spacing, steps_offset)
+    walk = Walk.of(
+        schedule,
+        steps,
+        spacing=spacing,
+        prediction=prediction,
+        clip=clip,
+        threshold=threshold,
+        steps_offset=steps_offset,
+    )
+    return ddpm_table(walk, variance)
+
+
+def ddpm_table(walk: Walk, variance: str, last_beta: bool = False) -> StepTable:
+    """The table of `ddpm` over a walk.
+
+    last_beta: the last row's noise is that of ``variance`` with the true beta too, where the posterior's is 0 or 1e-20:
+    diffusers' noise on finished images (`fastdiff.solvers.diffusers`).
+    """
     rows = []
-    for t, (abar, abar_next) in zip(ts, levels(schedule, ts, 1.0), strict=True):
-        kx, ko = x0_coefficients(prediction, abar)
-        c0, ct, var = posterior(abar, abar_next)
-        beta = 1.0 - abar / abar_next
+    for i, level in enumerate(walk.levels):
+        c0, ct, var = posterior(level.abar, level.abar_next)
+        beta = 1.0 - level.abar / level.abar_next
+        if last_beta and i == len(walk) - 1:
+            var = max(var, 1e-20)
         s = sv = 0.0
         if var > 0.0 and variance == "posterior":
             s = math.sqrt(var)
@@ -58,5 +74,5 @@ def ddpm(
         elif var > 0.0 and variance == "learned_range":
             # sigma = exp((1+v)/4 log beta + (1-v)/4 log var) = (beta var)^(1/4) exp(v/4 log(beta/var))
             s, sv = (beta * var) ** 0.25, 0.25 * math.log(beta / var)
-        rows.append(Row(t=t, abar=abar, abar_next=abar_next, kx=kx, ko=ko, c=c, ax=ct, a0=c0, s=s, sv=sv))
-    return StepTable("ddpm", len(ts), tuple(rows))
+        rows.append(walk.row(i, x=ct, x0=c0, z=s, sv=sv))
+    return walk.table("ddpm", rows)

@@ -5,14 +5,21 @@ With x_t = a x_0 + s eps, a = sqrt(abar_t), s = sqrt(1 - abar_t) (Ho et al. 2020
     epsilon        out = eps              x_0 = (x_t - s out) / a      eps = out
     sample         out = x_0              x_0 = out                    eps = (x_t - a out) / s
     v_prediction   out = a eps - s x_0    x_0 = a x_t - s out          eps = s x_t + a out        (Salimans & Ho 2022)
+    edm            out = s x_0 - a eps    x_0 = a x_t + s out          eps = s x_t - a out        (Karras et al. 2022)
+
+"edm" is the F of Karras et al.'s preconditioning (arXiv:2206.00364, eq. 7) in units of sigma_data. With y = x /
+sigma_data and x_t = y / sqrt(1 + (sigma / sigma_data)^2), its c_in x is x_t itself, and D = c_skip x + c_out F is
+sigma_data (a x_t + s F): v-prediction with the other sign.
 """
 
 from __future__ import annotations
 
 import math
 
+from fastdiff import schedule
 from fastdiff.errors import InvalidArgument
-from fastdiff.schedule import PREDICTIONS
+
+PREDICTIONS = (*schedule.PREDICTIONS, "edm")
 
 
 def check_prediction(prediction: str) -> None:
@@ -32,7 +39,7 @@ def x0_coefficients(prediction: str, abar: float) -> tuple[float, float]:
         return 1.0 / a, -s / a
     if prediction == "sample":
         return 0.0, 1.0
-    return a, -s
+    return a, s if prediction == "edm" else -s
 
 
 def eps_coefficients(prediction: str, abar: float) -> tuple[float, float]:
@@ -42,4 +49,4 @@ def eps_coefficients(prediction: str, abar: float) -> tuple[float, float]:
         return 0.0, 1.0
     if prediction == "sample":
         return 1.0 / s, -a / s
-    return s, a
+    return s, -a if prediction == "edm" else a

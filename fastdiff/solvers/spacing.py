@@ -1,4 +1,8 @@
-"""Which timesteps a run visits: subsets of 0 .. T-1, falling, exactly as many as asked for."""
+"""Which timesteps a run visits: subsets of [0, T-1], falling, exactly as many as asked for.
+
+Spacings of sigma = sqrt((1 - abar) / abar), the noise per signal, visit fractional timesteps: those at which the
+schedule, interpolated, has these sigmas.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
@@ -15,7 +20,9 @@ from fastdiff.solvers.table import is_number
 
 log = logging.getLogger("fastdiff")
 
+SIGMA_SPACINGS = ("karras", "exponential")
 SPACINGS = ("trailing", "leading", "linspace", "quadratic")
+RHO = 7.0  # Karras et al. 2022, table 1
 
 
 def timesteps(
@@ -28,16 +35,21 @@ def timesteps(
         linspace    round((steps-1-i) (T-1)/(steps-1))            (Lin et al. 2023, table 2)
         quadratic   floor(((steps-1-i) sqrt(0.8 T)/(steps-1))^2)  (Song et al. 2021, appendix D.2), raised where it
                     would repeat, to be above the timestep after it
+        karras      sigma = (sigma_T^(1/7) + i/(steps-1) (sigma_0^(1/7) - sigma_T^(1/7)))^7
+                                                                  (Karras et al. 2022, arXiv:2206.00364, eq. 5)
+        exponential sigma = sigma_T (sigma_0 / sigma_T)^(i/(steps-1)), equal steps of log-SNR
 
-    or ``spacing`` is the list itself: falling numbers in [0, T-1], which may be fractional (``steps`` None or its
-    length). One step always visits T-1: a network shown pure noise must be told so. "leading" can start far below T-1
-    (501 of 1000 steps start at 500), which is logged as a warning.
+    with sigma_T, sigma_0 of timesteps T-1 and 0; or ``spacing`` is the list itself: falling numbers in [0, T-1], which
+    may be fractional (``steps`` None or its length). One step always visits T-1: a network shown pure
+    noise must be told so. "leading" can start far below T-1 (501 of 1000 steps start at 500), which is logged as a
+    warning.
 
     Raises `InvalidArgument` for steps outside 1 .. T and for lists that rise, repeat or leave the range.
     """
     T = schedule.timesteps
-    if isinstance(spacing, str) and spacing not in SPACINGS:
-        raise InvalidArgument(f"spacing={spacing!r} is unknown; allowed: {', '.join(SPACINGS)}, or a list of timesteps")
+    if isinstance(spacing, str) and spacing not in (*SPACINGS, *SIGMA_SPACINGS):
+        allowed = ", ".join((*SPACINGS, *SIGMA_SPACINGS))
+        raise InvalidArgument(f"spacing={spacing!r} is unknown; allowed: {allowed}, or a list of timesteps")
     if steps_offset != 0 and not (isinstance(spacing, str) and spacing == "leading"):
         raise InvalidArgument(f"steps_offset={steps_offset!r} goes with spacing='leading', not {spacing!r}")
     if not isinstance(spacing, str):
@@ -64,17 +76,63 @@ def timesteps(
             )
     elif spacing == "linspace":
         t = np.round(np.linspace(0, T - 1, n))[::-1]
+    elif spacing in SIGMA_SPACINGS:
+        return sigma_timesteps(schedule, spaced_sigmas(spacing, n, *_sigma_range(schedule)))
     else:
         t = np.floor(np.linspace(0, math.sqrt(0.8 * T), n) ** 2)
         t = (np.maximum.accumulate(t - k) + k)[::-1]
     return [float(v) for v in t]
 
 
+def spaced_sigmas(spacing: str, n: int, largest: float, smallest: float, rho: float = RHO) -> NDArray[np.float64]:
+    """n falling sigmas from the largest to the smallest: "karras" with its rho, or "exponential"."""
+    ramp = np.linspace(0.0, 1.0, n)
+    if spacing == "exponential":
+        return np.exp(math.log(largest) + ramp * (math.log(smallest) - math.log(largest)))
+    start, end = largest ** (1 / rho), smallest ** (1 / rho)
+    return (start + ramp * (end - start)) ** rho
+
+
+def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[np.float64]) -> list[float]:
+    """The timesteps, fractional, at which the schedule has these sigmas = sqrt((1 - abar) / abar): a spacing by sigma.
+
+        ddim(schedule, spacing=sigma_timesteps(schedule, [80.0, 20.0, 3.0, 0.2]))
+
+    It inverts `NoiseSchedule.abar`. Raises `InvalidArgument` for sigmas that the schedule does not have.
+    """
+    largest, smallest = _sigma_range(schedule, finite=False)
+    wanted = []
+    for sigma in np.asarray(sigmas).tolist():
+        # A sigma from the range's end may come out of a power or an exponential a rounding off.
+        if not is_number(sigma) or not smallest * (1 - 1e-9) <= sigma <= largest * (1 + 1e-9):
+            raise InvalidArgument(f"sigma {sigma!r} is not a number from {smallest:g} to {largest:g}, the schedule's")
+        wanted.append(-math.log1p(sigma * sigma))
+    abar = schedule.alphas_cumprod
+    known = abar[abar > 0.0]
+    # log abar = -log(1 + sigma^2) is linear between integer timesteps.
+    t = np.interp(wanted, np.log(known[::-1]), np.arange(len(known))[::-1])
+    return [float(round(v)) if abs(v - round(v)) < 1e-9 else float(v) for v in t]  # whole ones are exact
+
+
+def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, float]:
+    first, last = (float(schedule.alphas_cumprod[i]) for i in (0, -1))
+    if last == 0.0:
+        if finite:
+            raise InvalidArgument(
+                "a schedule of zero terminal SNR starts at infinite sigma; spacings of sigma "
+                f"({', '.join(SIGMA_SPACINGS)}) need a finite one"
+            )
+        last = float(schedule.alphas_cumprod[-2])
+    return math.sqrt((1.0 - last) / last), math.sqrt((1.0 - first) / first)
+
+
 def _listed(T: int, steps: int | None, spacing: Sequence[float]) -> list[float]:
     try:
         t = list(spacing.tolist() if hasattr(spacing, "tolist") else spacing)
     except TypeError as e:
-        raise InvalidArgument(f"spacing={spacing!r}: allowed are {', '.join(SPACINGS)}, or a list of timesteps") from e
+        raise InvalidArgument(
+            f"spacing={spacing!r}: allowed are {', '.join((*SPACINGS, *SIGMA_SPACINGS))}, or a list"
+        ) from e
     if not t:
         raise InvalidArgument("spacing lists no timesteps; at least one is needed")
     if steps is not None and (isinstance(steps, bool) or steps != len(t)):

@@ -10,6 +10,9 @@ A row turns the state x and the network's output out = network(x, t) into the ne
 z ~ N(0, I); v is the second half of the output of a network that learned its variance (elsewhere sv = 0). A
 coefficient of zero means that its operand is not read. The state is variance-preserving: x has the variance of
 sqrt(abar) x_0 + sqrt(1 - abar) z.
+
+A table with dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3) divides each image's x0 by its
+own q before the bound, x0 = clip((kx x + ko out) / q, -c, c): the one number of a row that is known only when it runs.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ MAX_ROWS = 1 << 24  # the row is 24 bits of a noise counter
 class Row(NamedTuple):
     """One network evaluation; see the module's docstring for the formula. Everything is float64.
 
-    t is the network's timestep (may be fractional); abar and abar_next are the noise levels before and after the row.
-    The weight of guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a
-    stage is a row inside a step of a multi-stage solver.
+    t is what the network is told of the noise level: a timestep (may be fractional), or another function of it in a
+    table that is ``continuous``. abar and abar_next are the noise levels before and after the row. The weight of
+    guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a stage is
+    a row inside a step of a multi-stage solver.
     """
 
     t: float
@@ -70,8 +74,11 @@ class StepTable:
     """An immutable, hashable table of `Row`; built by the functions in `fastdiff.solvers`.
 
     steps: what the user asked for; len(table): rows, one network evaluation each; init_scale: the scale of the initial
-    noise; ascending: timesteps may rise (inversion, resampling). Raises `InvalidArgument` for values out of range and
-    when a row contradicts its neighbours.
+    noise; ascending: timesteps may rise (inversion, resampling); continuous: t is a function of the noise level, not an
+    index of a discrete schedule, so it may be negative (EDM's ln(sigma) / 4); threshold: (ratio, largest) of dynamic
+    thresholding, see `fastdiff.update.threshold`; data_scale: x0 within the table is the data divided by it. Raises
+    `InvalidArgument` for values out of range and when a row contradicts its neighbours: levels join, and t falls from
+    step to step, with no t twice but in rows marked as stages.
     """
 
     solver: str
@@ -79,6 +86,9 @@ class StepTable:
     rows: tuple[Row, ...]
     init_scale: float = 1.0
     ascending: bool = False
+    continuous: bool = False
+    threshold: tuple[float, float] | None = None
+    data_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
@@ -87,8 +97,12 @@ class StepTable:
             raise InvalidArgument(f"steps={self.steps!r}: a whole number of at least 1 is needed")
         if not is_number(self.init_scale) or not 0.0 < self.init_scale < math.inf:
             raise InvalidArgument(f"init_scale={self.init_scale!r}: a positive number is needed")
-        if not isinstance(self.ascending, bool):
-            raise InvalidArgument(f"ascending={self.ascending!r}: True or False is needed")
+        if not is_number(self.data_scale) or not 0.0 < self.data_scale < math.inf:
+            raise InvalidArgument(f"data_scale={self.data_scale!r}: a positive number is needed")
+        for name in ("ascending", "continuous"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgument(f"{name}={getattr(self, name)!r}: True or False is needed")
+        object.__setattr__(self, "threshold", check_threshold(self.threshold))
         object.__setattr__(self, "rows", tuple(self.rows))
         if not 1 <= len(self.rows) < MAX_ROWS:
             raise InvalidArgument(f"a table of {len(self.rows)} rows: 1 to {MAX_ROWS - 1} are needed")
@@ -98,7 +112,7 @@ class StepTable:
             for name, value in zip(COLUMNS, row, strict=True):
                 if not isinstance(value, (int, float)) or not (math.isfinite(value) or (name == "c" and value > 0)):
                     raise InvalidArgument(f"{self.solver} row {i}: {name}={value!r} is not a finite number")
-            if row.t < 0 or row.c <= 0 or not (0 <= row.abar < 1 and 0 < row.abar_next <= 1):
+            if (row.t < 0 and not self.continuous) or row.c <= 0 or not (0 <= row.abar < 1 and 0 < row.abar_next <= 1):
                 raise InvalidArgument(
                     f"{self.solver} row {i}: t={row.t}, c={row.c}, abar={row.abar} -> {row.abar_next} is out of range"
                 )
@@ -106,13 +120,17 @@ class StepTable:
                 raise InvalidArgument(
                     f"{self.solver} row {i}: save={row.save}, push={row.push}, stage={row.stage} must be 0 or 1"
                 )
+            if self.threshold is not None and math.isinf(row.c):
+                raise InvalidArgument(f"{self.solver} row {i}: dynamic thresholding needs a finite c")
         for i, (row, after) in enumerate(itertools.pairwise(self.rows)):
             if not after.stage and row.abar_next != after.abar:
                 raise InvalidArgument(
                     f"{self.solver} row {i} ends at abar={row.abar_next}, row {i + 1} starts at {after.abar}"
                 )
-            if not (self.ascending or after.stage or row.t > after.t):
-                raise InvalidArgument(f"{self.solver} rows {i}, {i + 1}: timesteps must fall, got {row.t}, {after.t}")
+        steps = [(i, row.t) for i, row in enumerate(self.rows) if not row.stage]
+        for (i, t), (j, t_after) in itertools.pairwise(steps):
+            if not (self.ascending or t > t_after):
+                raise InvalidArgument(f"{self.solver} rows {i}, {j}: timesteps must fall, got {t}, {t_after}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,6 +184,8 @@ class StepTable:
         """The table as JSON, exact; an infinite c is null. Inverse of `from_json`."""
         rows = [[None if math.isinf(v) else v for v in row] for row in self.rows]
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
+        if self.threshold is not None:
+            head["threshold"] = [None if math.isinf(v) else v for v in self.threshold]
         return json.dumps({"format": FORMAT, **head, "columns": COLUMNS, "rows": rows})
 
     @classmethod
@@ -178,7 +198,11 @@ class StepTable:
                     f"a step table of format {data['format']!r} with columns {data['columns']!r} cannot be read"
                 )
             rows = tuple(Row(*(math.inf if v is None else v for v in row)) for row in data["rows"])
-            return cls(data["solver"], data["steps"], rows, data["init_scale"], data["ascending"])
+            names = [f.name for f in dataclasses.fields(cls) if f.name not in ("rows", "threshold")]
+            threshold = data["threshold"]
+            if threshold is not None:
+                threshold = tuple(math.inf if v is None else v for v in threshold)
+            return cls(rows=rows, threshold=threshold, **{name: data[name] for name in names})
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             if isinstance(e, InvalidArgument):
                 raise
@@ -187,6 +211,8 @@ class StepTable:
     def __str__(self) -> str:
         used = [name for name in COLUMNS if any(getattr(row, name) not in (0.0, math.inf) for row in self.rows)]
         head = f"{self.solver}: {self.steps} steps, {len(self.rows)} rows, initial noise x {self.init_scale:g}"
+        if self.threshold is not None:
+            head += f", x0 divided by its {self.threshold[0]:g} quantile, 1 to {self.threshold[1]:g}"
         lines = ["  ".join(f"{name.rstrip('_'):>10}" for name in ("row", *used))]
         lines += [
             "  ".join(f"{v:>10.6g}" for v in (i, *(getattr(row, name) for name in used)))
@@ -207,3 +233,16 @@ def check_clip(clip: float | None) -> float:
     if not is_number(clip) or not clip > 0:
         raise InvalidArgument(f"clip={clip!r}: a positive number or None is needed")
     return float(clip)
+
+
+def check_threshold(threshold: float | tuple[float, float] | None) -> tuple[float, float] | None:
+    """(ratio, largest) of dynamic thresholding; a ratio alone has no largest."""
+    if threshold is None:
+        return None
+    pair = tuple(threshold) if isinstance(threshold, (tuple, list)) else (threshold, math.inf)
+    if len(pair) != 2 or not all(is_number(v) for v in pair) or not (0.0 < pair[0] <= 1.0 and pair[1] >= 1.0):
+        raise InvalidArgument(
+            f"threshold={threshold!r}: the quantile's share in (0, 1], alone or with the largest divisor (at least 1), "
+            "or None is needed"
+        )
+    return float(pair[0]), float(pair[1])

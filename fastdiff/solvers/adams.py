@@ -1,0 +1,120 @@
+"""Adams-Bashforth methods for dx/dsigma = eps, x = x_0 + sigma eps: LMS (k-diffusion) and DEIS (Zhang & Chen 2023).
+
+    x_t = x_s + sum_k eps_k integral from sigma_s to sigma_t of L_k dsigma
+
+eps_k are the last values of eps and L_k their Lagrange polynomials: in sigma for LMS, in log sigma for DEIS.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.table import StepTable
+from fastdiff.solvers.walk import Common, Schedule, Walk
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+FEW = 15
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(20)
+
+
+def lms(schedule: Schedule, steps: int | None = None, *, order: int = 4, **common: Unpack[Common]) -> StepTable:
+    """The linear multi-step method of k-diffusion, polynomials in sigma, ``order`` 1 to 4; it starts with lower orders.
+
+    Options: `Walk.of`.
+    """
+    if isinstance(order, bool) or order not in (1, 2, 3, 4):
+        raise InvalidArgument(f"order={order!r}: 1, 2, 3 or 4 is needed")
+    return lms_table(Walk.of(schedule, steps, **common), order)
+
+
+def lms_table(walk: Walk, order: int) -> StepTable:
+    """The table over a walk."""
+    return _table(walk, "lms", [walk.order(i, order) for i in range(len(walk))], by_log=False)
+
+
+def deis(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    order: int = 2,
+    lower_order_final: bool = True,
+    **common: Unpack[Common],
+) -> StepTable:
+    """DEIS, log rho AB (Zhang & Chen 2023, arXiv:2204.13902, table 2), polynomials in log sigma, ``order`` 1 to 3.
+
+    lower_order_final
+        With fewer than 15 steps the last two are of orders 2 and 1.
+
+    Other options: `Walk.of`.
+    """
+    if isinstance(order, bool) or order not in (1, 2, 3):
+        raise InvalidArgument(f"order={order!r}: 1, 2 or 3 is needed")
+    return deis_table(Walk.of(schedule, steps, **common), order, lower_order_final)
+
+
+def deis_table(walk: Walk, order: int, lower_order_final: bool = True) -> StepTable:
+    """The table over a walk."""
+    n = len(walk)
+    orders = []
+    for i in range(n):
+        most = min(order, n - i) if lower_order_final and n < FEW else order
+        orders.append(walk.order(i, most))
+    return _table(walk, "deis", orders, by_log=True)
+
+
+def _table(walk: Walk, name: str, orders: Sequence[int], by_log: bool) -> StepTable:
+    rows = []
+    for i, (level, order) in enumerate(zip(walk.levels, orders, strict=True)):
+        if order == 1:  # Euler's step, which needs no finite sigma
+            rows.append(walk.row(i, x0=level.a_next, eps=level.s_next, keep="eps"))
+            continue
+        before = walk.levels[i - order + 1 : i + 1][::-1]
+        if by_log:
+            weights = log_weights([b.log_sigma for b in before], level.log_sigma_next)
+            weights = [level.sigma * w for w in weights]
+        else:
+            weights = sigma_weights([b.sigma for b in before], level.sigma_next)
+        eps, *m = (level.a_next * w for w in weights)
+        rows.append(walk.row(i, x=level.a_next / level.a, eps=eps, m=m, keep="eps"))
+    return walk.table(name, rows)
+
+
+def sigma_weights(nodes: Sequence[float], end: float) -> list[float]:
+    """Integrals of the Lagrange polynomials of ``nodes`` from the first node to ``end``; exact, of degree 3 at most."""
+    at = nodes[0] + (end - nodes[0]) * (NODES + 1.0) / 2.0
+    half = 0.5 * (end - nodes[0])
+    return [float(half * (WEIGHTS * _lagrange(nodes, k, at)).sum()) for k in range(len(nodes))]
+
+
+def log_weights(nodes: Sequence[float], end: float) -> list[float]:
+    """The same for polynomials in u = log sigma, integrals over sigma in units of the first node's sigma:
+
+        integral from 0 to U of L_k(u) e^u du,   u = log sigma - log sigma_s,  U <= 0, -inf at the end
+
+    in parts short enough for the quadrature to be exact to rounding; e^-60 is nothing beside 1.
+    """
+    shifted = [node - nodes[0] for node in nodes]
+    total = max(end - nodes[0], -60.0)
+    edges = np.linspace(0.0, total, max(1, math.ceil(abs(total))) + 1)
+    weights = [0.0] * len(nodes)
+    for start, stop in itertools.pairwise(edges.tolist()):
+        at = start + (stop - start) * (NODES + 1.0) / 2.0
+        for k in range(len(nodes)):
+            weights[k] += float(0.5 * (stop - start) * (WEIGHTS * _lagrange(shifted, k, at) * np.exp(at)).sum())
+    return weights
+
+
+def _lagrange(nodes: Sequence[float], k: int, at: np.ndarray) -> np.ndarray:
+    value = np.ones_like(at)
+    for j, node in enumerate(nodes):
+        if j != k:
+            value = value * (at - node) / (nodes[k] - node)
+    return value

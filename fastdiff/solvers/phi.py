@@ -1,0 +1,20 @@
+"""The phi functions of exponential integrators, without cancellation (Hochbruck & Ostermann 2010)."""
+
+from __future__ import annotations
+
+import math
+
+
+def phi(k: int, z: float) -> float:
+    """phi_k(z), with phi_0(z) = e^z, phi_k(z) = (phi_{k-1}(z) - 1/(k-1)!) / z = sum_j z^j / (j + k)!.
+
+    Its limit at z = -inf is 0.
+    """
+    if abs(z) < 1.0:
+        return sum(z**j / math.factorial(j + k) for j in range(20))
+    if math.isinf(z) and z < 0:
+        return 0.0
+    value = math.exp(z)
+    for j in range(1, k + 1):
+        value = (value - 1.0 / math.factorial(j - 1)) / z
+    return value

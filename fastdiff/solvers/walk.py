@@ -1,0 +1,255 @@
+"""What every solver starts from: the noise levels of a run, what the network says there, and how rows are written.
+
+With x_t = a x_0 + s eps, a = sqrt(abar), s = sqrt(1 - abar), and sigma = s / a, lambda = -log sigma.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers.edm import EDMSchedule
+from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
+from fastdiff.solvers.spacing import levels, timesteps
+from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # noqa: F401  for the solvers' signatures
+
+Schedule = NoiseSchedule | EDMSchedule
+
+
+class Common(TypedDict, total=False):
+    """The options that all solvers share; see `Walk.of`."""
+
+    spacing: str | Sequence[float] | None
+    prediction: str | None
+    clip: float | None
+    threshold: float | tuple[float, float] | None
+    steps_offset: int
+    final: str
+
+
+class Level(NamedTuple):
+    """Where a step starts and ends: the network's t, and abar before and after."""
+
+    t: float
+    abar: float
+    abar_next: float
+
+    @property
+    def a(self) -> float:
+        return math.sqrt(self.abar)
+
+    @property
+    def s(self) -> float:
+        return math.sqrt(1.0 - self.abar)
+
+    @property
+    def a_next(self) -> float:
+        return math.sqrt(self.abar_next)
+
+    @property
+    def s_next(self) -> float:
+        return math.sqrt(1.0 - self.abar_next)
+
+    @property
+    def sigma(self) -> float:
+        return self.s / self.a if self.abar > 0.0 else math.inf
+
+    @property
+    def sigma_next(self) -> float:
+        return self.s_next / self.a_next
+
+    @property
+    def log_sigma(self) -> float:
+        return 0.5 * (math.log1p(-self.abar) - math.log(self.abar)) if self.abar > 0.0 else math.inf
+
+    @property
+    def log_sigma_next(self) -> float:
+        return 0.5 * (math.log1p(-self.abar_next) - math.log(self.abar_next)) if self.abar_next < 1.0 else -math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The levels of a run, first to last, and what a row needs besides: prediction, clip c, threshold.
+
+    init_scale, data_scale, continuous: the table's. output_scale: what the last row multiplies besides, where that is
+    no image but x_0 + sigma eps. last_time: what the network is told of the level where the last step ends, if that has
+    noise. compat: the coefficients may go to an ``abar_next`` other than where the next row starts, and timesteps may
+    repeat, as diffusers' do in places (`fastdiff.solvers.compat`); the table's labels join all the same, and what
+    repeats is a stage.
+    """
+
+    levels: tuple[Level, ...]
+    prediction: str
+    c: float = 1.0
+    threshold: tuple[float, float] | None = None
+    init_scale: float = 1.0
+    data_scale: float = 1.0
+    output_scale: float = 1.0
+    continuous: bool = False
+    compat: bool = False
+    last_time: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        steps: int | None,
+        *,
+        spacing: str | Sequence[float] | None = None,
+        prediction: str | None = None,
+        clip: float | None = 1.0,
+        threshold: float | tuple[float, float] | None = None,
+        steps_offset: int = 0,
+        final: str = "zero",
+    ) -> Walk:
+        """The walk that a solver's options describe.
+
+        steps
+            Steps of the solver; None: 50, or every timestep of a schedule that has fewer.
+        spacing
+            "trailing" (the default), "leading", "linspace", "quadratic", "karras", "exponential", or a falling list of
+            timesteps, then ``steps`` may be None (`sigma_timesteps` makes one of sigmas). An `EDMSchedule` has "karras"
+            (its default), "exponential" and lists of sigmas.
+        prediction
+            What the network says: "epsilon", "sample", "v_prediction" or "edm" (the default with an `EDMSchedule`).
+        clip
+            Bound of |x_0|; None for none.
+        threshold
+            Dynamic thresholding instead: the quantile's share, as 0.995, or (share, largest divisor).
+        steps_offset
+            Added to every timestep of "leading" spacing.
+        final
+            Where the last step ends: at "zero" noise, or at "sigma_min", the schedule's lowest level.
+
+        Raises `InvalidArgument` naming the value and what is allowed.
+        """
+        if prediction is None and isinstance(schedule, EDMSchedule):
+            prediction = "edm"
+        prediction = "epsilon" if prediction is None else prediction
+        check_prediction(prediction)
+        limit = check_threshold(threshold)
+        c = 1.0 if limit is not None else check_clip(clip)
+        if final not in ("zero", "sigma_min"):
+            raise InvalidArgument(f"final={final!r} is unknown; allowed: zero, sigma_min")
+        if isinstance(schedule, EDMSchedule):
+            ts = schedule.times(steps, "karras" if spacing is None else spacing)
+            abar = [schedule.abar(t) for t in ts]
+            end = 1.0 if final == "zero" else schedule.abar(schedule.time(schedule.sigma_min))
+            ends = list(zip(abar, [*abar[1:], end], strict=True))
+            scale, init_scale = schedule.sigma_data, math.sqrt(1.0 - abar[0])
+            last_time, output_scale = schedule.time(schedule.sigma_min), 1.0 / math.sqrt(end)
+        else:
+            spacing = "trailing" if spacing is None else spacing
+            if steps is None and isinstance(spacing, str):
+                steps = min(50, schedule.timesteps)
+            ts = timesteps(schedule, steps, spacing, steps_offset)
+            ends = levels(schedule, ts, 1.0 if final == "zero" else float(schedule.alphas_cumprod[0]))
+            scale = init_scale = output_scale = 1.0
+            last_time = 0.0
+        return cls(
+            levels=tuple(Level(t, *end) for t, end in zip(ts, ends, strict=True)),
+            prediction=prediction,
+            c=c / scale,
+            threshold=limit,
+            init_scale=init_scale,
+            data_scale=scale,
+            output_scale=output_scale,
+            continuous=isinstance(schedule, EDMSchedule),
+            last_time=last_time,
+        )
+
+    def at(self, level: Level) -> Walk:
+        """One level that the walk does not have itself: a stage."""
+        return dataclasses.replace(self, levels=(level,))
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def order(self, i: int, most: int) -> int:
+        """How many of rows i, i-1, ... a multi-step formula may use: at most ``most``, none at infinite sigma.
+
+        At infinite sigma nothing can be extrapolated, so a run from zero SNR starts anew behind its first row.
+        """
+        if self.levels[i].abar == 0.0:
+            return 1
+        usable = sum(1 for level in self.levels[max(0, i - most + 1) : i + 1] if level.abar > 0.0)
+        return min(most, usable)
+
+    def row(
+        self,
+        i: int,
+        *,
+        x: float = 0.0,
+        x0: float = 0.0,
+        eps: float = 0.0,
+        out: float = 0.0,
+        m: Sequence[float] = (),
+        xs: float = 0.0,
+        z: float = 0.0,
+        keep: str | None = None,
+        **columns: Any,
+    ) -> Row:
+        """Row i as a combination of x, x0, eps, the network's output, the history m1, m2, m3, xs and z.
+
+        ``keep`` is what goes to the history: "x0", "eps", "out". eps is always the noise that goes with the bounded x0,
+        eps = (x - a x0) / s, so that x = a x0 + s eps still holds; where there is no bound it is what the network says.
+        """
+        level = self.levels[i]
+        kx, ko = x0_coefficients(self.prediction, level.abar)
+        ex, eo, e0 = 0.0, 0.0, 0.0
+        if eps != 0.0 or keep == "eps":
+            if math.isinf(self.c):
+                ex, eo = eps_coefficients(self.prediction, level.abar)
+            else:
+                ex, e0 = 1.0 / level.s, -level.a / level.s
+        history: dict[str, float] = {}
+        if keep is not None:
+            hx, ho, h0 = {"x0": (0.0, 0.0, 1.0), "eps": (ex, eo, e0), "out": (0.0, 1.0, 0.0)}[keep]
+            history = {"hx": hx, "ho": ho, "h0": h0, "push": 1.0}
+        a1, a2, a3 = (*m, 0.0, 0.0, 0.0)[:3]
+        given: dict[str, float] = {
+            "t": level.t, "abar": level.abar, "abar_next": level.abar_next, "kx": kx, "ko": ko, "c": self.c,
+            "ax": x + eps * ex, "ao": out + eps * eo, "a0": x0 + eps * e0,
+            "a1": a1, "a2": a2, "a3": a3, "as_": xs, "s": z,
+        }  # fmt: skip
+        return Row(**{**given, **history, **columns})
+
+    def table(self, solver: str, rows: Sequence[Row], steps: int | None = None) -> StepTable:
+        """The table of these rows. Its last row returns to the data's units; what nobody reads is not kept."""
+        rows = list(rows)
+        if self.compat:
+            rows = _joined(rows)
+        scale = self.data_scale * self.output_scale
+        if scale != 1.0:
+            names = ("ax", "ao", "a0", "a1", "a2", "a3", "as_", "s")
+            rows[-1] = rows[-1]._replace(**{name: scale * getattr(rows[-1], name) for name in names})
+        last_read = max((i for i, row in enumerate(rows) if row.a1 or row.a2 or row.a3), default=0)
+        rows[last_read:] = [row._replace(hx=0.0, ho=0.0, h0=0.0, push=0.0) for row in rows[last_read:]]
+        return StepTable(
+            solver,
+            len(self) if steps is None else steps,
+            tuple(rows),
+            init_scale=self.init_scale,
+            continuous=self.continuous,
+            threshold=self.threshold,
+            data_scale=self.data_scale,
+        )
+
+
+def _joined(rows: Sequence[Row]) -> list[Row]:
+    """Labels that join, and stages where a timestep repeats: what a `StepTable` needs of rows with quirks."""
+    ends = [after.abar for after in rows[1:]] + [rows[-1].abar_next]
+    joined, t = [], math.inf
+    for row, end in zip(rows, ends, strict=True):
+        repeats = row.t == t
+        joined.append(row._replace(abar_next=end, stage=1.0 if repeats else row.stage))
+        if not row.stage:
+            t = row.t
+    return joined
