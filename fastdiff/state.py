@@ -34,7 +34,7 @@ class TableBank:
         self.thresholds = any(table.threshold is not None for table in tables)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # a batch is itself alone, so backends can remember what they know of it
 class State:
     """A batch in flight. B images, each at its own row of its own table.
 

@@ -420,14 +420,64 @@ def test_large_batches_run_in_equal_parts(monkeypatch):
     unet = random_unet(TINY_CLASSES)
     options = {"steps": 2, "labels": [0, 1, 2, 3, 0, 1, 2], "guidance": [1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 0.0]}
     expected = Sampler(unet, SCHEDULE, determinism="bitwise").sample(7, **options).images
-    monkeypatch.setattr(native, "CACHE_BYTES", 1)
     sampler = Sampler(unet, SCHEDULE, determinism="bitwise")
-    for bytes_ in (1, 5 * sampler._runner(7, (3, 8, 8)).row_bytes):
-        runner = sampler._runner(7, (3, 8, 8))
-        runner.weight_bytes = bytes_
+    runner = sampler._runner(7, (3, 8, 8))
+    for bytes_, rows in ((1, 1), (5 * runner.row_bytes, 5)):
+        monkeypatch.setattr(native, "CACHE_BYTES", bytes_)
         assert torch.equal(sampler.sample(7, **options).images, expected)
-        assert set(runner.compiled) == {runner._part(14)} == {1 if bytes_ == 1 else 5}
+        assert set(runner.compiled) == {runner._part(14)} == {rows}
         runner.compiled.clear()
+
+
+def test_runs_that_take_turns_are_followed_once(monkeypatch):
+    unet = random_unet(TINY_CLASSES)
+    spec = Spec(2, (3, 8, 8), torch.float32, CPU, null_label=4)
+    tables = [solvers.ddim(SCHEDULE, 5), solvers.ddim(SCHEDULE, 5, spacing="leading")]
+
+    def start(i):
+        x = random_images(TINY_CLASSES, 2)
+        return State.create(x, TableBank([tables[i]], CPU), label=[i, 3 - i], guidance=[1.0, 2.0])
+
+    runner = native.prepare(unet, spec)
+    expected = []
+    for i in range(2):
+        state = start(i)
+        while not state.done:
+            runner.step(state)
+        expected.append(state.x)
+    checked = []
+    of = native.Weights.of
+    monkeypatch.setattr(native.Weights, "of", lambda *a: checked.append(1) or of(*a))
+    states = [start(0), start(1)]
+    embedded = dict(runner.places)
+    for _ in range(5):
+        for state in states:
+            runner.step(state)
+    assert all(torch.equal(state.x, x) for state, x in zip(states, expected, strict=True))
+    assert len(checked) == 2  # at the start of each, not at every turn
+    assert runner.places == embedded
+    del state
+    states.pop()
+    assert list(runner.runs) == states  # a run that ended is not kept alive
+
+
+def test_embeddings_of_timesteps_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(native, "MOST_TIMES", 9)
+    unet = random_unet(TINY)
+    runner = native.prepare(unet, Spec(1, (3, 8, 8), torch.float32, CPU))
+    eager = Sampler(unet, SCHEDULE, backend="eager")
+    x = random_images(TINY, 1)
+    states = []
+    for i in range(4):
+        table = solvers.ddim(SCHEDULE, spacing=[40.5 - i, 20.25 + i, 3.0 + i, 0.5])
+        states.append((table, State.create(x.clone(), TableBank([table], CPU))))
+        for _, state in states:  # the earlier ones go on, whatever the new one pushed out
+            runner.step(state)
+        assert len(runner.places) <= 9
+    table, state = states[0]
+    expected = eager.sample(1, solver=table, noise=x).images
+    assert state.done
+    assert (state.x - expected).abs().max() < 1e-4
 
 
 def test_nan_in_one_image_leaves_the_others_bit_unchanged():

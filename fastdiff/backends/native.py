@@ -29,7 +29,7 @@ from fastdiff.lower import embed_timesteps, lower
 from fastdiff.plan import ALIGNMENT, STATISTICS, Plan, plan
 from fastdiff.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.solvers.table import COLUMNS, StepTable
-from fastdiff.state import State
+from fastdiff.state import State, TableBank
 from fastdiff.unet import UNet
 from fastdiff.unet_config import UNetConfig
 
@@ -341,9 +341,18 @@ class Compiled:
 # faster in parts of 8 in float32, 10 % in bfloat16.
 CACHE_BYTES = 32 << 20
 
-TIMES = 64  # distinct timesteps for which there is room from the start
+TIMES, MOST_TIMES = 64, 4096  # distinct timesteps: room from the start, and at most (about 100 MB of embeddings)
 
 # The runner -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """What a runner has looked up for a `State`: where its timesteps are embedded, and its labels, by ``guided``."""
+
+    tables: tuple[StepTable, ...]
+    entry: Tensor
+    labels: dict[bool, tuple[Tensor, Tensor | None]]
 
 
 class NativeRunner:
@@ -358,7 +367,6 @@ class NativeRunner:
         self.isa = isa()
         self.program = lower(unet, spec.shape[1:])
         self.row_bytes = plan(self.program, 1, group=native.GROUP).size
-        self.weight_bytes = 4 * sum(self.program.parameters(op) for op in self.program.ops)
         self._reset()
 
     def _reset(self) -> None:
@@ -367,10 +375,9 @@ class NativeRunner:
         self.process = os.getpid()
         self.compiled: dict[int, Compiled] = {}
         self.arena = aligned(0)
-        self.tables: tuple[StepTable, ...] = ()
-        self.times = torch.empty(0, 0)
-        self.state: weakref.ref[State] | None = None  # a run that has ended is not kept alive
-        self.labels: dict[bool, tuple[Tensor, Tensor | None]] = {}
+        self.times = torch.empty(0, 0)  # embeddings, row by row
+        self.places: dict[float, int] = {}  # of a timestep among them
+        self.runs: weakref.WeakKeyDictionary[State, Run] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
     def forward(self, state: State) -> None:
@@ -403,28 +410,28 @@ class NativeRunner:
             state.row_host = np.minimum(state.row_host + 1, state.bank.lengths_host[state.table_host])
 
     def _run(self, state: State, advance: bool) -> None:
-        self._follow(state)
+        run = self._follow(state)
         guided = bool(state.guided_host.any())
         rows = len(state.x) * (1 + guided)
-        label, class_images = self._labels(state, guided)
+        label, class_images = self._labels(state, run, guided)
         compiled = self._compiled(self._part(rows))
         inputs = compiled.inputs
         H, W, C = self.program.buffers["out"].shape
         state.x, state.out = state.x.contiguous(), torch.empty(len(state.x), C, H, W)
         compiled.engine.step(
             in_x=inputs.x, in_timestep=inputs.timestep, in_label=inputs.label, in_class_image=inputs.class_images,
-            in_out=compiled.out, x=state.x, row=state.row, table=state.table, entry=self.entry, label=label,
+            in_out=compiled.out, x=state.x, row=state.row, table=state.table, entry=run.entry, label=label,
             class_image=class_images, net=torch.empty(rows, *compiled.out.shape[1:]), out=state.out,
             bank=state.bank.values, guidance=state.guidance if guided else None, rescale=state.guidance_rescale,
             advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index, xs=state.xs,
             m1=state.m1, m2=state.m2, m3=state.m3,
         )  # fmt: skip
 
-    def _labels(self, state: State, guided: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _labels(self, state: State, run: Run, guided: bool) -> tuple[Tensor | None, Tensor | None]:
         """Of every row: its label, and its class image [H, W, C] where the network has those."""
         if state.label is None:
             return None, None
-        if guided not in self.labels:
+        if guided not in run.labels:
             label, images = state.label, None
             if guided:
                 label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
@@ -432,8 +439,8 @@ class NativeRunner:
                 distinct, place = torch.unique(label, return_inverse=True)
                 maps = self.unet.class_encoder(distinct, self.spec.shape[1:]).permute(0, 2, 3, 1)
                 images = maps[place].contiguous()
-            self.labels[guided] = label.contiguous(), images
-        return self.labels[guided]
+            run.labels[guided] = label.contiguous(), images
+        return run.labels[guided]
 
     def memory(self) -> dict[str, int]:
         """Bytes held: packed weights (of all batch sizes and precisions), activations, working space."""
@@ -448,26 +455,39 @@ class NativeRunner:
         parts = min(-(-rows * self.row_bytes // CACHE_BYTES), rows)
         return -(-rows // parts)
 
-    def _follow(self, state: State) -> None:
-        """Notice what changed since the last step: the process, the network, the tables."""
+    def _follow(self, state: State) -> Run:
+        """Notice what changed: the process, at a run's start the network, and the tables."""
         if self.process != os.getpid():
             _of_the_parent.append((self.team, self.compiled))
             self._reset()
-        if self.state is None or self.state() is not state:
+        run = self.runs.get(state)
+        if run is None:
             _refuse(self.unet, self.spec)
             if self.weights is not Weights.of(self.unet, self.native):
                 self._reset()
-            self.state = weakref.ref(state)
-            self.labels.clear()
-        if state.bank.tables != self.tables:
-            self.tables = state.bank.tables
-            t, inverse = np.unique(state.bank.host[..., COLUMNS.index("t")], return_inverse=True)
-            self.entry = torch.from_numpy(inverse.reshape(state.bank.host.shape[:2]).astype(np.int64))
-            times = embed_timesteps(self.unet, torch.from_numpy(t).float())
-            if len(times) > len(self.times):
-                self.times = times.new_empty(max(TIMES, len(times)), times.shape[1])
+        if run is None or run.tables is not state.bank.tables:
+            run = self.runs[state] = Run(state.bank.tables, self._entry(state.bank), {})
+        return run
+
+    def _entry(self, bank: TableBank) -> Tensor:
+        """int64 [tables, rows]: where among ``times`` each row's timestep is, embedded if it was not."""
+        t, inverse = np.unique(bank.host[..., COLUMNS.index("t")], return_inverse=True)
+        if len(self.places.keys() | set(t.tolist())) > MOST_TIMES:
+            self.places.clear()
+            self.runs.clear()  # the others come back here at their next step
+        new = [v for v in t.tolist() if v not in self.places]
+        if new:
+            times = embed_timesteps(self.unet, torch.tensor(new))
+            held = len(self.places)
+            if held + len(new) > len(self.times):
+                grown = times.new_empty(max(TIMES, 2 * held, held + len(new)), times.shape[1])
+                grown[:held] = self.times[:held] if held else 0.0
+                self.times = grown
                 self.compiled.clear()  # they have addresses of the old ones
-            self.times[: len(times)] = times
+            self.times[held : held + len(new)] = times
+            self.places |= {v: held + i for i, v in enumerate(new)}
+        places = np.array([self.places[v] for v in t.tolist()], dtype=np.int64)
+        return torch.from_numpy(places[inverse.reshape(bank.host.shape[:2])])
 
     def _compiled(self, rows: int) -> Compiled:
         if rows not in self.compiled:
