@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from fastdiff.state import State, TableBank
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from unets import PUBLISHED, diffusers_twin, random_unet
 
+K = TypeVar("K")
 Network = Callable[[], Tensor]
 Make = Callable[[UNet, Tensor, Tensor], Network]
 ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 1e-1}
@@ -226,6 +227,21 @@ def whole_job(name: str, rounds: int) -> dict[str, Any]:
     return {**medians, "ratio": round(medians["diffusers"] / medians["native"], 2)}
 
 
+def interleaved(ways: dict[K, Callable[[], Any]], rounds: int) -> dict[K, float]:
+    """Seconds of a call of each: the median over rounds in which all take turns, each for 0.4 s."""
+    seconds: dict[K, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            run()
+            started = time.perf_counter()
+            calls = 0
+            while calls < 2 or time.perf_counter() - started < 0.4:
+                run()
+                calls += 1
+            seconds[name].append((time.perf_counter() - started) / calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 @torch.no_grad()
 def measure(unet: UNet, size: tuple[int, int], batch: int, names: list[str], rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(batch)
@@ -245,18 +261,8 @@ def measure(unet: UNet, size: tuple[int, int], batch: int, names: list[str], rou
         result["engines"][name] = {"error": error, "first_call_s": round(time.perf_counter() - started, 2)}
         if error <= ALLOWED_ERROR[precision]:
             engines[name] = engine
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(rounds):
-        for name, engine in engines.items():
-            engine()
-            started = time.perf_counter()
-            calls = 0
-            while calls < 2 or time.perf_counter() - started < 0.4:
-                engine()
-                calls += 1
-            seconds[name].append((time.perf_counter() - started) / calls)
-    for name, values in seconds.items():
-        result["engines"][name]["img_steps_per_s"] = round(batch / statistics.median(values), 2)
+    for name, seconds in interleaved(engines, rounds).items():
+        result["engines"][name]["img_steps_per_s"] = round(batch / seconds, 2)
     result["ratios"] = ratios(result["engines"])
     result["gflop_per_image"] = round(products(unet, size, batch) / 1e9, 2)
     return result
@@ -291,7 +297,7 @@ def main() -> None:
         print(f"\nbatch {batch}: {result['gflop_per_image']} GFLOP an image in products, limit {limit:.1f} img-steps/s")
         for name, row in result["engines"].items():
             speed = row.get("img_steps_per_s")
-            told = f"{speed:8.1f} img-steps/s" if speed else "  error too large"
+            told = f"{speed:8.2f} img-steps/s" if speed else "  error too large"
             print(f"  {name:17} error {row['error']:.1e}  first call {row['first_call_s']:6.1f} s  {told}", flush=True)
         for name, ratio in result["ratios"].items():
             print(f"  {name} is {ratio:.2f} times the best peer of its precision")

@@ -28,6 +28,7 @@ from unets import (
 
 from fastdiff import NoiseSchedule, Sampler, noise, solvers
 from fastdiff.backends import Spec, native, packing, prepare
+from fastdiff.classifier import Classifier
 from fastdiff.errors import BackendError
 from fastdiff.lower import lower
 from fastdiff.plan import STATISTICS, plan
@@ -563,11 +564,28 @@ def psnr(got: Tensor, exact: Tensor) -> float:
     ids=["ddim 50", "ddpm 1000"],
 )
 def test_whole_runs_of_the_built_in_model(n, options):
-    """Errors do not grow over a run: float32 against float64, the same noise."""
-    options |= {"labels": list(range(n)), "seed": 5}
-    got = Sampler.from_pretrained("fashion-mnist", backend="native", device="cpu").sample(n, **options).images
+    """Errors do not grow over a run: against float64, the same noise."""
+    options = {**options, "labels": list(range(n)), "seed": 5}
     exact = Sampler.from_pretrained("fashion-mnist", backend="eager", device="cpu", dtype="float64")
-    assert psnr(got, exact.sample(n, **options).images) >= 60
+    images = exact.sample(n, **options).images
+    least = {"float32": 60} | ({"bfloat16": 30, "bfloat16-fast": 25} if extension.bf16_isas() else {})
+    for dtype, db in least.items():
+        sampler = Sampler.from_pretrained("fashion-mnist", backend="native", device="cpu", dtype=dtype)
+        assert psnr(sampler.sample(n, **options).images, images) >= db, dtype
+
+
+@pytest.mark.slow
+def test_bfloat16_draws_what_float32_draws():
+    """The classifier reads as many guided samples as their class in every precision, but for what chance moves."""
+    classifier = Classifier.load()
+    labels = torch.arange(200) % 10
+    right = {}
+    for dtype in ["float32", *(["bfloat16", "bfloat16-fast"] if extension.bf16_isas() else [])]:
+        sampler = Sampler.from_pretrained("fashion-mnist", backend="native", device="cpu", dtype=dtype)
+        images = sampler.sample(200, steps=20, labels=labels, guidance=2.0).images
+        right[dtype] = int((classifier.judge(images)[0].argmax(1) == labels).sum())
+    assert right["float32"] >= 160
+    assert all(abs(n - right["float32"]) <= 6 for n in right.values()), right
 
 
 @pytest.mark.slow
