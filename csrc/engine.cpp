@@ -107,7 +107,9 @@ Engine::Split Engine::split(const ConvArgs& conv) const {
   const int strips = rows_ * conv.map.strips(), members = team_->size();
   const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() / (conv.bf16 ? 2 : 1) + panel);
   // Of the blocks that fit, the one whose items leave the fewest lanes of the last group of six idle, then the largest.
-  const int most = static_cast<int>(std::clamp<int64_t>(block_numbers / (item * conv.items()), 1, strips));
+  // All weights of 1x1 stay in the cache themselves, so small blocks cost nothing and are read panel by panel from there.
+  const int64_t numbers = conv.kernel == 1 ? block_numbers / 4 : block_numbers;
+  const int most = static_cast<int>(std::clamp<int64_t>(numbers / (item * conv.items()), 1, strips));
   int block = 1;
   const auto waste = [&](int b) { return static_cast<double>(ceil_div(b * conv.items(), 6) * 6) / (b * conv.items()); };
   for (int b = 1; b <= most; b++)
@@ -210,11 +212,11 @@ void Engine::run_member(int member, int first, int last, int64_t* times) {
   }
 }
 
-void Engine::run_norm(int member, const NormArgs& norm) {
+void Engine::run_norm(int member, const NormArgs& norm, const float*& scale, const float*& shift) {
   if (norm.count == 0) return;
   NormArgs args = norm;
-  args.scale = norm_.get();
-  args.shift = norm_.get() + norm_size_;
+  scale = args.scale = norm_.get();
+  shift = args.shift = norm_.get() + norm_size_;
   kernels_.norm(args, share({0, rows_}, member, team_->size()));
   team_->barrier();
 }
@@ -228,12 +230,8 @@ void Engine::run_op(int member, const EmbedArgs& op) {
 }
 
 void Engine::run_op(int member, const ConvOp& op) {
-  run_norm(member, op.norm);
   ConvArgs conv = op.conv;
-  if (op.norm.count > 0) {
-    conv.src.scale = norm_.get();
-    conv.src.shift = norm_.get() + norm_size_;
-  }
+  run_norm(member, op.norm, conv.src.scale, conv.src.shift);
   const Split how = split(conv);
   const Range strips{0, rows_ * conv.map.strips()}, panels{0, conv.panels()};
   const int items = how.block * conv.items();
@@ -256,22 +254,14 @@ void Engine::run_op(int member, const ConvOp& op) {
 }
 
 void Engine::run_op(int member, const PoolOp& op) {
-  run_norm(member, op.norm);
   PoolArgs pool = op.pool;
-  if (op.norm.count > 0) {
-    pool.src.scale = norm_.get();
-    pool.src.shift = norm_.get() + norm_size_;
-  }
+  run_norm(member, op.norm, pool.src.scale, pool.src.shift);
   kernels_.pool(pool, share({0, rows_ * pool.map.strips()}, member, team_->size()), own(member));
 }
 
 void Engine::run_op(int member, const AttentionOp& op) {
-  run_norm(member, op.norm);
   AttentionArgs attention = op.attention;
-  if (op.norm.count > 0) {
-    attention.scale = norm_.get();
-    attention.shift = norm_.get() + norm_size_;
-  }
+  run_norm(member, op.norm, attention.scale, attention.shift);
   const Range units{0, rows_ * attention.heads * attention.blocks()};
   kernels_.attention(attention, share(units, member, team_->size()), own(member));
 }

@@ -127,7 +127,8 @@ class Engine {
   void run_op(int member, const ConvOp& op);
   void run_op(int member, const PoolOp& op);
   void run_op(int member, const AttentionOp& op);
-  void run_norm(int member, const NormArgs& norm);
+  // Computes the norm's coefficients and says where they are; leaves both as they were where there is no norm.
+  void run_norm(int member, const NormArgs& norm, const float*& scale, const float*& shift);
   float* own(int member) { return own_[member].get(); }
 
   const Kernels& kernels_;

@@ -28,34 +28,21 @@ static void pack_values(const AttentionArgs& a, int row, int head, BF16* v) {
 
 // kt [keys / panel, d, panel], of bfloat16 [.., d / 2, panel, 2]: the head's keys, transposed and divided by sqrt(d);
 // zeros past the last. Channels come by vectors, whose lines of kt stay in the first-level cache for a panel of keys.
-static void pack_keys(const AttentionArgs& a, int row, int head, float* kt) {
-  const int d = a.head_dim, P = a.pixels;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  if (P % panel != 0)
-    std::memset(kt + static_cast<int64_t>(P / panel) * d * panel, 0, sizeof(float) * static_cast<int64_t>(d) * panel);
-  for (int first = 0; first < P; first += panel)
-    for (int k = 0; k < d; k += lanes)
-      for (int p = first; p < std::min(first + panel, P); p++) {
-        float key[lanes];
-        store(key, read_head(a, a.keys, row, head, p, k) * scale);
-        float* column = kt + (static_cast<int64_t>(first / panel) * d + k) * panel + p % panel;
-        for (int i = 0; i < std::min(lanes, d - k); i++) column[static_cast<int64_t>(i) * panel] = key[i];
-      }
-}
-
-static void pack_keys(const AttentionArgs& a, int row, int head, BF16* kt) {
-  const int d = even(a.head_dim), P = a.pixels;
+template <class T>
+static void pack_keys(const AttentionArgs& a, int row, int head, T* kt) {
+  constexpr int step = step_depth<T>;
+  const int d = ceil_div(a.head_dim, step) * step, P = a.pixels;
   const float scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim));
   if (P % panel != 0)
-    std::memset(kt + static_cast<int64_t>(P / panel) * d * panel, 0, sizeof(BF16) * static_cast<int64_t>(d) * panel);
+    std::memset(kt + static_cast<int64_t>(P / panel) * d * panel, 0, sizeof(T) * static_cast<int64_t>(d) * panel);
   for (int first = 0; first < P; first += panel)
     for (int k = 0; k < d; k += lanes)
       for (int p = first; p < std::min(first + panel, P); p++) {
-        BF16 key[lanes];
+        T key[lanes];
         store(key, read_head(a, a.keys, row, head, p, k) * scale);
-        BF16* column = kt + (static_cast<int64_t>(first / panel) * d + k) * panel + p % panel * 2;
-        for (int i = 0; i < std::min(lanes, d - k); i += 2)
-          std::memcpy(column + static_cast<int64_t>(i) * panel, key + i, 2 * sizeof(BF16));
+        T* column = kt + (static_cast<int64_t>(first / panel) * d + k) * panel + p % panel * step;
+        for (int i = 0; i < std::min(lanes, d - k); i += step)
+          std::memcpy(column + static_cast<int64_t>(i) * panel, key + i, step * sizeof(T));
       }
 }
 

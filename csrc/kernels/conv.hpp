@@ -31,8 +31,7 @@ static void load_pixels(const ConvArgs& a, Range strips, T* loaded) {
     const int pixels = std::min(strip, a.map.height - y0) * a.map.width;
     for (int part = 0, from = 0; part < a.src.count; from += a.src.channels[part++]) {
       const int channels = a.src.channels[part];
-      const float* data =
-          a.src.data[part] + (static_cast<int64_t>(row) * a.map.height + y0) * a.map.width * channels;
+      const float* data = a.src.data[part] + (static_cast<int64_t>(row) * a.map.height + y0) * a.map.width * channels;
       const float* scale = normed ? a.src.scale + static_cast<int64_t>(row) * depth + from : nullptr;
       const float* shift = normed ? a.src.shift + static_cast<int64_t>(row) * depth + from : nullptr;
       for (int i = 0; i < pixels; i++)
@@ -129,7 +128,8 @@ struct Finish {
     count += n;
   }
 
-  // size x size pixels, all of them in the map: pixel() and measure() without a question per pixel.
+  // size x size pixels, all of them in the map: pixel() and measure() without a question per pixel. The next vector of
+  // these pixels' channels, whose turn comes after this one's of all pixels, is asked for.
   template <int size>
   inline void tile(int top, int left, Vec* y) {
     const int64_t at = ((static_cast<int64_t>(row) * a.map.height + top) * a.map.width + left) * a.outputs + channel;
@@ -140,14 +140,20 @@ struct Finish {
     if (a.residual != nullptr) {
       const float* r = a.residual + at;
 #pragma GCC unroll 16
-      for (int i = 0; i < size * size; i++) y[i] += load(r + i / size * line + i % size * a.outputs);
+      for (int i = 0; i < size * size; i++) {
+        const float* pixel = r + i / size * line + i % size * a.outputs;
+        __builtin_prefetch(pixel + lanes, 0, 2);
+        y[i] += load(pixel);
+      }
     }
     const float factor = a.inverse_divide;
     float* d = a.dst + at;
 #pragma GCC unroll 16
     for (int i = 0; i < size * size; i++) {
+      float* pixel = d + i / size * line + i % size * a.outputs;
+      __builtin_prefetch(pixel + lanes, 1, 2);
       y[i] *= factor;
-      store(d + i / size * line + i % size * a.outputs, y[i]);
+      store(pixel, y[i]);
     }
     if (a.statistics != nullptr) merge(y, size * size);
   }
