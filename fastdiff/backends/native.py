@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import update
-from fastdiff.backends import Spec
+from fastdiff.backends import Spec, threads
 from fastdiff.backends.packing import Weights
 from fastdiff.errors import BackendError
 from fastdiff.lower import embed_timesteps, lower
@@ -371,7 +371,7 @@ class NativeRunner:
 
     def _reset(self) -> None:
         self.weights = Weights.of(self.unet, self.native)
-        self.team = self.native.Team(torch.get_num_threads())
+        self.team = self.native.Team(threads.number())
         self.process = os.getpid()
         self.compiled: dict[int, Compiled] = {}
         self.arena = aligned(0)
