@@ -27,7 +27,7 @@ from unets import (
 )
 
 from fastdiff import NoiseSchedule, Sampler, noise, solvers
-from fastdiff.backends import Spec, native, packing, prepare
+from fastdiff.backends import Spec, native, packing, prepare, threads
 from fastdiff.classifier import Classifier
 from fastdiff.errors import BackendError
 from fastdiff.lower import lower
@@ -679,7 +679,7 @@ def test_two_samplers_in_two_threads():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use():
     """The child has none of the parent's threads; it makes its own."""
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         sampler = Sampler(random_unet(TINY), SCHEDULE, backend="native")
@@ -695,17 +695,13 @@ def test_fork_after_use():
         assert os.waitstatus_to_exitcode(status) == 0
         assert torch.equal(sampler.sample(1, steps=2).images, expected)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
-def test_more_threads_than_processors():
-    threads = torch.get_num_threads()
+def test_more_threads_than_processors(monkeypatch):
     expected = Sampler(random_unet(TINY), SCHEDULE, backend="native").sample(3, steps=3).images
-    torch.set_num_threads(4 * (os.cpu_count() or 1))
-    try:
-        got = Sampler(random_unet(TINY), SCHEDULE, backend="native").sample(3, steps=3).images
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(threads, "number", lambda: 4 * (os.cpu_count() or 1))
+    got = Sampler(random_unet(TINY), SCHEDULE, backend="native").sample(3, steps=3).images
     assert torch.equal(got, expected)
 
 
