@@ -138,7 +138,7 @@ class _Engine:
         self.usable(pipeline)
         if self.whole:
             with self.unsupported("scheduler"):
-                _scheduler_config(pipeline)
+                _try(_scheduler_config(pipeline))
 
     def run(self, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = inspect.signature(self.base.__call__).bind(pipeline, *args, **kwargs)
@@ -221,7 +221,8 @@ class _Network:
         if self.backend == "eager":
             return []
         reasons, modules = [], list(self.unet.modules())
-        if any("forward" in vars(m) for m in modules) or type(self.unet).forward is not _forward_of_diffusers():
+        replaced = [vars(m)["forward"] for m in modules if "forward" in vars(m)]
+        if any(type(f) is not _Forward for f in replaced) or type(self.unet).forward is not _forward_of_diffusers():
             reasons.append("a forward was replaced (by a subclass, by offloading, ...)")
         if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
             reasons.append("modules have forward hooks, which would not be called")
@@ -296,11 +297,14 @@ class _Network:
         if self.backend == "eager":
             yield
             return
+        outer = vars(self.unet).get("forward")  # of a call that this one is within
         self.unet.forward = _Forward(self)
         try:
             yield
         finally:
             del self.unet.forward
+            if outer is not None:
+                self.unet.forward = outer
 
 
 def _forward_of_diffusers() -> Callable[..., Any]:
@@ -396,6 +400,22 @@ def _scheduler_config(pipeline: Any) -> dict[str, Any]:
     if actual.shape != expected.shape or float((actual - expected).abs().max()) > 1e-4:
         raise ConfigError(f"the alphas_cumprod of {name} are not those of its configuration")
     return config
+
+
+def _try(config: dict[str, Any]) -> None:
+    """Raises `ConfigError` where no number of steps has a table."""
+    refused: ConfigError | None = None
+    for steps in (1, 10):
+        try:
+            from_config(config, steps)
+        except InvalidArgument:  # fewer timesteps than that
+            continue
+        except ConfigError as e:
+            refused = e
+        else:
+            return
+    if refused is not None:
+        raise refused
 
 
 @dataclasses.dataclass

@@ -250,7 +250,10 @@ class Scheduler:
         return (self._spread(a, x0) * x0 + self._spread(s, x0) * eps).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """v = sqrt(abar) eps - sqrt(1 - abar) x_0, what a v-prediction network learns (Salimans & Ho 2022)."""
+        """v = sqrt(abar) eps - sqrt(1 - abar) x_0, what a v-prediction network learns (Salimans & Ho 2022).
+
+        diffusers' EulerDiscreteScheduler takes abar of the step's number instead of its timestep; not so here.
+        """
         abar = np.array([self._abar(t) for t in _listed(timesteps, len(sample))])
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         x0, eps = sample.to(dtype), noise.to(dtype)
@@ -274,9 +277,7 @@ class Scheduler:
         following = [-1] * len(ts)
         if state is not None and len(state.x) == len(ts):
             following = state.row_host.tolist()
-        elif (
-            state is not None and not _starts(table, len(table) - 1) and not all(_same(t, table.rows[0].t) for t in ts)
-        ):
+        elif state is not None and not _forgets(table) and not all(_same(t, table.rows[0].t) for t in ts):
             raise InvalidArgument(
                 f"{len(ts)} images, but the history is of {len(state.x)}: a run of {table.solver} keeps its batch"
             )
