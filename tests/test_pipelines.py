@@ -298,10 +298,6 @@ def replace_unet(pipeline):
     pipeline.unet = diffusers_twin(random_unet(change(norm_eps=0.1), seed=9))
 
 
-def there_and_back(pipeline):
-    pipeline.to(torch.float64).to(torch.float32)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "edit",
@@ -331,7 +327,7 @@ def test_another_dtype_is_left_to_diffusers_where_the_engine_has_none(caplog):
         assert "run by diffusers; the native engine cannot: it computes in float32" in record
     pipeline.unaccelerate()
     assert np.array_equal(images[0], call(pipeline, "one generator")[0])
-    there_and_back(pipeline)
+    pipeline.to(torch.float32)
     assert_same(pipeline, generator="one generator")
 
 
@@ -419,14 +415,6 @@ def with_tcd(pipeline):
     pipeline.scheduler = diffusers.TCDScheduler()
 
 
-def with_prk(pipeline):
-    pipeline.scheduler = diffusers.PNDMScheduler()
-
-
-def with_variance(pipeline):
-    pipeline.scheduler = DDPMScheduler(variance_type="fixed_large_log")
-
-
 def with_other_betas(pipeline):
     pipeline.scheduler.alphas_cumprod = pipeline.scheduler.alphas_cumprod * 0.99
 
@@ -442,8 +430,6 @@ REFUSED = [
     (with_euler, "scheduler", "scheduler EulerDiscreteScheduler needs its input scaled, which"),
     (with_my_scheduler, "scheduler", "'MyScheduler' (_class_name) is not supported; supported: DDPMScheduler"),
     (with_tcd, "scheduler", "'TCDScheduler' (_class_name) is not supported"),
-    (with_prk, "scheduler", "skip_prk_steps=False is not supported"),
-    (with_variance, "scheduler", "variance_type='fixed_large_log' is not supported"),
     (with_other_betas, "scheduler", "the alphas_cumprod of DDIMScheduler are not those of its configuration"),
 ]
 
@@ -471,6 +457,19 @@ def test_what_is_not_supported(edit, part, words, caplog):
         assert np.array_equal(images, expected, equal_nan=True)  # Fourier features of t = 0 are NaN
     else:
         assert psnr(images, expected) > 60
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (diffusers.PNDMScheduler(), "skip_prk_steps=False is not supported"),
+        (DDPMScheduler(variance_type="fixed_large_log"), "variance_type='fixed_large_log' is not supported"),
+    ],
+)
+def test_options_that_no_table_has_are_refused_at_once(scheduler, words):
+    with pytest.raises(ConfigError) as caught:
+        fastdiff.accelerate(pipeline_of(DDPMPipeline, scheduler))
+    assert words in str(caught.value)
 
 
 @needs_native
