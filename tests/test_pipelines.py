@@ -331,6 +331,42 @@ def test_another_dtype_is_left_to_diffusers_where_the_engine_has_none(caplog):
     assert_same(pipeline, generator="one generator")
 
 
+def test_autocast_is_left_to_diffusers():
+    pipeline = pipeline_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, _ = call(pipeline, "one generator")
+        images, _ = call(fastdiff.accelerate(pipeline), "one generator")
+    assert np.array_equal(images, expected)
+    assert psnr(call(pipeline, "one generator")[0], expected) < 80  # outside it is the engine's, or float32 at least
+
+
+@needs_native
+def test_compiled_networks_are_refused():
+    pipeline = pipeline_of()
+    pipeline.unet.compile()
+    with pytest.raises(ConfigError, match="it was compiled"):
+        fastdiff.accelerate(pipeline)
+
+
+@needs_native
+def test_a_call_within_a_call():
+    """A progress bar that draws with the same pipeline: neither run disturbs the other."""
+    pipeline = pipeline_of()
+    expected, _ = call(pipeline, "one generator")
+    fastdiff.accelerate(pipeline)
+    bar = pipeline.progress_bar
+
+    def nested(iterable):
+        pipeline.progress_bar = bar
+        assert psnr(call(pipeline, "one generator")[0], expected) > 80
+        return iterable
+
+    pipeline.progress_bar = nested
+    generator = CALLS["one generator"]()
+    images = pipeline(3, generator, num_inference_steps=5, output_type="np").images
+    assert psnr(images, expected) > 80
+
+
 def test_the_state_of_the_network_is_left_alone():
     pipeline = pipeline_of()
     pipeline.unet.train()  # without dropout it makes no difference
