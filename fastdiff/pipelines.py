@@ -2,13 +2,13 @@
 
 The object's class becomes a subclass of its own class, of the same name, that differs in ``__call__`` alone:
 
-- DDPMPipeline and DDIMPipeline, and subclasses that keep their ``__call__``, run `_sample`: the table of the pipeline's
+- DDPMPipeline and DDIMPipeline, and subclasses that keep their ``__call__``, run `_Loop`: the table of the pipeline's
   scheduler, from the noise that diffusers would draw, in the same order.
 - Any other pipeline runs its own ``__call__``, and for its length ``pipeline.unet.forward`` is a backend's.
 
 Network, scheduler and weights are looked at in each call, so that all may change in between. What differs from
-diffusers by more than rounding is never run: `_Network.against` and `_Loop.table` say why, and then it is an error, or
-diffusers' own code.
+diffusers by more than rounding is never run: `_Network.altered`, `_Network.against` and `_Loop.prepare` say why, and
+then it is an error, or diffusers' own code.
 """
 
 from __future__ import annotations
