@@ -18,6 +18,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import math
 import platform
 import statistics
 import sys
@@ -29,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdiff import NoiseSchedule, Sampler, UNet, solvers
+from fastdiff import NoiseSchedule, Sampler, UNet, accelerate, solvers
 from fastdiff.backends import Spec, native
 from fastdiff.errors import BackendError
 from fastdiff.lower import lower
@@ -205,26 +206,50 @@ def profile(unet: UNet, size: tuple[int, int], batch: int) -> dict[str, float]:
 
 
 def whole_job(name: str, rounds: int) -> dict[str, Any]:
-    """Seconds of 16 images in 50 DDIM steps: `Sampler.sample` in float32, and diffusers' pipeline in channels_last."""
+    """Seconds of 16 images in 50 DDIM steps, medians: `Sampler.sample`, an accelerated pipeline, and diffusers' own, as
+    it is and in channels_last. first: the accelerated one's first call, `accelerate` included.
+    """
     from diffusers import DDIMPipeline, DDIMScheduler
 
     unet = random_unet(PUBLISHED[name])
     sampler = Sampler(unet, NoiseSchedule(), backend="native")
-    twin = diffusers_twin(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
-    pipeline = DDIMPipeline(unet=twin, scheduler=DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
+
+    def pipeline(memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+        twin = diffusers_twin(random_unet(PUBLISHED[name])).to(memory_format=memory_format)  # type: ignore[call-overload]  # missing in torch's annotations
+        made = DDIMPipeline(unet=twin, scheduler=DDIMScheduler())
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def draw(made: Any) -> Any:
+        return made(16, torch.Generator().manual_seed(0), num_inference_steps=50, output_type="np").images
+
+    plain, last, fast = pipeline(), pipeline(torch.channels_last), pipeline()
+    started = time.perf_counter()
+    images = draw(accelerate(fast))
+    first = time.perf_counter() - started
     jobs: dict[str, Callable[[], Any]] = {
         "native": lambda: sampler.sample(16, steps=50, batch_size=16),
-        "diffusers": lambda: pipeline(batch_size=16, num_inference_steps=50, output_type="np"),
+        "accelerated": lambda: draw(fast),
+        "diffusers": lambda: draw(plain),
+        "diffusers, channels_last": lambda: draw(last),
     }
     seconds: dict[str, list[float]] = {job: [] for job in jobs}
     for _ in range(rounds):
         for job, run in jobs.items():
             started = time.perf_counter()
-            run()
+            result = run()
             seconds[job].append(time.perf_counter() - started)
+            if job == "diffusers":
+                error = float(((result - images) ** 2).mean())
     medians = {job: round(statistics.median(values), 2) for job, values in seconds.items()}
-    return {**medians, "ratio": round(medians["diffusers"] / medians["native"], 2)}
+    untouched = medians["diffusers"]
+    return {
+        **medians,
+        "first": round(first, 2),
+        "ratio": round(untouched / medians["accelerated"], 2),
+        "ratio, first call": round(untouched / first, 2),
+        "psnr": round(-10 * math.log10(max(error, 1e-20)), 1),
+    }
 
 
 def interleaved(ways: dict[K, Callable[[], Any]], rounds: int) -> dict[K, float]:
@@ -274,7 +299,9 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--job", action="store_true", help="also a whole sampling job, against diffusers' pipeline")
+    parser.add_argument(
+        "--job", action="store_true", help="a whole sampling job, accelerated and not; --batches '' for it alone"
+    )
     parser.add_argument("--profile", action="store_true", help="only where the native engine's time goes, by batch")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -289,7 +316,7 @@ def main() -> None:
         return
     report: dict[str, Any] = {"network": arguments.network, "machine": machine(), "batches": []}
     print(json.dumps(report["machine"]))
-    for batch in map(int, arguments.batches.split(",")):
+    for batch in map(int, filter(None, arguments.batches.split(","))):
         result = measure(unet, (side, side), batch, arguments.engines.split(","), arguments.rounds)
         limit = report["machine"]["fma_gflops"] / result["gflop_per_image"]
         result["limit"] = round(limit, 1)
@@ -305,7 +332,7 @@ def main() -> None:
             print(f"  {name:17} absent: {reason}")
         write(report, arguments.json)
     if arguments.job:
-        report["job"] = whole_job(arguments.network, 3)
+        report["job"] = whole_job(arguments.network, 2)
         print(f"\n16 images, 50 DDIM steps, seconds: {report['job']}")
         write(report, arguments.json)
 

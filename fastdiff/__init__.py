@@ -19,6 +19,8 @@ _EXPORTS = {
     "UNetConfig": "fastdiff.unet_config",
     "Sampler": "fastdiff.sampler",
     "SampleOutput": "fastdiff.sampler",
+    "Scheduler": "fastdiff.scheduler",
+    "accelerate": "fastdiff.pipelines",
     "Trainer": "fastdiff.training",
     "TrainConfig": "fastdiff.training",
     "FastdiffError": "fastdiff.errors",
@@ -27,9 +29,11 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from fastdiff import solvers as solvers
     from fastdiff.errors import FastdiffError as FastdiffError
+    from fastdiff.pipelines import accelerate as accelerate
     from fastdiff.sampler import SampleOutput as SampleOutput
     from fastdiff.sampler import Sampler as Sampler
     from fastdiff.schedule import NoiseSchedule as NoiseSchedule
+    from fastdiff.scheduler import Scheduler as Scheduler
     from fastdiff.solvers import StepTable as StepTable
     from fastdiff.training import TrainConfig as TrainConfig
     from fastdiff.training import Trainer as Trainer

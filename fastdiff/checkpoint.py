@@ -139,13 +139,14 @@ def _read_folder(path: Path, variant: str | None) -> Source:
             f"{path}: no config.json and no unet/config.json; a diffusers model or pipeline folder is needed"
         )
     config = _unet_config(folder / "config.json")
-    scheduler = _scheduler(path, folder)
+    scheduler = read_scheduler(path, folder)
     tensors, where = _read_weights(folder, variant)
     layout = "ddpm" if originals.layout_of(tensors) == "ddpm" else None  # diffusers 0.0.x had those names
     return Source(tensors, layout, config, scheduler, path, where)
 
 
-def _scheduler(path: Path, folder: Path) -> dict[str, Any]:
+def read_scheduler(path: Path, folder: Path) -> dict[str, Any]:
+    """The scheduler configuration of a pipeline, or of the folder with its network; {} where there is none."""
     for candidate in (path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"):
         if candidate.exists():
             with _naming(candidate):

@@ -41,6 +41,8 @@ ORDER = (
     "output",
     "request",
     "sampler",
+    "scheduler",
+    "pipelines",
     "training",
     "classifier",
     "evaluation",

@@ -117,14 +117,9 @@ class Source:
     def fails(self, why: str) -> ConfigError:
         return ConfigError(f"{self.name}: {why}; another number of steps than {self.steps} works")
 
-    def schedule(self, zero_snr: bool = False, **defaults: Any) -> NoiseSchedule:
-        """The noise schedule; zero_snr: the scheduler knows rescale_betas_zero_snr."""
-        if self.given is not None:
-            return self.given
-        config = {**defaults, **self.config}
-        if not zero_snr:
-            config.pop("rescale_betas_zero_snr", None)
-        return NoiseSchedule.from_scheduler_config(config)
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule."""
+        return noise_schedule({**self.config, "_class_name": self.name}) if self.given is None else self.given
 
     def prediction(self, allowed: Sequence[str] = PREDICTIONS) -> str:
         return self.one_of("prediction_type", "epsilon", allowed)
@@ -167,11 +162,31 @@ class Source:
         return t
 
 
+# Schedulers whose betas by default are not DDPM's, and those that know rescale_betas_zero_snr.
+BETAS: dict[str, dict[str, Any]] = {
+    "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+}
+ZERO_SNR_SCHEDULERS = (
+    "DDPMScheduler", "DDIMScheduler", "LCMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+)  # fmt: skip
+
+
+def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of a scheduler that has one (EDM and consistency models have none)."""
+    name = config.get("_class_name")
+    betas = {**BETAS.get(str(name), {}), **config}
+    if name not in ZERO_SNR_SCHEDULERS:
+        betas.pop("rescale_betas_zero_snr", None)
+    return NoiseSchedule.from_scheduler_config(betas)
+
+
 # Schedulers in timesteps ----------------------------------------------------------------------------------------------
 
 
 def _ddpm(source: Source) -> StepTable:
-    schedule = source.schedule(zero_snr=True)
+    schedule = source.schedule()
     names = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "beta"}
     names["learned_range"] = "learned_range"
     variance = names[source.one_of("variance_type", "fixed_small", tuple(names))]
@@ -181,7 +196,7 @@ def _ddpm(source: Source) -> StepTable:
 
 
 def _ddim(source: Source) -> StepTable:
-    schedule = source.schedule(zero_snr=True)
+    schedule = source.schedule()
     t = source.timesteps(schedule.timesteps, "leading")
     final = 1.0 if source.get("set_alpha_to_one", True) else schedule.abar(0)
     walk = _discrete(source, schedule, t, t - schedule.timesteps // source.steps, final, source.bounds(True))
@@ -207,7 +222,7 @@ def _pndm(source: Source) -> StepTable:
 
 
 def _lcm(source: Source) -> StepTable:
-    schedule = source.schedule(zero_snr=True, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    schedule = source.schedule()
     t = np.array(lcm_timesteps(schedule.timesteps, source.steps, source.get("original_inference_steps", 50)))
     walk = _discrete(source, schedule, t, [*t[1:], -1], 1.0, source.bounds(False))
     return lcm_table(walk, float(source.get("timestep_scaling", 10.0)))
@@ -295,14 +310,14 @@ def _sigma_walk(
     return Walk(levels, prediction or source.prediction(), compat=True, **bounds, **more)
 
 
-def _multistep(source: Source, zero_snr: bool, final: str | None, floor: bool, bounds: dict[str, Any]) -> Walk:
+def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str, Any]) -> Walk:
     """The walk of DPMSolverMultistep, UniPC and DEIS: one timestep more is laid out, and t = 0 left out.
 
     final: the default of final_sigmas_type; None: always the last sigma of a sigma spacing, else of timestep 0.
     floor: a sigma spacing's last level under "sigma_min" is its own last sigma (UniPC), not that of timestep 0.
     """
     source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False)
-    schedule = source.schedule(zero_snr)
+    schedule = source.schedule()
     train = _sigmas(schedule)
     lowest = source.get("lambda_min_clipped", -math.inf) if source.name == "DPMSolverMultistepScheduler" else -math.inf
     top = len(train) - int(np.searchsorted(-np.log(train)[::-1], lowest))
@@ -332,7 +347,7 @@ def _order(source: Source, default: int = 2) -> int:
 
 
 def _dpm(source: Source) -> StepTable:
-    walk = _multistep(source, zero_snr=True, final="zero", floor=False, bounds=source.bounds(None))
+    walk = _multistep(source, final="zero", floor=False, bounds=source.bounds(None))
     return _dpm_table(source, walk)
 
 
@@ -354,7 +369,7 @@ def _dpm_table(source: Source, walk: Walk) -> StepTable:
 
 def _unipc(source: Source) -> StepTable:
     source.only(predict_x0=True, solver_p=None)
-    walk = _multistep(source, zero_snr=True, final="zero", floor=True, bounds=source.bounds(None))
+    walk = _multistep(source, final="zero", floor=True, bounds=source.bounds(None))
     order, lower = _order(source), source.get("lower_order_final", True)
     if not lower and order > 1 and walk.levels[-1].abar_next == 1.0:
         raise source.refuse("lower_order_final", "diffusers' last step to sigma = 0 is then NaN")
@@ -364,13 +379,13 @@ def _unipc(source: Source) -> StepTable:
 
 
 def _deis(source: Source) -> StepTable:
-    walk = _multistep(source, zero_snr=False, final=None, floor=True, bounds=source.bounds(None))
+    walk = _multistep(source, final=None, floor=True, bounds=source.bounds(None))
     return deis_table(walk, _order(source), source.get("lower_order_final", True))
 
 
-def _single(source: Source, zero_snr: bool, bounds: dict[str, Any], final: bool, **defaults: Any) -> Walk:
+def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
     """The walk of Euler, Euler ancestral, Heun and LMS. final: the scheduler knows final_sigmas_type."""
-    schedule = source.schedule(zero_snr, **defaults)
+    schedule = source.schedule()
     train = _sigmas(schedule)
     t = source.timesteps(len(train), "linspace", whole=False)
     sigmas = np.interp(t, np.arange(len(train)), train)
@@ -396,12 +411,12 @@ def _single(source: Source, zero_snr: bool, bounds: dict[str, Any], final: bool,
 def _euler(source: Source) -> StepTable:
     if source.config.get("prediction_type") == "original_sample":
         source = dataclasses.replace(source, config={**source.config, "prediction_type": "sample"})
-    return euler_table(_single(source, True, {"c": math.inf}, final=True), "euler", 0.0)
+    return euler_table(_single(source, {"c": math.inf}, final=True), "euler", 0.0)
 
 
 def _euler_ancestral(source: Source) -> StepTable:
     source.prediction(("epsilon", "v_prediction"))
-    return euler_table(_single(_without_sigmas(source), True, {"c": math.inf}, final=False), "euler_ancestral", 1.0)
+    return euler_table(_single(_without_sigmas(source), {"c": math.inf}, final=False), "euler_ancestral", 1.0)
 
 
 def _without_sigmas(source: Source) -> Source:
@@ -412,11 +427,11 @@ def _without_sigmas(source: Source) -> Source:
 
 def _heun(source: Source) -> StepTable:
     bounds = source.bounds(False, thresholds=False)
-    return heun_table(_single(source, False, bounds, final=False, beta_start=0.00085, beta_end=0.012))
+    return heun_table(_single(source, bounds, final=False))
 
 
 def _lms(source: Source) -> StepTable:
-    return lms_table(_single(source, False, {"c": math.inf}, final=False), 4)
+    return lms_table(_single(source, {"c": math.inf}, final=False), 4)
 
 
 # EDM ------------------------------------------------------------------------------------------------------------------
