@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -328,6 +329,7 @@ def info(
     from fastdiff.plan import plan
     from fastdiff.program import Conv
     from fastdiff.request import Options, step_table
+    from fastdiff.schedule import NoiseSchedule
 
     if steps is not None and solver is None:
         raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table")
@@ -346,7 +348,8 @@ def info(
             Options(solver=solver, steps=steps), sampler.schedule, sampler.prediction, sampler._scheduler_config
         )
     config: Any = sampler.unet.config
-    schedule: Any = sampler.schedule  # a folder's is a NoiseSchedule
+    schedule = sampler.schedule
+    levels = schedule.to_scheduler_config() if isinstance(schedule, NoiseSchedule) else dataclasses.asdict(schedule)
     result: dict[str, Any] = {
         "model": model,
         "parameters": sum(p.numel() for p in sampler.unet.parameters()),
@@ -355,7 +358,7 @@ def info(
         "null_label": sampler.info.null_label,
         "gflop_per_image_step": round(operations["flops"] / batch_size / 1e9, 4),
         "prediction": sampler.prediction,
-        "schedule": {k: v for k, v in schedule.to_scheduler_config().items() if v is not None},
+        "schedule": {k: v for k, v in levels.items() if v is not None},
         "unet": config.to_dict(),
     }
     if as_json:

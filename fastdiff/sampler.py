@@ -126,7 +126,7 @@ class Sampler:
         return cls(
             loaded.unet.to(device),
             loaded.schedule,
-            prediction=config.get("prediction_type", "epsilon"),
+            prediction=loaded.prediction,
             backend=backend,
             device=device,
             dtype=dtype,
