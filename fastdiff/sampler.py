@@ -243,9 +243,10 @@ class Sampler:
             noise = sampler.invert(image, steps=50, labels=9)
             sampler.sample(len(image), noise=noise, steps=50, labels=9, clip=None)      # image again, or edited
 
-        It is an approximation which more ``steps`` improve, and ``iterations`` more cheaply: 3 mean three network
-        evaluations a step, and an error that is a small share of one's (see `fastdiff.solvers.ddim_inversion`). The
-        other options are those of `sample`, and must be the same in both calls. Errors as of `sample`.
+        It is an approximation, which improves with ``steps``, and with ``iterations`` (network evaluations a step) and
+        a spacing by sigma together: on the built-in model, 50 steps give 25 dB, with 3 iterations 40 and more in
+        "karras" and "exponential" spacing. Trailing steps, too long near the image, gain little by them. The other
+        options are those of `sample`, and must be the same in both calls. Errors as of `sample`.
         """
         config = self._scheduler_config
         if spacing is None and isinstance(self.schedule, NoiseSchedule):

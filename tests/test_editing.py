@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -489,6 +491,32 @@ def test_classifier_free_guidance_with_every_solver(backend: str, solver: str) -
     assert relative_error(out.images, exact.images) <= 5e-4
     assert (out.images - sampler.sample(3, **run).images)[[0, 2]].abs().amax((1, 2, 3)).min() > 1e-2
     assert len(out.table) < out.nfe < 2 * len(out.table)
+
+
+def test_the_example_of_the_readme() -> None:
+    """As it stands, on a sampler that notes what each call gave."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"^Edit:\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+    sampler = fastdiff.Sampler.from_pretrained("fashion-mnist", device="cpu")
+    given = []
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                given.append(getattr(sampler, name)(*args, **options))
+                return given[-1]
+
+            return call
+
+    out = sampler.sample(1, steps=20, labels=9)
+    exec(code, {"sampler": Noting(), "out": out, "torch": torch})
+    img2img, inpainted, latents, back, way, led = given
+    assert len(img2img.table) == 30
+    assert torch.equal(inpainted.images[:, :, 16:], out.images[:, :, 16:].expand(4, -1, -1, -1))
+    assert latents.shape == out.images.shape
+    assert 10 * math.log10(4 / float((back.images - out.images).square().mean())) > 38
+    assert len(way.images) == 8
+    assert led.images.mean() > sampler.sample(4, labels=9).images.mean()
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,9 @@ def ddim_inversion(
 
     whose eps is that of the unknown x_t: with ``iterations`` = 1 it is taken at x_p instead (as everyone does, and
     diffusers' DDIMInverseScheduler), with more the equation is solved by fixed-point iteration from there, a row each
-    (Pan et al. 2023, arXiv:2309.04907). The network is always told t.
+    (Pan et al. 2023, arXiv:2309.04907). It contracts where s - a s_p / a_p times the slope of eps, at most about 1 / s
+    next to the data, is less than 1: where the last levels are close together, as in spacings by sigma. The network is
+    always told t.
 
     The other options are those of the `ddim` that shall lead back; the image stands where that one ends. The table's
     init_scale is that one's too: the noise is what comes out, divided by it. Raises `InvalidArgument`.
