@@ -157,8 +157,8 @@ def test_masked_replacement_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("steps", "jump", "times"), [(10, 2, 3), (7, 3, 2), (5, 1, 2), (4, 5, 4), (25, 10, 10)])
-def test_repaint_goes_the_way_of_diffusers(steps: int, jump: int, times: int) -> None:
-    """diffusers' timesteps, where a jump of several steps up is one row here, or rather part of the one before."""
+def test_repaint_goes_the_way_of_the_paper(steps: int, jump: int, times: int) -> None:
+    """The timesteps of RePaintScheduler, in pairs; a jump of several steps up is one here, part of the row before."""
     theirs = RePaintScheduler(num_train_timesteps=100)
     theirs.set_timesteps(steps, jump_length=jump, jump_n_sample=times)
     t = [*theirs.timesteps.tolist(), -1]
@@ -172,28 +172,30 @@ def test_repaint_goes_the_way_of_diffusers(steps: int, jump: int, times: int) ->
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_repaint_is_diffusers(monkeypatch: pytest.MonkeyPatch, eta: float) -> None:
-    """A whole run with RePaintScheduler's own loop. Jumps add one noise here and one per timestep there, so the noise
-    is zero: their variance is held to the forward process below.
+    """A whole run with RePaintScheduler's step and undo_step, in the paper's order (time pairs): diffusers' pipeline
+    starts every jump a step lower, and undo_step takes the right betas only where every timestep is a step.
+
+    Jumps add one noise here and one per timestep there, so the noise is zero: their variance is held to the forward
+    process below.
     """
-    theirs = RePaintScheduler(num_train_timesteps=100, beta_start=1e-4, beta_end=0.1, eta=eta)
+    schedule = NoiseSchedule("linear", 10, beta_end=0.5)
+    theirs = RePaintScheduler(num_train_timesteps=10, beta_start=1e-4, beta_end=0.5, eta=eta)
     theirs.set_timesteps(10, jump_length=3, jump_n_sample=2)
     monkeypatch.setattr(scheduling_repaint, "randn_tensor", lambda shape, **_: torch.zeros(shape))
     unet, image = random_unet(TINY), images(2)
-    x = philox(2, 0, 0, noise.INITIAL)
-    last = theirs.timesteps[0] + 1
+    x = z = philox(2, 0, 0, noise.INITIAL)
     with torch.no_grad():
-        for t in theirs.timesteps:
-            if t < last:
-                out = unet(x, t.expand(2))
-                x = theirs.step(out, int(t), x, image, (1 - MASK).expand_as(x)).prev_sample
+        for t, after in itertools.pairwise([*theirs.timesteps.tolist(), -1]):
+            if after < t:
+                out = unet(x, torch.full((2,), float(t)))
+                x = theirs.step(out, t, x, image, (1 - MASK).expand_as(x)).prev_sample
             else:
-                x = theirs.undo_step(x, int(last))
-            last = t
-    table = solvers.ddim(SCHEDULE, 10, eta=eta, spacing="leading", eps_from="output")
-    z = philox(2, 0, 0, noise.INITIAL)
+                x = theirs.undo_step(x, t + 1)
+                # What is known is replaced at every level of a jump too, or rather after it: its mean there.
+                x = torch.where(MASK == 1, x, theirs.alphas_cumprod[after] ** 0.5 * image)
+    table = solvers.ddim(schedule, 10, eta=eta, eps_from="output")
     monkeypatch.setattr(noise, "normal", lambda seed, *_: torch.zeros(len(seed), *SHAPE))
-    sampler = Sampler(unet, SCHEDULE, backend="eager")
-    ours = sampler.sample(
+    ours = Sampler(unet, schedule, backend="eager").sample(
         2, solver=table, image=image, mask=MASK, repaint=(3, 2), noise=lambda row, _: z * (row is None)
     )
     assert relative_error(ours.images, x) <= 2e-5
