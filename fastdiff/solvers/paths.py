@@ -73,8 +73,8 @@ def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> Ste
 
     which needs no network, so it is part of the row before: with r = abar_u / abar_p, that row's coefficients times
     sqrt(r), and noise of the two's joint variance, r s^2 + 1 - r. As in the authors' code no jump starts at the data
-    (those of diffusers' pipeline start a step lower), and one that would pass the first level is left out. N steps become N + (resamples - 1) jump_length floor((N - 1) /
-    jump_length) rows.
+    (those of diffusers' pipeline start a step lower), and one that would pass the first level is left out. N steps
+    become N + (resamples - 1) jump_length floor((N - 1) / jump_length) rows.
 
     Raises `InvalidArgument` for a table with history, or whose noise the network scales.
     """
