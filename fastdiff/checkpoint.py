@@ -26,6 +26,8 @@ from fastdiff import layouts, originals
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.files import atomic_path, write_text
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers import EDMSchedule
+from fastdiff.solvers.walk import Schedule
 from fastdiff.unet import UNet
 from fastdiff.unet_config import UNetConfig
 from fastdiff.weights import TORCH_SUFFIXES, read_json, read_safetensors, read_sharded, read_torch
@@ -37,15 +39,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 TORCH_WEIGHTS = "diffusion_pytorch_model.bin"
 BUILTIN = Path(__file__).parent / "models"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A loaded model: the network in float32 on the CPU, its schedule, and the scheduler's whole configuration."""
+    """A loaded model: the network in float32 on the CPU, what it was trained with, the scheduler's configuration."""
 
     unet: UNet
-    schedule: NoiseSchedule
+    schedule: Schedule
+    prediction: str
     scheduler_config: dict[str, Any]
     path: Path
 
@@ -87,9 +91,30 @@ def load(
     """
     source = read(model, preset=preset, flags=flags, variant=variant, weights=weights)
     with _naming(source.path):
-        schedule = NoiseSchedule.from_scheduler_config(source.scheduler)
+        schedule, prediction = schedule_of(source.scheduler)
     unet = build(source.config, source.tensors, source.where, source.layout)
-    return Pretrained(unet, schedule, source.scheduler, source.path)
+    config = dict(source.scheduler)
+    if isinstance(schedule, EDMSchedule):
+        config.setdefault("clip_sample", False)  # neither Karras et al. nor diffusers' schedulers bound x0
+    return Pretrained(unet, schedule, prediction, config, source.path)
+
+
+def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
+    """The schedule and the prediction that a scheduler's configuration names.
+
+    What diffusers' EDM schedulers call "epsilon" is the F of the preconditioning, "edm" here (their c_out is
+    sigma sigma_data / sqrt(sigma^2 + sigma_data^2), as in Karras et al. 2022, table 1).
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if config.get("_class_name") not in EDM_SCHEDULERS:
+        if prediction == "edm":
+            raise ConfigError(f"prediction_type 'edm' needs one of the schedulers {', '.join(EDM_SCHEDULERS)}")
+        return NoiseSchedule.from_scheduler_config(config), prediction
+    names = {"epsilon": "edm", "v_prediction": "v_prediction"}
+    if prediction not in names:
+        raise ConfigError(f"prediction_type={prediction!r} of an EDM scheduler is unknown; allowed: {', '.join(names)}")
+    levels = {f.name: config[f.name] for f in dataclasses.fields(EDMSchedule) if f.name in config}
+    return EDMSchedule(**levels), names[prediction]
 
 
 def read(
@@ -151,7 +176,7 @@ def read_scheduler(path: Path, folder: Path) -> dict[str, Any]:
         if candidate.exists():
             with _naming(candidate):
                 scheduler = originals.modern_scheduler(read_json(candidate))
-                NoiseSchedule.from_scheduler_config(scheduler)
+                schedule_of(scheduler)
             return scheduler
     return {}
 
@@ -216,7 +241,9 @@ def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> Source:
         raise CheckpointError(f"{path}: its fastdiff metadata names layout {str(layout)[:80]!r}, which is unknown")
     with _naming(path):
         config = UNetConfig.from_dict(unet)
-        NoiseSchedule.from_scheduler_config(scheduler)
+        if not isinstance(scheduler, dict):
+            raise ConfigError(f"a scheduler configuration is an object with keys, not {type(scheduler).__name__}")
+        schedule_of(scheduler)
     if layout == "checkpoint":
         tensors = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
     return Source(tensors, layout if layout in layouts.LAYOUTS else None, config, scheduler, path, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -15,6 +16,8 @@ from fastdiff import __version__
 from fastdiff.errors import FastdiffError, InvalidArgument
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastdiff.training import ImageData
     from fastdiff.unet_config import UNetConfig
 
@@ -79,6 +82,14 @@ def sample(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Start from this picture, shrunk and cropped to the size, in place of noise.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps that --image goes through (default: 0.8; with --mask: all)."),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew; what is black stays.")] = None,
     animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,6 +102,8 @@ def sample(
     fastdiff sample --n 4 --labels 9 --guidance 2 --animate boots.gif -o boots.png
 
     fastdiff sample --n 100 --solver ddpm --steps 100 --out samples.npz
+
+    fastdiff sample --n 8 --labels 9 --image in.png --strength 0.6 -o out.png
     """
     from fastdiff import SampleOutput, Sampler
     from fastdiff.images import PICTURES, grid
@@ -107,6 +120,9 @@ def sample(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     height_width = None if size is None else _size(size)
+    for path in (image, mask):
+        if path is not None and not path.is_file():
+            raise InvalidArgument(f"{path}: no such file")
     sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
     columns = None
     chosen: list[int] | None = None
@@ -126,8 +142,14 @@ def sample(
     options: dict[str, Any] = {
         "solver": solver, "steps": steps, "eta": eta, "variance": variance, "spacing": spacing, "guidance": guidance,
         "seed": seed, "start_index": start_index, "size": height_width,
-        "batch_size": batch_size, "labels": chosen,
+        "batch_size": batch_size, "labels": chosen, "strength": strength,
     }  # fmt: skip
+    if image is not None or mask is not None:
+        shape = image_size(n, height_width, sampler.info)
+        if image is not None:
+            options["image"] = _picture("--image", image, sampler.info.channels, shape)
+        if mask is not None:
+            options["mask"] = (_picture("--mask", mask, 1, shape) > 0).float()
     show = sys.stderr.isatty() and not as_json
     started = time.perf_counter()
     if animate is None:
@@ -328,6 +350,7 @@ def info(
     from fastdiff.plan import plan
     from fastdiff.program import Conv
     from fastdiff.request import Options, step_table
+    from fastdiff.schedule import NoiseSchedule
 
     if steps is not None and solver is None:
         raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table")
@@ -346,7 +369,8 @@ def info(
             Options(solver=solver, steps=steps), sampler.schedule, sampler.prediction, sampler._scheduler_config
         )
     config: Any = sampler.unet.config
-    schedule: Any = sampler.schedule  # a folder's is a NoiseSchedule
+    schedule = sampler.schedule
+    levels = schedule.to_scheduler_config() if isinstance(schedule, NoiseSchedule) else dataclasses.asdict(schedule)
     result: dict[str, Any] = {
         "model": model,
         "parameters": sum(p.numel() for p in sampler.unet.parameters()),
@@ -355,7 +379,7 @@ def info(
         "null_label": sampler.info.null_label,
         "gflop_per_image_step": round(operations["flops"] / batch_size / 1e9, 4),
         "prediction": sampler.prediction,
-        "schedule": {k: v for k, v in schedule.to_scheduler_config().items() if v is not None},
+        "schedule": {k: v for k, v in levels.items() if v is not None},
         "unet": config.to_dict(),
     }
     if as_json:
@@ -420,6 +444,28 @@ def convert(
     print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
     if result["left_out"]:
         print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
+
+
+def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> Tensor:
+    """A picture file as floats [channels, *size] in [-1, 1], centre-cropped and shrunk where it is larger."""
+    import torch
+
+    from fastdiff.training.pixels import convert, fit_to, misfit, open_image, pixels_of, why
+
+    if channels not in (1, 3):
+        raise InvalidArgument(f"{option} {path}: this model's images have {channels} channels, so they are no pictures")
+    try:
+        with open_image(path) as opened:
+            pixels = convert(pixels_of(opened)[None], channels)
+    except Exception as e:  # decoders meet damaged files with whatever they stumble over
+        raise InvalidArgument(f"{option} {path} cannot be read: {why(e).splitlines()[0]}") from e
+    wrong = misfit((pixels.shape[1], pixels.shape[2]), size, "crop")
+    if wrong is not None:
+        raise InvalidArgument(
+            f"{option} {path} is {pixels.shape[1]}x{pixels.shape[2]}, smaller than {size[0]}x{size[1]}"
+        )
+    fitted = torch.from_numpy(fit_to(pixels, size, "crop").copy())
+    return fitted[0].permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def _network(

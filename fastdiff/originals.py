@@ -352,8 +352,11 @@ def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
         sinusoid_dim=None if sinusoid == first else sinusoid,
         time_embedding_dim=None if features == 4 * first else features,
     )
-    # F of EDM's preconditioning (Karras et al. 2022, table 1), neither epsilon nor x0: no other solver may run it.
-    scheduler = {"_class_name": "EDMEulerScheduler", "prediction_type": "edm", "sigma_data": 0.5}
+    # F of EDM's preconditioning, epsilon to diffusers' EDM schedulers; the levels of Karras et al. 2022, table 1.
+    scheduler = {
+        "_class_name": "EDMEulerScheduler", "prediction_type": "epsilon",
+        "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0,
+    }  # fmt: skip
     return Original("edm", config, scheduler, tuple(name for name in NOT_HEARD if name in tensors))
 
 

@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastdiff import solvers
-from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff import editing, solvers
+from fastdiff.editing import Guide
+from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.noise import check_seed
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
+from fastdiff.solvers.paths import late_start, looks_back, repaint, starting_at
 from fastdiff.solvers.walk import Schedule
 
 FROM_MODEL = "model"
@@ -25,6 +27,8 @@ FROM_MODEL = "model"
 # Images are run in chunks whose activations take about this much; larger ones do not make a step faster.
 CHUNK_BYTES = 2 << 30
 MAX_CHUNK = 64
+
+STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
 
 NoiseSource = Callable[[int | None, range], Tensor]
 
@@ -102,11 +106,28 @@ class Options:
     size: int | tuple[int, int] | None = None
     noise: Tensor | NoiseSource | None = None
     batch_size: int | None = None
+    image: Tensor | None = None
+    strength: float | None = None
+    mask: Tensor | None = None
+    repaint: tuple[int, int] | None = None
+    guide: Guide | None = None
+    guide_through: str = "x0"
+
+    @property
+    def late(self) -> float | None:
+        """How much of the run an image goes through; None: it starts at noise alone."""
+        if self.strength is None and self.image is not None and self.mask is None:
+            return STRENGTH
+        return self.strength
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked call: n images of ``shape`` in chunks of at most ``batch_size``."""
+    """A checked call: n images of ``shape`` in chunks of at most ``batch_size``.
+
+    image, mask: float32 [n, C, H, W] and bool [n, 1 or C, H, W] on the CPU, or None; from_image: the run starts at the
+    noised image, not at noise alone.
+    """
 
     n: int
     seed: int
@@ -119,6 +140,11 @@ class Request:
     guidance_rescale: float
     noise: Tensor | NoiseSource | None
     batch_size: int
+    image: Tensor | None = None
+    from_image: bool = False
+    mask: Tensor | None = None
+    guide: Guide | None = None
+    guide_through: str = "x0"
 
     @property
     def chunks(self) -> list[range]:
@@ -131,7 +157,13 @@ class Request:
 
 
 def check(
-    n: int, o: Options, info: NetworkInfo, schedule: Schedule, prediction: str, scheduler_config: Mapping[str, Any]
+    n: int,
+    o: Options,
+    info: NetworkInfo,
+    schedule: Schedule,
+    prediction: str,
+    scheduler_config: Mapping[str, Any],
+    backend: str = "eager",
 ) -> Request:
     """The checked request. Raises `InvalidArgument` naming the value and what is allowed."""
     if not _whole(n) or n < 1:
@@ -141,9 +173,17 @@ def check(
     if o.batch_size is not None and (not _whole(o.batch_size) or o.batch_size < 1):
         raise InvalidArgument(f"batch_size={o.batch_size!r}: a whole number of at least 1, or None, is needed")
     seed = secrets.randbits(63) if o.seed is None else check_seed(o.seed)
-    size = image_size(n, o.size, info)
+    image = None if o.image is None else editing.check_image(o.image, n, info.channels)
+    given = o.size if image is None or o.size is not None else (image.shape[2], image.shape[3])
+    size = image_size(n, given, info)
     shape = (info.channels, *size)
+    if image is not None and tuple(image.shape[1:]) != shape:
+        raise InvalidArgument(f"size={o.size!r}, but image is {image.shape[2]}x{image.shape[3]}")
+    mask = _mask(n, o, shape)
+    _check_guide(o, backend)
     table = step_table(o, schedule, prediction, scheduler_config)
+    if image is not None:
+        editing.check_range(image, min(row.c for row in table.rows) * table.data_scale)
     if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
         raise InvalidArgument(
             f"variance='learned_range' needs a network with {2 * info.channels} output channels, "
@@ -151,6 +191,8 @@ def check(
         )
     guidance = _guidance(n, o, info)
     table = _guided_between(table, o.guidance_interval)
+    if o.repaint is not None:
+        table = _repainted(table, o.repaint)
     if not (o.noise is None or isinstance(o.noise, Tensor) or callable(o.noise)):
         raise InvalidArgument(
             f"noise is a {type(o.noise).__name__}; a tensor {(n, *shape)}, a function (row, indices) or None is needed"
@@ -170,7 +212,42 @@ def check(
         guidance_rescale=float(o.guidance_rescale),
         noise=o.noise,
         batch_size=min(int(n), o.batch_size or default_batch),
+        image=image,
+        from_image=o.late is not None,
+        mask=mask,
+        guide=o.guide,
+        guide_through=o.guide_through,
     )
+
+
+def _mask(n: int, o: Options, shape: tuple[int, int, int]) -> Tensor | None:
+    for name in ("strength", "mask"):
+        if getattr(o, name) is not None and o.image is None:
+            raise InvalidArgument(f"{name} needs image=, what it is about")
+    if o.repaint is not None and o.mask is None:
+        raise InvalidArgument(f"repaint={o.repaint!r} needs image= and mask=: it makes known and new pixels agree")
+    return None if o.mask is None else editing.check_mask(o.mask, n, shape)
+
+
+def _check_guide(o: Options, backend: str) -> None:
+    if o.guide is not None and not callable(o.guide):
+        raise InvalidArgument(f"guide is a {type(o.guide).__name__}; a function (x0, indices) -> log p is needed")
+    if o.guide_through not in editing.THROUGH:
+        raise InvalidArgument(f"guide_through={o.guide_through!r} is unknown; allowed: {', '.join(editing.THROUGH)}")
+    if o.guide_through == "network":
+        if o.guide is None:
+            raise InvalidArgument("guide_through='network' needs guide=")
+        if backend != "eager":
+            raise BackendError(
+                f"backend {backend!r} has no gradients, so guide_through='network' cannot run; use backend='eager', or "
+                "guide_through='x0', which does without"
+            )
+
+
+def _repainted(table: StepTable, given: tuple[int, int]) -> StepTable:
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise InvalidArgument(f"repaint={given!r}: (jump_length, resamples) is needed, as (10, 10)")
+    return repaint(table, *given)
 
 
 def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config: Mapping[str, Any]) -> StepTable:
@@ -181,7 +258,7 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
         given |= {"steps": o.steps not in (None, o.solver.steps), "clip": o.clip != FROM_MODEL}
         for name in (name for name, is_given in given.items() if is_given):
             raise InvalidArgument(f"{name}={getattr(o, name)!r} cannot change a StepTable; leave it out")
-        return o.solver
+        return o.solver if o.late is None else starting_at(o.solver, late_start(o.solver, o.late))
     if o.solver not in SOLVERS:
         raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {', '.join(SOLVERS)}, or a StepTable")
     if o.solver == "auto":
@@ -207,7 +284,18 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
     common: dict[str, Any] = {"prediction": prediction, "clip": clip, "threshold": threshold, "spacing": spacing}
     if spacing == "leading":
         common["steps_offset"] = config.get("steps_offset", 0)
-    return TABLES[name](schedule, o, config, {**common, **own})
+    common |= own
+    table = TABLES[name](schedule, o, config, common)
+    if o.late is None:
+        return table
+    start = late_start(table, o.late)
+    if not looks_back(table, start):
+        return starting_at(table, start)
+    # A multi-step solver starts anew, at its lowest order, where the run does.
+    later = [row.t for row in table.rows[start:] if not row.stage]
+    spacing = later if isinstance(schedule, NoiseSchedule) else [schedule.sigma(t) for t in later]
+    kept = {k: v for k, v in common.items() if k != "steps_offset"}
+    return TABLES[name](schedule, dataclasses.replace(o, steps=None), config, {**kept, "spacing": spacing})
 
 
 def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int | None, dict[str, Any]]:

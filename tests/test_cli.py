@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -157,9 +158,11 @@ def test_sample_examples(example: str, call: Call) -> None:
         arguments[arguments.index("--steps") + 1] = "2"
     else:
         arguments += ["--steps", "2"]
+    if "--image" in arguments:
+        Image.new("L", (40, 36), 128).save(arguments[arguments.index("--image") + 1])
     code, out, err = call(*arguments)
     assert (code, err) == (0, "")
-    written = [a for a in arguments if Path(a).suffix in (".png", ".gif", ".npz")]
+    written = [a for a in arguments if Path(a).suffix in (".png", ".gif", ".npz") and a != "in.png"]
     assert written
     for name in written:
         assert Path(name).stat().st_size > 0
@@ -347,6 +350,47 @@ def test_sample_options_reach_the_sampler(model: str, call: Call) -> None:
         assert arrays["labels"].tolist() == [2, 2, 2]
         assert arrays["seed"].item() == 2**64 - 1
         assert arrays["indices"].tolist() == [7, 8, 9]
+
+
+def test_sample_from_an_image(model: str, call: Call) -> None:
+    """The picture, shrunk to the model's size; a mask's white is drawn anew."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((16, 16), Image.Resampling.NEAREST).save("large.png")
+    Image.fromarray(pixels).save("in.png")
+    white = np.zeros((8, 8), np.uint8)
+    white[2:5, 3:7] = 255
+    Image.fromarray(white).save("mask.png")
+    options = ("--n", "2", "--labels", "1", "--steps", "4", "--backend", "eager")
+    code, out, err = call("sample", model, *options, "--image", "in.png", "--strength", "0.5", "-o", "a.npz")
+    assert code == 0, err
+    assert "2 steps" in out
+    sampler = Sampler.from_pretrained(model, backend="eager", device="cpu")
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    expected = sampler.sample(2, labels=1, steps=4, image=image, strength=0.5)
+    assert np.array_equal(np.load("a.npz")["images"], images.to_uint8(expected.images))
+    code, _, err = call("sample", model, *options, "--image", "in.png", "--mask", "mask.png", "-o", "b.npz")
+    assert code == 0, err
+    drawn = np.load("b.npz")["images"]
+    assert np.array_equal(drawn[:, white == 0], np.broadcast_to(pixels, (2, 8, 8, 3))[:, white == 0])
+    assert not np.array_equal(drawn[:, white > 0], np.broadcast_to(pixels, (2, 8, 8, 3))[:, white > 0])
+    assert call("sample", model, *options, "--image", "large.png", "-o", "c.png")[0] == 0
+
+    Path("text.png").write_text("no image")
+    bomb = Path("in.png").read_bytes()
+    Path("bomb.png").write_bytes(bomb[:16] + struct.pack(">II", 60000, 60000) + bomb[24:])
+    Image.new("L", (4, 4)).save("small.png")
+    Image.new("L", (8, 8)).save("black.png")
+    for arguments, needles in {
+        ("--image", "none.png"): ("none.png", "no such file"),
+        ("--image", "text.png"): ("--image text.png", "cannot be read"),
+        ("--image", "bomb.png"): ("--image bomb.png", "cannot be read"),
+        ("--image", "small.png"): ("--image small.png", "4x4", "smaller than 8x8"),
+        ("--image", "in.png", "--strength", "2"): ("strength=2.0", "at most 1"),
+        ("--strength", "0.5"): ("strength needs image=",),
+        ("--mask", "mask.png"): ("mask needs image=",),
+        ("--image", "in.png", "--mask", "black.png"): ("0 everywhere",),
+    }.items():
+        assert_refused(call("sample", model, *options, "-o", "d.png", *arguments), needles)
 
 
 def test_sample_into_a_folder(model: str, call: Call) -> None:
@@ -590,6 +634,6 @@ def test_numbers_that_become_nan_are_an_error(model: str, call: Call, monkeypatc
     monkeypatch.setattr(
         checkpoint,
         "load",
-        lambda _: checkpoint.Pretrained(broken, loaded.schedule, loaded.scheduler_config, loaded.path),
+        lambda _: dataclasses.replace(loaded, unet=broken),
     )
     assert_refused(call("sample", model, "--n", "2", "--steps", "1"), ("2 of 2 images", "NaN", "index 0, 1"))

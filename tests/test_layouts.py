@@ -13,7 +13,7 @@ from pathlib import Path
 import oracles as oracle
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, EDMEulerScheduler, UNet2DModel
 from interpreter import Interpreter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.lower import lower
 from fastdiff.originals import PRESETS
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import ddim
+from fastdiff.solvers import EDMSchedule, ddim
 from fastdiff.state import State, TableBank
 from fastdiff.unet import timestep_embedding
 
@@ -358,10 +358,67 @@ def test_adm_samples_with_its_learned_variance(file, backend):
         sampler.sample(1, labels=7)
 
 
-def test_edm_networks_are_not_run_as_something_else(file):
+@torch.no_grad()
+def karras_algorithm_1(song, z, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0, sigma_data=0.5):
+    """Karras et al. 2022, arXiv:2206.00364, algorithm 1, line by line, with the preconditioning of table 1."""
+
+    def denoise(x, sigma):
+        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+        c_out = sigma * sigma_data / math.sqrt(sigma**2 + sigma_data**2)
+        c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
+        c_noise = torch.full((len(x),), math.log(sigma) / 4, dtype=x.dtype)
+        return c_skip * x + c_out * song(c_in * x, c_noise)
+
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    t = [(ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** rho for i in range(steps)] + [0.0]
+    x = t[0] * z
+    for i in range(steps):
+        d = (x - denoise(x, t[i])) / t[i]
+        following = x + (t[i + 1] - t[i]) * d
+        if t[i + 1] != 0:
+            d_prime = (following - denoise(following, t[i + 1])) / t[i + 1]
+            following = x + (t[i + 1] - t[i]) * (d + d_prime) / 2
+        x = following
+    return x
+
+
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_edm_networks_run_as_the_paper_does(file, tmp_path, source):
+    """The file of NVlabs/edm, and the folder that it is converted to, whose scheduler diffusers understands."""
     path, _ = file("DDPM++")
-    with pytest.raises((ConfigError, InvalidArgument), match="edm"):
-        fastdiff.Sampler.from_pretrained(path)
+    if source == "folder":
+        convert(path, tmp_path / "folder")
+        path = tmp_path / "folder"
+        config = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
+        theirs = EDMEulerScheduler.from_config(config)
+        assert (theirs.config.sigma_max, theirs.config.sigma_data, theirs.config.rho) == (80.0, 0.5, 7.0)
+    z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = karras_algorithm_1(original("DDPM++"), z.double(), 6)
+    assert expected.std() > 0.1
+    assert expected.abs().max() > 1.2, "nothing would be clipped"
+    for options, tolerance in (({"backend": "eager", "dtype": "float64"}, 2e-6), ({}, 1e-4)):
+        sampler = fastdiff.Sampler.from_pretrained(path, **options)
+        assert (sampler.schedule, sampler.prediction) == (EDMSchedule(), "edm")
+        out = sampler.sample(2, solver="heun", steps=6, noise=z)
+        assert out.nfe == 11
+        assert relative_error(out.images, expected) <= tolerance
+    assert sampler.sample(1, solver="auto").table.solver == "heun"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"_class_name": "DDPMScheduler", "prediction_type": "edm"}, "'edm' needs one of the schedulers EDMEuler"),
+        ({"prediction_type": "sample"}, "prediction_type='sample'"),
+        ({"sigma_max": -1}, "sigma_max=-1"),
+    ],
+)
+def test_edm_networks_are_not_run_as_something_else(file, tmp_path, change, words):
+    convert(file("DDPM++")[0], tmp_path / "folder")
+    path = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=words):
+        fastdiff.Sampler.from_pretrained(tmp_path / "folder")
 
 
 # Presets and flags ----------------------------------------------------------------------------------------------------

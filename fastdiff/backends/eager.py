@@ -31,6 +31,10 @@ class EagerRunner:
 
     @torch.no_grad()
     def forward(self, state: State) -> None:
+        self.forward_with_gradient(state)
+
+    def forward_with_gradient(self, state: State) -> None:
+        """`forward` that leaves autograd as it is: ``state.out`` can be differentiated by ``state.x``."""
         t = state.column("t")
         if not state.guided_host.any():
             state.out = self._call(state.x, t, state.label).to(state.x.dtype)

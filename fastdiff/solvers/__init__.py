@@ -9,6 +9,7 @@ from fastdiff.solvers.dpmpp import dpmpp_1, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.paths import ddim_inversion, repaint, starting_at
 from fastdiff.solvers.plms import plms
 from fastdiff.solvers.spacing import SIGMA_SPACINGS, SPACINGS, sigma_timesteps, timesteps
 from fastdiff.solvers.table import COLUMNS, Row, StepTable
@@ -23,6 +24,7 @@ __all__ = [
     "StepTable",
     "consistency",
     "ddim",
+    "ddim_inversion",
     "ddpm",
     "deis",
     "dpmpp_1",
@@ -36,7 +38,9 @@ __all__ = [
     "lcm",
     "lms",
     "plms",
+    "repaint",
     "sigma_timesteps",
+    "starting_at",
     "timesteps",
     "unipc",
 ]

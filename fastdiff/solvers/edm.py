@@ -42,9 +42,13 @@ class EDMSchedule:
         """What the network is told of a sigma."""
         return self.time_scale * 0.25 * math.log(sigma)
 
+    def sigma(self, time: float) -> float:
+        """The sigma that the network is told as ``time``: the inverse of `time`."""
+        return math.exp(4.0 * time / self.time_scale)
+
     def abar(self, time: float) -> float:
         """abar of the level that the network is told as ``time``."""
-        return 1.0 / (1.0 + (math.exp(4.0 * time / self.time_scale) / self.sigma_data) ** 2)
+        return 1.0 / (1.0 + (self.sigma(time) / self.sigma_data) ** 2)
 
     def times(self, steps: int | None, spacing: str | Sequence[float]) -> list[float]:
         """The times of ``steps`` (18 where None) levels from sigma_max to sigma_min (eq. 5), or of a list of sigmas."""

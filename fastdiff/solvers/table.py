@@ -112,7 +112,9 @@ class StepTable:
             for name, value in zip(COLUMNS, row, strict=True):
                 if not isinstance(value, (int, float)) or not (math.isfinite(value) or (name == "c" and value > 0)):
                     raise InvalidArgument(f"{self.solver} row {i}: {name}={value!r} is not a finite number")
-            if (row.t < 0 and not self.continuous) or row.c <= 0 or not (0 <= row.abar < 1 and 0 < row.abar_next <= 1):
+            clean = row.abar == 1 and self.ascending  # inversion starts at the image
+            levels = (0 <= row.abar < 1 or clean) and 0 < row.abar_next <= 1
+            if (row.t < 0 and not self.continuous) or row.c <= 0 or not levels:
                 raise InvalidArgument(
                     f"{self.solver} row {i}: t={row.t}, c={row.c}, abar={row.abar} -> {row.abar_next} is out of range"
                 )
