@@ -33,7 +33,7 @@ void spin(Condition waiting) {
 }
 
 // Numbers of loaded items and products that one member handles at a time: about what stays in a core's second-level
-// cache. Since the products prefetch, 192 to 640 K measure the same.
+// cache. As the products prefetch, two thirds or twice as many are no faster.
 constexpr int64_t block_numbers = 256 * 1024;
 
 // Items a member must have for itself if it is to read all weights for them.

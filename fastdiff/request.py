@@ -263,8 +263,8 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
         raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {', '.join(SOLVERS)}, or a StepTable")
     if o.solver == "auto":
         guided = not np.all(np.asarray(o.guidance) == 1.0)
-        listed = o.spacing is not None and not isinstance(o.spacing, str)
-        name, length, own = auto(schedule, len(o.spacing) if listed else o.steps, guided)  # type: ignore[arg-type]
+        steps = o.steps if o.spacing is None or isinstance(o.spacing, str) else len(o.spacing)
+        name, length, own = auto(schedule, steps, guided)
         o = dataclasses.replace(o, steps=length)
     else:
         name, own = str(o.solver), {}

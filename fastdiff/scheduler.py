@@ -304,11 +304,13 @@ class Scheduler:
     def _at(self, table: StepTable, sample: Tensor, dtype: torch.dtype) -> State:
         """The state that holds this run's history."""
         state = self._state
-        fits = state is not None and state.bank.tables == (table,) and state.x.shape == sample.shape
-        if not fits or state.x.device != sample.device or state.x.dtype != dtype:  # type: ignore[union-attr]  # it fits
-            state = State.create(sample.to(dtype), TableBank([table], sample.device, dtype))
-            self._state = state
-        assert state is not None
+        if (
+            state is None
+            or state.bank.tables != (table,)
+            or state.x.shape != sample.shape
+            or (state.x.device, state.x.dtype) != (sample.device, dtype)
+        ):
+            state = self._state = State.create(sample.to(dtype), TableBank([table], sample.device, dtype))
         return state
 
     def _abar(self, t: float) -> float:

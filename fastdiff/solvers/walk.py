@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
@@ -16,9 +16,6 @@ from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
 from fastdiff.solvers.spacing import levels, timesteps
 from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # noqa: F401  for the solvers' signatures
 
 Schedule = NoiseSchedule | EDMSchedule
 
