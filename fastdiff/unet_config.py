@@ -219,7 +219,7 @@ class UNetConfig:
                 "class_image=None"
             )
         if self.class_before_mlp and self.num_class_embeds == 1:
-            raise ConfigError("class_before_mlp=True with num_class_embeds=1: a class besides the null label is needed")
+            raise ConfigError("class_before_mlp=True, num_class_embeds=1: a class besides the null label is needed")
         if self.null_label is not None:
             if self.num_class_embeds is None or self.class_embed_type is not None:
                 raise ConfigError(f"null_label={self.null_label!r} needs num_class_embeds and class_embed_type=None")

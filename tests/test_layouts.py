@@ -319,6 +319,9 @@ def test_networks_outside_a_layout(layout):
     assert "another kind" in reasons(**mixed)
     assert ("another kind" in reasons()) == (layout == "edm")
     assert ("sample_size=(8, 16)" in reasons(sample_size=(8, 16))) == (layout == "edm")
+    classes = {"num_class_embeds": 5, "null_label": 4}
+    assert ("behind the time MLP" in reasons(**classes)) == (layout == "edm")
+    assert ("class_before_mlp=True, False" in reasons(**classes, class_before_mlp=True)) == layout.startswith("openai")
 
 
 def test_pieces_cover_every_tensor_once():
