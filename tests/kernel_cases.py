@@ -1,0 +1,13 @@
+"""Every kernel's cases, and the launches that fastdiff ships; one module per group of operations.
+
+CASES: by name, what makes a `Case`, small. SHIPPED: by name, what makes a launch at a real network's shape on the meta
+device, which is compiled ahead of time. TENSOR_CORES: operations whose binaries must multiply with them.
+"""
+
+from __future__ import annotations
+
+import cases_norm
+
+CASES = {**cases_norm.CASES}
+SHIPPED = {**cases_norm.SHIPPED}
+TENSOR_CORES: set[str] = set()
