@@ -6,8 +6,9 @@ device, which is compiled ahead of time. TENSOR_CORES: operations whose binaries
 
 from __future__ import annotations
 
+import cases_conv
 import cases_norm
 
-CASES = {**cases_norm.CASES}
-SHIPPED = {**cases_norm.SHIPPED}
-TENSOR_CORES: set[str] = set()
+CASES = {**cases_norm.CASES, **cases_conv.CASES}
+SHIPPED = {**cases_norm.SHIPPED, **cases_conv.SHIPPED}
+TENSOR_CORES = {"conv.conv", "conv.partial"}
