@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from cases_norm import meta, normal, poison
 from kernel_harness import DTYPES, Case
-from torch import Tensor
+from unets import RESNET_BLOCKS, THREE_LEVELS, change
 
 from fastdiff.kernels import conv, epilogue
 from fastdiff.kernels.conv import ConvConfig, Problem
 from fastdiff.kernels.launch import Launch, name_of
 from fastdiff.kernels.tiles import Blocks
+from fastdiff.lower import lower
+from fastdiff.program import STRIP, Conv, Program
+from fastdiff.unet import UNet
 
 CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
@@ -40,7 +43,7 @@ class Shape:
         H, W = (2 * v if self.upsample else v // self.stride for v in self.size)
         return self.rows, H, W, self.outputs
 
-    def operands(self, dtype: torch.dtype, make: Callable[..., Tensor] | None = None) -> dict[str, Any]:
+    def operands(self, dtype: torch.dtype) -> dict[str, Any]:
         C, k = sum(self.channels), self.kernel
         weight = normal(self.outputs, C, k, k, seed=9) / (C * k * k) ** 0.5
         return {
@@ -155,8 +158,7 @@ def partial_case(shape: Shape, dtype: torch.dtype, config: ConvConfig) -> Case:
 for name in ("3x3", "3x3 of two", "upsampled", "of three channels", "linear"):
     CASES[f"partial {name}"] = functools.partial(partial_case, SHAPES[name], torch.float32, SMALL_SPLIT)
 for config in conv.SPLIT_CANDIDATES:
-    dtype = torch.bfloat16 if config in conv.HALF_SPLIT else torch.float16
-    dtype = torch.float32 if config in conv.SINGLE_SPLIT else dtype
+    dtype = torch.bfloat16 if config in conv.HALF_SPLIT else torch.float32
     CASES[f"partial in {config}"] = functools.partial(partial_case, Shape(2, (4, 4), (72,), 24), dtype, config)
 
 
@@ -206,3 +208,155 @@ for (H, W, upsample, mean), config in itertools.product(
     CASES[f"combine {H}x{W}{' upsampled' * upsample} {config}"] = functools.partial(
         combine_case, H, W, upsample, mean, config
     )
+
+
+# Layers of lowered networks -------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """Several launches as one."""
+
+    def __init__(self, launches: tuple[Launch, ...]):
+        self.launches = launches
+        self.op = launches[-1].op
+
+    def __call__(self) -> None:
+        for launch in self.launches:
+            launch()
+
+    def reference(self) -> None:
+        for launch in self.launches:
+            launch.reference()
+
+
+def layer(*args: Any, **kwargs: Any) -> Layer:
+    return Layer(conv.layer(*args, **kwargs))
+
+
+def harvest(program: Program, rows: int) -> dict[Shape, set[str]]:
+    """Of every distinct convolution: the words for `finishing`, of all its occurrences."""
+    found: dict[Shape, set[str]] = {}
+    for op in program.ops:
+        if not isinstance(op, Conv):
+            continue
+        source, target = program.buffers[op.src[0]], program.buffers[op.dst]
+        channels = tuple(program.buffers[name].shape[2] for name in op.src)
+        if op.norm is not None:  # then another kernel has concatenated them
+            channels = (sum(channels),)
+        shape = Shape(
+            rows, source.shape[:2], channels, target.shape[2], op.kernel, op.stride, op.padding[0], op.upsample
+        )
+        assert shape.out[1:] == target.shape
+        words = found.setdefault(shape, set())
+        words |= {"statistics"} if target.statistics else set()
+        words |= {"entry"} if op.emb is not None else set()
+        words |= {"nchw"} if op.dst == "out" else set()
+        if op.residual is not None:
+            words |= {"residual"} if program.buffers[op.residual].shape == target.shape else {"residual", "doubled"}
+    return found
+
+
+def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: ConvConfig | None = None) -> Case:
+    rows, H, W, N = shape.out
+    operands = shape.operands(dtype)
+    config = config or shape.problem(operands).choose(splits=True)
+    arguments = operands | finishing(shape, dtype, more)
+    size = conv.workspace(
+        operands["src"], operands["weight"], shape.out, stride=shape.stride, statistics="statistics" in more,
+        config=config,
+    )  # fmt: skip
+    nchw = "nchw" in more
+    arguments |= {"dst": poison(*((rows, N, H, W) if nchw else shape.out), dtype=torch.float32 if nchw else dtype)}
+    arguments |= {"workspace": poison(size) if size else None}
+    writes = ("dst", "workspace") if size else ("dst",)
+    if "statistics" in more:
+        arguments["statistics"] = poison(rows, -(-H // STRIP), 2, N)
+        writes += ("statistics",)
+    band = 16.0 if "large mean" in more else 4.0  # every step from pixels to parts to strips rounds the mean
+    return Case(layer, arguments, writes, apart={"statistics": 2}, band=band, config=config)
+
+
+# Small networks, with what heuristics choose for them.
+NETWORKS = {
+    "odd groups": (change(**THREE_LEVELS, norm_num_groups=6), (12, 12)),
+    "resnet blocks": (change(**RESNET_BLOCKS, num_class_embeds=3), (8, 8)),
+}
+for network, (config, size) in NETWORKS.items():
+    with torch.device("meta"):
+        program = lower(UNet(config), size)
+    for (shape, words), dtype in zip(
+        harvest(program, rows=2).items(), itertools.cycle([torch.bfloat16, torch.float32, torch.float16])
+    ):
+        CASES[f"layer of {network}: {shape}"] = functools.partial(layer_case, shape, dtype, " ".join(sorted(words)))
+for name, more, config in [
+    ("3x3", "entry residual statistics", SMALL_SPLIT),
+    ("upsampled", "embedding residual statistics", SMALL_SPLIT),
+    ("upsampled", "entry statistics large mean", SMALL),
+    ("wide", "statistics", SMALL_SPLIT),
+    ("wide", "statistics large mean", SMALL),
+]:
+    case = functools.partial(layer_case, SHAPES[name], torch.float32, more, config)
+    CASES[f"layer {name}, {more}, {config}"] = case
+
+
+# What is compiled -----------------------------------------------------------------------------------------------------
+
+
+def finishing_on_meta(shape: Shape, dtype: torch.dtype, more: str, parts: int) -> dict[str, Any]:
+    rows, H, W, N = shape.out
+    nchw = "nchw" in more
+    arguments: dict[str, Any] = {"bias": meta(N), "nchw": nchw}
+    arguments["dst"] = meta(rows, N, H, W) if nchw else meta(*shape.out, dtype=dtype)
+    if "entry" in more:
+        arguments |= {"table": meta(64, 16 * N), "entry": meta(rows, dtype=torch.int64), "offset": N}
+    if "residual" in more:
+        arguments["residual"] = meta(*shape.out, dtype=dtype)
+    if "statistics" in more:
+        arguments["statistics"] = meta(rows, -(-H // STRIP), parts, 2, N)
+    return arguments
+
+
+def conv_launch(shape: Shape, dtype: torch.dtype, config: ConvConfig, more: str) -> Launch:
+    operands = shape.shipped(dtype)
+    if config.splits > 1:
+        return conv.partial(**operands, sums=meta(config.splits, *shape.out), config=config)
+    parts = shape.problem(operands).blocks(config).parts
+    return conv.conv(**operands, **finishing_on_meta(shape, dtype, more, parts), config=config)
+
+
+def finish_launch(shape: Shape, splits: int, dtype: torch.dtype, config: epilogue.FinishConfig) -> Launch:
+    sums = meta(splits, *shape.out, dtype=dtype if splits == 1 else torch.float32)
+    parts = Blocks.of(*shape.size, config.pixels).parts
+    return epilogue.finish(
+        sums, **finishing_on_meta(shape, dtype, "entry residual statistics", parts), config=config
+    )  # fmt: skip
+
+
+# Each configuration at a layer of the CIFAR-10 network that has it.
+LARGE, FEW = Shape(16, (32, 32), (256,), 256), Shape(16, (32, 32), (128,), 3)
+for config in (*conv.CANDIDATES, *conv.SPLIT_CANDIDATES):
+    dtype = torch.bfloat16 if config.depth == conv.HALF[0].depth else torch.float32
+    shape, more = (FEW, "nchw") if config.channels == 16 else (LARGE, "entry residual statistics")
+    SHIPPED[f"conv {name_of(dtype)} {config}"] = functools.partial(conv_launch, shape, dtype, config, more)
+for name, shape, dtype, more in [
+    ("two sources", Shape(16, (16, 16), (256, 128), 256, kernel=1, padding=0), torch.bfloat16, ""),
+    ("upsampled", Shape(16, (16, 16), (256,), 256, upsample=True), torch.bfloat16, "statistics"),
+    ("strided fp16", Shape(16, (32, 32), (256,), 256, stride=2, padding=0), torch.float16, "statistics"),
+    ("of three channels", Shape(16, (32, 32), (3,), 128), torch.bfloat16, "statistics"),
+]:
+    SHIPPED[f"conv {name}"] = functools.partial(conv_launch, shape, dtype, conv.HALF[0], more)
+for config, splits in zip(epilogue.FINISH_CANDIDATES, (1, 16, 4), strict=True):
+    SHIPPED[f"finish {splits} {config}"] = functools.partial(finish_launch, LARGE, splits, torch.bfloat16, config)
+# Sizes of 1, which the compiler takes for constants.
+ONE = Shape(1, (1, 1), (32,), 32, upsample=True)
+SHIPPED["conv of one pixel"] = functools.partial(conv_launch, ONE, torch.bfloat16, conv.HALF[2], "entry statistics")
+SHIPPED["partial of one pixel"] = functools.partial(conv_launch, ONE, torch.bfloat16, conv.HALF_SPLIT[0], "")
+SHIPPED["finish of one pixel"] = functools.partial(
+    finish_launch, Shape(1, (1, 1), (32,), 32), 4, torch.bfloat16, epilogue.FINISH_CANDIDATES[2]
+)
+for config in epilogue.COMBINE_CANDIDATES:
+    blocks = Blocks.of(256, 256, 128)
+    SHIPPED[f"combine {config}"] = functools.partial(
+        epilogue.combine, meta(1, blocks.strips, blocks.parts, 2, 128), meta(1, blocks.strips, 2, 128), blocks=blocks,
+        config=config,
+    )  # fmt: skip

@@ -6,9 +6,10 @@ device, which is compiled ahead of time. TENSOR_CORES: operations whose binaries
 
 from __future__ import annotations
 
+import cases_attention
 import cases_conv
 import cases_norm
 
-CASES = {**cases_norm.CASES, **cases_conv.CASES}
-SHIPPED = {**cases_norm.SHIPPED, **cases_conv.SHIPPED}
-TENSOR_CORES = {"conv.conv", "conv.partial"}
+CASES = {**cases_norm.CASES, **cases_conv.CASES, **cases_attention.CASES}
+SHIPPED = {**cases_norm.SHIPPED, **cases_conv.SHIPPED, **cases_attention.SHIPPED}
+TENSOR_CORES = {"conv.conv", "conv.partial", "attention.attention"}

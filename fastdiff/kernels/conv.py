@@ -17,7 +17,6 @@ from fastdiff.kernels import epilogue, tiles
 from fastdiff.kernels.launch import Config, Device, Launch, cdiv, choose, device_of, name_of, operation, wide
 from fastdiff.kernels.tiles import Blocks
 
-
 # Weights --------------------------------------------------------------------------------------------------------------
 
 MULTIPLE = 16  # to which the columns of packed weights are padded, so that every row of them is aligned
@@ -86,11 +85,12 @@ SINGLE = _configs(
     (4, 3, 64, 64, 32),
     (4, 3, 64, 16, 32),
 )
-HALF_SPLIT = _configs(*((4, 3, 64, 64, 64, splits) for splits in (2, 4, 8, 16)))
-SINGLE_SPLIT = _configs(*((4, 3, 64, 64, 32, splits) for splits in (2, 4, 8, 16)))
+# For maps so small that weights are what takes the time.
+HALF_SPLIT = _configs((4, 3, 64, 64, 64, 4), (4, 3, 64, 32, 64, 16))
+SINGLE_SPLIT = _configs((4, 3, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
 FEW = tl.constexpr(16)  # channels, below which a step takes several taps
-# Of float32: each product as three of TF32 numbers, high parts and remainders, which keeps 22 bits of the factors; plain
-# TF32 keeps 11.
+# Of float32: each product as three of TF32 numbers, high parts and remainders, which keeps 22 bits of the factors;
+# plain TF32 keeps 11.
 PRECISION = "tf32x3"
 CANDIDATES = (*HALF, *SINGLE)
 SPLIT_CANDIDATES = (*HALF_SPLIT, *SINGLE_SPLIT)
@@ -130,10 +130,10 @@ def _accumulate(
             b = tl.load(weight + k[:, None] * columns + c[None, :], mask=mask, other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
-        CHUNKS: tl.constexpr = (C + DEPTH - 1) // DEPTH
+        chunks: tl.constexpr = (C + DEPTH - 1) // DEPTH
         for step in range(begin, end):
-            tap = step // CHUNKS
-            k = step % CHUNKS * DEPTH + i
+            tap = step // chunks
+            k = step % chunks * DEPTH + i
             ky, kx = tap // KERNEL, tap % KERNEL
             mask = exists & (y + ky >= 0) & (y + ky < H) & (x + kx >= 0) & (x + kx < W)
             mask = mask[:, None]
@@ -175,19 +175,19 @@ def _conv(
         top = y * STRIDE - padding
         left = x * STRIDE - padding
     # Steps are shared out; those of the second source follow the first's.
-    STEPS0: tl.constexpr = _steps(KERNEL, C0, DEPTH)
-    STEPS1: tl.constexpr = _steps(KERNEL, C1, DEPTH)
-    SHARE: tl.constexpr = (STEPS0 + STEPS1 + SPLITS - 1) // SPLITS
-    begin = split * SHARE
-    end = begin + SHARE
+    steps0: tl.constexpr = _steps(KERNEL, C0, DEPTH)
+    steps1: tl.constexpr = _steps(KERNEL, C1, DEPTH)
+    share: tl.constexpr = (steps0 + steps1 + SPLITS - 1) // SPLITS
+    begin = split * share
+    end = begin + share
     acc = tl.zeros([SIZE, CHANNELS], tl.float32)
     acc = _accumulate(
-        acc, first, weight, tl.minimum(begin, STEPS0), tl.minimum(end, STEPS0), row, top, left, exists, c,
+        acc, first, weight, tl.minimum(begin, steps0), tl.minimum(end, steps0), row, top, left, exists, c,
         source_H, source_W, columns, C0, KERNEL, DEPTH, PRECISION,
     )  # fmt: skip
     if C1 > 0:
         acc = _accumulate(
-            acc, second, more_weight, tl.maximum(begin - STEPS0, 0), tl.minimum(end - STEPS0, STEPS1), row, top, left,
+            acc, second, more_weight, tl.maximum(begin - steps0, 0), tl.minimum(end - steps0, steps1), row, top, left,
             exists, c, source_H, source_W, columns, C1, KERNEL, DEPTH, PRECISION,
         )  # fmt: skip
     if SPLITS > 1:
@@ -208,7 +208,8 @@ def _conv(
 # Launches -------------------------------------------------------------------------------------------------------------
 
 
-def _whole_and_split(dtype: torch.dtype) -> tuple[tuple[ConvConfig, ...], tuple[ConvConfig, ...]]:
+def candidates(dtype: torch.dtype) -> tuple[tuple[ConvConfig, ...], tuple[ConvConfig, ...]]:
+    """For operands of ``dtype``: those that leave results, and those that leave shares of sums."""
     return (HALF, HALF_SPLIT) if dtype.itemsize == 2 else (SINGLE, SINGLE_SPLIT)
 
 
@@ -251,6 +252,13 @@ class Problem:
     def blocks(self, config: ConvConfig) -> Blocks:
         return Blocks.of(self.H, self.W, config.pixels, self.phases > 1)
 
+    def finished_blocks(self, config: ConvConfig) -> Blocks:
+        """Of what finishes the sums: where products are shared out, that is `epilogue.finish`, on the whole map."""
+        if config.splits == 1:
+            return self.blocks(config)
+        up = 1 + (self.phases > 1)
+        return Blocks.of(up * self.H, up * self.W, epilogue.FINISH_CANDIDATES[0].pixels)
+
     def tiles(self, config: ConvConfig) -> int:
         blocks = self.blocks(config)
         return cdiv(blocks.count(self.rows), config.pixels // blocks.pixels) * cdiv(self.N, config.channels)
@@ -259,28 +267,28 @@ class Problem:
         return sum(_steps(self.kernel, C, config.depth) for C in self.channels)
 
     def heuristic(self, splits: bool) -> ConvConfig:
-        """The largest tile that gives every multiprocessor one, without much of it empty; where none does and
-        ``splits`` allows it, the smallest with its products shared out, four steps each at least.
+        """The largest tile that gives every multiprocessor one, without much of it empty. Where none does and
+        ``splits`` allows it, products may be shared out, two steps each at least: whatever comes nearest to one
+        program each.
         """
-        whole, split = _whole_and_split(self.dtype)
-        if self.N <= whole[-1].channels:
+        whole, split = candidates(self.dtype)
+        if whole[-1].channels >= self.N:
             return whole[-1]
         fitting = [config for config in whole[:-1] if config.channels < 2 * self.N] or [whole[-2]]
         for config in fitting:
             if self.tiles(config) * self.phases >= self.device.processors:
                 return config
-        programs = self.tiles(split[0]) * self.phases
-        useful = [
-            config
-            for config in split
-            if programs * config.splits <= 2 * self.device.processors and self.steps(config) >= 4 * config.splits
-        ]
-        return useful[-1] if splits and useful else fitting[-1]
+        useful = [config for config in split if self.steps(config) >= 2 * config.splits] if splits else []
+        return min(
+            (*useful, fitting[-1]),
+            key=lambda config: abs(math.log(self.tiles(config) * self.phases * config.splits / self.device.processors)),
+        )
 
     def choose(self, splits: bool) -> ConvConfig:
-        candidates = (*CANDIDATES, *SPLIT_CANDIDATES) if splits else CANDIDATES
-        op = "conv.layer" if splits else "conv.conv"
-        return choose(op, self.key, self.device, candidates, lambda: self.heuristic(splits))
+        whole, split = candidates(self.dtype)
+        if splits:
+            return choose("conv.layer", self.key, self.device, (*whole, *split), lambda: self.heuristic(True))
+        return choose("conv.conv", self.key, self.device, whole, lambda: self.heuristic(False))
 
     def grid(self, config: ConvConfig) -> tuple[int, int]:
         return self.tiles(config), config.splits * self.phases
@@ -328,7 +336,7 @@ def conv(
     row i adds entry[i]'s (entry None: its own). residual: [rows, H', W', N], or of half the size, and then doubled.
     statistics: float32 [rows, strips, parts, 2, N] of dst before it is rounded, cut as `Problem.blocks` says.
     """
-    rows, H, W, N = shape = _nhwc(dst, nchw)
+    rows, H, _, N = shape = _nhwc(dst, nchw)
     problem = Problem.of(src, weight, shape, stride)
     config = config or problem.choose(splits=False)
     blocks = problem.blocks(config)
@@ -342,7 +350,9 @@ def conv(
         arguments=problem.arguments(config, src, weight, dst, padding)
         | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
         config=config,
-        candidates=CANDIDATES,
+        candidates=tuple(
+            c for c in candidates(problem.dtype)[0] if statistics is None or problem.blocks(c).parts == blocks.parts
+        ),
         reference=lambda: tiles.finish_reference(
             product_reference(src, weight, shape, stride, padding), bias, dst, nchw, table, entry, offset, residual,
             divide, statistics, blocks,
@@ -367,7 +377,7 @@ def partial(
     shape = sums.shape[1:]
     problem = Problem.of(src, weight, shape, stride)
     if config is None:
-        config = next(c for c in _whole_and_split(problem.dtype)[1] if c.splits == len(sums))
+        config = next(c for c in candidates(problem.dtype)[1] if c.splits == len(sums))
     assert config.splits == len(sums) > 1
     return Launch(
         op="conv.partial",
@@ -376,7 +386,7 @@ def partial(
         grid=problem.grid(config),
         arguments=problem.arguments(config, src, weight, sums, padding),
         config=config,
-        candidates=SPLIT_CANDIDATES,
+        candidates=tuple(c for c in candidates(problem.dtype)[1] if c.splits == config.splits),
         reference=lambda: _partial_reference(src, weight, sums, stride, padding, config.depth),
     )  # fmt: skip
 
@@ -436,7 +446,7 @@ def layer(
     config: ConvConfig | None = None,
     **finish: Any,
 ) -> tuple[Launch, ...]:
-    """`conv` by one to three launches: with split products, and with statistics [rows, strips, 2, N] of whole strips.
+    """`conv` by one to three launches: products may be shared out, and statistics [rows, strips, 2, N] are of strips.
 
     workspace: flat float32, of the size that `workspace` says; anything may use it afterwards. finish: as for `conv`.
     """
@@ -444,26 +454,36 @@ def layer(
     problem = Problem.of(src, weight, shape, stride)
     config = config or problem.choose(splits=True)
 
-    def space(*shape: int) -> Tensor:
-        assert workspace is not None and workspace.numel() >= math.prod(shape)
-        return workspace[: math.prod(shape)].view(shape)
+    used = 0
 
+    def space(*shape: int) -> Tensor:
+        nonlocal used
+        assert workspace is not None
+        used += math.prod(shape)
+        return workspace[used - math.prod(shape) : used].view(shape)
+
+    launches = []
     if config.splits > 1:
         sums = space(config.splits, *shape)
-        first = partial(src, weight, sums, stride=stride, padding=padding, config=config)
-        last = epilogue.finish(sums, bias, dst, nchw=nchw, statistics=_whole(statistics), **finish)
-        return first, last
-    blocks = problem.blocks(config)
-    if statistics is None or blocks.parts == 1:
-        parts = _whole(statistics)
+        launches.append(partial(src, weight, sums, stride=stride, padding=padding, config=config))
+    blocks = problem.finished_blocks(config)
+    parts = None
+    if statistics is not None:
+        whole = blocks.parts == 1
+        parts = statistics[:, :, None] if whole else space(problem.rows, blocks.strips, blocks.parts, 2, problem.N)
+    if config.splits > 1:
+        launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, **finish))
     else:
-        parts = space(problem.rows, blocks.strips, blocks.parts, 2, problem.N)
-    first = conv(
-        src, weight, bias, dst, stride=stride, padding=padding, nchw=nchw, statistics=parts, config=config, **finish
-    )
-    if statistics is None or blocks.parts == 1:
-        return (first,)
-    return first, epilogue.combine(parts, statistics, blocks=blocks)
+        launches.append(
+            conv(
+                src, weight, bias, dst, stride=stride, padding=padding, nchw=nchw, statistics=parts, config=config,
+                **finish,
+            )
+        )  # fmt: skip
+    if statistics is not None and blocks.parts > 1:
+        assert parts is not None
+        launches.append(epilogue.combine(parts, statistics, blocks=blocks))
+    return tuple(launches)
 
 
 def workspace(
@@ -478,10 +498,11 @@ def workspace(
     """How many numbers `layer` needs beside its arguments; shape: (rows, H', W', N)."""
     problem = Problem.of(src, weight, shape, stride)
     config = config or problem.choose(splits=True)
-    if config.splits > 1:
-        return config.splits * math.prod(shape)
-    blocks = problem.blocks(config)
-    return problem.rows * blocks.strips * blocks.parts * 2 * problem.N if statistics and blocks.parts > 1 else 0
+    blocks = problem.finished_blocks(config)
+    sums = config.splits * math.prod(shape) if config.splits > 1 else 0
+    return sums + (
+        problem.rows * blocks.strips * blocks.parts * 2 * problem.N if statistics and blocks.parts > 1 else 0
+    )
 
 
 def _nhwc(dst: Tensor, nchw: bool) -> tuple[int, int, int, int]:
@@ -489,8 +510,3 @@ def _nhwc(dst: Tensor, nchw: bool) -> tuple[int, int, int, int]:
     rows, *rest = dst.shape
     N, H, W = rest if nchw else (rest[2], rest[0], rest[1])
     return rows, H, W, N
-
-
-def _whole(statistics: Tensor | None) -> Tensor | None:
-    """As one part per strip."""
-    return None if statistics is None else statistics[:, :, None]

@@ -13,7 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels import tiles
-from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, power_of_two, wide
+from fastdiff.kernels.launch import (
+    Config,
+    Launch,
+    cdiv,
+    choose,
+    device_of,
+    fill,
+    name_of,
+    operation,
+    power_of_two,
+    wide,
+)
 from fastdiff.kernels.tiles import Blocks
 
 # Finish ---------------------------------------------------------------------------------------------------------------
@@ -37,11 +48,11 @@ FINISH_CANDIDATES = (
 
 @triton.jit
 def _finish(
-    sums, dst, bias, table, entry, residual, statistics, rows, H, W, N, offset, stride, factor,
+    sums, dst, bias, table, entry, residual, statistics, total, rows, H, W, N, offset, stride, factor,
     SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of pixels, blocks of channels)."""
+    """Grid: (tiles of pixels, blocks of channels). total: of one sum's numbers."""
     tile = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     row, y, x, exists = tiles.pixels(tile, rows, H, W, HEIGHT, WIDTH, SIZE)
@@ -50,7 +61,7 @@ def _finish(
     acc = tl.zeros([SIZE, CHANNELS], tl.float32)
     for _ in range(SPLITS):
         acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        at += rows.to(tl.int64) * H * W * N
+        at += total
     tiles.finish(
         acc, tile, row, y, x, exists, c, 0, dst, bias, table, entry, residual, statistics,
         rows, H, W, N, offset, stride, factor, 1, SHIFT, NCHW, HEIGHT, WIDTH, SIZE, CHANNELS,
@@ -75,19 +86,20 @@ def finish(
     """dst = (sum of sums + bias + table[entry, offset:] + residual) / divide
 
     sums: [n, rows, H, W, N], added in their order; dst may be the first of them. The rest: as for
-    `fastdiff.kernels.conv.conv`; statistics [rows, strips, parts, 2, N] are cut as `finish_blocks` says.
+    `fastdiff.kernels.conv.conv`; statistics [rows, strips, parts, 2, N] are of `Blocks` of the configuration's pixels,
+    and where none is given one is chosen that makes as many parts.
     """
     splits, rows, H, W, N = sums.shape
     device = device_of(sums)
-    key = f"{splits}x{rows}x{H}x{W}x{N} {name_of(sums.dtype)} {name_of(dst.dtype)}"
+    parts = None if statistics is None else statistics.shape[2]
+    candidates = tuple(c for c in FINISH_CANDIDATES if parts in (None, Blocks.of(H, W, c.pixels).parts))
+    key = f"{splits}x{rows}x{H}x{W}x{N}/{parts or 1} {name_of(sums.dtype)} {name_of(dst.dtype)}"
 
     def programs(config: FinishConfig) -> int:
         blocks = Blocks.of(H, W, config.pixels)
         return cdiv(blocks.count(rows), config.pixels // blocks.pixels) * cdiv(N, config.channels)
 
-    config = config or choose(
-        "epilogue.finish", key, device, FINISH_CANDIDATES, lambda: fill(FINISH_CANDIDATES, programs, device)
-    )
+    config = config or choose("epilogue.finish", key, device, candidates, lambda: fill(candidates, programs, device))
     blocks = Blocks.of(H, W, config.pixels)
     assert statistics is None or statistics.shape == (rows, blocks.strips, blocks.parts, 2, N)
     return Launch(
@@ -96,12 +108,12 @@ def finish(
         kernel=_finish,
         grid=(cdiv(blocks.count(rows), config.pixels // blocks.pixels), cdiv(N, config.channels)),
         arguments={
-            "sums": sums, "dst": dst, "rows": rows, "H": H, "W": W, "N": N, "SPLITS": splits, "HEIGHT": blocks.height,
+            "sums": sums, "dst": dst, "total": sums[0].numel(), "rows": rows, "H": H, "W": W, "N": N, "SPLITS": splits, "HEIGHT": blocks.height,
             "WIDTH": blocks.width, "SIZE": config.pixels, "CHANNELS": config.channels,
         }
         | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
         config=config,
-        candidates=FINISH_CANDIDATES,
+        candidates=candidates,
         reference=lambda: tiles.finish_reference(
             wide(sums).sum(dim=0), bias, dst, nchw, table, entry, offset, residual, divide, statistics, blocks
         ),
@@ -159,7 +171,8 @@ def _combine(
 def combine(parts: Tensor, statistics: Tensor, *, blocks: Blocks, config: CombineConfig | None = None) -> Launch:
     """statistics float32 [rows, strips, 2, C] of parts [rows, strips, n, 2, C], which are of ``blocks``."""
     rows, strips, number, _, C = parts.shape
-    assert statistics.shape == (rows, strips, 2, C) and (strips, number) == (blocks.strips, blocks.parts)
+    assert statistics.shape == (rows, strips, 2, C)
+    assert (strips, number) == (blocks.strips, blocks.parts)
     device = device_of(parts)
     key = f"{rows}x{strips}x{number}x{C}"
     config = config or choose(

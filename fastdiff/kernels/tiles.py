@@ -1,9 +1,9 @@
 """Tiles of an NHWC map whose columns have their statistics: where their pixels are, and how they are finished.
 
-A *block* is ``height`` by ``width`` pixels inside one strip of `fastdiff.program.STRIP` rows of pixels of one row of the
-batch; a tile is as many blocks as it holds. So every sum over a block is of one row and one strip, and where a block is
-as wide as the map its statistics are the strip's. Otherwise they are a *part*, which `fastdiff.kernels.epilogue.combine`
-merges with the strip's others.
+A *block* is ``height`` by ``width`` pixels inside one strip of `fastdiff.program.STRIP` rows of pixels of one row of
+the batch; a tile is as many blocks as it holds. So every sum over a block is of one row and one strip, and where a
+block is as wide as the map its statistics are the strip's. Otherwise they are a *part*, which
+`fastdiff.kernels.epilogue.combine` merges with the strip's others.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def finish(
     (2 y + p // 2, 2 x + p % 2) of dst. Statistics are of what dst would hold in float32: per block its mean, then the
     sum of squared deviations from that. [rows, strips, parts, 2, N], parts by column and then by phase.
     """
-    BLOCK: tl.constexpr = HEIGHT * WIDTH
-    BLOCKS: tl.constexpr = SIZE // BLOCK
+    block: tl.constexpr = HEIGHT * WIDTH
+    number: tl.constexpr = SIZE // block
     known = c < N
     acc += tl.load(bias + c, mask=known, other=0.0)[None, :]
-    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
+    blocks = tile * number + tl.arange(0, number)
     per_row = tl.cdiv(H, HEIGHT) * tl.cdiv(W, WIDTH)
     at = blocks // per_row
     there = (at < rows)[:, None] & known[None, :]
@@ -102,7 +102,7 @@ def finish(
         if entry is not None:
             vector = tl.load(entry + at, mask=at < rows, other=0)
         e = tl.load(table + vector[:, None] * stride + offset + c[None, :], mask=there, other=0.0).to(tl.float32)
-        e = tl.broadcast_to(tl.reshape(e, [BLOCKS, 1, CHANNELS]), [BLOCKS, BLOCK, CHANNELS])
+        e = tl.broadcast_to(tl.reshape(e, [number, 1, CHANNELS]), [number, block, CHANNELS])
         acc += tl.reshape(e, [SIZE, CHANNELS])
     if PHASES == 4:
         H *= 2
@@ -122,14 +122,13 @@ def finish(
         to = dst + pixel[:, None] * N + c[None, :]
     tl.store(to, acc.to(dst.dtype.element_ty), mask=mask)
     if statistics is not None:
-        columns = per_row // tl.cdiv(H // 2 if PHASES == 4 else H, HEIGHT)
-        inside = tl.reshape(exists, [BLOCKS, BLOCK, 1])
+        inside = tl.reshape(exists, [number, block, 1])
         count = tl.sum(inside.to(tl.float32), axis=1)
-        values = tl.reshape(acc, [BLOCKS, BLOCK, CHANNELS])
+        values = tl.reshape(acc, [number, block, CHANNELS])
         mean = tl.sum(tl.where(inside, values, 0.0), axis=1) / tl.maximum(count, 1.0)
-        off = tl.where(inside, values - tl.reshape(mean, [BLOCKS, 1, CHANNELS]), 0.0)
+        off = tl.where(inside, values - tl.reshape(mean, [number, 1, CHANNELS]), 0.0)
         squares = tl.sum(off * off, axis=1)
-        part = (blocks // columns * columns + blocks % columns) * PHASES + phase
+        part = blocks * PHASES + phase
         to = statistics + part.to(tl.int64)[:, None] * 2 * N + c[None, :]
         tl.store(to, mean, mask=there)
         tl.store(to + N, squares, mask=there)
