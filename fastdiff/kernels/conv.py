@@ -87,7 +87,7 @@ SINGLE = _configs(
 )
 # For maps so small that weights are what takes the time.
 HALF_SPLIT = _configs((4, 3, 64, 64, 64, 4), (4, 3, 64, 32, 64, 16))
-SINGLE_SPLIT = _configs((4, 3, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
+SINGLE_SPLIT = _configs((8, 3, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
 FEW = tl.constexpr(16)  # channels, below which a step takes several taps
 # Of float32: each product as three of TF32 numbers, high parts and remainders, which keeps 22 bits of the factors;
 # plain TF32 keeps 11.

@@ -108,8 +108,9 @@ def finish(
         kernel=_finish,
         grid=(cdiv(blocks.count(rows), config.pixels // blocks.pixels), cdiv(N, config.channels)),
         arguments={
-            "sums": sums, "dst": dst, "total": sums[0].numel(), "rows": rows, "H": H, "W": W, "N": N, "SPLITS": splits, "HEIGHT": blocks.height,
-            "WIDTH": blocks.width, "SIZE": config.pixels, "CHANNELS": config.channels,
+            "sums": sums, "dst": dst, "total": sums[0].numel(), "rows": rows, "H": H, "W": W, "N": N,
+            "SPLITS": splits, "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
+            "CHANNELS": config.channels,
         }
         | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
         config=config,
