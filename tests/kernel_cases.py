@@ -7,7 +7,8 @@ device, which is compiled ahead of time. TENSOR_CORES: operations whose binaries
 from __future__ import annotations
 
 import cases_norm
+import cases_update
 
-CASES = {**cases_norm.CASES}
-SHIPPED = {**cases_norm.SHIPPED}
+CASES = {**cases_norm.CASES, **cases_update.CASES}
+SHIPPED = {**cases_norm.SHIPPED, **cases_update.SHIPPED}
 TENSOR_CORES: set[str] = set()
