@@ -6,9 +6,10 @@ device, which is compiled ahead of time. TENSOR_CORES: operations whose binaries
 
 from __future__ import annotations
 
+import cases_ends
 import cases_norm
 import cases_update
 
-CASES = {**cases_norm.CASES, **cases_update.CASES}
-SHIPPED = {**cases_norm.SHIPPED, **cases_update.SHIPPED}
+CASES = {**cases_ends.CASES, **cases_norm.CASES, **cases_update.CASES}
+SHIPPED = {**cases_ends.SHIPPED, **cases_norm.SHIPPED, **cases_update.SHIPPED}
 TENSOR_CORES: set[str] = set()
