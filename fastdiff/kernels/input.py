@@ -63,7 +63,7 @@ def _input(
             v += tl.load(at + (c - C), mask=here & (c >= C) & (c < 2 * C), other=0.0)
     to = dst + (r.to(tl.int64) * pixels + p) * padded + c
     tl.store(to, v.to(dst.dtype.element_ty), mask=here & (c < padded))
-    if timestep is not None:
+    if timestep is not None:  # noqa: SIM102 - this is decided when it is compiled, the other when it runs
         if tl.program_id(0) == 0:
             stand = tl.load(table + image) * table_rows + tl.load(row + image)
             tl.store(timestep + r, tl.load(entries + stand))
