@@ -15,6 +15,7 @@ from fastdiff.kernels.launch import Config, Launch, name_of
 
 CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
+ONES: dict[str, Callable[[], Launch]] = {}
 
 
 def pool_case(
@@ -113,3 +114,17 @@ for dtype in DTYPES:
         embed.embed, meta(64, 512), meta(8, dtype=torch.int64), meta(11, 512), meta(8, dtype=torch.int64),
         meta(8, 512, dtype=dtype),
     )  # fmt: skip
+
+for channels in (1, 2):
+    src = (meta(1, 2, 2, 1),) * channels
+    ONES[f"pool {channels}"] = functools.partial(
+        pool.pool, src, meta(1, 1, 1, channels), norm=meta(1, 3, channels), silu=True
+    )
+for combine in input.COMBINE:
+    whole = functools.partial(meta, dtype=torch.int64)
+    ONES[f"input {combine}"] = functools.partial(
+        input.input, meta(1, 1, 1, 1), meta(1, 1, 1, 2 if combine == "concat" else 1), combine=combine,
+        class_image=None if combine is None else meta(1, 1, 1, 1), table=whole(1), row=whole(1), entries=whole(1, 1),
+        timestep=whole(1),
+    )  # fmt: skip
+ONES["embed"] = functools.partial(embed.embed, meta(1, 1), None, meta(1, 1), None, meta(1, 1))

@@ -23,6 +23,7 @@ from fastdiff.state import TableBank
 
 CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
+ONES: dict[str, Callable[[], Launch]] = {}
 
 TERMS = ("kx", "ko", "hx", "ho", "h0", "ax", "ao", "a0", "a1", "a2", "a3", "as_", "s", "sv", "g")
 
@@ -223,3 +224,16 @@ def noise_launch(dtype: torch.dtype, config: Config | None = None) -> Launch:
 for config in kernel.CANDIDATES:
     SHIPPED[f"normals {config}"] = functools.partial(noise_launch, torch.float32, config)
 SHIPPED["words"] = functools.partial(noise_launch, torch.int32)
+
+
+for guided in (False, True):
+    ONES["update" + " guided" * guided] = functools.partial(
+        update_launch, (1, 1, 1, 1), torch.bfloat16, guided=guided, learned=True, buffers=("xs", "m1", "m2", "m3")
+    )
+ONES["guide"] = functools.partial(
+    guidance.guide, meta(2, 1, 1, 1), meta(1, 1, 1, 1), bank=meta(1, 1, len(COLUMNS)), table=meta(1, dtype=torch.int64),
+    row=meta(1, dtype=torch.int64), guidance=meta(1), channels=1,
+)  # fmt: skip
+ONES["normals"] = functools.partial(
+    kernel.noise, *(meta(1, dtype=torch.int64) for _ in range(3)), meta(1, 1, 1, 1), stream=1
+)

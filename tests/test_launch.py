@@ -117,7 +117,7 @@ def test_tuned_configurations_come_before_heuristics(folder):
     assert choose("double", "40", GPU, CANDIDATES, lambda: CANDIDATES[1]) == CANDIDATES[2]
     assert choose("double", "41", GPU, CANDIDATES, lambda: CANDIDATES[1]) == CANDIDATES[1]
     assert choose("double", "40", Device("other", 1), CANDIDATES, lambda: CANDIDATES[1]) == CANDIDATES[1]
-    with pytest.raises(BackendError, match="double 40: .* is no candidate any more; tune again"):
+    with pytest.raises(BackendError, match=r"double 40: .* is no candidate any more; tune again"):
         choose("double", "40", GPU, CANDIDATES[:2], lambda: CANDIDATES[1])
 
 

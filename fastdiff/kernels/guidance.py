@@ -50,7 +50,7 @@ def _guide(
         w = update.guidance_weight(
             bank + (tl.load(table + image) * rows + tl.load(row + image)) * update.WIDTH, guidance, image
         )
-        value = update.guided(value, at + images.to(tl.int64) * net_row, w, e, guided)
+        value = update.guided(value, net + (images + image).to(tl.int64) * net_row + place, w, e, guided)
     tl.store(out + image.to(tl.int64) * size + e, value, mask=mask)
 
 

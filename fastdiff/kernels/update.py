@@ -123,7 +123,8 @@ def _update(
         net = tl.load(prediction, mask=within(e, size, reads_out), other=0.0).to(tl.float32)
         if guidance is not None:
             w = guidance_weight(k, guidance, image)
-            net = guided(net, prediction + images.to(tl.int64) * out_row, w, e, tl.where(reads_out, size, 0))
+            unconditional = out + (images + image).to(tl.int64) * out_row + place
+            net = guided(net, unconditional, w, e, tl.where(reads_out, size, 0))
 
         nothing = tl.full([BLOCK], -0.0, tl.float32)  # x + -0.0 is x for every x
         x0 = _add(_add(nothing, kx, old), ko, net)
