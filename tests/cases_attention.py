@@ -16,6 +16,7 @@ from fastdiff.kernels.launch import Launch, name_of
 
 CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
+ONES: dict[str, Callable[[], Launch]] = {}
 
 # Weights are rounded to the operands' kind, and a sum of products is off by as much of its largest term.
 BANDS = {torch.float32: 4.0, torch.float16: 2.0**12, torch.bfloat16: 2.0**15}
@@ -73,9 +74,6 @@ def attention_launch(
     )  # fmt: skip
 
 
-SHIPPED["attention of one pixel"] = functools.partial(
-    attention_launch, (1, 1, 1), 1, 64, torch.bfloat16, False, CANDIDATES[1]
-)
 for config in CANDIDATES:
     # A head as wide as the map is one of a merged product; narrower ones come from one of q, k and v.
     shared = config.width >= 256
@@ -83,4 +81,8 @@ for config in CANDIDATES:
     dtype = torch.float32 if config.single else torch.bfloat16
     SHIPPED[f"attention {head_dim} {name_of(dtype)} {config}"] = functools.partial(
         attention_launch, (16, 16, 16), 512 // head_dim, head_dim, dtype, shared, config
+    )
+for shared in (False, True):
+    ONES[f"attention {'of one map' * shared}"] = functools.partial(
+        attention_launch, (1, 1, 1), 1, 1, torch.bfloat16, shared, CANDIDATES[1]
     )

@@ -23,6 +23,7 @@ from fastdiff.unet import UNet
 
 CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
+ONES: dict[str, Callable[[], Launch]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,16 +348,21 @@ for name, shape, dtype, more in [
     SHIPPED[f"conv {name}"] = functools.partial(conv_launch, shape, dtype, conv.HALF[0], more)
 for config, splits in zip(epilogue.FINISH_CANDIDATES, (1, 16, 4), strict=True):
     SHIPPED[f"finish {splits} {config}"] = functools.partial(finish_launch, LARGE, splits, torch.bfloat16, config)
-# Sizes of 1, which the compiler takes for constants.
-ONE = Shape(1, (1, 1), (32,), 32, upsample=True)
-SHIPPED["conv of one pixel"] = functools.partial(conv_launch, ONE, torch.bfloat16, conv.HALF[2], "entry statistics")
-SHIPPED["partial of one pixel"] = functools.partial(conv_launch, ONE, torch.bfloat16, conv.HALF_SPLIT[0], "")
-SHIPPED["finish of one pixel"] = functools.partial(
-    finish_launch, Shape(1, (1, 1), (32,), 32), 4, torch.bfloat16, epilogue.FINISH_CANDIDATES[2]
-)
 for config in epilogue.COMBINE_CANDIDATES:
     blocks = Blocks.of(256, 256, 128)
     SHIPPED[f"combine {config}"] = functools.partial(
         epilogue.combine, meta(1, blocks.strips, blocks.parts, 2, 128), meta(1, blocks.strips, 2, 128), blocks=blocks,
         config=config,
     )  # fmt: skip
+ONE = Shape(1, (1, 1), (1,), 1)
+for name, shape, config, more in [
+    ("conv", ONE, conv.HALF[2], "entry residual statistics"),
+    ("conv out", ONE, conv.HALF[2], "nchw"),
+    ("conv upsampled", dataclasses.replace(ONE, channels=(32,), upsample=True), conv.HALF[2], "entry statistics"),
+    ("partial", dataclasses.replace(ONE, channels=(16, 16)), conv.HALF_SPLIT[0], ""),
+]:
+    ONES[name] = functools.partial(conv_launch, shape, torch.bfloat16, config, more)
+ONES["finish"] = functools.partial(finish_launch, ONE, 4, torch.bfloat16, epilogue.FINISH_CANDIDATES[2])
+ONES["combine"] = functools.partial(
+    epilogue.combine, meta(1, 1, 4, 2, 1), meta(1, 1, 2, 1), blocks=Blocks.of(1, 1, 64, upsample=True)
+)

@@ -17,6 +17,7 @@ from fastdiff.program import STRIP
 
 CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
+ONES: dict[str, Callable[[], Launch]] = {}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
@@ -166,3 +167,11 @@ for config in norm.APPLY_CANDIDATES:
 for dtype in DTYPES:
     SHIPPED[f"apply {name_of(dtype)}"] = functools.partial(apply_launch, (64, 32, 32), (128,), dtype, True)
     SHIPPED[f"apply {name_of(dtype)} two"] = functools.partial(apply_launch, (1, 4, 4), (256, 256), dtype, False)
+
+ONES["statistics"] = functools.partial(statistics_launch, (1, 1, 1, 1), torch.bfloat16)
+for channels in ((1,), (1, 1)):
+    ONES[f"finalise {channels}"] = functools.partial(
+        norm.finalise, tuple(meta(1, 1, 2, 1) for _ in channels), meta(len(channels)), meta(len(channels)),
+        meta(1, 3, len(channels)), height=1, width=1, groups=1, eps=1.0, table=meta(1, 5), offset=1,
+    )  # fmt: skip
+    ONES[f"apply {channels}"] = functools.partial(apply_launch, (1, 1, 1), channels, torch.bfloat16, True)

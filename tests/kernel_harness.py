@@ -35,7 +35,8 @@ class Case:
     writes: which arguments it writes, with NaN in them where nothing may be read. Those of floats are compared with the
     reference in float64, the others to the bit. apart: a dimension of a written argument along which errors are of
     different kinds (mean, squares), and are not mixed. band: float32 roundings of the largest value that are allowed
-    beside the reference's own error: fast exponentials, sums in another order.
+    beside the reference's own error: fast exponentials, sums in another order. config None: what heuristics choose.
+    within: how far results may be off, where that is specified.
     """
 
     op: Callable[..., Launch]
@@ -43,7 +44,8 @@ class Case:
     writes: tuple[str, ...]
     apart: dict[str, int] = dataclasses.field(default_factory=dict)
     band: float = 4.0
-    config: Config | None = None  # None: what heuristics choose
+    config: Config | None = None
+    within: float | None = None
 
     def launch(self) -> Launch:
         return self.op(**self.arguments, config=self.config)
@@ -86,8 +88,8 @@ class Guarded:
     def check(self, name: str, written: bool) -> None:
         assert self.whole[~self.owned].eq(BYTE).all(), f"{name}: written out of bounds"
         if not written:
-            same = self.tensor.contiguous().view(torch.uint8).eq(self.values.contiguous().view(torch.uint8))
-            assert same.all(), f"{name} was written to"
+            now, then = (v.flatten().clone().view(torch.uint8) for v in (self.tensor, self.values))
+            assert torch.equal(now, then), f"{name} was written to"
 
 
 def guard(value: Any, guards: list[Guarded]) -> Any:
@@ -124,8 +126,11 @@ def check(case: Case) -> dict[str, float]:
         got, best, plain = (arguments[name], exact.arguments[name], single.arguments[name])
         if not got.is_floating_point():
             assert torch.equal(got, plain), f"{name}: {got} is not {plain}"
+            shares[name] = 0.0
             continue
         shares[name] = compare(name, got, best, plain, case.apart.get(name), case.band)
+        if case.within is not None:
+            assert (got - best).abs().max() <= case.within, f"{name}: off by more than {case.within}"
     return shares
 
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
 
 import triton
-from kernel_cases import CASES, SHIPPED, TENSOR_CORES
+from kernel_cases import CASES, ONES, SHIPPED, TENSOR_CORES
 from kernel_harness import TARGETS, compiled
 
 from fastdiff.kernels.launch import Launch
@@ -34,6 +34,12 @@ def test_compiles_without_spills(folder, name, capability):
     assert binary.shared <= SHARED[capability]
     if launch.op in TENSOR_CORES:
         assert binary.tensor_cores(capability), f"no {capability} tensor-core instruction"
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_compiles_where_sizes_are_ones(folder, name):
+    """Arguments of 1 are constants to the compiler, which have no methods; the interpreter does not show that."""
+    assert compiled(ONES[name](), 90, folder).stack == 0
 
 
 def test_everything_is_both_interpreted_and_compiled():

@@ -54,10 +54,10 @@ def _either(first, second, strip, c, mask, C0, C1, TWO: tl.constexpr):
 
 @triton.jit
 def _finalise(
-    first, second, gamma, beta, table, entry, norm, height, width, C0, C1, size, eps, offset, stride,
+    first, second, gamma, beta, table, entry, norm, height, width, C0, C1, size, total, eps, offset, stride,
     STRIP: tl.constexpr, TWO: tl.constexpr, STRIPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, groups). table None: no modulation; entry None: row i's is its own."""
+    """Grid: (rows, groups). total: numbers in a group. table None: no modulation; entry None: row i's is its own."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     C = C0 + C1
     strips = tl.cdiv(height, STRIP)
@@ -68,7 +68,6 @@ def _finalise(
     c = (group * size + i)[None, :]
     # Means are summed as differences from one of them, so that a large mean costs no digits.
     origin = tl.sum(tl.sum(_either(first, second, 0, c, i[None, :] == 0, C0, C1, TWO), axis=1), axis=0)
-    total = (height * width).to(tl.float32) * size
     sums = tl.zeros([STRIPS, SIZE], tl.float32)
     for begin in range(0, strips, STRIPS):
         s = (begin + tl.arange(0, STRIPS))[:, None]
@@ -147,7 +146,8 @@ def finalise(
         arguments={
             "first": statistics[0], "second": statistics[1] if C1 else None, "gamma": gamma, "beta": beta,
             "table": table, "entry": entry, "norm": norm, "height": height, "width": width, "C0": C0, "C1": C1,
-            "size": size, "eps": eps, "offset": offset, "stride": 0 if table is None else table.stride(0),
+            "size": size, "total": float(height * width * size), "eps": eps, "offset": offset,
+            "stride": 0 if table is None else table.stride(0),
             "STRIP": STRIP, "TWO": C1 > 0, "STRIPS": min(power_of_two(strips), max(1, config.elements // block)),
             "SIZE": block,
         },
