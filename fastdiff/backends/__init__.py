@@ -24,6 +24,7 @@ class Spec:
     """What a runner is prepared for: ``batch`` images of ``shape`` (C, H, W), the network in ``dtype`` on ``device``.
 
     null_label: the label of the unconditional half of a guided step; None where the network cannot be guided.
+    tables, rows: room for tables in a CUDA graph; a state that needs more has the graph captured again.
     fast: bfloat16 may round more for speed, where a backend can trade so (`native`).
     """
 
@@ -34,6 +35,8 @@ class Spec:
     null_label: int | None = None
     determinism: str = "seed"
     fast: bool = False
+    tables: int = 8
+    rows: int = 1024
 
 
 class Runner(Protocol):
