@@ -19,10 +19,9 @@ from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.noise import check_seed
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
+from fastdiff.solvers.codebases import FROM_MODEL, VARIANCES, Run
 from fastdiff.solvers.paths import late_start, looks_back, repaint, starting_at
 from fastdiff.solvers.walk import Schedule
-
-FROM_MODEL = "model"
 
 # Images are run in chunks whose activations take about this much; larger ones do not make a step faster.
 CHUNK_BYTES = 2 << 30
@@ -95,6 +94,7 @@ class Options:
     steps: int | None = None
     eta: float = 0.0
     variance: str | None = None
+    order: int | None = None
     spacing: str | Sequence[float] | None = None
     clip: float | str | None = FROM_MODEL
     seed: int | None = 0
@@ -112,6 +112,7 @@ class Options:
     repaint: tuple[int, int] | None = None
     guide: Guide | None = None
     guide_through: str = "x0"
+    compat: str | None = None
 
     @property
     def late(self) -> float | None:
@@ -145,6 +146,7 @@ class Request:
     mask: Tensor | None = None
     guide: Guide | None = None
     guide_through: str = "x0"
+    compat: str | None = None
 
     @property
     def chunks(self) -> list[range]:
@@ -256,21 +258,28 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
     if isinstance(o.solver, StepTable):
         given = {"eta": o.eta != 0.0, "variance": o.variance is not None, "spacing": o.spacing is not None}
         given |= {"steps": o.steps not in (None, o.solver.steps), "clip": o.clip != FROM_MODEL}
+        given |= {"order": o.order is not None, "compat": o.compat is not None}
         for name in (name for name, is_given in given.items() if is_given):
             raise InvalidArgument(f"{name}={getattr(o, name)!r} cannot change a StepTable; leave it out")
         return o.solver if o.late is None else starting_at(o.solver, late_start(o.solver, o.late))
     if o.solver not in SOLVERS:
         raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {', '.join(SOLVERS)}, or a StepTable")
     if o.solver == "auto":
+        for option in ("order", "compat"):
+            if getattr(o, option) is not None:
+                raise InvalidArgument(f"{option}={getattr(o, option)!r} needs a solver by name; 'auto' chooses all")
         guided = not np.all(np.asarray(o.guidance) == 1.0)
         steps = o.steps if o.spacing is None or isinstance(o.spacing, str) else len(o.spacing)
         name, length, own = auto(schedule, steps, guided)
         o = dataclasses.replace(o, steps=length)
     else:
         name, own = str(o.solver), {}
-    for option, (owner, is_given, instead) in OWNERS.items():
-        if is_given(o) and name != owner:
-            raise InvalidArgument(f"{option}={getattr(o, option)!r} belongs to solver {owner!r}, not {name!r}{instead}")
+    for option, (owners, is_given, instead) in OWNERS.items():
+        if is_given(o) and name not in owners:
+            owner = " or ".join(map(repr, owners))
+            raise InvalidArgument(f"{option}={getattr(o, option)!r} belongs to solver {owner}, not {name!r}{instead}")
+    if o.compat is not None:
+        return _of_code_base(o, name, schedule, prediction, config)
     clip, threshold = o.clip, None
     if isinstance(clip, str):
         if clip != FROM_MODEL:
@@ -284,7 +293,7 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
     common: dict[str, Any] = {"prediction": prediction, "clip": clip, "threshold": threshold, "spacing": spacing}
     if spacing == "leading":
         common["steps_offset"] = config.get("steps_offset", 0)
-    common |= own
+    common |= own if o.order is None else {"order": o.order}
     table = TABLES[name](schedule, o, config, common)
     if o.late is None:
         return table
@@ -296,6 +305,19 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
     spacing = later if isinstance(schedule, NoiseSchedule) else [schedule.sigma(t) for t in later]
     kept = {k: v for k, v in common.items() if k != "steps_offset"}
     return TABLES[name](schedule, dataclasses.replace(o, steps=None), config, {**kept, "spacing": spacing})
+
+
+def _of_code_base(o: Options, name: str, schedule: Schedule, prediction: str, config: Mapping[str, Any]) -> StepTable:
+    """The table of ``compat``, which may start late where that needs no other table."""
+    assert o.compat is not None
+    table = Run(
+        o.compat, name, schedule, prediction, config,
+        steps=o.steps, eta=o.eta, variance=o.variance, order=o.order, spacing=o.spacing, clip=o.clip,
+    ).table()  # fmt: skip
+    start = 0 if o.late is None else late_start(table, o.late)
+    if looks_back(table, start):
+        raise InvalidArgument(f"compat={o.compat!r}: {name}, a multi-step solver, cannot start late; leave compat out")
+    return starting_at(table, start)
 
 
 def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int | None, dict[str, Any]]:
@@ -328,11 +350,10 @@ def _ddim(schedule: Schedule, o: Options, config: Mapping[str, Any], common: dic
 
 
 def _ddpm(schedule: Schedule, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
-    names = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned_range"}
     named = config.get("variance_type", "fixed_small")
-    if o.variance is None and named not in names:
+    if o.variance is None and named not in VARIANCES:
         raise InvalidArgument(f"the model's variance_type {named!r} is not supported; give variance=")
-    return solvers.ddpm(schedule, o.steps, variance=o.variance or names[named], **common)
+    return solvers.ddpm(schedule, o.steps, variance=o.variance or VARIANCES[named], **common)
 
 
 def _lcm(schedule: Any, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
@@ -372,10 +393,11 @@ TABLES: dict[str, Build] = {
 }
 SOLVERS = ("auto", *TABLES)
 
-# Options of one solver: whose they are, whether they are given, and what another solver's noise is.
-OWNERS: dict[str, tuple[str, Callable[[Options], bool], str]] = {
-    "eta": ("ddim", lambda o: o.eta != 0.0, "; the noise of ddpm is variance"),
-    "variance": ("ddpm", lambda o: o.variance is not None, "; the noise of ddim is eta"),
+# Options of some solvers: whose they are, whether they are given, and what another solver has instead.
+OWNERS: dict[str, tuple[tuple[str, ...], Callable[[Options], bool], str]] = {
+    "eta": (("ddim",), lambda o: o.eta != 0.0, "; the noise of ddpm is variance"),
+    "variance": (("ddpm",), lambda o: o.variance is not None, "; the noise of ddim is eta"),
+    "order": (("unipc", "deis", "lms"), lambda o: o.order is not None, "; dpmpp_1 to dpmpp_3m say theirs"),
 }
 
 

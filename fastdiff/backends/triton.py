@@ -21,10 +21,11 @@ from fastdiff import update
 from fastdiff.backends import Runner, Spec
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
+from fastdiff.backends.native import EMBEDDING, alterations
 from fastdiff.backends.packing import fingerprint, layer
 from fastdiff.errors import BackendError
 from fastdiff.kernels.launch import Launch
-from fastdiff.lower import alterations, embed_timesteps, lower
+from fastdiff.lower import embed_classes, embed_timesteps, lower
 from fastdiff.plan import STATISTICS, plan
 from fastdiff.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.solvers.table import COLUMNS
@@ -34,7 +35,6 @@ from fastdiff.unet import UNet
 log = logging.getLogger("fastdiff")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VECTORS = ("emb", "projections")  # buffers of embeddings: float32 whatever the activations are
 
 
 def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
