@@ -506,8 +506,8 @@ class Sampler:
 
         They are copied anew for every chunk: fused optimizers and edits of ``.data`` leave no trace of a change.
         """
-        # The native engine rounds for itself, and better so: what it rounds are transformed weights.
-        dtype = torch.float32 if self.backend == "native" else self.dtype
+        # These round for themselves, and better so: what they round are transformed weights.
+        dtype = torch.float32 if self.backend in ("native", "triton") else self.dtype
         last = torch.channels_last if self.device.type == "cuda" else None  # there it takes kernels of its own
 
         def fits(p: Tensor) -> bool:

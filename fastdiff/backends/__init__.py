@@ -1,7 +1,7 @@
 """Backends: ways to run the network and the update.
 
 A backend prepares a network for a `Spec` and returns a `Runner`. `eager` and `compiled` wrap the module itself;
-`native` runs what `fastdiff.lower` makes of it.
+`native` and `triton` run what `fastdiff.lower` makes of it.
 An explicit backend never falls back: where it cannot run, `prepare` raises one `BackendError` that lists every reason.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from fastdiff.errors import InvalidArgument
 from fastdiff.state import State
 
-BACKENDS = ("eager", "compiled", "native")
+BACKENDS = ("eager", "compiled", "native", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,4 +76,8 @@ def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
         from fastdiff.backends import native
 
         return native.prepare(unet, spec)
+    if backend == "triton":
+        from fastdiff.backends import triton
+
+        return triton.prepare(unet, spec)
     raise InvalidArgument(f"backend={backend!r} is unknown; allowed: auto, {', '.join(BACKENDS)}")
