@@ -245,7 +245,8 @@ CHILD = """
 import json, sys
 import torch
 sys.path[:0] = [sys.argv[1]]
-from unets import TINY_CLASSES, random_unet
+from test_backends import MICRO_CLASSES
+from unets import random_unet
 from fastdiff import noise, solvers
 from fastdiff.backends import Spec
 from fastdiff.backends.triton import TritonSteps
@@ -258,7 +259,7 @@ x = noise.normal(torch.full_like(index, 5), index, torch.zeros_like(index), nois
 table = solvers.ddpm(NoiseSchedule(), 4)
 states = []
 for run in (Launch.__call__, lambda launch: launch.reference()):
-    steps = TritonSteps(random_unet(TINY_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
+    steps = TritonSteps(random_unet(MICRO_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
     state = State.create(x.clone(), TableBank([table], x.device), label=[3, 1], guidance=[2.0, 1.0])
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)
