@@ -61,7 +61,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     if type(unet) is not UNet:
         reasons.append(f"it runs fastdiff.UNet only, not {type(unet).__name__}")
     else:
-        reasons += _alterations(unet)
+        reasons += alterations(unet)
     if spec.device.type != "cpu":
         reasons.append(f"it runs on the CPU, not on {spec.device}")
     if spec.dtype not in (torch.float32, torch.bfloat16):
@@ -75,7 +75,7 @@ def _multiplies_bf16(native: ModuleType) -> bool:
     return (isa() or next(iter(native.isas()), "")) in native.bf16_isas()
 
 
-def _alterations(unet: UNet) -> list[str]:
+def alterations(unet: UNet) -> list[str]:
     """What of the module the program would not know of."""
     reasons = []
     if _structure(unet) != _described(unet.config):
