@@ -77,7 +77,7 @@ for H, W, channels, groups in [
     (1, 1, (6,), 2),
     (4, 4, (32,), 8),
     (5, 7, (20, 12), 4),  # its third group has channels of both sources
-    (9, 6, (48, 16), 32),
+    (9, 6, (48, 16), 16),
     (30, 2, (20, 4), 1),  # strips and channels in several blocks
 ]:
     for modulated, indexed in [(False, False), (True, False), (True, True)]:

@@ -110,7 +110,7 @@ def update_case(
     return Case(update.update, arguments, tuple(name for name in WRITES if arguments.get(name) is not None), band=8.0)
 
 
-for shape, dtype in itertools.product([(1, 1, 1), (3, 19, 19)], DTYPES):
+for shape, dtype in itertools.product([(1, 1, 1), (3, 11, 13)], DTYPES):
     for learned, guided in itertools.product((False, True), repeat=2):
         name = f"update {shape} {name_of(dtype)}" + " learned" * learned + " guided" * guided
         CASES[name] = functools.partial(
@@ -163,7 +163,7 @@ def noise_case(shape: tuple[int, ...], dtype: torch.dtype, stream: int) -> Case:
 for shape, stream in itertools.product([(1, 1, 1), (3, 19, 19)], (noise.UPDATE, noise.MASK)):
     CASES[f"words {shape} stream {stream}"] = functools.partial(noise_case, shape, torch.int32, stream)
     CASES[f"normals {shape} stream {stream}"] = functools.partial(noise_case, shape, torch.float32, stream)
-CASES["normals, many"] = functools.partial(noise_case, (3, 64, 64), torch.float32, noise.INITIAL)
+CASES["normals, many"] = functools.partial(noise_case, (3, 30, 31), torch.float32, noise.INITIAL)
 for config in kernel.CANDIDATES:
     build = functools.partial(noise_case, (3, 19, 19), torch.float32, noise.UPDATE)
     CASES[f"normals in {config}"] = functools.partial(configured, build, config)

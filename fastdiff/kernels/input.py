@@ -34,7 +34,7 @@ class InputConfig(Config):
 
 
 CANDIDATES = (
-    InputConfig(num_warps=4, num_stages=1, pixels=256),
+    InputConfig(num_warps=4, num_stages=1, pixels=128),
     InputConfig(num_warps=2, num_stages=1, pixels=64),
 )
 
