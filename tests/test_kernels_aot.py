@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
 
 import triton
-from kernel_cases import CASES, ONES, SHIPPED, TENSOR_CORES
+from kernel_cases import CASES, ONES, SHIPPED, SLOW, TENSOR_CORES
 from kernel_harness import TARGETS, compiled
 
 from fastdiff.kernels.launch import Launch
@@ -24,8 +24,14 @@ def folder(tmp_path_factory):
         yield path
 
 
-@pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize("name", SHIPPED)
+def marks(name: str, capability: int) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if name in SLOW and capability != 90 else []
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [pytest.param(name, target, marks=marks(name, target)) for name in SHIPPED for target in TARGETS],
+)
 def test_compiles_without_spills(folder, name, capability):
     launch = SHIPPED[name]()
     binary = compiled(launch, capability, folder)

@@ -87,7 +87,7 @@ SINGLE = _configs(
 )
 # For maps so small that weights are what takes the time.
 HALF_SPLIT = _configs((4, 3, 64, 64, 64, 4), (4, 3, 64, 32, 64, 16))
-SINGLE_SPLIT = _configs((8, 3, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
+SINGLE_SPLIT = _configs((4, 2, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
 FEW = tl.constexpr(16)  # channels, below which a step takes several taps
 # Of float32: each product as three of TF32 numbers, high parts and remainders, which keeps 22 bits of the factors;
 # plain TF32 keeps 11.
@@ -96,14 +96,6 @@ CANDIDATES = (*HALF, *SINGLE)
 SPLIT_CANDIDATES = (*HALF_SPLIT, *SINGLE_SPLIT)
 
 # Kernel ---------------------------------------------------------------------------------------------------------------
-
-
-@triton.constexpr_function
-def _steps(kernel, channels, depth):
-    """Of ``depth`` products of an output each; taps of few channels share one."""
-    if channels < FEW:
-        return -(-kernel * kernel * channels // depth)
-    return kernel * kernel * -(-channels // depth)
 
 
 @triton.jit
@@ -153,8 +145,9 @@ def _conv(
     first, second, weight, more_weight, dst, bias, table, entry, residual, statistics,
     rows, source_H, source_W, H, W, N, columns, padding, offset, stride, factor,
     C0: tl.constexpr, C1: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PHASES: tl.constexpr,
-    SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr, PRECISION: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    STEPS0: tl.constexpr, STEPS1: tl.constexpr, SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
+    PRECISION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of pixels x channels, splits x phases). H, W: of dst or, where it has phases, of one of them.
 
@@ -175,19 +168,17 @@ def _conv(
         top = y * STRIDE - padding
         left = x * STRIDE - padding
     # Steps are shared out; those of the second source follow the first's.
-    steps0: tl.constexpr = _steps(KERNEL, C0, DEPTH)
-    steps1: tl.constexpr = _steps(KERNEL, C1, DEPTH)
-    share: tl.constexpr = (steps0 + steps1 + SPLITS - 1) // SPLITS
+    share: tl.constexpr = (STEPS0 + STEPS1 + SPLITS - 1) // SPLITS
     begin = split * share
     end = begin + share
     acc = tl.zeros([SIZE, CHANNELS], tl.float32)
     acc = _accumulate(
-        acc, first, weight, tl.minimum(begin, steps0), tl.minimum(end, steps0), row, top, left, exists, c,
+        acc, first, weight, tl.minimum(begin, STEPS0), tl.minimum(end, STEPS0), row, top, left, exists, c,
         source_H, source_W, columns, C0, KERNEL, DEPTH, PRECISION,
     )  # fmt: skip
     if C1 > 0:
         acc = _accumulate(
-            acc, second, more_weight, tl.maximum(begin - steps0, 0), tl.minimum(end - steps0, steps1), row, top, left,
+            acc, second, more_weight, tl.maximum(begin - STEPS0, 0), tl.minimum(end - STEPS0, STEPS1), row, top, left,
             exists, c, source_H, source_W, columns, C1, KERNEL, DEPTH, PRECISION,
         )  # fmt: skip
     if SPLITS > 1:
@@ -263,8 +254,14 @@ class Problem:
         blocks = self.blocks(config)
         return cdiv(blocks.count(self.rows), config.pixels // blocks.pixels) * cdiv(self.N, config.channels)
 
-    def steps(self, config: ConvConfig) -> int:
-        return sum(_steps(self.kernel, C, config.depth) for C in self.channels)
+    def steps(self, config: ConvConfig) -> tuple[int, int]:
+        """With each source: each is of one tap; where channels are few, of as many as ``depth`` holds."""
+
+        def number(C: int) -> int:
+            taps = self.kernel**2
+            return cdiv(taps * C, config.depth) if C < FEW else taps * cdiv(C, config.depth)
+
+        return number(self.channels[0]), number(self.channels[1])
 
     def heuristic(self, splits: bool) -> ConvConfig:
         """The largest tile that gives every multiprocessor one, without much of it empty. Where none does and
@@ -278,7 +275,7 @@ class Problem:
         for config in fitting:
             if self.tiles(config) * self.phases >= self.device.processors:
                 return config
-        useful = [config for config in split if self.steps(config) >= 2 * config.splits] if splits else []
+        useful = [config for config in split if sum(self.steps(config)) >= 2 * config.splits] if splits else []
         return min(
             (*useful, fitting[-1]),
             key=lambda config: abs(math.log(self.tiles(config) * self.phases * config.splits / self.device.processors)),
@@ -298,6 +295,7 @@ class Problem:
     ) -> dict[str, Any]:
         """The kernel's, with nothing to finish."""
         blocks = self.blocks(config)
+        steps0, steps1 = self.steps(config)
         return {
             "first": src[0], "second": src[1] if len(src) == 2 else None, "weight": weight[0],
             "more_weight": weight[1] if len(src) == 2 else None, "dst": dst, "bias": None, "table": None,
@@ -305,8 +303,9 @@ class Problem:
             "source_W": self.source[1], "H": self.H, "W": self.W, "N": self.N, "columns": weight[0].shape[3],
             "padding": padding, "offset": 0, "stride": 0, "factor": 1.0, "C0": self.channels[0],
             "C1": self.channels[1], "KERNEL": self.kernel, "STRIDE": self.stride, "PHASES": self.phases,
-            "SPLITS": config.splits, "SHIFT": 0, "NCHW": False, "PRECISION": PRECISION, "HEIGHT": blocks.height,
-            "WIDTH": blocks.width, "SIZE": config.pixels, "CHANNELS": config.channels, "DEPTH": config.depth,
+            "STEPS0": steps0, "STEPS1": steps1, "SPLITS": config.splits, "SHIFT": 0, "NCHW": False,
+            "PRECISION": PRECISION, "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
+            "CHANNELS": config.channels, "DEPTH": config.depth,
         }  # fmt: skip
 
 
@@ -417,7 +416,7 @@ def product_reference(
 def _partial_reference(
     src: Sequence[Tensor], weight: Sequence[Tensor], sums: Tensor, stride: int, padding: int, depth: int
 ) -> None:
-    steps = []  # of every row of the weights
+    steps: list[Tensor] = []  # of every row of the weights
     for part in weight:
         _, taps, C, _ = part.shape
         k = torch.arange(taps * C)
