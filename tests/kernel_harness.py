@@ -74,7 +74,7 @@ class Guarded:
             1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True)) if values.numel() else 0
         )
         size = extent * values.element_size()
-        self.whole = torch.full((2 * GUARD + size,), BYTE, dtype=torch.uint8)
+        self.whole = torch.full((2 * GUARD + size,), BYTE, dtype=torch.uint8, device=values.device)
         inner = self.whole[GUARD : GUARD + size].view(values.dtype)
         self.tensor = inner.as_strided(values.shape, values.stride(), inner.storage_offset())
         self.tensor.copy_(values)
