@@ -253,7 +253,7 @@ class CubeSums:
 def _products(x: Tensor) -> Tensor:
     """x_i x_j for i <= j, times sqrt 2 for i < j: [n, F] -> [n, F (F + 1) / 2]."""
     i, j = torch.triu_indices(x.shape[1], x.shape[1])
-    return x[:, i] * x[:, j] * torch.where(i < j, math.sqrt(2.0), 1.0).double()
+    return x[:, i] * x[:, j] * torch.where(i < j, 2.0, 1.0).double().sqrt()
 
 
 def _cubes(x: Tensor, y: Tensor) -> Tensor:
