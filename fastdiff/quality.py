@@ -15,14 +15,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastdiff import inception
+from fastdiff.classifier import Classifier
 from fastdiff.errors import InvalidArgument, NumericsError
+from fastdiff.weights import TORCH_SUFFIXES
 
 BLOCK = 2048  # rows of a matrix of distances that are in memory at a time
 GROUPS = 50  # of generated images, for intervals
+SUBSETS = 10  # of generated images, for the interval of recall
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 Z = 1.959963984540054  # P(|N(0, 1)| < Z) = 0.95
 
@@ -71,6 +76,33 @@ def measure(generated: Tensor, reference: Reference | Tensor) -> dict[str, Estim
         "kernel": kernel_interval(generated, reference),
         **dict(zip(("precision", "recall"), precision_recall_intervals(reference.features, generated), strict=True)),
     }
+
+
+# Features -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """Images, float32 [N, C, H, W] in [-1, 1], to features, float32 [N, F] on the CPU."""
+
+    network: Classifier | inception.Inception
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch_size: int = 100) -> Tensor:
+        network = self.network
+        extract = network.features if isinstance(network, Classifier) else network
+        return torch.cat([extract(batch.to(self.device)).float().cpu() for batch in images.split(batch_size)])
+
+
+def features(name: str | Path = "fashion-mnist", device: str | torch.device = "cpu") -> Extractor:
+    """The features of a network: F = 96 of a classifier, by a built-in model's name or its file, for 1x32x32 images; or
+    F = 2048 of Inception-v3, by a PyTorch file (.pth, .pt) of its weights, for any images (see `fastdiff.inception`).
+
+    Raises `CheckpointError` naming the file and what is wrong with it.
+    """
+    network = inception.load(name) if Path(name).suffix.lower() in TORCH_SUFFIXES else Classifier.load(name)
+    return Extractor(network.to(device), torch.device(device))
 
 
 # Frechet distance -----------------------------------------------------------------------------------------------------
@@ -150,7 +182,8 @@ def _frechet(a: Moments, b: Moments) -> tuple[float, Tensor, Tensor]:
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """The unbiased squared maximum mean discrepancy with a cubic kernel (KID, on Inception's features).
 
-        d = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j),   k(x, y) = (x . y / F + 1)^3
+        d = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
+        k(x, y) = (x . y / F + 1)^3
 
     Binkowski et al. 2018, sections 3 and 4. It is about 0, of either sign, where the sets are alike, whatever their
     sizes. a [N, F], b [M, F], N and M at least 2; over all pairs, where KID is often of random subsets.
@@ -159,7 +192,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_interval(generated: Tensor, reference: Reference) -> Estimate:
-    """`kernel_distance` and its interval: its derivatives are L(x) = 2 mean_a k(x, a) - 2 mean_b k(x, b) and Q = 2 k."""
+    """`kernel_distance` and its interval, with the derivatives L(x) = 2 mean_a k(x, a) - 2 mean_b k(x, b), Q = 2 k."""
     value, pairs, crosses = _kernel(_checked(generated, "generated"), reference, GROUPS)
     g = len(pairs)
     centred = pairs - pairs.mean(0) - pairs.mean(1, keepdim=True) + pairs.mean()
@@ -185,7 +218,7 @@ def _kernel(a: Tensor, reference: Reference, groups: int) -> tuple[float, Tensor
 class CubeSums:
     """The sums of x, x x and x x x (tensor products) over a set, which are all that sums of k over it depend on.
 
-        (x . y / F + 1)^3 = 1 + 3 x . y / F + 3 (x . y)^2 / F^2 + (x . y)^3 / F^3,      (x . y)^p = (x ... x) . (y ... y)
+        (x . y / F + 1)^3 = 1 + 3 x . y / F + 3 (x . y)^2 / F^2 + (x . y)^3 / F^3,    (x . y)^p = (x ... x) . (y ... y)
 
     The products x_i x_j are kept for i <= j only, those of i < j times sqrt 2: first [F], second [F (F + 1) / 2], third
     [F (F + 1) / 2, F].
@@ -270,8 +303,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[f
 def precision_recall_intervals(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[Estimate, Estimate]:
     """`precision_recall` and the intervals of both.
 
-    A fake is among the reals or not; the intervals of precision are those of a share. Recall is computed anew without
-    each group of fakes, with the larger r that those leave behind (the delete-a-group jackknife).
+    A fake is among the reals or not; the intervals of precision are those of a share. Recall is no such mean: how it
+    varies with the fakes is taken from `SUBSETS` disjoint subsets of them, each held against subsets of the reals of
+    its own size. (A jackknife says up to twice too much: whether a real is covered depends on several fakes together.)
     """
     real, fake = _checked(real, "real"), _checked(fake, "fake")
     if real.shape[1] != fake.shape[1]:
@@ -284,33 +318,23 @@ def precision_recall_intervals(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) 
     real, fake = real - centre, fake - centre
     slack = 1e-13 * max(real.square().sum(1).max().item(), fake.square().sum(1).max().item())
 
-    member = torch.cat([torch.full((len(x),), i) for i, x in enumerate(_groups(fake))])
-    groups = int(member[-1]) + 1
-    near, at = _nearest(fake, k + 12)
-    radius = near[:, k - 1] + slack
-    real_radius = _nearest(real, k)[0][:, k - 1] + slack
-    # The fakes whose r grows when a group goes, and what it grows to; 12 more neighbours are enough for all but freaks.
-    grown: list[tuple[Tensor, Tensor]] = []
-    for g in range(groups):
-        gone = member[at] == g
-        touched = torch.nonzero(gone[:, :k].any(1) & (member != g))[:, 0]
-        order = (~gone[touched]).cumsum(1).eq(k).int().argmax(1)
-        order[(~gone[touched]).sum(1) < k] = near.shape[1] - 1
-        grown.append((touched, near[touched].gather(1, order[:, None])[:, 0] + slack))
-    among, covered, without = torch.zeros(n, dtype=torch.bool), 0, torch.zeros(groups, dtype=torch.float64)
-    one_hot = torch.nn.functional.one_hot(member).float()
+    radius, real_radius = _radii(fake, k) + slack, _radii(real, k) + slack
+    among, covered = torch.zeros(n, dtype=torch.bool), 0
     for block, r in zip(_rows(real), _rows(real_radius), strict=True):
         squares = _squares(block, fake)
         among |= (squares <= r[:, None]).any(0)
-        inside = squares <= radius
-        by_group = inside.float() @ one_hot
-        total = by_group.sum(1)
-        covered += int((total > 0).sum())
-        for g, (touched, larger) in enumerate(grown):
-            still = total > by_group[:, g]
-            still |= (squares[:, touched] <= larger).any(1)
-            without[g] += still.sum()
-    deviation = ((groups - 1) / groups * (without / n - without.mean() / n).square().sum()).sqrt().item()
+        covered += int((squares <= radius).any(1).sum())
+
+    subsets = min(SUBSETS, n // (4 * k))
+    deviation = math.inf
+    if subsets > 1:
+        columns = real[torch.randperm(n, generator=torch.Generator().manual_seed(1))].tensor_split(subsets)
+        recalls = torch.empty(subsets, subsets, dtype=torch.float64)
+        for i, some in enumerate(fake.tensor_split(subsets)):
+            r = _radii(some, k) + slack
+            for j, column in enumerate(columns):
+                recalls[i, j] = (_squares(column, some) <= r).any(1).double().mean()
+        deviation = (recalls.var(0).mean() / subsets).sqrt().item()
     return share_interval(among), _share(covered / n, deviation, n)
 
 
@@ -321,16 +345,15 @@ def thinned(x: Tensor, n: int) -> Tensor:
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n].sort().values]
 
 
-def _nearest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances to the k nearest other rows of x [n, F] (all where k >= n), rising, and which they are."""
+def _radii(x: Tensor, k: int) -> Tensor:
+    """Of each row of x [n, F] the squared distance to the k-th nearest other row."""
     found, start = [], 0
     for block in _rows(x):
-        squares = _squares(block, x)
-        rows = torch.arange(len(block))
+        squares, rows = _squares(block, x), torch.arange(len(block))
         squares[rows, rows + start] = math.inf
-        found.append(squares.topk(min(k, len(x) - 1), largest=False))
+        found.append(squares.topk(k, largest=False).values[:, -1])
         start += len(block)
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    return torch.cat(found)
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
@@ -359,6 +382,8 @@ def _share(p: float, deviation: float, n: int) -> Estimate:
 
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),      n = p (1 - p) / deviation^2
     """
+    if math.isinf(deviation):
+        return Estimate(p, 0.0, 1.0)
     m = p * (1 - p) / deviation**2 if deviation > 0 and 0 < p < 1 else n
     spread = Z * math.sqrt(p * (1 - p) / m + (Z / (2 * m)) ** 2)
     centre, scale = p + Z**2 / (2 * m), 1 + Z**2 / m
