@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 Entry = dict[str, Any]
+
+MOST = 10  # network evaluations of what is held against the reference
+ALLOWED = 1.1  # times its distance
 
 
 def front(points: Sequence[tuple[float, ...]]) -> list[bool]:
@@ -33,59 +36,59 @@ def mark_front(entries: Sequence[Entry]) -> None:
         entry["front"] = on_front
 
 
-def nearest(entries: Sequence[Entry], reference: str, most: int = 10, allowed: float = 1.1) -> Entry | None:
-    """The point of at most ``most`` network evaluations that comes nearest to the reference's distance at equal n, and
-    the shortest within ``allowed`` times that distance; of plain points alone, too. None without the reference.
-    """
-    target = next((e for e in entries if e["name"] == reference), None)
-    if target is None:
-        return None
-    goal = target["at_n"]["frechet"]["value"]
+def nearest(
+    goal: Mapping[str, float],
+    distances: Mapping[str, Mapping[str, float]],
+    nfes: Mapping[str, int],
+    plain: Collection[str],
+) -> Entry:
+    """How near points of at most `MOST` network evaluations come to the reference's distance, all at equal n.
 
-    def of(candidates: list[Entry]) -> Entry | None:
-        if not candidates:
+    goal, distances: {"value", "low", "high"}. Of all points, and of the ``plain`` (unguided) ones alone: the one with
+    the lowest distance, and the shortest within `ALLOWED` times the reference's.
+    """
+
+    def of(names: list[str]) -> Entry | None:
+        if not names:
             return None
-        distances = {e["name"]: e["at_n"]["frechet"]["value"] / goal for e in candidates}
-        lowest = min(distances, key=lambda name: distances[name])
-        good = [e for e in candidates if distances[e["name"]] <= allowed]
-        shortest = min(good, key=lambda e: (e["nfe"], distances[e["name"]]), default=None)
+        ratio = {name: distances[name]["value"] / goal["value"] for name in names}
+        lowest = min(names, key=lambda name: ratio[name])
+        shortest = min(
+            (m for m in names if ratio[m] <= ALLOWED), key=lambda name: (nfes[name], ratio[name]), default=None
+        )
         return {
-            "lowest": {"name": lowest, "ratio": distances[lowest]},
-            "shortest_within": None
-            if shortest is None
-            else {"name": shortest["name"], "nfe": shortest["nfe"], "ratio": distances[shortest["name"]]},
+            key: None if name is None else {"name": name, "nfe": nfes[name], "ratio": ratio[name]}
+            for key, name in (("lowest", lowest), ("shortest_within", shortest))
         }
 
-    short = [e for e in entries if e["nfe"] <= most and e["name"] != reference]
-    plain = [e for e in short if e["options"].get("guidance", 1.0) == 1.0]
     return {
-        "reference": reference,
-        "distance": goal,
-        "most_nfe": most,
-        "allowed_ratio": allowed,
-        "any": of(short),
-        "plain": of(plain),
+        "distance": dict(goal),
+        "most_nfe": MOST,
+        "allowed_ratio": ALLOWED,
+        "any": of(list(distances)),
+        "plain": of([name for name in distances if name in plain]),
     }
 
 
 def say_nearest(found: Entry | None) -> Iterator[str]:
     """`nearest` in words."""
     if found is None:
-        yield "the reference, ddpm in all timesteps, is not among the points, so nothing is compared with it"
+        yield "the reference, ddpm in all timesteps, is not there yet, so nothing is compared with it"
         return
-    name, most = found["reference"], found["most_nfe"]
-    for what, where in (("any", ""), ("plain", " without guidance")):
-        of = found[what]
+    name = f"the distance of {found['reference']} at n={found['n']}"
+    for of, where in ((found["any"], "any guidance"), (found["plain"], "no guidance")):
         if of is None:
             continue
-        if of["shortest_within"] is not None:
-            best = of["shortest_within"]
-            yield f"{best['name']}{where} is at {best['ratio']:.2f} times the distance of {name}: within 10 % of it"
-        else:
-            best = of["lowest"]
+        best, lowest = of["shortest_within"], of["lowest"]
+        if best is not None:
             yield (
-                f"NO setting{where} with {most} evaluations or fewer is within 10 % of the distance of {name}; the "
-                f"nearest is {best['name']}, at {best['ratio']:.2f} times"
+                f"{where}: {best['name']} is at {best['ratio']:.2f} times {name}, within 10 %; the lowest of at most "
+                f"{MOST} evaluations is {lowest['name']}, at {lowest['ratio']:.2f} times"
+            )
+        else:
+            yield (
+                f"{where}: NO setting of at most {MOST} evaluations is within 10 % of {name}; the nearest is "
+                f"{lowest['name']}, at {lowest['ratio']:.2f} times"
             )
 
 
@@ -119,6 +122,18 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _interval(e: Mapping[str, float]) -> str:
     return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+
+
+def say_peer(peer: Entry | None) -> Iterator[str]:
+    """The peer and the ratios in words."""
+    if peer is None:
+        return
+    yield (
+        f"{peer['loop']}: {peer['images_per_s']:.3g} images/s, from {peer['timed_steps']} timed steps of "
+        f"{peer['seconds_per_step']:.3g} s (batch {peer['batch']}, {peer['memory_format']})"
+    )
+    for name, ratio in peer["ratios"].items():
+        yield f"{name}: {ratio:.0f} times as many images/s"
 
 
 def for_model(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -11,14 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from fastdiff import __version__, measured, parts
+from fastdiff import __version__, evaluation, measured, parts, request
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.files import atomic_path, write_text
-from fastdiff.quality import Reference, measure
+from fastdiff.evaluation import Real
+from fastdiff.files import write_text
+from fastdiff.quality import Extractor, Reference, features, measure
 from fastdiff.sampler import Sampler
 from fastdiff.trilemma import report, speed
 from fastdiff.trilemma.plan import FEW, Planned
@@ -26,23 +26,35 @@ from fastdiff.weights import fingerprint, read_json
 
 log = logging.getLogger("fastdiff")
 
-Extract = Callable[[Tensor], Tensor]  # uint8 [N, C, H, W] -> features [N, F]
 Say = Callable[[str], None]
 SEED = 0
+MIN_IMAGES = evaluation.MIN_IMAGES
+MIN_REFERENCE = 500  # images of the reference below which nothing is compared with it
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """What samples are measured by: features, the real images that they are compared with, and others like those.
+    """What samples are measured by: a network's features, real images, and held-out ones like those, or None.
 
-    real, held_out: uint8 [N, C, H, W]; held_out may be None. name, data: what features and images are, in words.
+    images: uint8 [N, C, H, W]. name, data: what the features and the images are, in words.
     """
 
-    extract: Extract
+    extract: Extractor
     name: str
-    real: Tensor
-    held_out: Tensor | None
+    real: Real
     data: str
+
+    @classmethod
+    def of(
+        cls, sampler: Sampler, model: str, data: Path | None, held_out: Path | None, fit: str | None, features_of: str
+    ) -> Judge:
+        """As `evaluation.evaluate` takes them; what is missing or does not fit is named by the same errors."""
+        found = evaluation.find_data(data, model)
+        extract = features(features_of, sampler.device)
+        shape = (sampler.info.channels, *request.image_size(1, None, sampler.info))
+        evaluation.check_judges(extract, features_of, shape, model)
+        real = evaluation.load_real(found, held_out, shape, fit)
+        return cls(extract, features_of, real, str(found))
 
 
 def draw(sampler: Sampler, out: Path, points: Sequence[Planned], batch: int | None, say: Say) -> None:
@@ -112,33 +124,25 @@ def duration(seconds: float) -> str:
 class Measurer:
     """Measures points once: results lie beside the images, and hold for the same judge only."""
 
-    def __init__(self, judge: Judge, out: Path) -> None:
-        self.judge = judge
-        self.out = out
-        self.of = hashlib.sha256(judge.real.numpy().tobytes() + judge.name.encode()).hexdigest()
-        self._reference: Reference | None = None
+    def __init__(self, judge: Judge, out: Path, say: Say) -> None:
+        self.judge, self.out, self.say = judge, out, say
+        self.of = hashlib.sha256(
+            judge.real.images.numpy().tobytes() + parts.fingerprint(judge.extract.network).encode()
+        ).hexdigest()
 
-    @property
+    @functools.cached_property
     def reference(self) -> Reference:
-        """The real images' features, kept in ``reference.npz``."""
-        if self._reference is None:
-            path = self.out / "reference.npz"
-            features = self._kept(path)
-            if features is None:
-                features = self.judge.extract(self.judge.real)
-                with atomic_path(path) as temporary:
-                    np.savez(temporary, features=features.float().numpy(), of=np.str_(self.of))
-            self._reference = Reference(features.float())
-        return self._reference
+        """The real images' features; it takes a minute, and only points that are not measured yet ask for it."""
+        return Reference(self.features(self.judge.real.images))
 
-    def _kept(self, path: Path) -> Tensor | None:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if str(file["of"]) == self.of and len(file["features"]) == len(self.judge.real):
-                    return torch.from_numpy(file["features"])
-        except (OSError, ValueError, KeyError):
-            pass
-        return None
+    def features(self, images: Tensor) -> Tensor:
+        """Features of uint8 images, kept in OUT/features."""
+
+        def progress(done: int, total: int) -> None:
+            if done and not done % 10_000:
+                self.say(f"features of {done} of {total} images")
+
+        return evaluation.cached_features(self.judge.extract, images, self.out / "features", progress)
 
     def point(self, p: Planned, n: int) -> dict[str, Any]:
         """The measurements of a point's first n images: {"frechet": {"value", "low", "high"}, ...}."""
@@ -146,7 +150,7 @@ class Measurer:
 
     def floor(self, n: int) -> dict[str, Any] | None:
         """The same of the first n held-out images: as near as images get, in this number."""
-        held_out = self.judge.held_out
+        held_out = self.judge.real.held_out
         if held_out is None or len(held_out) < n:
             return None
         return self._once(self.out / "floor.json", n, lambda: held_out[:n])
@@ -161,7 +165,7 @@ class Measurer:
         if kept.get("of") != self.of:
             kept = {"of": self.of, "n": {}}
         if str(n) not in kept["n"]:
-            estimates = measure(self.judge.extract(images()), self.reference)
+            estimates = measure(self.features(images()), self.reference)
             kept["n"][str(n)] = {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
             write_text(path, json.dumps(kept, indent=1) + "\n")
         return kept["n"][str(n)]
@@ -184,7 +188,7 @@ def result(
     Distances are compared at n images: of the plan's smallest points, or as many as every point has, if that is fewer.
     A point without n images is missing. `DataError` where no point is there.
     """
-    measurer = Measurer(judge, out)
+    measurer = Measurer(judge, out, say)
     n = min(p.n for p in points)
     counts = {p.name: drawn(out, p) for p in points}
     counts |= {p.name: counts[p.same_as] for p in points if p.same_as is not None}
@@ -231,7 +235,7 @@ def result(
         "floor": measurer.floor(n),
         "points": entries,
         "missing": [{"name": p.name, "images": counts[p.name], "of": p.n} for p in points if counts[p.name] < p.n],
-        "nearest": report.nearest(entries, "" if whole is None else whole.name),
+        "nearest": _nearest(measurer, entries, there, whole, counts, n),
     }
     if timed:
         say("timing the settings in turn; nothing else should run now")
@@ -250,6 +254,29 @@ def result(
     return found
 
 
+def _nearest(
+    measurer: Measurer,
+    entries: Sequence[dict[str, Any]],
+    there: Sequence[Planned],
+    whole: Planned | None,
+    counts: dict[str, int],
+    n: int,
+) -> dict[str, Any] | None:
+    """`report.nearest`, at as many images as the reference has, if those are fewer than n."""
+    if whole is None or counts[whole.name] < min(n, MIN_REFERENCE):
+        return None
+    n = min(n, counts[whole.name])
+    goal = measurer.point(whole, n)["frechet"]
+    distances = {
+        p.name: measurer.point(p, n)["frechet"]
+        for p in there
+        if p.nfe <= report.MOST and p.same_as is None and p.name != whole.name
+    }
+    plain = {p.name for p in there if not p.guided}
+    nfes = {e["name"]: e["nfe"] for e in entries}
+    return {"reference": whole.name, "n": n, **report.nearest(goal, distances, nfes, plain)}
+
+
 def against(other: dict[str, Any], entries: Sequence[dict[str, Any]], nearest: dict[str, Any] | None) -> dict[str, Any]:
     """The peer with the ratios: images/s of the shortest points within 10 % of the reference's distance, over its."""
     ratios = {}
@@ -262,9 +289,13 @@ def against(other: dict[str, Any], entries: Sequence[dict[str, Any]], nearest: d
     return {**other, "ratios": ratios}
 
 
-def install(found: dict[str, Any], path: Path) -> Path:
-    """Write what `Sampler.sample` goes by into a model's folder."""
-    if not path.is_dir():
-        raise InvalidArgument(f"--install: {path} is no folder, so measurements cannot be kept with the model")
-    write_text(path / measured.NAME, json.dumps(report.for_model(found), indent=1) + "\n")
-    return path / measured.NAME
+def install(found: dict[str, Any], sampler: Sampler) -> Path:
+    """Write what `Sampler.sample` goes by into the sampler's model folder; `InvalidArgument` where it has none."""
+    path = sampler._measured_at
+    if path is None:
+        raise InvalidArgument("--install: the model is no folder, so measurements cannot be kept with it")
+    brief = report.for_model(found)
+    points = ",\n  ".join(json.dumps(point) for point in brief.pop("points"))  # a line each
+    head = json.dumps(brief, indent=1).rstrip("\n}")
+    write_text(path, f'{head},\n "points": [\n  {points}\n ]\n}}\n')
+    return path

@@ -7,6 +7,7 @@ says nothing.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import itertools
@@ -94,12 +95,9 @@ def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) ->
     timesteps. Weights are random, which costs the same. What diffusers does not have is left out of its network, to its
     advantage: a class that joins the image becomes a class embedding.
 
-    Raises `InvalidArgument` where diffusers is missing, or the sampler runs elsewhere than on the CPU.
+    Raises `InvalidArgument` where diffusers is missing.
     """
-    try:
-        import diffusers
-    except ImportError as e:
-        raise InvalidArgument("--peer needs diffusers: pip install 'fastdiff[diffusers]'") from e
+    diffusers: Any = need_diffusers()
     network_class: Any = diffusers.UNet2DModel
     config: Any = sampler.unet.config
     own = config.to_dict()
@@ -148,6 +146,13 @@ def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) ->
         "images_per_s": images_per_s[batch, memory_format],
         "all_images_per_s": {f"{name}, batch {b}": v for (b, name), v in images_per_s.items()},
     }
+
+
+def need_diffusers() -> Any:
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as e:
+        raise InvalidArgument("--peer needs diffusers: pip install 'fastdiff[diffusers]'") from e
 
 
 def _scheduler(sampler: Sampler, scheduler: Any) -> dict[str, Any]:
