@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample | train | info | convert``. Nothing heavy is imported until a command runs."""
+"""The command line: ``fastdiff sample | train | info | convert | eval``. What is heavy waits until a command runs."""
 
 from __future__ import annotations
 
@@ -395,58 +395,6 @@ def info(
 
 
 @app.command()
-def convert(
-    src: Annotated[
-        str,
-        typer.Argument(metavar="SRC", help="A model: a folder, a file, or a built-in name."),
-    ],
-    dst: Annotated[
-        Path, typer.Argument(metavar="DST", help="A folder (diffusers), or a file: .safetensors, .pt, .ckpt.")
-    ],
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help="diffusers (a folder), safetensors (one file), or the tensors of an original code base: ddpm, openai, "
-            "openai-new, edm (default: by DST).",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Of SRC: a published model, as adm-imagenet-64; an unknown one lists all.")
-    ] = None,
-    flags: Annotated[
-        str | None, typer.Option(help="Of SRC, instead: its README's flags, as '--image_size 64 ...'.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a folder's weights, as fp16.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Which of a .pt's sets of weights (default: the averaged ones).")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a model in another format; not one bit of a tensor changes, so there and back gives what was there.
-
-    PyTorch files are read without running code in them.
-
-    Examples:
-
-    fastdiff convert fashion-mnist fashion.safetensors
-
-    fastdiff convert cifar10.ckpt cifar10 --preset ddpm-cifar10-32
-
-    fastdiff convert cifar10 back.ckpt --format ddpm
-    """
-    from fastdiff.convert import convert as run
-
-    result = run(src, dst, to=to, preset=preset, flags=flags, variant=variant, weights=weights)
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
-    if result["left_out"]:
-        print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
-
-
-@app.command()
 def trilemma(
     model: ModelArgument = "fashion-mnist",
     out: Annotated[
@@ -552,6 +500,132 @@ def trilemma(
         return
     for line in (*report.table(found), *report.say_nearest(found["nearest"]), *report.say_peer(found.get("peer"))):
         print(line)
+
+
+@app.command()
+def convert(
+    src: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A model: a folder, a file, or a built-in name."),
+    ],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="A folder (diffusers), or a file: .safetensors, .pt, .ckpt.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="diffusers (a folder), safetensors (one file), or the tensors of an original code base: ddpm, openai, "
+            "openai-new, edm (default: by DST).",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Of SRC: a published model, as adm-imagenet-64; an unknown one lists all.")
+    ] = None,
+    flags: Annotated[
+        str | None, typer.Option(help="Of SRC, instead: its README's flags, as '--image_size 64 ...'.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a folder's weights, as fp16.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Which of a .pt's sets of weights (default: the averaged ones).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model in another format; not one bit of a tensor changes, so there and back gives what was there.
+
+    PyTorch files are read without running code in them.
+
+    Examples:
+
+    fastdiff convert fashion-mnist fashion.safetensors
+
+    fastdiff convert cifar10.ckpt cifar10 --preset ddpm-cifar10-32
+
+    fastdiff convert cifar10 back.ckpt --format ddpm
+    """
+    from fastdiff.convert import convert as run
+
+    result = run(src, dst, to=to, preset=preset, flags=flags, variant=variant, weights=weights)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
+    if result["left_out"]:
+        print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
+
+
+@app.command(name="eval")
+def eval_(
+    model: ModelArgument = "fashion-mnist",
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", help="How many images (default: 5000; with --samples: all).")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real images: a folder, an .npz, an IDX file, or a folder with MNIST's four files "
+            "(default: Fashion-MNIST, where it is installed)."
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Real images that the model never saw, to compare with (default: MNIST's test files)."),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="crop or pad real images to the size (default: pad MNIST's files, else crop).")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Judge these images instead of MODEL's: an .npz, or a folder.")
+    ] = None,
+    features: Annotated[
+        str,
+        typer.Option(help="Whose: fashion-mnist, a classifier's file, or a .pth of Inception's weights."),
+    ] = "fashion-mnist",
+    solver: Annotated[str, typer.Option(help=SOLVER_HELP)] = "ddim",
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the solver (default: 50; ddpm: all timesteps; auto: 20; lcm: 4).")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")] = 0.0,
+    variance: Annotated[str | None, typer.Option(help="Noise of ddpm: posterior, beta, none, learned_range.")] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(help="trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only; its class is i mod classes.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")] = None,
+    backend: Annotated[str, typer.Option(help="auto, native, eager or compiled.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for images, features and report.json; a later run goes on.")
+    ] = Path("out/eval"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how good a model's samples are: Frechet and kernel distance, precision, recall.
+
+    Each has a 95 % interval, and stands beside the same number for held-out real images.
+
+    Examples:
+
+    fastdiff eval fashion-mnist --n 2000 --solver unipc --steps 10
+
+    fastdiff eval --samples samples.npz --out out/judged
+    """
+    from fastdiff.evaluation import evaluate, progress_on_stderr, table
+
+    if samples is None:
+        sampled = {"batch_size": batch_size, "eta": eta, "guidance": guidance, "seed": seed, "solver": solver,
+                   "spacing": spacing, "steps": steps, "variance": variance}  # fmt: skip
+    else:
+        sampled = {}
+    report = evaluate(
+        model, samples=samples, n=n, data=data, held_out=held_out, fit=fit, features_of=features, out=out,
+        backend=backend, device=device, dtype=dtype, options=sampled, progress=progress_on_stderr(),
+    )  # fmt: skip
+    print(json.dumps(report) if as_json else table(report))
 
 
 def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> Tensor:

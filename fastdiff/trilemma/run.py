@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff import __version__, evaluation, measured, parts, request
+from fastdiff.classifier import SIZE, Classifier
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import Real
 from fastdiff.files import write_text
@@ -49,11 +50,16 @@ class Judge:
         cls, sampler: Sampler, model: str, data: Path | None, held_out: Path | None, fit: str | None, features_of: str
     ) -> Judge:
         """As `evaluation.evaluate` takes them; what is missing or does not fit is named by the same errors."""
-        found = evaluation.find_data(data, model)
+        found = evaluation._data(data, model, None)
         extract = features(features_of, sampler.device)
-        shape = (sampler.info.channels, *request.image_size(1, None, sampler.info))
-        evaluation.check_judges(extract, features_of, shape, model)
-        real = evaluation.load_real(found, held_out, shape, fit)
+        height, width = request.image_size(1, None, sampler.info)
+        shape = (sampler.info.channels, height, width)
+        if isinstance(extract.network, Classifier) and shape != (1, SIZE, SIZE):
+            raise InvalidArgument(
+                f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {shape[0]}x{height}x{width}; give "
+                "the weights of Inception as --features"
+            )
+        real = evaluation._real(found, held_out, shape, fit or ("pad" if evaluation._mnist(found) else "crop"))
         return cls(extract, features_of, real, str(found))
 
 
