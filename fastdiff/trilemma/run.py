@@ -56,8 +56,8 @@ class Judge:
         shape = (sampler.info.channels, height, width)
         if isinstance(extract.network, Classifier) and shape != (1, SIZE, SIZE):
             raise InvalidArgument(
-                f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {shape[0]}x{height}x{width}; give "
-                "the weights of Inception as --features"
+                f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {shape[0]}x{height}x{width}; "
+                "give the weights of Inception as --features"
             )
         real = evaluation._real(found, held_out, shape, fit or ("pad" if evaluation._mnist(found) else "crop"))
         return cls(extract, features_of, real, str(found))
