@@ -554,8 +554,8 @@ def convert(
         print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
 
 
-@app.command(name="eval")
-def eval_(
+@app.command()
+def eval(
     model: ModelArgument = "fashion-mnist",
     n: Annotated[
         int | None, typer.Option("--n", "-n", help="How many images (default: 5000; with --samples: all).")

@@ -147,9 +147,9 @@ def evaluate(
 def table(report: dict[str, Any]) -> str:
     """The report for people: a line per number, beside that of held-out real images."""
     held_out = report["held_out"]
-    lines = [f"{'':20}{'n = ' + str(report['n']):>34}"]
+    lines = [f"{'':20}{'n = ' + str(report['n']):>38}"]
     if held_out:
-        lines[0] += f"{'held-out real, n = ' + str(held_out['n']):>34}"
+        lines[0] += f"{'held-out real, n = ' + str(held_out['n']):>38}"
     for name, title in (
         ("frechet", "Frechet distance"),
         ("kernel", "kernel distance"),
@@ -160,7 +160,7 @@ def table(report: dict[str, Any]) -> str:
         line = f"{title:20}"
         for column in [report, *([held_out] if held_out else [])]:
             value = column["accuracy"] if name == "accuracy" else column["metrics"][name]
-            line += f"{'-' if value is None else _text(value):>34}"
+            line += f"{'-' if value is None else _text(value):>38}"
         if name != "accuracy" or report["accuracy"] is not None:
             lines.append(line)
     lines += [

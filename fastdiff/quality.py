@@ -30,6 +30,7 @@ GROUPS = 50  # of generated images, for intervals
 SUBSETS = 10  # of generated images, for the interval of recall
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 Z = 1.959963984540054  # P(|N(0, 1)| < Z) = 0.95
+T = Z + (Z**3 + Z) / (4 * (GROUPS - 1))  # the same of Student's distribution with GROUPS - 1 degrees of freedom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def frechet_interval(generated: Tensor, reference: Reference) -> Estimate:
 
         Q = sum_ij K_ij K'_ij / (s_i + s_j) + 2 m . m'
 
-    Directions in which either set does not vary are left out of W. `_interval` makes the interval of L and Q.
+    Directions in which either set does not vary are left out of W.
     """
     a, other = _checked(generated, "generated"), reference.moments
     mine = Moments.of(a)
@@ -163,8 +164,7 @@ def frechet_interval(generated: Tensor, reference: Reference) -> Estimate:
         covariances.append(((share * (y.T @ y) - torch.diag(s)) * weight).flatten().float())
         means.append(share * x.sum(0))
     k, m = torch.stack(covariances), torch.stack(means)
-    estimate = _interval(value, _deviation(torch.stack(linear), (k @ k.T).double() + 2 * m @ m.T))
-    return dataclasses.replace(estimate, low=max(estimate.low, 0.0))
+    return _positive_interval(value, _deviation(torch.stack(linear), (k @ k.T).double() + 2 * m @ m.T))
 
 
 def _frechet(a: Moments, b: Moments) -> tuple[float, Tensor, Tensor]:
@@ -253,7 +253,7 @@ class CubeSums:
 def _products(x: Tensor) -> Tensor:
     """x_i x_j for i <= j, times sqrt 2 for i < j: [n, F] -> [n, F (F + 1) / 2]."""
     i, j = torch.triu_indices(x.shape[1], x.shape[1])
-    return x[:, i] * x[:, j] * torch.where(i < j, math.sqrt(2.0), 1.0).double()
+    return x[:, i] * x[:, j] * torch.where(i < j, 2.0, 1.0).double().sqrt()
 
 
 def _cubes(x: Tensor, y: Tensor) -> Tensor:
@@ -272,16 +272,16 @@ def _cross_sums(x: Tensor, reference: Reference) -> Tensor:
 
 def _pair_sums(x: Tensor, groups: int) -> Tensor:
     """The sums of k(x_i, x_j), i != j, by the groups of i and j, [g, g]."""
-    blocks = [(g, block) for g, group in enumerate(_groups(x, groups)) for block in group.split(BLOCK)]
-    sums = torch.zeros(blocks[-1][0] + 1, blocks[-1][0] + 1, dtype=torch.float64)
-    for i, (g, a) in enumerate(blocks):
+    sizes = torch.tensor([len(group) for group in _groups(x, groups)])
+    member = torch.nn.functional.one_hot(torch.arange(len(sizes)).repeat_interleave(sizes)).double()
+    blocks = list(zip(x.split(BLOCK), member.split(BLOCK), strict=True))
+    sums = torch.zeros(len(sizes), len(sizes), dtype=torch.float64)
+    for i, (a, of_a) in enumerate(blocks):
         left = a.double()
-        k = _cubes(left, left)
-        sums[g, g] += k.sum() - k.diagonal().sum()
-        for h, b in blocks[i + 1 :]:
-            total = _cubes(left, b.double()).sum()
-            sums[g, h] += total
-            sums[h, g] += total
+        sums += of_a.T @ _cubes(left, left).fill_diagonal_(0.0) @ of_a
+        for b, of_b in blocks[i + 1 :]:
+            between = of_a.T @ _cubes(left, b.double()) @ of_b
+            sums += between + between.T
     return sums
 
 
@@ -410,9 +410,16 @@ def _deviation(linear: Tensor, pairs: Tensor) -> float:
 
 
 def _interval(value: float, deviation: float) -> Estimate:
-    """value +- t deviation, t of Student's distribution with `GROUPS` - 1 degrees of freedom (Cornish-Fisher)."""
-    t = Z + (Z**3 + Z) / (4 * (GROUPS - 1))
-    return Estimate(value, value - t * deviation, value + t * deviation)
+    """value +- T deviation."""
+    return Estimate(value, value - T * deviation, value + T * deviation)
+
+
+def _positive_interval(value: float, deviation: float) -> Estimate:
+    """value exp(+- T deviation / value): of a distance that is never negative, and skew where it is nearly 0."""
+    if value <= 0.0 or math.isinf(deviation):
+        return Estimate(value, 0.0, T * deviation)
+    factor = math.exp(min(T * deviation / value, 700.0))
+    return Estimate(value, value / factor, value * factor)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
