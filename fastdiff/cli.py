@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample | train | info | convert | eval``. What is heavy waits until a command runs."""
+"""The command line: ``fastdiff sample | train | info | convert | eval | trilemma``. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -90,6 +90,17 @@ def sample(
         typer.Option(help="Share of the steps that --image goes through (default: 0.8; with --mask: all)."),
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew; what is black stays.")] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of --solver and --steps: 1.1 is the fewest network evaluations within 1.1 times the best "
+            "measured distance."
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="In place of --solver and --steps: the best measured setting that takes so many seconds."),
+    ] = None,
     animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,6 +113,8 @@ def sample(
     fastdiff sample --n 4 --labels 9 --guidance 2 --animate boots.gif -o boots.png
 
     fastdiff sample --n 100 --solver ddpm --steps 100 --out samples.npz
+
+    fastdiff sample --per-class 8 --guidance 2 --quality 1.1 --out samples.png
 
     fastdiff sample --n 8 --labels 9 --image in.png --strength 0.6 -o out.png
     """
@@ -143,6 +156,7 @@ def sample(
         "solver": solver, "steps": steps, "eta": eta, "variance": variance, "spacing": spacing, "guidance": guidance,
         "seed": seed, "start_index": start_index, "size": height_width,
         "batch_size": batch_size, "labels": chosen, "strength": strength,
+        "quality": quality, "deadline_s": deadline,
     }  # fmt: skip
     if image is not None or mask is not None:
         shape = image_size(n, height_width, sampler.info)

@@ -434,7 +434,10 @@ def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int 
                                                                  steps enough, noise mends accumulated errors
         250 and more        ddpm                                 Song et al. 2021 (DDIM), table 1
 
-    20 steps where ``steps`` is None. Guidance makes high orders unstable, hence the lower ones.
+    20 steps where ``steps`` is None. Guidance makes high orders unstable, hence the lower ones. It is for models that
+    were not measured (`comparable`). What the built-in model's measurement (benchmarks/results/trilemma-fashion-mnist.json)
+    says of it: unipc is the best of its solvers below 10 evaluations, and from there on none differs from another by more
+    than the intervals, so nothing of it is changed for all models.
     """
     if isinstance(schedule, solvers.EDMSchedule):
         return "heun", steps, {}

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -155,6 +157,48 @@ def test_images_of_other_settings_are_refused(sampler: Sampler, data: list[str],
 def checkpoint_of(path: Path, seed: int) -> Path:
     checkpoint.save_folder(path, random_unet(CONFIG, seed=seed), SCHEDULE)
     return path
+
+
+@pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff trilemma .*)$", str(cli.trilemma.__doc__), re.MULTILINE))
+def test_examples(
+    example: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand but for time: 20 images a point, little data, and no timing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "QUICK", (*plan.QUICK[:2], 20))
+    example = re.sub(r"--n \d+", "--n 20", example)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(example), *data, "--no-time", "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert not stop.value.code, err
+    (written,) = tmp_path.rglob("trilemma.json")
+    found = json.loads(written.read_text())
+    assert found["missing"] == []
+    assert {e["n"] for e in found["points"]} == {20}
+    assert all(f"{e['key']:18}{e['nfe']:>5}" in out for e in found["points"])
+    assert written.with_suffix(".png").exists()
+
+
+def test_missing_data_and_bad_arguments_are_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, said in (
+        ([str(model), "--no-draw"], "give --data"),
+        ([str(model), "--data", "nowhere.npz"], "nowhere.npz"),
+        ([str(model), "--features", "nowhere.pth"], "nowhere.pth"),
+        (["--quick", "--n", "100"], "--quick is a plan of its own"),
+        (["--n", "3"], "at least 20 images"),
+        (["--nfe", "4,x"], "--nfe 4,x"),
+        (["--solvers", "ddim,magic"], "'magic' is unknown"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fastdiff", "trilemma", *arguments, "--device", "cpu"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # Equal n --------------------------------------------------------------------------------------------------------------
