@@ -73,7 +73,7 @@ def nearest(
 def say_nearest(found: Entry | None) -> Iterator[str]:
     """`nearest` in words."""
     if found is None:
-        yield "the reference, ddpm in all timesteps, is not there yet, so nothing is compared with it"
+        yield "the reference, the longest run of ddpm, is not there yet, so nothing is compared with it"
         return
     name = f"the distance of {found['reference']} at n={found['n']}"
     for of, where in ((found["any"], "any guidance"), (found["plain"], "no guidance")):

@@ -221,6 +221,7 @@ def result(
         say(f"{p.name}: Frechet {entry['at_n']['frechet']['value']:.3f} at {n} images")
         entries.append(entry)
     report.mark_front(entries)
+    # The longest run of ddpm: of all timesteps, where the plan has it.
     whole = max((p for p in points if p.key == "ddpm"), key=lambda p: p.nfe, default=None)
     found: dict[str, Any] = {
         "format": measured.FORMAT,
@@ -245,9 +246,11 @@ def result(
     }
     if timed:
         say("timing the settings in turn; nothing else should run now")
-        lines = speed.speeds(sampler, there, batch)
+        lines = speed.speeds(sampler, [p for p in there if p.same_as is None], batch)
+        keys = {p.name: p.key for p in there}
         for p, entry in zip(there, entries, strict=True):
-            entry["images_per_s"] = lines[p.key].images_per_s(p.nfe // 2 if p.guided else p.nfe)
+            line = lines[p.key if p.same_as is None else keys[p.same_as]]
+            entry["images_per_s"] = line.images_per_s(p.nfe // 2 if p.guided else p.nfe)
         found["speed"] = {key: dataclasses.asdict(line) for key, line in lines.items()}
         spread = max(line.spread for line in lines.values())
         found["too_noisy"] = spread > speed.NOISE

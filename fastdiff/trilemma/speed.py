@@ -26,7 +26,7 @@ from fastdiff.sampler import Sampler
 from fastdiff.trilemma.plan import Planned
 
 ROWS = (4, 12)  # of the calls that are timed
-ROUNDS = 5
+ROUNDS = 3
 NOISE = 0.15  # a larger spread of the rounds is a warning
 
 
