@@ -68,7 +68,7 @@ def judge(sampler: Sampler, data: list[str]) -> run.Judge:
 
 # Interruption ---------------------------------------------------------------------------------------------------------
 
-PLAN = ["--solvers", "ddpm,ddim-eta1,unipc-g2", "--nfe", "2,60", "--n", "40", "--batch-size", "8", "--backend", "eager"]
+PLAN = ["--solvers", "ddpm,ddim-eta1,unipc-g2", "--nfe", "2,40", "--n", "40", "--batch-size", "8", "--backend", "eager"]
 
 
 def stop_after(command: list[str], text: str, how: signal.Signals) -> tuple[int, str]:
@@ -124,13 +124,13 @@ def test_interrupted_and_resumed(
 
     found = numbers(tmp_path / "whole")
     assert [e["name"] for e in found["points"]] == [
-        "ddpm-2", "ddim-eta1-2", "unipc-g2-2", "ddpm-60", "ddim-eta1-60", "unipc-g2-60",
+        "ddpm-2", "ddim-eta1-2", "unipc-g2-2", "ddpm-40", "ddim-eta1-40", "unipc-g2-40",
     ]  # fmt: skip
     twin = found["points"][1]
     assert twin["same_as"] == "ddpm-2"  # DDIM with eta 1 is DDPM: neither drawn nor measured twice
     assert twin["at_n"] == found["points"][0]["at_n"]
     assert not (tmp_path / "whole" / "points" / "ddim-eta1-2").exists()
-    assert found["nearest"]["reference"] == "ddpm-60"
+    assert found["nearest"]["reference"] == "ddpm-40"
     assert found["missing"] == []
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole" / "points").rglob("*")}
@@ -163,9 +163,9 @@ def checkpoint_of(path: Path, seed: int) -> Path:
 def test_examples(
     example: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As they stand but for time: 20 images a point, little data, and no timing."""
+    """As they stand but for time: 20 images a point, of 10 evaluations at most, little data, and no timing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "QUICK", (*plan.QUICK[:2], 20))
+    monkeypatch.setattr(plan, "QUICK", (plan.QUICK[0], plan.QUICK[1][:2], 20))
     example = re.sub(r"--n \d+", "--n 20", example)
     monkeypatch.setattr(sys, "argv", [*shlex.split(example), *data, "--no-time", "--device", "cpu"])
     with pytest.raises(SystemExit) as stop:
@@ -181,13 +181,13 @@ def test_examples(
 
 
 def test_missing_data_and_bad_arguments_are_named(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments, said in (
         ([str(model), "--no-draw"], "give --data"),
         ([str(model), "--data", "nowhere.npz"], "nowhere.npz"),
-        ([str(model), "--features", "nowhere.pth"], "nowhere.pth"),
+        ([str(model), *data, "--features", "nowhere.pth"], "nowhere.pth"),
         (["--quick", "--n", "100"], "--quick is a plan of its own"),
         (["--n", "3"], "at least 20 images"),
         (["--nfe", "4,x"], "--nfe 4,x"),

@@ -223,6 +223,8 @@ def result(
     report.mark_front(entries)
     # The longest run of ddpm: of all timesteps, where the plan has it.
     whole = max((p for p in points if p.key == "ddpm"), key=lambda p: p.nfe, default=None)
+    if whole is not None and whole.same_as is not None:
+        whole = next(p for p in points if p.name == whole.same_as)
     found: dict[str, Any] = {
         "format": measured.FORMAT,
         "made_by": f"fastdiff {__version__}, fastdiff trilemma",
