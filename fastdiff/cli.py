@@ -68,9 +68,14 @@ def sample(
     ] = None,
     eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")] = 0.0,
     variance: Annotated[str | None, typer.Option(help="Noise of ddpm: posterior, beta, none, learned_range.")] = None,
+    order: Annotated[int | None, typer.Option(help="Of unipc and deis (1-3) and lms (1-4).")] = None,
     spacing: Annotated[
         str | None,
         typer.Option(help="trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."),
+    ] = None,
+    compat: Annotated[
+        str | None,
+        typer.Option(help="diffusers, openai or ho: what that code base's loop draws, --spacing in its terms."),
     ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
@@ -153,7 +158,8 @@ def sample(
         image_size(n, height_width, sampler.info)
         chosen = [given[i % len(given)] for i in range(n)]
     options: dict[str, Any] = {
-        "solver": solver, "steps": steps, "eta": eta, "variance": variance, "spacing": spacing, "guidance": guidance,
+        "solver": solver, "steps": steps, "eta": eta, "variance": variance, "order": order, "spacing": spacing,
+        "compat": compat, "guidance": guidance,
         "seed": seed, "start_index": start_index, "size": height_width,
         "batch_size": batch_size, "labels": chosen, "strength": strength,
         "quality": quality, "deadline_s": deadline,

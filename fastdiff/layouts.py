@@ -180,6 +180,8 @@ def _resampler(ours: str, theirs: str, unet: UNet, convolution: str) -> tuple[st
 def _edm(unet: UNet) -> Iterator[tuple[str, str]]:
     size = unet.config.sample_size
     assert isinstance(size, int)  # the names have it
+    if unet.class_embedding is not None:
+        yield "class_embedding", "map_label"
     yield "time_embedding.linear_1", "map_layer0"
     yield "time_embedding.linear_2", "map_layer1"
     yield "conv_in", f"enc.{size}x{size}_conv"
@@ -265,11 +267,11 @@ FIXED: dict[str, dict[str, Any]] = {
     },
     "openai": {
         **_ALL, **CONVENTIONS["openai"], "norm_num_groups": 32, "mid_block_scale_factor": 1.0,
-        "block_scale_factor": 1.0, "up_attention": "all", "resample_shortcut": False,
+        "block_scale_factor": 1.0, "up_attention": "all", "resample_shortcut": False, "class_before_mlp": False,
     },
     "edm": {
         **_ALL, **CONVENTIONS["ho"], "resnet_time_scale_shift": "default", "attn_norm_num_groups": None,
-        "timestep_scale": 1.0, "num_attention_heads": None, "num_class_embeds": None,
+        "timestep_scale": 1.0, "num_attention_heads": None,
         "mid_block_scale_factor": math.sqrt(2), "block_scale_factor": math.sqrt(2), "up_attention": "last",
         "resample_shortcut": True,
     },
@@ -290,6 +292,8 @@ def reasons_against(unet: UNet, layout: str) -> list[str]:
     kinds = {isinstance(m, ResnetBlock) for m in resampling}
     if not kinds <= {"ddpm": {False}, "edm": {True}}.get(family, {False, True}) or len(kinds) > 1:
         reasons.append("its down- and upsampling is of another kind")
+    if family == "edm" and config.num_class_embeds is not None and not config.class_before_mlp:
+        reasons.append("its classes join behind the time MLP; class_before_mlp=True is needed")
     if family == "edm" and not isinstance(config.sample_size, int):
         reasons.append(f"sample_size={config.sample_size!r}, one number is needed: the names of its tensors have it")
     return reasons

@@ -40,19 +40,37 @@ def projection_keys(unet: UNet) -> list[str]:
 
 @torch.no_grad()
 def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
-    """The rows of the external buffer ``time`` (classes added) or ``projections`` (not) for timesteps ``t`` [n].
+    """The rows of the external buffer ``time`` (classes join it) or ``projections`` (none do) for timesteps ``t`` [n].
 
     Everything in the network that depends on the timestep alone, so it is computed once per table, not once per step.
     """
     padded = F.pad(t, (0, -len(t) % CHUNK))
     parts = []
     for chunk in padded.split(CHUNK):
+        if unet.config.class_before_mlp:
+            parts.append(unet.time_embedding.linear_1(unet.sinusoid(chunk)))
+            continue
         emb = unet.time_embedding(unet.sinusoid(chunk))
         if unet.class_embedding is None:
             emb = F.silu(emb)
             emb = torch.cat([unet.get_submodule(key)(emb) for key in projection_keys(unet)], dim=1)
         parts.append(emb)
     return torch.cat(parts)[: len(t)]
+
+
+@torch.no_grad()
+def embed_classes(unet: UNet) -> Tensor:
+    """The rows of the external buffer ``class``, one for each label.
+
+    Where classes come before the time MLP, whose first layer is linear, they join behind that layer:
+    W1 (s + c) + b1 = (W1 s + b1) + W1 c, and both parts are tables.
+    """
+    embedding = unet.class_embedding
+    if isinstance(embedding, modules.ClassProjection):
+        labels = torch.arange(embedding.weight.shape[1] + 1, device=embedding.weight.device)
+        return F.linear(embedding(labels), unet.time_embedding.linear_1.weight)
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.weight
 
 
 class _Emitter:
@@ -115,10 +133,14 @@ class _Emitter:
             self.buffer("projections", (1, 1, self.width), external=True)
             return
         features = self.unet.config.temb_channels
-        src = (
+        src: tuple[str, ...] = (
             self.buffer("time", (1, 1, features), external=True),
             self.buffer("class", (1, 1, features), external=True),
         )
+        if self.unet.config.class_before_mlp:
+            hidden = self.buffer("hidden", (1, 1, features))
+            self.ops.append(Embed(hidden, src))
+            src = (self._conv("time_embedding.linear_2", (hidden,)),)
         self.ops.append(Embed(self.buffer("emb", (1, 1, features)), src))
         self.buffer("projections", (1, 1, self.width))
         self.ops.append(Conv("projections", ("emb",), tuple(self.emb), kernel=1, padding=(0, 0)))

@@ -307,16 +307,11 @@ def _side(tensors: Mapping[str, Tensor], where: object, name: str, axis: int) ->
 
 
 def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
-    """NVlabs/edm ``SongUNet`` with the options of DDPM++, unconditional; its other networks are refused by name."""
-    foreign = {
-        "map_label.weight": "a class-conditional SongUNet (map_label), whose classes go through the time MLP",
-        "map_noise.freqs": "NCSN++ (map_noise.freqs)",
-    }
-    for name, what in foreign.items():
-        if name in tensors:
-            raise CheckpointError(f"{where}: {what} is not supported; EDM's unconditional DDPM++ is")
+    """NVlabs/edm ``SongUNet`` with the options of DDPM++; its other networks are refused by name."""
+    if "map_noise.freqs" in tensors:
+        raise CheckpointError(f"{where}: NCSN++ (map_noise.freqs) is not supported; EDM's DDPM++ is")
     if any("_aux_" in name and not re.match(r"dec\.\d+x\d+_aux_(norm|conv)\.", name) for name in tensors):
-        raise CheckpointError(f"{where}: NCSN++ (tensors named aux) is not supported; EDM's unconditional DDPM++ is")
+        raise CheckpointError(f"{where}: NCSN++ (tensors named aux) is not supported; EDM's DDPM++ is")
     inputs = [m for name in tensors if (m := re.fullmatch(r"enc\.(\d{1,5})x\1_conv\.weight", name))]
     if len(inputs) != 1:
         raise CheckpointError(f"{where}: one tensor enc.<size>x<size>_conv.weight is needed, it has {len(inputs)}")
@@ -337,8 +332,13 @@ def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
         raise CheckpointError(f"{where}: {sorted(groups)} groups of GroupNorm at different levels are not supported")
     attention = [f"enc.{side}x{side}_block0.qkv.weight" in tensors for side in sides]
     features = _side(tensors, where, "map_layer0.weight", 0)
+    classes = _side(tensors, where, "map_label.weight", 1) if "map_label.weight" in tensors else None
     config = UNetConfig(
         **FIXED["edm"],
+        # Without a class their label vector is zero: one label more, the null label.
+        num_class_embeds=None if classes is None else classes + 1,
+        null_label=classes,
+        class_before_mlp=classes is not None,
         sample_size=size,
         in_channels=_side(tensors, where, conv_in, 1),
         out_channels=_side(tensors, where, f"dec.{size}x{size}_aux_conv.weight", 0),

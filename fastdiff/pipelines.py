@@ -452,7 +452,9 @@ class _Loop:
         images: Any = self._sample()
         images = (images / 2 + 0.5).clamp(0, 1).to(unet.dtype)
         if a["output_type"] != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+            images = images.cpu().permute(0, 2, 3, 1)
+            # numpy has no bfloat16, at which diffusers itself fails.
+            images = (images.float() if images.dtype == torch.bfloat16 else images).numpy()
             if a["output_type"] == "pil":
                 images = pipeline.numpy_to_pil(images)
         pipeline.maybe_free_model_hooks()

@@ -71,7 +71,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Embed:
-    """dst = silu(time + class), both vectors."""
+    """dst = silu(the sum of one or two vectors): of time and class, or of the time MLP's second layer."""
 
     dst: str
     src: tuple[str, ...]
@@ -143,7 +143,8 @@ class Program:
 
     x             the noisy image (NCHW in memory, as a `State` keeps it; shape is still told as H, W, C)
     class_image   the class encoder's map for the row's label, where the network has one
-    time          the time embedding of the row's timestep, where classes are added to it; class: their embedding
+    time          what classes are added to, of the row's timestep: the time embedding, or (class_before_mlp) the first
+                  layer of its MLP; class: what is added, of the row's label
     projections   otherwise: every block's projection of the time embedding, one after the other
     out           the network's output (NCHW in memory)
     """

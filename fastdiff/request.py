@@ -22,12 +22,11 @@ from fastdiff.measured import Measured, Point
 from fastdiff.noise import check_seed
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
+from fastdiff.solvers.codebases import FROM_MODEL, VARIANCES, Run
 from fastdiff.solvers.paths import late_start, looks_back, repaint, starting_at
 from fastdiff.solvers.walk import Schedule
 
 log = logging.getLogger("fastdiff")
-
-FROM_MODEL = "model"
 
 # Images are run in chunks whose activations take about this much; larger ones do not make a step faster.
 CHUNK_BYTES = 2 << 30
@@ -102,6 +101,7 @@ class Options:
     steps: int | None = None
     eta: float = 0.0
     variance: str | None = None
+    order: int | None = None
     spacing: str | Sequence[float] | None = None
     clip: float | str | None = FROM_MODEL
     seed: int | None = 0
@@ -121,6 +121,7 @@ class Options:
     guide_through: str = "x0"
     quality: float | None = None
     deadline_s: float | None = None
+    compat: str | None = None
 
     @property
     def late(self) -> float | None:
@@ -154,6 +155,7 @@ class Request:
     mask: Tensor | None = None
     guide: Guide | None = None
     guide_through: str = "x0"
+    compat: str | None = None
 
     @property
     def chunks(self) -> list[range]:
@@ -292,21 +294,28 @@ def step_table(
     if isinstance(o.solver, StepTable):
         given = {"eta": o.eta != 0.0, "variance": o.variance is not None, "spacing": o.spacing is not None}
         given |= {"steps": o.steps not in (None, o.solver.steps), "clip": o.clip != FROM_MODEL}
+        given |= {"order": o.order is not None, "compat": o.compat is not None}
         for name in (name for name, is_given in given.items() if is_given):
             raise InvalidArgument(f"{name}={getattr(o, name)!r} cannot change a StepTable; leave it out")
         return o.solver if o.late is None else starting_at(o.solver, late_start(o.solver, o.late))
     if o.solver not in SOLVERS:
         raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {', '.join(SOLVERS)}, or a StepTable")
     if o.solver == "auto":
+        for option in ("order", "compat"):
+            if getattr(o, option) is not None:
+                raise InvalidArgument(f"{option}={getattr(o, option)!r} needs a solver by name; 'auto' chooses all")
         guided = not np.all(np.asarray(o.guidance) == 1.0)
         steps = o.steps if o.spacing is None or isinstance(o.spacing, str) else len(o.spacing)
         name, length, own = auto(schedule, steps, guided)
         o = dataclasses.replace(o, steps=length)
     else:
         name, own = str(o.solver), {}
-    for option, (owner, is_given, instead) in OWNERS.items():
-        if is_given(o) and name != owner:
-            raise InvalidArgument(f"{option}={getattr(o, option)!r} belongs to solver {owner!r}, not {name!r}{instead}")
+    for option, (owners, is_given, instead) in OWNERS.items():
+        if is_given(o) and name not in owners:
+            owner = " or ".join(map(repr, owners))
+            raise InvalidArgument(f"{option}={getattr(o, option)!r} belongs to solver {owner}, not {name!r}{instead}")
+    if o.compat is not None:
+        return _of_code_base(o, name, schedule, prediction, config)
     clip, threshold = o.clip, None
     if isinstance(clip, str):
         if clip != FROM_MODEL:
@@ -320,7 +329,7 @@ def step_table(
     common: dict[str, Any] = {"prediction": prediction, "clip": clip, "threshold": threshold, "spacing": spacing}
     if spacing == "leading":
         common["steps_offset"] = config.get("steps_offset", 0)
-    common |= own
+    common |= own if o.order is None else {"order": o.order}
     table = TABLES[name](schedule, o, config, common)
     if o.late is None:
         return table
@@ -341,7 +350,9 @@ def comparable(o: Options, known: Measured | None) -> tuple[list[Point], str]:
     """
     if known is None:
         return [], "this model has no measurements; `fastdiff trilemma` makes them"
-    given = {name: getattr(o, name) is not None for name in ("spacing", "image", "mask", "repaint", "guide")}
+    names = ("spacing", "variance", "order", "compat", "image", "mask", "repaint", "guide")
+    given = {name: getattr(o, name) is not None for name in names}
+    given |= {"eta": o.eta != 0.0}
     given |= {"clip": o.clip != FROM_MODEL, "guidance_rescale": o.guidance_rescale != 0.0}
     given |= {"guidance_interval": o.guidance_interval != (0.0, 1.0)}
     for name in (name for name, is_given in given.items() if is_given):
@@ -372,7 +383,8 @@ def _of_quality(o: Options, known: Measured | None) -> Point:
 def alone(name: str, o: Options) -> None:
     """quality= and deadline_s= choose what these options would say. solver="ddim", the default, counts as none."""
     given = {"solver": o.solver not in ("ddim", "auto") if isinstance(o.solver, str) else True}
-    given |= {"steps": o.steps is not None, "eta": o.eta != 0.0, "variance": o.variance is not None}
+    given |= {other: getattr(o, other) is not None for other in ("steps", "variance", "order", "compat")}
+    given |= {"eta": o.eta != 0.0}
     if name == "deadline_s":  # these make the number of rows, or their cost, their own
         given |= {other: getattr(o, other) is not None for other in ("repaint", "guide")}
         given |= {"spacing": not (o.spacing is None or isinstance(o.spacing, str))}
@@ -424,6 +436,19 @@ def in_time(
     )
 
 
+def _of_code_base(o: Options, name: str, schedule: Schedule, prediction: str, config: Mapping[str, Any]) -> StepTable:
+    """The table of ``compat``, which may start late where that needs no other table."""
+    assert o.compat is not None
+    table = Run(
+        o.compat, name, schedule, prediction, config,
+        steps=o.steps, eta=o.eta, variance=o.variance, order=o.order, spacing=o.spacing, clip=o.clip,
+    ).table()  # fmt: skip
+    start = 0 if o.late is None else late_start(table, o.late)
+    if looks_back(table, start):
+        raise InvalidArgument(f"compat={o.compat!r}: {name}, a multi-step solver, cannot start late; leave compat out")
+    return starting_at(table, start)
+
+
 def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int | None, dict[str, Any]]:
     """(solver, steps, its options) that solver="auto" means. A static rule, from what the solvers' papers report:
 
@@ -459,11 +484,10 @@ def _ddim(schedule: Schedule, o: Options, config: Mapping[str, Any], common: dic
 
 
 def _ddpm(schedule: Schedule, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
-    names = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned_range"}
     named = config.get("variance_type", "fixed_small")
-    if o.variance is None and named not in names:
+    if o.variance is None and named not in VARIANCES:
         raise InvalidArgument(f"the model's variance_type {named!r} is not supported; give variance=")
-    return solvers.ddpm(schedule, o.steps, variance=o.variance or names[named], **common)
+    return solvers.ddpm(schedule, o.steps, variance=o.variance or VARIANCES[named], **common)
 
 
 def _lcm(schedule: Any, o: Options, config: Mapping[str, Any], common: dict[str, Any]) -> StepTable:
@@ -503,10 +527,11 @@ TABLES: dict[str, Build] = {
 }
 SOLVERS = ("auto", *TABLES)
 
-# Options of one solver: whose they are, whether they are given, and what another solver's noise is.
-OWNERS: dict[str, tuple[str, Callable[[Options], bool], str]] = {
-    "eta": ("ddim", lambda o: o.eta != 0.0, "; the noise of ddpm is variance"),
-    "variance": ("ddpm", lambda o: o.variance is not None, "; the noise of ddim is eta"),
+# Options of some solvers: whose they are, whether they are given, and what another solver has instead.
+OWNERS: dict[str, tuple[tuple[str, ...], Callable[[Options], bool], str]] = {
+    "eta": (("ddim",), lambda o: o.eta != 0.0, "; the noise of ddpm is variance"),
+    "variance": (("ddpm",), lambda o: o.variance is not None, "; the noise of ddim is eta"),
+    "order": (("unipc", "deis", "lms"), lambda o: o.order is not None, "; dpmpp_1 to dpmpp_3m say theirs"),
 }
 
 

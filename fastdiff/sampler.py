@@ -22,9 +22,10 @@ from fastdiff.backends.eager import EagerRunner
 from fastdiff.editing import Guide, Inpainting
 from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
 from fastdiff.output import Event, SampleOutput
-from fastdiff.request import FROM_MODEL, NetworkInfo, NoiseSource, Options, Request
+from fastdiff.request import NetworkInfo, NoiseSource, Options, Request
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
+from fastdiff.solvers.codebases import FROM_MODEL
 from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.walk import Schedule
 from fastdiff.state import State, TableBank
@@ -151,6 +152,7 @@ class Sampler:
         steps: int | None = None,
         eta: float = 0.0,
         variance: str | None = None,
+        order: int | None = None,
         spacing: str | Sequence[float] | None = None,
         clip: float | str | None = FROM_MODEL,
         seed: int | None = 0,
@@ -170,6 +172,7 @@ class Sampler:
         guide_through: str = "x0",
         quality: float | None = None,
         deadline_s: float | None = None,
+        compat: str | None = None,
         callback: Callable[[Event], None] | None = None,
         progress: bool = False,
     ) -> SampleOutput:
@@ -186,6 +189,8 @@ class Sampler:
             all). By default 50, every timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with EDM.
         eta, variance
             The noise of ddim (0: none) and of ddpm ("posterior", "beta", "none", "learned_range"; None: the model's).
+        order
+            Of unipc and deis (1 to 3, by default 2) and lms (1 to 4, by default 4): how many evaluations a step uses.
         spacing
             "trailing", "leading", "linspace", "quadratic", "karras", "exponential" or a falling list of timesteps
             (`fastdiff.solvers.sigma_timesteps` makes one of sigmas); None: the model's, else trailing.
@@ -228,6 +233,10 @@ class Sampler:
             measurements as many steps of "auto" as fit. What callbacks and noise functions take is not foreseen.
             ``SampleOutput.table`` is the setting that was chosen, here and above: given as ``solver`` it repeats the
             images.
+        compat
+            None: the right mathematics. "diffusers", "openai", "ho": what that code base's own loop draws with the same
+            noise, quirks included; ``spacing`` then is in its terms (`fastdiff.solvers.codebases` has both). Runs with
+            ``strength`` need a solver of one step.
         callback
             Called with an `Event` after every row; what it raises ends the run as a `CallbackError` naming the row.
         progress
@@ -237,11 +246,11 @@ class Sampler:
         became NaN or infinite, with the others in its ``output``.
         """
         options = Options(
-            solver=solver, steps=steps, eta=eta, variance=variance, spacing=spacing, clip=clip, seed=seed,
+            solver=solver, steps=steps, eta=eta, variance=variance, order=order, spacing=spacing, clip=clip, seed=seed,
             start_index=start_index, labels=labels, guidance=guidance, guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale, size=size, noise=noise, batch_size=batch_size, image=image,
-            strength=strength, mask=mask, repaint=repaint, guide=guide, guide_through=guide_through, quality=quality,
-            deadline_s=deadline_s,
+            strength=strength, mask=mask, repaint=repaint, guide=guide, guide_through=guide_through,
+            quality=quality, deadline_s=deadline_s, compat=compat,
         )  # fmt: skip
         return self._collect(self._request(n, options), callback, progress)
 

@@ -52,6 +52,24 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(s)))
 
 
+class ClassProjection(nn.Module):
+    """Label -> vector [B, features] that joins the sinusoid: W (sqrt(L) onehot(label)) + b, L classes; label L is b.
+
+    As in NVlabs/edm, SongUNet.map_label, where no class is a vector of zeros.
+    """
+
+    def __init__(self, classes: int, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(features, classes))
+        self.bias = nn.Parameter(torch.zeros(features))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        classes = self.weight.shape[1]
+        onehot = F.one_hot(labels, classes + 1)[:, :classes].to(self.weight.dtype)
+        return F.linear(onehot * math.sqrt(classes), self.weight, self.bias)
+
+
 class ClassEncoder(nn.Module):
     """Label -> image of ``channels`` x H x W: an embedding, an MLP, and a smooth resize of the small map it draws.
 
@@ -329,6 +347,9 @@ class UNet(nn.Module):
             return TimestepEmbedding(config.sinusoid_channels, config.temb_channels)
         if config.class_embed_type == "identity":
             return nn.Identity()
+        if config.class_before_mlp:
+            assert config.num_classes is not None  # held by UNetConfig
+            return ClassProjection(config.num_classes, config.sinusoid_channels)
         if config.num_class_embeds is not None:
             return nn.Embedding(config.num_class_embeds, config.temb_channels)
         return None
@@ -346,6 +367,10 @@ class UNet(nn.Module):
 
     def embedding(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """The vector [B, temb_channels] that every residual block hears: time, plus the class where it is added."""
+        if self.config.class_before_mlp:
+            assert class_labels is not None
+            assert self.class_embedding is not None
+            return self.time_embedding(self.sinusoid(t) + self.class_embedding(class_labels))
         emb = self.time_embedding(self.sinusoid(t))
         if self.class_embedding is not None:
             assert class_labels is not None

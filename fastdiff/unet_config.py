@@ -41,6 +41,9 @@ class UNetConfig:
         scales and shifts every block, FiLM). "add", "multiply", "concat": an encoder network turns the label into an
         image that is added to, multiplied with (as 1 + image), or concatenated to the input; the time embedding stays
         class-free.
+    ``class_before_mlp``
+        The class joins the sinusoid, before the time MLP, as a linear map of the one-hot label times
+        sqrt(number of classes); the null label, which it needs, is a vector of zeros (EDM's DDPM++).
     ``num_attention_heads``
         The number of heads at every level (then ``attention_head_dim`` is not read); None: as many as
         ``attention_head_dim`` fits. OpenAI's networks name the one or the other.
@@ -88,6 +91,7 @@ class UNetConfig:
     num_train_timesteps: int | None = None
     null_label: int | None = None
     class_image: str | None = None
+    class_before_mlp: bool = False
     num_attention_heads: int | None = None
     sinusoid_dim: int | None = None
     timestep_scale: float = 1.0
@@ -159,6 +163,7 @@ class UNetConfig:
             "add_attention": (False, True),
             "up_attention": ("all", "last"),
             "resample_shortcut": (False, True),
+            "class_before_mlp": (False, True),
         }
         for key, allowed in choices.items():
             value = getattr(self, key)
@@ -208,6 +213,13 @@ class UNetConfig:
     def _check_conditioning(self) -> None:
         if self.class_image is not None and (self.num_class_embeds is None or self.class_embed_type is not None):
             raise ConfigError(f"class_image={self.class_image!r} needs num_class_embeds and class_embed_type=None")
+        if self.class_before_mlp and (self.null_label is None or self.class_image is not None):
+            raise ConfigError(
+                "class_before_mlp=True needs num_class_embeds, null_label (the last one, whose vector is zero) and "
+                "class_image=None"
+            )
+        if self.class_before_mlp and self.num_class_embeds == 1:
+            raise ConfigError("class_before_mlp=True, num_class_embeds=1: a class besides the null label is needed")
         if self.null_label is not None:
             if self.num_class_embeds is None or self.class_embed_type is not None:
                 raise ConfigError(f"null_label={self.null_label!r} needs num_class_embeds and class_embed_type=None")
@@ -290,6 +302,6 @@ OWN_FIELDS: dict[str, Any] = {
     if f.name
     in (
         "null_label", "class_image", "num_attention_heads", "sinusoid_dim", "timestep_scale", "block_scale_factor",
-        "up_attention", "resample_shortcut",
+        "up_attention", "resample_shortcut", "class_before_mlp",
     )
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.lower import embed_timesteps
+from fastdiff.lower import embed_classes, embed_timesteps
 from fastdiff.plan import STATISTICS, Plan, plan
 from fastdiff.program import STRIP, Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.unet import UNet
@@ -58,7 +58,9 @@ class Interpreter:
         self.external = {"x": x.permute(0, 2, 3, 1), "out": torch.full((len(x), *self.shape("out")), math.nan).to(x)}
         name = "projections" if self.unet.class_embedding is None else "time"
         self.external[name] = embed_timesteps(self.unet, t)[:, None, None, :]
-        if self.unet.class_embedding is not None:
+        if self.unet.config.class_before_mlp:
+            self.external["class"] = embed_classes(self.unet)[labels][:, None, None, :]
+        elif self.unet.class_embedding is not None:
             if self.unet.config.class_embed_type == "timestep":
                 labels = self.unet.sinusoid(labels)
             self.external["class"] = self.unet.class_embedding(labels)[:, None, None, :].to(self.dtype)
@@ -92,7 +94,7 @@ class Interpreter:
             m = sources[1]
             return {"add": x + m, "multiply": x * (1 + m), "concat": torch.cat([x, m], dim=3)}[op.class_image]
         if isinstance(op, Embed):
-            return F.silu(sources[0] + sources[1])
+            return F.silu(sum(sources))
         if isinstance(op, Attention):
             return self.attended(op)
         h = torch.cat(sources, dim=3)

@@ -328,13 +328,18 @@ class EDMBlock(nn.Module):
 
 
 class SongUNet(nn.Module):
-    """DDPM++, unconditional. augment_dim: of the training's augmentation labels, which sampling leaves out."""
+    """DDPM++. augment_dim: of the training's augmentation labels, which sampling leaves out."""
 
-    def __init__(self, img_resolution, model_channels, channel_mult, num_blocks, attn_resolutions, augment_dim=0):
+    def __init__(
+        self, img_resolution, model_channels, channel_mult, num_blocks, attn_resolutions, augment_dim=0, label_dim=0
+    ):
         super().__init__()
         emb = 4 * model_channels
         self.model_channels = model_channels
         self.map_layer0, self.map_layer1 = nn.Linear(model_channels, emb), nn.Linear(emb, emb)
+        self.label_dim = label_dim
+        if label_dim:
+            self.map_label = nn.Linear(label_dim, model_channels)
         if augment_dim:
             self.map_augment = nn.Linear(augment_dim, model_channels, bias=False)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
@@ -364,10 +369,13 @@ class SongUNet(nn.Module):
         self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = edm_norm(cout)
         self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = EDMConv(cout, 3, 3)
 
-    def forward(self, x, t):
+    def forward(self, x, t, class_labels=None):
+        """class_labels: [B, label_dim], rows of the identity, or zeros, which are EDMPrecond's class_labels=None."""
         a = angles(t, self.model_channels // 2, endpoint=True)
         emb = torch.cat([a.cos(), a.sin()], dim=1)
         emb = emb.reshape(len(t), 2, -1).flip(1).reshape(*emb.shape)  # swap sin and cos
+        if self.label_dim:
+            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
         emb = silu(self.map_layer1(silu(self.map_layer0(emb))))
         skips = []
         for block in self.enc.values():

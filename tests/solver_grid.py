@@ -181,6 +181,21 @@ Not supported, and refused by name: `skip_prk_steps=false`, `use_beta_sigmas`, `
 `algorithm_type` `dpmsolver` and `sde-dpmsolver` (noise prediction), `predict_x0=false`, `solver_p`, and every scheduler
 that the table does not name.
 
+## What other code bases draw
+
+`sample(..., compat="diffusers" | "openai" | "ho")` and `fastdiff sample --compat` draw what a code base's own loop
+draws from the same noise; `spacing` is then in its terms. `tests/test_codebases.py` holds whole runs to their published
+arithmetic (largest difference 1e-8 in float64), and the default to differ here and nowhere else:
+
+- `diffusers`, every solver: `from_config` of the solver's scheduler with the model's configuration, so all of the
+  above, and `ddim` keeps the network's eps where x0 is clipped.
+- `openai` (improved- and guided-diffusion), `ddpm` and `ddim`: timesteps of `space_timesteps`, `spacing` being a
+  `timestep_respacing` such as `"250"`, `"ddim50"`, `"10,20,30"`; one step visits t = 0. Recomputed betas, fixed_large
+  and learned_range variances, eps of the clipped x0, no noise in the last step are the default's too.
+- `ho` (hojonathanho/diffusion): `ddpm` over all timesteps is the default's. Fewer steps and `ddim` are those of its
+  port ermongroup/ddim, `spacing` being `"uniform"` (stride T // steps, so there can be more steps than asked for) or
+  `"quad"` (t = 0 can repeat): ddim does not bound x0, ddpm has fixedlarge's variance.
+
 ## Order of convergence
 
 On Gaussian data with the exact network, over log-SNR lambda from -6 to 1.5 in equal steps, the error of the samples'

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import logging
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from unets import TINY, TINY_CLASSES, random_unet
+from unets import TINY, TINY_CLASSES, diffusers_twin, random_unet, relative_error
 
 from fastdiff import backends, noise, solvers
 from fastdiff.backends import Spec, native
@@ -278,6 +279,62 @@ def test_compiled_runs_any_number_of_batch_sizes() -> None:
         for labels in (None, 1):
             images = [sampler.sample(n, steps=2, labels=labels).images for sampler in (compiled, eager)]
             assert (images[0] - images[1]).abs().max() < 1e-5
+
+
+@needs_compiler
+def test_compiled_edits() -> None:
+    """With a real compiler: a mask, an image to start from and a guide act between its `forward` and `update`."""
+    unet = Convolution()
+    compiled, eager = (Sampler(unet, SCHEDULE, backend=name, shape=SHAPE) for name in ("compiled", "eager"))
+    image = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mask = torch.zeros(8, 8)
+    mask[2:6, 1:5] = 1
+    for options in (
+        {"mask": mask},
+        {"mask": mask, "solver": "ddpm", "repaint": (2, 2)},
+        {"strength": 0.5, "guide": lambda x0, _: -(x0**2).flatten(1).sum(1)},
+    ):
+        drawn = [s.sample(2, steps=4, image=image, **options).images for s in (compiled, eager)]
+        assert (drawn[0] - drawn[1]).abs().max() < 1e-5
+        assert (drawn[0] - image).abs().amax(dim=(1, 2, 3)).min() > 0.05
+        if "mask" in options:
+            known = (mask == 0).expand_as(image)
+            assert torch.equal(drawn[0][known], image[known])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_checkpoints_in_half_precision_run_in_float32(tmp_path: Path, dtype: torch.dtype, backend: str) -> None:
+    """A folder's dtype says how its weights are kept; they are run in float32 unless the caller asks for another."""
+    if backend == "native":
+        pytest.importorskip("fastdiff._native")
+    twin = diffusers_twin(random_unet(TINY)).to(dtype)
+    twin.save_pretrained(tmp_path / "unet")
+    sampler = Sampler.from_pretrained(tmp_path, backend=backend, device="cpu")
+    assert sampler.dtype == torch.float32
+    exact = random_unet(TINY).to(dtype).double()
+    expected = Sampler(exact, backend="eager").sample(3, steps=5).images
+    rounded = relative_error(expected, Sampler(random_unet(TINY), backend="eager").sample(3, steps=5).images)
+    assert rounded > 1e-4, "the weights' rounding is heard"
+    assert relative_error(sampler.sample(3, steps=5).images, expected) < 1e-5
+
+
+def test_networks_in_bfloat16_run_natively(tmp_path: Path) -> None:
+    """From memory, where the dtype is the network's own, and from a folder where the caller asks for it."""
+    module = native.extension()
+    if module is None or not native._multiplies_bf16(module):
+        pytest.skip("no products of bfloat16 here")
+    unet = random_unet(TINY).bfloat16()
+    expected = Sampler(random_unet(TINY).bfloat16().double(), SCHEDULE, backend="eager").sample(3, steps=5).images
+    sampler = Sampler(unet, SCHEDULE, backend="native")
+    assert sampler.dtype == torch.bfloat16
+    drawn = sampler.sample(3, steps=5).images
+    assert 1e-5 < relative_error(drawn, expected) < 3e-2
+    assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}, "the network is not changed"
+    diffusers_twin(unet).save_pretrained(tmp_path / "unet")
+    asked = Sampler.from_pretrained(tmp_path, backend="native", device="cpu", dtype="bfloat16")
+    again = Sampler(asked.unet, SCHEDULE, backend="native", dtype="bfloat16").sample(3, steps=5).images
+    assert torch.equal(again, drawn)
 
 
 def test_forward_and_update_are_a_step() -> None:

@@ -352,6 +352,25 @@ def test_sample_options_reach_the_sampler(model: str, call: Call) -> None:
         assert arrays["indices"].tolist() == [7, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--solver", "unipc", "--order", "3", "--steps", "5"], {"solver": "unipc", "order": 3, "steps": 5}),
+        (["--compat", "openai", "--spacing", "ddim5"], {"compat": "openai", "spacing": "ddim5"}),
+    ],
+    ids=["order", "compat"],
+)
+def test_options_of_solvers_reach_the_sampler(
+    arguments: list[str], options: dict[str, Any], model: str, call: Call
+) -> None:
+    common = ["--n", "2", "--labels", "1", "--dtype", "float64", "--backend", "eager", "--device", "cpu"]
+    code, _, err = call("sample", model, *common, *arguments, "--out", "a.npz")
+    assert code == 0, err
+    expected = Sampler.from_pretrained(model, dtype="float64", device="cpu").sample(2, labels=1, **options)
+    with np.load("a.npz", allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["images"], images.to_uint8(expected.images))
+
+
 def test_sample_from_an_image(model: str, call: Call) -> None:
     """The picture, shrunk to the model's size; a mask's white is drawn anew."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
@@ -538,6 +557,9 @@ BAD_SAMPLE = [
     (["--solver", "euler9"], ("euler9", "ddim, ddpm")),
     (["--eta", "-1"], ("eta=-1.0", "positive")),
     (["--variance", "beta"], ("variance='beta'", "ddpm")),
+    (["--order", "2"], ("order=2", "unipc")),
+    (["--compat", "openai", "--spacing", "trailing"], ("spacing='trailing'", "timestep_respacing")),
+    (["--compat", "jax"], ("compat='jax'", "diffusers, openai, ho")),
     (["--spacing", "log"], ("spacing='log'", "trailing")),
     (["--guidance", "nan", "--labels", "1"], ("guidance=nan", "finite")),
     (["--guidance", "2"], ("guidance=2.0", "labels")),

@@ -69,6 +69,7 @@ CASES = {
         "openai",
     ),
     "DDPM++": (functools.partial(oracle.SongUNet, 8, 128, (1, 2), 1, (4,)), None, "edm"),
+    "DDPM++ of classes": (functools.partial(oracle.SongUNet, 8, 128, (1, 2), 1, (4,), label_dim=3), None, "edm"),
 }  # fmt: skip
 
 
@@ -103,6 +104,8 @@ def inputs(unet, batch=3):
 
 
 def answer(network, x, t, labels):
+    if labels is not None and isinstance(network, oracle.SongUNet):
+        labels = torch.eye(network.label_dim + 1, dtype=x.dtype)[labels, : network.label_dim]
     return network(x, t) if labels is None else network(x, t, labels)
 
 
@@ -316,6 +319,9 @@ def test_networks_outside_a_layout(layout):
     assert "another kind" in reasons(**mixed)
     assert ("another kind" in reasons()) == (layout == "edm")
     assert ("sample_size=(8, 16)" in reasons(sample_size=(8, 16))) == (layout == "edm")
+    classes = {"num_class_embeds": 5, "null_label": 4}
+    assert ("behind the time MLP" in reasons(**classes)) == (layout == "edm")
+    assert ("class_before_mlp=True, False" in reasons(**classes, class_before_mlp=True)) == layout.startswith("openai")
 
 
 def test_pieces_cover_every_tensor_once():
@@ -403,6 +409,37 @@ def test_edm_networks_run_as_the_paper_does(file, tmp_path, source):
         assert out.nfe == 11
         assert relative_error(out.images, expected) <= tolerance
     assert sampler.sample(1, solver="auto").table.solver == "heun"
+
+
+CLASSED = "DDPM++ of classes"
+EDM_NOISE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+
+
+@functools.cache
+def classed_reference(labels, w):
+    """Guided runs of Karras et al.'s algorithm; label 3 is EDMPrecond's class_labels=None, zeros."""
+    eye = torch.eye(4, dtype=torch.float64)[:, :3]
+
+    def guided(x, t):
+        conditional = original(CLASSED)(x, t, eye[list(labels)])
+        return conditional if w == 1 else (1 - w) * original(CLASSED)(x, t, eye[[3, 3]]) + w * conditional
+
+    return karras_algorithm_1(guided, EDM_NOISE.double(), 4)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_native)])
+def test_edm_networks_of_classes_run_as_the_paper_does(file, backend):
+    """Labels, the null label, and guidance between the two."""
+    sampler = fastdiff.Sampler.from_pretrained(file(CLASSED)[0], backend=backend)
+    assert (sampler.info.classes, sampler.info.null_label) == (3, 3)
+    for labels, w in (((2, 0), 1.0), (None, 1.0), ((2, 0), 2.5)):
+        out = sampler.sample(2, solver="heun", steps=4, noise=EDM_NOISE, labels=labels, guidance=w)
+        assert relative_error(out.images, classed_reference(labels or (3, 3), w)) <= 1e-4
+    plain = classed_reference((2, 0), 1.0)
+    assert relative_error(classed_reference((3, 3), 1.0), plain) > 0.05, "labels are not heard"
+    assert relative_error(classed_reference((2, 0), 2.5), plain) > 0.05
+    with pytest.raises(InvalidArgument, match="label 3 is out of range"):
+        sampler.sample(1, labels=3)
 
 
 @pytest.mark.parametrize(
@@ -550,7 +587,7 @@ def test_every_line_of_the_readme(tmp_path, monkeypatch):
     Path("old/config.json").write_text(json.dumps(old))
     files = {
         "old/diffusion_pytorch_model.bin": "ddpm", "ddpm.ckpt": "ddpm", "improved.pt": "improved-diffusion",
-        "adm.pt": "ADM-64", "adm512.pt": "ADM-512", "edm.pt": "DDPM++",
+        "adm.pt": "ADM-64", "adm512.pt": "ADM-512", "edm.pt": "DDPM++", "edm-cond.pt": "DDPM++ of classes",
     }  # fmt: skip
     for path, name in files.items():
         torch.save(state_dict(name), path)
@@ -569,7 +606,7 @@ def test_every_line_of_the_readme(tmp_path, monkeypatch):
         assert relative_error(answer(unet.double(), x, t, labels), expected) <= tolerance, line
         run.add(path)
     assert run == {"folder", "state.safetensors", "old", *list(files)[1:]}
-    assert len(lines) == 9
+    assert len(lines) == 10
 
 
 # Networks that are not there ------------------------------------------------------------------------------------------
@@ -612,7 +649,9 @@ def test_every_mismatch_is_listed_under_its_own_name(file, name):
         ("ddpm", lambda s: {**s, "conv_in.weight": torch.ones(64, 3, 3, 3)}, "ch_mult must begin with 1"),
         ("ddpm", lambda s: {"temb.dense.0.weight": torch.ones(3)}, "conv_in.weight"),
         ("DDPM++", without("enc.8x8_conv.weight"), "one tensor enc.<size>x<size>_conv.weight is needed, it has 0"),
-        ("DDPM++", lambda s: {**s, "map_label.weight": torch.ones(3, 3)}, "class-conditional SongUNet (map_label)"),
+        ("DDPM++", lambda s: {**s, "map_label.weight": torch.ones(3, 3)}, "map_label.weight is (3, 3)"),
+        ("DDPM++ of classes", without("map_label.bias"), "missing: map_label.bias (128,)"),
+        ("DDPM++ of classes", lambda s: {**s, "map_label.weight": torch.ones(3)}, "map_label.weight is (3,)"),
         ("DDPM++", lambda s: {**s, "map_noise.freqs": torch.ones(3)}, "NCSN++ (map_noise.freqs)"),
         ("DDPM++", lambda s: {**s, "enc.4x4_aux_residual.weight": torch.ones(3)}, "NCSN++ (tensors named aux)"),
         (

@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ from fastdiff.backends import native
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.scheduler import Scheduler
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler"
+)
 needs_native = pytest.mark.skipif(native.extension() is None, reason="the native engine is not built")
 BACKENDS = ["eager", pytest.param("native", marks=needs_native)]
 SCHEDULERS = {
@@ -329,6 +333,41 @@ def test_another_dtype_is_left_to_diffusers_where_the_engine_has_none(caplog):
     assert np.array_equal(images[0], call(pipeline, "one generator")[0])
     pipeline.to(torch.float32)
     assert_same(pipeline, generator="one generator")
+
+
+@pytest.mark.parametrize("cls", [DDIMPipeline, DDPMPipeline])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_eager_in_another_dtype_gives_diffusers_kind_of_images(dtype, cls):
+    """Its state is float32 at least, where diffusers rounds that to half precision too; numpy has no bfloat16."""
+    pipeline = pipeline_of(cls, SCHEDULERS["ddim"]).to(dtype)
+    theirs, _ = call(pipeline, "one generator", output_type="pt")
+    images = None if dtype == torch.bfloat16 else call(pipeline, "one generator")[0]
+    fastdiff.accelerate(pipeline, "eager")
+    ours, _ = call(pipeline, "one generator", output_type="pt")
+    assert ours.dtype == theirs.dtype == dtype
+    assert psnr(ours.double(), theirs.double()) >= {torch.float64: 100, torch.float16: 45, torch.bfloat16: 30}[dtype]
+    drawn, _ = call(pipeline, "one generator")
+    assert drawn.dtype == (np.float32 if images is None else images.dtype)
+    assert np.array_equal(drawn, ours.permute(0, 2, 3, 1).to(torch.float64).numpy().astype(drawn.dtype))
+    pictures, _ = call(pipeline, "one generator", output_type="pil")
+    assert pictures[0].size == (8, 8)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled():
+    """With a real compiler."""
+    micro = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    pipeline = pipeline_of(scheduler=DDPMScheduler(), config=change(**micro, add_attention=False))
+    assert_same(pipeline, backend="compiled", generator="one generator")
+    fastdiff.accelerate(pipeline, "compiled")
+    before, _ = call(pipeline, "one generator")
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.mul_(1.5)
+    after, _ = call(pipeline, "one generator")
+    assert psnr(after, before) < 60, "the weights' change is not heard"
+    pipeline.unaccelerate()
+    assert psnr(after, call(pipeline, "one generator")[0]) >= 80
 
 
 def test_autocast_is_left_to_diffusers():

@@ -527,6 +527,32 @@ def test_options_have_owners(name):
     if name != "ddpm":
         with pytest.raises(InvalidArgument, match="variance='beta' belongs to solver 'ddpm'"):
             toy().sample(1, solver=name, variance="beta", steps=4)
+    if name not in ("unipc", "deis", "lms"):
+        with pytest.raises(InvalidArgument, match="order=2 belongs to solver 'unipc' or 'deis' or 'lms', not"):
+            toy().sample(1, solver=name, order=2, steps=4)
+
+
+@pytest.mark.parametrize(("name", "most", "default"), [("unipc", 3, 2), ("deis", 3, 2), ("lms", 4, 4)])
+def test_orders_are_options_of_a_call(name, most, default):
+    solver = getattr(solvers, name)
+    for order in range(1, most + 1):
+        table = toy().sample(1, solver=name, order=order, steps=6).table
+        assert table == solver(LINEAR, 6, order=order)
+        assert (table == toy().sample(1, solver=name, steps=6).table) == (order == default)
+    for order in (0, most + 1, 2.5, True, "2"):
+        with pytest.raises(InvalidArgument, match="order="):
+            toy().sample(1, solver=name, order=order, steps=6)
+    # A late start is a new run of the same order over the later timesteps.
+    late = request.Options(solver=name, order=1, steps=6, image=torch.zeros(1, 3, 8, 8), strength=0.5)
+    later = solver(LINEAR, 6).timesteps[3:]
+    assert request.step_table(late, LINEAR, "epsilon", {}).rows == solver(LINEAR, order=1, spacing=later).rows
+
+
+def test_orders_that_nobody_takes():
+    with pytest.raises(InvalidArgument, match="order=2 needs a solver by name"):
+        toy().sample(1, solver="auto", order=2)
+    with pytest.raises(InvalidArgument, match="order=2 cannot change a StepTable"):
+        toy().sample(1, solver=solvers.unipc(LINEAR, 4), order=2)
 
 
 def test_the_command_line_names_them_all():

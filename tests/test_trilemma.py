@@ -388,6 +388,9 @@ def test_auto_quality_and_deadline_go_by_the_measurements(
         ({"deadline_s": 0}, "positive number of seconds"),
         ({"deadline_s": True}, "positive number of seconds"),
         ({"deadline_s": 5, "eta": 0.5}, "leave out eta="),
+        ({"solver": "auto", "eta": 0.5}, "belongs to solver 'ddim'"),
+        ({"solver": "auto", "order": 2}, "order=2"),
+        ({"quality": 1.1, "compat": "diffusers"}, "leave out compat="),
         ({"deadline_s": 1e-9}, "the shortest setting, of 4 rows, takes about"),
     ):
         with pytest.raises(InvalidArgument, match=why):

@@ -493,6 +493,20 @@ BAD = [
     *[({k: NAN}, k, NAN, "finite") for k in ("timestep_scale", "block_scale_factor")],
     ({"up_attention": "first"}, "up_attention", "first", "'all', 'last'"),
     ({"resample_shortcut": 1}, "resample_shortcut", 1, "False, True"),
+    ({"class_before_mlp": True, "num_class_embeds": 5}, "class_before_mlp", True, "needs num_class_embeds, null_label"),
+    (
+        {"class_before_mlp": True, "num_class_embeds": 5, "null_label": 4, "class_image": "add"},
+        "class_before_mlp",
+        True,
+        "class_image=None",
+    ),
+    (
+        {"class_before_mlp": True, "num_class_embeds": 1, "null_label": 0},
+        "class_before_mlp",
+        True,
+        "a class besides the null label",
+    ),
+    ({"class_before_mlp": 1}, "class_before_mlp", 1, "False, True"),
     ({"null_label": True, "num_class_embeds": 2}, "null_label", True, "num_class_embeds - 1 = 1"),
 ]
 

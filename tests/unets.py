@@ -122,6 +122,7 @@ OWN_VARIANTS = {
     "scaled blocks": {"block_scale_factor": 1.7, **ATTENTION_EVERYWHERE},
     "attention behind the last block": {**ATTENTION_EVERYWHERE, "up_attention": "last", "layers_per_block": 2},
     "shortcuts that resample": {"resample_shortcut": True, **RESNET_BLOCKS},
+    "classes before the time MLP": {"class_before_mlp": True, "num_class_embeds": 5, "null_label": 4},
 }
 
 

@@ -25,12 +25,12 @@ from fastdiff import update
 from fastdiff.backends import Spec, threads
 from fastdiff.backends.packing import Weights
 from fastdiff.errors import BackendError
-from fastdiff.lower import embed_timesteps, lower
+from fastdiff.lower import embed_classes, embed_timesteps, lower
 from fastdiff.plan import ALIGNMENT, STATISTICS, Plan, plan
 from fastdiff.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.solvers.table import COLUMNS, StepTable
 from fastdiff.state import State, TableBank
-from fastdiff.unet import UNet
+from fastdiff.unet import ClassProjection, UNet
 from fastdiff.unet_config import UNetConfig
 
 
@@ -252,15 +252,8 @@ class Compiled:
         if isinstance(op, Input):
             self._add_input(op)
         elif isinstance(op, Embed):
-            assert self.inputs.classes is not None
-            rows = [
-                self.native.RowVectors(table.data_ptr(), index.data_ptr(), table.shape[1])
-                for table, index in (
-                    (self.inputs.times, self.inputs.timestep),
-                    (self.inputs.classes, self.inputs.label),
-                )
-            ]
-            self.engine.embed(time=rows[0], classes=rows[1], features=C, dst=self._at(op.dst))
+            first, second = self._embedded(op)
+            self.engine.embed(time=first, classes=second, features=C, dst=self._at(op.dst))
         elif isinstance(op, Conv):
             self._add_conv(op)
         elif isinstance(op, Pool):
@@ -268,6 +261,22 @@ class Compiled:
         else:
             assert isinstance(op, Attention)
             self._add_attention(op)
+
+    def _embedded(self, op: Embed) -> tuple[Any, Any]:
+        """The two vectors of every row that are added; a sum of one has zeros besides."""
+        if len(op.src) == 1:
+            channels = self._padded(self.program.buffers[op.src[0]].shape[2])
+            self.zeros = torch.zeros(channels)
+            return (
+                self.native.RowVectors(self._at(op.src[0]), 0, channels),
+                self.native.RowVectors(self.zeros.data_ptr(), 0, 0),
+            )
+        times, classes = self.inputs.times, self.inputs.classes
+        assert classes is not None
+        return (
+            self.native.RowVectors(times.data_ptr(), self.inputs.timestep.data_ptr(), times.shape[1]),
+            self.native.RowVectors(classes.data_ptr(), self.inputs.label.data_ptr(), classes.shape[1]),
+        )
 
     def _add_attention(self, op: Attention) -> None:
         H, W, inner = self.program.buffers[op.dst].shape
@@ -304,7 +313,7 @@ class Compiled:
     def _add_conv(self, op: Conv) -> None:
         buffers = self.program.buffers
         H, W, C = buffers[op.dst].shape
-        bf16 = self.spec.dtype == torch.bfloat16 and op.dst != "projections"
+        bf16 = self.spec.dtype == torch.bfloat16 and op.dst not in EMBEDDING
         allowed = METHODS[1:] if bf16 and not self.spec.fast else METHODS
         rows = None if self.spec.determinism == "bitwise" else self.rows
         method = choose_method(op, self.program, rows, allowed)
@@ -336,6 +345,9 @@ class Compiled:
             statistics=self._at(op.dst + STATISTICS) if buffers[op.dst].statistics else 0,
         )
 
+
+# Products of the embedding, which are small and stay in float32.
+EMBEDDING = ("projections", "time_embedding.linear_2")
 
 # What a third-level cache holds of activations, with the weights that pass by.
 CACHE_BYTES = 32 << 20
@@ -499,8 +511,8 @@ class NativeRunner:
             self.arena = aligned(layout.size)
             self.compiled.clear()  # they have addresses of the old one
         embedding, classes, images = self.unet.class_embedding, None, None
-        if isinstance(embedding, nn.Embedding):
-            classes = embedding.weight.detach().float().contiguous()
+        if isinstance(embedding, (nn.Embedding, ClassProjection)):
+            classes = embed_classes(self.unet).detach().float().contiguous()
         C, H, W = self.spec.shape
         if self.unet.class_encoder is not None:
             images = torch.zeros(rows, H, W, C)

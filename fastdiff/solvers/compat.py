@@ -1,8 +1,8 @@
 """The table that reproduces a diffusers scheduler, quirks included, from its ``scheduler_config.json``.
 
-Everything here was read in diffusers' sources and is held to them by tests/test_compat.py. Where diffusers departs from
-the method, its own way is taken, so that a model's pictures stay the same; `fastdiff.solvers`' own functions have the
-right mathematics. The quirks:
+Everything here was read in diffusers' sources and is held to them by tests/test_solver_grid.py. Where diffusers departs
+from the method, its own way is taken, so that a model's pictures stay the same; `fastdiff.solvers`' own functions have
+the right mathematics. The quirks:
 
 - DDIM and PNDM step to t - T // steps, which is not the next timestep for "linspace", nor for "trailing" where steps do
   not divide T.

@@ -58,7 +58,7 @@ def ddpm_table(walk: Walk, variance: str, last_beta: bool = False) -> StepTable:
     """The table of `ddpm` over a walk.
 
     last_beta: the last row's noise is that of ``variance`` with the true beta too, where the posterior's is 0 or 1e-20:
-    diffusers' noise on finished images (`fastdiff.solvers.diffusers`).
+    diffusers' noise on finished images (`fastdiff.solvers.compat`).
     """
     rows = []
     for i, level in enumerate(walk.levels):
