@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample | train | info | convert | eval``. What is heavy waits until a command runs."""
+"""The command line: ``fastdiff sample | train | info | convert | eval | trilemma``. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -95,6 +95,17 @@ def sample(
         typer.Option(help="Share of the steps that --image goes through (default: 0.8; with --mask: all)."),
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew; what is black stays.")] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of --solver and --steps: 1.1 is the fewest network evaluations within 1.1 times the best "
+            "measured distance."
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="In place of --solver and --steps: the best measured setting that takes so many seconds."),
+    ] = None,
     animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,6 +118,8 @@ def sample(
     fastdiff sample --n 4 --labels 9 --guidance 2 --animate boots.gif -o boots.png
 
     fastdiff sample --n 100 --solver ddpm --steps 100 --out samples.npz
+
+    fastdiff sample --per-class 8 --guidance 2 --quality 1.1 --out samples.png
 
     fastdiff sample --n 8 --labels 9 --image in.png --strength 0.6 -o out.png
     """
@@ -149,6 +162,7 @@ def sample(
         "compat": compat, "guidance": guidance,
         "seed": seed, "start_index": start_index, "size": height_width,
         "batch_size": batch_size, "labels": chosen, "strength": strength,
+        "quality": quality, "deadline_s": deadline,
     }  # fmt: skip
     if image is not None or mask is not None:
         shape = image_size(n, height_width, sampler.info)
@@ -398,6 +412,114 @@ def info(
         print(f"\n{table}")
     if program:
         print(f"\n{layout.text(methods)}")
+
+
+@app.command()
+def trilemma(
+    model: ModelArgument = "fashion-mnist",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for images, results and picture; a later run goes on there.")
+    ] = Path("out/trilemma"),
+    n: Annotated[
+        int | None,
+        typer.Option("--n", "-n", help="Most images of a point (default: 5000 up to 20 evaluations, 2000 above)."),
+    ] = None,
+    nfe: Annotated[
+        str | None, typer.Option(help="Network evaluations an image, as 4,10,50 (default: from 4 to 1000).")
+    ] = None,
+    solvers: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings: a solver, with -etaX, -gX (guidance) or -SPACING, as ddim,unipc-g2,ddim-eta1 "
+            "(default: a dozen)."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="ddpm, ddim, unipc at 4, 10 and 50, 500 images each.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real images: a folder, an .npz, an IDX file, or a folder with MNIST's four files "
+            "(default: Fashion-MNIST, where it is installed)."
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Real images that the model never saw: the floor (default: MNIST's test files)."),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="crop or pad real images to the size (default: pad MNIST's files, else crop).")
+    ] = None,
+    features: Annotated[
+        str,
+        typer.Option(help="Whose: fashion-mnist, a classifier's file, or a .pth of Inception's weights."),
+    ] = "fashion-mnist",
+    batch_size: Annotated[int, typer.Option(help="Images in flight.")] = 64,
+    backend: Annotated[str, typer.Option(help="auto, native, eager or compiled.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
+    ] = None,
+    no_draw: Annotated[bool, typer.Option("--no-draw", help="Report the images that are there; draw none.")] = False,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Leave the speeds out.")] = False,
+    peer: Annotated[bool, typer.Option("--peer", help="Also time diffusers' DDPM loop (needs diffusers).")] = False,
+    install: Annotated[
+        bool,
+        typer.Option("--install", help="Keep the result in MODEL's folder, for solver=auto, quality= and deadline_s=."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure quality, diversity and speed of a model's samples, by solver and number of network evaluations.
+
+    Writes OUT/trilemma.json and, with matplotlib, OUT/trilemma.png. Hours of work, told before they begin; Ctrl-C loses
+    minutes at most, and the same command goes on. Speeds are timed at the end, in turn.
+
+    Examples:
+
+    fastdiff trilemma fashion-mnist --quick
+
+    fastdiff trilemma --solvers ddim,unipc-g2 --nfe 4,10 --n 1000 -o out/few
+    """
+    from fastdiff import Sampler
+    from fastdiff.trilemma import report, run
+    from fastdiff.trilemma.picture import draw_picture, drawable
+    from fastdiff.trilemma.plan import QUICK, plan
+
+    if quick and (solvers, nfe, n) != (None, None, None):
+        raise InvalidArgument("--quick is a plan of its own; leave out --solvers, --nfe and --n")
+    if batch_size < 1 or (n is not None and n < run.MIN_IMAGES):
+        raise InvalidArgument(
+            f"--batch-size {batch_size}, --n {n}: at least 1, and {run.MIN_IMAGES} images, are needed"
+        )
+
+    def say(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
+    keys, nfes, most = QUICK if quick else (solvers and solvers.split(","), nfe and _numbers("--nfe", nfe), n)
+    points = plan(sampler, keys, nfes, most)
+    judge = run.Judge.of(sampler, model, data, held_out, fit, features)
+    if peer:
+        run.speed.need_diffusers()
+    if not drawable():
+        say("matplotlib is not installed, so there will be no picture: pip install 'fastdiff[plot]'")
+    try:
+        if not no_draw:
+            run.draw(sampler, out, points, batch_size, say)
+        found = run.result(
+            sampler, out, points, judge, say, model=model, batch=batch_size, timed=not no_time, peer=peer
+        )
+        if drawable():
+            draw_picture(found, out / "trilemma.png")
+        if install:
+            say(f"wrote {run.install(found, sampler)}")
+    except KeyboardInterrupt:
+        say(f"interrupted: what is finished is kept in {out}, and the same command goes on from there")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(found))
+        return
+    for line in (*report.table(found), *report.say_nearest(found["nearest"]), *report.say_peer(found.get("peer"))):
+        print(line)
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastdiff import editing, solvers
+from fastdiff import editing, measured, solvers
 from fastdiff.editing import Guide
-from fastdiff.errors import BackendError, ConfigError, InvalidArgument
+from fastdiff.errors import BackendError, CheckpointError, ConfigError, InvalidArgument
+from fastdiff.measured import Measured, Point
 from fastdiff.noise import check_seed
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
@@ -23,9 +26,13 @@ from fastdiff.solvers.codebases import FROM_MODEL, VARIANCES, Run
 from fastdiff.solvers.paths import late_start, looks_back, repaint, starting_at
 from fastdiff.solvers.walk import Schedule
 
+log = logging.getLogger("fastdiff")
+
 # Images are run in chunks whose activations take about this much; larger ones do not make a step faster.
 CHUNK_BYTES = 2 << 30
 MAX_CHUNK = 64
+
+EDM_STEPS = 256  # the most that a deadline is spent on: Karras et al. 2022, table 2, on ImageNet-64
 
 STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
 
@@ -112,6 +119,8 @@ class Options:
     repaint: tuple[int, int] | None = None
     guide: Guide | None = None
     guide_through: str = "x0"
+    quality: float | None = None
+    deadline_s: float | None = None
     compat: str | None = None
 
     @property
@@ -166,8 +175,12 @@ def check(
     prediction: str,
     scheduler_config: Mapping[str, Any],
     backend: str = "eager",
+    known: Measured | None = None,
 ) -> Request:
-    """The checked request. Raises `InvalidArgument` naming the value and what is allowed."""
+    """The checked request. Raises `InvalidArgument` naming the value and what is allowed.
+
+    known: the model's measurements, which "auto" and quality= go by. A deadline must be resolved (`in_time`) before.
+    """
     if not _whole(n) or n < 1:
         raise InvalidArgument(f"n={n!r}: a whole number of at least 1 is needed")
     if not _whole(o.start_index) or not 0 <= o.start_index <= (1 << 63) - int(n):
@@ -183,7 +196,7 @@ def check(
         raise InvalidArgument(f"size={o.size!r}, but image is {image.shape[2]}x{image.shape[3]}")
     mask = _mask(n, o, shape)
     _check_guide(o, backend)
-    table = step_table(o, schedule, prediction, scheduler_config)
+    table = step_table(o, schedule, prediction, scheduler_config, known)
     if image is not None:
         editing.check_range(image, min(row.c for row in table.rows) * table.data_scale)
     if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
@@ -252,9 +265,32 @@ def _repainted(table: StepTable, given: tuple[int, int]) -> StepTable:
     return repaint(table, *given)
 
 
-def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config: Mapping[str, Any]) -> StepTable:
-    """The table that the options ask for; what they leave open, the model's scheduler configuration decides."""
+def step_table(
+    o: Options,
+    schedule: Schedule,
+    prediction: str,
+    scheduler_config: Mapping[str, Any],
+    known: Measured | None = None,
+) -> StepTable:
+    """The table that the options ask for; what they leave open, the model's scheduler configuration decides, and what
+    they leave to "auto" or ask for by quality=, its measurements.
+    """
     config = scheduler_config
+    point = None
+    if o.quality is not None:
+        point = _of_quality(o, known)
+    elif isinstance(o.solver, str) and o.solver == "auto" and o.steps is None:
+        points, _ = comparable(o, known)
+        point = measured.automatic(points) if points else None
+    if point is not None:
+        log.info("measured: %s, %d network evaluations", point, point.nfe)
+        table = step_table(dataclasses.replace(o, quality=None, **point.options), schedule, prediction, config)
+        if len(table) != point.rows:
+            assert known is not None
+            raise CheckpointError(
+                f"{known.path}: {point} is said to take {point.nfe} network evaluations, but has {len(table)} rows here"
+            )
+        return table
     if isinstance(o.solver, StepTable):
         given = {"eta": o.eta != 0.0, "variance": o.variance is not None, "spacing": o.spacing is not None}
         given |= {"steps": o.steps not in (None, o.solver.steps), "clip": o.clip != FROM_MODEL}
@@ -307,6 +343,99 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
     return TABLES[name](schedule, dataclasses.replace(o, steps=None), config, {**kept, "spacing": spacing})
 
 
+def comparable(o: Options, known: Measured | None) -> tuple[list[Point], str]:
+    """The measured points that images of these options can be compared with; where there are none, why.
+
+    They were drawn from noise, with the model's own clipping, at one guidance scale throughout.
+    """
+    if known is None:
+        return [], "this model has no measurements; `fastdiff trilemma` makes them"
+    names = ("spacing", "variance", "order", "compat", "image", "mask", "repaint", "guide")
+    given = {name: getattr(o, name) is not None for name in names}
+    given |= {"eta": o.eta != 0.0}
+    given |= {"clip": o.clip != FROM_MODEL, "guidance_rescale": o.guidance_rescale != 0.0}
+    given |= {"guidance_interval": o.guidance_interval != (0.0, 1.0)}
+    for name in (name for name, is_given in given.items() if is_given):
+        return [], f"the measurements were made without {name}="
+    try:
+        scales = np.unique(np.asarray(o.guidance, dtype=np.float64))
+    except (TypeError, ValueError) as e:
+        raise InvalidArgument(f"guidance={o.guidance!r}: one number, or one for each image, is needed") from e
+    points = known.at(float(scales[0])) if len(scales) == 1 else []
+    if not points:
+        return [], f"{known.path} was measured with guidance {', '.join(f'{g:g}' for g in known.guidances)}"
+    return points, ""
+
+
+def _of_quality(o: Options, known: Measured | None) -> Point:
+    q = o.quality
+    if isinstance(q, bool) or not isinstance(q, (int, float)) or not 1.0 <= q < math.inf:
+        raise InvalidArgument(
+            f"quality={q!r}: a number of at least 1 is needed, as 1.1 for at most 1.1 times the best measured distance"
+        )
+    alone("quality", o)
+    points, why = comparable(o, known)
+    if not points:
+        raise InvalidArgument(f"quality={q!r} cannot be promised: {why}")
+    return measured.within(points, float(q))
+
+
+def alone(name: str, o: Options) -> None:
+    """quality= and deadline_s= choose what these options would say. solver="ddim", the default, counts as none."""
+    given = {"solver": o.solver not in ("ddim", "auto") if isinstance(o.solver, str) else True}
+    given |= {other: getattr(o, other) is not None for other in ("steps", "variance", "order", "compat")}
+    given |= {"eta": o.eta != 0.0}
+    if name == "deadline_s":  # these make the number of rows, or their cost, their own
+        given |= {other: getattr(o, other) is not None for other in ("repaint", "guide")}
+        given |= {"spacing": not (o.spacing is None or isinstance(o.spacing, str))}
+    given |= {other: getattr(o, other) is not None for other in ("quality", "deadline_s") if other != name}
+    for other in (other for other, is_given in given.items() if is_given):
+        raise InvalidArgument(f"{name}= chooses the solver and its steps; leave out {other}=")
+
+
+def check_deadline(o: Options) -> None:
+    """Raises `InvalidArgument` where ``deadline_s`` is none, or what else is given contradicts it."""
+    d = o.deadline_s
+    if isinstance(d, bool) or not isinstance(d, (int, float)) or not 0.0 < d < math.inf:
+        raise InvalidArgument(f"deadline_s={d!r}: a positive number of seconds is needed")
+    alone("deadline_s", o)
+
+
+def in_time(
+    o: Options, r: Request, schedule: Schedule, known: Measured | None, seconds: float, elapsed: float
+) -> Options:
+    """The options with the solver and the steps that a deadline leaves time for.
+
+        rows = (deadline - elapsed) / (chunks * seconds),      seconds: of one row of a chunk, as timed
+
+    The best measured setting of at most so many rows; without measurements the general rule of `auto` for so many
+    steps, at most as many as there are timesteps. ``r`` is the request with any table.
+    """
+    assert o.deadline_s is not None
+    chunks = len(r.chunks)
+    rows = (o.deadline_s - elapsed) / (chunks * seconds)
+    points, _ = comparable(o, known)
+    if points:
+        shortest = min(point.rows for point in points)
+        point = measured.fitting(points, rows)
+        if point is not None:
+            log.info("deadline of %g s: %s, at %.3g s a row and chunk", o.deadline_s, point, seconds)
+            return dataclasses.replace(o, deadline_s=None, **point.options)
+    else:
+        shortest = 1
+        if isinstance(schedule, solvers.EDMSchedule):
+            steps = min(int((rows + 1) / 2), EDM_STEPS)  # of heun: two rows each, the last one
+        else:
+            steps = min(int(rows), schedule.timesteps)
+        if steps >= 1:
+            log.info("deadline of %g s: %d steps, at %.3g s a row and chunk", o.deadline_s, steps, seconds)
+            return dataclasses.replace(o, deadline_s=None, solver="auto", steps=steps)
+    raise InvalidArgument(
+        f"deadline_s={o.deadline_s!r} cannot be kept here: the shortest setting, of {shortest} rows, takes about "
+        f"{elapsed + shortest * chunks * seconds:.3g} s for {r.n} images"
+    )
+
+
 def _of_code_base(o: Options, name: str, schedule: Schedule, prediction: str, config: Mapping[str, Any]) -> StepTable:
     """The table of ``compat``, which may start late where that needs no other table."""
     assert o.compat is not None
@@ -331,6 +460,11 @@ def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int 
         250 and more        ddpm                                 Song et al. 2021 (DDIM), table 1
 
     20 steps where ``steps`` is None. Guidance makes high orders unstable, hence the lower ones.
+
+    It is for models that were not measured (`comparable`). The measurement of the built-in one, in
+    benchmarks/results/trilemma-fashion-mnist.json, agrees on few steps, where unipc has the smallest distance, plain
+    and guided. With more, its distances tell the network's errors, which all solvers share, not the solvers': no
+    ground to change the rule for others.
     """
     if isinstance(schedule, solvers.EDMSchedule):
         return "heun", steps, {}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import backends, checkpoint, editing, noise, request, solvers, update
+from fastdiff import backends, checkpoint, editing, measured, noise, request, solvers, update, weights
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.editing import Guide, Inpainting
 from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
@@ -99,6 +101,8 @@ class Sampler:
         self._copy: nn.Module | None = None
         self._cancellations = 0
         self._closed = False
+        self._measured_at: Path | None = None
+        self._measured: measured.Measured | None = None
         first = self._spec(1, (self.info.channels, *(self.info.size or (self.info.stride,) * 2)))
         self.backend = backend
         if backend == "auto":
@@ -120,13 +124,14 @@ class Sampler:
 
         Schedule, prediction, clipping, spacing and variance are those of its scheduler configuration. device None:
         CUDA where there is one. source: the options of `checkpoint.load`, which tell what an original file is.
+        A folder's ``trilemma.json``, written by `fastdiff trilemma`, is what "auto", quality= and deadline_s= go by.
         """
         loaded = checkpoint.load(model, **source)
         config = loaded.scheduler_config
         device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Convolutions like NHWC better than NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
-        return cls(
+        sampler = cls(
             loaded.unet.to(device),
             loaded.schedule,
             prediction=loaded.prediction,
@@ -136,6 +141,8 @@ class Sampler:
             determinism=determinism,
             scheduler_config=config,
         )
+        sampler._measured_at = loaded.path / measured.NAME if loaded.path.is_dir() else None
+        return sampler
 
     def sample(
         self,
@@ -163,6 +170,8 @@ class Sampler:
         repaint: tuple[int, int] | None = None,
         guide: Guide | None = None,
         guide_through: str = "x0",
+        quality: float | None = None,
+        deadline_s: float | None = None,
         compat: str | None = None,
         callback: Callable[[Event], None] | None = None,
         progress: bool = False,
@@ -171,8 +180,10 @@ class Sampler:
 
         solver
             "ddim", "ddpm", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "euler", "euler_ancestral",
-            "heun", "lms", "deis", "plms", "lcm", "consistency", "auto" (a rule by steps and guidance, see
-            `fastdiff.request.auto`), or a `StepTable` that a function of `fastdiff.solvers` made.
+            "heun", "lms", "deis", "plms", "lcm", "consistency", "auto", or a `StepTable` that a function of
+            `fastdiff.solvers` made. "auto" without steps: what was measured to be indistinguishable from the best, in
+            the fewest network evaluations (`fastdiff.measured.automatic`); with steps, and for a model without
+            measurements, a general rule by steps and guidance (`fastdiff.request.auto`).
         steps
             Steps of the solver, each a network evaluation but with heun (two each, the last one) and plms (one more in
             all). By default 50, every timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with EDM.
@@ -213,6 +224,15 @@ class Sampler:
             A function (x0 [k, C, H, W], indices) -> log p [k], differentiable: images are led towards what it finds
             likely (classifier guidance; multiply it by a scale). "x0": by its gradient there, on every backend;
             "network": by that through the network too, eager only, twice the work.
+        quality
+            In place of solver and steps: 1.1 means the fewest network evaluations whose measured Frechet distance is at
+            most 1.1 times the smallest one measured with this guidance. Needs a model with measurements.
+        deadline_s
+            In place of solver and steps: seconds that the whole call may take. Of the settings that are predicted to
+            fit, by a row or two of this batch timed first, the one with the smallest measured distance; without
+            measurements as many steps of "auto" as fit. What callbacks and noise functions take is not foreseen.
+            ``SampleOutput.table`` is the setting that was chosen, here and above: given as ``solver`` it repeats the
+            images.
         compat
             None: the right mathematics. "diffusers", "openai", "ho": what that code base's own loop draws with the same
             noise, quirks included; ``spacing`` then is in its terms (`fastdiff.solvers.codebases` has both). Runs with
@@ -230,7 +250,7 @@ class Sampler:
             start_index=start_index, labels=labels, guidance=guidance, guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale, size=size, noise=noise, batch_size=batch_size, image=image,
             strength=strength, mask=mask, repaint=repaint, guide=guide, guide_through=guide_through,
-            compat=compat,
+            quality=quality, deadline_s=deadline_s, compat=compat,
         )  # fmt: skip
         return self._collect(self._request(n, options), callback, progress)
 
@@ -380,9 +400,46 @@ class Sampler:
     def _request(self, n: int, options: Options) -> Request:
         if self._closed:
             raise InvalidArgument("this sampler is closed")
+        if options.deadline_s is not None:
+            options = self._in_time(n, options)
+        asked = options.quality is not None or (isinstance(options.solver, str) and options.solver == "auto")
         return request.check(
-            n, options, self.info, self.schedule, self.prediction, self._scheduler_config, self.backend
-        )
+            n, options, self.info, self.schedule, self.prediction, self._scheduler_config, self.backend,
+            self.measurements() if asked else None,
+        )  # fmt: skip
+
+    def measurements(self) -> measured.Measured | None:
+        """What was measured of this model, from the ``trilemma.json`` of its folder; None where there is none, or where
+        it is of other weights (which is logged). `CheckpointError` says what is wrong with the file.
+        """
+        path = self._measured_at
+        if self._measured is None and path is not None and path.exists():
+            found = measured.read(path)
+            if found.model != weights.fingerprint(self.unet.state_dict()):
+                log.warning("%s was measured with other weights, and is left aside", path)
+                self._measured_at = None
+            else:
+                self._measured = found
+        return self._measured
+
+    def _in_time(self, n: int, o: Options) -> Options:
+        """The options with what a deadline leaves time for: two rows of the first chunk are timed, after one more."""
+        started = time.perf_counter()
+        request.check_deadline(o)
+        short = dataclasses.replace(o, solver=solvers.ddim(self.schedule, 3, prediction=self.prediction), spacing=None)
+        strength = None if o.image is None else 1.0
+        r = self._request(n, dataclasses.replace(short, deadline_s=None, clip=FROM_MODEL, strength=strength))
+        k = min(r.n, r.batch_size)
+        labels, image, mask = (None if whole is None else whole[:k] for whole in (r.labels, r.image, r.mask))
+        first = dataclasses.replace(r, n=k, guidance=r.guidance[:k], noise=None, labels=labels, image=image, mask=mask)
+        ends = []
+        for _ in self._rows(first, self._cancellations, preview=lambda _: False, progress=False):
+            ends.append(time.perf_counter())
+        if len(ends) < 3:
+            raise Cancelled("cancelled before the first image")
+        seconds = max(after - before for before, after in itertools.pairwise(ends))
+        elapsed = time.perf_counter() - started
+        return request.in_time(o, r, self.schedule, self.measurements(), seconds, elapsed)
 
     def _rows(
         self, r: Request, started: int, preview: Callable[[int], bool], progress: bool

@@ -8,6 +8,7 @@ knows how to build tensors and containers, and refuses every other object instea
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickletools
@@ -248,3 +249,12 @@ def _is_state_dict(value: Any) -> bool:
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = "module." if all(k.startswith("module.") for k in state) else ""
     return {k.removeprefix(prefix): v.detach() for k, v in state.items()}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

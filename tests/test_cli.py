@@ -33,7 +33,7 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 
 CLASSES = 4
-COMMANDS = ("sample", "train", "info", "convert", "eval")
+COMMANDS = ("sample", "train", "info", "convert", "eval", "trilemma")
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +129,7 @@ def test_help_says_every_default(command: str, help_text: Callable[[str], str]) 
     body = body[: body.index("-> None:")]
     explained = re.findall(r"\(default: [^)\n]*\)", body)
     assert "[default" not in body
-    assert len(explained) >= {"sample": 5, "train": 4, "info": 0, "convert": 2, "eval": 5}[command]
+    assert len(explained) >= {"sample": 5, "train": 4, "info": 0, "convert": 2, "eval": 5, "trilemma": 7}[command]
     for default in explained:
         assert default in text, f"{default} is not shown"
 
@@ -156,7 +156,7 @@ def test_sample_examples(example: str, call: Call) -> None:
     arguments = shlex.split(re.sub(r"--per-class \d+", "--per-class 1", re.sub(r"--n \d+", "--n 2", example)))[1:]
     if "--steps" in arguments:
         arguments[arguments.index("--steps") + 1] = "2"
-    else:
+    elif "--quality" not in arguments:
         arguments += ["--steps", "2"]
     if "--image" in arguments:
         Image.new("L", (40, 36), 128).save(arguments[arguments.index("--image") + 1])

@@ -20,6 +20,7 @@ ORDER = (
     "errors",
     "files",
     "weights",
+    "measured",
     "schedule",
     "noise",
     "solvers",
@@ -51,6 +52,7 @@ ORDER = (
     "quality",
     "evaluation",
     "bench",
+    "trilemma",
     "cli",
     "__main__",
 )

@@ -1,0 +1,312 @@
+"""Drawing and measuring the points, so that nothing finished is done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff import __version__, evaluation, measured, parts, request
+from fastdiff.classifier import SIZE, Classifier
+from fastdiff.errors import CheckpointError, DataError, InvalidArgument
+from fastdiff.evaluation import Real
+from fastdiff.files import write_text
+from fastdiff.quality import Extractor, Reference, features, measure
+from fastdiff.sampler import Sampler
+from fastdiff.trilemma import report, speed
+from fastdiff.trilemma.plan import FEW, Planned
+from fastdiff.weights import fingerprint, read_json
+
+log = logging.getLogger("fastdiff")
+
+Say = Callable[[str], None]
+SEED = 0
+MIN_IMAGES = evaluation.MIN_IMAGES
+MIN_REFERENCE = 500  # images of the reference below which nothing is compared with it
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What samples are measured by: a network's features, real images, and held-out ones like those, or None.
+
+    images: uint8 [N, C, H, W]. name, data: what the features and the images are, in words.
+    """
+
+    extract: Extractor
+    name: str
+    real: Real
+    data: str
+
+    @classmethod
+    def of(
+        cls, sampler: Sampler, model: str, data: Path | None, held_out: Path | None, fit: str | None, features_of: str
+    ) -> Judge:
+        """As `evaluation.evaluate` takes them; what is missing or does not fit is named by the same errors."""
+        found = evaluation._data(data, model, None)
+        extract = features(features_of, sampler.device)
+        height, width = request.image_size(1, None, sampler.info)
+        shape = (sampler.info.channels, height, width)
+        if isinstance(extract.network, Classifier) and shape != (1, SIZE, SIZE):
+            raise InvalidArgument(
+                f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {shape[0]}x{height}x{width}; "
+                "give the weights of Inception as --features"
+            )
+        real = evaluation._real(found, held_out, shape, fit or ("pad" if evaluation._mnist(found) else "crop"))
+        return cls(extract, features_of, real, str(found))
+
+
+def draw(sampler: Sampler, out: Path, points: Sequence[Planned], batch: int | None, say: Say) -> None:
+    """Draw what the points lack: the first `FEW` images of each, then the others, so that points can soon be compared.
+
+    What is to be drawn, and about how long it takes, is said before; every finished part after.
+    """
+    todo = [p for p in points if p.same_as is None]
+    lacking = {p.name: p.n - drawn(out, p) for p in todo}
+    evaluations = sum(p.nfe * max(lacking[p.name], 0) for p in todo)
+    total = sum(p.nfe * p.n for p in todo)
+    if not evaluations:
+        say(f"all images of {len(points)} points are there")
+        return
+    seconds = evaluations / rate(sampler, batch)
+    say(
+        f"{len(points)} points, {total / 1e6:.3g} million network evaluations, {evaluations / 1e6:.3g} of them to do: "
+        f"about {duration(seconds)} here"
+    )
+    done, started = 0, time.monotonic()
+    for most in sorted({min(p.n, FEW) for p in todo} | {p.n for p in todo}):
+        for p in todo:
+            if min(p.n, most) <= drawn(out, p) or (most > FEW and p.n <= FEW):
+                continue
+            before = drawn(out, p)
+
+            def progress(there: int, of: int, p: Planned = p, before: int = before, done: int = done) -> None:
+                if there <= before:
+                    return
+                share = (done + p.nfe * (there - before)) / evaluations
+                left = (time.monotonic() - started) * (1 - share) / share
+                say(f"{p.name}: {there} of {of} images; {share:.0%} of all, {duration(left)} left")
+
+            parts.draw(
+                sampler, folder(out, p), min(p.n, most), seed=SEED, progress=progress, batch_size=batch, **p.options
+            )
+            done += p.nfe * (min(p.n, most) - before)
+
+
+def drawn(out: Path, p: Planned) -> int:
+    """How many images of a point are there, without a gap."""
+    try:
+        return min(len(parts.load(folder(out, p))), p.n)
+    except DataError:
+        return 0
+
+
+def folder(out: Path, p: Planned) -> Path:
+    return out / "points" / p.name
+
+
+def rate(sampler: Sampler, batch: int | None) -> float:
+    """Network evaluations a second, roughly: of one short call after another that warms up."""
+    n = batch or 16
+    labels = None if sampler.info.classes is None else 0
+    for _ in range(2):
+        started = time.perf_counter()
+        sampler.sample(n, steps=2, labels=labels, batch_size=n)
+    return 2 * n / (time.perf_counter() - started)
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+class Measurer:
+    """Measures points once: results lie beside the images, and hold for the same judge only."""
+
+    def __init__(self, judge: Judge, out: Path, say: Say) -> None:
+        self.judge, self.out, self.say = judge, out, say
+        self.of = hashlib.sha256(
+            judge.real.images.numpy().tobytes() + parts.fingerprint(judge.extract.network).encode()
+        ).hexdigest()
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The real images' features; it takes a minute, and only points that are not measured yet ask for it."""
+        return Reference(self.features(self.judge.real.images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of uint8 images, kept in OUT/features."""
+
+        def progress(done: int, total: int) -> None:
+            if done and not done % 10_000:
+                self.say(f"features of {done} of {total} images")
+
+        return evaluation.cached_features(self.judge.extract, images, self.out / "features", progress)
+
+    def point(self, p: Planned, n: int) -> dict[str, Any]:
+        """The measurements of a point's first n images: {"frechet": {"value", "low", "high"}, ...}."""
+        return self._once(folder(self.out, p) / "measured.json", n, lambda: parts.load(folder(self.out, p), n))
+
+    def floor(self, n: int) -> dict[str, Any] | None:
+        """The same of the first n held-out images: as near as images get, in this number."""
+        held_out = self.judge.real.held_out
+        if held_out is None or len(held_out) < n:
+            return None
+        return self._once(self.out / "floor.json", n, lambda: held_out[:n])
+
+    def _once(self, path: Path, n: int, images: Callable[[], Tensor]) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
+        if path.exists():
+            try:
+                kept = read_json(path)
+            except CheckpointError as e:
+                log.warning("%s; it is measured anew", e)
+        if kept.get("of") != self.of:
+            kept = {"of": self.of, "n": {}}
+        if str(n) not in kept["n"]:
+            estimates = measure(self.features(images()), self.reference)
+            kept["n"][str(n)] = {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
+            write_text(path, json.dumps(kept, indent=1) + "\n")
+        return kept["n"][str(n)]
+
+
+def result(
+    sampler: Sampler,
+    out: Path,
+    points: Sequence[Planned],
+    judge: Judge,
+    say: Say,
+    *,
+    model: str,
+    batch: int,
+    timed: bool = True,
+    peer: bool = False,
+) -> dict[str, Any]:
+    """The report of the points that are there, written to OUT/trilemma.json.
+
+    Distances are compared at n images: of the plan's smallest points, or as many as every point has, if that is fewer.
+    A point without n images is missing. `DataError` where no point is there.
+    """
+    measurer = Measurer(judge, out, say)
+    n = min(p.n for p in points)
+    counts = {p.name: drawn(out, p) for p in points}
+    counts |= {p.name: counts[p.same_as] for p in points if p.same_as is not None}
+    for p in points:
+        if p.same_as is None and counts[p.name]:
+            parts.check_settings(folder(out, p), parts.settings(sampler, seed=SEED, **p.options))
+    there = [p for p in points if counts[p.name] >= n]
+    if not there:
+        raise DataError(f"{out}: no point has its {n} images yet")
+    entries = []
+    for p in there:
+        source = p if p.same_as is None else next(q for q in points if q.name == p.same_as)
+        own = counts[p.name]
+        entry: dict[str, Any] = {
+            "name": p.name,
+            "key": p.key,
+            "options": p.options,
+            "nfe": p.nfe,
+            "n": own,
+            "at_n": measurer.point(source, n),
+            "at_own_n": measurer.point(source, own),
+            **({} if p.same_as is None else {"same_as": p.same_as}),
+        }
+        say(f"{p.name}: Frechet {entry['at_n']['frechet']['value']:.3f} at {n} images")
+        entries.append(entry)
+    report.mark_front(entries)
+    # The longest run of ddpm: of all timesteps, where the plan has it.
+    whole = max((p for p in points if p.key == "ddpm"), key=lambda p: p.nfe, default=None)
+    if whole is not None and whole.same_as is not None:
+        whole = next(p for p in points if p.name == whole.same_as)
+    found: dict[str, Any] = {
+        "format": measured.FORMAT,
+        "made_by": f"fastdiff {__version__}, fastdiff trilemma",
+        "model_name": model,
+        "model": fingerprint(sampler.unet.state_dict()),
+        "n": n,
+        "settings": {
+            "seed": SEED,
+            "labels": None if sampler.info.classes is None else "image i is of class i mod classes",
+            "backend": sampler.backend,
+            "dtype": "bfloat16-fast" if sampler.fast else str(sampler.dtype).removeprefix("torch."),
+            "features": judge.name,
+            "real_images": judge.data,
+            "reference": None if whole is None else whole.name,
+        },
+        "machine": speed.machine(),
+        "floor": measurer.floor(n),
+        "points": entries,
+        "missing": [{"name": p.name, "images": counts[p.name], "of": p.n} for p in points if counts[p.name] < p.n],
+        "nearest": _nearest(measurer, entries, there, whole, counts, n),
+    }
+    if timed:
+        say("timing the settings in turn; nothing else should run now")
+        lines = speed.speeds(sampler, [p for p in there if p.same_as is None], batch)
+        keys = {p.name: p.key for p in there}
+        for p, entry in zip(there, entries, strict=True):
+            line = lines[p.key if p.same_as is None else keys[p.same_as]]
+            entry["images_per_s"] = line.images_per_s(p.nfe // 2 if p.guided else p.nfe)
+        found["speed"] = {key: dataclasses.asdict(line) for key, line in lines.items()}
+        spread = max(line.spread for line in lines.values())
+        found["too_noisy"] = spread > speed.NOISE
+        if found["too_noisy"]:
+            say(f"the machine was too noisy to time: rounds differ by up to {spread:.0%}")
+    if peer:
+        say("timing diffusers' loop")
+        found["peer"] = against(speed.peer(sampler), entries, found["nearest"])
+    write_text(out / "trilemma.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _nearest(
+    measurer: Measurer,
+    entries: Sequence[dict[str, Any]],
+    there: Sequence[Planned],
+    whole: Planned | None,
+    counts: dict[str, int],
+    n: int,
+) -> dict[str, Any] | None:
+    """`report.nearest`, at as many images as the reference has, if those are fewer than n."""
+    if whole is None or counts[whole.name] < min(n, MIN_REFERENCE):
+        return None
+    n = min(n, counts[whole.name])
+    goal = measurer.point(whole, n)["frechet"]
+    distances = {
+        p.name: measurer.point(p, n)["frechet"]
+        for p in there
+        if p.nfe <= report.MOST and p.same_as is None and p.name != whole.name
+    }
+    plain = {p.name for p in there if not p.guided}
+    nfes = {e["name"]: e["nfe"] for e in entries}
+    return {"reference": whole.name, "n": n, **report.nearest(goal, distances, nfes, plain)}
+
+
+def against(other: dict[str, Any], entries: Sequence[dict[str, Any]], nearest: dict[str, Any] | None) -> dict[str, Any]:
+    """The peer with the ratios: images/s of the shortest points within 10 % of the reference's distance, over its."""
+    ratios = {}
+    for what in ("any", "plain"):
+        chosen = nearest and nearest[what] and nearest[what]["shortest_within"]
+        if chosen:
+            entry = next(e for e in entries if e["name"] == chosen["name"])
+            if "images_per_s" in entry:
+                ratios[chosen["name"]] = entry["images_per_s"] / other["images_per_s"]
+    return {**other, "ratios": ratios}
+
+
+def install(found: dict[str, Any], sampler: Sampler) -> Path:
+    """Write what `Sampler.sample` goes by into the sampler's model folder; `InvalidArgument` where it has none."""
+    path = sampler._measured_at
+    if path is None:
+        raise InvalidArgument("--install: the model is no folder, so measurements cannot be kept with it")
+    brief = report.for_model(found)
+    points = ",\n  ".join(json.dumps(point) for point in brief.pop("points"))  # a line each
+    head = json.dumps(brief, indent=1).rstrip("\n}")
+    write_text(path, f'{head},\n "points": [\n  {points}\n ]\n}}\n')
+    return path
