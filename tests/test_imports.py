@@ -37,6 +37,7 @@ ORDER = (
     "kernels",
     "_native",  # csrc/
     "backends",
+    "cost",
     "editing",
     "images",
     "output",
