@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample | train | info | convert | bench``. Nothing heavy is imported before a command."""
+"""The command line: ``fastdiff sample | train | info | convert | bench``. Nothing heavy is imported for help."""
 
 from __future__ import annotations
 

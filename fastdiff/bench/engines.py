@@ -176,7 +176,9 @@ def compiled(compiler: str, dtype: torch.dtype, model: Pretrained, inputs: Input
     import torch._inductor.config as inductor
 
     inductor.freezing = True
-    network = torch.compile(plain(without_class_image(model.unet), dtype, inputs), backend=compiler, fullgraph=True, dynamic=False)
+    network = torch.compile(
+        plain(without_class_image(model.unet), dtype, inputs), backend=compiler, fullgraph=True, dynamic=False
+    )
     return PeerSteps(network, model, inputs)
 
 
@@ -220,9 +222,7 @@ def without_class_image(unet: UNet) -> UNet:
     if unet.class_encoder is None:
         return unet
     channels = config.in_channels * (2 if config.class_image == "concat" else 1)
-    plain = dataclasses.replace(
-        config, in_channels=channels, num_class_embeds=None, null_label=None, class_image=None
-    )
+    plain = dataclasses.replace(config, in_channels=channels, num_class_embeds=None, null_label=None, class_image=None)
     with torch.device("meta"):
         behind = UNet(plain)
     weights = {k: v for k, v in unet.state_dict().items() if not k.startswith("class_encoder.")}
@@ -249,7 +249,9 @@ def openvino(precision: str, model: Pretrained, inputs: Inputs) -> Steps:
 
     example = _example(model, inputs)
     converted = ov.convert_model(
-        _Positional(without_class_image(model.unet)).eval(), example_input=example, input=[tuple(v.shape) for v in example]
+        _Positional(without_class_image(model.unet)).eval(),
+        example_input=example,
+        input=[tuple(v.shape) for v in example],
     )
     options = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -281,8 +283,8 @@ def onnxruntime(model: Pretrained, inputs: Inputs) -> Steps:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unet.onnx"  # weights beside it: protobuf stops at 2 GB
         torch.onnx.export(
-            _Positional(without_class_image(model.unet)).eval(), example, path, input_names=names, dynamo=True, external_data=True,
-            verbose=False,
+            _Positional(without_class_image(model.unet)).eval(), example, path, input_names=names, dynamo=True,
+            external_data=True, verbose=False,
         )  # fmt: skip
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -359,7 +361,10 @@ class GraphSteps(PeerSteps):
 def cuda_graph(dtype: torch.dtype, model: Pretrained, inputs: Inputs) -> Steps:
     """torch.compile(max-autotune) + channels_last, the whole step in one CUDA graph."""
     network = torch.compile(
-        plain(without_class_image(model.unet), dtype, inputs), mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False
+        plain(without_class_image(model.unet), dtype, inputs),
+        mode="max-autotune-no-cudagraphs",
+        fullgraph=True,
+        dynamic=False,
     )
     return GraphSteps(network, model, inputs)
 

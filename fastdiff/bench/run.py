@@ -4,8 +4,9 @@ A result is a dictionary, as its file has it:
 
     {"model", "what", "turn_s", "image", "parameters", "machine": {...}, "batches": [
         {"batch", "anchor", "engines": {name: {"dtype", "error", "first_call_s", "peak_mib", "seconds", "spread",
-                                               "img_steps_per_s", "ratio": {...}, "finished"}},
-         "red": {name: reason}, "absent": {name: reason}, "rounds": [{name: seconds a step}], "shares", "noise"}]}
+                                               "img_steps_per_s", "ratio": {...}, "predicted", "finished"}},
+         "red": {name: reason}, "absent": {name: reason}, "rounds": [{name: seconds a step}], "shares", "noise",
+         "limits": {dtype: img-steps/s}}]}
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastdiff import update
+from fastdiff import cost, update
 from fastdiff.bench import machine, networks, timing
 from fastdiff.bench.engines import ANCHORS, ENGINES, Engine, Inputs
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
@@ -27,6 +28,7 @@ from fastdiff.checkpoint import Pretrained
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import write_text
 from fastdiff.state import State, TableBank
+from fastdiff.unet import UNet
 
 # Against float64, of the network's output. What the update makes of that output is float32's everywhere.
 ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 1e-1}
@@ -82,7 +84,12 @@ def run(
                 record = {"batch": batch, "anchor": None, "engines": {}, "red": {}, "absent": {}, "rounds": [],
                           "shares": [], "noise": []}  # fmt: skip
                 result["batches"].append(record)
+            if settings.device == "cpu":
+                record["limits"], predicted = expected(model, batch)
             _measure(settings, record, model, engines, keep, say)
+            for name, entry in record["engines"].items():
+                if settings.device == "cpu" and name in predicted:
+                    entry["predicted"] = predicted[name]
     except KeyboardInterrupt:
         result["interrupted"] = True
     for record in result["batches"]:
@@ -130,6 +137,25 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InvalidArgument(f"{path} is no result of `fastdiff bench --save` ({e})") from e
     return result
+
+
+def expected(model: Pretrained, batch: int) -> tuple[dict[str, float], dict[str, float]]:
+    """img-steps/s: the limit in each dtype, at which the products alone would run at the machine's multiply-add peak
+    (those of the algorithms that the native engine chose, Winograd's savings included), and the native engines' speeds
+    as `fastdiff.cost` predicts them. Both empty where there is no native engine.
+    """
+    with torch.device("meta"):
+        unet = UNet(model.unet.config)
+    _, _, height, width = Inputs.of(model, 1).x.shape
+    limits, predicted = {}, {}
+    for name, dtype in (("native", "float32"), ("native-bf16", "bfloat16"), ("native-bf16-fast", "bfloat16-fast")):
+        told = cost.estimate(unet, (height, width), batch, 1, batch, dtype)
+        if told.products is None or told.machine is None or told.img_steps_per_s is None:
+            continue
+        kind = dtype.removesuffix("-fast")
+        limits[kind] = float(f"{batch * told.machine.gflops[kind] * 1e9 / told.products:.5g}")
+        predicted[name] = float(f"{told.img_steps_per_s:.5g}")
+    return limits, predicted
 
 
 # A batch --------------------------------------------------------------------------------------------------------------
