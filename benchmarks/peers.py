@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdiff import NoiseSchedule, Sampler, UNet, accelerate, solvers
+from fastdiff import NoiseSchedule, Sampler, UNet, accelerate, cost, solvers
 from fastdiff.backends import Spec, native
 from fastdiff.errors import BackendError
 from fastdiff.lower import lower
@@ -152,15 +152,9 @@ def ratios(engines: dict[str, Any]) -> dict[str, float]:
 def products(unet: UNet, size: tuple[int, int], rows: int) -> float:
     """FLOP of an image in the native program, with each convolution's algorithm as chosen for this many rows."""
     program = lower(unet, size)
-    total = 0.0
-    for op in program.ops:
-        saving = 1.0
-        if isinstance(op, Conv):
-            saving = {"direct": 1.0, "winograd2": 9 * 4 / 16, "winograd4": 9 * 16 / 36}[
-                native.choose_method(op, program, rows)
-            ]
-        total += program.flops(op) / saving
-    return total
+    return cost.products(
+        program, {op.dst: native.choose_method(op, program, rows) for op in program.ops if isinstance(op, Conv)}
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -55,8 +55,9 @@ class Ceilings:
 
     gflops: multiplications and additions of the instruction set, by dtype: float32 as multiply-adds on registers alone;
     bfloat16 as twice that (a dot product has two a lane, and no processor issues more of those), absent where the
-    instruction set has none. memory_gbs: reading a buffer of four last-level caches; cache_gbs: one of half a cache;
-    copy_gbs: bytes read and written in a copy of the first. cache_bytes: of the last-level cache, as the system says.
+    instruction set has none. memory_gbs: reading a buffer of eight last-level caches; cache_gbs: one of half a cache;
+    copy_gbs: bytes read and written in a copy of half of the first. cache_bytes: of the last-level cache, as the system
+    says.
     """
 
     isa: str
@@ -91,24 +92,24 @@ def _measured(isa: str, number: int) -> Ceilings:
             gflops["bfloat16"] = 2 * fma
     cache = _cache_bytes()
     # Written to, or every page would be the same one of zeros.
-    large, small = torch.ones(4 * cache // 4), torch.ones(cache // 2 // 4)
-    copied = torch.ones_like(large)
+    large, small = torch.ones(8 * cache // 4), torch.ones(cache // 2 // 4)
+    source, copied = large.chunk(2)
     return Ceilings(
         isa=isa,
         threads=number,
         gflops=gflops,
         memory_gbs=large.nbytes / _best(large.sum) / 1e9,
         cache_gbs=small.nbytes / _best(small.sum) / 1e9,
-        copy_gbs=2 * large.nbytes / _best(lambda: copied.copy_(large)) / 1e9,
+        copy_gbs=large.nbytes / _best(lambda: copied.copy_(source)) / 1e9,
         cache_bytes=cache,
     )
 
 
 def _best(work: Callable[[], object], limit: float = 0.1) -> float:
     """Seconds of the fastest of all rounds within ``limit`` seconds: a ceiling is what nothing disturbed."""
-    seconds = []
+    seconds: list[float] = []
     end = time.perf_counter() + limit
-    while len(seconds) < 3 or time.perf_counter() < end:
+    while len(seconds) < 8 or time.perf_counter() < end:
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
@@ -280,6 +281,27 @@ class Cost:
     def img_steps_per_s(self) -> float | None:
         """One image through one row of the table, as `fastdiff bench` counts; a guided one counts once."""
         return None if self.seconds is None else self.n * self.nfe * self.batch / (self.rows * self.seconds)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.n} images of {self.nfe} network evaluations, {self.batch} at a time, {self.rows} rows a pass:",
+            f"  products     {self.flops / 1e12:.4g} TFLOP"
+            + ("" if self.products is None else f"; {self.products / 1e12:.4g} as the native engine does them"),
+            f"  bytes        {self.weight_bytes / 1e9:.4g} GB of weights, {self.activation_bytes / 1e9:.4g} GB of "
+            "activations read and written",
+        ]
+        if self.memory is not None and self.peak_bytes is not None:
+            parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in self.memory.items())
+            lines.append(f"  peak memory  {self.peak_bytes / 2**20:.0f} MiB ({parts})")
+        if self.seconds is not None and self.img_steps_per_s is not None and self.machine is not None:
+            m = self.machine
+            lines.append(
+                f"  time         {self.seconds:.4g} s, {self.img_steps_per_s:.4g} img-steps/s on {m.threads} threads of "
+                f"{m.gflops['float32']:.0f} GFLOP/s (float32) and {m.memory_gbs:.0f} GB/s together"
+            )
+        if self.missing is not None:
+            lines.append(f"  memory, time not predicted: {self.missing}")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
