@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import PUBLISHED, machine, random_unet
 from scipy.optimize import nnls
 
 from fastdiff import NoiseSchedule, Sampler, UNet, cost, solvers
 from fastdiff.backends import Spec, native
+from fastdiff.bench.machine import header as machine
+from fastdiff.bench.networks import PUBLISHED, random_unet
 from fastdiff.state import State, TableBank
 from fastdiff.unet_config import UNetConfig
 

@@ -514,9 +514,9 @@ def bench(
 
     fastdiff bench --quick
 
-    fastdiff bench ddpm-cifar10-32 --batches 1,8 --save new.json --plot new.png
+    fastdiff bench --batches 1,8 --save new.json --plot new.png
 
-    fastdiff bench --quick --engines native,diffusers --compare new.json
+    fastdiff bench --batches 8 --engines native,diffusers --compare new.json
 
     fastdiff bench ddpm-cifar10-32 --job
     """

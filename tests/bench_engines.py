@@ -75,7 +75,7 @@ class Thrice:
     def step(self) -> Tensor:
         inner: Any = self.steps
         for _ in range(2):
-            inner.runner.network(inner.state.x, inner.state.column("t"))
+            inner.runner._call(inner.state.x, inner.state.column("t"), inner.state.label)
         return inner.step()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from fastdiff.unet import UNet
 # Against float64, of the network's output. What the update makes of that output is float32's everywhere.
 ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 1e-1}
 ALLOWED_UPDATE_ERROR = 1e-3
+# Before a turn: thread pools of the engine before wait for more work in a loop, some for tens of milliseconds.
+QUIET_S = 0.1
 
 Say = Callable[[str], None]
 
@@ -238,11 +241,13 @@ def _rounds(
     while active:
         shown = f"batch {record['batch']}: round {len(record['rounds']) + 1}"
         say(shown)
+        time.sleep(QUIET_S)
         record["shares"].append(round(timing.share(torch.get_num_threads()), 4))
         seconds: dict[str, float] = {}
         order = [anchor, *(name for name in active if name != anchor)]
         # Forth and back in turn, so that a machine that slows down does so for all.
         for name in order if len(record["rounds"]) % 2 == 0 else reversed(order):
+            time.sleep(QUIET_S)
             answer = workers[name].turn(settings.turn_s)
             if isinstance(answer, Absent):
                 record["absent"][name] = answer.reason
