@@ -487,6 +487,9 @@ def bench(
     network_only: Annotated[bool, typer.Option(help="The network without the update.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda (not tried yet).")] = "cpu",
     quick: Annotated[bool, typer.Option(help="Short turns, fewer rounds, no engine that compiles first.")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(help="At most so many; fewer where ratios settle (default: 40; --quick: 25).")
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(help="Keep the result here, as JSON; an unfinished one there is gone on with.")
     ] = None,
@@ -526,7 +529,7 @@ def bench(
         command.run(
             model, batches=None if batches is None else _numbers("--batches", batches),
             engines=None if engines is None else [name.strip() for name in engines.split(",")],
-            network_only=network_only, device=device, quick=quick, save=save, compare=compare, plot=plot,
+            network_only=network_only, device=device, quick=quick, rounds=rounds, save=save, compare=compare, plot=plot,
             job=(n, steps) if job else None, profile=profile, as_json=as_json,
         )
     )  # fmt: skip

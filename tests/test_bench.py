@@ -355,7 +355,7 @@ def test_another_result_is_not_overwritten(model: str, tmp_path: Path) -> None:
 def test_interrupted_it_prints_and_goes_on(model: str, tmp_path: Path) -> None:
     """Ctrl-C in a real process, in a round: exit code 130, the table so far, rounds kept; then the rest."""
     save = tmp_path / "save.json"
-    arguments = [sys.executable, "-m", "fastdiff", "bench", model, "--engines", "eager,diffusers", "--batches", "2,3",
+    arguments = [sys.executable, "-m", "fastdiff", "bench", model, "--engines", "eager,diffusers", "--batches", "2",
                  "--save", str(save), "--quick"]  # fmt: skip
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -460,7 +460,8 @@ def test_the_command_in_a_process_of_its_own(model: str, tmp_path: Path) -> None
     started = time.perf_counter()
     names = ["eager", "diffusers", *(["native"] if HAS_NATIVE else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "fastdiff", "bench", model, "--quick", "--batches", "2", "--engines", ",".join(names),
+        [sys.executable, "-m", "fastdiff", "bench", model, "--quick", "--rounds", "3", "--batches", "2",
+         "--engines", ",".join(names),
          "--json", "--save", "a.json", "--plot", "a.png"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -516,6 +517,7 @@ def test_examples(
     [
         (["--engines", "nativ"], "no engine is named nativ; there are native, "),
         (["--batches", "0"], "at least 1"),
+        (["--rounds", "0"], "at least 1"),
         (["--plot", "a.jpg"], "a .png file"),
         (["--device", "tpu"], "cpu or cuda"),
         (["--compare", "none.json"], "no result of"),

@@ -20,8 +20,8 @@ BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 16)
 
 def run(
     model: str, *, batches: Sequence[int] | None, engines: Sequence[str] | None, network_only: bool, device: str,
-    quick: bool, save: Path | None, compare: Path | None, plot: Path | None, job: tuple[int, int] | None,
-    profile: bool, as_json: bool,
+    quick: bool, rounds: int | None, save: Path | None, compare: Path | None, plot: Path | None,
+    job: tuple[int, int] | None, profile: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure, print, and give the exit code: 0; 1 for a red gate or a regression; 130 after Ctrl-C."""
     sizes = tuple(batches or (QUICK_BATCHES if quick else BATCHES))
@@ -37,7 +37,7 @@ def run(
     chosen = engines or [n for n, e in ENGINES.items() if kind in e.where and not (quick and e.slow_start)]
     settings = Settings(
         model, sizes, tuple(chosen), "network" if network_only else "step", device,
-        turn_s=0.2 if quick else 0.4, most_rounds=25 if quick else 40,
+        turn_s=0.2 if quick else 0.4, most_rounds=rounds if rounds is not None else 25 if quick else 40,
     )  # fmt: skip
     result = measure(settings, save, ENGINES, _say)
     lines, worse = ([], 0) if earlier is None else report.compare(result, earlier)

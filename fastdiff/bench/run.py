@@ -55,6 +55,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
             raise InvalidArgument(f"batches {self.batches}: different numbers of at least 1 are needed")
+        if self.most_rounds < 1:
+            raise InvalidArgument(f"rounds {self.most_rounds}: at least 1 is needed")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise InvalidArgument(f"device {self.device!r}: cpu or cuda is needed")
         if self.device != "cpu" and not torch.cuda.is_available():
@@ -288,19 +290,23 @@ def pairs(record: Mapping[str, Any], anchor: str | None = None) -> dict[str, tim
 
 
 def summarise(record: dict[str, Any]) -> None:
-    """Medians, spreads, ratios and the verdict on noise, from a batch's rounds."""
-    ratios = pairs(record) if record["anchor"] is not None else {}
+    """Medians, spreads, ratios and the verdict on noise, from a batch's rounds.
+
+    An engine's speed is the anchor's median speed times its ratio, so that all are of one moment: engines that settled
+    early sat out the later rounds, in which the machine may have been faster or slower.
+    """
+    anchor = record["anchor"]
+    ratios = {} if anchor is None else pairs(record)
     for name, entry in record["engines"].items():
-        seconds = [s[name] for s in record["rounds"] if name in s]
-        if not seconds:
+        own = [s[name] for s in record["rounds"] if name in s]
+        if name not in ratios:
             continue
-        median = statistics.median(seconds)
-        entry["seconds"] = float(f"{median:.6g}")
-        entry["spread"] = round(timing.spread(seconds), 4)
-        entry["img_steps_per_s"] = float(f"{record['batch'] / median:.5g}")
-        if name in ratios:
-            entry["ratio"] = {k: round(v, 4) for k, v in dataclasses.asdict(ratios[name]).items()}
-    record["noise"] = timing.noise({n: r for n, r in ratios.items() if n != record["anchor"]}, record["shares"])
+        seconds = statistics.median(s[anchor] for s in record["rounds"] if anchor in s) / ratios[name].median
+        entry["seconds"] = float(f"{seconds:.6g}")
+        entry["spread"] = round(timing.spread(own), 4)
+        entry["img_steps_per_s"] = float(f"{record['batch'] / seconds:.5g}")
+        entry["ratio"] = {k: round(v, 4) for k, v in dataclasses.asdict(ratios[name]).items()}
+    record["noise"] = timing.noise({n: r for n, r in ratios.items() if n != anchor}, record["shares"])
 
 
 # Correctness ----------------------------------------------------------------------------------------------------------
