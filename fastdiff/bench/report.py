@@ -210,7 +210,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.set_xlabel("img-steps/s", fontsize=8)
     header = result["machine"]
     figure.suptitle(
-        f"{result['model']}, {header['threads']} threads of {header['processor']}: fastdiff's engines in dark colours, "
+        f"{result['model']}, {header['threads']} threads of {header['processor']}\nfastdiff's engines in dark colours, "
         "bfloat16 in orange", fontsize=9,
     )  # fmt: skip
     with atomic_path(path) as temporary:
