@@ -38,6 +38,7 @@ ORDER = (
     "kernels",
     "_native",  # csrc/
     "backends",
+    "cost",
     "editing",
     "images",
     "output",

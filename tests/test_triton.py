@@ -25,7 +25,15 @@ from fake_cuda import FakeCuda
 from test_backends import CASES, Case, check, spec_of, start
 from test_program import CLASS_IMAGES, image_size
 from unets import (
-    OWN_VARIANTS, PUBLISHED, TINY, TINY_CLASSES, VARIANTS, change, random_images, random_labels, random_unet,
+    OWN_VARIANTS,
+    PUBLISHED,
+    TINY,
+    TINY_CLASSES,
+    VARIANTS,
+    change,
+    random_images,
+    random_labels,
+    random_unet,
     relative_error,
 )  # fmt: skip
 

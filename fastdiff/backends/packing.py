@@ -46,7 +46,7 @@ def pack(
     if method == "direct":
         U = W.permute(2, 3, 1, 0).reshape(1, k * k * W.shape[1], N)
     else:
-        G = winograd_g(POINTS[method])
+        G = winograd_g(POINTS[method]).to(weight.device)
         U = torch.einsum("ia,ncab,jb->ijcn", G, W.double(), G).flatten(0, 1)
     U = F.pad(U, (0, -N % panel))
     U = U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float()
@@ -78,19 +78,26 @@ def layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 class Weights:
     """A network's weights as the engine reads them, each packing made once and shared by all batch sizes."""
 
-    def __init__(self, unet: UNet, native: ModuleType):
+    def __init__(self, unet: UNet, native: ModuleType, fingerprint: tuple[int, ...]):
         self.native = native
         self.state = {k: v.detach() for k, v in unet.state_dict().items()}
         self.packed: dict[tuple[Any, ...], Tensor] = {}
-        self.fingerprint = fingerprint(unet)
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def shapes(cls, unet: UNet, native: ModuleType) -> Weights:
+        """The same without numbers (on "meta"): what they would take, before anything is packed."""
+        weights = cls(unet, native, ())
+        weights.state = {k: v.to("meta") for k, v in weights.state.items()}
+        return weights
 
     @classmethod
     def of(cls, unet: UNet, native: ModuleType) -> Weights:
         """The network's, as they are now."""
         with _weights_lock:
-            known = _weights.get(unet)
-            if known is None or known.fingerprint != fingerprint(unet):
-                known = _weights[unet] = cls(unet, native)
+            known, now = _weights.get(unet), fingerprint(unet)
+            if known is None or known.fingerprint != now:
+                known = _weights[unet] = cls(unet, native, now)
             return known
 
     def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

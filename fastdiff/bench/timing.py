@@ -13,6 +13,7 @@ disturbs one round often disturbs the next.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import statistics
@@ -20,7 +21,6 @@ import threading
 import time
 from collections.abc import Sequence
 
-import dataclasses
 import numpy as np
 
 SETTLED = 0.025  # the interval's half width below which two runs agree within 5 %
