@@ -488,7 +488,7 @@ def trilemma(
         raise InvalidArgument("--quick is a plan of its own; leave out --solvers, --nfe and --n")
     if batch_size < 1 or (n is not None and n < run.MIN_IMAGES):
         raise InvalidArgument(
-            f"--batch-size {batch_size}, --n {n}: at least 1, and {run.MIN_IMAGES} images, are needed"
+            f"--batch-size {batch_size}, --n {n}: 1 or more, and {run.MIN_IMAGES} or more, are needed"
         )
 
     def say(text: str) -> None:
