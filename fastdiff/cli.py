@@ -511,7 +511,7 @@ def trilemma(
     fastdiff trilemma --solvers ddim,unipc-g2 --nfe 4,10 --n 1000 -o out/few
     """
     from fastdiff import Sampler
-    from fastdiff.trilemma import report, run
+    from fastdiff.trilemma import report, run, speed
     from fastdiff.trilemma.picture import draw_picture, drawable
     from fastdiff.trilemma.plan import QUICK, plan
 
@@ -519,18 +519,23 @@ def trilemma(
         raise InvalidArgument("--quick is a plan of its own; leave out --solvers, --nfe and --n")
     if batch_size < 1 or (n is not None and n < run.MIN_IMAGES):
         raise InvalidArgument(
-            f"--batch-size {batch_size}, --n {n}: at least 1, and {run.MIN_IMAGES} images, are needed"
+            f"--batch-size {batch_size}, --n {n}: 1 or more, and {run.MIN_IMAGES} or more, are needed"
         )
 
     def say(text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
     sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
-    keys, nfes, most = QUICK if quick else (solvers and solvers.split(","), nfe and _numbers("--nfe", nfe), n)
-    points = plan(sampler, keys, nfes, most)
+    keys, nfes, most = QUICK if quick else (None, None, n)
+    points = plan(
+        sampler,
+        solvers.split(",") if solvers is not None else keys,
+        _numbers("--nfe", nfe) if nfe is not None else nfes,
+        most,
+    )
     judge = run.Judge.of(sampler, model, data, held_out, fit, features)
     if peer:
-        run.speed.need_diffusers()
+        speed.need_diffusers()
     if not drawable():
         say("matplotlib is not installed, so there will be no picture: pip install 'fastdiff[plot]'")
     try:

@@ -27,8 +27,7 @@ from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule
-from fastdiff.trilemma import plan, report, run, speed
-from fastdiff.trilemma.picture import draw_picture
+from fastdiff.trilemma import picture, plan, report, run, speed
 from fastdiff.weights import fingerprint
 
 SCHEDULE = NoiseSchedule("linear", 100, beta_end=0.1)
@@ -138,8 +137,8 @@ def test_interrupted_and_resumed(
     assert code == 0
     assert "real images" in out
     assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing is drawn or measured again
-    with Image.open(tmp_path / "whole" / "trilemma.png") as picture:
-        assert min(picture.size) > 500
+    with Image.open(tmp_path / "whole" / "trilemma.png") as drawn:
+        assert min(drawn.size) > 500
 
 
 def test_images_of_other_settings_are_refused(sampler: Sampler, data: list[str], tmp_path: Path) -> None:
@@ -165,6 +164,7 @@ def test_examples(
 ) -> None:
     """As they stand but for time: 20 images a point, of 10 evaluations at most, little data, and no timing."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(picture, "drawable", lambda: False)
     monkeypatch.setattr(plan, "QUICK", (plan.QUICK[0], plan.QUICK[1][:2], 20))
     example = re.sub(r"--n \d+", "--n 20", example)
     monkeypatch.setattr(sys, "argv", [*shlex.split(example), *data, "--no-time", "--device", "cpu"])
@@ -172,12 +172,13 @@ def test_examples(
         cli.main()
     out, err = capsys.readouterr()
     assert not stop.value.code, err
+    assert "matplotlib is not installed, so there will be no picture" in err
     (written,) = tmp_path.rglob("trilemma.json")
     found = json.loads(written.read_text())
     assert found["missing"] == []
     assert {e["n"] for e in found["points"]} == {20}
     assert all(f"{e['key']:18}{e['nfe']:>5}" in out for e in found["points"])
-    assert written.with_suffix(".png").exists()
+    assert not written.with_suffix(".png").exists()
 
 
 def test_missing_data_and_bad_arguments_are_named(
@@ -189,7 +190,7 @@ def test_missing_data_and_bad_arguments_are_named(
         ([str(model), "--data", "nowhere.npz"], "nowhere.npz"),
         ([str(model), *data, "--features", "nowhere.pth"], "nowhere.pth"),
         (["--quick", "--n", "100"], "--quick is a plan of its own"),
-        (["--n", "3"], "at least 20 images"),
+        (["--n", "3"], "20 or more"),
         (["--nfe", "4,x"], "--nfe 4,x"),
         (["--solvers", "ddim,magic"], "'magic' is unknown"),
     ):
@@ -538,9 +539,9 @@ def test_install_and_picture(sampler: Sampler, model: Path, data: list[str], tmp
     assert s.sample(1, labels=0, quality=50.0).nfe == 2
     for entry in found["points"]:
         entry["images_per_s"] = 500 / entry["nfe"]
-    draw_picture(found, tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
-        colours = len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0))
+    picture.draw_picture(found, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as drawn:
+        colours = len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0))
     assert colours > 20
     lines = list(report.table(found))
     assert len(lines) == 2 + len(points) + 1

@@ -116,8 +116,12 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
             f"{floor['precision']['value']:>11.3f}{floor['recall']['value']:>8.3f}"
         )
     yield "* on the Pareto front of network evaluations, Frechet distance and recall; 95 % intervals in brackets"
-    if result["missing"]:
-        yield f"missing (run the same command again to draw them): {', '.join(m['name'] for m in result['missing'])}"
+    absent = [f"{m['name']} ({m['images']} of {m['of']})" for m in result["missing"] if m["images"] < n]
+    fewer = sum(m["images"] >= n for m in result["missing"])
+    if absent:
+        yield f"not there yet, the same command draws them: {', '.join(absent)}"
+    if fewer:
+        yield f"{fewer} points have fewer images than planned, but the {n} that are compared"
 
 
 def _interval(e: Mapping[str, float]) -> str:
