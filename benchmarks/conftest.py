@@ -53,6 +53,32 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["ceilings"] = cost.ceilings().to_dict()
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    trim(output_json)
+
+
+def trim(report: dict[str, Any]) -> None:
+    """Leave what is told, compared or kept in results/: not every round, not the machine's name."""
+    machine = report["machine_info"]
+    report["machine_info"] = {
+        "cpu": machine.get("cpu", {}).get("brand_raw"),
+        "system": machine["system"],
+        "python": machine["python_version"],
+        "ceilings": machine["ceilings"],
+    }
+    for key in ("commit_info", "datetime"):
+        report.pop(key, None)
+    kept = ("min", "median", "iqr", "rounds")
+    report["benchmarks"] = [
+        {
+            "name": b["name"],
+            "seconds": {k: float(f"{b['stats'][k]:.4g}") for k in kept},
+            "extra_info": b["extra_info"],
+        }
+        for b in report["benchmarks"]
+    ]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """A line for each benchmark that reports a share of its ceiling, the lowest first."""
     session = getattr(config, "_benchmarksession", None)
