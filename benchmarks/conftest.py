@@ -27,9 +27,7 @@ DEFAULT = "ddpm-cifar10-32"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastdiff")
-    group.addoption(
-        "--networks", default=DEFAULT, help="whose operations are measured, comma-separated; all: every one"
-    )
+    group.addoption("--networks", default=DEFAULT, help="whose operations are measured, separated by ;")
     group.addoption("--rows", default="8", help="rows of a pass, comma-separated")
 
 
@@ -39,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     extension = native.extension()
     chosen = metafunc.config.getoption("--networks")
     known = [*PUBLISHED, *NETWORKS]
-    names = known if chosen == "all" else chosen.split(",")
+    names = known if chosen == "all" else chosen.split(";")
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise pytest.UsageError(f"--networks {unknown[0]}: allowed: all, {', '.join(known)}")
@@ -55,13 +53,39 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["ceilings"] = cost.ceilings().to_dict()
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    trim(output_json)
+
+
+def trim(report: dict[str, Any]) -> None:
+    """Leave what is told, compared or kept in results/: not every round, not the machine's name."""
+    machine = report["machine_info"]
+    report["machine_info"] = {
+        "cpu": machine.get("cpu", {}).get("brand_raw"),
+        "system": machine["system"],
+        "python": machine["python_version"],
+        "ceilings": machine["ceilings"],
+    }
+    for key in ("commit_info", "datetime"):
+        report.pop(key, None)
+    kept = ("min", "median", "iqr", "rounds")
+    report["benchmarks"] = [
+        {
+            "name": b["name"],
+            "seconds": {k: float(f"{b['stats'][k]:.4g}") for k in kept},
+            "extra_info": b["extra_info"],
+        }
+        for b in report["benchmarks"]
+    ]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """A line for each benchmark that reports a share of its ceiling, the lowest first."""
     session = getattr(config, "_benchmarksession", None)
     lines = []
     for b in [] if session is None else session.benchmarks:
         if b and "share" in b.extra_info:
-            lines.append((b.extra_info["share"], b.name, b.stats.median, b.extra_info))
+            lines.append((b.extra_info["share"], b.name, b.stats.min, b.extra_info))
     if not lines:
         return
     m = cost.ceilings()
@@ -69,7 +93,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rates = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in m.gflops.items())
     terminalreporter.write_line(f"{m.isa}, {m.threads} threads: {rates}; memory {m.memory_gbs:.0f} GB/s")
     terminalreporter.write_line(f"{'share':>6} {'ms':>9} {'GFLOP/s':>8} {'GB/s':>7} {'img-steps/s':>11}")
-    for share, name, median, extra in sorted(lines, key=lambda line: line[0]):
+    for share, name, least, extra in sorted(lines, key=lambda line: line[0]):
         columns = (extra.get(key) for key in ("gflops", "gbs", "img_steps_per_s"))
         told = [f"{'' if v is None else f'{v:.1f}':>{width}}" for v, width in zip(columns, (8, 7, 11), strict=True)]
-        terminalreporter.write_line(f"{share:6.2f} {1e3 * median:9.3f} {' '.join(told)}  {name}")
+        terminalreporter.write_line(f"{share:6.2f} {1e3 * least:9.3f} {' '.join(told)}  {name}")

@@ -242,6 +242,10 @@ def products(program: Program, methods: dict[str, str]) -> float:
     return sum(program.flops(op) / (SAVING[methods[op.dst]] if isinstance(op, Conv) else 1.0) for op in program.ops)
 
 
+# Bytes that packing takes for a moment, for each number of the largest layer: transformed in float64 (8), the product's
+# own copy (8), padded (8), rounded and laid out in float32 (4).
+PACKING = 28
+
 # The estimate ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,8 +300,8 @@ class Cost:
         if self.seconds is not None and self.img_steps_per_s is not None and self.machine is not None:
             m = self.machine
             lines.append(
-                f"  time         {self.seconds:.4g} s, {self.img_steps_per_s:.4g} img-steps/s on {m.threads} threads of "
-                f"{m.gflops['float32']:.0f} GFLOP/s (float32) and {m.memory_gbs:.0f} GB/s together"
+                f"  time         {self.seconds:.4g} s, {self.img_steps_per_s:.4g} img-steps/s on {m.threads} threads "
+                f"of {m.gflops['float32']:.0f} GFLOP/s (float32) and {m.memory_gbs:.0f} GB/s together"
             )
         if self.missing is not None:
             lines.append(f"  memory, time not predicted: {self.missing}")
@@ -380,6 +384,7 @@ def _native(cost: Cost, unet: UNet, spec: Spec, machine: Ceilings) -> Cost:
         weight_bytes=cost.passes * parts * compiled.weights.nbytes,
         activation_bytes=cost.passes * cost.rows * 4 * sum(program.traffic(op) for op in program.ops),
         memory={
+            "packing": PACKING * max((t.numel() for t in compiled.weights.packed.values()), default=0),
             "network": sum(p.nbytes for p in unet.parameters()),
             "packed": compiled.weights.nbytes,
             "arena": compiled.layout.size,
