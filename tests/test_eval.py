@@ -133,6 +133,7 @@ def test_examples(example: str, mnist: Path, tmp_path: Path) -> None:
     assert all(re.search(r"\S+ \[\S+, \S+\]  +\S+ \[\S+, \S+\]$", line) for line in lines[1:6])
 
 
+@pytest.mark.slow  # half a minute, of processes; test_parts.py interrupts a run within one
 def test_a_killed_run_goes_on(model: Path, mnist: Path, tmp_path: Path) -> None:
     """SIGKILL after the first part: that part stays, the rest is drawn, and the report is that of a whole run."""
     arguments = ["--n", 1100, "--steps", 10, "--data", mnist, "--backend", "eager", "--batch-size", 50]
