@@ -6,8 +6,8 @@
 profile  the fastest of several times of every operation, where it stands in its network (caches as cold as they are
          there), for the networks, batches and dtypes below, and of a whole step beside the network's operations
 fit      for each kind of operation the non-negative factors that make the sum of squared relative errors least;
-         operations weigh by their share of the network's time; then one factor for all, by whole steps. Prints predicted
-         over measured, by network.
+         operations weigh by their share of the network's time; then one factor for all, by whole steps.
+         Prints predicted over measured, by network.
 """
 
 from __future__ import annotations
@@ -162,10 +162,8 @@ def fit(paths: list[Path], dry: bool) -> None:
     print(f"all factors times {usual:.3f}")
     for p, did in steps:
         said, took = 1e3 * predicted(did), 1e3 * p["step"]
-        print(
-            f"{p['network']:18} {p['dtype']:14} batch {p['batch']:2}: predicted {said:7.2f} ms, measured {took:7.2f} ms, "
-            f"ratio {said / took:.2f}"
-        )
+        which = f"{p['network']:18} {p['dtype']:14} batch {p['batch']:2}"
+        print(f"{which}: predicted {said:7.2f} ms, measured {took:7.2f} ms, ratio {said / took:.2f}")
     if not dry:
         cost.FACTORS.write_text(
             json.dumps(
