@@ -13,6 +13,7 @@ fit      for each kind of operation the non-negative factors that make the sum o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from peers import PUBLISHED, machine, random_unet
-from scipy.optimize import nnls
 
 from fastdiff import NoiseSchedule, Sampler, UNet, cost, solvers
 from fastdiff.backends import Spec, native
@@ -125,6 +125,18 @@ def main() -> None:
     fit(arguments.profiles, arguments.dry)
 
 
+def nonnegative(A: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """argmin |A x - b| over x >= 0: among all choices of what is not zero, the best whose free solution is positive."""
+    best, least = np.zeros(A.shape[1]), np.linalg.norm(b)
+    for chosen in itertools.product((False, True), repeat=A.shape[1]):
+        x = np.zeros(A.shape[1])
+        x[list(chosen)] = np.linalg.lstsq(A[:, chosen], b, rcond=None)[0]
+        distance = np.linalg.norm(A @ x - b)
+        if (x >= 0).all() and distance < least:
+            best, least = x, distance
+    return best
+
+
 def fit(paths: list[Path], dry: bool) -> None:
     reports = [json.loads(path.read_text()) for path in paths]
     samples: dict[str, list[tuple[tuple[float, ...], float, float]]] = {}  # terms, seconds, share of the network's time
@@ -149,7 +161,7 @@ def fit(paths: list[Path], dry: bool) -> None:
     for kind, known in sorted(samples.items()):
         terms, seconds, share = (np.array(column) for column in zip(*known, strict=True))
         scale = np.sqrt(share) / seconds
-        factors[kind] = [float(f"{v:.3g}") for v in nnls(terms * scale[:, None], seconds * scale)[0]]
+        factors[kind] = [float(f"{v:.3g}") for v in nonnegative(terms * scale[:, None], seconds * scale)]
         error = np.average(np.abs(terms @ factors[kind] / seconds - 1), weights=share)
         print(f"{kind:22} {factors[kind]}, mean error {error:.2f} over {len(known)}")
 
