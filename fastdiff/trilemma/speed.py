@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff.errors import InvalidArgument
@@ -26,13 +27,13 @@ from fastdiff.sampler import Sampler
 from fastdiff.trilemma.plan import Planned
 
 ROWS = (4, 12)  # of the calls that are timed
-ROUNDS = 3
-NOISE = 0.15  # a larger spread of the rounds is a warning
+ROUNDS = 5
+NOISE = 0.1  # a larger spread of the rounds is a warning
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Seconds of a call of one batch, a + b rows; spread: of the rounds, the largest over the smallest, less 1."""
+    """Seconds of a call of one batch, a + b rows; spread: of the rounds, the middle half's width over the median."""
 
     batch: int
     a: float
@@ -72,9 +73,14 @@ def speeds(sampler: Sampler, points: Sequence[Planned], batch: int) -> dict[str,
         if per_row <= 0:  # one length only, or a machine too noisy for a difference
             per_row = statistics.median(long) / lengths[1]
         once = max(statistics.median(long) - per_row * lengths[1], 0.0)
-        spread = max(max(times) / min(times) for times in (short, long)) - 1
+        spread = max(_spread(times) for times in (short, long))
         result[key] = Speed(batch, once, per_row, spread)
     return result
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    quarter, median, three_quarters = np.quantile(seconds, (0.25, 0.5, 0.75))
+    return float((three_quarters - quarter) / median)
 
 
 def in_turn(ways: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
