@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all sanitize arm-check lint format examples wheel-check clean
+.PHONY: help sample native test test-all gpu sanitize arm-check lint format examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -47,6 +47,10 @@ test: $(READY)  ## run the tests that take minutes at most
 
 test-all: $(READY)  ## run every test
 	$(BIN)/python -m pytest
+
+# The Python that has torch for the card, not .venv, whose torch is for CPUs.
+gpu:  ## on an NVIDIA GPU: check, tune and measure all that needs one (GPU_ARGS='--parts kernels'; PYTHON=that of torch)
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 SANITIZE ?= address;undefined
 

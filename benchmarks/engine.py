@@ -1,4 +1,4 @@
-"""What else is said of the native engine, beside its speed among its peers (peers.py).
+"""What else is said of the native engine, beside its speed among its peers (``fastdiff bench``).
 
     python benchmarks/engine.py --json out.json                 # everything; some minutes
     python benchmarks/engine.py threads bitwise                 # these alone
@@ -21,20 +21,23 @@ import argparse
 import functools
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peers import PUBLISHED, interleaved, machine, random_unet, write
 from torch import Tensor
 
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
 from fastdiff.backends import Runner, Spec, compiled, native
+from fastdiff.bench.machine import header as machine
+from fastdiff.bench.networks import PUBLISHED, random_unet
 from fastdiff.classifier import Classifier
 from fastdiff.state import State, TableBank
 
+K = TypeVar("K")
 CPU = torch.device("cpu")
 CIFAR = PUBLISHED["ddpm-cifar10-32"]
 DTYPES = ("float32", "bfloat16", "bfloat16-fast")
@@ -43,6 +46,26 @@ DTYPES = ("float32", "bfloat16", "bfloat16-fast")
 @functools.cache
 def cifar_unet() -> UNet:
     return random_unet(CIFAR)
+
+
+def interleaved(ways: dict[K, Callable[[], Any]], rounds: int) -> dict[K, float]:
+    """Seconds of a call of each: the median over rounds in which all take turns, each for 0.4 s."""
+    seconds: dict[K, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            run()
+            started = time.perf_counter()
+            calls = 0
+            while calls < 2 or time.perf_counter() - started < 0.4:
+                run()
+                calls += 1
+            seconds[name].append((time.perf_counter() - started) / calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def forward(runner: Runner, batch: int, shape: tuple[int, int, int], timesteps: list[float], classes: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample | train | info | convert | eval | trilemma``. Heavy imports wait."""
+"""The command line: ``fastdiff sample | train | info | convert | bench | eval | trilemma``. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -351,7 +351,18 @@ def info(
             help="Also print the network's fused operations, their memory, and the native engine's algorithms.",
         ),
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Rows that the operations are counted for.")] = 1,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n", "-n", help="Also what this many images would cost: FLOPs, bytes, memory, seconds on this machine."
+        ),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Of the images of --n, as in `fastdiff sample`.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of the network for --n: float32, bfloat16 or bfloat16-fast.")] = "float32",
+    backend: Annotated[str, typer.Option(help="For --n: native; of eager and compiled less is known.")] = "native",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows that the operations are counted for (1), and images in flight for --n.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a model: its network, schedule and cost, and a solver's step table.
@@ -363,25 +374,29 @@ def info(
     fastdiff info fashion-mnist --solver ddim --steps 10
 
     fastdiff info fashion-mnist --program --batch-size 8
+
+    fastdiff info fashion-mnist --n 50000 --steps 50 --dtype bfloat16
     """
-    from fastdiff import Sampler
+    from fastdiff import Sampler, cost
+    from fastdiff.backends import BACKENDS
     from fastdiff.backends.native import choose_method
     from fastdiff.lower import lower
     from fastdiff.plan import plan
     from fastdiff.program import Conv
-    from fastdiff.request import Options, step_table
+    from fastdiff.request import Options, check, step_table
     from fastdiff.schedule import NoiseSchedule
 
-    if steps is not None and solver is None:
-        raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table")
-    if batch_size < 1:
+    if steps is not None and solver is None and n is None:
+        raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table; or --n")
+    if batch_size is not None and batch_size < 1:
         raise InvalidArgument(f"--batch-size {batch_size}: at least 1 is needed")
+    if backend not in BACKENDS:
+        raise InvalidArgument(f"--backend {backend}: allowed: {', '.join(BACKENDS)}")
     sampler = Sampler.from_pretrained(model, device="cpu")
     height, width = sampler.info.size or (sampler.info.stride,) * 2
-    layout = plan(lower(sampler.unet, (height, width)), batch_size)  # type: ignore[arg-type]  # from_pretrained: a UNet
-    methods = {
-        op.dst: choose_method(op, layout.program, batch_size) for op in layout.program.ops if isinstance(op, Conv)
-    }
+    rows = batch_size or 1
+    layout = plan(lower(sampler.unet, (height, width)), rows)  # type: ignore[arg-type]  # from_pretrained: a UNet
+    methods = {op.dst: choose_method(op, layout.program, rows) for op in layout.program.ops if isinstance(op, Conv)}
     operations = layout.to_dict(methods)
     table = None
     if solver is not None:
@@ -397,19 +412,35 @@ def info(
         "image": [sampler.info.channels, height, width],
         "classes": sampler.info.classes,
         "null_label": sampler.info.null_label,
-        "gflop_per_image_step": round(operations["flops"] / batch_size / 1e9, 4),
+        "gflop_per_image_step": round(operations["flops"] / rows / 1e9, 4),
         "prediction": sampler.prediction,
         "schedule": {k: v for k, v in levels.items() if v is not None},
         "unet": config.to_dict(),
     }
+    job = None
+    if n is not None:
+        options = Options(
+            solver=solver or "ddim", steps=steps, guidance=guidance, batch_size=batch_size,
+            labels=None if sampler.info.classes is None else 0, size=(height, width),
+        )  # fmt: skip
+        request = check(
+            n, options, sampler.info, sampler.schedule, sampler.prediction, sampler._scheduler_config, backend
+        )
+        job = cost.estimate(
+            sampler.unet, (height, width), n, request.nfe, request.batch_size, dtype,
+            guided=request.nfe > len(request.table), backend=backend,
+        )  # fmt: skip
     if as_json:
         result |= {} if table is None else {"table": json.loads(table.to_json())}
+        result |= {} if job is None else {"cost": job.to_dict()}
         print(json.dumps(result | ({"program": operations} if program else {})))
         return
     for key, value in result.items():
         print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
     if table is not None:
         print(f"\n{table}")
+    if job is not None:
+        print(f"\n{job}")
     if program:
         print(f"\n{layout.text(methods)}")
 
@@ -651,6 +682,64 @@ def eval(
         backend=backend, device=device, dtype=dtype, options=sampled, progress=progress_on_stderr(),
     )  # fmt: skip
     print(json.dumps(report) if as_json else table(report))
+
+
+@app.command()
+def bench(
+    model: ModelArgument = "fashion-mnist",
+    batches: Annotated[str | None, typer.Option(help="Batch sizes (default: 1,8,32; --quick: 1,16).")] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Which, as native,openvino; an unknown one lists all (default: all).")
+    ] = None,
+    network_only: Annotated[bool, typer.Option(help="The network without the update.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda (not tried yet).")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="Short turns, fewer rounds, no engine that compiles first.")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(help="At most so many; fewer where ratios settle (default: 40; --quick: 25).")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep the result here, as JSON; an unfinished one there is gone on with.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier --save: exit code 1 where a ratio fell beyond the noise.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the speeds, into a .png.")] = None,
+    job: Annotated[
+        bool, typer.Option("--job", help="Instead: seconds of a whole sampling job, diffusers' own and fastdiff's.")
+    ] = False,
+    n: Annotated[int, typer.Option("--n", "-n", help="Images of the job.")] = 16,
+    steps: Annotated[int, typer.Option(help="DDIM steps of the job.")] = 50,
+    profile: Annotated[bool, typer.Option("--profile", help="Instead: where the native engine's time goes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast a network runs here, beside the other ways to run it that are installed.
+
+    MODEL may also be ddpm-cifar10-32 or ddpm-celebahq-256: with random weights.
+
+    Engines take turns, each in a process of its own. Every one is first compared with float64; one that is wrong gets
+    no speed, and the exit code is 1. Ratios are to one peer, with a 95 % interval; the last line of a batch says
+    whether the machine was too noisy.
+
+    Examples:
+
+    fastdiff bench --quick
+
+    fastdiff bench --batches 1,8 --save new.json --plot new.png
+
+    fastdiff bench --batches 8 --engines native,diffusers --compare new.json
+
+    fastdiff bench ddpm-cifar10-32 --job
+    """
+    from fastdiff.bench import command
+
+    sys.exit(
+        command.run(
+            model, batches=None if batches is None else _numbers("--batches", batches),
+            engines=None if engines is None else [name.strip() for name in engines.split(",")],
+            network_only=network_only, device=device, quick=quick, rounds=rounds, save=save, compare=compare, plot=plot,
+            job=(n, steps) if job else None, profile=profile, as_json=as_json,
+        )
+    )  # fmt: skip
 
 
 def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> Tensor:

@@ -365,7 +365,7 @@ class _Forward:
         state.table_host = state.table.cpu().numpy()
         self.network.runner(x.shape).forward(state)
         assert state.out is not None
-        return state.out
+        return state.out.clone()  # the next call may use its memory
 
 
 def _level(t: float) -> Row:

@@ -449,6 +449,7 @@ class Sampler:
         started: the number of cancellations before the call. A short last chunk is padded with images that idle, so
         that no new batch size has to be prepared.
         """
+        modules = list(self.unet.modules())  # counted here, not in every step
         with _bar(progress, len(r.chunks) * len(r.table)) as tick:
             for chunk in r.chunks:
                 n = len(chunk)
@@ -460,10 +461,10 @@ class Sampler:
                 for row in range(len(r.table)):
                     if self._cancellations != started:
                         return
-                    event, x0, known, guided = None, None, None, r.guide is not None
+                    event, images, x0, known, guided = None, None, None, None, r.guide is not None
                     if guided:
-                        self._guided_forward(runner, state, r, chunk, row)
-                    with self._lock, _evaluating(self.unet):
+                        self._guided_forward(runner, state, r, chunk, row, modules)
+                    with self._lock, _evaluating(modules):
                         if inpainting is not None:
                             known = inpainting.known(state)
                         shown = preview(row)
@@ -477,16 +478,21 @@ class Sampler:
                             runner.step(state)
                         if inpainting is not None and known is not None:
                             inpainting.put(state, known)
-                    if x0 is not None:
-                        event = Event(row, len(r.table), r.indices(chunk), state.x[:n].clone(), x0)
+                        # Copies, before another call's batch takes the runner's buffers.
+                        if x0 is not None:
+                            event = Event(row, len(r.table), r.indices(chunk), state.x[:n].clone(), x0)
+                        if row == len(r.table) - 1:
+                            images = state.x[:n].clone()
                     tick()
-                    yield event, state.x[:n] if row == len(r.table) - 1 else None
+                    yield event, images
 
-    def _guided_forward(self, runner: backends.Runner, state: State, r: Request, chunk: range, row: int) -> None:
+    def _guided_forward(
+        self, runner: backends.Runner, state: State, r: Request, chunk: range, row: int, modules: Sequence[nn.Module]
+    ) -> None:
         """`forward`, and the user's function, which runs without the lock: it may use the sampler."""
         assert r.guide is not None
         leaf = None
-        with self._lock, _evaluating(self.unet):
+        with self._lock, _evaluating(modules):
             if r.guide_through == "network":
                 assert isinstance(runner, EagerRunner), "checked with the request"
                 leaf = editing.forward_with_gradient(runner, state)
@@ -557,9 +563,15 @@ class Sampler:
 
         They are copied anew for every chunk: fused optimizers and edits of ``.data`` leave no trace of a change.
         """
-        # The native engine rounds for itself, and better so: what it rounds are transformed weights.
-        dtype = torch.float32 if self.backend == "native" else self.dtype
-        if all(p.device == self.device and p.dtype == dtype for p in self.unet.parameters()):
+        # These round for themselves, and better so: what they round are transformed weights.
+        dtype = torch.float32 if self.backend in ("native", "triton") else self.dtype
+        last = torch.channels_last if self.device.type == "cuda" else None  # there it takes kernels of its own
+
+        def fits(p: Tensor) -> bool:
+            laid_out = last is None or p.ndim != 4 or p.is_contiguous(memory_format=last)
+            return p.device == self.device and p.dtype == dtype and laid_out
+
+        if all(map(fits, self.unet.parameters())):
             if self._copy is not None:  # the module was converted meanwhile
                 self._copy = None
                 self._runners.clear()
@@ -569,6 +581,8 @@ class Sampler:
             mine = [] if self._copy is None else [*self._copy.parameters(), *self._copy.buffers()]
             if self._copy is None or [t.shape for t in mine] != [t.shape for t in present]:
                 self._copy = copy.deepcopy(self.unet).to(device=self.device, dtype=dtype).eval()
+                if last is not None:
+                    self._copy.to(memory_format=last)  # type: ignore[call-overload]  # missing in torch's annotations
                 self._runners.clear()
             else:
                 for into, now in zip(mine, present, strict=True):
@@ -577,9 +591,9 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def _evaluating(unet: nn.Module) -> Iterator[None]:
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Dropout off for the length of a step, then every module as it was: a network in training can be sampled."""
-    training = [module for module in unet.modules() if module.training]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

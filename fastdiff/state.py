@@ -32,6 +32,8 @@ class TableBank:
         self.lengths_host = np.array([len(table) for table in tables])
         self.lengths = torch.from_numpy(self.lengths_host).to(device)
         self.thresholds = any(table.threshold is not None for table in tables)
+        self.noisy = any(table.stochastic for table in tables)
+        self.learned = any(table.learned_variance for table in tables)
 
 
 @dataclasses.dataclass(eq=False)  # a batch is itself alone, so backends can remember what they know of it
@@ -42,7 +44,8 @@ class State:
     guidance, [B, C or 2C, H, W]. table, row, seed, index, label: int64 [B]; seed is the two's complement of an unsigned
     number; index is the image's global number; label is None for an unconditional network. guidance: float32 [B],
     1 = off. x0_scale: float32 [B], 1/q of dynamic thresholding, set between forward and update; None where no table
-    asks for it. row_host mirrors row, so that no step ever asks the device.
+    asks for it. row_host mirrors row, so that no step ever asks the device. guidance_rescale: a number, or what
+    `fastdiff.update.guide` takes in its place.
     """
 
     x: Tensor
@@ -56,7 +59,7 @@ class State:
     table_host: np.ndarray
     row_host: np.ndarray
     guidance_host: np.ndarray
-    guidance_rescale: float = 0.0
+    guidance_rescale: float | Tensor = 0.0
     noise: Noise | None = None
     out: Tensor | None = None
     x0_scale: Tensor | None = None
@@ -127,7 +130,13 @@ class State:
 
     def advance(self) -> None:
         """row += 1, on the device and in the mirror; a finished image stays at its table's identity row."""
+        self.advance_device()
+        self.advance_host()
+
+    def advance_device(self) -> None:
         self.row = torch.minimum(self.row + 1, self.bank.lengths[self.table])
+
+    def advance_host(self) -> None:
         self.row_host = np.minimum(self.row_host + 1, self.bank.lengths_host[self.table_host])
 
     def idle(self, images: Sequence[int]) -> None:

@@ -1,7 +1,9 @@
 """The update of a batch whose rows differ, in plain torch: the reference for every kernel.
 
 Written for reading. Each image gathers its row's coefficients; an operand whose coefficient is zero is not read, so
-that NaN or left-over values in an unused buffer cannot reach the image.
+that NaN or left-over values in an unused buffer cannot reach the image. What depends on values is decided on the host,
+from the state's mirrors, or per element: `apply` and `philox` are one sequence of operations on the device, whatever
+the values are, so a CUDA graph can hold them.
 """
 
 from __future__ import annotations
@@ -72,6 +74,10 @@ def predict_x0(state: State) -> Tensor:
     """The denoised image that the current row sees: x0 = clip((kx x + ko out) / q, -c, c), q of `threshold`, else 1."""
     out, _ = split_output(state)
     threshold(state)
+    return _x0(state, out)
+
+
+def _x0(state: State, out: Tensor) -> Tensor:
     x0 = _combine(state, kx=state.x, ko=out)
     if state.x0_scale is not None:
         x0 = x0 * state.x0_scale.view(-1, 1, 1, 1)
@@ -90,6 +96,11 @@ def update_noise(state: State) -> Tensor | None:
         for row in others:
             z = torch.where((state.row == row).view(-1, 1, 1, 1), state.noise(row), z)
         return z
+    return philox(state)
+
+
+def philox(state: State) -> Tensor:
+    """z of every image's row, whether the row adds noise or not."""
     z = noise.normal(state.seed, state.index, state.row, noise.UPDATE, tuple(state.x.shape[1:]))
     return z.to(state.x.dtype)
 
@@ -104,10 +115,16 @@ def update(state: State) -> None:
 
     then row += 1 (`fastdiff.solvers.table` says what the columns mean).
     """
-    x = state.x
     out, v = split_output(state)
-    x0 = predict_x0(state)
-    z = update_noise(state)
+    threshold(state)
+    apply(state, out, v, update_noise(state))
+    state.advance()
+
+
+def apply(state: State, out: Tensor, v: Tensor | None, z: Tensor | None) -> None:
+    """The row of `update`, without row += 1. z: what the row draws; None where no image's row reads it."""
+    x = state.x
+    x0 = _x0(state, out)
     if z is not None and v is not None:
         z = torch.exp(_combine(state, sv=v)) * z
     new = _combine(state, ax=x, ao=out, a0=x0, a1=state.m1, a2=state.m2, a3=state.m3, as_=state.xs, s=z)
@@ -123,21 +140,22 @@ def update(state: State) -> None:
     if state.xs is not None:
         state.xs = torch.where(state.column("save").view(-1, 1, 1, 1) != 0, x, state.xs)
     state.x = new
-    state.advance()
 
 
-def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, rescale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, rescale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022; 1 is off), rescaled (Lin et al. 2023, eqs. 15, 16).
 
         out = u + w (c - u);    out <- phi out std(c) / std(out) + (1 - phi) out,   std over an image's elements
 
     An image with w = 1 keeps its conditional output bit for bit. Channels past ``channels`` (learned variance) are c's.
+    rescale: phi (0: off), or [phi, 1 - phi] on the device.
     """
     c, u = conditional[:, :channels], unconditional[:, :channels]
     w = w.view(-1, 1, 1, 1)
     out = u + w * (c - u)
-    if rescale:
+    if isinstance(rescale, Tensor) or rescale:
+        phi, rest = (rescale[0], rescale[1]) if isinstance(rescale, Tensor) else (rescale, 1.0 - rescale)
         std_c, std_out = c.std(dim=(1, 2, 3), keepdim=True), out.std(dim=(1, 2, 3), keepdim=True)
-        out = rescale * (out * (std_c / std_out)) + (1.0 - rescale) * out
+        out = phi * (out * (std_c / std_out)) + rest * out
     out = torch.where(w == 1.0, c, out)
     return torch.cat([out, conditional[:, channels:]], dim=1) if conditional.shape[1] > channels else out

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,11 @@ def spec_of(state: State, dtype: torch.dtype, case: Case) -> Spec:
     return Spec(len(state.x), SHAPE, dtype, CPU, null_label=null)
 
 
+Prepare = Callable[[Any, Spec], backends.Runner]
+
+
 def run(
-    backend: str,
+    backend: str | Prepare,
     case: Case,
     dtype: torch.dtype = torch.float32,
     images: list[int] | None = None,
@@ -147,7 +151,8 @@ def run(
     """The states after every step, [steps, B, C, H, W]. ``rounded``: state and output are float32 between the steps."""
     unet = random_unet(case.config).to(dtype)
     state = start(case, dtype, images)
-    runner = backends.prepare(backend, unet, spec_of(state, dtype, case))
+    spec = spec_of(state, dtype, case)
+    runner = backends.prepare(backend, unet, spec) if isinstance(backend, str) else backend(unet, spec)
     states = []
     for _ in range(case.steps):
         if rounded:
@@ -186,7 +191,7 @@ def tolerance(case: Case) -> float:
     return 2 * float(error + band)
 
 
-def check(backend: str, case: Case, rounding: float = 1.0) -> None:
+def check(backend: str | Prepare, case: Case, rounding: float = 1.0) -> None:
     """rounding: how many times as much as a direct convolution's the backend's own algorithms round."""
     got, true = run(backend, case), exact(case)[:, case.active]
     allowed = rounding * tolerance(case)

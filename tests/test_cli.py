@@ -33,7 +33,7 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 
 CLASSES = 4
-COMMANDS = ("sample", "train", "info", "convert", "eval", "trilemma")
+COMMANDS = ("sample", "train", "info", "convert", "bench", "eval", "trilemma")
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +129,10 @@ def test_help_says_every_default(command: str, help_text: Callable[[str], str]) 
     body = body[: body.index("-> None:")]
     explained = re.findall(r"\(default: [^)\n]*\)", body)
     assert "[default" not in body
-    assert len(explained) >= {"sample": 5, "train": 4, "info": 0, "convert": 2, "eval": 5, "trilemma": 7}[command]
+    assert (
+        len(explained)
+        >= {"sample": 5, "train": 4, "info": 0, "convert": 2, "bench": 2, "eval": 5, "trilemma": 7}[command]
+    )
     for default in explained:
         assert default in text, f"{default} is not shown"
 

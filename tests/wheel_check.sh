@@ -46,6 +46,10 @@ assert "torch" not in sys.modules, "import fastdiff imports torch"
 assert pathlib.Path(sys.argv[1]) not in package.parents, f"imported from the checkout: {package}"
 assert importlib.metadata.version("fastdiff") == fastdiff.__version__
 assert (package / "py.typed").is_file()
+kernels = {path.name for path in (package / "kernels").glob("*.py")}
+assert {"__init__.py", "launch.py", "update.py"} <= kernels, f"kernels in the wheel: {sorted(kernels)}"
+import fastdiff.kernels.launch
+
 if os.environ["FASTDIFF_NATIVE"] == "ON":
     from fastdiff import _native
 

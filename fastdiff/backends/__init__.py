@@ -1,7 +1,7 @@
 """Backends: ways to run the network and the update.
 
 A backend prepares a network for a `Spec` and returns a `Runner`. `eager` and `compiled` wrap the module itself;
-`native` runs what `fastdiff.lower` makes of it.
+`native` and `triton` run what `fastdiff.lower` makes of it.
 An explicit backend never falls back: where it cannot run, `prepare` raises one `BackendError` that lists every reason.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from fastdiff.errors import InvalidArgument
 from fastdiff.state import State
 
-BACKENDS = ("eager", "compiled", "native")
+BACKENDS = ("eager", "compiled", "native", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Spec:
     """What a runner is prepared for: ``batch`` images of ``shape`` (C, H, W), the network in ``dtype`` on ``device``.
 
     null_label: the label of the unconditional half of a guided step; None where the network cannot be guided.
+    tables, rows: room for tables in a CUDA graph; a state that needs more has the graph captured again.
     fast: bfloat16 may round more for speed, where a backend can trade so (`native`).
     """
 
@@ -34,6 +35,8 @@ class Spec:
     null_label: int | None = None
     determinism: str = "seed"
     fast: bool = False
+    tables: int = 8
+    rows: int = 1024
 
 
 class Runner(Protocol):
@@ -73,4 +76,8 @@ def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
         from fastdiff.backends import native
 
         return native.prepare(unet, spec)
+    if backend == "triton":
+        from fastdiff.backends import triton
+
+        return triton.prepare(unet, spec)
     raise InvalidArgument(f"backend={backend!r} is unknown; allowed: auto, {', '.join(BACKENDS)}")

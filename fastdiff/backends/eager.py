@@ -35,8 +35,12 @@ class EagerRunner:
 
     def forward_with_gradient(self, state: State) -> None:
         """`forward` that leaves autograd as it is: ``state.out`` can be differentiated by ``state.x``."""
+        self.evaluate(state, bool(state.guided_host.any()))
+
+    def evaluate(self, state: State, guided: bool) -> None:
+        """Sets ``state.out``; ``guided``: the network sees every image twice. Nothing here asks the device."""
         t = state.column("t")
-        if not state.guided_host.any():
+        if not guided:
             state.out = self._call(state.x, t, state.label).to(state.x.dtype)
             return
         assert state.label is not None, "guidance needs labels"
@@ -51,6 +55,14 @@ class EagerRunner:
     @torch.no_grad()
     def update(self, state: State) -> None:
         update.update(state)
+
+    def advance(self, state: State, noisy: bool) -> None:
+        """`update` but for the host's part; ``noisy``: some row of a table adds noise. Nothing here asks the device."""
+        assert state.out is not None, "evaluate comes before advance"
+        C = state.x.shape[1]
+        out, v = state.out[:, :C], state.out[:, C:]
+        update.apply(state, out, v if v.shape[1] else None, update.philox(state) if noisy else None)
+        state.advance_device()
 
     def step(self, state: State) -> None:
         self.forward(state)

@@ -61,7 +61,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     if type(unet) is not UNet:
         reasons.append(f"it runs fastdiff.UNet only, not {type(unet).__name__}")
     else:
-        reasons += _alterations(unet)
+        reasons += alterations(unet)
     if spec.device.type != "cpu":
         reasons.append(f"it runs on the CPU, not on {spec.device}")
     if spec.dtype not in (torch.float32, torch.bfloat16):
@@ -75,7 +75,7 @@ def _multiplies_bf16(native: ModuleType) -> bool:
     return (isa() or next(iter(native.isas()), "")) in native.bf16_isas()
 
 
-def _alterations(unet: UNet) -> list[str]:
+def alterations(unet: UNet) -> list[str]:
     """What of the module the program would not know of."""
     reasons = []
     if _structure(unet) != _described(unet.config):
@@ -349,8 +349,47 @@ class Compiled:
 # Products of the embedding, which are small and stay in float32.
 EMBEDDING = ("projections", "time_embedding.linear_2")
 
+
+def described(unet: UNet, spec: Spec, rows: int) -> Compiled:
+    """What would run a pass of ``rows`` rows, one part of it, with sizes and choices and no memory: it cannot run.
+
+    Arena and packed weights are on "meta".
+    """
+    native = extension()
+    assert native is not None
+    program = lower(unet, spec.shape[1:])
+    rows = part(rows, plan(program, 1, group=native.GROUP).size)
+    layout = plan(program, rows, group=native.GROUP)
+    C, H, W = spec.shape
+    config = unet.config
+    with torch.device("meta"):
+        arena = torch.empty(layout.size, dtype=torch.uint8)
+        index = torch.empty(rows, dtype=torch.int64)
+        features = program.buffers["projections" if unet.class_embedding is None else "time"].shape[2]
+        inputs = Inputs(
+            x=torch.empty(rows, C, H, W),
+            timestep=index,
+            label=index,
+            times=torch.empty(TIMES, features),
+            classes=None if unet.class_embedding is None else torch.empty(1, config.temb_channels),
+            class_images=None if unet.class_encoder is None else torch.empty(rows, H, W, C),
+        )
+    weights = Weights.shapes(unet, native)
+    return Compiled(native, program, layout, arena, weights, inputs, isa(), native.Team(threads.number()), spec)
+
+
 # What a third-level cache holds of activations, with the weights that pass by.
 CACHE_BYTES = 32 << 20
+
+
+def part(rows: int, row_bytes: int) -> int:
+    """How many rows run at a time: all, in as few equal parts as keep a part's arena in the cache.
+
+    Every part reads all weights, but those are prefetched, and activations are not.
+    """
+    parts = min(-(-rows * row_bytes // CACHE_BYTES), rows)
+    return -(-rows // parts)
+
 
 TIMES, MOST_TIMES = 64, 4096  # distinct timesteps: room from the start, and at most (about 100 MB of embeddings)
 
@@ -425,7 +464,7 @@ class NativeRunner:
         guided = bool(state.guided_host.any())
         rows = len(state.x) * (1 + guided)
         label, class_images = self._labels(state, run, guided)
-        compiled = self._compiled(self._part(rows))
+        compiled = self._compiled(part(rows, self.row_bytes))
         inputs = compiled.inputs
         H, W, C = self.program.buffers["out"].shape
         state.x, state.out = state.x.contiguous(), torch.empty(len(state.x), C, H, W)
@@ -457,14 +496,6 @@ class NativeRunner:
         """Bytes held: packed weights (of all batch sizes and precisions), activations, working space."""
         space = sum(compiled.engine.space for compiled in self.compiled.values())
         return {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
-
-    def _part(self, rows: int) -> int:
-        """How many rows run at a time: all, in as few equal parts as keep a part's arena in the cache.
-
-        Every part reads all weights, but those are prefetched, and activations are not.
-        """
-        parts = min(-(-rows * self.row_bytes // CACHE_BYTES), rows)
-        return -(-rows // parts)
 
     def _follow(self, state: State) -> Run:
         """Notice what changed: the process, at a run's start the network, and the tables."""

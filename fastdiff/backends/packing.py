@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -45,7 +46,7 @@ def pack(
     if method == "direct":
         U = W.permute(2, 3, 1, 0).reshape(1, k * k * W.shape[1], N)
     else:
-        G = winograd_g(POINTS[method])
+        G = winograd_g(POINTS[method]).to(weight.device)
         U = torch.einsum("ia,ncab,jb->ijcn", G, W.double(), G).flatten(0, 1)
     U = F.pad(U, (0, -N % panel))
     U = U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float()
@@ -54,53 +55,61 @@ def pack(
     return U.contiguous()
 
 
+def fingerprint(unet: UNet) -> tuple[int, ...]:
+    """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
+    sums = []
+    for p in unet.parameters():
+        bits = p.detach().contiguous().flatten().view(torch.int64 if p.numel() % 2 == 0 else torch.int32)
+        # The second sum hears the order: each number counts with its neighbour.
+        sums += [int(bits.sum()), int((bits[1:] ^ (bits[:-1] << 1)).sum())]
+    return tuple(sums)
+
+
+def layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """W [N, C, k, k] and b [N] in float64, stacked or merged as the operation says, of a network's state dict."""
+    W, b = ([state[f"{key}.{kind}"].double() for key in op.weights] for kind in ("weight", "bias"))
+    if op.merged == "first transposed":
+        return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
+    if op.merged == "in turn":
+        return (W[0] @ W[1])[:, :, None, None], W[0] @ b[1] + b[0]
+    return torch.cat(W).reshape(-1, W[0].shape[1], op.kernel, op.kernel), torch.cat(b)
+
+
 class Weights:
     """A network's weights as the engine reads them, each packing made once and shared by all batch sizes."""
 
-    def __init__(self, unet: UNet, native: ModuleType):
+    def __init__(self, unet: UNet, native: ModuleType, fingerprint: tuple[int, ...]):
         self.native = native
         self.state = {k: v.detach() for k, v in unet.state_dict().items()}
         self.packed: dict[tuple[Any, ...], Tensor] = {}
-        self.fingerprint = self._fingerprint(unet)
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def shapes(cls, unet: UNet, native: ModuleType) -> Weights:
+        """The same without numbers (on "meta"): what they would take, before anything is packed."""
+        weights = cls(unet, native, ())
+        weights.state = {k: v.to("meta") for k, v in weights.state.items()}
+        return weights
 
     @classmethod
     def of(cls, unet: UNet, native: ModuleType) -> Weights:
         """The network's, as they are now."""
         with _weights_lock:
-            known = _weights.get(unet)
-            if known is None or known.fingerprint != cls._fingerprint(unet):
-                known = _weights[unet] = cls(unet, native)
+            known, now = _weights.get(unet), fingerprint(unet)
+            if known is None or known.fingerprint != now:
+                known = _weights[unet] = cls(unet, native, now)
             return known
-
-    @staticmethod
-    def _fingerprint(unet: UNet) -> tuple[int, ...]:
-        """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
-        fingerprint = []
-        for p in unet.parameters():
-            bits = p.detach().contiguous().flatten().view(torch.int64 if p.numel() % 2 == 0 else torch.int32)
-            # The second sum hears the order: each number counts with its neighbour.
-            fingerprint += [int(bits.sum()), int((bits[1:] ^ (bits[:-1] << 1)).sum())]
-        return tuple(fingerprint)
 
     def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Kernel, in ``dtype``, and bias; channels: of each source."""
 
         def kernel() -> Tensor:
-            return pack(self._layer(op)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
+            return pack(layer(op, self.state)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
 
         def bias() -> Tensor:
-            return self._padded(self._layer(op)[1])
+            return self._padded(layer(op, self.state)[1])
 
         return self._once((op.weights, channels, method, dtype), kernel), self._once((op.weights, "bias"), bias)
-
-    def _layer(self, op: Conv) -> tuple[Tensor, Tensor]:
-        """W [N, C, k, k] and b [N], stacked or merged as the operation says."""
-        W, b = ([self.state[f"{key}.{kind}"].double() for key in op.weights] for kind in ("weight", "bias"))
-        if op.merged == "first transposed":
-            return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
-        if op.merged == "in turn":
-            return (W[0] @ W[1])[:, :, None, None], W[0] @ b[1] + b[0]
-        return torch.cat(W).reshape(-1, W[0].shape[1], op.kernel, op.kernel), torch.cat(b)
 
     def _padded(self, v: Tensor) -> Tensor:
         return F.pad(v.float(), (0, -len(v) % self.native.GROUP)).contiguous()

@@ -1,0 +1,129 @@
+"""A whole sampling job: seconds of n images in DDIM steps, by fastdiff's `Sampler` and by diffusers' own loop.
+
+A network without classes is also run as a pipeline: diffusers' DDIMPipeline as it is, in channels_last, and accelerated
+by `fastdiff.accelerate`. One with classes has no pipeline in diffusers, so its loop is the one that its users write:
+UNet2DModel and DDIMScheduler, a label for each image. All in one process, taking turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastdiff import pipelines
+from fastdiff.bench import machine, networks
+from fastdiff.bench.engines import Inputs, diffusers_twin, import_all, joining, without_class_image
+from fastdiff.bench.run import Say
+from fastdiff.errors import InvalidArgument
+from fastdiff.request import NetworkInfo
+from fastdiff.sampler import Sampler
+from fastdiff.schedule import NoiseSchedule
+
+
+def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: None) -> dict[str, Any]:
+    """Medians over rounds. ratio: diffusers' time over fastdiff's (of the pipelines: the accelerated one's), where
+    "first call" has its first, `accelerate` included; psnr: of the two pipelines' images, which start alike.
+
+    Raises `BackendError` where diffusers is not installed, `InvalidArgument` for an EDM network.
+    """
+    import_all(("diffusers",))
+    loaded = networks.load(model)
+    if not isinstance(loaded.schedule, NoiseSchedule):
+        raise InvalidArgument(f"--job {model}: diffusers has no loop for EDM networks' UNet2DModel to measure by")
+    classes = NetworkInfo.of(loaded.unet, None).classes
+    labels = None if classes is None else [i % classes for i in range(n)]
+    sampler = Sampler(loaded.unet, loaded.schedule, prediction=loaded.prediction)
+    jobs: dict[str, Callable[[], Any]] = {
+        sampler.backend: lambda: sampler.sample(n, steps=steps, labels=labels, batch_size=n)
+    }
+    result: dict[str, Any] = {"model": model, "machine": machine.header(), "images": n, "steps": steps, "job": {}}
+    first = images = None
+    if labels is None:
+        plain, last, fast = (_pipeline(loaded, f) for f in (False, True, False))
+        started = time.perf_counter()
+        images = _draw(pipelines.accelerate(fast), n, steps)
+        first = time.perf_counter() - started
+        jobs["accelerated"] = lambda: _draw(fast, n, steps)
+        jobs["diffusers"] = lambda: _draw(plain, n, steps)
+        jobs["diffusers, channels_last"] = lambda: _draw(last, n, steps)
+    else:
+        for name, channels_last in (("diffusers", False), ("diffusers, channels_last", True)):
+            jobs[name] = _loop(loaded, labels, steps, channels_last)
+    seconds: dict[str, list[float]] = {job: [] for job in jobs}
+    error = 0.0
+    for i in range(rounds):
+        for job, run in jobs.items():
+            say(f"round {i + 1} of {rounds}: {job}")
+            started = time.perf_counter()
+            drawn = run()
+            seconds[job].append(time.perf_counter() - started)
+            if job == "diffusers" and images is not None:
+                error = float(((drawn - images) ** 2).mean())
+    medians = {job: round(statistics.median(values), 2) for job, values in seconds.items()}
+    untouched = statistics.median(seconds["diffusers"])
+    ours = "accelerated" if "accelerated" in seconds else sampler.backend
+    result["job"] = medians | {"ratio": round(untouched / statistics.median(seconds[ours]), 2)}
+    if first is not None:
+        result["job"] |= {
+            "first": round(first, 2),
+            "ratio, first call": round(untouched / first, 2),
+            "psnr": round(-10 * math.log10(max(error, 1e-20)), 1),
+        }
+    return result
+
+
+def text(result: dict[str, Any]) -> str:
+    lines = [f"{result['model']}: {result['images']} images, {result['steps']} DDIM steps, seconds"]
+    return "\n".join([*lines, *(f"  {name:26}{value:8.2f}" for name, value in result["job"].items())])
+
+
+def _twin(loaded: networks.Pretrained, channels_last: bool) -> Any:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return diffusers_twin(without_class_image(copy.deepcopy(loaded.unet))).to(memory_format=memory_format)
+
+
+def _scheduler(loaded: networks.Pretrained) -> Any:
+    from diffusers import DDIMScheduler
+
+    assert isinstance(loaded.schedule, NoiseSchedule)
+    return DDIMScheduler.from_config(
+        {**loaded.schedule.to_scheduler_config(), "prediction_type": loaded.prediction, **loaded.scheduler_config}
+    )
+
+
+def _pipeline(loaded: networks.Pretrained, channels_last: bool) -> Any:
+    from diffusers import DDIMPipeline
+
+    pipeline = DDIMPipeline(unet=_twin(loaded, channels_last), scheduler=_scheduler(loaded))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _draw(pipeline: Any, n: int, steps: int) -> Any:
+    return pipeline(n, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
+
+
+def _loop(loaded: networks.Pretrained, labels: list[int], steps: int, channels_last: bool) -> Callable[[], Any]:
+    twin, scheduler = _twin(loaded, channels_last), _scheduler(loaded)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = dataclasses.replace(Inputs.of(loaded, len(labels)), label=torch.tensor(labels))
+    join = joining(loaded.unet, inputs)
+    classes = None if loaded.unet.class_encoder is not None else inputs.label
+
+    @torch.no_grad()
+    def run() -> Any:
+        x = torch.randn(inputs.x.shape, generator=torch.Generator().manual_seed(0))
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            out = twin(join(x).contiguous(memory_format=memory_format), t, class_labels=classes).sample
+            x = scheduler.step(out, t, x).prev_sample
+        return x
+
+    return run

@@ -1,0 +1,80 @@
+"""What is measured: a model with its weights, or a published configuration with random ones."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastdiff import checkpoint
+from fastdiff.checkpoint import Pretrained
+from fastdiff.errors import CheckpointError
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.unet import UNet
+from fastdiff.unet_config import UNetConfig
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# The networks of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, as their config.json on the hub have them.
+PUBLISHED = {
+    "ddpm-cifar10-32": UNetConfig.like(
+        "ho",
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ),
+    "ddpm-celebahq-256": UNetConfig.like(
+        "ho",
+        sample_size=256,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=(*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    ),
+}
+
+
+def load(model: str) -> Pretrained:
+    """The model of that name or path; or, of a name in `PUBLISHED`, that network with random weights.
+
+    Raises as `checkpoint.load`, naming what is published where there is no such model.
+    """
+    if model in PUBLISHED and not Path(model).exists():
+        return Pretrained(random_unet(PUBLISHED[model]), NoiseSchedule(), "epsilon", {}, Path(model))
+    try:
+        return checkpoint.load(model)
+    except CheckpointError as e:
+        if Path(model).exists():
+            raise
+        raise CheckpointError(f"{e}; with random weights: {', '.join(PUBLISHED)}") from e
+
+
+def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
+    """The network with random weights, in evaluation mode."""
+    with torch.device("meta"):  # the initial weights of large networks take seconds
+        unet = UNet(config)
+    return randomize_(unet, seed).eval()
+
+
+def randomize_(module: Module, seed: int = 0) -> Module:
+    """Random weights, none of them zero, scaled so that activations keep their size and every path is heard.
+
+    A module on the meta device is allocated on the CPU. torch's own random state is left alone.
+    """
+    if any(p.is_meta for p in module.parameters()):
+        module = module.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            z = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
+                z = 1 + 0.2 * z
+            elif parameter.ndim == 1:
+                z = 0.2 * z
+            elif "embedding.weight" not in name:
+                z = z / math.sqrt(parameter[0].numel())
+            parameter.copy_(z.masked_fill_(z == 0, 0.1))
+    return module

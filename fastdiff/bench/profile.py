@@ -1,0 +1,42 @@
+"""Where the native engine's time goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastdiff.backends import Spec, native
+from fastdiff.bench import networks
+from fastdiff.bench.engines import Inputs
+from fastdiff.program import Conv
+from fastdiff.state import State, TableBank
+
+
+@torch.no_grad()
+def profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
+    """Milliseconds of the native engine in float32 by kind of operation and height of its result, the largest first:
+    medians over rounds. Of a batch that it runs in parts: of a part.
+    """
+    loaded = networks.load(model)
+    inputs = Inputs.of(loaded, batch)
+    spec = Spec(batch, tuple(inputs.x.shape[1:]), torch.float32, inputs.x.device)  # type: ignore[arg-type]  # three numbers
+    runner = native.prepare(loaded.unet, spec)
+    runner.forward(State.create(inputs.x, TableBank([inputs.table], inputs.x.device), label=inputs.label))
+    (compiled,) = runner.compiled.values()
+    engine, ops = compiled.engine, compiled.program.ops
+    times = torch.tensor([engine.profile(0, len(engine)) for _ in range(rounds)]).median(dim=0).values
+    total: dict[str, float] = {}
+    for op, nanoseconds in zip(ops, times.tolist(), strict=True):
+        kind = type(op).__name__.lower()
+        if isinstance(op, Conv):
+            kind += f" {op.kernel}x{op.kernel}/{op.stride} {compiled.methods[op.dst]}" + " up" * op.upsample
+        key = f"{kind}, {compiled.program.buffers[op.dst].shape[0]} high"
+        total[key] = total.get(key, 0.0) + nanoseconds / 1e6
+    return {key: round(ms, 3) for key, ms in sorted(total.items(), key=lambda item: -item[1])}
+
+
+def text(batch: int, parts: dict[str, Any]) -> str:
+    whole = sum(parts.values())
+    lines = [f"batch {batch}: {whole:.2f} ms"]
+    return "\n".join([*lines, *(f"  {key:44}{ms:9.3f} ms  {ms / whole:5.1%}" for key, ms in parts.items())])

@@ -1,0 +1,236 @@
+"""A result as a table, as a picture, and beside an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdiff.bench import machine
+from fastdiff.bench.engines import ANCHORS
+from fastdiff.bench.run import pairs
+from fastdiff.errors import InvalidArgument
+from fastdiff.files import atomic_path
+
+# A ratio that changed by less is no regression, whatever the intervals say: neighbours on the machine, other addresses.
+LEAST_CHANGE = 0.05
+WHAT = {
+    "step": "an img-step is one image through one network evaluation and one update (1 NFE)",
+    "network": "an img-step is one image through one network evaluation, without the update (1 NFE)",
+}
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def text(result: Mapping[str, Any]) -> str:
+    header = result["machine"]
+    image = " x ".join(map(str, result["image"]))
+    lines = [
+        f"{result['model']}: {result['parameters'] / 1e6:.1f} million parameters, {image}; {WHAT[result['what']]}",
+        f"{header['processor']}, {header['device']}, {header['threads']} threads",
+    ]
+    for record in result["batches"]:
+        lines += ["", *_batch(record)]
+    if result.get("interrupted"):
+        lines += ["", "interrupted: what is above was finished or under way; the same command with --save goes on"]
+    return "\n".join(lines)
+
+
+def _batch(record: Mapping[str, Any]) -> list[str]:
+    anchor = record["anchor"]
+    head = ("engine", "dtype", "error", "first call", "peak MiB", "img-steps/s", "spread", "of limit", "predicted",
+            f"x {anchor}" if anchor else "ratio")  # fmt: skip
+    rows = [head]
+    for name, e in record["engines"].items():
+        speed = e.get("img_steps_per_s")
+        red = name in record["red"]
+        r, limit = e.get("ratio"), record.get("limits", {}).get(e["dtype"])
+        rows.append(
+            (
+                name,
+                e["dtype"],
+                f"{e['error']:.1e}",
+                f"{e['first_call_s']:.2f} s",
+                "-" if e["peak_mib"] is None else f"{e['peak_mib']:.0f}",
+                "RED" if red else "-" if speed is None else f"{speed:.1f}",
+                "-" if red or speed is None else f"{e['spread']:.1%}",
+                "-" if red or speed is None or limit is None else f"{speed / limit:.0%}",
+                f"{e['predicted']:.1f}" if "predicted" in e and not red else "-",
+                "-" if red or r is None else f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [f"batch {record['batch']}" + _limits(record)]
+    lines += [
+        "  "
+        + "  ".join(
+            f"{v:<{w}}" if i < 2 else f"{v:>{w}}" for i, (v, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    for name, ratio, peer in best(record):
+        lines.append(f"  {name} is {ratio:.2f} times as fast as {peer}")
+    lines += [f"  RED, no speed: {name}: {reason}" for name, reason in record["red"].items()]
+    lines += [f"  absent: {name}: {reason}" for name, reason in record["absent"].items()]
+    if record["noise"]:
+        lines.append(f"  TOO NOISY to repeat within 5 %: {'; '.join(record['noise'])}")
+    elif any("ratio" in e for e in record["engines"].values()):
+        lines.append(f"  {len(record['rounds'])} rounds; ratios to {anchor} are good to +-2.5 %")
+    return lines
+
+
+def _limits(record: Mapping[str, Any]) -> str:
+    limits = record.get("limits")
+    if not limits:
+        return ""
+    told = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in limits.items())
+    return f"; limit of the products alone, img-steps/s: {told}"
+
+
+def best(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """Of each of native's dtypes: how many times as fast as the best peer of that precision, and which that is.
+
+    Of bfloat16 the peers whose error is at most 1e-2, the kind that PyTorch has; of bfloat16-fast all of bfloat16.
+    """
+    worst = {"native": 1e-4, "native-bf16": 1e-2, "native-bf16-fast": 1e-1}
+    found = []
+    for name, allowed in worst.items():
+        mine = record["engines"].get(name, {})
+        peers = {
+            other: e["ratio"]["median"]
+            for other, e in record["engines"].items()
+            if not e["own"] and "ratio" in e and e["dtype"] == mine.get("dtype") and e["error"] <= allowed
+        }
+        if "ratio" in mine and peers:
+            peer = max(peers, key=lambda p: peers[p])
+            found.append((name, mine["ratio"]["median"] / peers[peer], peer))
+    return found
+
+
+def red(result: Mapping[str, Any]) -> bool:
+    return any(record["red"] for record in result["batches"])
+
+
+# Beside an earlier one ------------------------------------------------------------------------------------------------
+
+
+def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str], int]:
+    """What became of the ratios to a peer that both results have, line by line, and how many of fastdiff's engines are
+    worse beyond the noise.
+
+    Times are never compared. An engine is worse if its interval now lies below that of before and its ratio fell by 5 %
+    or more, or if its gate has become red. Raises `InvalidArgument` for results of different models or kinds.
+    """
+    for key in ("model", "what"):
+        if now[key] != before[key]:
+            raise InvalidArgument(f"results of {key} {before[key]} and {now[key]} cannot be compared")
+    lines = [f"note: another machine: {d}" for d in machine.differences(now["machine"], before["machine"])]
+    worse = compared = 0
+    earlier = {record["batch"]: record for record in before["batches"]}
+    for record in now["batches"]:
+        old = earlier.get(record["batch"])
+        if old is None:
+            lines.append(f"batch {record['batch']}: not in the earlier result")
+            continue
+        for name in record["red"]:
+            if name in old["engines"] and name not in old["red"]:
+                compared, worse = compared + 1, worse + 1
+                lines.append(f"batch {record['batch']}: {name}: WORSE: {record['red'][name]}, which it passed before")
+        anchor = _common_anchor(record, old)
+        if anchor is None:
+            lines.append(f"batch {record['batch']}: no peer ran in both results, so there is no ratio to compare")
+            continue
+        for side, which in ((record, "this"), (old, "the earlier")):
+            if side["noise"]:
+                lines.append(f"batch {record['batch']}: note: {which} result is too noisy: {'; '.join(side['noise'])}")
+        new, past = pairs(record, anchor), pairs(old, anchor)
+        for name in new:
+            if name == anchor or name not in past or not record["engines"][name]["own"]:
+                continue
+            compared += 1
+            change = new[name].median / past[name].median - 1.0
+            fell = new[name].high < past[name].low and change <= -LEAST_CHANGE
+            rose = new[name].low > past[name].high and change >= LEAST_CHANGE
+            worse += fell
+            verdict = "WORSE" if fell else "better" if rose else "within the noise"
+            lines.append(
+                f"batch {record['batch']}: {name}: {past[name].median:.3f} times {anchor} before, "
+                f"{new[name].median:.3f} now, {change:+.1%}: {verdict}"
+            )
+    if not compared:
+        lines.append("nothing could be compared: no engine of fastdiff is in both results beside the same peer")
+    return lines, worse
+
+
+def _common_anchor(*records: Mapping[str, Any]) -> str | None:
+    """An engine that all measured by, or could have: it took part in rounds of each."""
+
+    def ran(name: str, record: Mapping[str, Any]) -> bool:
+        return any(name in seconds for seconds in record["rounds"])
+
+    first = [record["anchor"] for record in records if record["anchor"]]
+    names = dict.fromkeys([*first, *ANCHORS])
+    return next((name for name in names if all(ran(name, record) for record in records)), None)
+
+
+# The picture ----------------------------------------------------------------------------------------------------------
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """A panel for each batch: bars of img-steps/s with their spread, the limits as lines.
+
+    Raises `InvalidArgument` where matplotlib is not installed, or nothing was measured.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    records = [r for r in result["batches"] if any(_drawn(r, name) for name in r["engines"])]
+    if not records:
+        raise InvalidArgument(f"--plot {path}: there is no speed to draw")
+    rows = max(sum(_drawn(r, name) for name in r["engines"]) for r in records)
+    figure = Figure(figsize=(4.2 * len(records) + 1, 1.6 + 0.3 * rows), layout="constrained")
+    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
+        names = [name for name in record["engines"] if _drawn(record, name)]
+        entries = [record["engines"][name] for name in names]
+        speeds = [e["img_steps_per_s"] for e in entries]
+        colours = [_colour(e) for e in entries]
+        errors = [e["img_steps_per_s"] * e["spread"] / 2 for e in entries]
+        axes.barh(range(len(names)), speeds, xerr=errors, color=colours, ecolor="0.3")
+        for i, e in enumerate(entries):
+            axes.text(e["img_steps_per_s"], i, f"  {e['img_steps_per_s']:.4g}", va="center", fontsize=7)
+        for dtype, limit in record.get("limits", {}).items():
+            if any(e["dtype"] == dtype for e in entries):
+                axes.axvline(limit, color=_colour({"own": False, "dtype": dtype}), linestyle="--", linewidth=1)
+                axes.annotate(f" limit {dtype}", (limit, 0), xycoords=("data", "axes fraction"), fontsize=6,
+                              rotation=90, va="bottom", ha="right")  # fmt: skip
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_title(f"batch {record['batch']}" + (" (too noisy)" if record["noise"] else ""), fontsize=9)
+        axes.set_xlabel("img-steps/s", fontsize=8)
+    header = result["machine"]
+    figure.suptitle(
+        f"{result['model']}, {header['threads']} threads of {header['processor']}\nfastdiff's engines in dark colours, "
+        "bfloat16 in orange", fontsize=9,
+    )  # fmt: skip
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def check_plot(path: Path) -> None:
+    """Before the work: can ``path`` be drawn? Raises `InvalidArgument`."""
+    if path.suffix.lower() != ".png":
+        raise InvalidArgument(f"--plot {path}: a .png file is needed")
+    try:
+        import matplotlib  # noqa: F401 - whether it is there
+    except ImportError as e:
+        raise InvalidArgument("--plot needs matplotlib: pip install 'fastdiff[bench]'") from e
+
+
+def _drawn(record: Mapping[str, Any], name: str) -> bool:
+    return "img_steps_per_s" in record["engines"][name] and name not in record["red"]
+
+
+def _colour(entry: Mapping[str, Any]) -> str:
+    light, dark = ("#9ecae1", "#2171b5") if entry["dtype"] == "float32" else ("#fdae6b", "#d94801")
+    return dark if entry["own"] else light

@@ -1,0 +1,352 @@
+"""The measurement: every engine is made, checked against float64, and takes its turns; what is finished is kept.
+
+A result is a dictionary, as its file has it:
+
+    {"model", "what", "turn_s", "image", "parameters", "machine": {...}, "batches": [
+        {"batch", "anchor", "engines": {name: {"dtype", "error", "first_call_s", "peak_mib", "seconds", "spread",
+                                               "img_steps_per_s", "ratio": {...}, "predicted", "finished"}},
+         "red": {name: reason}, "absent": {name: reason}, "rounds": [{name: seconds a step}], "shares", "noise",
+         "limits": {dtype: img-steps/s}}]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff import cost, update
+from fastdiff.bench import machine, networks, timing
+from fastdiff.bench.engines import ANCHORS, ENGINES, Engine, Inputs
+from fastdiff.bench.worker import Absent, Ready, Task, Worker
+from fastdiff.checkpoint import Pretrained
+from fastdiff.errors import InvalidArgument
+from fastdiff.files import write_text
+from fastdiff.state import State, TableBank
+from fastdiff.unet import UNet
+
+# Against float64, of the network's output. What the update makes of that output is float32's everywhere.
+ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 1e-1}
+ALLOWED_UPDATE_ERROR = 1e-3
+# Before a turn: thread pools of the engine before wait for more work in a loop, some for tens of milliseconds.
+QUIET_S = 0.1
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked: see `fastdiff bench --help`. turn_s: how long an engine is timed in a round."""
+
+    model: str
+    batches: tuple[int, ...] = (1, 8, 32)
+    engines: tuple[str, ...] = ()
+    what: str = "step"
+    device: str = "cpu"
+    turn_s: float = 0.4
+    most_rounds: int = 40
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
+            raise InvalidArgument(f"batches {self.batches}: different numbers of at least 1 are needed")
+        if self.most_rounds < 1:
+            raise InvalidArgument(f"rounds {self.most_rounds}: at least 1 is needed")
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise InvalidArgument(f"device {self.device!r}: cpu or cuda is needed")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise InvalidArgument(f"device {self.device!r}: PyTorch finds no CUDA device here; use cpu")
+
+
+def run(
+    settings: Settings, save: Path | None = None, engines: Mapping[str, Engine] = ENGINES, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """The result, also when Ctrl-C ended it early (then it has "interrupted").
+
+    save: a file that keeps what is finished, round by round. If it holds a result of the same model, settings and
+    machine, measured by the same code, that is gone on with; its batches and engines stay in it.
+    Raises `InvalidArgument` where it holds another, or ``settings.engines`` names what there is not.
+    """
+    unknown = [name for name in settings.engines if name not in engines]
+    if unknown:
+        raise InvalidArgument(f"no engine is named {', '.join(unknown)}; there are {', '.join(engines)}")
+    model = networks.load(settings.model)
+    result = _begin(settings, model, save)
+
+    def keep() -> None:
+        if save is not None:
+            write_text(save, json.dumps(result, indent=1) + "\n")
+
+    try:
+        for batch in settings.batches:
+            record = next((r for r in result["batches"] if r["batch"] == batch), None)
+            if record is None:
+                record = {"batch": batch, "anchor": None, "engines": {}, "red": {}, "absent": {}, "rounds": [],
+                          "shares": [], "noise": []}  # fmt: skip
+                result["batches"].append(record)
+            if settings.device == "cpu":
+                record["limits"], predicted = expected(model, batch)
+            _measure(settings, record, model, engines, keep, say)
+            for name, entry in record["engines"].items():
+                if settings.device == "cpu" and name in predicted:
+                    entry["predicted"] = predicted[name]
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    for record in result["batches"]:
+        summarise(record)
+    keep()
+    return result
+
+
+def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str, Any]:
+    inputs = Inputs.of(model, 1)
+    result: dict[str, Any] = {
+        "model": settings.model,
+        "what": settings.what,
+        "turn_s": settings.turn_s,
+        "image": list(inputs.x.shape[1:]),
+        "parameters": sum(p.numel() for p in model.unet.parameters()),
+        "machine": machine.header(settings.device),
+        "batches": [],
+    }
+    if save is None or not save.exists():
+        return result
+    kept = read(save)
+    other = [
+        f"{key} {kept.get(key)}, now {result[key]}"
+        for key in ("model", "what", "turn_s", "image", "parameters")
+        if kept.get(key) != result[key]
+    ]
+    other += machine.differences(result["machine"], kept["machine"])
+    if kept["machine"].get("code") != result["machine"]["code"]:
+        other.append("fastdiff's code has changed")
+    if other:
+        raise InvalidArgument(f"{save} holds another result ({'; '.join(other)}); save to another file, or remove it")
+    kept.pop("interrupted", None)
+    return kept
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result's file. Raises `InvalidArgument` where it is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not {"machine", "batches", "model"} <= result.keys():
+            raise ValueError("keys are missing")
+        for record in result["batches"]:
+            summarise(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InvalidArgument(f"{path} is no result of `fastdiff bench --save` ({e})") from e
+    return result
+
+
+def expected(model: Pretrained, batch: int) -> tuple[dict[str, float], dict[str, float]]:
+    """img-steps/s: the limit in each dtype, at which the products alone would run at the machine's multiply-add peak
+    (those of the algorithms that the native engine chose, Winograd's savings included), and the native engines' speeds
+    as `fastdiff.cost` predicts them. Both empty where there is no native engine.
+    """
+    with torch.device("meta"):
+        unet = UNet(model.unet.config)
+    _, _, height, width = Inputs.of(model, 1).x.shape
+    limits, predicted = {}, {}
+    for name, dtype in (("native", "float32"), ("native-bf16", "bfloat16"), ("native-bf16-fast", "bfloat16-fast")):
+        told = cost.estimate(unet, (height, width), batch, 1, batch, dtype)
+        if told.products is None or told.machine is None or told.img_steps_per_s is None:
+            continue
+        kind = dtype.removesuffix("-fast")
+        limits[kind] = float(f"{batch * told.machine.gflops[kind] * 1e9 / told.products:.5g}")
+        predicted[name] = float(f"{told.img_steps_per_s:.5g}")
+    return limits, predicted
+
+
+# A batch --------------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    settings: Settings, record: dict[str, Any], model: Pretrained, engines: Mapping[str, Engine],
+    keep: Callable[[], None], say: Say,
+) -> None:  # fmt: skip
+    """Bring a batch's record to where every engine that was asked for is finished, red or absent."""
+    kind = settings.device.split(":")[0]
+    names = settings.engines or tuple(name for name, engine in engines.items() if kind in engine.where)
+    open_ = [name for name in names if not record["engines"].get(name, {}).get("finished")]
+    if not open_:
+        return
+    batch, anchor = record["batch"], record["anchor"]
+    if anchor is not None and anchor not in open_:
+        open_.append(anchor)
+    task = Task(settings.model, batch, settings.what, torch.get_num_threads(), settings.device)
+    gate = Gate(model, batch)
+    workers: dict[str, Worker] = {}
+    try:
+        for name in open_:
+            engine = engines[name]
+            say(f"batch {batch}: preparing {name}")
+            for table in (record["red"], record["absent"]):
+                table.pop(name, None)
+            worker = workers[name] = Worker(engine, task)
+            ready = worker.start()
+            reason = _enter(record, name, engine, ready, gate, batch)
+            say(f"batch {batch}: {name}: {reason or _told(record['engines'][name])}")
+            if reason is not None:
+                workers.pop(name).stop()
+            keep()
+        if anchor not in workers:
+            anchor = record["anchor"] = next((name for name in (*ANCHORS, *open_) if name in workers), None)
+        if anchor in workers:
+            _rounds(settings, record, workers, keep, say)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _enter(
+    record: dict[str, Any], name: str, engine: Engine, ready: Ready | Absent, gate: Gate, batch: int
+) -> str | None:
+    """Write down an engine that started, or why it is not timed."""
+    if isinstance(ready, Absent):
+        record["absent"][name] = ready.reason
+        record["engines"].pop(name, None)
+        return f"absent: {ready.reason}"
+    error, wrong = gate.check(ready, engine.dtype)
+    kept = record["engines"].get(name, {})
+    record["engines"][name] = {
+        "dtype": engine.dtype,
+        "own": engine.own,
+        "error": float(f"{error:.3g}"),
+        "first_call_s": kept.get("first_call_s", round(ready.first_call_s, 3)),
+        "peak_mib": ready.peak_mib,
+        "finished": False,
+    }
+    if wrong is None:
+        return None
+    record["red"][name] = wrong
+    for seconds in record["rounds"]:  # no speed on a red gate, an earlier one neither
+        seconds.pop(name, None)
+    return f"red: {wrong}"
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    return f"error {entry['error']:.1e}, first call {entry['first_call_s']:.1f} s"
+
+
+def _rounds(
+    settings: Settings, record: dict[str, Any], workers: dict[str, Worker], keep: Callable[[], None], say: Say
+) -> None:
+    """Rounds until each engine's ratio to the anchor is settled, or has been tried often enough."""
+    anchor = record["anchor"]
+    active = list(workers)
+    while active:
+        shown = f"batch {record['batch']}: round {len(record['rounds']) + 1}"
+        say(shown)
+        time.sleep(QUIET_S)
+        record["shares"].append(round(timing.share(torch.get_num_threads()), 4))
+        seconds: dict[str, float] = {}
+        order = [anchor, *(name for name in active if name != anchor)]
+        # Forth and back in turn, so that a machine that slows down does so for all.
+        for name in order if len(record["rounds"]) % 2 == 0 else reversed(order):
+            time.sleep(QUIET_S)
+            answer = workers[name].turn(settings.turn_s)
+            if isinstance(answer, Absent):
+                record["absent"][name] = answer.reason
+                record["engines"].pop(name)
+                workers.pop(name).stop()
+                active = [other for other in active if other != name]
+                continue
+            seconds[name] = float(f"{answer[0]:.6g}")
+            record["engines"][name]["peak_mib"] = answer[1]
+        record["rounds"].append(seconds)
+        if anchor not in workers:
+            say(f"batch {record['batch']}: {anchor}, which the others are measured by, failed")
+            return
+        ratios = pairs(record)
+        for name in [name for name in active if name != anchor]:
+            r = ratios[name]
+            if r.settled or r.rounds >= settings.most_rounds:
+                record["engines"][name]["finished"] = True
+                active.remove(name)
+        others = [name for name in active if name != anchor]
+        alone = len(workers) == 1 and sum(anchor in s for s in record["rounds"]) >= timing.LEAST_ROUNDS
+        if alone or (len(workers) > 1 and not others):
+            record["engines"][anchor]["finished"] = True
+            active = []
+        summarise(record)
+        keep()
+
+
+def pairs(record: Mapping[str, Any], anchor: str | None = None) -> dict[str, timing.Ratio]:
+    """The ratio to the anchor of each engine that shared a round with it."""
+    anchor = anchor or record["anchor"]
+    found = {}
+    for name in record["engines"]:
+        both = [(s[anchor], s[name]) for s in record["rounds"] if anchor in s and name in s]
+        if both:
+            found[name] = timing.ratio(*zip(*both, strict=True))
+    return found
+
+
+def summarise(record: dict[str, Any]) -> None:
+    """Medians, spreads, ratios and the verdict on noise, from a batch's rounds.
+
+    An engine's speed is the anchor's median speed times its ratio, so that all are of one moment: engines that settled
+    early sat out the later rounds, in which the machine may have been faster or slower.
+    """
+    anchor = record["anchor"]
+    ratios = {} if anchor is None else pairs(record)
+    for name, entry in record["engines"].items():
+        own = [s[name] for s in record["rounds"] if name in s]
+        if name not in ratios:
+            continue
+        seconds = statistics.median(s[anchor] for s in record["rounds"] if anchor in s) / ratios[name].median
+        entry["seconds"] = float(f"{seconds:.6g}")
+        entry["spread"] = round(timing.spread(own), 4)
+        entry["img_steps_per_s"] = float(f"{record['batch'] / seconds:.5g}")
+        entry["ratio"] = {k: round(v, 4) for k, v in dataclasses.asdict(ratios[name]).items()}
+    record["noise"] = timing.noise({n: r for n, r in ratios.items() if n != anchor}, record["shares"])
+
+
+# Correctness ----------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """What float64 says of the first and the last image of a batch."""
+
+    def __init__(self, model: Pretrained, batch: int):
+        inputs = Inputs.of(model, batch)
+        self.x, self.table = inputs.x[[0, -1]].double(), inputs.table
+        self.unet, self.label = model.unet, None if inputs.label is None else inputs.label[[0, -1]]
+        self._exact: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def exact(self) -> torch.Tensor:
+        """The network's output at the first row; computed when it is first asked for."""
+        if self._exact is None:
+            unet = self.unet.double()
+            t = torch.full((2,), self.table.rows[0].t, dtype=torch.float64)
+            self._exact = unet(self.x, t) if self.label is None else unet(self.x, t, class_labels=self.label)
+        return self._exact
+
+    def check(self, ready: Ready, dtype: str) -> tuple[float, str | None]:
+        """||out - exact|| / ||exact||, and what is wrong, None for nothing.
+
+        The update is judged by itself, as the engine's own ``out`` should have been advanced:
+        ||x - x(out)|| / ||x(out) - x_0||, of what the step changes.
+        """
+        exact = self.exact()
+        out, x = torch.from_numpy(ready.out).double(), torch.from_numpy(ready.x).double()
+        if out.shape != exact.shape or x.shape != self.x.shape:
+            return float("inf"), f"its output is {list(out.shape)}, {list(exact.shape)} is right"
+        error = float((out - exact).norm() / exact.norm())
+        if not error <= ALLOWED_ERROR[dtype]:
+            return error, f"error {error:.1e} against float64, at most {ALLOWED_ERROR[dtype]:.0e} in {dtype}"
+        state = State.create(self.x.clone(), TableBank([self.table], self.x.device, torch.float64))
+        state.out = out
+        update.update(state)
+        moved = float((x - state.x).norm() / (state.x - self.x).norm())
+        if not moved <= ALLOWED_UPDATE_ERROR:
+            return error, f"error {moved:.1e} of the update, at most {ALLOWED_UPDATE_ERROR:.0e}"
+        return error, None

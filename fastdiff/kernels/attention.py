@@ -1,0 +1,173 @@
+"""Attention over the pixels of a row, head by head, without the matrix of its weights (Dao et al. 2022)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, name_of, operation, power_of_two, wide
+
+PRECISION = "tf32x3"  # of float32, see `fastdiff.kernels.conv`
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(Config):
+    """A program takes ``queries``, against ``keys`` at a time, and makes ``width`` channels of the result.
+
+    Heads of more channels are made in parts, each by a program that computes all weights, from products of ``depth``
+    channels at a time; so are heads of at most ``width`` where ``depth`` is less. single: for float32, whose operands
+    are twice as large.
+    """
+
+    queries: int
+    keys: int
+    width: int
+    depth: int
+    single: bool = False
+
+
+# Sums of queries x width in float32 are in registers, all other operands in shared memory; larger tiles first.
+CANDIDATES = (
+    AttentionConfig(num_warps=4, num_stages=3, queries=128, keys=64, width=64, depth=64),
+    AttentionConfig(num_warps=4, num_stages=3, queries=64, keys=64, width=64, depth=64),
+    AttentionConfig(num_warps=8, num_stages=2, queries=128, keys=64, width=128, depth=128),
+    AttentionConfig(num_warps=4, num_stages=2, queries=64, keys=64, width=128, depth=128),
+    AttentionConfig(num_warps=8, num_stages=2, queries=64, keys=64, width=256, depth=256),
+    AttentionConfig(num_warps=8, num_stages=2, queries=64, keys=64, width=256, depth=64),
+    AttentionConfig(num_warps=8, num_stages=2, queries=64, keys=32, width=128, depth=32, single=True),
+)
+
+
+@triton.jit
+def _attention(
+    q, k, v, dst, tokens, head_dim, q_stride, kv_stride, dst_stride, scale,
+    WHOLE: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of queries x parts of the head's channels, heads, rows). WHOLE: the one part is the head; SHARED:
+    then k and v may be one tensor.
+
+    Over blocks j of keys (Dao et al. 2022, algorithm 1), with weights and sums relative to the largest score so far:
+
+        s = q k_j^T scale,    m' = max(m, max s),    p = 2^(s - m'),    l = l 2^(m - m') + sum p,
+        acc = acc 2^(m - m') + p v_j,    at the end acc / l                  scale = log2(e) / sqrt(head_dim)
+    """
+    blocks = tl.cdiv(tokens, QUERIES)
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part = tl.program_id(0) // blocks
+    t = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
+    d = tl.arange(0, WIDTH)
+    j = tl.arange(0, KEYS)
+    q += row * tokens * q_stride + head * head_dim
+    k += row * tokens * kv_stride + head * head_dim
+    v += row * tokens * kv_stride + head * head_dim
+    if WHOLE:
+        mask = (t < tokens)[:, None] & (d < head_dim)[None, :]
+        query = tl.load(q + t[:, None] * q_stride + d[None, :], mask=mask, other=0.0)
+    out = part * WIDTH + d
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+    for begin in range(0, tokens, KEYS):
+        there = begin + j < tokens
+        key_at = (begin + j)[:, None] * kv_stride
+        if WHOLE:
+            key = tl.load(k + key_at + d[None, :], mask=there[:, None] & (d < head_dim)[None, :], other=0.0)
+            s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        else:
+            s = tl.zeros([QUERIES, KEYS], tl.float32)
+            for first in range(0, head_dim, DEPTH):
+                i = (first + tl.arange(0, DEPTH))[None, :]
+                query = tl.load(q + t[:, None] * q_stride + i, mask=(t < tokens)[:, None] & (i < head_dim), other=0.0)
+                key = tl.load(k + key_at + i, mask=there[:, None] & (i < head_dim), other=0.0)
+                s = tl.dot(query, tl.trans(key), s, input_precision=PRECISION)
+        s = tl.where(there[None, :], s * scale, float("-inf"))
+        larger = tl.maximum(largest, tl.max(s, axis=1))
+        p = tl.exp2(s - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(p, axis=1)
+        if WHOLE and SHARED:
+            value = key
+        else:
+            value = tl.load(v + key_at + out[None, :], mask=there[:, None] & (out < head_dim)[None, :], other=0.0)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+    acc /= total[:, None]
+    dst += row * tokens * dst_stride + head * head_dim
+    mask = (t < tokens)[:, None] & (out < head_dim)[None, :]
+    tl.store(dst + t[:, None] * dst_stride + out[None, :], acc.to(dst.dtype.element_ty), mask=mask)
+
+
+@operation
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    dst: Tensor,
+    *,
+    heads: int,
+    head_dim: int,
+    config: AttentionConfig | None = None,
+) -> Launch:
+    """dst = softmax(q k^T / sqrt(head_dim)) v, over the pixels of a row; v None: it is k.
+
+    Each is [rows, H, W, heads head_dim], and may be a slice of wider pixels, as q, k and v of one product are. The
+    largest score is found as keys go by, so that none overflows. In bfloat16 and float16 weights are rounded to that
+    before they meet v.
+    """
+    rows, H, W, inner = dst.shape
+    assert inner == heads * head_dim
+    for x in (q, k, k if v is None else v, dst):
+        assert x.shape == dst.shape
+        step = x.stride(2)
+        assert x.stride() == (H * W * step, W * step, step, 1), "pixels follow each other at one stride"
+    assert v is None or v.stride() == k.stride()
+    tokens = H * W
+    key = f"{rows}x{tokens}x{heads}x{head_dim} {name_of(q.dtype)}"
+    device = device_of(q)
+    config = config or choose(
+        "attention.attention", key, device, CANDIDATES,
+        lambda: heuristic(rows * heads, tokens, head_dim, q.dtype.itemsize > 2, device.processors),
+    )  # fmt: skip
+    width = min(config.width, max(16, power_of_two(head_dim)))
+    whole = head_dim <= width and config.depth >= width
+    return Launch(
+        op="attention.attention",
+        key=key,
+        kernel=_attention,
+        grid=(cdiv(tokens, config.queries) * cdiv(head_dim, width), heads, rows),
+        arguments={
+            "q": q, "k": k, "v": k if v is None else v, "dst": dst, "tokens": tokens,
+            "head_dim": head_dim, "q_stride": q.stride(2), "kv_stride": k.stride(2), "dst_stride": dst.stride(2),
+            "scale": math.log2(math.e) / math.sqrt(head_dim), "WHOLE": whole,
+            "SHARED": v is None, "PRECISION": PRECISION, "QUERIES": config.queries, "KEYS": config.keys,
+            "WIDTH": width, "DEPTH": config.depth,
+        },
+        config=config,
+        candidates=CANDIDATES,
+        reference=lambda: attention_reference(q, k, k if v is None else v, dst, heads),
+    )  # fmt: skip
+
+
+def heuristic(sequences: int, tokens: int, head_dim: int, single: bool, processors: int) -> AttentionConfig:
+    """The narrowest that holds a head whole, else the one for parts; of several the largest tile that gives every
+    multiprocessor one.
+    """
+    kind = [config for config in CANDIDATES if config.single == single]
+    holding = [config for config in kind if config.depth == config.width >= head_dim]
+    width = min((config.width for config in holding), default=None)
+    fitting = [config for config in holding if config.width == width] or kind[-1:]
+    for config in fitting:
+        if sequences * cdiv(tokens, config.queries) >= processors:
+            return config
+    return fitting[-1]
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, dst: Tensor, heads: int) -> None:
+    q, k, v = (wide(x).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
+    dst.copy_((weights @ v).transpose(1, 2).reshape(dst.shape))

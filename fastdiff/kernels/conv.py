@@ -1,0 +1,511 @@
+"""Convolutions and matrix products on NHWC maps, as implicit GEMM: 1x1 or 3x3, stride 1 or 2, or behind a doubling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.kernels import epilogue, tiles
+from fastdiff.kernels.launch import Config, Device, Launch, cdiv, choose, device_of, name_of, operation, wide
+from fastdiff.kernels.tiles import Blocks
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+MULTIPLE = 16  # to which the columns of packed weights are padded, so that every row of them is aligned
+
+
+def pack(weight: Tensor, channels: Sequence[int], dtype: torch.dtype, upsample: bool = False) -> tuple[Tensor, ...]:
+    """[N, C, k, k] -> for each source, of ``channels``, [phases, taps, C_i, N padded], in ``dtype``.
+
+    upsample: the convolution is 3x3 behind a nearest doubling, and becomes four of 2x2 on the source, one for each
+    phase (p, q) of the result, whose taps are sums of those that meet the same pixel. With i the phase's pixel:
+
+        p = 0: tap 0 at i - 1, taps 1 + 2 at i        p = 1: taps 0 + 1 at i, tap 2 at i + 1        (q alike)
+
+    Sums are taken in float64.
+    """
+    N, _, k, _ = weight.shape
+    W = weight.double().permute(2, 3, 1, 0)[None]  # [1, ky, kx, C, N]
+    if upsample:
+        assert k == 3
+        fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(W)  # [phase, tap, tap of 3]
+        W = torch.einsum("pak,qbl,klcn->pqabcn", fold, fold, W[0]).flatten(0, 1)
+    W = F.pad(W.flatten(1, 2), (0, -N % MULTIPLE))
+    return tuple(part.to(dtype).contiguous() for part in W.split(list(channels), dim=2))
+
+
+def unpack(weight: Sequence[Tensor], N: int) -> Tensor:
+    """[phases, N, C, k, k] of what `pack` made."""
+    W = torch.cat([wide(part) for part in weight], dim=2)[..., :N]
+    kernel = round(W.shape[1] ** 0.5)
+    return W.unflatten(1, (kernel, kernel)).permute(0, 4, 3, 1, 2)
+
+
+# Configurations -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvConfig(Config):
+    """A program makes a tile of ``pixels`` by ``channels``, ``depth`` products at a time.
+
+    splits: how many programs share the products of a tile; where more than one, each leaves its sum.
+    """
+
+    pixels: int
+    channels: int
+    depth: int
+    splits: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.pixels}x{self.channels}x{self.depth}/{self.splits} w{self.num_warps} s{self.num_stages}"
+
+
+def _configs(*shapes: tuple[int, ...]) -> tuple[ConvConfig, ...]:
+    return tuple(ConvConfig(*shape) for shape in shapes)
+
+
+# warps, stages, pixels, channels, depth[, splits]; largest tiles first. What a multiprocessor holds is the limit: 64
+# float32 sums a thread at 128x128 and 8 warps, and the stages' operands in 96 KB of shared memory.
+HALF = _configs(
+    (8, 3, 128, 128, 64),
+    (4, 3, 128, 64, 64),
+    (4, 4, 64, 64, 64),
+    (4, 4, 128, 16, 64),  # for few outputs
+)
+SINGLE = _configs(
+    (8, 3, 128, 64, 32),
+    (4, 3, 64, 64, 32),
+    (4, 3, 64, 16, 32),
+)
+# For maps so small that weights are what takes the time.
+HALF_SPLIT = _configs((4, 3, 64, 64, 64, 4), (4, 3, 64, 32, 64, 16))
+SINGLE_SPLIT = _configs((4, 2, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
+FEW = tl.constexpr(16)  # channels, below which a step takes several taps
+# Of float32: each product as three of TF32 numbers, high parts and remainders, which keeps 22 bits of the factors;
+# plain TF32 keeps 11.
+PRECISION = "tf32x3"
+CANDIDATES = (*HALF, *SINGLE)
+SPLIT_CANDIDATES = (*HALF_SPLIT, *SINGLE_SPLIT)
+
+# Kernel ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _accumulate(
+    acc, src, weight, begin, end, row, y, x, exists, c, H, W, columns,
+    C: tl.constexpr, KERNEL: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + src[row, y + ky, x + kx, :] weight[ky, kx, :, c], steps ``begin`` to ``end`` of ``DEPTH`` products each.
+
+    A step is of one tap; where that has few channels, of as many taps as it holds. Pixels outside the map are zeros.
+    """
+    i = tl.arange(0, DEPTH)
+    base = src + ((row.to(tl.int64) * H + y) * W + x) * C
+    if C < FEW:
+        for step in range(begin, end):
+            k = step * DEPTH + i
+            tap = k // C
+            ky, kx = tap // KERNEL, tap % KERNEL
+            yy, xx = y[:, None] + ky[None, :], x[:, None] + kx[None, :]
+            mask = exists[:, None] & (k < KERNEL * KERNEL * C)[None, :]
+            mask = mask & (yy >= 0) & (yy < H) & (xx >= 0) & (xx < W)
+            a = tl.load(base[:, None] + ((ky * W + kx) * C + k % C)[None, :], mask=mask, other=0.0)
+            mask = (k < KERNEL * KERNEL * C)[:, None] & (c < columns)[None, :]
+            b = tl.load(weight + k[:, None] * columns + c[None, :], mask=mask, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        chunks: tl.constexpr = (C + DEPTH - 1) // DEPTH
+        for step in range(begin, end):
+            tap = step // chunks
+            k = step % chunks * DEPTH + i
+            ky, kx = tap // KERNEL, tap % KERNEL
+            mask = exists & (y + ky >= 0) & (y + ky < H) & (x + kx >= 0) & (x + kx < W)
+            mask = mask[:, None]
+            if C % DEPTH != 0:
+                mask = mask & (k < C)[None, :]
+            a = tl.load(base[:, None] + ((ky * W + kx) * C + k)[None, :], mask=mask, other=0.0)
+            mask = (c < columns)[None, :]
+            if C % DEPTH != 0:
+                mask = mask & (k < C)[:, None]
+            b = tl.load(weight + (tap * C + k)[:, None] * columns + c[None, :], mask=mask, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _conv(
+    first, second, weight, more_weight, dst, bias, table, entry, residual, statistics,
+    rows, source_H, source_W, H, W, N, columns, padding, offset, stride, factor,
+    C0: tl.constexpr, C1: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PHASES: tl.constexpr,
+    STEPS0: tl.constexpr, STEPS1: tl.constexpr, SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
+    PRECISION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of pixels x channels, splits x phases). H, W: of dst or, where it has phases, of one of them.
+
+    SPLITS > 1: dst is float32 [splits, rows, H, W, N], to be summed and finished.
+    """
+    tiles_c = tl.cdiv(N, CHANNELS)
+    tile = tl.program_id(0) // tiles_c
+    c = tl.program_id(0) % tiles_c * CHANNELS + tl.arange(0, CHANNELS)
+    phase = tl.program_id(1) % PHASES
+    split = tl.program_id(1) // PHASES
+    row, y, x, exists = tiles.pixels(tile, rows, H, W, HEIGHT, WIDTH, SIZE)
+    if PHASES == 4:
+        top = y + phase // 2 - 1
+        left = x + phase % 2 - 1
+        weight += phase * KERNEL * KERNEL * C0 * columns
+        more_weight = more_weight + phase * KERNEL * KERNEL * C1 * columns if C1 > 0 else more_weight
+    else:
+        top = y * STRIDE - padding
+        left = x * STRIDE - padding
+    # Steps are shared out; those of the second source follow the first's.
+    share: tl.constexpr = (STEPS0 + STEPS1 + SPLITS - 1) // SPLITS
+    begin = split * share
+    end = begin + share
+    acc = tl.zeros([SIZE, CHANNELS], tl.float32)
+    acc = _accumulate(
+        acc, first, weight, tl.minimum(begin, STEPS0), tl.minimum(end, STEPS0), row, top, left, exists, c,
+        source_H, source_W, columns, C0, KERNEL, DEPTH, PRECISION,
+    )  # fmt: skip
+    if C1 > 0:
+        acc = _accumulate(
+            acc, second, more_weight, tl.maximum(begin - STEPS0, 0), tl.minimum(end - STEPS0, STEPS1), row, top, left,
+            exists, c, source_H, source_W, columns, C1, KERNEL, DEPTH, PRECISION,
+        )  # fmt: skip
+    if SPLITS > 1:
+        if PHASES == 4:
+            H *= 2
+            W *= 2
+            y = 2 * y + phase // 2
+            x = 2 * x + phase % 2
+        pixel = ((split * rows + row).to(tl.int64) * H + y) * W + x
+        tl.store(dst + pixel[:, None] * N + c[None, :], acc, mask=exists[:, None] & (c < N)[None, :])
+    else:
+        tiles.finish(
+            acc, tile, row, y, x, exists, c, phase, dst, bias, table, entry, residual, statistics,
+            rows, H, W, N, offset, stride, factor, PHASES, SHIFT, NCHW, HEIGHT, WIDTH, SIZE, CHANNELS,
+        )  # fmt: skip
+
+
+# Launches -------------------------------------------------------------------------------------------------------------
+
+
+def candidates(dtype: torch.dtype) -> tuple[tuple[ConvConfig, ...], tuple[ConvConfig, ...]]:
+    """For operands of ``dtype``: those that leave results, and those that leave shares of sums."""
+    return (HALF, HALF_SPLIT) if dtype.itemsize == 2 else (SINGLE, SINGLE_SPLIT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A convolution's shape. H, W: of dst or, where it has phases, of one of them."""
+
+    rows: int
+    source: tuple[int, int]
+    H: int
+    W: int
+    channels: tuple[int, int]
+    N: int
+    kernel: int
+    stride: int
+    phases: int
+    dtype: torch.dtype
+    device: Device
+
+    @classmethod
+    def of(cls, src: Sequence[Tensor], weight: Sequence[Tensor], shape: Sequence[int], stride: int) -> Problem:
+        """shape: of dst, (rows, H, W, N)."""
+        phases, taps, _, _ = weight[0].shape
+        rows, H, W, N = shape
+        channels = (src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0)
+        assert [part.shape[2] for part in weight] == [s.shape[3] for s in src]
+        assert all(part.dtype == s.dtype for part, s in zip(weight, src, strict=True))
+        return cls(
+            rows, (src[0].shape[1], src[0].shape[2]), H // (1 + (phases > 1)), W // (1 + (phases > 1)), channels, N,
+            math.isqrt(taps), stride, phases, src[0].dtype, device_of(src[0]),
+        )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        kind = f"{self.kernel}x{self.kernel}/{self.stride}" + "up" * (self.phases > 1)
+        return f"{self.rows}x{self.H}x{self.W}x{self.channels[0]}+{self.channels[1]}->{self.N} {kind} " + name_of(
+            self.dtype
+        )
+
+    def blocks(self, config: ConvConfig) -> Blocks:
+        return Blocks.of(self.H, self.W, config.pixels, self.phases > 1)
+
+    def finished_blocks(self, config: ConvConfig) -> Blocks:
+        """Of what finishes the sums: where products are shared out, that is `epilogue.finish`, on the whole map."""
+        if config.splits == 1:
+            return self.blocks(config)
+        up = 1 + (self.phases > 1)
+        return Blocks.of(up * self.H, up * self.W, epilogue.FINISH_CANDIDATES[0].pixels)
+
+    def tiles(self, config: ConvConfig) -> int:
+        blocks = self.blocks(config)
+        return cdiv(blocks.count(self.rows), config.pixels // blocks.pixels) * cdiv(self.N, config.channels)
+
+    def steps(self, config: ConvConfig) -> tuple[int, int]:
+        """With each source: each is of one tap; where channels are few, of as many as ``depth`` holds."""
+
+        def number(C: int) -> int:
+            taps = self.kernel**2
+            return cdiv(taps * C, config.depth) if C < FEW else taps * cdiv(C, config.depth)
+
+        return number(self.channels[0]), number(self.channels[1])
+
+    def heuristic(self, splits: bool) -> ConvConfig:
+        """The largest tile that gives every multiprocessor one, without much of it empty. Where none does and
+        ``splits`` allows it, products may be shared out, two steps each at least: whatever comes nearest to one
+        program each.
+        """
+        whole, split = candidates(self.dtype)
+        if whole[-1].channels >= self.N:
+            return whole[-1]
+        fitting = [config for config in whole[:-1] if config.channels < 2 * self.N] or [whole[-2]]
+        for config in fitting:
+            if self.tiles(config) * self.phases >= self.device.processors:
+                return config
+        useful = [config for config in split if sum(self.steps(config)) >= 2 * config.splits] if splits else []
+        return min(
+            (*useful, fitting[-1]),
+            key=lambda config: abs(math.log(self.tiles(config) * self.phases * config.splits / self.device.processors)),
+        )
+
+    def choose(self, splits: bool) -> ConvConfig:
+        whole, split = candidates(self.dtype)
+        if splits:
+            return choose("conv.layer", self.key, self.device, (*whole, *split), lambda: self.heuristic(True))
+        return choose("conv.conv", self.key, self.device, whole, lambda: self.heuristic(False))
+
+    def grid(self, config: ConvConfig) -> tuple[int, int]:
+        return self.tiles(config), config.splits * self.phases
+
+    def arguments(
+        self, config: ConvConfig, src: Sequence[Tensor], weight: Sequence[Tensor], dst: Tensor, padding: int
+    ) -> dict[str, Any]:
+        """The kernel's, with nothing to finish."""
+        blocks = self.blocks(config)
+        steps0, steps1 = self.steps(config)
+        return {
+            "first": src[0], "second": src[1] if len(src) == 2 else None, "weight": weight[0],
+            "more_weight": weight[1] if len(src) == 2 else None, "dst": dst, "bias": None, "table": None,
+            "entry": None, "residual": None, "statistics": None, "rows": self.rows, "source_H": self.source[0],
+            "source_W": self.source[1], "H": self.H, "W": self.W, "N": self.N, "columns": weight[0].shape[3],
+            "padding": padding, "offset": 0, "stride": 0, "factor": 1.0, "C0": self.channels[0],
+            "C1": self.channels[1], "KERNEL": self.kernel, "STRIDE": self.stride, "PHASES": self.phases,
+            "STEPS0": steps0, "STEPS1": steps1, "SPLITS": config.splits, "SHIFT": 0, "NCHW": False,
+            "PRECISION": PRECISION, "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
+            "CHANNELS": config.channels, "DEPTH": config.depth,
+        }  # fmt: skip
+
+
+@operation
+def conv(
+    src: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Tensor,
+    dst: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    nchw: bool = False,
+    table: Tensor | None = None,
+    entry: Tensor | None = None,
+    offset: int = 0,
+    residual: Tensor | None = None,
+    divide: float = 1.0,
+    statistics: Tensor | None = None,
+    config: ConvConfig | None = None,
+) -> Launch:
+    """dst = (W src + bias + table[entry, offset:] + residual) / divide, as one kernel.
+
+    src: one or two maps [rows, H, W, C_i], as if concatenated. weight: of `pack`, with four phases where the source is
+    doubled first. bias: float32 [N]. dst: [rows, H', W', N], or [rows, N, H', W'] where ``nchw``. padding: zeros above
+    and to the left; below and to the right there are as many as dst's size asks for. table: [entries, width], of which
+    row i adds entry[i]'s (entry None: its own). residual: [rows, H', W', N], or of half the size, and then doubled.
+    statistics: float32 [rows, strips, parts, 2, N] of dst before it is rounded, cut as `Problem.blocks` says.
+    """
+    rows, H, _, N = shape = _nhwc(dst, nchw)
+    problem = Problem.of(src, weight, shape, stride)
+    config = config or problem.choose(splits=False)
+    blocks = problem.blocks(config)
+    assert config.splits == 1
+    assert statistics is None or statistics.shape == (rows, blocks.strips, blocks.parts, 2, N)
+    return Launch(
+        op="conv.conv",
+        key=problem.key,
+        kernel=_conv,
+        grid=problem.grid(config),
+        arguments=problem.arguments(config, src, weight, dst, padding)
+        | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
+        config=config,
+        candidates=tuple(
+            c for c in candidates(problem.dtype)[0] if statistics is None or problem.blocks(c).parts == blocks.parts
+        ),
+        reference=lambda: tiles.finish_reference(
+            product_reference(src, weight, shape, stride, padding), bias, dst, nchw, table, entry, offset, residual,
+            divide, statistics, blocks,
+        ),
+    )  # fmt: skip
+
+
+@operation
+def partial(
+    src: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    sums: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    config: ConvConfig | None = None,
+) -> Launch:
+    """sums[i] = the i-th share of W src, float32 [splits, rows, H', W', N]: `epilogue.finish` adds them in their order.
+
+    Where maps are small and weights are not, this is what keeps all multiprocessors at work. See `conv`.
+    """
+    shape = sums.shape[1:]
+    problem = Problem.of(src, weight, shape, stride)
+    if config is None:
+        config = next(c for c in candidates(problem.dtype)[1] if c.splits == len(sums))
+    assert config.splits == len(sums) > 1
+    return Launch(
+        op="conv.partial",
+        key=f"{problem.key} {config.splits}",
+        kernel=_conv,
+        grid=problem.grid(config),
+        arguments=problem.arguments(config, src, weight, sums, padding),
+        config=config,
+        candidates=tuple(c for c in candidates(problem.dtype)[1] if c.splits == config.splits),
+        reference=lambda: _partial_reference(src, weight, sums, stride, padding, config.depth),
+    )  # fmt: skip
+
+
+def product_reference(
+    src: Sequence[Tensor], weight: Sequence[Tensor], shape: Sequence[int], stride: int, padding: int
+) -> Tensor:
+    """W src [rows, H', W', N], at least in float32."""
+    _, H, W, N = shape
+    x = torch.cat([wide(s) for s in src], dim=3).permute(0, 3, 1, 2)
+    U = unpack(weight, N)
+    k = U.shape[3]
+
+    def padded(before: tuple[int, int], H: int, W: int) -> Tensor:
+        after = ((v - 1) * stride + k - n - b for v, n, b in zip((H, W), x.shape[2:], before, strict=True))
+        down, right = after
+        return F.pad(x, (before[1], right, before[0], down))
+
+    if len(U) == 1:
+        return F.conv2d(padded((padding, padding), H, W), U[0], stride=stride).permute(0, 2, 3, 1)
+    y = x.new_empty(len(x), N, H, W)
+    for phase, kernel in enumerate(U):
+        p, q = divmod(phase, 2)
+        y[:, :, p::2, q::2] = F.conv2d(padded((1 - p, 1 - q), H // 2, W // 2), kernel)
+    return y.permute(0, 2, 3, 1)
+
+
+def _partial_reference(
+    src: Sequence[Tensor], weight: Sequence[Tensor], sums: Tensor, stride: int, padding: int, depth: int
+) -> None:
+    steps: list[Tensor] = []  # of every row of the weights
+    for part in weight:
+        _, taps, C, _ = part.shape
+        k = torch.arange(taps * C)
+        step = k // depth if C < FEW else k // C * cdiv(C, depth) + k % C // depth
+        steps.append((step + (steps[-1].max() + 1 if steps else 0)).view(taps, C, 1))
+    share = cdiv(int(steps[-1].max()) + 1, len(sums))
+    for i, part in enumerate(sums):
+        own = [torch.where(step // share == i, w, 0.0) for step, w in zip(steps, weight, strict=True)]
+        part.copy_(product_reference(src, own, part.shape, stride, padding))
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def layer(
+    src: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Tensor,
+    dst: Tensor,
+    *,
+    workspace: Tensor | None,
+    stride: int = 1,
+    padding: int = 0,
+    nchw: bool = False,
+    statistics: Tensor | None = None,
+    config: ConvConfig | None = None,
+    **finish: Any,
+) -> tuple[Launch, ...]:
+    """`conv` by one to three launches: products may be shared out, and statistics [rows, strips, 2, N] are of strips.
+
+    workspace: flat float32, of the size that `workspace` says; anything may use it afterwards. finish: as for `conv`.
+    """
+    shape = _nhwc(dst, nchw)
+    problem = Problem.of(src, weight, shape, stride)
+    config = config or problem.choose(splits=True)
+
+    used = 0
+
+    def space(*shape: int) -> Tensor:
+        nonlocal used
+        assert workspace is not None
+        used += math.prod(shape)
+        return workspace[used - math.prod(shape) : used].view(shape)
+
+    launches = []
+    if config.splits > 1:
+        sums = space(config.splits, *shape)
+        launches.append(partial(src, weight, sums, stride=stride, padding=padding, config=config))
+    blocks = problem.finished_blocks(config)
+    parts = None
+    if statistics is not None:
+        whole = blocks.parts == 1
+        parts = statistics[:, :, None] if whole else space(problem.rows, blocks.strips, blocks.parts, 2, problem.N)
+    if config.splits > 1:
+        launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, **finish))
+    else:
+        launches.append(
+            conv(
+                src, weight, bias, dst, stride=stride, padding=padding, nchw=nchw, statistics=parts, config=config,
+                **finish,
+            )
+        )  # fmt: skip
+    if statistics is not None and blocks.parts > 1:
+        assert parts is not None
+        launches.append(epilogue.combine(parts, statistics, blocks=blocks))
+    return tuple(launches)
+
+
+def workspace(
+    src: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    shape: Sequence[int],
+    *,
+    stride: int = 1,
+    statistics: bool = False,
+    config: ConvConfig | None = None,
+) -> int:
+    """How many numbers `layer` needs beside its arguments; shape: (rows, H', W', N)."""
+    problem = Problem.of(src, weight, shape, stride)
+    config = config or problem.choose(splits=True)
+    blocks = problem.finished_blocks(config)
+    sums = config.splits * math.prod(shape) if config.splits > 1 else 0
+    return sums + (
+        problem.rows * blocks.strips * blocks.parts * 2 * problem.N if statistics and blocks.parts > 1 else 0
+    )
+
+
+def _nhwc(dst: Tensor, nchw: bool) -> tuple[int, int, int, int]:
+    """The shape (rows, H, W, N) of dst."""
+    rows, *rest = dst.shape
+    N, H, W = rest if nchw else (rest[2], rest[0], rest[1])
+    return rows, H, W, N

@@ -1,0 +1,208 @@
+"""What is done to a product after it: bias, embedding, residual and statistics in one pass; and statistics, whole.
+
+For products that another library made, and for those whose sums are shared out (`fastdiff.kernels.conv.partial`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels import tiles
+from fastdiff.kernels.launch import (
+    Config,
+    Launch,
+    cdiv,
+    choose,
+    device_of,
+    fill,
+    name_of,
+    operation,
+    power_of_two,
+    wide,
+)
+from fastdiff.kernels.tiles import Blocks
+
+# Finish ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishConfig(Config):
+    """A program finishes ``pixels`` by ``channels``."""
+
+    pixels: int
+    channels: int
+
+
+# Largest tiles first. A strip of a map up to 16 pixels wide fits into one: its statistics need no second launch.
+FINISH_CANDIDATES = (
+    FinishConfig(num_warps=8, num_stages=1, pixels=128, channels=64),
+    FinishConfig(num_warps=4, num_stages=1, pixels=64, channels=64),
+    FinishConfig(num_warps=4, num_stages=1, pixels=64, channels=32),
+)
+
+
+@triton.jit
+def _finish(
+    sums, dst, bias, table, entry, residual, statistics, total, rows, H, W, N, offset, stride, factor,
+    SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of pixels, blocks of channels). total: of one sum's numbers."""
+    tile = tl.program_id(0)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    row, y, x, exists = tiles.pixels(tile, rows, H, W, HEIGHT, WIDTH, SIZE)
+    mask = exists[:, None] & (c < N)[None, :]
+    at = sums + ((row.to(tl.int64) * H + y) * W + x)[:, None] * N + c[None, :]
+    acc = tl.zeros([SIZE, CHANNELS], tl.float32)
+    for _ in range(SPLITS):
+        acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at += total
+    tiles.finish(
+        acc, tile, row, y, x, exists, c, 0, dst, bias, table, entry, residual, statistics,
+        rows, H, W, N, offset, stride, factor, 1, SHIFT, NCHW, HEIGHT, WIDTH, SIZE, CHANNELS,
+    )  # fmt: skip
+
+
+@operation
+def finish(
+    sums: Tensor,
+    bias: Tensor,
+    dst: Tensor,
+    *,
+    nchw: bool = False,
+    table: Tensor | None = None,
+    entry: Tensor | None = None,
+    offset: int = 0,
+    residual: Tensor | None = None,
+    divide: float = 1.0,
+    statistics: Tensor | None = None,
+    config: FinishConfig | None = None,
+) -> Launch:
+    """dst = (sum of sums + bias + table[entry, offset:] + residual) / divide
+
+    sums: [n, rows, H, W, N], added in their order; dst may be the first of them. The rest: as for
+    `fastdiff.kernels.conv.conv`; statistics [rows, strips, parts, 2, N] are of `Blocks` of the configuration's pixels,
+    and where none is given one is chosen that makes as many parts.
+    """
+    splits, rows, H, W, N = sums.shape
+    device = device_of(sums)
+    parts = None if statistics is None else statistics.shape[2]
+    candidates = tuple(c for c in FINISH_CANDIDATES if parts in (None, Blocks.of(H, W, c.pixels).parts))
+    key = f"{splits}x{rows}x{H}x{W}x{N}/{parts or 1} {name_of(sums.dtype)} {name_of(dst.dtype)}"
+
+    def programs(config: FinishConfig) -> int:
+        blocks = Blocks.of(H, W, config.pixels)
+        return cdiv(blocks.count(rows), config.pixels // blocks.pixels) * cdiv(N, config.channels)
+
+    config = config or choose("epilogue.finish", key, device, candidates, lambda: fill(candidates, programs, device))
+    blocks = Blocks.of(H, W, config.pixels)
+    assert statistics is None or statistics.shape == (rows, blocks.strips, blocks.parts, 2, N)
+    return Launch(
+        op="epilogue.finish",
+        key=key,
+        kernel=_finish,
+        grid=(cdiv(blocks.count(rows), config.pixels // blocks.pixels), cdiv(N, config.channels)),
+        arguments={
+            "sums": sums, "dst": dst, "total": sums[0].numel(), "rows": rows, "H": H, "W": W, "N": N,
+            "SPLITS": splits, "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
+            "CHANNELS": config.channels,
+        }
+        | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
+        config=config,
+        candidates=candidates,
+        reference=lambda: tiles.finish_reference(
+            wide(sums).sum(dim=0), bias, dst, nchw, table, entry, offset, residual, divide, statistics, blocks
+        ),
+    )  # fmt: skip
+
+
+# Combine --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineConfig(Config):
+    """A program merges a strip's parts, of ``channels``."""
+
+    channels: int
+
+
+COMBINE_CANDIDATES = (
+    CombineConfig(num_warps=4, num_stages=1, channels=128),
+    CombineConfig(num_warps=1, num_stages=1, channels=32),
+)
+
+
+@triton.jit
+def _combine(
+    parts, statistics, H, W, C, strips, number,
+    PHASES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows strips, blocks of channels). H, W: of the map, or of a phase of it; number: of a strip's parts.
+
+        mean = m_0 + sum_p n_p (m_p - m_0) / sum_p n_p,    squares = sum_p squares_p + n_p (m_p - mean)^2
+
+    (Chan, Golub & LeVeque 1979), of differences from the first mean, so that a large one costs no digits.
+    """
+    strip = tl.program_id(0)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    p = tl.arange(0, PARTS)
+    mask = (p < number)[:, None] & (c < C)[None, :]
+    height = tl.minimum(HEIGHT, H - strip % strips * HEIGHT)
+    count = (tl.minimum(WIDTH, W - p // PHASES * WIDTH) * height).to(tl.float32)[:, None]
+    at = parts + strip.to(tl.int64) * number * 2 * C + c[None, :]
+    origin = tl.load(at, mask=(c < C)[None, :], other=0.0)
+    off = tl.load(at + p[:, None] * 2 * C, mask=mask, other=0.0) - origin
+    off = tl.where(mask, off, 0.0)
+    squares = tl.load(at + (2 * p[:, None] + 1) * C, mask=mask, other=0.0)
+    total = (height * W * PHASES).to(tl.float32)
+    mean = tl.sum(tl.where(mask, count * off, 0.0), axis=0) / total
+    off = tl.where(mask, off - mean[None, :], 0.0)
+    squares = tl.sum(squares + tl.where(mask, count * off * off, 0.0), axis=0)
+    to = statistics + strip.to(tl.int64) * 2 * C + c
+    tl.store(to, tl.reshape(origin, [CHANNELS]) + mean, mask=c < C)
+    tl.store(to + C, squares, mask=c < C)
+
+
+@operation
+def combine(parts: Tensor, statistics: Tensor, *, blocks: Blocks, config: CombineConfig | None = None) -> Launch:
+    """statistics float32 [rows, strips, 2, C] of parts [rows, strips, n, 2, C], which are of ``blocks``."""
+    rows, strips, number, _, C = parts.shape
+    assert statistics.shape == (rows, strips, 2, C)
+    assert (strips, number) == (blocks.strips, blocks.parts)
+    device = device_of(parts)
+    key = f"{rows}x{strips}x{number}x{C}"
+    config = config or choose(
+        "epilogue.combine", key, device, COMBINE_CANDIDATES,
+        lambda: fill(COMBINE_CANDIDATES, lambda config: rows * strips * cdiv(C, config.channels), device),
+    )  # fmt: skip
+    return Launch(
+        op="epilogue.combine",
+        key=key,
+        kernel=_combine,
+        grid=(rows * strips, cdiv(C, config.channels)),
+        arguments={
+            "parts": parts, "statistics": statistics, "H": blocks.H, "W": blocks.W, "C": C, "strips": strips,
+            "number": number, "PHASES": blocks.phases, "HEIGHT": blocks.height, "WIDTH": blocks.width,
+            "PARTS": power_of_two(number), "CHANNELS": config.channels,
+        },
+        config=config,
+        candidates=COMBINE_CANDIDATES,
+        reference=lambda: combine_reference(parts, statistics, blocks),
+    )  # fmt: skip
+
+
+def combine_reference(parts: Tensor, statistics: Tensor, blocks: Blocks) -> None:
+    heights = torch.tensor([min(blocks.height, blocks.H - y) for y in range(0, blocks.H, blocks.height)])
+    widths = torch.tensor([min(blocks.width, blocks.W - x) for x in range(0, blocks.W, blocks.width)])
+    count = (heights[:, None] * widths.repeat_interleave(blocks.phases)).to(parts)[None, :, :, None]
+    means, squares = wide(parts).unbind(3)
+    origin = means[:, :, :1]
+    total = count.sum(dim=2, keepdim=True)
+    mean = origin + (count * (means - origin)).sum(dim=2, keepdim=True) / total
+    squares = (squares + count * (means - mean) ** 2).sum(dim=2)
+    statistics.copy_(torch.stack([mean[:, :, 0], squares], dim=2))

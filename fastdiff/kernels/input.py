@@ -1,0 +1,139 @@
+"""`fastdiff.program.Input`: the images as the network reads them, and where in the tables the rows of a step stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.launch import (
+    Config,
+    Launch,
+    cdiv,
+    choose,
+    device_of,
+    fill,
+    name_of,
+    operation,
+    power_of_two,
+    wide,
+)
+
+COMBINE = (None, "add", "multiply", "concat")
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig(Config):
+    """A program makes ``pixels``, with all their channels."""
+
+    pixels: int
+
+
+CANDIDATES = (
+    InputConfig(num_warps=4, num_stages=1, pixels=128),
+    InputConfig(num_warps=2, num_stages=1, pixels=64),
+)
+
+
+@triton.jit
+def _input(
+    x, class_image, dst, table, row, entries, timestep, images, pixels, C, padded, table_rows,
+    CENTER: tl.constexpr, COMBINE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (pixel blocks, rows). Row i reads image i mod images."""
+    r = tl.program_id(1)
+    image = r % images
+    p = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]
+    c = tl.arange(0, CHANNELS)[None, :]
+    here = p < pixels
+    v = tl.load(x + (image.to(tl.int64) * C + c) * pixels + p, mask=here & (c < C), other=0.0)
+    if CENTER:
+        v = tl.where(c < C, 2.0 * v - 1.0, 0.0)
+    if COMBINE != 0:
+        at = class_image + (r.to(tl.int64) * pixels + p) * C
+        if COMBINE == 1:
+            v += tl.load(at + c, mask=here & (c < C), other=0.0)
+        elif COMBINE == 2:
+            v *= 1.0 + tl.load(at + c, mask=here & (c < C), other=0.0)
+        else:
+            v += tl.load(at + (c - C), mask=here & (c >= C) & (c < 2 * C), other=0.0)
+    to = dst + (r.to(tl.int64) * pixels + p) * padded + c
+    tl.store(to, v.to(dst.dtype.element_ty), mask=here & (c < padded))
+    if timestep is not None:  # noqa: SIM102 - this is decided when it is compiled, the other when it runs
+        if tl.program_id(0) == 0:
+            stand = tl.load(table + image) * table_rows + tl.load(row + image)
+            tl.store(timestep + r, tl.load(entries + stand))
+
+
+@operation
+def input(
+    x: Tensor,
+    dst: Tensor,
+    *,
+    center: bool = False,
+    combine: str | None = None,
+    class_image: Tensor | None = None,
+    table: Tensor | None = None,
+    row: Tensor | None = None,
+    entries: Tensor | None = None,
+    timestep: Tensor | None = None,
+    config: InputConfig | None = None,
+) -> Launch:
+    """dst [rows, H, W, padded] = x float32 [images, C, H, W], row i of image i mod images; padding is zeros.
+
+    center: 2 x - 1. combine: with the class image m (float32 [rows, H, W, C]), "add": + m, "multiply": * (1 + m),
+    "concat": m's channels behind x's. timestep (int64 [rows], if given) = entries[table, row] of the row's image: where
+    in a table of embeddings its timestep stands, for all operations behind this one. entries: int64 [tables, rows].
+    """
+    images, C, H, W = x.shape
+    rows, _, _, padded = dst.shape
+    assert x.is_contiguous()
+    assert dst.shape[1:3] == (H, W)
+    assert padded >= C * (2 if combine == "concat" else 1)
+    device = device_of(x)
+    key = f"{rows}x{H}x{W}x{padded} {name_of(dst.dtype)}"
+    config = config or choose(
+        "input", key, device, CANDIDATES,
+        lambda: fill(CANDIDATES, lambda config: rows * cdiv(H * W, config.pixels), device),
+    )  # fmt: skip
+    return Launch(
+        op="input",
+        key=key,
+        kernel=_input,
+        grid=(cdiv(H * W, config.pixels), rows),
+        arguments={
+            "x": x, "class_image": class_image, "dst": dst, "table": table, "row": row, "entries": entries,
+            "timestep": timestep, "images": images, "pixels": H * W, "C": C, "padded": padded,
+            "table_rows": 0 if entries is None else entries.shape[1], "CENTER": center,
+            "COMBINE": COMBINE.index(combine), "PIXELS": config.pixels, "CHANNELS": power_of_two(padded),
+        },
+        config=config,
+        candidates=CANDIDATES,
+        reference=functools.partial(
+            input_reference, x, dst, center, combine, class_image, table, row, entries, timestep
+        ),
+    )  # fmt: skip
+
+
+def input_reference(
+    x: Tensor, dst: Tensor, center: bool, combine: str | None, class_image: Tensor | None, table: Tensor | None,
+    row: Tensor | None, entries: Tensor | None, timestep: Tensor | None,
+) -> None:  # fmt: skip
+    image = torch.arange(len(dst), device=x.device) % len(x)
+    v = wide(x)[image].permute(0, 2, 3, 1)
+    if center:
+        v = 2 * v - 1
+    if class_image is not None:
+        m = class_image
+        v = {"add": v + m, "multiply": v * (1 + m), "concat": torch.cat([v, m], dim=3)}[combine or ""]
+    dst.zero_()
+    dst[..., : v.shape[3]] = v
+    if timestep is not None:
+        assert table is not None
+        assert row is not None
+        assert entries is not None
+        timestep.copy_(entries[table, row][image])

@@ -1,0 +1,286 @@
+"""One row of the table for every image, guidance and noise included, in one kernel (`fastdiff.update`: the reference).
+
+Every image stands at its own row of its own table. An operand whose coefficient is zero is not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff import update as reference
+from fastdiff.kernels import noise
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
+from fastdiff.noise import UPDATE
+from fastdiff.solvers.table import COLUMNS
+from fastdiff.state import State
+
+# Where a row's coefficients are: COLUMNS in fastdiff/solvers/table.py, which says what they mean.
+WIDTH = tl.constexpr(len(COLUMNS))
+KX, KO, BOUND, HX, HO, H0, AX, AO, A0, A1, A2, A3, AS, S, SV, G, SAVE, PUSH = (
+    tl.constexpr(COLUMNS.index(name))
+    for name in (
+        "kx", "ko", "c", "hx", "ho", "h0", "ax", "ao", "a0", "a1", "a2", "a3", "as_", "s", "sv", "g", "save", "push"
+    )
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig(Config):
+    """A program takes ``elements`` of an image."""
+
+    elements: int
+
+
+CANDIDATES = (
+    UpdateConfig(num_warps=4, num_stages=1, elements=1024),
+    UpdateConfig(num_warps=4, num_stages=1, elements=512),
+    UpdateConfig(num_warps=2, num_stages=1, elements=256),
+    UpdateConfig(num_warps=1, num_stages=1, elements=128),
+)
+
+
+@triton.jit
+def _add(total, k, operand):
+    """total + k operand; where k = 0, total itself, whatever the operand holds."""
+    return tl.where(k != 0.0, total + k * operand, total)
+
+
+@triton.jit
+def within(e, size, wanted):
+    """A mask: e < size, and nothing where a scalar is not ``wanted``.
+
+    Not (e < size) & wanted, which Triton's interpreter takes for a float where ``wanted`` compares floats.
+    """
+    return e < tl.where(wanted, size, 0)
+
+
+@triton.jit
+def guidance_weight(bank, guidance, image):
+    """w = 1 + g (guidance - 1); ``bank`` at the image's row."""
+    return 1.0 + tl.load(bank + G) * (tl.load(guidance + image) - 1.0)
+
+
+@triton.jit
+def guided(c, unconditional, w, e, size):
+    """u + w (c - u), float32; c itself where w = 1 or e >= size, and u, which is pointed at, is not read then."""
+    mask = within(e, size, w != 1.0)
+    u = tl.load(unconditional, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, u + w * (c - u), c)
+
+
+@triton.jit
+def _update(
+    x, xs, m1, m2, m3, out, z, x0_scale, bank, rows, table, row, lengths, seed, index, guidance, arrived, images, size,
+    pixels, out_row, out_channel, out_pixel,
+    LEARNED: tl.constexpr, PLANAR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks, images). Buffers may be None: xs, m1, m2, m3, z (Philox), x0_scale, guidance.
+
+        x0 = clip((kx x + ko out) / q, -c, c)          1/q: x0_scale
+        h  = hx x + ho out + h0 x0
+        x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
+        save: xs = x        push: m3, m2, m1 = m2, m1, h
+
+    The last of an image's programs to arrive moves its row on: all the others have read it by then.
+    """
+    image = tl.program_id(1)
+    its_table = tl.load(table + image)
+    its_row = tl.load(row + image)
+    k = bank + (its_table * rows + its_row) * WIDTH
+    kx, ko, bound = tl.load(k + KX), tl.load(k + KO), tl.load(k + BOUND)
+    hx, ho, h0 = tl.load(k + HX), tl.load(k + HO), tl.load(k + H0)
+    ax, ao, a0 = tl.load(k + AX), tl.load(k + AO), tl.load(k + A0)
+    a1, a2, a3, as_ = tl.load(k + A1), tl.load(k + A2), tl.load(k + A3), tl.load(k + AS)
+    s, save, push = tl.load(k + S), tl.load(k + SAVE) != 0.0, tl.load(k + PUSH) != 0.0
+    if x0_scale is not None:
+        scale = tl.load(x0_scale + image)
+        kx *= scale
+        ko *= scale
+    if m1 is None:
+        push = False
+    if xs is None:
+        save = False
+
+    others = (ao != 0.0) | (a0 != 0.0) | (a1 != 0.0) | (a2 != 0.0) | (a3 != 0.0) | (as_ != 0.0) | (s != 0.0)
+    if (ax != 1.0) | others | push | save:  # else x' = x: the image idles
+        e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = image.to(tl.int64) * size + e
+        clean = (a0 != 0.0) | (push & (h0 != 0.0))  # x0 is needed
+        reads_x = (ax != 0.0) | save | (clean & (kx != 0.0)) | (push & (hx != 0.0))
+        reads_out = (ao != 0.0) | (clean & (ko != 0.0)) | (push & (ho != 0.0))
+        old = tl.load(x + at, mask=within(e, size, reads_x), other=0.0)
+        place = e
+        if not PLANAR:
+            place = e // pixels * out_channel + e % pixels * out_pixel
+        prediction = out + image.to(tl.int64) * out_row + place
+        net = tl.load(prediction, mask=within(e, size, reads_out), other=0.0).to(tl.float32)
+        if guidance is not None:
+            w = guidance_weight(k, guidance, image)
+            unconditional = out + (images + image).to(tl.int64) * out_row + place
+            net = guided(net, unconditional, w, e, tl.where(reads_out, size, 0))
+
+        nothing = tl.full([BLOCK], -0.0, tl.float32)  # x + -0.0 is x for every x
+        x0 = _add(_add(nothing, kx, old), ko, net)
+        x0 = tl.where(x0 > bound, bound, x0)  # NaN stays
+        x0 = tl.where(x0 < -bound, -bound, x0)
+        new = _add(_add(_add(nothing, ax, old), ao, net), a0, x0)
+        if m1 is not None:
+            first = tl.load(m1 + at, mask=within(e, size, (a1 != 0.0) | push), other=0.0)
+            new = _add(new, a1, first)
+            if m2 is not None:
+                second = tl.load(m2 + at, mask=within(e, size, (a2 != 0.0) | push), other=0.0)
+                new = _add(new, a2, second)
+                if m3 is not None:
+                    third = tl.load(m3 + at, mask=within(e, size, a3 != 0.0), other=0.0)
+                    new = _add(new, a3, third)
+                    tl.store(m3 + at, second, mask=within(e, size, push))
+                tl.store(m2 + at, first, mask=within(e, size, push))
+            tl.store(m1 + at, _add(_add(_add(nothing, hx, old), ho, net), h0, x0), mask=within(e, size, push))
+        if xs is not None:
+            new = _add(new, as_, tl.load(xs + at, mask=within(e, size, as_ != 0.0), other=0.0))
+            tl.store(xs + at, old, mask=within(e, size, save))
+        if s != 0.0:
+            if z is None:
+                it = noise.normals(
+                    tl.load(seed + image), tl.load(index + image), its_row, tl.program_id(0) * (BLOCK // 4),
+                    noise.UPDATE, BLOCK,
+                )  # fmt: skip
+            else:
+                it = tl.load(z + at, mask=e < size, other=0.0)
+            if LEARNED:
+                sv = tl.load(k + SV)
+                v = tl.load(prediction + size // pixels * out_channel, mask=within(e, size, sv != 0.0), other=0.0)
+                it = tl.where(sv != 0.0, tl.exp(sv * v.to(tl.float32)) * it, it)
+            new = _add(new, s, it)
+        tl.store(x + at, new, mask=e < size)
+
+    tl.debug_barrier()  # every thread of this program has read the row
+    if tl.atomic_add(arrived + image, 1) == tl.num_programs(0) - 1:
+        tl.store(row + image, tl.minimum(its_row + 1, tl.load(lengths + its_table)))
+        tl.store(arrived + image, 0)
+
+
+def planar(out: Tensor) -> bool:
+    """Whether [rows, C, H, W] has its channels one after the other, as x has."""
+    return out.stride(3) == 1 and out.stride(1) == out.shape[2] * out.shape[3]
+
+
+@operation
+def update(
+    x: Tensor,
+    out: Tensor,
+    bank: Tensor,
+    table: Tensor,
+    row: Tensor,
+    lengths: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    arrived: Tensor,
+    *,
+    xs: Tensor | None = None,
+    m1: Tensor | None = None,
+    m2: Tensor | None = None,
+    m3: Tensor | None = None,
+    z: Tensor | None = None,
+    x0_scale: Tensor | None = None,
+    guidance: Tensor | None = None,
+    config: UpdateConfig | None = None,
+) -> Launch:
+    """`fastdiff.update.update` in place, with row += 1 but for images at their table's last row, the identity.
+
+    x, xs, m1, m2, m3, z: float32 [images, C, H, W]; m's that a bank's tables read and no others, xs where they save.
+    out: the network's output [rows, C or 2C, H, W] in any dtype, NCHW or NHWC in memory; with ``guidance``
+    (float32 [images]) row images + i is image i without its label, else the rows are the images. 2C: learned variance;
+    tables with ``sv`` need it (the caller checks). bank, lengths: a `TableBank`'s values (float32) and lengths. table,
+    row, seed, index: int64 [images]. arrived: int32 [images], zeros before and after. z: the caller's noise; None:
+    Philox. x0_scale: float32 [images], 1/q of dynamic thresholding.
+    """
+    images, C, H, W = x.shape
+    assert out.shape[0] == images * (1 if guidance is None else 2)
+    assert out.shape[1] in (C, 2 * C)
+    assert out.stride(2) == W * out.stride(3)
+    assert all(v.is_contiguous() for v in (x, xs, m1, m2, m3, z, bank) if v is not None)
+    size = C * H * W
+    device = device_of(x)
+    key = f"{images}x{size} {name_of(out.dtype)}"
+    config = config or choose(
+        "update", key, device, CANDIDATES,
+        lambda: fill(CANDIDATES, lambda config: images * cdiv(size, config.elements), device),
+    )  # fmt: skip
+    tensors: dict[str, Any] = {
+        "x": x, "out": out, "bank": bank, "table": table, "row": row, "lengths": lengths, "seed": seed, "index": index,
+        "xs": xs, "m1": m1, "m2": m2, "m3": m3, "z": z, "x0_scale": x0_scale, "guidance": guidance,
+    }  # fmt: skip
+    return Launch(
+        op="update",
+        key=key,
+        kernel=_update,
+        grid=(cdiv(size, config.elements), images),
+        arguments={
+            **tensors, "arrived": arrived, "rows": bank.shape[1], "images": images, "size": size, "pixels": H * W,
+            "out_row": out.stride(0), "out_channel": out.stride(1), "out_pixel": out.stride(3),
+            "LEARNED": out.shape[1] > C, "PLANAR": planar(out), "BLOCK": config.elements,
+        },
+        config=config,
+        candidates=CANDIDATES,
+        reference=functools.partial(update_reference, **tensors),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Bank:
+    """A `TableBank` without its tables."""
+
+    values: Tensor
+    lengths: Tensor
+    thresholds: bool = False
+
+    def __post_init__(self) -> None:
+        self.host, self.lengths_host = self.values.double().cpu().numpy(), self.lengths.cpu().numpy()
+
+
+def update_reference(
+    x: Tensor, out: Tensor, bank: Tensor, table: Tensor, row: Tensor, lengths: Tensor, seed: Tensor, index: Tensor,
+    xs: Tensor | None, m1: Tensor | None, m2: Tensor | None, m3: Tensor | None, z: Tensor | None,
+    x0_scale: Tensor | None, guidance: Tensor | None,
+) -> None:  # fmt: skip
+    """By way of `fastdiff.update.update`; asks the device for the rows."""
+    values = bank[table].to(x.dtype)  # every image gets a table of its own, for its x0_scale
+    if x0_scale is not None:
+        for name in ("kx", "ko"):
+            values[..., COLUMNS.index(name)] *= x0_scale[:, None]
+    net = wide(out).to(x.dtype)
+    images = torch.arange(len(x), device=x.device)
+    if guidance is not None:
+        w = 1.0 + values[images, row, COLUMNS.index("g")] * (guidance - 1.0)
+        net = reference.guide(net[: len(x)], net[len(x) :], w, x.shape[1], 0.0)
+    if z is None and x.dtype == torch.float64:
+        z = torch.empty_like(x)
+        noise.noise_reference(seed, index, row, z, UPDATE)
+    state = State(
+        x=x,
+        bank=cast(Any, _Bank(values, lengths[table])),
+        table=images,
+        row=row,
+        seed=seed,
+        index=index,
+        label=None,
+        guidance=torch.ones_like(x[:, 0, 0, 0]),
+        table_host=images.cpu().numpy(),
+        row_host=row.cpu().numpy().copy(),
+        guidance_host=images.cpu().numpy(),
+        noise=None if z is None else lambda _: z,
+    )
+    state.out, state.xs, state.m1, state.m2, state.m3 = net, xs, m1, m2, m3
+    reference.update(state)
+    for tensor, result in ((x, state.x), (xs, state.xs), (m1, state.m1), (m2, state.m2), (m3, state.m3)):
+        if tensor is not None and result is not None:
+            tensor.copy_(result)
+    row.copy_(state.row)
