@@ -302,6 +302,10 @@ def test_speeds_and_the_peer(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) 
     lines = speed.speeds(sampler, points, batch=8)
     assert lines.keys() == {"ddim", "ddim-g2"}
     assert lines["ddim"].images_per_s(4) > lines["ddim"].images_per_s(20) > 0
+    with monkeypatch.context() as m:  # a call takes 0.5 s and 0.1 s a row; heun's steps have two, the last one
+        m.setattr(speed, "in_turn", lambda ways, rounds: {(k, n): [0.5 + 0.1 * (2 * n - 1)] * 3 for k, n in ways})
+        heun = speed.speeds(sampler, plan.plan(sampler, ["heun"], [5]), batch=8)["heun"]
+    assert (heun.a, heun.b) == (pytest.approx(0.5), pytest.approx(0.1))
     line = speed.Speed(64, 0.5, 0.1, 0.0)
     assert line.images_per_s(5) == pytest.approx(64.0)
     other = speed.peer(sampler, batches=(2,), steps=1)

@@ -257,7 +257,7 @@ def result(
         spread = max(line.spread for line in lines.values())
         found["too_noisy"] = spread > speed.NOISE
         if found["too_noisy"]:
-            say(f"the machine was too noisy to time: rounds differ by up to {spread:.0%}")
+            say(f"the machine was too noisy to time: the rounds of a setting spread by up to {spread:.0%}")
     if peer:
         say("timing diffusers' loop")
         found["peer"] = against(speed.peer(sampler), entries, found["nearest"])

@@ -19,20 +19,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import Sampler
 from fastdiff.trilemma.plan import Planned
 
-ROWS = (4, 12)  # of the calls that are timed
-ROUNDS = 3
-NOISE = 0.15  # a larger spread of the rounds is a warning
+STEPS = (4, 12)  # of the calls that are timed
+ROUNDS = 5
+NOISE = 0.1  # a larger spread of the rounds is a warning
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Seconds of a call of one batch, a + b rows; spread: of the rounds, the largest over the smallest, less 1."""
+    """Seconds of a call of one batch, a + b rows; spread: of the rounds, the middle half's width over the median."""
 
     batch: int
     a: float
@@ -44,37 +45,47 @@ class Speed:
 
 
 def speeds(sampler: Sampler, points: Sequence[Planned], batch: int) -> dict[str, Speed]:
-    """Of each setting, whole calls of `Sampler.sample` of one batch in 4 and in 12 rows, all taking turns.
+    """Of each setting, whole calls of `Sampler.sample` of one batch in 4 and in 12 steps, all taking turns.
 
         seconds(rows) = a + b rows,     through the medians of the rounds
 
     a is what a call costs besides the network: its table, labels and noise. Rows cost the same in calls of any length,
-    so the line gives the longer points' speed; that of two rows is the one that is most extrapolated.
+    so the line gives the longer points' speed, and that of the points of two rows.
     """
     ways: dict[tuple[str, int], Callable[[], Any]] = {}
-    timesteps = getattr(sampler.schedule, "timesteps", max(ROWS))
-    lengths = tuple(min(rows, timesteps) for rows in ROWS)
+    rows: dict[tuple[str, int], int] = {}
+    timesteps = getattr(sampler.schedule, "timesteps", max(STEPS))
+    lengths = tuple(min(steps, timesteps) for steps in STEPS)
     for point in points:
-        for rows in lengths:
-            options = {**point.options, "steps": rows}
+        for steps in lengths:
+            options = {**point.options, "steps": steps}
             classes = sampler.info.classes
             labels = None if classes is None else [i % classes for i in range(batch)]
 
             def call(options: dict[str, Any] = options, labels: list[int] | None = labels) -> Any:
                 return sampler.sample(batch, labels=labels, batch_size=batch, **options)
 
-            ways.setdefault((point.key, rows), call)
+            if (point.key, steps) not in ways:
+                ways[point.key, steps] = call
+                request = sampler._request(1, sampler._options("speeds", {**options, "labels": labels and labels[0]}))
+                rows[point.key, steps] = len(request.table)
     seconds = in_turn(ways, ROUNDS)
     result = {}
     for key in dict.fromkeys(point.key for point in points):
-        short, long = (seconds[key, rows] for rows in lengths)
-        per_row = (statistics.median(long) - statistics.median(short)) / max(lengths[1] - lengths[0], 1)
+        short, long = (seconds[key, steps] for steps in lengths)
+        few, many = (rows[key, steps] for steps in lengths)
+        per_row = (statistics.median(long) - statistics.median(short)) / max(many - few, 1)
         if per_row <= 0:  # one length only, or a machine too noisy for a difference
-            per_row = statistics.median(long) / lengths[1]
-        once = max(statistics.median(long) - per_row * lengths[1], 0.0)
-        spread = max(max(times) / min(times) for times in (short, long)) - 1
+            per_row = statistics.median(long) / many
+        once = max(statistics.median(long) - per_row * many, 0.0)
+        spread = max(_spread(times) for times in (short, long))
         result[key] = Speed(batch, once, per_row, spread)
     return result
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    quarter, median, three_quarters = np.quantile(seconds, (0.25, 0.5, 0.75))
+    return float((three_quarters - quarter) / median)
 
 
 def in_turn(ways: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
