@@ -82,10 +82,10 @@ def test_update(benchmark: Any, solver: str) -> None:
     table = {"ddim": solvers.ddim, "ddpm": solvers.ddpm, "dpmpp_2m": solvers.dpmpp_2m}[solver](NoiseSchedule(), 50)
     bank = TableBank([table], CPU)
 
-    def start() -> State:
-        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-        state = State.create(x, bank)
-        state.out = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1))
+    def start(dtype: torch.dtype) -> State:
+        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        state = State.create(x, bank if dtype == torch.float32 else TableBank([table], CPU, dtype))
+        state.out = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         state.advance()
         return state
 
@@ -95,9 +95,10 @@ def test_update(benchmark: Any, solver: str) -> None:
             xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
         )  # fmt: skip
 
-    mine, reference = start(), start()
+    mine, reference = start(torch.float32), start(torch.float64)
     run(mine)
     update(reference)
+    assert reference.x.dtype == torch.float64
     assert relative_error(mine.x, reference.x) <= 1e-6
 
     benchmark.pedantic(run, (mine,), rounds=30, warmup_rounds=2)
