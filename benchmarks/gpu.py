@@ -185,9 +185,11 @@ def moved(value: Any, device: Any) -> Any:
 
 def kernels(run: Run) -> dict[str, Any]:
     """Every kernel against its reference in float64, over the small cases of the tests."""
-    from kernel_harness import check
+    from kernel_harness import check, multiply_bfloat16
 
     no_tf32()
+    if run.dry:
+        multiply_bfloat16()
     ops: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     for name, build in small_cases(run).items():
@@ -215,18 +217,55 @@ def launches(run: Run) -> list[Any]:
     """One launch for each operation and shape that fastdiff ships, of operations whose checks are green."""
     from kernel_cases import SHIPPED
 
+    from fastdiff.kernels.launch import Launch
+
     ops = run.finished.get("kernels", {}).get("result", {}).get("ops", {})
     made = [case().launch() for case in small_cases(run).values()] if run.dry else [make() for make in SHIPPED.values()]
+    made = [launch for launch in made if isinstance(launch, Launch)]  # not layers of several, see `conv_layers`
     if not any("failed" not in op for op in ops.values()):
         raise Failure("no kernel's check is green: the part `kernels` comes first", {})
     distinct = {
         (launch.op, launch.key): launch for launch in made if not ops.get(launch.op, {"failed": True}).get("failed")
     }
-    return [launch.remake(None) if launch.remake else launch for launch in distinct.values()]
+    # What heuristics choose is the starting point; a dry run's cases are of shapes that those do not meet.
+    return [launch.remake(None) if launch.remake and not run.dry else launch for launch in distinct.values()]
+
+
+def conv_layers(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...], Callable[[Any], Callable[[], None]]]]:
+    """The published networks' distinct convolutions in bfloat16, as `fastdiff.backends.launches` has them: the key,
+    what heuristics choose, all configurations, and the layer in one of them.
+    """
+    import torch
+    from cases_conv import harvest, layer_case
+
+    from fastdiff import UNet
+    from fastdiff.bench.networks import PUBLISHED
+    from fastdiff.kernels import conv
+    from fastdiff.lower import lower
+
+    cifar, celebahq = PUBLISHED["ddpm-cifar10-32"], PUBLISHED["ddpm-celebahq-256"]
+    for config, rows in [(tiny(), 1)] if run.dry else [(cifar, 1), (cifar, 256), (celebahq, 1)]:
+        with torch.device("meta"):
+            program = lower(UNet(config), (config.sample_size, config.sample_size))
+        for shape, words in harvest(program, rows).items():
+            case = layer_case(shape, torch.bfloat16, " ".join(sorted(words)))
+            arguments = {name: moved(value, run.device) for name, value in case.arguments.items()}
+
+            def layer(config: Any, shape: Any = shape, arguments: Any = arguments) -> Callable[[], None]:
+                src, weight = arguments["src"], arguments["weight"]
+                emitted = arguments.get("statistics") is not None
+                need = conv.workspace(src, weight, shape.out, stride=shape.stride, statistics=emitted, config=config)
+                given = arguments | {"workspace": torch.empty(need, device=run.device) if need else None}
+                made = conv.layer(**given, config=config)
+                return lambda: [launch() for launch in made] and None
+
+            problem = shape.problem(arguments)
+            whole, split = conv.candidates(torch.bfloat16)
+            yield f"conv.layer {problem.key}", problem.choose(splits=True), (*whole, *split), layer
 
 
 def tuning(run: Run) -> dict[str, Any]:
-    """The time of every configuration of every launch, out of the L2 cache; the best ones become a file."""
+    """The time of every configuration of every launch and convolution, out of the L2 cache; the best become a file."""
     import torch
 
     from fastdiff.kernels.launch import config_file, save_tuned
@@ -269,6 +308,24 @@ def tuning(run: Run) -> dict[str, Any]:
             }
         )
         save_tuned(config_file(gpu, run.out), gpu, best)
+    for key, chosen, configs, layer in conv_layers(run):
+        if run.late:
+            unfinished.append(key)
+            continue
+        times = {}
+        for config in configs[: 2 if run.dry else None]:
+            try:
+                times[config] = microseconds(run, layer(config))
+            except Exception as e:
+                if "CUDA error" in str(e):  # the context is lost
+                    raise
+                refused.append(f"{key} {config}: {e}")
+        if times:
+            best[key] = min(times, key=times.__getitem__)
+            row = {"launch": key, "us": round(times[best[key]], 2)}
+            row |= {"heuristic_us": round(times[chosen], 2) if chosen in times else None}
+            rows.append(row | {"config": dataclasses.asdict(best[key])})
+    save_tuned(config_file(gpu, run.out), gpu, best)
     return {"launches": rows, "refused": refused, "unfinished": unfinished}
 
 
@@ -302,7 +359,10 @@ def no_tf32() -> None:
 
 
 def runner_of(run: Run, backend: str, unet: Any, spec: Any, mode: str | None = None) -> Any:
-    """The backend's runner; in a dry run `compiled` is a graph of eager steps, on the stand-in."""
+    """The backend's runner; in a dry run `compiled` is a graph of eager steps, on the stand-in.
+
+    `triton` has none there: tests/test_triton.py runs its launches.
+    """
     from fastdiff import backends
     from fastdiff.backends import compiled
     from fastdiff.backends.eager import EagerRunner
@@ -313,10 +373,10 @@ def runner_of(run: Run, backend: str, unet: Any, spec: Any, mode: str | None = N
     return compiled.prepare(unet, spec, mode) if backend == "compiled" else backends.prepare(backend, unet, spec)
 
 
-def on_gpu() -> list[str]:
+def on_gpu(run: Run) -> list[str]:
     from fastdiff.backends import BACKENDS
 
-    return [name for name in BACKENDS if name != "native"]
+    return [name for name in BACKENDS if name != "native" and not (name == "triton" and run.dry)]
 
 
 def start(n: int, shape: tuple[int, ...], table: Any, device: Any, dtype: Any, **options: Any) -> Any:
@@ -377,7 +437,7 @@ def parity(run: Run) -> dict[str, Any]:
         exact = outcomes(unet, "eager", torch.float64, options)
         for dtype in (torch.float32, torch.bfloat16):
             eager: list[list[float]] = []
-            for backend in on_gpu():  # eager is the first
+            for backend in on_gpu(run):  # eager is the first
                 if run.late:
                     unfinished.append(f"{name}, {dtype}, {backend}")
                     continue
@@ -603,7 +663,7 @@ def whole_job(network: str, n: int) -> Callable[[Run], dict[str, Any]]:
         exact = backend_job(run, "eager", unet_of(config, torch.float32, run.device), table, images)()
         makes: dict[str, Callable[[], Callable[[], Any]]] = {
             name: lambda name=name: backend_job(run, name, unet, table, images)  # type: ignore[misc]
-            for name in on_gpu()
+            for name in on_gpu(run)
         }
         makes["baseline: one graph, max-autotune"] = lambda: one_graph(run, unet, table, images)
         makes["baseline: diffusers, compiled U-Net"] = lambda: diffusers_job(run, unet, steps, images)

@@ -129,6 +129,15 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert_equals_module(TINY_CLASSES, bound=2e-2 if dtype == torch.bfloat16 else 3e-3, dtype=dtype)
 
 
+def test_networks_in_half_precision() -> None:
+    """Their weights are rounded already; embeddings are computed in float32 from those."""
+    unet = random_unet(TINY_CLASSES).bfloat16()
+    x, labels = random_images(TINY_CLASSES, 2, None), random_labels(TINY_CLASSES, 2)
+    with torch.no_grad():
+        exact = random_unet(TINY_CLASSES).bfloat16().double()(x.double(), torch.full((2,), 917.0).double(), labels)
+    assert relative_error(forward(unet, x, 917.0, labels, torch.bfloat16), exact) <= 2e-2
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_mixed_batches(case: Case) -> None:
     check(Direct, case)

@@ -59,7 +59,8 @@ def fingerprint(unet: UNet) -> tuple[int, ...]:
     """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
     sums = []
     for p in unet.parameters():
-        bits = p.detach().contiguous().flatten().view(torch.int64 if p.numel() % 2 == 0 else torch.int32)
+        own = {8: torch.int64, 4: torch.int32, 2: torch.int16}[p.element_size()]
+        bits = p.detach().contiguous().flatten().view(torch.int64 if p.nbytes % 8 == 0 else own)
         # The second sum hears the order: each number counts with its neighbour.
         sums += [int(bits.sum()), int((bits[1:] ^ (bits[:-1] << 1)).sum())]
     return tuple(sums)
