@@ -6,13 +6,14 @@
 profile  the fastest of several times of every operation, where it stands in its network (caches as cold as they are
          there), for the networks, batches and dtypes below, and of a whole step beside the network's operations
 fit      for each kind of operation the non-negative factors that make the sum of squared relative errors least;
-         operations weigh by their share of the network's time; then one factor for all, by whole steps. Prints predicted
-         over measured, by network.
+         operations weigh by their share of the network's time; then one factor for all, by whole steps.
+         Prints predicted over measured, by network.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 
 from fastdiff import NoiseSchedule, Sampler, UNet, cost, solvers
 from fastdiff.backends import Spec, native
@@ -126,6 +126,18 @@ def main() -> None:
     fit(arguments.profiles, arguments.dry)
 
 
+def nonnegative(A: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """argmin |A x - b| over x >= 0: among all choices of what is not zero, the best whose free solution is positive."""
+    best, least = np.zeros(A.shape[1]), np.linalg.norm(b)
+    for chosen in itertools.product((False, True), repeat=A.shape[1]):
+        x = np.zeros(A.shape[1])
+        x[list(chosen)] = np.linalg.lstsq(A[:, chosen], b, rcond=None)[0]
+        distance = np.linalg.norm(A @ x - b)
+        if (x >= 0).all() and distance < least:
+            best, least = x, distance
+    return best
+
+
 def fit(paths: list[Path], dry: bool) -> None:
     reports = [json.loads(path.read_text()) for path in paths]
     samples: dict[str, list[tuple[tuple[float, ...], float, float]]] = {}  # terms, seconds, share of the network's time
@@ -150,7 +162,7 @@ def fit(paths: list[Path], dry: bool) -> None:
     for kind, known in sorted(samples.items()):
         terms, seconds, share = (np.array(column) for column in zip(*known, strict=True))
         scale = np.sqrt(share) / seconds
-        factors[kind] = [float(f"{v:.3g}") for v in nnls(terms * scale[:, None], seconds * scale)[0]]
+        factors[kind] = [float(f"{v:.3g}") for v in nonnegative(terms * scale[:, None], seconds * scale)]
         error = np.average(np.abs(terms @ factors[kind] / seconds - 1), weights=share)
         print(f"{kind:22} {factors[kind]}, mean error {error:.2f} over {len(known)}")
 
@@ -163,10 +175,8 @@ def fit(paths: list[Path], dry: bool) -> None:
     print(f"all factors times {usual:.3f}")
     for p, did in steps:
         said, took = 1e3 * predicted(did), 1e3 * p["step"]
-        print(
-            f"{p['network']:18} {p['dtype']:14} batch {p['batch']:2}: predicted {said:7.2f} ms, measured {took:7.2f} ms, "
-            f"ratio {said / took:.2f}"
-        )
+        which = f"{p['network']:18} {p['dtype']:14} batch {p['batch']:2}"
+        print(f"{which}: predicted {said:7.2f} ms, measured {took:7.2f} ms, ratio {said / took:.2f}")
     if not dry:
         cost.FACTORS.write_text(
             json.dumps(

@@ -50,7 +50,9 @@ CASE = "float32-conv3-res-norm5-silu-12x12x160"
 
 
 def suite(tmp_path: Path, name: str, after: str | None = None) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The suite on one case in a process of its own, with the plugin where there is one."""
+    """The suite on one case in a process of its own, with the plugin where there is one; on one thread, which does not
+    wait for another that others keep from running.
+    """
     out = tmp_path / f"{name}.json"
     arguments = ["-p", "no:cacheprovider", "--networks", "160 channels, 12x12", "--rows", "3"]
     arguments += ["-k", CASE, f"--benchmark-json={out}"]
@@ -60,7 +62,7 @@ def suite(tmp_path: Path, name: str, after: str | None = None) -> tuple[subproce
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY), *sys.path])
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks/test_operations.py", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return run, out
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from unets import TINY_CLASSES, change, random_unet
 
-from fastdiff import checkpoint, cli, evaluation, parts, quality
+from fastdiff import checkpoint, cli, evaluation, inception, parts, quality
 from fastdiff.classifier import Classifier
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.sampler import Sampler
@@ -132,6 +133,7 @@ def test_examples(example: str, mnist: Path, tmp_path: Path) -> None:
     assert all(re.search(r"\S+ \[\S+, \S+\]  +\S+ \[\S+, \S+\]$", line) for line in lines[1:6])
 
 
+@pytest.mark.slow  # half a minute, of processes; test_parts.py interrupts a run within one
 def test_a_killed_run_goes_on(model: Path, mnist: Path, tmp_path: Path) -> None:
     """SIGKILL after the first part: that part stays, the rest is drawn, and the report is that of a whole run."""
     arguments = ["--n", 1100, "--steps", 10, "--data", mnist, "--backend", "eager", "--batch-size", 50]
@@ -230,12 +232,11 @@ def test_folders_of_pictures_and_held_out_ones(tmp_path: Path) -> None:
     assert "held-out" not in evaluation.table(alone)
 
 
-def test_inceptions_features_of_colour_images(tmp_path: Path) -> None:
-    """With the weights of a file on disk, whatever they are worth; images of the model's own size and colours."""
+def test_inceptions_features_of_colour_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights of a file on disk, whatever they are worth; images of their own size and colours."""
+    monkeypatch.setattr(inception, "SIZE", 75)  # the smallest that the network takes, for time
     torch.manual_seed(0)
-    from fastdiff.inception import Inception
-
-    torch.save(Inception().state_dict(), tmp_path / "weights.pth")
+    torch.save(inception.Inception().state_dict(), tmp_path / "weights.pth")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
     np.savez(tmp_path / "made.npz", images=rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
@@ -244,8 +245,6 @@ def test_inceptions_features_of_colour_images(tmp_path: Path) -> None:
         out=tmp_path / "out",
     )  # fmt: skip
     stored = next((tmp_path / "out" / "features").glob("*.safetensors"))
-    from safetensors.torch import load_file
-
     assert load_file(stored)["features"].shape == (20, 2048)
     assert all(np.isfinite(report["metrics"][name]["value"]) for name in NUMBERS)
     assert report["accuracy"] is None

@@ -208,7 +208,7 @@ def diffusers_twin(unet: UNet) -> Any:
     if foreign:
         raise BackendError(f"diffusers' UNet2DModel has no {', '.join(foreign)}")
     with torch.device("meta"):
-        twin = UNet2DModel(**config)
+        twin: Any = UNet2DModel(**config)
     twin.load_state_dict(unet.state_dict(), assign=True)
     return twin.eval()
 

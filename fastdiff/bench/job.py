@@ -21,6 +21,7 @@ from fastdiff import pipelines
 from fastdiff.bench import machine, networks
 from fastdiff.bench.engines import Inputs, diffusers_twin, import_all, joining, without_class_image
 from fastdiff.bench.run import Say
+from fastdiff.checkpoint import Pretrained
 from fastdiff.errors import InvalidArgument
 from fastdiff.request import NetworkInfo
 from fastdiff.sampler import Sampler
@@ -84,12 +85,12 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"  {name:26}{value:8.2f}" for name, value in result["job"].items())])
 
 
-def _twin(loaded: networks.Pretrained, channels_last: bool) -> Any:
+def _twin(loaded: Pretrained, channels_last: bool) -> Any:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return diffusers_twin(without_class_image(copy.deepcopy(loaded.unet))).to(memory_format=memory_format)
 
 
-def _scheduler(loaded: networks.Pretrained) -> Any:
+def _scheduler(loaded: Pretrained) -> Any:
     from diffusers import DDIMScheduler
 
     assert isinstance(loaded.schedule, NoiseSchedule)
@@ -98,10 +99,10 @@ def _scheduler(loaded: networks.Pretrained) -> Any:
     )
 
 
-def _pipeline(loaded: networks.Pretrained, channels_last: bool) -> Any:
+def _pipeline(loaded: Pretrained, channels_last: bool) -> Any:
     from diffusers import DDIMPipeline
 
-    pipeline = DDIMPipeline(unet=_twin(loaded, channels_last), scheduler=_scheduler(loaded))
+    pipeline: Any = DDIMPipeline(unet=_twin(loaded, channels_last), scheduler=_scheduler(loaded))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -110,7 +111,7 @@ def _draw(pipeline: Any, n: int, steps: int) -> Any:
     return pipeline(n, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
 
 
-def _loop(loaded: networks.Pretrained, labels: list[int], steps: int, channels_last: bool) -> Callable[[], Any]:
+def _loop(loaded: Pretrained, labels: list[int], steps: int, channels_last: bool) -> Callable[[], Any]:
     twin, scheduler = _twin(loaded, channels_last), _scheduler(loaded)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     inputs = dataclasses.replace(Inputs.of(loaded, len(labels)), label=torch.tensor(labels))

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "diffusers", "openvino", "onnxruntime", "zentorch")
 
 def header(device: str = "cpu") -> dict[str, Any]:
     """What makes two results comparable, or not. ``code`` is a digest of this package, its extension included."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

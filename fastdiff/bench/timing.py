@@ -66,7 +66,8 @@ def ratio(anchor: Sequence[float], engine: Sequence[float]) -> Ratio:
     half = n // 2
     moved = np.median(r[half:]) - np.median(r[:half]) if half else 0.0
     median = float(np.median(r))
-    return Ratio(*(float(np.exp(v)) for v in (median, min(low, median), max(high, median), moved)), n)
+    value, least, most, factor = (float(np.exp(v)) for v in (median, min(low, median), max(high, median), moved))
+    return Ratio(value, least, most, factor, n)
 
 
 def spread(seconds: Sequence[float]) -> float:

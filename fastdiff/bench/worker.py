@@ -167,6 +167,7 @@ class Memory:
 
     def __init__(self, device: str):
         self.device = device
+        self.before: int | None
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
