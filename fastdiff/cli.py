@@ -491,7 +491,9 @@ def trilemma(
         str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
     ] = None,
     no_draw: Annotated[bool, typer.Option("--no-draw", help="Report the images that are there; draw none.")] = False,
-    no_time: Annotated[bool, typer.Option("--no-time", help="Leave the speeds out.")] = False,
+    no_time: Annotated[
+        bool, typer.Option("--no-time", help="Time no speeds; those of the last run in OUT stay.")
+    ] = False,
     peer: Annotated[bool, typer.Option("--peer", help="Also time diffusers' DDPM loop (needs diffusers).")] = False,
     install: Annotated[
         bool,

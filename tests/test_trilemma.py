@@ -536,6 +536,15 @@ def test_install_and_picture(sampler: Sampler, model: Path, data: list[str], tmp
     points = plan.plan(s, ["ddim", "ddpm-g2"], [2, 4], 24)
     run.draw(s, tmp_path, points, 8, lambda text: None)
     found = run.result(s, tmp_path, points, judge(s, data), lambda text: None, model="m", batch=8, timed=False)
+    assert "speed" not in found
+    kept = {**found, "speed": {"ddim": {"batch": 8, "a": 0.5, "b": 0.1, "spread": 0.0}}}
+    (tmp_path / "trilemma.json").write_text(json.dumps(kept))
+    again = run.result(s, tmp_path, points, judge(s, data), lambda text: None, model="m", batch=8, timed=False)
+    speeds = {e["name"]: e.get("images_per_s") for e in again["points"]}  # those of the last result stay
+    assert speeds == {"ddim-2": pytest.approx(8 / 0.7), "ddpm-g2-2": None, "ddim-4": pytest.approx(8 / 0.9),
+                      "ddpm-g2-4": None}  # fmt: skip
+    (tmp_path / "trilemma.json").write_text(json.dumps({**kept, "machine": {"processor": "another"}}))
+    assert "speed" not in run.result(s, tmp_path, points, judge(s, data), print, model="m", batch=8, timed=False)
     run.install(found, s)
     known = s.measurements()
     assert known is not None

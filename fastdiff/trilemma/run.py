@@ -192,7 +192,8 @@ def result(
     """The report of the points that are there, written to OUT/trilemma.json.
 
     Distances are compared at n images: of the plan's smallest points, or as many as every point has, if that is fewer.
-    A point without n images is missing. `DataError` where no point is there.
+    A point without n images is missing. timed, peer: whether speeds are timed now; else those of the last result here
+    are kept, if this is the same machine. `DataError` where no point is there.
     """
     measurer = Measurer(judge, out, say)
     n = min(p.n for p in points)
@@ -246,13 +247,16 @@ def result(
         "missing": [{"name": p.name, "images": counts[p.name], "of": p.n} for p in points if counts[p.name] < p.n],
         "nearest": _nearest(measurer, entries, there, whole, counts, n),
     }
+    lines, other = _kept_speeds(out / "trilemma.json", found["machine"])
     if timed:
         say("timing the settings in turn; nothing else should run now")
         lines = speed.speeds(sampler, [p for p in there if p.same_as is None], batch)
-        keys = {p.name: p.key for p in there}
-        for p, entry in zip(there, entries, strict=True):
-            line = lines[p.key if p.same_as is None else keys[p.same_as]]
+    keys = {p.name: p.key for p in there}
+    for p, entry in zip(there, entries, strict=True):
+        line = lines.get(p.key if p.same_as is None else keys[p.same_as])
+        if line is not None:
             entry["images_per_s"] = line.images_per_s(p.nfe // 2 if p.guided else p.nfe)
+    if lines:
         found["speed"] = {key: dataclasses.asdict(line) for key, line in lines.items()}
         spread = max(line.spread for line in lines.values())
         found["too_noisy"] = spread > speed.NOISE
@@ -260,9 +264,22 @@ def result(
             say(f"the machine was too noisy to time: the rounds of a setting spread by up to {spread:.0%}")
     if peer:
         say("timing diffusers' loop")
-        found["peer"] = against(speed.peer(sampler), entries, found["nearest"])
+        other = speed.peer(sampler)
+    if other is not None:
+        found["peer"] = against(other, entries, found["nearest"])
     write_text(out / "trilemma.json", json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _kept_speeds(path: Path, machine: dict[str, Any]) -> tuple[dict[str, speed.Speed], dict[str, Any] | None]:
+    """The speeds and the peer of the last result, if they are of this machine and these versions."""
+    try:
+        last = read_json(path) if path.exists() else {}
+        if last.get("machine") != machine:
+            return {}, None
+        return {key: speed.Speed(**line) for key, line in last.get("speed", {}).items()}, last.get("peer")
+    except (CheckpointError, AttributeError, TypeError):
+        return {}, None  # damaged: it is written anew
 
 
 def _nearest(

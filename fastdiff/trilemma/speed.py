@@ -144,7 +144,7 @@ def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) ->
         for batch in batches
         for name, network in (("contiguous", unet), ("channels_last", last))
     }
-    seconds = {way: statistics.median(times) / steps for way, times in in_turn(ways, 3).items()}
+    seconds = {way: statistics.median(times) / steps for way, times in in_turn(ways, ROUNDS).items()}
     images_per_s = {way: way[0] / (s * timesteps) for way, s in seconds.items()}
     batch, memory_format = max(images_per_s, key=lambda way: images_per_s[way])
     return {
