@@ -542,7 +542,7 @@ def update(run: Run) -> dict[str, Any]:
             source = torch.zeros(moves // 2, dtype=torch.uint8, device=run.device)
             target = torch.empty_like(source)
             us = microseconds(run, fused(*tensors))
-            copy = microseconds(run, lambda: target.copy_(source))  # noqa: B023
+            copy = microseconds(run, lambda: target.copy_(source))  # noqa: B023 - it is called in this turn of the loop
             rows.append(
                 {"images": n, "side": side, "solver": table.solver, "us": round(us, 2), "copy_us": round(copy, 2),
                  "times_a_copy": round(us / copy, 2)}
@@ -663,7 +663,7 @@ def whole_job(network: str, n: int) -> Callable[[Run], dict[str, Any]]:
         unet = unet_of(config, torch.bfloat16, run.device)
         exact = backend_job(run, "eager", unet_of(config, torch.float32, run.device), table, images)()
         makes: dict[str, Callable[[], Callable[[], Any]]] = {
-            name: lambda name=name: backend_job(run, name, unet, table, images)  # type: ignore[misc]
+            name: lambda name=name: backend_job(run, name, unet, table, images)  # type: ignore[misc]  # mypy infers no default's type
             for name in on_gpu(run)
         }
         makes["baseline: one graph, max-autotune"] = lambda: one_graph(run, unet, table, images)

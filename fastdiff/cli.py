@@ -39,6 +39,19 @@ SOLVER_HELP = (
     "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, lms, deis, "
     "plms, lcm or consistency."
 )
+RealOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Real images: a folder, an .npz, an IDX file, or a folder with MNIST's four files "
+        "(default: Fashion-MNIST, where it is installed)."
+    ),
+]
+FitOption = Annotated[
+    str | None, typer.Option(help="crop or pad real images to the size (default: pad MNIST's files, else crop).")
+]
+FeaturesOption = Annotated[
+    str, typer.Option(help="Whose: fashion-mnist, a classifier's file, or a .pth of Inception's weights.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
 
 
@@ -82,7 +95,7 @@ def sample(
     start_index: Annotated[int, typer.Option(help="The first image's index.")] = 0,
     size: Annotated[str | None, typer.Option(help="Height and width, as 32 or 24x40 (default: the model's).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")] = None,
-    backend: Annotated[str, typer.Option(help="auto, native, eager or compiled.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, eager, compiled or triton.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
@@ -466,26 +479,15 @@ def trilemma(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="ddpm, ddim, unipc at 4, 10 and 50, 500 images each.")] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Real images: a folder, an .npz, an IDX file, or a folder with MNIST's four files "
-            "(default: Fashion-MNIST, where it is installed)."
-        ),
-    ] = None,
+    data: RealOption = None,
     held_out: Annotated[
         Path | None,
         typer.Option(help="Real images that the model never saw: the floor (default: MNIST's test files)."),
     ] = None,
-    fit: Annotated[
-        str | None, typer.Option(help="crop or pad real images to the size (default: pad MNIST's files, else crop).")
-    ] = None,
-    features: Annotated[
-        str,
-        typer.Option(help="Whose: fashion-mnist, a classifier's file, or a .pth of Inception's weights."),
-    ] = "fashion-mnist",
+    fit: FitOption = None,
+    features: FeaturesOption = "fashion-mnist",
     batch_size: Annotated[int, typer.Option(help="Images in flight.")] = 64,
-    backend: Annotated[str, typer.Option(help="auto, native, eager or compiled.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, eager, compiled or triton.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
@@ -618,27 +620,16 @@ def eval(
     n: Annotated[
         int | None, typer.Option("--n", "-n", help="How many images (default: 5000; with --samples: all).")
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Real images: a folder, an .npz, an IDX file, or a folder with MNIST's four files "
-            "(default: Fashion-MNIST, where it is installed)."
-        ),
-    ] = None,
+    data: RealOption = None,
     held_out: Annotated[
         Path | None,
         typer.Option(help="Real images that the model never saw, to compare with (default: MNIST's test files)."),
     ] = None,
-    fit: Annotated[
-        str | None, typer.Option(help="crop or pad real images to the size (default: pad MNIST's files, else crop).")
-    ] = None,
+    fit: FitOption = None,
     samples: Annotated[
         Path | None, typer.Option(help="Judge these images instead of MODEL's: an .npz, or a folder.")
     ] = None,
-    features: Annotated[
-        str,
-        typer.Option(help="Whose: fashion-mnist, a classifier's file, or a .pth of Inception's weights."),
-    ] = "fashion-mnist",
+    features: FeaturesOption = "fashion-mnist",
     solver: Annotated[str, typer.Option(help=SOLVER_HELP)] = "ddim",
     steps: Annotated[
         int | None, typer.Option(help="Steps of the solver (default: 50; ddpm: all timesteps; auto: 20; lcm: 4).")
@@ -652,7 +643,7 @@ def eval(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only; its class is i mod classes.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")] = None,
-    backend: Annotated[str, typer.Option(help="auto, native, eager or compiled.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, eager, compiled or triton.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")

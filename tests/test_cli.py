@@ -127,6 +127,10 @@ def test_help_says_every_default(command: str, help_text: Callable[[str], str]) 
     source = Path(cli.__file__).read_text(encoding="utf-8")
     body = source[source.index(f"def {command}(") :]
     body = body[: body.index("-> None:")]
+    for shared in re.findall(r": (\w+Option) =", body):  # options of several commands
+        definition = re.search(rf"^{shared} = Annotated.*\n(?:[ \]].*\n)*", source, re.MULTILINE)
+        assert definition is not None
+        body += definition[0]
     explained = re.findall(r"\(default: [^)\n]*\)", body)
     assert "[default" not in body
     assert (
