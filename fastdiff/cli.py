@@ -506,7 +506,8 @@ def trilemma(
     """Measure quality, diversity and speed of a model's samples, by solver and number of network evaluations.
 
     Writes OUT/trilemma.json and, with matplotlib, OUT/trilemma.png. Hours of work, told before they begin; Ctrl-C loses
-    minutes at most, and the same command goes on. Speeds are timed at the end, in turn.
+    minutes at most, and the same command goes on. What OUT/trilemma.json has of a point stands in for its images, if
+    they are gone. Speeds are timed at the end, in turn.
 
     Examples:
 
@@ -543,10 +544,11 @@ def trilemma(
     if not drawable():
         say("matplotlib is not installed, so there will be no picture: pip install 'fastdiff[plot]'")
     try:
+        known = run.earlier(sampler, out, points, judge)
         if not no_draw:
-            run.draw(sampler, out, points, batch_size, say)
+            run.draw(sampler, out, points, batch_size, say, known)
         found = run.result(
-            sampler, out, points, judge, say, model=model, batch=batch_size, timed=not no_time, peer=peer
+            sampler, out, points, judge, say, model=model, batch=batch_size, timed=not no_time, peer=peer, known=known
         )
         if drawable():
             draw_picture(found, out / "trilemma.png")

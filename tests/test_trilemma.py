@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def judge(sampler: Sampler, data: list[str]) -> run.Judge:
     return run.Judge.of(sampler, "tiny", Path(data[1]), Path(data[3]), None, "fashion-mnist")
+
+
+def report_of(sampler: Sampler, out: Path, points: list[plan.Planned], data: list[str]) -> dict[str, Any]:
+    j = judge(sampler, data)
+    return run.result(sampler, out, points, j, lambda text: None, model="m", batch=8, timed=False, known={})
 
 
 # Interruption ---------------------------------------------------------------------------------------------------------
@@ -132,6 +138,14 @@ def test_interrupted_and_resumed(
     assert found["nearest"]["reference"] == "ddpm-40"
     assert found["missing"] == []
 
+    # Without its images, the result stands for those of its points that are whole, and only for those.
+    shutil.rmtree(tmp_path / "whole" / "points")
+    code, out, err = call(*arguments("whole"), "--solvers", "ddpm,ddim-eta1,unipc-g2,ddim", "--json")
+    assert code == 0
+    assert "2 of 8 points lack images" in err
+    assert [p.name for p in (tmp_path / "whole" / "points").iterdir()] in (["ddim-2", "ddim-40"], ["ddim-40", "ddim-2"])
+    assert [e for e in json.loads(out)["points"] if e["key"] != "ddim"] == found["points"]
+
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole" / "points").rglob("*")}
     code, out, err = call(*arguments("whole"), "--no-draw")
     assert code == 0
@@ -143,14 +157,14 @@ def test_interrupted_and_resumed(
 
 def test_images_of_other_settings_are_refused(sampler: Sampler, data: list[str], tmp_path: Path) -> None:
     points = plan.plan(sampler, ["ddim"], [2], 20)
-    run.draw(sampler, tmp_path, points, 8, lambda text: None)
+    run.draw(sampler, tmp_path, points, 8, lambda text: None, {})
     other = Sampler.from_pretrained(checkpoint_of(tmp_path / "other", seed=1), device="cpu", backend="eager")
     with pytest.raises(DataError, match="images of other settings"):
-        run.draw(other, tmp_path, plan.plan(other, ["ddim"], [2], 40), 8, lambda text: None)
+        run.draw(other, tmp_path, plan.plan(other, ["ddim"], [2], 40), 8, lambda text: None, {})
     with pytest.raises(DataError, match="images of other settings"):
-        run.result(other, tmp_path, points, judge(other, data), lambda text: None, model="m", batch=8, timed=False)
+        report_of(other, tmp_path, points, data)
     with pytest.raises(DataError, match="no point has its 20 images yet"):
-        run.result(sampler, tmp_path / "empty", points, judge(sampler, data), print, model="m", batch=8, timed=False)
+        report_of(sampler, tmp_path / "empty", points, data)
 
 
 def checkpoint_of(path: Path, seed: int) -> Path:
@@ -216,14 +230,14 @@ def test_distances_are_compared_at_equal_n(
     points = plan.plan(sampler, ["ddim", "ddpm"], [2, 8])
     assert {p.name: p.n for p in points} == {"ddim-2": 40, "ddpm-2": 40, "ddim-8": 24, "ddpm-8": 24}
     drawn = [p for p in points if p.name != "ddpm-8"]
-    run.draw(sampler, tmp_path, drawn, 8, lambda text: None)
+    run.draw(sampler, tmp_path, drawn, 8, lambda text: None, {})
     parts.draw(sampler, tmp_path / "points" / "ddpm-8", 21, seed=0, **points[-1].options)
     monkeypatch.setattr(run, "MIN_REFERENCE", 20)
     j = judge(sampler, data)
-    found = run.result(sampler, tmp_path, points, j, lambda text: None, model="m", batch=8, timed=False)
+    found = report_of(sampler, tmp_path, points, data)
     assert found["n"] == 24
     assert found["missing"] == [{"name": "ddpm-8", "images": 21, "of": 24}]
-    measurer = run.Measurer(j, tmp_path, lambda text: None)
+    measurer = run.Measurer(j, tmp_path, lambda text: None, {})
     for entry in found["points"]:
         images = parts.load(tmp_path / "points" / entry["name"])
         for key, n in (("at_n", 24), ("at_own_n", entry["n"])):
@@ -534,17 +548,17 @@ def test_install_and_picture(sampler: Sampler, model: Path, data: list[str], tmp
     """A result, kept with the model, is what auto goes by; the picture is drawn of speeds, too."""
     s = Sampler.from_pretrained(checkpoint_of(tmp_path / "m", seed=3), device="cpu", backend="eager")
     points = plan.plan(s, ["ddim", "ddpm-g2"], [2, 4], 24)
-    run.draw(s, tmp_path, points, 8, lambda text: None)
-    found = run.result(s, tmp_path, points, judge(s, data), lambda text: None, model="m", batch=8, timed=False)
+    run.draw(s, tmp_path, points, 8, lambda text: None, {})
+    found = report_of(s, tmp_path, points, data)
     assert "speed" not in found
     kept = {**found, "speed": {"ddim": {"batch": 8, "a": 0.5, "b": 0.1, "spread": 0.0}}}
     (tmp_path / "trilemma.json").write_text(json.dumps(kept))
-    again = run.result(s, tmp_path, points, judge(s, data), lambda text: None, model="m", batch=8, timed=False)
+    again = report_of(s, tmp_path, points, data)
     speeds = {e["name"]: e.get("images_per_s") for e in again["points"]}  # those of the last result stay
     assert speeds == {"ddim-2": pytest.approx(8 / 0.7), "ddpm-g2-2": None, "ddim-4": pytest.approx(8 / 0.9),
                       "ddpm-g2-4": None}  # fmt: skip
     (tmp_path / "trilemma.json").write_text(json.dumps({**kept, "machine": {"processor": "another"}}))
-    assert "speed" not in run.result(s, tmp_path, points, judge(s, data), print, model="m", batch=8, timed=False)
+    assert "speed" not in report_of(s, tmp_path, points, data)
     run.install(found, s)
     known = s.measurements()
     assert known is not None

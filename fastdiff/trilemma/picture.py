@@ -111,7 +111,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 def _reference(axis: Any, result: Mapping[str, Any], metric: str) -> None:
     """The reference, and what is within 10 % of its distance."""
-    name = result["settings"]["reference"]
+    name = result["reference"]
     entry = next((e for e in result["points"] if e["name"] == name), None)
     if entry is None:
         return

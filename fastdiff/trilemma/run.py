@@ -62,23 +62,78 @@ class Judge:
         real = evaluation._real(found, held_out, shape, fit or ("pad" if evaluation._mnist(found) else "crop"))
         return cls(extract, features_of, real, str(found))
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides a measurement besides the samples."""
+        images = self.real.images.numpy().tobytes()
+        return hashlib.sha256(images + parts.fingerprint(self.extract.network).encode()).hexdigest()
 
-def draw(sampler: Sampler, out: Path, points: Sequence[Planned], batch: int | None, say: Say) -> None:
+
+Earlier = dict[str, dict[int, dict[str, Any]]]
+
+
+def earlier(sampler: Sampler, out: Path, points: Sequence[Planned], judge: Judge) -> Earlier:
+    """What OUT/trilemma.json says of ``points``: by name and by number of images, {"frechet": {"value", ...}, ...}.
+
+    It stands in for images that are not there: those of a point that is whole may be deleted, or lie on the machine
+    that drew them. Only what is of the same network, step table, settings and judge holds; nothing else is used.
+    """
+    path = out / "trilemma.json"
+    try:
+        last = read_json(path) if path.exists() else {}
+        if last.get("model") != fingerprint(sampler.unet.state_dict()) or last["settings"] != settings(sampler, judge):
+            return {}
+        tables = {p.name: table_digest(sampler, p) for p in points}
+        return {
+            e["name"]: {last["n"]: e["at_n"], e["n"]: e["at_own_n"]}
+            for e in last["points"]
+            if e["table"] == tables.get(e["name"])
+        }
+    except (CheckpointError, AttributeError, KeyError, TypeError) as e:
+        log.warning("%s holds no result that can be gone on with (%s: %s)", path, type(e).__name__, e)
+        return {}
+
+
+def settings(sampler: Sampler, judge: Judge) -> dict[str, Any]:
+    """What all points of a report have in common, besides the network."""
+    return {
+        "seed": SEED,
+        "labels": None if sampler.info.classes is None else "image i is of class i mod classes",
+        "backend": sampler.backend,
+        "dtype": "bfloat16-fast" if sampler.fast else str(sampler.dtype).removeprefix("torch."),
+        "features": judge.name,
+        "real_images": judge.data,
+        "judge": judge.digest,
+    }
+
+
+def table_digest(sampler: Sampler, p: Planned) -> str:
+    """SHA-256 of the coefficients that a point's images come from."""
+    return parts.settings(sampler, seed=SEED, **p.options)["table"]
+
+
+def images_there(out: Path, p: Planned, n: int, known: Earlier) -> int:
+    """How many images of a point count: those in the folder, or more that an earlier report measured, and n of them."""
+    counts = known.get(p.name, {})
+    return max(drawn(out, p), *(count for count in counts if count <= p.n)) if n in counts else drawn(out, p)
+
+
+def draw(sampler: Sampler, out: Path, points: Sequence[Planned], batch: int | None, say: Say, known: Earlier) -> None:
     """Draw what the points lack: the first `FEW` images of each, then the others, so that points can soon be compared.
 
-    What is to be drawn, and about how long it takes, is said before; every finished part after.
+    Those that an earlier report has whole lack nothing. What is to be drawn, and about how long it takes, is said
+    before; every finished part after.
     """
-    todo = [p for p in points if p.same_as is None]
+    n = min(p.n for p in points)
+    todo = [p for p in points if p.same_as is None and images_there(out, p, n, known) < p.n]
     lacking = {p.name: p.n - drawn(out, p) for p in todo}
     evaluations = sum(p.nfe * max(lacking[p.name], 0) for p in todo)
-    total = sum(p.nfe * p.n for p in todo)
     if not evaluations:
-        say(f"all images of {len(points)} points are there")
+        say(f"nothing is to be drawn for {len(points)} points")
         return
-    seconds = evaluations / rate(sampler, batch)
     say(
-        f"{len(points)} points, {total / 1e6:.3g} million network evaluations, {evaluations / 1e6:.3g} of them to do: "
-        f"about {duration(seconds)} here"
+        f"{len(todo)} of {len(points)} points lack images: {evaluations / 1e6:.3g} million network evaluations, about "
+        f"{duration(evaluations / rate(sampler, batch))} here"
     )
     done, started = 0, time.monotonic()
     for most in sorted({min(p.n, FEW) for p in todo} | {p.n for p in todo}):
@@ -128,13 +183,10 @@ def duration(seconds: float) -> str:
 
 
 class Measurer:
-    """Measures points once: results lie beside the images, and hold for the same judge only."""
+    """Measures points once: results lie beside the images, and hold for the same judge only. known: of `earlier`."""
 
-    def __init__(self, judge: Judge, out: Path, say: Say) -> None:
-        self.judge, self.out, self.say = judge, out, say
-        self.of = hashlib.sha256(
-            judge.real.images.numpy().tobytes() + parts.fingerprint(judge.extract.network).encode()
-        ).hexdigest()
+    def __init__(self, judge: Judge, out: Path, say: Say, known: Earlier) -> None:
+        self.judge, self.out, self.say, self.known = judge, out, say, known
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -152,6 +204,8 @@ class Measurer:
 
     def point(self, p: Planned, n: int) -> dict[str, Any]:
         """The measurements of a point's first n images: {"frechet": {"value", "low", "high"}, ...}."""
+        if n in self.known.get(p.name, {}):
+            return self.known[p.name][n]
         return self._once(folder(self.out, p) / "measured.json", n, lambda: parts.load(folder(self.out, p), n))
 
     def floor(self, n: int) -> dict[str, Any] | None:
@@ -168,8 +222,8 @@ class Measurer:
                 kept = read_json(path)
             except CheckpointError as e:
                 log.warning("%s; it is measured anew", e)
-        if kept.get("of") != self.of:
-            kept = {"of": self.of, "n": {}}
+        if kept.get("of") != self.judge.digest:
+            kept = {"of": self.judge.digest, "n": {}}
         if str(n) not in kept["n"]:
             estimates = measure(self.features(images()), self.reference)
             kept["n"][str(n)] = {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
@@ -188,19 +242,20 @@ def result(
     batch: int,
     timed: bool = True,
     peer: bool = False,
+    known: Earlier,
 ) -> dict[str, Any]:
     """The report of the points that are there, written to OUT/trilemma.json.
 
-    Distances are compared at n images: of the plan's smallest points, or as many as every point has, if that is fewer.
-    A point without n images is missing. timed, peer: whether speeds are timed now; else those of the last result here
-    are kept, if this is the same machine. `DataError` where no point is there.
+    Distances are compared at n images, those of the plan's smallest points. A point that neither has n images nor is
+    ``known`` at n is missing. timed, peer: whether speeds are timed now; else those of the last result here are kept,
+    if this is the same machine. `DataError` where no point is there.
     """
-    measurer = Measurer(judge, out, say)
+    measurer = Measurer(judge, out, say, known)
     n = min(p.n for p in points)
-    counts = {p.name: drawn(out, p) for p in points}
+    counts = {p.name: images_there(out, p, n, known) for p in points}
     counts |= {p.name: counts[p.same_as] for p in points if p.same_as is not None}
     for p in points:
-        if p.same_as is None and counts[p.name]:
+        if p.same_as is None and drawn(out, p):
             parts.check_settings(folder(out, p), parts.settings(sampler, seed=SEED, **p.options))
     there = [p for p in points if counts[p.name] >= n]
     if not there:
@@ -213,6 +268,7 @@ def result(
             "name": p.name,
             "key": p.key,
             "options": p.options,
+            "table": table_digest(sampler, p),
             "nfe": p.nfe,
             "n": own,
             "at_n": measurer.point(source, n),
@@ -232,15 +288,8 @@ def result(
         "model_name": model,
         "model": fingerprint(sampler.unet.state_dict()),
         "n": n,
-        "settings": {
-            "seed": SEED,
-            "labels": None if sampler.info.classes is None else "image i is of class i mod classes",
-            "backend": sampler.backend,
-            "dtype": "bfloat16-fast" if sampler.fast else str(sampler.dtype).removeprefix("torch."),
-            "features": judge.name,
-            "real_images": judge.data,
-            "reference": None if whole is None else whole.name,
-        },
+        "settings": settings(sampler, judge),
+        "reference": None if whole is None else whole.name,
         "machine": speed.machine(),
         "floor": measurer.floor(n),
         "points": entries,
