@@ -118,7 +118,7 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
         assert word in result.stderr
 
 
-@pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff .*)$", cli.eval.__doc__ or "", re.MULTILINE))
+@pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff .*)$", cli.eval.eval.__doc__ or "", re.MULTILINE))
 def test_examples(example: str, mnist: Path, tmp_path: Path) -> None:
     """As they stand but for time and data: 20 images, two steps, small files."""
     arguments = shlex.split(re.sub(r"--steps \d+", "--steps 2", re.sub(r"--n \d+", "--n 20", example)))[2:]

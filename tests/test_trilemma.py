@@ -158,7 +158,9 @@ def checkpoint_of(path: Path, seed: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff trilemma .*)$", str(cli.trilemma.__doc__), re.MULTILINE))
+@pytest.mark.parametrize(
+    "example", re.findall(r"^\s*(fastdiff trilemma .*)$", str(cli.trilemma.trilemma.__doc__), re.MULTILINE)
+)
 def test_examples(
     example: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
