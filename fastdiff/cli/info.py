@@ -73,7 +73,7 @@ def info(
     table = None
     if solver is not None:
         table = step_table(
-            Options(solver=solver, steps=steps), sampler.schedule, sampler.prediction, sampler._scheduler_config
+            Options(solver=solver, steps=steps), sampler.schedule, sampler.prediction, sampler.scheduler_config
         )
     config: Any = sampler.unet.config
     schedule = sampler.schedule
@@ -96,7 +96,7 @@ def info(
             labels=None if sampler.info.classes is None else 0, size=(height, width),
         )  # fmt: skip
         request = check(
-            n, options, sampler.info, sampler.schedule, sampler.prediction, sampler._scheduler_config, backend
+            n, options, sampler.info, sampler.schedule, sampler.prediction, sampler.scheduler_config, backend
         )
         job = cost.estimate(
             sampler.unet, (height, width), n, request.nfe, request.batch_size, dtype,

@@ -78,16 +78,15 @@ def trilemma(
     fastdiff trilemma --solvers ddim,unipc-g2 --nfe 4,10 --n 1000 -o out/few
     """
     from fastdiff import Sampler
+    from fastdiff.real import MIN_IMAGES
     from fastdiff.trilemma import report, run, speed
     from fastdiff.trilemma.picture import draw_picture, drawable
     from fastdiff.trilemma.plan import QUICK, plan
 
     if quick and (solvers, nfe, n) != (None, None, None):
         raise InvalidArgument("--quick is a plan of its own; leave out --solvers, --nfe and --n")
-    if batch_size < 1 or (n is not None and n < run.MIN_IMAGES):
-        raise InvalidArgument(
-            f"--batch-size {batch_size}, --n {n}: 1 or more, and {run.MIN_IMAGES} or more, are needed"
-        )
+    if batch_size < 1 or (n is not None and n < MIN_IMAGES):
+        raise InvalidArgument(f"--batch-size {batch_size}, --n {n}: 1 or more, and {MIN_IMAGES} or more, are needed")
 
     def say(text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
