@@ -28,25 +28,13 @@ from fastdiff.classifier import CLASS_NAMES, SIZE, Classifier
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.files import atomic_path, write_text
 from fastdiff.quality import Estimate, Extractor, Reference, features, measure, share_interval, thinned
-from fastdiff.sampler import Sampler, _device
-from fastdiff.training.data import load_data
+from fastdiff.real import MIN_IMAGES, Real, Shape, default_fit, find_data, load_images
+from fastdiff.sampler import Sampler, usable_device
 from fastdiff.weights import read_json, read_safetensors
 
-DATA = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
-MIN_IMAGES = 20
 CHUNK = 1000  # images whose features are kept together
 
 Progress = Callable[[str, int, int], None]
-Shape = tuple[int, int, int]  # C, H, W
-
-
-@dataclasses.dataclass(frozen=True)
-class Real:
-    """Real images, uint8 [M, C, H, W]; others that the model never saw, or None, and their labels, or None."""
-
-    images: Tensor
-    held_out: Tensor | None
-    labels: Tensor | None
 
 
 def evaluate(
@@ -81,10 +69,9 @@ def evaluate(
     out, options = Path(out), dict(options or {})
     if n is not None and n < MIN_IMAGES:
         raise InvalidArgument(f"n={n}: at least {MIN_IMAGES} images are needed")
-    data = _data(data, model, samples)
-    mnist = _mnist(data)
-    fit = fit or ("pad" if mnist else "crop")
-    extract = features(features_of, _device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    data = find_data(data, model if samples is None else None)
+    fit = fit or default_fit(data)
+    extract = features(features_of, usable_device(device))
     judge = extract.network if isinstance(extract.network, Classifier) else None
     shape = None if judge is None else (1, SIZE, SIZE)
 
@@ -102,7 +89,7 @@ def evaluate(
         n = n or 5000
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         folder = out / f"{settings['solver']}-{settings['nfe']}-{digest}"
-        real = _real(data, held_out, own, fit)
+        real = Real.load(data, held_out, own, fit)
         images = parts.draw(sampler, folder, n, progress=lambda done, total: say("images", done, total), **options)
         if judge is not None and settings["labels"] == "cycle" and sampler.info.classes == len(CLASS_NAMES):
             labels = torch.arange(n) % len(CLASS_NAMES)
@@ -112,7 +99,7 @@ def evaluate(
         if len(images) < (n or MIN_IMAGES):
             raise DataError(f"{samples} holds {len(images)} images, {n or MIN_IMAGES} are needed")
         images, labels = images[:n], None if labels is None or judge is None else labels[:n]
-        real = _real(data, held_out, (images.shape[1], images.shape[2], images.shape[3]), fit)
+        real = Real.load(data, held_out, (images.shape[1], images.shape[2], images.shape[3]), fit)
         source = {"samples": str(samples)}
 
     def extracted(what: str, images: Tensor) -> Tensor:
@@ -218,44 +205,6 @@ def _stored_features(path: Path, n: int) -> Tensor | None:
     return stored if fits else None
 
 
-def _data(data: str | Path | None, model: str | Path, samples: str | Path | None) -> Path:
-    if data is not None:
-        return Path(data)
-    if samples is None and str(model) != "fashion-mnist":
-        raise DataError(f"real images are needed, those that {model} was trained on: give --data")
-    if not DATA.is_dir():
-        raise DataError(
-            f"real images are needed: {DATA} is not there. Install Debian's package dataset-fashion-mnist, or give "
-            "--data with a folder of Fashion-MNIST's four files (train-images-idx3-ubyte.gz, ...)"
-        )
-    return DATA
-
-
-def _mnist(folder: Path) -> dict[str, Path] | None:
-    """MNIST's four files in a folder, gzipped or not; None where it has no training images."""
-    found: dict[str, Path] = {}
-    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        for path in (folder / f"{name}-ubyte.gz", folder / f"{name}-ubyte"):
-            if path.is_file():
-                found.setdefault(name, path)
-    return found if "train-images-idx3" in found else None
-
-
-def _real(data: Path, held_out: str | Path | None, shape: Shape, fit: str) -> Real:
-    mnist = _mnist(data)
-    images, _ = _load(data if mnist is None else mnist["train-images-idx3"], None, shape, fit)
-    if len(images) < MIN_IMAGES:
-        raise DataError(f"{data} holds {len(images)} images, at least {MIN_IMAGES} are needed")
-    if held_out is None and mnist is not None and "t10k-images-idx3" in mnist:
-        return Real(images, *_load(mnist["t10k-images-idx3"], mnist.get("t10k-labels-idx1"), shape, fit))
-    if held_out is None:
-        return Real(images, None, None)
-    others, _ = _load(Path(held_out), None, shape, fit)
-    if len(others) < MIN_IMAGES:
-        raise DataError(f"{held_out} holds {len(others)} images, at least {MIN_IMAGES} are needed")
-    return Real(images, others, None)
-
-
 def _samples(path: Path, shape: Shape | None, fit: str) -> tuple[Tensor, Tensor | None]:
     """Images to judge and, from an .npz or parts whose classes take turns, their labels."""
     if path.is_dir() and (path / "000000.npz").is_file():
@@ -265,18 +214,9 @@ def _samples(path: Path, shape: Shape | None, fit: str) -> tuple[Tensor, Tensor 
             raise InvalidArgument(f"{path}: images of {list(images.shape[1:])}, {list(shape)} are needed")
         cycle = settings.get("labels") == "cycle"
         return images, torch.arange(len(images)) % len(CLASS_NAMES) if cycle else None
-    images, labels = _load(path, None, shape, fit)
+    images, labels = load_images(path, shape, fit)
     known = path.is_file() and labels is not None and int(labels.max()) < len(CLASS_NAMES)
     return images, labels if known else None  # the names of folders are no classes that a judge knows
-
-
-def _load(path: Path, labels: Path | None, shape: Shape | None, fit: str) -> tuple[Tensor, Tensor | None]:
-    """All images of what `load_data` takes, uint8 [N, *shape], and labels."""
-    channels, size = (None, None) if shape is None else (shape[0], shape[1:])
-    data = load_data(
-        path, labels=labels, size=size, channels=channels, fit=fit
-    )  # fmt: skip
-    return data.__getitems__(range(len(data)))
 
 
 def _accuracy(judge: Classifier | None, features: Tensor, labels: Tensor | None) -> dict[str, float] | None:

@@ -109,9 +109,7 @@ def settings(sampler: Sampler, *, labels: int | str | None = "cycle", seed: int 
     given = [name for name in REFUSED if options.get(name) is not None]
     if given:
         raise InvalidArgument(f"{given[0]}= cannot be written down, so its images cannot be kept in parts")
-    request = sampler._request(1, sampler._options("draw", {
-        **options, "seed": seed, "labels": _labels(sampler, labels, 0, 1),
-    }))  # fmt: skip
+    request = sampler.request(1, **options, seed=seed, labels=_labels(sampler, labels, 0, 1))
     return {
         "model": fingerprint(sampler.unet),
         "table": hashlib.sha256(request.table.to_json().encode()).hexdigest(),

@@ -57,6 +57,9 @@ class Sampler:
     determinism
         "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": bit for bit, where a backend
         offers it.
+    scheduler_config
+        Keys of a diffusers ``scheduler_config.json``: the model's own clipping, spacing and variance, where a call does
+        not give them.
 
     It may be called from several threads, which take turns step by step. Raises `InvalidArgument` naming the value
     and what is allowed, `BackendError` with every reason why a backend cannot run.
@@ -91,18 +94,20 @@ class Sampler:
         self.info = NetworkInfo.of(unet, shape)
         self.schedule: Schedule = schedule or NoiseSchedule()
         self.prediction = prediction
-        self.device = _device(device) if device is not None else parameter.device
+        self.device = usable_device(device) if device is not None else parameter.device
         self.fast = dtype == FAST
         self.dtype = _dtype("bfloat16" if self.fast else dtype) if dtype is not None else parameter.dtype
         self.determinism = determinism
-        self._scheduler_config = scheduler_config or {}
+        self.scheduler_config = scheduler_config or {}
         self._lock = threading.Lock()
         self._runners: dict[backends.Spec, backends.Runner] = {}
         self._copy: nn.Module | None = None
         self._cancellations = 0
         self._closed = False
-        self._measured_at: Path | None = None
+        # What `fastdiff trilemma --install` writes and `measurements` reads; None where the model is no folder.
+        self.measurements_file: Path | None = None
         self._measured: measured.Measured | None = None
+        self._left_aside = False
         first = self._spec(1, (self.info.channels, *(self.info.size or (self.info.stride,) * 2)))
         self.backend = backend
         if backend == "auto":
@@ -128,7 +133,7 @@ class Sampler:
         """
         loaded = checkpoint.load(model, **source)
         config = loaded.scheduler_config
-        device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device)
         # Convolutions like NHWC better than NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         sampler = cls(
@@ -141,7 +146,7 @@ class Sampler:
             determinism=determinism,
             scheduler_config=config,
         )
-        sampler._measured_at = loaded.path / measured.NAME if loaded.path.is_dir() else None
+        sampler.measurements_file = loaded.path / measured.NAME if loaded.path.is_dir() else None
         return sampler
 
     def sample(
@@ -278,7 +283,7 @@ class Sampler:
         "karras" and "exponential" spacing. Trailing steps, too long near the image, gain little by them. The other
         options are those of `sample`, and must be the same in both calls. Errors as of `sample`.
         """
-        config = self._scheduler_config
+        config = self.scheduler_config
         if spacing is None and isinstance(self.schedule, NoiseSchedule):
             spacing = config.get("timestep_spacing", "trailing")
         table = solvers.ddim_inversion(
@@ -397,6 +402,13 @@ class Sampler:
             raise InvalidArgument(f"{method} has no option {unknown}; allowed: {', '.join(sorted(names))}")
         return Options(**options)
 
+    def request(self, n: int, **options: Any) -> Request:
+        """The checked call that ``sample(n, **options)`` runs: its step table, network evaluations, batch, labels, ...
+
+        Nothing is drawn, but for the rows that ``deadline_s`` has timed. Raises the `InvalidArgument` of `sample`.
+        """
+        return self._request(n, self._options("sample", options))
+
     def _request(self, n: int, options: Options) -> Request:
         if self._closed:
             raise InvalidArgument("this sampler is closed")
@@ -404,7 +416,7 @@ class Sampler:
             options = self._in_time(n, options)
         asked = options.quality is not None or (isinstance(options.solver, str) and options.solver == "auto")
         return request.check(
-            n, options, self.info, self.schedule, self.prediction, self._scheduler_config, self.backend,
+            n, options, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend,
             self.measurements() if asked else None,
         )  # fmt: skip
 
@@ -412,12 +424,12 @@ class Sampler:
         """What was measured of this model, from the ``trilemma.json`` of its folder; None where there is none, or where
         it is of other weights (which is logged). `CheckpointError` says what is wrong with the file.
         """
-        path = self._measured_at
-        if self._measured is None and path is not None and path.exists():
+        path = self.measurements_file
+        if self._measured is None and not self._left_aside and path is not None and path.exists():
             found = measured.read(path)
             if found.model != weights.fingerprint(self.unet.state_dict()):
                 log.warning("%s was measured with other weights, and is left aside", path)
-                self._measured_at = None
+                self._left_aside = True
             else:
                 self._measured = found
         return self._measured
@@ -618,10 +630,13 @@ def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, as the parameters that lie there call it ("cuda" is "cuda:0"); None: CUDA where there is one.
+
+    `InvalidArgument` says why it cannot be used.
+    """
     try:
-        # A device that is not there says so, and "cuda" becomes "cuda:0", as parameters call it.
-        return torch.empty(0, device=torch.device(device)).device
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError, TypeError) as e:
         raise InvalidArgument(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from e
 

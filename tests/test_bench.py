@@ -495,7 +495,7 @@ def test_examples(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "Settings", quickly(command.Settings))
     monkeypatch.setattr(command, "ENGINES", {name: ENGINES[name] for name in ("native", "eager", "diffusers")})
-    found = re.findall(r"^ +(fastdiff bench.*)$", cli.bench.__doc__ or "", re.MULTILINE)
+    found = re.findall(r"^ +(fastdiff bench.*)$", cli.bench.bench.__doc__ or "", re.MULTILINE)
     assert len(found) == 4
     for example in found:
         arguments = shlex.split(example)[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import inspect
 import json
 import re
 import shlex
@@ -49,6 +50,11 @@ def shell(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fastdiff", *arguments], cwd=folder, capture_output=True, text=True, timeout=600
     )
+
+
+def commands() -> dict[str, Callable[..., None]]:
+    """The functions of the commands, by name."""
+    return {f.__name__: f for command in cli.app.registered_commands if (f := command.callback) is not None}
 
 
 Result = tuple[int, str, str]
@@ -124,11 +130,11 @@ def help_text(call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
 def test_help_says_every_default(command: str, help_text: Callable[[str], str]) -> None:
     """Rich takes text in brackets for markup: a default that is explained there vanishes from the help."""
     text = re.sub(r"\s*│\n│\s*", " ", help_text(command))
-    source = Path(cli.__file__).read_text(encoding="utf-8")
-    body = source[source.index(f"def {command}(") :]
-    body = body[: body.index("-> None:")]
+    source = inspect.getsource(commands()[command])
+    body = source[: source.index("-> None:")]
+    options = inspect.getsource(cli.options)
     for shared in re.findall(r": (\w+Option) =", body):  # options of several commands
-        definition = re.search(rf"^{shared} = Annotated.*\n(?:[ \]].*\n)*", source, re.MULTILINE)
+        definition = re.search(rf"^{shared} = Annotated.*\n(?:[ \]].*\n)*", options, re.MULTILINE)
         assert definition is not None
         body += definition[0]
     explained = re.findall(r"\(default: [^)\n]*\)", body)
@@ -146,7 +152,7 @@ EXAMPLE = re.compile(r"^ ?((?:fastdiff|torchrun) .*?) *$", re.MULTILINE)
 
 def examples(command: str) -> list[str]:
     """The command lines in the docstring of a command."""
-    found = re.findall(r"^\s*((?:fastdiff|torchrun) .*)$", getattr(cli, command).__doc__, re.MULTILINE)
+    found = re.findall(r"^\s*((?:fastdiff|torchrun) .*)$", str(commands()[command].__doc__), re.MULTILINE)
     assert len(found) >= 2
     return found
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from unets import TINY_CLASSES, change, random_unet
 
-from fastdiff import checkpoint, cli, evaluation, inception, parts, quality
+from fastdiff import checkpoint, cli, evaluation, inception, parts, quality, real
 from fastdiff.classifier import Classifier
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.sampler import Sampler
@@ -118,7 +118,7 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
         assert word in result.stderr
 
 
-@pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff .*)$", cli.eval.__doc__ or "", re.MULTILINE))
+@pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff .*)$", cli.eval.eval.__doc__ or "", re.MULTILINE))
 def test_examples(example: str, mnist: Path, tmp_path: Path) -> None:
     """As they stand but for time and data: 20 images, two steps, small files."""
     arguments = shlex.split(re.sub(r"--steps \d+", "--steps 2", re.sub(r"--n \d+", "--n 20", example)))[2:]
@@ -296,7 +296,7 @@ def test_what_is_missing_or_does_not_fit_is_named(mnist: Path, model: Path, tmp_
 
 
 def test_missing_fashion_mnist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "DATA", tmp_path / "datasets" / "fashion-mnist")
+    monkeypatch.setattr(real, "DATA", tmp_path / "datasets" / "fashion-mnist")
     with pytest.raises(DataError, match=r"datasets/fashion-mnist is not there.*dataset-fashion-mnist.*--data"):
         evaluation.evaluate(out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -51,6 +51,7 @@ ORDER = (
     "parts",
     "inception",
     "quality",
+    "real",
     "evaluation",
     "bench",
     "trilemma",

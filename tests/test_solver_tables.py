@@ -24,7 +24,7 @@ from trajectories import SCHEDULES, SHAPE, denoiser, draw_noise, run
 from unets import TINY, random_unet
 
 from fastdiff import Sampler, request, solvers
-from fastdiff.cli import SOLVER_HELP
+from fastdiff.cli.options import SOLVER_HELP
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.request import SOLVERS, TABLES
 from fastdiff.schedule import NoiseSchedule

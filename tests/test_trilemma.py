@@ -172,7 +172,9 @@ def checkpoint_of(path: Path, seed: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff trilemma .*)$", str(cli.trilemma.__doc__), re.MULTILINE))
+@pytest.mark.parametrize(
+    "example", re.findall(r"^\s*(fastdiff trilemma .*)$", str(cli.trilemma.trilemma.__doc__), re.MULTILINE)
+)
 def test_examples(
     example: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,7 +265,7 @@ def frechet(measurer: run.Measurer, points: list[plan.Planned], name: str, n: in
 def test_the_plan_for_a_model(sampler: Sampler) -> None:
     points = plan.plan(sampler)
     for p in points:
-        r = sampler._request(1, sampler._options("test", {**p.options, "labels": 0}))
+        r = sampler.request(1, **p.options, labels=0)
         assert r.nfe == p.nfe
         assert p.n == (5000 if p.nfe <= 20 and p.key not in plan.ASIDE else 2000)
     assert max(p.nfe for p in points) == 100  # all timesteps, in place of 250 and 1000
@@ -374,7 +376,7 @@ def test_auto_quality_and_deadline_go_by_the_measurements(
         return s.sample(2, labels=3, **options).table
 
     def explicit(**options: Any) -> solvers.StepTable:
-        return request.step_table(request.Options(**options), SCHEDULE, "epsilon", s._scheduler_config)
+        return request.step_table(request.Options(**options), SCHEDULE, "epsilon", s.scheduler_config)
 
     # d(p*) = 1.0, its interval ends at 1.1: 10 evaluations are the fewest within.
     with caplog.at_level("INFO", logger="fastdiff"):
@@ -419,7 +421,7 @@ def test_auto_quality_and_deadline_go_by_the_measurements(
 def test_what_fits_a_deadline(sampler: Sampler, model: Path, tmp_path: Path) -> None:
     """(deadline - elapsed) / (chunks * seconds) rows."""
     known = measured.read(written(model, tmp_path) / measured.NAME)
-    r = sampler._request(20, request.Options(labels=0, batch_size=8))  # 3 chunks
+    r = sampler.request(20, labels=0, batch_size=8)  # 3 chunks
 
     def chosen(deadline: float, guidance: float = 1.0, known: measured.Measured | None = known) -> tuple[str, int]:
         options = request.Options(deadline_s=deadline, guidance=guidance, labels=0)
@@ -456,6 +458,8 @@ def test_measurements_of_other_weights_are_left_aside(
     assert [r.message for r in caplog.records if "other weights" in r.message] == [
         f"{tmp_path / 'measured' / measured.NAME} was measured with other weights, and is left aside"
     ]
+    assert s.measurements() is None
+    assert s.measurements_file == tmp_path / "measured" / measured.NAME  # where new ones will be kept
 
 
 def bad(**changes: Any) -> dict[str, Any]:
@@ -534,8 +538,7 @@ def test_the_built_in_measurements() -> None:
     assert known is not None
     assert {1.0, 2.0} <= set(known.guidances)
     for p in known.points:
-        options = s._options("test", {**p.options, "guidance": p.guidance, "labels": 0})
-        r = s._request(1, options)
+        r = s.request(1, **{**p.options, "guidance": p.guidance, "labels": 0})
         assert (r.nfe, len(r.table)) == (p.nfe, p.rows)
     for guidance in (1.0, 2.0):
         points = known.at(guidance)

@@ -138,7 +138,7 @@ def _steps(sampler: Sampler, options: dict[str, Any], nfe: int) -> tuple[int, St
         if not 1 <= steps <= getattr(sampler.schedule, "timesteps", steps):
             continue
         labels = None if sampler.info.classes is None else 0
-        request = sampler._request(1, sampler._options("plan", {**options, "steps": steps, "labels": labels}))
+        request = sampler.request(1, **{**options, "steps": steps, "labels": labels})
         if request.nfe == nfe:
             return steps, request.table
     return None

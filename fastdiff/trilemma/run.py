@@ -17,9 +17,9 @@ from torch import Tensor
 from fastdiff import __version__, evaluation, measured, parts, request
 from fastdiff.classifier import SIZE, Classifier
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.evaluation import Real
 from fastdiff.files import write_text
 from fastdiff.quality import Extractor, Reference, features, measure
+from fastdiff.real import Real, default_fit, find_data
 from fastdiff.sampler import Sampler
 from fastdiff.trilemma import report, speed
 from fastdiff.trilemma.plan import FEW, Planned
@@ -29,7 +29,6 @@ log = logging.getLogger("fastdiff")
 
 Say = Callable[[str], None]
 SEED = 0
-MIN_IMAGES = evaluation.MIN_IMAGES
 MIN_REFERENCE = 500  # images of the reference below which nothing is compared with it
 
 
@@ -50,7 +49,7 @@ class Judge:
         cls, sampler: Sampler, model: str, data: Path | None, held_out: Path | None, fit: str | None, features_of: str
     ) -> Judge:
         """As `evaluation.evaluate` takes them; what is missing or does not fit is named by the same errors."""
-        found = evaluation._data(data, model, None)
+        found = find_data(data, model)
         extract = features(features_of, sampler.device)
         height, width = request.image_size(1, None, sampler.info)
         shape = (sampler.info.channels, height, width)
@@ -59,7 +58,7 @@ class Judge:
                 f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {shape[0]}x{height}x{width}; "
                 "give the weights of Inception as --features"
             )
-        real = evaluation._real(found, held_out, shape, fit or ("pad" if evaluation._mnist(found) else "crop"))
+        real = Real.load(found, held_out, shape, fit or default_fit(found))
         return cls(extract, features_of, real, str(found))
 
     @functools.cached_property
@@ -368,7 +367,7 @@ def against(other: dict[str, Any], entries: Sequence[dict[str, Any]], nearest: d
 
 def install(found: dict[str, Any], sampler: Sampler) -> Path:
     """Write what `Sampler.sample` goes by into the sampler's model folder; `InvalidArgument` where it has none."""
-    path = sampler._measured_at
+    path = sampler.measurements_file
     if path is None:
         raise InvalidArgument("--install: the model is no folder, so measurements cannot be kept with it")
     brief = report.for_model(found)

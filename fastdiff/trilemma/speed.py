@@ -67,7 +67,7 @@ def speeds(sampler: Sampler, points: Sequence[Planned], batch: int) -> dict[str,
 
             if (point.key, steps) not in ways:
                 ways[point.key, steps] = call
-                request = sampler._request(1, sampler._options("speeds", {**options, "labels": labels and labels[0]}))
+                request = sampler.request(1, **{**options, "labels": labels and labels[0]})
                 rows[point.key, steps] = len(request.table)
     seconds = in_turn(ways, ROUNDS)
     result = {}
@@ -169,7 +169,7 @@ def need_diffusers() -> Any:
 def _scheduler(sampler: Sampler, scheduler: Any) -> dict[str, Any]:
     """The model's scheduler configuration, as far as diffusers' DDPMScheduler has it."""
     heard = inspect.signature(scheduler.__init__).parameters
-    return {k: v for k, v in sampler._scheduler_config.items() if k in heard and not k.startswith("_")}
+    return {k: v for k, v in sampler.scheduler_config.items() if k in heard and not k.startswith("_")}
 
 
 def machine() -> dict[str, Any]:

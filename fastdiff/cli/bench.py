@@ -1,0 +1,68 @@
+"""``fastdiff bench`` measures how fast a network runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastdiff.cli.options import JsonOption, ModelArgument, read_numbers
+
+
+def bench(
+    model: ModelArgument = "fashion-mnist",
+    batches: Annotated[str | None, typer.Option(help="Batch sizes (default: 1,8,32; --quick: 1,16).")] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Which, as native,openvino; an unknown one lists all (default: all).")
+    ] = None,
+    network_only: Annotated[bool, typer.Option(help="The network without the update.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda (not tried yet).")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="Short turns, fewer rounds, no engine that compiles first.")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(help="At most so many; fewer where ratios settle (default: 40; --quick: 25).")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep the result here, as JSON; an unfinished one there is gone on with.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier --save: exit code 1 where a ratio fell beyond the noise.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the speeds, into a .png.")] = None,
+    job: Annotated[
+        bool, typer.Option("--job", help="Instead: seconds of a whole sampling job, diffusers' own and fastdiff's.")
+    ] = False,
+    n: Annotated[int, typer.Option("--n", "-n", help="Images of the job.")] = 16,
+    steps: Annotated[int, typer.Option(help="DDIM steps of the job.")] = 50,
+    profile: Annotated[bool, typer.Option("--profile", help="Instead: where the native engine's time goes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast a network runs here, beside the other ways to run it that are installed.
+
+    MODEL may also be ddpm-cifar10-32 or ddpm-celebahq-256: with random weights.
+
+    Engines take turns, each in a process of its own. Every one is first compared with float64; one that is wrong gets
+    no speed, and the exit code is 1. Ratios are to one peer, with a 95 % interval; the last line of a batch says
+    whether the machine was too noisy.
+
+    Examples:
+
+    fastdiff bench --quick
+
+    fastdiff bench --batches 1,8 --save new.json --plot new.png
+
+    fastdiff bench --batches 8 --engines native,diffusers --compare new.json
+
+    fastdiff bench ddpm-cifar10-32 --job
+    """
+    from fastdiff.bench import command
+
+    sys.exit(
+        command.run(
+            model, batches=None if batches is None else read_numbers("--batches", batches),
+            engines=None if engines is None else [name.strip() for name in engines.split(",")],
+            network_only=network_only, device=device, quick=quick, rounds=rounds, save=save, compare=compare, plot=plot,
+            job=(n, steps) if job else None, profile=profile, as_json=as_json,
+        )
+    )  # fmt: skip

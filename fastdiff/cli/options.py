@@ -1,0 +1,77 @@
+"""The arguments and options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastdiff.errors import InvalidArgument
+
+# fastdiff.request.SOLVERS, which must not be imported for --help
+SOLVER_HELP = (
+    "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, lms, deis, "
+    "plms, lcm or consistency."
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A built-in name (fashion-mnist), a diffusers folder, or a checkpoint file."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for machines.")]
+
+# How images are drawn.
+SolverOption = Annotated[str, typer.Option(help=SOLVER_HELP)]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Steps of the solver (default: 50; ddpm: all timesteps; auto: 20; lcm: 4).")
+]
+EtaOption = Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")]
+VarianceOption = Annotated[str | None, typer.Option(help="Noise of ddpm: posterior, beta, none, learned_range.")]
+SpacingOption = Annotated[
+    str | None,
+    typer.Option(help="trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."),
+]
+GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")]
+
+# Where and in what the network runs.
+BackendOption = Annotated[str, typer.Option(help="auto, native, eager, compiled or triton.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
+]
+
+# What images are measured against, and by.
+RealOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Real images: a folder, an .npz, an IDX file, or a folder with MNIST's four files "
+        "(default: Fashion-MNIST, where it is installed)."
+    ),
+]
+FitOption = Annotated[
+    str | None, typer.Option(help="crop or pad real images to the size (default: pad MNIST's files, else crop).")
+]
+FeaturesOption = Annotated[
+    str, typer.Option(help="Whose: fashion-mnist, a classifier's file, or a .pth of Inception's weights.")
+]
+
+
+def read_numbers(option: str, text: str) -> list[int]:
+    """The whole numbers of a comma-separated list, as "4,10"; `InvalidArgument` names the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InvalidArgument(f"{option} {text}: whole numbers separated by commas are needed") from e
+
+
+def read_size(text: str) -> int | tuple[int, int]:
+    """The value of --size: "32" gives 32, "24x40" gives (24, 40); `InvalidArgument` for anything else."""
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError as e:
+        raise InvalidArgument(f"--size {text}: a number, or height x width as in 24x40, is needed") from e
+    if len(sides) not in (1, 2):
+        raise InvalidArgument(f"--size {text}: a number, or height x width as in 24x40, is needed")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
