@@ -19,16 +19,18 @@ BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 16)
 
 
 def run(
-    model: str, *, batches: Sequence[int] | None, engines: Sequence[str] | None, network_only: bool, device: str,
+    model: str, *, batches: Sequence[int] | None, engines: Sequence[str] | None, network_only: bool,
+    guidance: float | None, device: str,
     quick: bool, rounds: int | None, save: Path | None, compare: Path | None, plot: Path | None,
     job: tuple[int, int] | None, profile: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure, print, and give the exit code: 0; 1 for a red gate or a regression; 130 after Ctrl-C."""
     sizes = tuple(batches or (QUICK_BATCHES if quick else BATCHES))
     if job is not None or profile:
-        if any((save, compare, plot, engines, network_only)) or (job is not None and profile):
+        others = (save, compare, plot, engines, network_only, guidance is not None)
+        if any(others) or (job is not None and profile):
             raise InvalidArgument("--job and --profile answer other questions: use one, without --save, --compare, "
-                                  "--plot, --engines and --network-only")  # fmt: skip
+                                  "--plot, --engines, --network-only and --guidance")  # fmt: skip
         return _job(model, job, quick, as_json) if job is not None else _profile(model, sizes, as_json)
     if plot is not None:
         report.check_plot(plot)
@@ -36,7 +38,7 @@ def run(
     kind = device.split(":")[0]
     chosen = engines or [n for n, e in ENGINES.items() if kind in e.where and not (quick and e.slow_start)]
     settings = Settings(
-        model, sizes, tuple(chosen), "network" if network_only else "step", device,
+        model, sizes, tuple(chosen), "network" if network_only else "step", guidance, device,
         turn_s=0.2 if quick else 0.4, most_rounds=rounds if rounds is not None else 25 if quick else 40,
     )  # fmt: skip
     result = measure(settings, save, ENGINES, _say)
