@@ -126,15 +126,17 @@ class ResnetBlock(nn.Module):
             return F.avg_pool2d(x, 2)
         return x
 
+    def second_norm(self, h: Tensor, emb: Tensor) -> Tensor:
+        """h [B, C, H, W], norm2 and the projected embedding [B, C or 2 C, 1, 1], as the class says."""
+        if not self.scale_shift:
+            return self.norm2(h + emb)
+        scale, shift = emb.chunk(2, dim=1)
+        return self.norm2(h) * (1 + scale) + shift
+
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(self._resampled(F.silu(self.norm1(x))))
         x = self._resampled(x)
-        emb = self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + emb)
+        h = self.second_norm(h, self.time_emb_proj(F.silu(emb))[:, :, None, None])
         h = self.conv2(self.dropout(F.silu(h)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -61,6 +62,11 @@ def nan(model: Pretrained, inputs: Inputs) -> Steps:
     steps = wrong(model, inputs)
     steps.runner.forward = lambda state: setattr(state, "out", state.x * float("nan"))  # type: ignore[attr-defined]
     return steps
+
+
+def unguided(model: Pretrained, inputs: Inputs) -> Steps:
+    """A peer that leaves guidance out."""
+    return ENGINES["diffusers"].make(model, dataclasses.replace(inputs, guidance=None, null_label=None))
 
 
 class Thrice:

@@ -203,6 +203,24 @@ def test_a_wrong_kernel_gets_no_speed(
     assert "eager" in out
 
 
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize(("processor", "expected"), [(True, {"eager", "half"}), (False, {"eager"})])
+def test_bfloat16_is_left_out_where_it_would_be_emulated(
+    processor: bool, expected: set[str], model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.machine, "multiplies_bfloat16", lambda: processor)
+    half = dataclasses.replace(ENGINES["eager"], dtype="bfloat16")  # float32 by another name
+    monkeypatch.setattr(command, "ENGINES", {"eager": ENGINES["eager"], "half": half})
+    monkeypatch.setattr(command, "Settings", quickly(command.Settings))
+    for more, names in (([], expected), (["--engines", "half"], {"half"})):
+        monkeypatch.setattr(sys, "argv", ["fastdiff", "bench", model, "--quick", "--batches", "2", "--json", *more])
+        with pytest.raises(SystemExit):
+            cli.main()
+        out, err = capsys.readouterr()
+        assert set(json.loads(out)["batches"][0]["engines"]) == names
+        assert ("half is left out" in err) == ("half" not in names)
+
+
 def quickly(made: Any) -> Any:
     """Settings as the command makes them, but for time."""
 
@@ -210,6 +228,58 @@ def quickly(made: Any) -> Any:
         return dataclasses.replace(made(*arguments, **options), turn_s=0.02, most_rounds=3)
 
     return make
+
+
+# Guidance -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_here")
+def test_guided_steps(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command measures them, says so in the table and in JSON, and a peer that leaves guidance out has no speed."""
+    table = {"eager": ENGINES["eager"], "diffusers": ENGINES["diffusers"]}
+    table["unguided"] = Engine("float32", bench_engines.unguided)
+    monkeypatch.setattr(command, "ENGINES", table)
+    monkeypatch.setattr(command, "Settings", quickly(command.Settings))
+    arguments = ["fastdiff", "bench", model, "--quick", "--batches", "2", "--guidance", "2.5"]
+    for options in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", arguments + options)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 1
+        out = capsys.readouterr().out
+        if not options:
+            assert "guided by 2.5 and one update (2 NFE)" in out
+            continue
+        printed = json.loads(out)
+        assert printed["guidance"] == 2.5
+        (record,) = printed["batches"]
+        assert list(record["red"]) == ["unguided"]
+        assert "against float64" in record["red"]["unguided"]
+        for name in ("eager", "diffusers"):
+            entry = record["engines"][name]
+            assert entry["error"] < 1e-5
+            assert entry["img_steps_per_s"] == pytest.approx(2 / entry["seconds"], rel=1e-3)  # of images, not of rows
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native engine is not built")
+def test_a_guided_image_is_expected_to_cost_two_rows(model: str) -> None:
+    """Half of what four images a batch do; the update is of two only, so a little more is predicted."""
+    loaded = networks.load(model)
+    limits, predicted = run.expected(loaded, 2, 2.5)
+    limits_of_4, predicted_of_4 = run.expected(loaded, 4)
+    for dtype, limit in limits.items():
+        assert limit == pytest.approx(limits_of_4[dtype] / 2, rel=1e-3)
+    for name, speed in predicted.items():
+        assert predicted_of_4[name] / 2 <= speed < 1.2 * predicted_of_4[name] / 2
+    assert limits
+    assert predicted
+
+
+def test_guidance_needs_a_null_label(tmp_path: Path) -> None:
+    for config in (change(), change(num_class_embeds=5)):
+        checkpoint.save_folder(tmp_path / "m", random_unet(config), NoiseSchedule("linear", 100, beta_end=0.1))
+        with pytest.raises(InvalidArgument, match="guidance 2 needs a network trained with label dropout"):
+            run.run(settings(str(tmp_path / "m"), "eager", guidance=2.0))
 
 
 # Regressions ----------------------------------------------------------------------------------------------------------
@@ -303,6 +373,9 @@ def test_other_machines_are_told_and_other_models_refused() -> None:
     assert "note: another machine: torch 2.13, now 2.14" in lines
     with pytest.raises(InvalidArgument, match="of model m and n cannot"):
         report.compare(result(2.0, model="n"), result(2.0))
+    with pytest.raises(InvalidArgument, match=r"of guidance None and 2\.0 cannot"):
+        report.compare(result(2.0, guidance=2.0), result(2.0))
+    assert report.compare(result(2.0, guidance=2.0), result(2.0, guidance=2.0))[1] == 0
 
 
 def test_without_a_common_peer_nothing_is_compared() -> None:
@@ -341,6 +414,8 @@ def test_another_result_is_not_overwritten(model: str, tmp_path: Path) -> None:
     before = save.read_text()
     with pytest.raises(InvalidArgument, match=r"holds another result \(what step, now network"):
         run.run(settings(model, "eager", what="network"), save)
+    with pytest.raises(InvalidArgument, match=r"holds another result \(guidance None, now 2\.0"):
+        run.run(settings(model, "eager", guidance=2.0), save)
     changed = json.loads(before)
     changed["machine"]["code"] = "0"
     save.write_text(json.dumps(changed))
@@ -401,9 +476,18 @@ def test_engines_that_fail_are_named_and_the_others_go_on(model: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["native", "eager", "diffusers", "diffusers-last", "openvino"])
-@pytest.mark.parametrize("config", [TINY_CLASSES, change(num_class_embeds=5, class_image="concat", null_label=4)],
-                         ids=["classes", "class image"])  # fmt: skip
-def test_engines_take_the_same_steps(name: str, config: Any) -> None:
+@pytest.mark.parametrize(
+    ("config", "guidance"),
+    [
+        (TINY_CLASSES, None),
+        (TINY_CLASSES, 2.5),
+        (change(TINY_CLASSES, class_image="concat"), None),
+        (change(TINY_CLASSES, class_image="concat"), 2.5),
+        (change(TINY_CLASSES, out_channels=6), 0.0),  # learned variances, and guidance that is no false value
+    ],
+    ids=["classes", "guided", "class image", "class image, guided", "variances, guided"],
+)
+def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | None) -> None:
     """Against float64, over the end of the table: the network's output, and x after each step."""
     if name == "native" and not HAS_NATIVE:
         pytest.skip("the native engine is not built")
@@ -415,7 +499,7 @@ def test_engines_take_the_same_steps(name: str, config: Any) -> None:
         return checkpoint.Pretrained(random_unet(config), NoiseSchedule("linear", 8), "epsilon", {}, Path("m"))
 
     model = model_of()
-    inputs = Inputs.of(model, 3)
+    inputs = Inputs.of(model, 3, guidance=guidance)
     assert len(inputs.table) == 4
     exact = engines.backend("eager", torch.float64, False, model_of(), dataclasses.replace(inputs, x=inputs.x.double()))
     steps = ENGINES[name].make(model_of(), inputs)
@@ -424,10 +508,39 @@ def test_engines_take_the_same_steps(name: str, config: Any) -> None:
         assert relative_error(steps.step(), exact.step()) < 1e-5
 
 
-def test_what_a_cuda_graph_holds_takes_the_same_steps() -> None:
+def test_openvino_runs_the_built_in_model() -> None:
+    """In a process of its own, as its compiler crashes over a scale-shift network that is given as it is."""
+    pytest.importorskip("openvino")
+    process = Worker(ENGINES["openvino"], Task("fashion-mnist", 2, "step", 1, "cpu"))
+    try:
+        ready = process.start()
+    finally:
+        process.stop()
+    assert not isinstance(ready, Absent), ready
+    error, wrong = run.Gate(networks.load("fashion-mnist"), 2).check(ready, "float32")
+    assert wrong is None
+    assert error < 1e-5
+
+
+def test_one_in_the_bias_is_the_same_network() -> None:
+    """And the network that it was made of is what it was; one without scale-shift is itself, so its export is too."""
+    unet = random_unet(change(TINY_CLASSES, resnet_time_scale_shift="scale_shift"))
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    folded = engines.one_in_bias(unet)
+    x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
+    assert relative_error(folded(x, t, class_labels=label), unet(x, t, class_labels=label)) < 1e-6
+    assert all(torch.equal(unet.state_dict()[key], value) for key, value in before.items())
+    biases = [k for k, v in folded.state_dict().items() if v.data_ptr() != unet.state_dict()[k].data_ptr()]
+    assert biases == [key for key in before if key.endswith("time_emb_proj.bias")]
+    plain = random_unet(TINY_CLASSES)
+    assert engines.one_in_bias(plain) is plain
+
+
+@pytest.mark.parametrize("guidance", [None, 2.5])
+def test_what_a_cuda_graph_holds_takes_the_same_steps(guidance: float | None) -> None:
     """On a CPU, without the graph: coefficients by a row index on the device."""
     model = checkpoint.Pretrained(random_unet(TINY_CLASSES), NoiseSchedule("linear", 8), "epsilon", {}, Path("m"))
-    inputs = Inputs.of(model, 3)
+    inputs = Inputs.of(model, 3, guidance=guidance)
     network = engines.plain(model.unet, torch.float32, inputs)
     plain, graph = PeerSteps(network, model, inputs), GraphSteps(network, model, inputs)
     for _ in range(4):
@@ -523,6 +636,10 @@ def test_examples(
         (["--compare", "none.json"], "no result of"),
         (["--job", "--profile"], "other questions"),
         (["--job", "--save", "a.json"], "other questions"),
+        (["--job", "--guidance", "2"], "other questions"),
+        (["--guidance", "1"], "guidance 1: a number but 1"),
+        (["--guidance", "nan"], "guidance nan: a number but 1"),
+        (["--guidance", "2", "--network-only"], "guidance belongs to a step"),
     ],
 )
 def test_bad_options_are_refused_before_the_work(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastdiff.bench import job as jobs
+from fastdiff.bench import machine, report
 from fastdiff.bench import profile as profiles
-from fastdiff.bench import report
 from fastdiff.bench.engines import ENGINES
 from fastdiff.bench.run import Settings, read
 from fastdiff.bench.run import run as measure
@@ -19,24 +19,30 @@ BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 16)
 
 
 def run(
-    model: str, *, batches: Sequence[int] | None, engines: Sequence[str] | None, network_only: bool, device: str,
+    model: str, *, batches: Sequence[int] | None, engines: Sequence[str] | None, network_only: bool,
+    guidance: float | None, device: str,
     quick: bool, rounds: int | None, save: Path | None, compare: Path | None, plot: Path | None,
     job: tuple[int, int] | None, profile: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure, print, and give the exit code: 0; 1 for a red gate or a regression; 130 after Ctrl-C."""
     sizes = tuple(batches or (QUICK_BATCHES if quick else BATCHES))
     if job is not None or profile:
-        if any((save, compare, plot, engines, network_only)) or (job is not None and profile):
+        others = (save, compare, plot, engines, network_only, guidance is not None)
+        if any(others) or (job is not None and profile):
             raise InvalidArgument("--job and --profile answer other questions: use one, without --save, --compare, "
-                                  "--plot, --engines and --network-only")  # fmt: skip
+                                  "--plot, --engines, --network-only and --guidance")  # fmt: skip
         return _job(model, job, quick, as_json) if job is not None else _profile(model, sizes, as_json)
     if plot is not None:
         report.check_plot(plot)
     earlier = None if compare is None else read(compare)
     kind = device.split(":")[0]
     chosen = engines or [n for n, e in ENGINES.items() if kind in e.where and not (quick and e.slow_start)]
+    if engines is None and kind == "cpu" and not machine.multiplies_bfloat16():
+        for name in [n for n in chosen if ENGINES[n].dtype == "bfloat16"]:
+            chosen.remove(name)
+            _say(f"{name} is left out: this processor has no products of bfloat16 (--engines takes it anyway)")
     settings = Settings(
-        model, sizes, tuple(chosen), "network" if network_only else "step", device,
+        model, sizes, tuple(chosen), "network" if network_only else "step", guidance, device,
         turn_s=0.2 if quick else 0.4, most_rounds=rounds if rounds is not None else 25 if quick else 40,
     )  # fmt: skip
     result = measure(settings, save, ENGINES, _say)

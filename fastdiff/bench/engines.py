@@ -1,8 +1,9 @@
 """Ways to run a U-Net: fastdiff's backends, and the peers that are installed.
 
-An engine is timed by its steps: one network evaluation for every image, and DDIM's update of all. fastdiff's do both
-in `Runner.step`; a peer evaluates the network, and the update around it is the least that PyTorch can do (`PeerSteps`),
-less than any scheduler of diffusers does. Whatever an engine needs only once, it does when it is made or first called.
+An engine is timed by its steps: one network evaluation for every image (two where it is guided, in one batch), and
+DDIM's update of all. fastdiff's do both in `Runner.step`; a peer evaluates the network, and the update around it is the
+least that PyTorch can do (`PeerSteps`), less than any scheduler of diffusers does. Whatever an engine needs only once,
+it does when it is made or first called.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from fastdiff.backends import Spec, prepare
 from fastdiff.checkpoint import Pretrained
-from fastdiff.errors import BackendError
+from fastdiff.errors import BackendError, InvalidArgument
 from fastdiff.request import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, ddim
 from fastdiff.state import State, TableBank
-from fastdiff.unet import UNet
+from fastdiff.unet import ResnetBlock, UNet
 from fastdiff.unet_config import OWN_FIELDS
 
 Network = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -32,16 +33,28 @@ ROWS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What every engine starts from: x [B, C, H, W] float32, label int64 [B] or None, and the table that it walks."""
+    """What every engine starts from: x [B, C, H, W] float32, label int64 [B] or None, and the table that it walks.
+
+    guidance: w of out = u + w (c - u), or None; null_label: the label of u, where there is guidance.
+    """
 
     x: Tensor
     label: Tensor | None
     table: StepTable
+    guidance: float | None = None
+    null_label: int | None = None
 
     @classmethod
-    def of(cls, model: Pretrained, batch: int, device: str = "cpu") -> Inputs:
-        """The same for every engine: standard normal x, the classes in turn, DDIM's rows from half of the run on."""
+    def of(cls, model: Pretrained, batch: int, device: str = "cpu", guidance: float | None = None) -> Inputs:
+        """The same for every engine: standard normal x, the classes in turn, DDIM's rows from half of the run on.
+
+        Raises `InvalidArgument` for guidance of a network without a null label.
+        """
         info = NetworkInfo.of(model.unet, None)
+        if guidance is not None and info.null_label is None:
+            raise InvalidArgument(
+                f"guidance {guidance:g} needs a network trained with label dropout (config null_label); leave it out"
+            )
         size = info.size or (info.stride,) * 2
         generator = torch.Generator().manual_seed(batch)
         x = torch.randn(batch, info.channels, *size, generator=generator).to(device)
@@ -53,7 +66,18 @@ class Inputs:
             table = ddim(model.schedule, spacing=spacing, prediction=model.prediction)
         else:
             table = ddim(model.schedule, ROWS, prediction=model.prediction)
-        return cls(x, label, table)
+        return cls(x, label, table, guidance, None if guidance is None else info.null_label)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What the network is given for x [B, ...]: x, or [2B, ...] where c and u of an image are asked for."""
+        return x if self.guidance is None else torch.cat([x, x])
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels of those rows: all of c's, then all of u's."""
+        if self.guidance is None or self.label is None:
+            return self.label
+        return torch.cat([self.label, torch.full_like(self.label, self.null_label or 0)])
 
 
 class Steps(Protocol):
@@ -92,7 +116,12 @@ class RunnerSteps:
 
     def __init__(self, runner: Any, inputs: Inputs):
         self.runner, self.start = runner, inputs.x
-        self.state = State.create(inputs.x.clone(), TableBank([inputs.table], inputs.x.device), label=inputs.label)
+        self.state = State.create(
+            inputs.x.clone(),
+            TableBank([inputs.table], inputs.x.device),
+            label=inputs.label,
+            guidance=1.0 if inputs.guidance is None else inputs.guidance,
+        )
 
     def _rewind(self) -> None:
         self.state.x = self.start.clone()
@@ -118,7 +147,8 @@ def backend(name: str, dtype: torch.dtype, fast: bool, model: Pretrained, inputs
     unet = model.unet.to(memory_format=torch.channels_last).to(device)  # type: ignore[call-overload]  # missing in torch's annotations
     if name != "native":
         unet = unet.to(dtype)
-    spec = Spec(len(inputs.x), tuple(inputs.x.shape[1:]), dtype, device, fast=fast)  # type: ignore[arg-type]  # three numbers
+    shape: Any = tuple(inputs.x.shape[1:])
+    spec = Spec(len(inputs.x), shape, dtype, device, inputs.null_label, fast=fast)
     return RunnerSteps(prepare(name, unet, spec), inputs)
 
 
@@ -128,19 +158,27 @@ def backend(name: str, dtype: torch.dtype, fast: bool, model: Pretrained, inputs
 class PeerSteps:
     """A network with the update of `fastdiff.update.update`, as far as DDIM needs it, in as few calls as possible.
 
-    Where the class is an image, ``network`` is the one behind it (`without_class_image`), and hears no label.
+    A guided step is that of diffusers' pipelines: a batch of 2B through the network, then u + w (c - u). Where the
+    class is an image, ``network`` is the one behind it (`without_class_image`), and hears no label.
     """
 
     def __init__(self, network: Network, model: Pretrained, inputs: Inputs):
         self.inputs, self.join = inputs, joining(model.unet, inputs)
-        self.label = None if model.unet.class_encoder is not None else inputs.label
+        self.label = None if model.unet.class_encoder is not None else inputs.labels
         self.behind = network
         self.rows = inputs.table.rows
-        self.t = [torch.full((len(inputs.x),), row.t, device=inputs.x.device) for row in self.rows]
+        self.t = [inputs.rows(torch.full((len(inputs.x),), row.t, device=inputs.x.device)) for row in self.rows]
         self.x, self.row = inputs.x.clone(), 0
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.behind(self.join(x), t, self.label)
+        """out [B, C or 2C, H, W] of x [B, C, H, W]; t is of the network's rows."""
+        out = self.behind(self.join(self.inputs.rows(x)), t, self.label)
+        if self.inputs.guidance is None:
+            return out
+        c, u = out.float().chunk(2)
+        C = x.shape[1]
+        guided = torch.lerp(u[:, :C], c[:, :C], self.inputs.guidance)
+        return guided if c.shape[1] == C else torch.cat([guided, c[:, C:]], dim=1)
 
     @torch.no_grad()
     def forward(self) -> Tensor:
@@ -232,15 +270,45 @@ def without_class_image(unet: UNet) -> UNet:
 
 @torch.no_grad()
 def joining(unet: UNet, inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """What joins the class image to x; made once, as the labels of a run do not change."""
-    if unet.class_encoder is None or inputs.label is None:
+    """What joins the class image to the rows of x; made once, as the labels of a run do not change."""
+    if unet.class_encoder is None or inputs.labels is None:
         return lambda x: x
-    image = unet.class_encoder(inputs.label.cpu(), tuple(inputs.x.shape[2:])).to(inputs.x.device)
+    image = unet.class_encoder(inputs.labels.cpu(), tuple(inputs.x.shape[2:])).to(inputs.x.device)
     if unet.config.class_image == "add":
         return lambda x: x + image
     if unet.config.class_image == "multiply":
         return lambda x: x * (1 + image)
     return lambda x: torch.cat([x, image], dim=1)
+
+
+class _OneInBias(ResnetBlock):
+    """norm2(h) scale + shift, where the projection's bias has made the scale one larger."""
+
+    def second_norm(self, h: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = emb.chunk(2, dim=1)
+        return self.norm2(h) * scale + shift
+
+
+@torch.no_grad()
+def one_in_bias(unet: UNet) -> UNet:
+    """The same network with an operation less: scale-shift's 1 + scale = W silu(emb) + (b + 1).
+
+    OpenVINO 2026.4 compiles no other: a product of a GroupNorm, which is a snippet of its CPU plugin that takes in no
+    neighbours, and of an addition, which is one that does, has its tokenizer read a null pointer (`tokenize_node`
+    looks for the copy that it makes of the second kind only). Weights but these biases are shared; a network without
+    scale-shift is given back.
+    """
+    if unet.config.resnet_time_scale_shift != "scale_shift":
+        return unet
+    with torch.device("meta"):
+        folded = UNet(unet.config)
+    folded.load_state_dict(unet.state_dict(), assign=True)
+    for block in folded.modules():
+        if isinstance(block, ResnetBlock):
+            block.__class__ = _OneInBias
+            scale, shift = block.time_emb_proj.bias.chunk(2)
+            block.time_emb_proj.bias = torch.nn.Parameter(torch.cat([1 + scale, shift]))
+    return folded.eval()
 
 
 def openvino(precision: str, model: Pretrained, inputs: Inputs) -> Steps:
@@ -249,7 +317,7 @@ def openvino(precision: str, model: Pretrained, inputs: Inputs) -> Steps:
 
     example = _example(model, inputs)
     converted = ov.convert_model(
-        _Positional(without_class_image(model.unet)).eval(),
+        _Positional(one_in_bias(without_class_image(model.unet))).eval(),
         example_input=example,
         input=[tuple(v.shape) for v in example],
     )
@@ -307,8 +375,9 @@ class _Positional(torch.nn.Module):
 
 
 def _example(model: Pretrained, inputs: Inputs) -> tuple[Tensor, ...]:
-    x, t = joining(model.unet, inputs)(inputs.x), torch.full((len(inputs.x),), inputs.table.rows[0].t)
-    return (x, t) if inputs.label is None or model.unet.class_encoder is not None else (x, t, inputs.label)
+    x = joining(model.unet, inputs)(inputs.rows(inputs.x))
+    t = torch.full((len(x),), inputs.table.rows[0].t)
+    return (x, t) if inputs.labels is None or model.unet.class_encoder is not None else (x, t, inputs.labels)
 
 
 # On CUDA --------------------------------------------------------------------------------------------------------------
@@ -331,7 +400,7 @@ class GraphSteps(PeerSteps):
     def device_step(self) -> None:
         """`step` without a number that the host knows: x and the row change in place."""
         t, kx, ko, c, ax, ao, a0 = self.bank[self.index][0].unbind()
-        out = self.network(self.x, t.expand(len(self.x)))[:, : self.x.shape[1]].float()
+        out = self.network(self.x, t.expand(len(self.t[0])))[:, : self.x.shape[1]].float()
         x0 = torch.minimum(torch.maximum(kx * self.x + ko * out, -c), c)
         self.x.copy_(ax * self.x + ao * out + a0 * x0)
         self.index.add_(1).remainder_(len(self.rows))

@@ -45,6 +45,18 @@ def processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor does; where it does not, PyTorch makes do with float32, at a fraction of its speed.
+
+    Of x86-64 and arm64 on Linux; elsewhere nothing is known, and True.
+    """
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return True
+    return not {"flags", "Features"} & set(words) or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
+
+
 def code() -> str:
     """Twelve digits of SHA-256 over the package's Python files and its extension."""
     folder = Path(fastdiff.backends.__file__).parent.parent

@@ -26,7 +26,7 @@ def text(result: Mapping[str, Any]) -> str:
     header = result["machine"]
     image = " x ".join(map(str, result["image"]))
     lines = [
-        f"{result['model']}: {result['parameters'] / 1e6:.1f} million parameters, {image}; {WHAT[result['what']]}",
+        f"{result['model']}: {result['parameters'] / 1e6:.1f} million parameters, {image}; {_what(result)}",
         f"{header['processor']}, {header['device']}, {header['threads']} threads",
     ]
     for record in result["batches"]:
@@ -34,6 +34,13 @@ def text(result: Mapping[str, Any]) -> str:
     if result.get("interrupted"):
         lines += ["", "interrupted: what is above was finished or under way; the same command with --save goes on"]
     return "\n".join(lines)
+
+
+def _what(result: Mapping[str, Any]) -> str:
+    w = result.get("guidance")  # earlier results have none
+    if w is None:
+        return WHAT[result["what"]]
+    return f"an img-step is one image through a network evaluation guided by {w:g} and one update (2 NFE)"
 
 
 def _batch(record: Mapping[str, Any]) -> list[str]:
@@ -121,9 +128,9 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str
     Times are never compared. An engine is worse if its interval now lies below that of before and its ratio fell by 5 %
     or more, or if its gate has become red. Raises `InvalidArgument` for results of different models or kinds.
     """
-    for key in ("model", "what"):
-        if now[key] != before[key]:
-            raise InvalidArgument(f"results of {key} {before[key]} and {now[key]} cannot be compared")
+    for key in ("model", "what", "guidance"):
+        if now.get(key) != before.get(key):
+            raise InvalidArgument(f"results of {key} {before.get(key)} and {now.get(key)} cannot be compared")
     lines = [f"note: another machine: {d}" for d in machine.differences(now["machine"], before["machine"])]
     worse = compared = 0
     earlier = {record["batch"]: record for record in before["batches"]}

@@ -2,7 +2,7 @@
 
 A result is a dictionary, as its file has it:
 
-    {"model", "what", "turn_s", "image", "parameters", "machine": {...}, "batches": [
+    {"model", "what", "guidance", "turn_s", "image", "parameters", "machine": {...}, "batches": [
         {"batch", "anchor", "engines": {name: {"dtype", "error", "first_call_s", "peak_mib", "seconds", "spread",
                                                "img_steps_per_s", "ratio": {...}, "predicted", "finished"}},
          "red": {name: reason}, "absent": {name: reason}, "rounds": [{name: seconds a step}], "shares", "noise",
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -42,12 +43,16 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked: see `fastdiff bench --help`. turn_s: how long an engine is timed in a round."""
+    """What is asked: see `fastdiff bench --help`. turn_s: how long an engine is timed in a round.
+
+    guidance: w of a guided step, of two network rows an image; None: unguided.
+    """
 
     model: str
     batches: tuple[int, ...] = (1, 8, 32)
     engines: tuple[str, ...] = ()
     what: str = "step"
+    guidance: float | None = None
     device: str = "cpu"
     turn_s: float = 0.4
     most_rounds: int = 40
@@ -57,6 +62,10 @@ class Settings:
             raise InvalidArgument(f"batches {self.batches}: different numbers of at least 1 are needed")
         if self.most_rounds < 1:
             raise InvalidArgument(f"rounds {self.most_rounds}: at least 1 is needed")
+        if self.guidance is not None and (not math.isfinite(self.guidance) or self.guidance == 1.0):
+            raise InvalidArgument(f"guidance {self.guidance:g}: a number but 1, which is off, is needed")
+        if self.guidance is not None and self.what != "step":
+            raise InvalidArgument("guidance belongs to a step; the network alone is measured at twice the batch size")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise InvalidArgument(f"device {self.device!r}: cpu or cuda is needed")
         if self.device != "cpu" and not torch.cuda.is_available():
@@ -70,7 +79,8 @@ def run(
 
     save: a file that keeps what is finished, round by round. If it holds a result of the same model, settings and
     machine, measured by the same code, that is gone on with; its batches and engines stay in it.
-    Raises `InvalidArgument` where it holds another, or ``settings.engines`` names what there is not.
+    Raises `InvalidArgument` where it holds another, ``settings.engines`` names what there is not, or the model is asked
+    for guidance that it does not have.
     """
     unknown = [name for name in settings.engines if name not in engines]
     if unknown:
@@ -90,7 +100,7 @@ def run(
                           "shares": [], "noise": []}  # fmt: skip
                 result["batches"].append(record)
             if settings.device == "cpu":
-                record["limits"], predicted = expected(model, batch)
+                record["limits"], predicted = expected(model, batch, settings.guidance)
             _measure(settings, record, model, engines, keep, say)
             for name, entry in record["engines"].items():
                 if settings.device == "cpu" and name in predicted:
@@ -104,10 +114,11 @@ def run(
 
 
 def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str, Any]:
-    inputs = Inputs.of(model, 1)
+    inputs = Inputs.of(model, 1, guidance=settings.guidance)
     result: dict[str, Any] = {
         "model": settings.model,
         "what": settings.what,
+        "guidance": settings.guidance,
         "turn_s": settings.turn_s,
         "image": list(inputs.x.shape[1:]),
         "parameters": sum(p.numel() for p in model.unet.parameters()),
@@ -119,7 +130,7 @@ def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str
     kept = read(save)
     other = [
         f"{key} {kept.get(key)}, now {result[key]}"
-        for key in ("model", "what", "turn_s", "image", "parameters")
+        for key in ("model", "what", "guidance", "turn_s", "image", "parameters")
         if kept.get(key) != result[key]
     ]
     other += machine.differences(result["machine"], kept["machine"])
@@ -144,17 +155,18 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
-def expected(model: Pretrained, batch: int) -> tuple[dict[str, float], dict[str, float]]:
+def expected(model: Pretrained, batch: int, guidance: float | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """img-steps/s: the limit in each dtype, at which the products alone would run at the machine's multiply-add peak
     (those of the algorithms that the native engine chose, Winograd's savings included), and the native engines' speeds
-    as `fastdiff.cost` predicts them. Both empty where there is no native engine.
+    as `fastdiff.cost` predicts them; a guided image is two rows. Both empty where there is no native engine.
     """
     with torch.device("meta"):
         unet = UNet(model.unet.config)
     _, _, height, width = Inputs.of(model, 1).x.shape
+    guided = guidance is not None
     limits, predicted = {}, {}
     for name, dtype in (("native", "float32"), ("native-bf16", "bfloat16"), ("native-bf16-fast", "bfloat16-fast")):
-        told = cost.estimate(unet, (height, width), batch, 1, batch, dtype)
+        told = cost.estimate(unet, (height, width), batch, 1 + guided, batch, dtype, guided=guided)
         if told.products is None or told.machine is None or told.img_steps_per_s is None:
             continue
         kind = dtype.removesuffix("-fast")
@@ -179,8 +191,8 @@ def _measure(
     batch, anchor = record["batch"], record["anchor"]
     if anchor is not None and anchor not in open_:
         open_.append(anchor)
-    task = Task(settings.model, batch, settings.what, torch.get_num_threads(), settings.device)
-    gate = Gate(model, batch)
+    task = Task(settings.model, batch, settings.what, torch.get_num_threads(), settings.device, settings.guidance)
+    gate = Gate(model, batch, settings.guidance)
     workers: dict[str, Worker] = {}
     try:
         for name in open_:
@@ -315,20 +327,27 @@ def summarise(record: dict[str, Any]) -> None:
 class Gate:
     """What float64 says of the first and the last image of a batch."""
 
-    def __init__(self, model: Pretrained, batch: int):
-        inputs = Inputs.of(model, batch)
-        self.x, self.table = inputs.x[[0, -1]].double(), inputs.table
+    def __init__(self, model: Pretrained, batch: int, guidance: float | None = None):
+        inputs = Inputs.of(model, batch, guidance=guidance)
+        self.x, self.table, self.guidance = inputs.x[[0, -1]].double(), inputs.table, guidance
         self.unet, self.label = model.unet, None if inputs.label is None else inputs.label[[0, -1]]
+        self.null_label = inputs.null_label
         self._exact: torch.Tensor | None = None
 
     @torch.no_grad()
     def exact(self) -> torch.Tensor:
-        """The network's output at the first row; computed when it is first asked for."""
+        """The network's output at the first row, guided if asked for; computed when it is first asked for."""
         if self._exact is None:
-            unet = self.unet.double()
-            t = torch.full((2,), self.table.rows[0].t, dtype=torch.float64)
-            self._exact = unet(self.x, t) if self.label is None else unet(self.x, t, class_labels=self.label)
+            self._exact = self._network(self.label)
+            if self.guidance is not None and self.label is not None:
+                u = self._network(torch.full_like(self.label, self.null_label or 0))
+                w = torch.full((2,), self.guidance, dtype=torch.float64)
+                self._exact = update.guide(self._exact, u, w, self.x.shape[1], 0.0)
         return self._exact
+
+    def _network(self, label: torch.Tensor | None) -> torch.Tensor:
+        unet, t = self.unet.double(), torch.full((2,), self.table.rows[0].t, dtype=torch.float64)
+        return unet(self.x, t) if label is None else unet(self.x, t, class_labels=label)
 
     def check(self, ready: Ready, dtype: str) -> tuple[float, str | None]:
         """||out - exact|| / ||exact||, and what is wrong, None for nothing.

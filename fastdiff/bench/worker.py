@@ -32,13 +32,14 @@ SETTLING_S = 0.02  # work before a turn is timed: threads wake up, caches fill
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all engines of a batch do: ``what`` is "step" or "network" (no update)."""
+    """What all engines of a batch do: ``what`` is "step" or "network" (no update); guidance is w of a guided step."""
 
     model: str
     batch: int
     what: str
     threads: int
     device: str
+    guidance: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _work(pipe: Any, engine: Engine, task: Task) -> None:
 def _prepare(engine: Engine, task: Task) -> tuple[Steps, Memory, Ready]:
     import_all(engine.needs)
     model = networks.load(task.model)
-    inputs = Inputs.of(model, task.batch, task.device)
+    inputs = Inputs.of(model, task.batch, task.device, task.guidance)
     memory = Memory(task.device)
     started = time.perf_counter()
     steps = engine.make(model, inputs)

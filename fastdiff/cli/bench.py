@@ -18,6 +18,9 @@ def bench(
         str | None, typer.Option(help="Which, as native,openvino; an unknown one lists all (default: all).")
     ] = None,
     network_only: Annotated[bool, typer.Option(help="The network without the update.")] = False,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guided steps, of two network rows an image (default: unguided).")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda (not tried yet).")] = "cpu",
     quick: Annotated[bool, typer.Option(help="Short turns, fewer rounds, no engine that compiles first.")] = False,
     rounds: Annotated[
@@ -62,7 +65,7 @@ def bench(
         command.run(
             model, batches=None if batches is None else read_numbers("--batches", batches),
             engines=None if engines is None else [name.strip() for name in engines.split(",")],
-            network_only=network_only, device=device, quick=quick, rounds=rounds, save=save, compare=compare, plot=plot,
-            job=(n, steps) if job else None, profile=profile, as_json=as_json,
+            network_only=network_only, guidance=guidance, device=device, quick=quick, rounds=rounds, save=save,
+            compare=compare, plot=plot, job=(n, steps) if job else None, profile=profile, as_json=as_json,
         )
     )  # fmt: skip
