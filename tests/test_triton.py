@@ -43,6 +43,7 @@ from fastdiff import solvers
 from fastdiff.backends import Spec, triton
 from fastdiff.backends.triton import TritonRunner, TritonSteps
 from fastdiff.errors import BackendError
+from fastdiff.kernels import library as kernel_library
 from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.library import LibraryLaunch
 from fastdiff.lower import lower
@@ -256,6 +257,15 @@ def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., No
         "input", "norm.finalise", "norm.apply", "conv.conv", "conv.partial", "library.products", "epilogue.finish",
         "epilogue.combine", "attention.attention",
     }  # fmt: skip
+
+
+def test_every_kind_of_launch_is_run_as_it_says() -> None:
+    spec = Spec(1, (3, 8, 8), torch.float32, CPU)
+    x, W = torch.randn(1, 2, 2, 3), torch.randn(4, 3, 1, 1)
+    for steps in (TritonSteps(random_unet(TINY), spec), TritonRunner(random_unet(TINY), spec, FakeCuda()).steps):
+        sums = torch.full((1, 1, 2, 2, 4), torch.nan)
+        steps.run(kernel_library.products((x,), kernel_library.pack(W, (3,), torch.float32), sums))
+        assert (sums[0] - x @ W[:, :, 0, 0].T).abs().max() <= 1e-5
 
 
 # Capture --------------------------------------------------------------------------------------------------------------
