@@ -214,10 +214,10 @@ class Launches:
         config = conv.Problem.at(src, shape, op.kernel, op.stride, op.upsample).choose_layer()
         weight, bias = self.weights.conv(op, [s.shape[3] for s in src], src[0].dtype, config)
         need = conv.workspace(src, weight, shape, stride=op.stride, statistics=statistics is not None, config=config)
+        padding = op.padding[1] if config == LIBRARY else op.padding[0]  # on all sides, or in front
         self.list += conv.layer(
             src, weight, bias, self.out if op.dst == "out" else b[op.dst], workspace=b.scratch("workspace", need),
-            stride=op.stride, padding=op.padding[config == LIBRARY], nchw=op.dst == "out", statistics=statistics,
-            config=config, **finish,
+            stride=op.stride, padding=padding, nchw=op.dst == "out", statistics=statistics, config=config, **finish,
         )  # fmt: skip
 
     def _projections(self, offset: int) -> dict[str, Any]:

@@ -236,7 +236,7 @@ class Problem:
     def at(
         cls, src: Sequence[Tensor], shape: Sequence[int], kernel: int, stride: int, upsample: bool = False
     ) -> Problem:
-        """Before weights are laid out, which is done as the layer's configuration asks; kernel: before `pack`."""
+        """Of a layer whose weights are yet to be laid out, as its configuration asks; kernel: k of [N, C, k, k]."""
         rows, H, W, N = shape
         channels = (src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0)
         return cls(
