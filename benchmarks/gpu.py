@@ -253,16 +253,16 @@ def conv_layers(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...], Callable[
             arguments = {name: moved(value, run.device) for name, value in case.arguments.items()}
 
             def layer(config: Any, shape: Any = shape, arguments: Any = arguments) -> Callable[[], None]:
-                src, weight = arguments["src"], arguments["weight"]
+                operands = shape.laid_out(arguments, config)
+                src, weight = operands["src"], operands["weight"]
                 emitted = arguments.get("statistics") is not None
                 need = conv.workspace(src, weight, shape.out, stride=shape.stride, statistics=emitted, config=config)
-                given = arguments | {"workspace": torch.empty(need, device=run.device) if need else None}
+                given = operands | {"workspace": torch.empty(need, device=run.device) if need else None}
                 made = conv.layer(**given, config=config)
                 return lambda: [launch() for launch in made] and None
 
             problem = shape.problem(arguments)
-            whole, split = conv.candidates(torch.bfloat16)
-            yield f"conv.layer {problem.key}", problem.choose(splits=True), (*whole, *split), layer
+            yield f"conv.layer {problem.key}", problem.choose_layer(), problem.layer_candidates, layer
 
 
 def tuning(run: Run) -> dict[str, Any]:

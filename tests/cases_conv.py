@@ -13,9 +13,10 @@ from cases_norm import meta, normal, poison
 from kernel_harness import DTYPES, Case
 from unets import RESNET_BLOCKS, THREE_LEVELS, change
 
-from fastdiff.kernels import conv, epilogue
-from fastdiff.kernels.conv import ConvConfig, Problem
+from fastdiff.kernels import conv, epilogue, library
+from fastdiff.kernels.conv import ConvConfig, LayerConfig, Problem
 from fastdiff.kernels.launch import Launch, name_of
+from fastdiff.kernels.library import LIBRARY
 from fastdiff.kernels.tiles import Blocks
 from fastdiff.lower import lower
 from fastdiff.program import STRIP, Conv, Program
@@ -64,6 +65,19 @@ class Shape:
             "stride": self.stride,
             "padding": self.padding,
         }
+
+    def laid_out(self, operands: dict[str, Any], config: LayerConfig) -> dict[str, Any]:
+        """As a layer in ``config`` takes them."""
+        if config != LIBRARY:
+            return operands
+        _, H, W, N = self.out
+        ends = [(v - 1) * self.stride + self.kernel - n for v, n in zip((H, W), self.size, strict=True)]
+        after = max(self.padding, *(end - self.padding for end in ends))
+        weight = conv.unpack(operands["weight"], N)[0]
+        dtype = operands["src"][0].dtype
+        return operands | {
+            "weight": library.pack(weight, self.channels, dtype, (self.padding, after)), "padding": after
+        }  # fmt: skip
 
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem.of(operands["src"], operands["weight"], self.out, self.stride)
@@ -259,10 +273,11 @@ def harvest(program: Program, rows: int) -> dict[Shape, set[str]]:
     return found
 
 
-def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: ConvConfig | None = None) -> Case:
+def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: LayerConfig | None = None) -> Case:
     rows, H, W, N = shape.out
     operands = shape.operands(dtype)
     config = config or shape.problem(operands).choose(splits=True)
+    operands = shape.laid_out(operands, config)
     arguments = operands | finishing(shape, dtype, more)
     size = conv.workspace(
         operands["src"], operands["weight"], shape.out, stride=shape.stride, statistics="statistics" in more,
@@ -270,12 +285,17 @@ def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: ConvConfig |
     )  # fmt: skip
     nchw = "nchw" in more
     arguments |= {"dst": poison(*((rows, N, H, W) if nchw else shape.out), dtype=torch.float32 if nchw else dtype)}
+    writes, scratch = ("dst",), ()
+    if config == LIBRARY:
+        size = size * torch.float32.itemsize // dtype.itemsize  # in float64, too, there is room for as many sums
+        scratch = ("workspace",)  # what is in it is of another dtype
+    elif size:
+        writes += ("workspace",)
     arguments |= {"workspace": poison(size) if size else None}
-    writes = ("dst", "workspace") if size else ("dst",)
     if "statistics" in more:
         arguments["statistics"] = poison(rows, -(-H // STRIP), 2, N)
         writes += ("statistics",)
-    return Case(layer, arguments, writes, apart={"statistics": 2}, config=config)
+    return Case(layer, arguments, writes, apart={"statistics": 2}, config=config, scratch=scratch)
 
 
 # Small networks, with what heuristics choose for them.
@@ -299,6 +319,17 @@ for name, more, config in [
 ]:
     case = functools.partial(layer_case, SHAPES[name], torch.float32, more, config)
     CASES[f"layer {name}, {more}, {config}"] = case
+for name, more, dtype in [
+    ("3x3", "entry residual statistics", torch.bfloat16),
+    ("3x3 of one pixel", "embedding statistics", torch.float16),
+    ("strided", "statistics", torch.bfloat16),
+    ("strided, padded behind", "entry residual statistics", torch.float32),
+    ("1x1 of two", "residual statistics", torch.float16),
+    ("of three channels", "nchw", torch.bfloat16),
+    ("wide", "statistics", torch.float32),
+]:
+    case = functools.partial(layer_case, SHAPES[name], dtype, more, LIBRARY)
+    CASES[f"layer {name}, {more}, {name_of(dtype)}, by {LIBRARY}"] = case
 
 
 # What is compiled -----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Case:
     reference in float64, the others to the bit. apart: a dimension of a written argument along which errors are of
     different kinds (mean, squares), and are not mixed. band: float32 roundings of the largest value that are allowed
     beside the reference's own error: fast exponentials, sums in another order. config None: what heuristics choose.
-    within: how far results may be off, where that is specified.
+    within: how far results may be off, where that is specified. scratch: which it may leave anything in.
     """
 
     op: Callable[..., Launch]
@@ -46,6 +46,7 @@ class Case:
     band: float = 4.0
     config: Config | None = None
     within: float | None = None
+    scratch: tuple[str, ...] = ()
 
     def launch(self) -> Launch:
         return self.op(**self.arguments, config=self.config)
@@ -116,7 +117,7 @@ def check(case: Case) -> dict[str, float]:
     dataclasses.replace(case, arguments=arguments).launch()()
     for name, held in guards.items():
         for g in held:
-            g.check(name, name in case.writes)
+            g.check(name, name in (*case.writes, *case.scratch))
     exact = case.to(torch.float64)
     exact.launch().reference()
     single = case.to(torch.float32, lambda name: name in case.writes)  # its results are not rounded to a half

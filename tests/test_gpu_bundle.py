@@ -56,6 +56,8 @@ def test_the_dry_run(gpu: ModuleType, tmp_path: Path) -> None:
     configs = tuned(tmp_path / "out" / "dry-run.json")
     assert {key.split()[0] for key in configs} == ops - {"conv.conv", "conv.partial"} | {"conv.layer"}
     assert parts["tuning"]["result"]["launches"][0]["config"] in configs.values()
+    named = {key.split()[0] for key, config in configs.items() if "library" in config}
+    assert named == {"conv.layer"}, "whatever is faster than an interpreter"
     for name in ("cifar10 B=1", "cifar10 B=256", "celebahq B=1"):
         contenders = parts[name]["result"]["contenders"]
         assert {"eager", "compiled", "baseline: one graph, max-autotune"} <= set(contenders)

@@ -13,6 +13,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which is installe
 from fake_cuda import FakeCuda
 from test_backends import CASES, Case, check, spec_of, start
 from test_program import CLASS_IMAGES, image_size
+from tuned_file import library_everywhere, tuning
 from unets import (
     OWN_VARIANTS,
     PUBLISHED,
@@ -41,7 +43,11 @@ from fastdiff import solvers
 from fastdiff.backends import Spec, triton
 from fastdiff.backends.triton import TritonRunner, TritonSteps
 from fastdiff.errors import BackendError
+from fastdiff.kernels import library as kernel_library
 from fastdiff.kernels.launch import Launch
+from fastdiff.kernels.library import LibraryLaunch
+from fastdiff.lower import lower
+from fastdiff.program import Conv
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.state import State, TableBank
@@ -53,7 +59,24 @@ SCHEDULE = NoiseSchedule()
 
 
 def compute(launch: Launch) -> None:
-    launch.reference()
+    """What a launch computes: the library is here, too, and runs; of kernels, the references."""
+    if isinstance(launch, LibraryLaunch):
+        launch()
+    else:
+        launch.reference()
+
+
+@pytest.fixture
+def by_library(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Has a tuned file name the library for every convolution of a network that it is offered for."""
+    with tuning(tmp_path) as tune:
+
+        def everywhere(config: UNetConfig, *rows: int, dtype: torch.dtype = torch.float32) -> None:
+            with torch.device("meta"):
+                program = lower(UNet(config), image_size(config))
+            tune({key: value for n in rows for key, value in library_everywhere(program, n, dtype).items()})
+
+        yield everywhere
 
 
 class Direct:
@@ -143,7 +166,33 @@ def test_mixed_batches(case: Case) -> None:
     check(Direct, case)
 
 
-def test_weights_that_change_are_followed_at_their_addresses() -> None:
+@pytest.mark.parametrize(
+    ("config", "dtype", "bound"),
+    [
+        (change(TINY_CLASSES, **VARIANTS["padding 0"]), torch.float32, 2e-5),
+        (change(TINY_CLASSES, **VARIANTS["padding 0"]), torch.bfloat16, 2e-2),
+        (change(TINY_CLASSES, **VARIANTS["padding 0"]), torch.float16, 3e-3),
+        (change(**VARIANTS["odd groups across the concatenation"]), torch.float32, 2e-5),
+        (change(**VARIANTS["scale-shift with classes"]), torch.float32, 2e-5),
+    ],
+    ids=["fp32", "bf16", "fp16", "odd groups", "scale-shift"],
+)
+def test_products_by_the_library(
+    by_library: Callable[..., None], config: UNetConfig, dtype: torch.dtype, bound: float
+) -> None:
+    """Everywhere but behind a doubling, of one and of two sources."""
+    by_library(config, 2, dtype=dtype)
+    listed = launches(config, 2, dtype)
+    own = {launch.arguments["PHASES"] for launch in listed if launch.op in ("conv.conv", "conv.partial")}
+    assert own <= {4}
+    assert {len(launch.arguments["src"]) for launch in listed if launch.op == "library.products"} == {1, 2}
+    assert_equals_module(config, bound=bound, dtype=dtype)
+
+
+@pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
+def test_weights_that_change_are_followed_at_their_addresses(by_library: Callable[..., None], library: bool) -> None:
+    if library:
+        by_library(TINY, 2)
     unet = random_unet(TINY)
     x = random_images(TINY, 2, None)
     steps = TritonSteps(unet, Spec(2, tuple(x.shape[1:]), torch.float32, CPU), compute)  # type: ignore[arg-type]  # three numbers
@@ -157,6 +206,8 @@ def test_weights_that_change_are_followed_at_their_addresses() -> None:
         return state.out
 
     before = run()
+    packed = [tensors for key, (_, tensors) in steps.weights.made.items() if key[-1] is library]
+    assert len(packed) > 10, "each convolution's, once"
     held = [tensor.data_ptr() for _, tensors in steps.weights.made.values() for tensor in tensors]
     with torch.no_grad():
         unet.time_embedding.linear_1.weight.data.mul_(1.5)
@@ -176,15 +227,19 @@ def launches(config: UNetConfig, batch: int, dtype: torch.dtype = torch.bfloat16
     unet = random_unet(config)
     H, W = image_size(config)
     spec = Spec(batch, (config.in_channels, H, W), dtype, CPU)
-    state = State.create(torch.zeros(batch, *spec.shape), TableBank([solvers.ddim(SCHEDULE, 2)], CPU))
+    bank, labels = TableBank([solvers.ddim(SCHEDULE, 2)], CPU), random_labels(config, batch)
+    state = State.create(torch.zeros(batch, *spec.shape), bank, label=labels)
     with torch.no_grad():
         return TritonSteps(unet, spec, compute).network(state, guided=False)
 
 
-def test_nothing_but_norms_and_products_is_launched() -> None:
+@pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
+def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., None], library: bool) -> None:
     """52 convolutions of 3x3, shortcuts and attention of the CIFAR-10 network; SiLU, bias, embedding, residual and
     concatenation are parts of them, and no scheduler is left.
     """
+    if library:
+        by_library(PUBLISHED["ddpm-cifar10-32"], 1, dtype=torch.bfloat16)
     listed = launches(PUBLISHED["ddpm-cifar10-32"], 1)
     counts = collections.Counter(launch.op for launch in listed)
     program = TritonSteps(
@@ -193,22 +248,38 @@ def test_nothing_but_norms_and_products_is_launched() -> None:
     kinds = collections.Counter(type(op).__name__ for op in program.ops)
     assert counts["input"] == 1
     assert counts["attention.attention"] == kinds["Attention"]
-    assert counts["conv.conv"] + counts["conv.partial"] == kinds["Conv"]
-    assert counts["conv.partial"] == counts["epilogue.finish"] > 0
+    assert counts["library.products"] + counts["conv.conv"] + counts["conv.partial"] == kinds["Conv"]
+    assert counts["library.products"] + counts["conv.partial"] == counts["epilogue.finish"] > 0
+    doubled = sum(isinstance(op, Conv) and op.upsample for op in program.ops)
+    assert counts["library.products"] == (kinds["Conv"] - doubled if library else 0)
     assert counts["norm.finalise"] == counts["norm.apply"] == sum(program.norm(op) is not None for op in program.ops)
     assert set(counts) <= {
-        "input", "norm.finalise", "norm.apply", "conv.conv", "conv.partial", "epilogue.finish", "epilogue.combine",
-        "attention.attention",
+        "input", "norm.finalise", "norm.apply", "conv.conv", "conv.partial", "library.products", "epilogue.finish",
+        "epilogue.combine", "attention.attention",
     }  # fmt: skip
+
+
+def test_every_kind_of_launch_is_run_as_it_says() -> None:
+    spec = Spec(1, (3, 8, 8), torch.float32, CPU)
+    x, W = torch.randn(1, 2, 2, 3), torch.randn(4, 3, 1, 1)
+    for steps in (TritonSteps(random_unet(TINY), spec), TritonRunner(random_unet(TINY), spec, FakeCuda()).steps):
+        sums = torch.full((1, 1, 2, 2, 4), torch.nan)
+        steps.run(kernel_library.products((x,), kernel_library.pack(W, (3,), torch.float32), sums))
+        assert (sums[0] - x @ W[:, :, 0, 0].T).abs().max() <= 1e-5
 
 
 # Capture --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_captured_network_serves_every_row_and_table(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
+def test_a_captured_network_serves_every_row_and_table(
+    monkeypatch: pytest.MonkeyPatch, by_library: Callable[..., None], library: bool
+) -> None:
     monkeypatch.setattr(Launch, "compile", lambda launch: None)
     monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
     case = CASES["guidance interval"]
+    if library:
+        by_library(case.config, len(start(case).x), 2 * len(start(case).x))
     unet, cuda = random_unet(case.config), FakeCuda()
     state = start(case)
     runner = TritonRunner(unet, spec_of(state, torch.float32, case), cuda, compute)
@@ -222,6 +293,7 @@ def test_a_captured_network_serves_every_row_and_table(monkeypatch: pytest.Monke
         for s in (state, other):
             plain.update(s)
     assert len(runner.graphs.graphs) == 2  # guided and not
+    assert any(key[-1] is True for key in runner.steps.weights.made) == library
 
 
 def test_kernels_that_cannot_be_compiled_leave_the_network_to_pytorch(
@@ -267,7 +339,6 @@ from unets import random_unet
 from fastdiff import noise, solvers
 from fastdiff.backends import Spec
 from fastdiff.backends.triton import TritonSteps
-from fastdiff.kernels.launch import Launch
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.state import State, TableBank
 
@@ -275,7 +346,7 @@ index = torch.arange(2)
 x = noise.normal(torch.full_like(index, 5), index, torch.zeros_like(index), noise.INITIAL, (3, 8, 8))
 table = solvers.ddpm(NoiseSchedule(), 4)
 states = []
-for run in (Launch.__call__, lambda launch: launch.reference()):
+for run in (lambda launch: launch(), lambda launch: launch.reference()):
     steps = TritonSteps(random_unet(MICRO_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
     state = State.create(x.clone(), TableBank([table], x.device), label=[3, 1], guidance=[2.0, 1.0])
     with torch.no_grad():

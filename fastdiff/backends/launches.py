@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fastdiff.backends.native import EMBEDDING
 from fastdiff.backends.packing import fingerprint, layer
-from fastdiff.kernels import attention, conv, embed, input, pool
+from fastdiff.kernels import attention, conv, embed, input, library, pool
 from fastdiff.kernels import norm as kernel_norm
 from fastdiff.kernels.launch import Launch
+from fastdiff.kernels.library import LIBRARY
 from fastdiff.lower import embed_classes
 from fastdiff.plan import STATISTICS, plan
 from fastdiff.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
@@ -48,19 +49,24 @@ class Weights:
                 tensor.copy_(new)
         return True
 
-    def conv(self, op: Conv, channels: Sequence[int], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Kernels of each source, of ``channels``, in ``dtype``, and the bias in float32."""
+    def conv(
+        self, op: Conv, channels: Sequence[int], dtype: torch.dtype, config: conv.LayerConfig
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Kernels of each source, of ``channels``, in ``dtype`` as ``config`` takes them, and the bias in float32."""
 
         def kernels() -> Sequence[Tensor]:
-            return conv.pack(layer(op, self.state())[0], channels, dtype, op.upsample)
+            W = layer(op, self.state())[0]
+            if config == LIBRARY:
+                return library.pack(W, channels, dtype, op.padding)
+            return conv.pack(W, channels, dtype, op.upsample)
 
-        kernel = self._once((op.weights, op.upsample, tuple(channels), dtype), kernels)
+        kernel = self._once((op.weights, op.upsample, tuple(channels), dtype, config == LIBRARY), kernels)
         (bias,) = self._once((op.weights, "bias"), lambda: (layer(op, self.state())[1].float(),))
         return kernel, bias
 
     def classes(self) -> Tensor:
         """The embedding of every label."""
-        return self._once("classes", lambda: (embed_classes(self.unet).float(),))[0]
+        return self._once("classes", lambda: (embed_classes(self.unet).float().contiguous(),))[0]
 
     def vector(self, name: str) -> Tensor:
         return self._once((name,), lambda: (self.state()[name].float(),))[0]
@@ -69,8 +75,9 @@ class Weights:
         return {name: tensor.detach() for name, tensor in self.unet.state_dict().items()}
 
     def _once(self, key: Any, make: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Copies with the strides that ``make`` gave them."""
         if key not in self.made:
-            self.made[key] = make, tuple(t.to(self.device, copy=True).contiguous() for t in make())
+            self.made[key] = make, tuple(t.to(self.device, copy=True) for t in make())
         return self.made[key][1]
 
 
@@ -197,7 +204,6 @@ class Launches:
     def _add_conv(self, op: Conv) -> None:
         b, buffers = self.buffers, self.buffers.program.buffers
         src = self._normalised(op.src, op.norm)
-        weight, bias = self.weights.conv(op, [s.shape[3] for s in src], src[0].dtype)
         statistics = b.statistics(op.dst) if buffers[op.dst].statistics else None
         finish: dict[str, Any] = {"divide": op.divide}
         if op.emb is not None:
@@ -205,10 +211,13 @@ class Launches:
         if op.residual is not None:
             finish["residual"] = b[op.residual]
         shape = (b.rows, *buffers[op.dst].shape)
-        need = conv.workspace(src, weight, shape, stride=op.stride, statistics=statistics is not None)
+        config = conv.Problem.at(src, shape, op.kernel, op.stride, op.upsample).choose_layer()
+        weight, bias = self.weights.conv(op, [s.shape[3] for s in src], src[0].dtype, config)
+        need = conv.workspace(src, weight, shape, stride=op.stride, statistics=statistics is not None, config=config)
+        padding = op.padding[1] if config == LIBRARY else op.padding[0]  # on all sides, or in front
         self.list += conv.layer(
             src, weight, bias, self.out if op.dst == "out" else b[op.dst], workspace=b.scratch("workspace", need),
-            stride=op.stride, padding=op.padding[0], nchw=op.dst == "out", statistics=statistics, **finish,
+            stride=op.stride, padding=padding, nchw=op.dst == "out", statistics=statistics, config=config, **finish,
         )  # fmt: skip
 
     def _projections(self, offset: int) -> dict[str, Any]:

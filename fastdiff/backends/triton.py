@@ -79,7 +79,7 @@ def prepare(unet: nn.Module, spec: Spec) -> TritonRunner:
 class TritonSteps:
     """The halves of a step, see `fastdiff.backends.graph.Steps`. run: how launches run; tests compute references."""
 
-    def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = Launch.__call__):
+    def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
         from fastdiff.backends.launches import Weights
 
         self.unet = unet
@@ -183,7 +183,9 @@ class TritonRunner:
     and one warning says so.
     """
 
-    def __init__(self, unet: UNet, spec: Spec, cuda: Any = torch.cuda, run: Callable[[Launch], None] = Launch.__call__):
+    def __init__(
+        self, unet: UNet, spec: Spec, cuda: Any = torch.cuda, run: Callable[[Launch], None] = lambda launch: launch()
+    ):
         self.unet = unet
         self.spec = spec
         self.cuda = cuda

@@ -6,7 +6,7 @@ Conventions:
 
 - An operation is a function of tensors that returns a `fastdiff.kernels.launch.Launch`. It allocates nothing and knows
   no stream; calling the launch runs it, and its ``reference`` computes the same into the same tensors. A backend keeps
-  a flat list of launches and replays it, inside a CUDA graph or not.
+  a flat list of launches and replays it, inside a CUDA graph or not. `library` alone runs what is no Triton kernel.
 - Activations are NHWC [rows, H, W, C] in float32, bfloat16 or float16, all else is float32 or int64; sums are float32.
 - Statistics are float32 [rows, strips, 2, C]: mean and sum of squared deviations of `fastdiff.program.STRIP` rows of
   pixels. They are combined as in Chan, Golub & LeVeque (1979), never as E[x^2] - mean^2, and never by float atomics.

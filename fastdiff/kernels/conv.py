@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels import epilogue, tiles
+from fastdiff.kernels import epilogue, library, tiles
 from fastdiff.kernels.launch import Config, Device, Launch, cdiv, choose, device_of, name_of, operation, wide
+from fastdiff.kernels.library import LIBRARY, LibraryConfig
 from fastdiff.kernels.tiles import Blocks
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -66,6 +67,9 @@ class ConvConfig(Config):
 
     def __str__(self) -> str:
         return f"{self.pixels}x{self.channels}x{self.depth}/{self.splits} w{self.num_warps} s{self.num_stages}"
+
+
+LayerConfig = ConvConfig | LibraryConfig
 
 
 def _configs(*shapes: tuple[int, ...]) -> tuple[ConvConfig, ...]:
@@ -224,13 +228,20 @@ class Problem:
     def of(cls, src: Sequence[Tensor], weight: Sequence[Tensor], shape: Sequence[int], stride: int) -> Problem:
         """shape: of dst, (rows, H, W, N)."""
         phases, taps, _, _ = weight[0].shape
-        rows, H, W, N = shape
-        channels = (src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0)
         assert [part.shape[2] for part in weight] == [s.shape[3] for s in src]
         assert all(part.dtype == s.dtype for part, s in zip(weight, src, strict=True))
+        return cls.at(src, shape, math.isqrt(taps) + (phases > 1), stride, phases > 1)
+
+    @classmethod
+    def at(
+        cls, src: Sequence[Tensor], shape: Sequence[int], kernel: int, stride: int, upsample: bool = False
+    ) -> Problem:
+        """Of a layer whose weights are yet to be laid out, as its configuration asks; kernel: k of [N, C, k, k]."""
+        rows, H, W, N = shape
+        channels = (src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0)
         return cls(
-            rows, (src[0].shape[1], src[0].shape[2]), H // (1 + (phases > 1)), W // (1 + (phases > 1)), channels, N,
-            math.isqrt(taps), stride, phases, src[0].dtype, device_of(src[0]),
+            rows, (src[0].shape[1], src[0].shape[2]), H // (1 + upsample), W // (1 + upsample), channels, N,
+            kernel - upsample, stride, tiles.PHASES if upsample else 1, src[0].dtype, device_of(src[0]),
         )  # fmt: skip
 
     @property
@@ -243,9 +254,15 @@ class Problem:
     def blocks(self, config: ConvConfig) -> Blocks:
         return Blocks.of(self.H, self.W, config.pixels, self.phases > 1)
 
-    def finished_blocks(self, config: ConvConfig) -> Blocks:
-        """Of what finishes the sums: where products are shared out, that is `epilogue.finish`, on the whole map."""
-        if config.splits == 1:
+    def sums(self, config: LayerConfig) -> int:
+        """How many a layer leaves for `epilogue.finish` to add up; 0: it leaves results."""
+        if isinstance(config, LibraryConfig):
+            return 1 + (self.channels[1] > 0)
+        return config.splits if config.splits > 1 else 0
+
+    def finished_blocks(self, config: LayerConfig) -> Blocks:
+        """Of what finishes the sums: where products are left, that is `epilogue.finish`, on the whole map."""
+        if isinstance(config, ConvConfig) and config.splits == 1:
             return self.blocks(config)
         up = 1 + (self.phases > 1)
         return Blocks.of(up * self.H, up * self.W, epilogue.FINISH_CANDIDATES[0].pixels)
@@ -281,10 +298,24 @@ class Problem:
             key=lambda config: abs(math.log(self.tiles(config) * self.phases * config.splits / self.device.processors)),
         )
 
-    def choose(self, splits: bool) -> ConvConfig:
+    @property
+    def layer_candidates(self) -> tuple[LayerConfig, ...]:
+        """Of a layer. Behind a doubling the library's is none: what makes four convolutions of it leaves their results
+        interleaved, which the library cannot, and on the doubled map it would have 9 / 4 of the products to do.
+        """
         whole, split = candidates(self.dtype)
+        return (*((LIBRARY,) if self.phases == 1 else ()), *whole, *split)
+
+    def choose_layer(self) -> LayerConfig:
+        """For weights that are yet to be laid out: as `pack` does it, or for `LIBRARY` as `library.pack` does."""
+        return choose("conv.layer", self.key, self.device, self.layer_candidates, lambda: self.heuristic(True))
+
+    def choose(self, splits: bool) -> ConvConfig:
+        """Of this module's kernel; where a file names the library, the heuristic's."""
         if splits:
-            return choose("conv.layer", self.key, self.device, (*whole, *split), lambda: self.heuristic(True))
+            config = self.choose_layer()
+            return config if isinstance(config, ConvConfig) else self.heuristic(True)
+        whole, _ = candidates(self.dtype)
         return choose("conv.conv", self.key, self.device, whole, lambda: self.heuristic(False))
 
     def grid(self, config: ConvConfig) -> tuple[int, int]:
@@ -442,12 +473,14 @@ def layer(
     padding: int = 0,
     nchw: bool = False,
     statistics: Tensor | None = None,
-    config: ConvConfig | None = None,
+    config: LayerConfig | None = None,
     **finish: Any,
 ) -> tuple[Launch, ...]:
     """`conv` by one to three launches: products may be shared out, and statistics [rows, strips, 2, N] are of strips.
 
     workspace: flat float32, of the size that `workspace` says; anything may use it afterwards. finish: as for `conv`.
+    config: `LIBRARY` takes weights of `library.pack`, and ``padding`` on all sides, and has the library make the
+    products; none given, the choice is among the others.
     """
     shape = _nhwc(dst, nchw)
     problem = Problem.of(src, weight, shape, stride)
@@ -455,14 +488,19 @@ def layer(
 
     used = 0
 
-    def space(*shape: int) -> Tensor:
+    def space(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
         nonlocal used
         assert workspace is not None
-        used += math.prod(shape)
-        return workspace[used - math.prod(shape) : used].view(shape)
+        dtype = dtype or workspace.dtype
+        start, used = used, used + cdiv(math.prod(shape) * dtype.itemsize, workspace.itemsize)
+        return workspace[start:used].view(dtype)[: math.prod(shape)].view(shape)
 
     launches = []
-    if config.splits > 1:
+    sums = None
+    if isinstance(config, LibraryConfig):
+        sums = space(len(src), *shape, dtype=problem.dtype)
+        launches.append(library.products(src, weight, sums, stride=stride, padding=padding, config=config))
+    elif config.splits > 1:
         sums = space(config.splits, *shape)
         launches.append(partial(src, weight, sums, stride=stride, padding=padding, config=config))
     blocks = problem.finished_blocks(config)
@@ -470,9 +508,10 @@ def layer(
     if statistics is not None:
         whole = blocks.parts == 1
         parts = statistics[:, :, None] if whole else space(problem.rows, blocks.strips, blocks.parts, 2, problem.N)
-    if config.splits > 1:
+    if sums is not None:
         launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, **finish))
     else:
+        assert isinstance(config, ConvConfig)
         launches.append(
             conv(
                 src, weight, bias, dst, stride=stride, padding=padding, nchw=nchw, statistics=parts, config=config,
@@ -492,13 +531,15 @@ def workspace(
     *,
     stride: int = 1,
     statistics: bool = False,
-    config: ConvConfig | None = None,
+    config: LayerConfig | None = None,
 ) -> int:
     """How many numbers `layer` needs beside its arguments; shape: (rows, H', W', N)."""
     problem = Problem.of(src, weight, shape, stride)
     config = config or problem.choose(splits=True)
     blocks = problem.finished_blocks(config)
-    sums = config.splits * math.prod(shape) if config.splits > 1 else 0
+    sums = problem.sums(config) * math.prod(shape)
+    if isinstance(config, LibraryConfig):  # they are of its operands' dtype
+        sums = cdiv(sums * problem.dtype.itemsize, torch.float32.itemsize)
     return sums + (
         problem.rows * blocks.strips * blocks.parts * 2 * problem.N if statistics and blocks.parts > 1 else 0
     )

@@ -1,6 +1,7 @@
 """What is done to a product after it: bias, embedding, residual and statistics in one pass; and statistics, whole.
 
-For products that another library made, and for those whose sums are shared out (`fastdiff.kernels.conv.partial`).
+For products that another library made (`fastdiff.kernels.library`), and for those whose sums are shared out
+(`fastdiff.kernels.conv.partial`).
 """
 
 from __future__ import annotations
