@@ -140,7 +140,7 @@ def _accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _conv(
     first, second, weight, more_weight, dst, bias, table, entry, residual, statistics,
     rows, source_H, source_W, H, W, N, columns, padding, offset, stride, factor,
@@ -232,6 +232,10 @@ class Problem:
             rows, (src[0].shape[1], src[0].shape[2]), H // (1 + (phases > 1)), W // (1 + (phases > 1)), channels, N,
             math.isqrt(taps), stride, phases, src[0].dtype, device_of(src[0]),
         )  # fmt: skip
+
+    def like(self, rows: int | None) -> Problem:
+        """The same of ``rows`` rows; None: itself."""
+        return self if rows is None else dataclasses.replace(self, rows=rows)
 
     @property
     def key(self) -> str:
@@ -442,16 +446,18 @@ def layer(
     padding: int = 0,
     nchw: bool = False,
     statistics: Tensor | None = None,
+    chosen_for: int | None = None,
     config: ConvConfig | None = None,
     **finish: Any,
 ) -> tuple[Launch, ...]:
     """`conv` by one to three launches: products may be shared out, and statistics [rows, strips, 2, N] are of strips.
 
     workspace: flat float32, of the size that `workspace` says; anything may use it afterwards. finish: as for `conv`.
+    chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     shape = _nhwc(dst, nchw)
     problem = Problem.of(src, weight, shape, stride)
-    config = config or problem.choose(splits=True)
+    config = config or problem.like(chosen_for).choose(splits=True)
 
     used = 0
 
@@ -471,7 +477,7 @@ def layer(
         whole = blocks.parts == 1
         parts = statistics[:, :, None] if whole else space(problem.rows, blocks.strips, blocks.parts, 2, problem.N)
     if config.splits > 1:
-        launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, **finish))
+        launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, chosen_for=chosen_for, **finish))
     else:
         launches.append(
             conv(
@@ -481,7 +487,7 @@ def layer(
         )  # fmt: skip
     if statistics is not None and blocks.parts > 1:
         assert parts is not None
-        launches.append(epilogue.combine(parts, statistics, blocks=blocks))
+        launches.append(epilogue.combine(parts, statistics, blocks=blocks, chosen_for=chosen_for))
     return tuple(launches)
 
 
@@ -492,11 +498,12 @@ def workspace(
     *,
     stride: int = 1,
     statistics: bool = False,
+    chosen_for: int | None = None,
     config: ConvConfig | None = None,
 ) -> int:
     """How many numbers `layer` needs beside its arguments; shape: (rows, H', W', N)."""
     problem = Problem.of(src, weight, shape, stride)
-    config = config or problem.choose(splits=True)
+    config = config or problem.like(chosen_for).choose(splits=True)
     blocks = problem.finished_blocks(config)
     sums = config.splits * math.prod(shape) if config.splits > 1 else 0
     return sums + (
