@@ -46,14 +46,24 @@ BATCHES = (1, 8, 64, 256)
 
 
 @functools.cache
-def step(name: str, batch: int, guided: bool, determinism: str, halves: bool = False) -> list[Launch]:
-    """The launches of a whole step, or of its halves, of a published network with classes, on the meta device."""
+def network(name: str) -> tuple[UNet, launches.Weights]:
+    """Of a published configuration with classes, on the meta device, where there are no weights to follow."""
     config = dataclasses.replace(PUBLISHED[name], num_class_embeds=11, null_label=10)
-    spec = Spec(batch, (3, *(config.sample_size,) * 2), torch.bfloat16, META, 10, determinism)
+    with pytest.MonkeyPatch.context() as patch, META:
+        patch.setattr(launches, "fingerprint", lambda unet: ())
+        unet = UNet(config)
+        return unet, launches.Weights(unet, META)
+
+
+@functools.cache
+def step(name: str, batch: int, guided: bool, determinism: str, halves: bool = False) -> list[Launch]:
+    """The launches of a whole step, or of its halves."""
+    unet, weights = network(name)
+    spec = Spec(batch, (3, *(unet.config.sample_size,) * 2), torch.bfloat16, META, 10, determinism)
     listed: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch, META:
-        patch.setattr(launches, "fingerprint", lambda unet: ())  # there are no weights
-        steps = TritonSteps(UNet(config), spec, listed.append)
+        patch.setattr(launches, "Weights", lambda *_: weights)
+        steps = TritonSteps(unet, spec, listed.append)
         bank = TableBank([solvers.ddim(SCHEDULE, 2)], META)
         state = State.create(torch.empty(batch, *spec.shape), bank, label=[1] * batch, guidance=1.0 + guided)
         with torch.no_grad():

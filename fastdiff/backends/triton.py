@@ -134,10 +134,11 @@ class TritonSteps:
         if state.label is not None:
             b.label[:images].copy_(state.label)
             b.label[images:].fill_(self.spec.null_label or 0)
-            if self.unet.class_encoder is None:
+            encoder = self.unet.class_encoder
+            if encoder is None:
                 classes = self.weights.classes()
             else:
-                maps = self._in_turn(lambda label: self.unet.class_encoder(label, self.spec.shape[1:]), b.label)
+                maps = self._in_turn(lambda label: encoder(label, self.spec.shape[1:]), b.label)
                 class_images = maps.permute(0, 2, 3, 1).float().contiguous()
         out = b.net if guided else state.out
         return Launches(
