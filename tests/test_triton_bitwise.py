@@ -192,7 +192,7 @@ CHILD = """
 import json, random, sys
 import torch
 sys.path[:0] = [sys.argv[1]]
-from unets import TINY_CLASSES, random_unet
+from unets import TINY_CLASSES, change, random_unet
 from fastdiff import noise, solvers
 from fastdiff.backends import Spec
 from fastdiff.backends.triton import TritonSteps
@@ -201,40 +201,44 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.state import State, TableBank
 
 launch.NO_GPU = launch.Device("", 4)  # so small that batches of 1 and 5 rows fill it differently
-unet, schedule = random_unet(TINY_CLASSES), NoiseSchedule()
+# Of 4 x 4 pixels, so that four images share a tile; an interpreter takes a second for each.
+config = change(
+    TINY_CLASSES, sample_size=4, block_out_channels=(16,), down_block_types=("AttnDownBlock2D",),
+    up_block_types=("AttnUpBlock2D",), norm_num_groups=2, mid_block_type=None,
+)
+unet, schedule = random_unet(config), NoiseSchedule()
 tables = (
     solvers.ddim(schedule, 4, eta=0.5).with_guidance_interval(0.0, 0.3), solvers.ddpm(schedule, 5),
     solvers.ddim(schedule, 3),
 )
 
-def probed(batch, probe, determinism):
-    "Image 7 of seed 11 at place `probe` of a batch of others, behind each of two steps: one guided, one not."
+def probed(batch, probe, determinism, number=2):
+    "Image 7 of seed 11 at place `probe` of a batch of others, behind each of its first steps: one guided, one not."
     draw = random.Random(10 * batch + probe)
     table, index = ([draw.randrange(n) for _ in range(batch)] for n in (3, 2**40))
     label, guidance = [draw.randrange(5) for _ in range(batch)], [draw.choice([1.0, 3.0]) for _ in range(batch)]
     table[probe], index[probe], label[probe], guidance[probe] = 0, 7, 3, 2.5
     i = torch.tensor(index)
-    x = noise.normal(torch.full_like(i, 11), i, torch.zeros_like(i), noise.INITIAL, (3, 8, 8))
+    x = noise.normal(torch.full_like(i, 11), i, torch.zeros_like(i), noise.INITIAL, (3, 4, 4))
     bank = TableBank(tables, x.device)
     state = State.create(x, bank, seed=11, index=index, table=table, label=label, guidance=guidance)
     for b in set(range(batch)) - {probe}:
         state.row_host[b] = draw.randrange(2)
     state.row = torch.from_numpy(state.row_host.copy())
-    steps = TritonSteps(unet, Spec(batch, (3, 8, 8), torch.float32, x.device, 4, determinism))
+    steps = TritonSteps(unet, Spec(batch, (3, 4, 4), torch.float32, x.device, 4, determinism))
     bits, guided = [], []
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)
-        for _ in range(2):
+        for _ in range(number):
             guided.append((bool(state.guided_host[probe]), bool(state.guided_host.any())))
             steps.whole(state, guided[-1][1], noisy=True)
             state.advance_host()
             bits.append(state.x[probe].flatten().view(torch.int32).tolist())
     return {"bits": bits, "guided": guided}
 
-places = [(1, 0), (3, 0), (3, 2), (5, 1), (5, 4)]
 print(json.dumps({
-    "bitwise": [probed(*place, "bitwise") for place in places],
-    "seed": [probed(*place, "seed") for place in places[::4]],
+    "bitwise": [probed(batch, probe, "bitwise") for batch, probe in ((1, 0), (3, 2), (5, 1))],
+    "seed": [probed(batch, 0, "seed", 1) for batch in (1, 5)],
 }))
 """
 
