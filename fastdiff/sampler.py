@@ -55,8 +55,8 @@ class Sampler:
         Where and in what the network runs; None keeps its own. The state is float32 always. "bfloat16-fast" is the
         native backend's: faster, with more than twice the error of its bfloat16 (which is as exact as PyTorch's).
     determinism
-        "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": bit for bit, where a backend
-        offers it.
+        "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": bit for bit, with the backends
+        native and triton.
     scheduler_config
         Keys of a diffusers ``scheduler_config.json``: the model's own clipping, spacing and variance, where a call does
         not give them.

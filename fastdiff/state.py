@@ -41,11 +41,11 @@ class State:
     """A batch in flight. B images, each at its own row of its own table.
 
     x, xs, m1..m3: float32 [B, C, H, W] (xs and m's only where a table uses them); out: the network's output after
-    guidance, [B, C or 2C, H, W]. table, row, seed, index, label: int64 [B]; seed is the two's complement of an unsigned
-    number; index is the image's global number; label is None for an unconditional network. guidance: float32 [B],
-    1 = off. x0_scale: float32 [B], 1/q of dynamic thresholding, set between forward and update; None where no table
-    asks for it. row_host mirrors row, so that no step ever asks the device. guidance_rescale: a number, or what
-    `fastdiff.update.guide` takes in its place.
+    guidance, [B, C or 2C, H, W], from `Runner.forward` until the update; a whole step need not leave it. table, row,
+    seed, index, label: int64 [B]; seed is the two's complement of an unsigned number; index is the image's global
+    number; label is None for an unconditional network. guidance: float32 [B], 1 = off. x0_scale: float32 [B], 1/q of
+    dynamic thresholding, set between forward and update; None where no table asks for it. row_host mirrors row, so that
+    no step ever asks the device. guidance_rescale: a number, or what `fastdiff.update.guide` takes in its place.
     """
 
     x: Tensor

@@ -226,13 +226,14 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
     for i, name in enumerate(kernel.arg_names):
         value = launch.arguments[name]
         kind = "constexpr"
-        if kernel.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not kernel.params[i].do_not_specialize
+        if kernel.params[i].is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             constants[(i,)] = value
         elif isinstance(value, Tensor):
             kind, attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, int):
             kind = "i32" if abs(value) < 1 << 31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             assert isinstance(value, float), (name, value)

@@ -17,6 +17,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.state import State
 
 BACKENDS = ("eager", "compiled", "native", "triton")
+BITWISE_ROWS = 8  # that algorithms and launch configurations are chosen for where the batch may not decide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Spec:
     """What a runner is prepared for: ``batch`` images of ``shape`` (C, H, W), the network in ``dtype`` on ``device``.
 
     null_label: the label of the unconditional half of a guided step; None where the network cannot be guided.
+    determinism: "seed", or "bitwise" (`native`, `triton`): an image's bits depend on nothing else in the batch.
     tables, rows: room for tables in a CUDA graph; a state that needs more has the graph captured again.
     fast: bfloat16 may round more for speed, where a backend can trade so (`native`).
     """
@@ -49,7 +51,7 @@ class Runner(Protocol):
         """One row of the table for every image, row += 1."""
 
     def step(self, state: State) -> None:
-        """Both, as one unit."""
+        """Both, as one unit. ``state.out`` is left undefined: what needs it takes the halves."""
 
 
 def choose(unet: nn.Module, spec: Spec) -> str:

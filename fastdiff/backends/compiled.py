@@ -53,6 +53,10 @@ class CompiledSteps:
             self._advances[kind] = compiled(EagerRunner.advance)
         self._advances[kind](self.eager, state, noisy)
 
+    def whole(self, state: State, guided: bool, noisy: bool) -> None:
+        self.evaluate(state, guided)
+        self.advance(state, noisy)
+
 
 def prepare(unet: nn.Module, spec: Spec, mode: str | None = None) -> Runner:
     """The first step of each batch size compiles: tens of seconds on a CPU, less where Inductor's cache knows it.

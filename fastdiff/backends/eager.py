@@ -64,6 +64,10 @@ class EagerRunner:
         update.apply(state, out, v if v.shape[1] else None, update.philox(state) if noisy else None)
         state.advance_device()
 
+    def whole(self, state: State, guided: bool, noisy: bool) -> None:
+        self.evaluate(state, guided)
+        self.advance(state, noisy)
+
     def step(self, state: State) -> None:
         self.forward(state)
         self.update(state)
@@ -75,7 +79,8 @@ def refuse(name: str, spec: Spec) -> None:
     """
     if spec.determinism == "bitwise":
         raise BackendError(
-            f"backend {name!r} cannot give determinism='bitwise': PyTorch's kernels depend on the batch; use 'seed'"
+            f"backend {name!r} cannot give determinism='bitwise': PyTorch's kernels depend on the batch; use 'seed', "
+            "or backend 'native' (on a CPU) or 'triton' (on CUDA)"
         )
     if spec.fast:
         raise BackendError(f"backend {name!r} has one kind of bfloat16 only; use dtype='bfloat16'")

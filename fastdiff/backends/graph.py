@@ -38,13 +38,16 @@ BUFFERS = (*CHANGED, "table", "seed", "index", "label", "guidance")
 
 
 class Steps(Protocol):
-    """The two halves of a step, as operations on the device alone: they decide nothing by values."""
+    """A step and its two halves, as operations on the device alone: they decide nothing by values."""
 
     def evaluate(self, state: State, guided: bool) -> None:
         """Network and guidance: sets ``state.out``, in place or anew; ``guided``: 2B network rows."""
 
     def advance(self, state: State, noisy: bool) -> None:
         """A row of the table for every image, and ``state.row`` += 1; ``noisy``: with noise where rows ask for it."""
+
+    def whole(self, state: State, guided: bool, noisy: bool) -> None:
+        """Both halves. Nobody looks at ``state.out`` in between, nor behind them: it may be left as it was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,10 +265,12 @@ class GraphRunner:
             state.label = None
         if not variant.rescaled:
             state.guidance_rescale = 0.0
-        if variant.part != "update":
+        if variant.part == "forward":
             self.steps.evaluate(state, variant.guided)
-        if variant.part != "forward":
+        elif variant.part == "update":
             self.steps.advance(state, variant.noisy)
+        else:
+            self.steps.whole(state, variant.guided, variant.noisy)
         for name in CHANGED:
             new, held = getattr(state, name), getattr(buffers, name)
             if new is not None and held is not None and new is not held:

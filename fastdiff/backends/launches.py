@@ -140,11 +140,12 @@ class Launches:
 
     Rows past the images are the images once more, with other labels. entries: int64 [tables, rows], where in ``times``
     each row's timestep is. classes: embeddings of labels, class_images: float32 [rows, H, W, C]; where there are any.
+    chosen_for: the number of rows that configurations are chosen for; None: those of ``buffers``.
     """
 
     def __init__(
         self, buffers: Buffers, weights: Weights, state: State, out: Tensor, entries: Tensor, times: Tensor,
-        classes: Tensor | None, class_images: Tensor | None,
+        classes: Tensor | None, class_images: Tensor | None, chosen_for: int | None = None,
     ):  # fmt: skip
         self.buffers = buffers
         self.weights = weights
@@ -154,6 +155,7 @@ class Launches:
         self.times = times
         self.classes = classes
         self.class_images = class_images
+        self.chosen_for = chosen_for
         self.list: list[Launch] = []
         for op in buffers.program.ops:
             self._add(op)
@@ -167,6 +169,7 @@ class Launches:
                 input.input(
                     self.state.x, b[op.dst], center=op.center, combine=op.class_image, class_image=self.class_images,
                     table=self.state.table, row=self.state.row, entries=self.entries, timestep=b.timestep,
+                    chosen_for=self.chosen_for,
                 )
             )  # fmt: skip
         elif isinstance(op, Embed):
@@ -176,7 +179,8 @@ class Launches:
         elif isinstance(op, Pool):
             src = [b[name] for name in op.src]
             norm = None if op.norm is None else self._finalised(op.src, op.norm)
-            self.list.append(pool.pool(src, b[op.dst], norm=norm, silu=op.norm is not None and op.norm.silu))
+            silu = op.norm is not None and op.norm.silu
+            self.list.append(pool.pool(src, b[op.dst], norm=norm, silu=silu, chosen_for=self.chosen_for))
         else:
             assert isinstance(op, Attention)
             self._add_attention(op)
@@ -199,7 +203,11 @@ class Launches:
         else:
             q, v = b[op.src[0]], None
             (k,) = self._normalised(op.src[1:], op.norm)
-        self.list.append(attention.attention(q, k, v, b[op.dst], heads=op.heads, head_dim=op.head_dim))
+        self.list.append(
+            attention.attention(
+                q, k, v, b[op.dst], heads=op.heads, head_dim=op.head_dim, chosen_for=self.chosen_for
+            )
+        )  # fmt: skip
 
     def _add_conv(self, op: Conv) -> None:
         b, buffers = self.buffers, self.buffers.program.buffers
@@ -211,13 +219,18 @@ class Launches:
         if op.residual is not None:
             finish["residual"] = b[op.residual]
         shape = (b.rows, *buffers[op.dst].shape)
-        config = conv.Problem.at(src, shape, op.kernel, op.stride, op.upsample).choose_layer()
+        problem = conv.Problem.at(src, shape, op.kernel, op.stride, op.upsample)
+        if self.chosen_for is None:
+            config = problem.choose_layer()
+        else:  # the library's choices are its own, and may depend on the batch
+            config = problem.like(self.chosen_for).choose(splits=True)
         weight, bias = self.weights.conv(op, [s.shape[3] for s in src], src[0].dtype, config)
         need = conv.workspace(src, weight, shape, stride=op.stride, statistics=statistics is not None, config=config)
         padding = op.padding[1] if config == LIBRARY else op.padding[0]  # on all sides, or in front
         self.list += conv.layer(
             src, weight, bias, self.out if op.dst == "out" else b[op.dst], workspace=b.scratch("workspace", need),
-            stride=op.stride, padding=padding, nchw=op.dst == "out", statistics=statistics, config=config, **finish,
+            stride=op.stride, padding=padding, nchw=op.dst == "out", statistics=statistics, config=config,
+            chosen_for=self.chosen_for, **finish,
         )  # fmt: skip
 
     def _projections(self, offset: int) -> dict[str, Any]:
@@ -234,7 +247,8 @@ class Launches:
             return sources
         rows, H, W, _ = sources[0].shape
         dst = b.scratch("normalised", rows, H, W, b.channels(src))
-        self.list.append(kernel_norm.apply(sources, self._finalised(src, norm), dst, silu=norm.silu))
+        finalised = self._finalised(src, norm)
+        self.list.append(kernel_norm.apply(sources, finalised, dst, silu=norm.silu, chosen_for=self.chosen_for))
         return [dst]
 
     def _finalised(self, src: tuple[str, ...], norm: Norm) -> Tensor:

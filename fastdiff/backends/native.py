@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import update
-from fastdiff.backends import Spec, threads
+from fastdiff.backends import BITWISE_ROWS, Spec, threads
 from fastdiff.backends.packing import Weights
 from fastdiff.errors import BackendError
 from fastdiff.lower import embed_classes, embed_timesteps, lower
@@ -126,7 +126,7 @@ def choose_method(op: Conv, program: Program, rows: int | None, allowed: tuple[s
     if op.kernel != 3 or op.stride != 1 or op.padding != (1, 1):
         return "direct"
     H, W, _ = program.buffers[op.dst].shape
-    count = 8 if rows is None else rows
+    count = BITWISE_ROWS if rows is None else rows
 
     def cost(method: str) -> float:
         size, positions = {"direct": (1, 9), "winograd2": (2, 16), "winograd4": (4, 36)}[method]

@@ -1,6 +1,8 @@
 """Backend `triton`: fastdiff's own U-Net on CUDA, as a flat list of Triton launches, a whole step in one CUDA graph.
 
 `fastdiff.backends.launches` makes the list of a lowered program, `fastdiff.backends.graph` captures and replays it.
+With determinism "bitwise" launch configurations are chosen for `BITWISE_ROWS` rows, whatever the batch, and what
+PyTorch computes of a step runs an image at a time, as its kernels share out their work by the batch.
 Never run on a GPU so far: in tests its launches are interpreted, compiled, and replayed by a stand-in for CUDA.
 """
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import update
-from fastdiff.backends import Runner, Spec
+from fastdiff.backends import BITWISE_ROWS, Runner, Spec
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.backends.native import alterations
@@ -56,8 +58,6 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
             reasons.append(f"it has no class_embed_type {unet.config.class_embed_type!r}")
     if spec.dtype not in DTYPES:
         reasons.append(f"it computes in float32, bfloat16 or float16, not in {str(spec.dtype).removeprefix('torch.')}")
-    if spec.determinism == "bitwise":
-        reasons.append("it chooses launch configurations by the batch, so bits depend on it; use determinism='seed'")
     if spec.fast:
         reasons.append("it has one kind of bfloat16 only; use dtype='bfloat16'")
     return reasons
@@ -77,7 +77,7 @@ def prepare(unet: nn.Module, spec: Spec) -> TritonRunner:
 
 
 class TritonSteps:
-    """The halves of a step, see `fastdiff.backends.graph.Steps`. run: how launches run; tests compute references."""
+    """A step and its halves, see `fastdiff.backends.graph.Steps`. run: how launches run; tests compute references."""
 
     def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
         from fastdiff.backends.launches import Weights
@@ -85,6 +85,7 @@ class TritonSteps:
         self.unet = unet
         self.spec = spec
         self.run = run
+        self.chosen_for = BITWISE_ROWS if spec.determinism == "bitwise" else None
         self.program = lower(unet, spec.shape[1:])
         self.weights = Weights(unet, spec.device)
         self.buffers: dict[int, Buffers] = {}
@@ -133,54 +134,86 @@ class TritonSteps:
         if state.label is not None:
             b.label[:images].copy_(state.label)
             b.label[images:].fill_(self.spec.null_label or 0)
-            if self.unet.class_encoder is None:
+            encoder = self.unet.class_encoder
+            if encoder is None:
                 classes = self.weights.classes()
             else:
-                maps = self.unet.class_encoder(b.label, self.spec.shape[1:])
+                maps = self._in_turn(lambda label: encoder(label, self.spec.shape[1:]), b.label)
                 class_images = maps.permute(0, 2, 3, 1).float().contiguous()
         out = b.net if guided else state.out
-        return Launches(b, self.weights, state, out, self.entries, self.times, classes, class_images).list
+        return Launches(
+            b, self.weights, state, out, self.entries, self.times, classes, class_images, self.chosen_for
+        ).list
+
+    def _in_turn(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``function`` of the tensors' rows: of all together or, where bits must not depend on that, one by one."""
+        if self.chosen_for is None:
+            return function(*tensors)
+        return torch.cat([function(*row) for row in zip(*(t.split(1) for t in tensors), strict=True)])
 
     def evaluate(self, state: State, guided: bool) -> None:
         """Network and guidance: sets ``state.out``."""
         from fastdiff.kernels import guidance
 
-        for launch in self.network(state, guided):
-            self.run(launch)
-        assert state.out is not None
+        net = self._evaluate(state, guided)
         if not guided:
             return
-        net = self.buffers[2 * len(state.x)].net
-        if isinstance(state.guidance_rescale, Tensor) or state.guidance_rescale:
+        assert state.out is not None
+        if rescaled(state):
             conditional, unconditional = net.chunk(2)
             w = 1.0 + state.column("g") * (state.guidance - 1.0)
-            state.out.copy_(update.guide(conditional, unconditional, w, state.x.shape[1], state.guidance_rescale))
+            C, phi = state.x.shape[1], state.guidance_rescale
+            state.out.copy_(self._in_turn(lambda c, u, w: update.guide(c, u, w, C, phi), conditional, unconditional, w))
         else:
             self.run(
                 guidance.guide(
                     net, state.out, bank=state.bank.values, table=state.table, row=state.row, guidance=state.guidance,
-                    channels=state.x.shape[1],
+                    channels=state.x.shape[1], chosen_for=self.chosen_for,
                 )
             )  # fmt: skip
 
+    def _evaluate(self, state: State, guided: bool) -> Tensor:
+        """The network alone: its answer, for the images and, with guidance, for the images without their labels."""
+        for launch in self.network(state, guided):
+            self.run(launch)
+        assert state.out is not None
+        return self.buffers[2 * len(state.x)].net if guided else state.out
+
     def advance(self, state: State, noisy: bool) -> None:
         """A row of the table for every image; ``noisy`` changes nothing, as rows that draw no noise compute none."""
+        assert state.out is not None, "evaluate comes before advance"
+        self._advance(state, state.out)
+
+    def whole(self, state: State, guided: bool, noisy: bool) -> None:
+        """The launches of the network, and one that guides and updates; rescaled guidance stays a step of its own."""
+        if guided and not rescaled(state):
+            self._advance(state, self._evaluate(state, guided), state.guidance)
+        else:
+            self.evaluate(state, guided)
+            self.advance(state, noisy)
+
+    def _advance(self, state: State, out: Tensor, guidance: Tensor | None = None) -> None:
         from fastdiff.kernels import update as kernel_update
 
-        assert state.out is not None, "evaluate comes before advance"
         self.run(
             kernel_update.update(
-                state.x, state.out, state.bank.values, state.table, state.row, state.bank.lengths, state.seed,
-                state.index, self.arrived, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
+                state.x, out, state.bank.values, state.table, state.row, state.bank.lengths, state.seed, state.index,
+                self.arrived, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, guidance=guidance,
+                chosen_for=self.chosen_for,
             )
         )  # fmt: skip
+
+
+def rescaled(state: State) -> bool:
+    """Whether guidance is rescaled: a number other than 0, or numbers on the device (`State.guidance_rescale`)."""
+    return isinstance(state.guidance_rescale, Tensor) or bool(state.guidance_rescale)
 
 
 class TritonRunner:
     """Follows tables and weights, and replays graphs. cuda: as for `GraphRunner`.
 
     Where a kernel cannot be compiled, or triton's cache cannot be used, PyTorch runs the network instead, in float32,
-    and one warning says so.
+    and one warning says so; with determinism "bitwise", which PyTorch cannot give, a `BackendError` does.
     """
 
     def __init__(
@@ -221,11 +254,13 @@ class TritonRunner:
         """Every kernel of the network, before it first runs."""
         if guided in self.compiled:
             return
-        self.compiled.add(guided)
         try:
             for launch in self.steps.network(dataclasses.replace(state), guided):
                 launch.compile()
         except BackendError as e:
+            if self.spec.determinism == "bitwise":
+                raise BackendError(f"backend triton: {e}; with determinism='seed' PyTorch runs the network") from e
             log.warning("backend triton: %s; PyTorch runs the network instead, in float32", e)
             spec = dataclasses.replace(self.spec, dtype=torch.float32)
             self.instead = GraphRunner(EagerRunner(self.unet, spec), self.unet, spec, self.cuda)
+        self.compiled.add(guided)

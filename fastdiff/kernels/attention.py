@@ -111,13 +111,14 @@ def attention(
     *,
     heads: int,
     head_dim: int,
+    chosen_for: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Launch:
     """dst = softmax(q k^T / sqrt(head_dim)) v, over the pixels of a row; v None: it is k.
 
     Each is [rows, H, W, heads head_dim], and may be a slice of wider pixels, as q, k and v of one product are. The
     largest score is found as keys go by, so that none overflows. In bfloat16 and float16 weights are rounded to that
-    before they meet v.
+    before they meet v. chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     rows, H, W, inner = dst.shape
     assert inner == heads * head_dim
@@ -127,11 +128,12 @@ def attention(
         assert x.stride() == (H * W * step, W * step, step, 1), "pixels follow each other at one stride"
     assert v is None or v.stride() == k.stride()
     tokens = H * W
-    key = f"{rows}x{tokens}x{heads}x{head_dim} {name_of(q.dtype)}"
+    like = chosen_for or rows
+    key = f"{like}x{tokens}x{heads}x{head_dim} {name_of(q.dtype)}"
     device = device_of(q)
     config = config or choose(
         "attention.attention", key, device, CANDIDATES,
-        lambda: heuristic(rows * heads, tokens, head_dim, q.dtype.itemsize > 2, device.processors),
+        lambda: heuristic(like * heads, tokens, head_dim, q.dtype.itemsize > 2, device.processors),
     )  # fmt: skip
     width = min(config.width, max(16, power_of_two(head_dim)))
     whole = head_dim <= width and config.depth >= width

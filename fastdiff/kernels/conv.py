@@ -144,7 +144,7 @@ def _accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _conv(
     first, second, weight, more_weight, dst, bias, table, entry, residual, statistics,
     rows, source_H, source_W, H, W, N, columns, padding, offset, stride, factor,
@@ -243,6 +243,10 @@ class Problem:
             rows, (src[0].shape[1], src[0].shape[2]), H // (1 + upsample), W // (1 + upsample), channels, N,
             kernel - upsample, stride, tiles.PHASES if upsample else 1, src[0].dtype, device_of(src[0]),
         )  # fmt: skip
+
+    def like(self, rows: int | None) -> Problem:
+        """The same of ``rows`` rows; None: itself."""
+        return self if rows is None else dataclasses.replace(self, rows=rows)
 
     @property
     def key(self) -> str:
@@ -473,6 +477,7 @@ def layer(
     padding: int = 0,
     nchw: bool = False,
     statistics: Tensor | None = None,
+    chosen_for: int | None = None,
     config: LayerConfig | None = None,
     **finish: Any,
 ) -> tuple[Launch, ...]:
@@ -480,11 +485,11 @@ def layer(
 
     workspace: flat float32, of the size that `workspace` says; anything may use it afterwards. finish: as for `conv`.
     config: `LIBRARY` takes weights of `library.pack`, and ``padding`` on all sides, and has the library make the
-    products; none given, the choice is among the others.
+    products; none given, the choice is among the others. chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     shape = _nhwc(dst, nchw)
     problem = Problem.of(src, weight, shape, stride)
-    config = config or problem.choose(splits=True)
+    config = config or problem.like(chosen_for).choose(splits=True)
 
     used = 0
 
@@ -509,7 +514,7 @@ def layer(
         whole = blocks.parts == 1
         parts = statistics[:, :, None] if whole else space(problem.rows, blocks.strips, blocks.parts, 2, problem.N)
     if sums is not None:
-        launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, **finish))
+        launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, chosen_for=chosen_for, **finish))
     else:
         assert isinstance(config, ConvConfig)
         launches.append(
@@ -520,7 +525,7 @@ def layer(
         )  # fmt: skip
     if statistics is not None and blocks.parts > 1:
         assert parts is not None
-        launches.append(epilogue.combine(parts, statistics, blocks=blocks))
+        launches.append(epilogue.combine(parts, statistics, blocks=blocks, chosen_for=chosen_for))
     return tuple(launches)
 
 

@@ -47,13 +47,13 @@ FINISH_CANDIDATES = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _finish(
-    sums, dst, bias, table, entry, residual, statistics, total, rows, H, W, N, offset, stride, factor,
+    sums, dst, bias, table, entry, residual, statistics, rows, H, W, N, offset, stride, factor,
     SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of pixels, blocks of channels). total: of one sum's numbers."""
+    """Grid: (tiles of pixels, blocks of channels)."""
     tile = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     row, y, x, exists = tiles.pixels(tile, rows, H, W, HEIGHT, WIDTH, SIZE)
@@ -62,7 +62,7 @@ def _finish(
     acc = tl.zeros([SIZE, CHANNELS], tl.float32)
     for _ in range(SPLITS):
         acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        at += total
+        at += rows.to(tl.int64) * H * W * N
     tiles.finish(
         acc, tile, row, y, x, exists, c, 0, dst, bias, table, entry, residual, statistics,
         rows, H, W, N, offset, stride, factor, 1, SHIFT, NCHW, HEIGHT, WIDTH, SIZE, CHANNELS,
@@ -82,23 +82,26 @@ def finish(
     residual: Tensor | None = None,
     divide: float = 1.0,
     statistics: Tensor | None = None,
+    chosen_for: int | None = None,
     config: FinishConfig | None = None,
 ) -> Launch:
     """dst = (sum of sums + bias + table[entry, offset:] + residual) / divide
 
     sums: [n, rows, H, W, N], added in their order; dst may be the first of them. The rest: as for
     `fastdiff.kernels.conv.conv`; statistics [rows, strips, parts, 2, N] are of `Blocks` of the configuration's pixels,
-    and where none is given one is chosen that makes as many parts.
+    and where none is given one is chosen that makes as many parts. chosen_for: see
+    `fastdiff.kernels.launch.operation`.
     """
     splits, rows, H, W, N = sums.shape
     device = device_of(sums)
     parts = None if statistics is None else statistics.shape[2]
     candidates = tuple(c for c in FINISH_CANDIDATES if parts in (None, Blocks.of(H, W, c.pixels).parts))
-    key = f"{splits}x{rows}x{H}x{W}x{N}/{parts or 1} {name_of(sums.dtype)} {name_of(dst.dtype)}"
+    like = chosen_for or rows
+    key = f"{splits}x{like}x{H}x{W}x{N}/{parts or 1} {name_of(sums.dtype)} {name_of(dst.dtype)}"
 
     def programs(config: FinishConfig) -> int:
         blocks = Blocks.of(H, W, config.pixels)
-        return cdiv(blocks.count(rows), config.pixels // blocks.pixels) * cdiv(N, config.channels)
+        return cdiv(blocks.count(like), config.pixels // blocks.pixels) * cdiv(N, config.channels)
 
     config = config or choose("epilogue.finish", key, device, candidates, lambda: fill(candidates, programs, device))
     blocks = Blocks.of(H, W, config.pixels)
@@ -109,9 +112,8 @@ def finish(
         kernel=_finish,
         grid=(cdiv(blocks.count(rows), config.pixels // blocks.pixels), cdiv(N, config.channels)),
         arguments={
-            "sums": sums, "dst": dst, "total": sums[0].numel(), "rows": rows, "H": H, "W": W, "N": N,
-            "SPLITS": splits, "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
-            "CHANNELS": config.channels,
+            "sums": sums, "dst": dst, "rows": rows, "H": H, "W": W, "N": N, "SPLITS": splits,
+            "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels, "CHANNELS": config.channels,
         }
         | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
         config=config,
@@ -170,16 +172,27 @@ def _combine(
 
 
 @operation
-def combine(parts: Tensor, statistics: Tensor, *, blocks: Blocks, config: CombineConfig | None = None) -> Launch:
-    """statistics float32 [rows, strips, 2, C] of parts [rows, strips, n, 2, C], which are of ``blocks``."""
+def combine(
+    parts: Tensor,
+    statistics: Tensor,
+    *,
+    blocks: Blocks,
+    chosen_for: int | None = None,
+    config: CombineConfig | None = None,
+) -> Launch:
+    """statistics float32 [rows, strips, 2, C] of parts [rows, strips, n, 2, C], which are of ``blocks``.
+
+    chosen_for: see `fastdiff.kernels.launch.operation`.
+    """
     rows, strips, number, _, C = parts.shape
     assert statistics.shape == (rows, strips, 2, C)
     assert (strips, number) == (blocks.strips, blocks.parts)
     device = device_of(parts)
-    key = f"{rows}x{strips}x{number}x{C}"
+    like = chosen_for or rows
+    key = f"{like}x{strips}x{number}x{C}"
     config = config or choose(
         "epilogue.combine", key, device, COMBINE_CANDIDATES,
-        lambda: fill(COMBINE_CANDIDATES, lambda config: rows * strips * cdiv(C, config.channels), device),
+        lambda: fill(COMBINE_CANDIDATES, lambda config: like * strips * cdiv(C, config.channels), device),
     )  # fmt: skip
     return Launch(
         op="epilogue.combine",

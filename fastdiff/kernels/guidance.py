@@ -32,7 +32,7 @@ CANDIDATES = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "rows"])
 def _guide(
     net, out, bank, rows, table, row, guidance, images, guided, size, pixels, net_row, net_channel, net_pixel,
     PLANAR: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,12 +64,14 @@ def guide(
     row: Tensor | None = None,
     guidance: Tensor | None = None,
     channels: int = 0,
+    chosen_for: int | None = None,
     config: GuideConfig | None = None,
 ) -> Launch:
     """out float32 [images, C, H, W] = u + w (c - u), w = 1 + g (guidance - 1), of net's rows c and then u.
 
     net, bank, table, row, guidance: as for `fastdiff.kernels.update.update`; without guidance net's rows are images.
     Where w = 1, out is c and u is not read. Channels past the first ``channels``, a learned variance, are c's.
+    chosen_for (images): see `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = out.shape
     assert net.shape == (images * (1 if guidance is None else 2), C, H, W)
@@ -77,10 +79,11 @@ def guide(
     assert out.is_contiguous()
     size = C * H * W
     device = device_of(out)
-    key = f"{images}x{size} {name_of(net.dtype)}"
+    like = chosen_for or images
+    key = f"{like}x{size} {name_of(net.dtype)}"
     config = config or choose(
         "guidance", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: images * cdiv(size, config.elements), device),
+        lambda: fill(CANDIDATES, lambda config: like * cdiv(size, config.elements), device),
     )  # fmt: skip
     tensors: dict[str, Any] = {"net": net, "out": out, "bank": bank, "table": table, "row": row, "guidance": guidance}
     return Launch(

@@ -39,7 +39,7 @@ CANDIDATES = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "table_rows"])
 def _input(
     x, class_image, dst, table, row, entries, timestep, images, pixels, C, padded, table_rows,
     CENTER: tl.constexpr, COMBINE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -81,6 +81,7 @@ def input(
     row: Tensor | None = None,
     entries: Tensor | None = None,
     timestep: Tensor | None = None,
+    chosen_for: int | None = None,
     config: InputConfig | None = None,
 ) -> Launch:
     """dst [rows, H, W, padded] = x float32 [images, C, H, W], row i of image i mod images; padding is zeros.
@@ -88,6 +89,7 @@ def input(
     center: 2 x - 1. combine: with the class image m (float32 [rows, H, W, C]), "add": + m, "multiply": * (1 + m),
     "concat": m's channels behind x's. timestep (int64 [rows], if given) = entries[table, row] of the row's image: where
     in a table of embeddings its timestep stands, for all operations behind this one. entries: int64 [tables, rows].
+    chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = x.shape
     rows, _, _, padded = dst.shape
@@ -95,10 +97,11 @@ def input(
     assert dst.shape[1:3] == (H, W)
     assert padded >= C * (2 if combine == "concat" else 1)
     device = device_of(x)
-    key = f"{rows}x{H}x{W}x{padded} {name_of(dst.dtype)}"
+    like = chosen_for or rows
+    key = f"{like}x{H}x{W}x{padded} {name_of(dst.dtype)}"
     config = config or choose(
         "input", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: rows * cdiv(H * W, config.pixels), device),
+        lambda: fill(CANDIDATES, lambda config: like * cdiv(H * W, config.pixels), device),
     )  # fmt: skip
     return Launch(
         op="input",

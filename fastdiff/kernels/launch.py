@@ -71,7 +71,13 @@ class Launch:
 
 
 def operation(function: Callable[..., Launch]) -> Callable[..., Launch]:
-    """Marks a function that returns a `Launch` and takes ``config``: its launches can be remade with another one."""
+    """Marks a function that returns a `Launch` and takes ``config``: its launches can be remade with another one.
+
+    Where none is given, one is chosen for the operands' shapes. Where a choice depends on how many rows (or images)
+    there are, the function takes ``chosen_for``, too: so many rows are chosen for then, whatever the batch. A row's
+    results have the same bits in every batch of one configuration: its sums are taken in an order that neither its
+    place nor the others change, and numbers of rows are arguments that the compiler does not specialise a binary on.
+    """
 
     @functools.wraps(function)
     def build(*args: Any, config: Config | None = None, **kwargs: Any) -> Launch:

@@ -220,21 +220,30 @@ def _apply(
 
 
 @operation
-def apply(src: Sequence[Tensor], norm: Tensor, dst: Tensor, *, silu: bool, config: ApplyConfig | None = None) -> Launch:
+def apply(
+    src: Sequence[Tensor],
+    norm: Tensor,
+    dst: Tensor,
+    *,
+    silu: bool,
+    chosen_for: int | None = None,
+    config: ApplyConfig | None = None,
+) -> Launch:
     """dst [rows, H, W, C] = the one or two sources [rows, H, W, C_i], concatenated and normalised, then silu.
 
-    norm: float32 [rows, 3, C], of `finalise`.
+    norm: float32 [rows, 3, C], of `finalise`. chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     rows, H, W, C = dst.shape
     C0, C1 = src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0
     assert C == C0 + C1
     assert norm.shape == (rows, 3, C)
     device = device_of(dst)
-    key = f"{rows}x{H}x{W}x{C0}+{C1} {name_of(src[0].dtype)} {name_of(dst.dtype)}"
+    like = chosen_for or rows
+    key = f"{like}x{H}x{W}x{C0}+{C1} {name_of(src[0].dtype)} {name_of(dst.dtype)}"
     config = config or choose(
         "norm.apply", key, device, APPLY_CANDIDATES,
         lambda: fill(
-            APPLY_CANDIDATES, lambda config: rows * cdiv(H * W, config.pixels) * cdiv(C, config.channels), device
+            APPLY_CANDIDATES, lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels), device
         ),
     )  # fmt: skip
     return Launch(

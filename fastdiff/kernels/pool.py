@@ -60,11 +60,13 @@ def pool(
     *,
     norm: Tensor | None = None,
     silu: bool = False,
+    chosen_for: int | None = None,
     config: PoolConfig | None = None,
 ) -> Launch:
     """dst [rows, H, W, C] = means of 2 x 2 pixels of the one or two sources [rows, 2 H, 2 W, C_i], normalised first.
 
     norm: float32 [rows, 3, C], of `fastdiff.kernels.norm.finalise`; None: the sources themselves. silu: after the norm.
+    chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     rows, H, W, C = dst.shape
     C0, C1 = src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0
@@ -72,10 +74,11 @@ def pool(
     assert all(s.shape[1:3] == (2 * H, 2 * W) for s in src)
     assert norm is not None or not silu
     device = device_of(dst)
-    key = f"{rows}x{H}x{W}x{C0}+{C1} {name_of(src[0].dtype)} {name_of(dst.dtype)}"
+    like = chosen_for or rows
+    key = f"{like}x{H}x{W}x{C0}+{C1} {name_of(src[0].dtype)} {name_of(dst.dtype)}"
     config = config or choose(
         "pool", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: rows * cdiv(H * W, config.pixels) * cdiv(C, config.channels), device),
+        lambda: fill(CANDIDATES, lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels), device),
     )  # fmt: skip
     return Launch(
         op="pool",

@@ -75,7 +75,7 @@ def guided(c, unconditional, w, e, size):
     return tl.where(mask, u + w * (c - u), c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "rows"])
 def _update(
     x, xs, m1, m2, m3, out, z, x0_scale, bank, rows, table, row, lengths, seed, index, guidance, arrived, images, size,
     pixels, out_row, out_channel, out_pixel,
@@ -191,6 +191,7 @@ def update(
     z: Tensor | None = None,
     x0_scale: Tensor | None = None,
     guidance: Tensor | None = None,
+    chosen_for: int | None = None,
     config: UpdateConfig | None = None,
 ) -> Launch:
     """`fastdiff.update.update` in place, with row += 1 but for images at their table's last row, the identity.
@@ -200,7 +201,8 @@ def update(
     (float32 [images]) row images + i is image i without its label, else the rows are the images. 2C: learned variance;
     tables with ``sv`` need it (the caller checks). bank, lengths: a `TableBank`'s values (float32) and lengths. table,
     row, seed, index: int64 [images]. arrived: int32 [images], zeros before and after. z: the caller's noise; None:
-    Philox. x0_scale: float32 [images], 1/q of dynamic thresholding.
+    Philox. x0_scale: float32 [images], 1/q of dynamic thresholding. chosen_for (images): see
+    `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = x.shape
     assert out.shape[0] == images * (1 if guidance is None else 2)
@@ -209,10 +211,11 @@ def update(
     assert all(v.is_contiguous() for v in (x, xs, m1, m2, m3, z, bank) if v is not None)
     size = C * H * W
     device = device_of(x)
-    key = f"{images}x{size} {name_of(out.dtype)}"
+    like = chosen_for or images
+    key = f"{like}x{size} {name_of(out.dtype)}"
     config = config or choose(
         "update", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: images * cdiv(size, config.elements), device),
+        lambda: fill(CANDIDATES, lambda config: like * cdiv(size, config.elements), device),
     )  # fmt: skip
     tensors: dict[str, Any] = {
         "x": x, "out": out, "bank": bank, "table": table, "row": row, "lengths": lengths, "seed": seed, "index": index,
