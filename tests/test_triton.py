@@ -42,7 +42,7 @@ from unets import (
 )  # fmt: skip
 
 from fastdiff import solvers, update
-from fastdiff.backends import Spec, triton
+from fastdiff.backends import BITWISE_ROWS, Spec, triton
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.backends.triton import TritonRunner, TritonSteps
@@ -223,6 +223,22 @@ def test_products_by_the_library(
     assert own <= {4}
     assert {len(launch.arguments["src"]) for launch in listed if launch.op == "library.products"} == {1, 2}
     assert_equals_module(config, bound=bound, dtype=dtype)
+
+
+def test_bitwise_has_nothing_made_by_the_library(by_library: Callable[..., None]) -> None:
+    """Its algorithms may be others in another batch."""
+    by_library(TINY, 2, BITWISE_ROWS)
+    ops = {}
+    for determinism in ("seed", "bitwise"):
+        x = random_images(TINY, 2, None)
+        spec = Spec(2, tuple(x.shape[1:]), torch.float32, CPU, determinism=determinism)  # type: ignore[arg-type]  # three numbers
+        steps = TritonSteps(random_unet(TINY), spec, compute)
+        state = State.create(x, TableBank([solvers.ddim(NoiseSchedule(), 2)], CPU))
+        steps.follow(state.bank, fresh=False)
+        with torch.no_grad():
+            ops[determinism] = {launch.op for launch in steps.network(state, guided=False)}
+    assert "library.products" in ops["seed"]
+    assert "library.products" not in ops["bitwise"]
 
 
 @pytest.mark.parametrize("name", ["guidance", "guidance interval", "rescale", "everything but rescaling"])
