@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all gpu sanitize arm-check lint format examples wheel-check clean
+.PHONY: help sample native test test-all kernel-check gpu sanitize arm-check lint format examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -48,9 +48,15 @@ test: $(READY)  ## run the tests that take minutes at most
 test-all: $(READY)  ## run every test
 	$(BIN)/python -m pytest
 
+kernel-check: $(READY)  ## compile every Triton kernel that is shipped for sm_80, sm_90 and sm_100, without a GPU: no spills
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_80 .aot-sm_90 .aot-sm_100
+
+.aot-%:
+	$(BIN)/python -m pytest -p no:cacheprovider -q tests/test_kernels_aot.py -k $*
+
 # The Python that has torch for the card, not .venv, whose torch is for CPUs.
 gpu:  ## on an NVIDIA GPU: check, tune and measure all that needs one (GPU_ARGS='--parts kernels'; PYTHON=that of torch)
-	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+	$(PYTHON) benchmarks/gpu $(GPU_ARGS)
 
 SANITIZE ?= address;undefined
 
@@ -84,4 +90,4 @@ clean:  ## remove build products and caches (out/, runs/ and .venv stay)
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f fastdiff/_native*.so $(READY)
 	find csrc/inplace -mindepth 1 -not -name CMakeLists.txt -delete
-	find fastdiff tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastdiff tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -86,6 +86,3 @@ for shared in (False, True):
     ONES[f"attention {'of one map' * shared}"] = functools.partial(
         attention_launch, (1, 1, 1), 1, 1, torch.bfloat16, shared, CANDIDATES[1]
     )
-
-# Compiled for sm_80 and sm_100 by slow tests alone.
-SLOW = {name for name in SHIPPED if f"queries={CANDIDATES[0].queries}" not in name}

@@ -398,10 +398,3 @@ ONES["finish"] = functools.partial(finish_launch, ONE, 4, torch.bfloat16, epilog
 ONES["combine"] = functools.partial(
     epilogue.combine, meta(1, 1, 4, 2, 1), meta(1, 1, 2, 1), blocks=Blocks.of(1, 1, 64, upsample=True)
 )
-
-# Compiled for sm_80 and sm_100 by slow tests alone.
-SLOW = {
-    name
-    for name in SHIPPED
-    if name.startswith("conv") and name not in {f"conv bf16 {conv.HALF[0]}", f"conv fp32 {conv.SINGLE[0]}"}
-}

@@ -154,13 +154,16 @@ def compare(name: str, got: Tensor, exact: Tensor, plain: Tensor, apart: int | N
     return float(worst)
 
 
-def multiply_bfloat16() -> None:
-    """Have the interpreter multiply matrices of bfloat16: it keeps the bits as integers, and would multiply those."""
+def mend_interpreter() -> None:
+    """Have the interpreter multiply matrices of bfloat16: it keeps the bits as integers, and would multiply those. And
+    have it take a number for a loop's bound: it holds an array of one, which Triton 3.6 gives to ``int`` and NumPy 2.4
+    refuses.
+    """
     import numpy as np
     from triton import language as tl
     from triton.runtime import interpreter
 
-    dot = interpreter.InterpreterBuilder.create_dot
+    dot, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def as_float32(x: Any) -> Any:
         if x.dtype.scalar != tl.bfloat16:
@@ -170,12 +173,17 @@ def multiply_bfloat16() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, as_float32(a), as_float32(b), *rest)
 
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def interpret(cases: dict[str, Callable[[], Case]]) -> None:
     """Run every case, and print a line of JSON for each."""
-    multiply_bfloat16()
+    mend_interpreter()
     for name, build in cases.items():
         try:
             case = build()

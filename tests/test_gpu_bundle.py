@@ -1,9 +1,9 @@
-"""benchmarks/gpu.py without a GPU: the dry run goes through every part, and one part's failure costs only that part."""
+"""benchmarks/gpu without a GPU: the dry run goes through every part, and one part's failure costs only that part."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -16,37 +16,32 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+PACKAGE = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_bundle", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_bundle", module)
-    spec.loader.exec_module(module)
-    return module
+def call(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(PACKAGE.parent)
+    return importlib.import_module("gpu.call")
 
 
 def parts_of(out: Path) -> dict:
     return json.loads((out / "gpu.json").read_text(encoding="utf-8"))["parts"]
 
 
-def test_the_dry_run(gpu: ModuleType, tmp_path: Path) -> None:
+def test_the_dry_run(call: ModuleType, tmp_path: Path) -> None:
     from kernel_cases import CASES
 
     from fastdiff.kernels.launch import tuned
 
     environment = {**os.environ, "FASTDIFF_GPU_OUT": str(tmp_path / "out")}
-    run = subprocess.run([sys.executable, SCRIPT, "--dry-run"], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, PACKAGE, "--dry-run"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert len(files) <= 8
     assert {"gpu.json", "gpu.md"} < set(files)
     parts = parts_of(tmp_path / "out")
-    assert list(parts) == list(gpu.PARTS)
+    assert list(parts) == list(call.PARTS)
     assert {part["status"] for part in parts.values()} == {"ok"}
 
     ops = {build().launch().op for build in CASES.values()}
@@ -65,19 +60,19 @@ def test_the_dry_run(gpu: ModuleType, tmp_path: Path) -> None:
         assert parts[name]["result"]["stand_in"], "what stands in for a card says so"
     text = (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")
     assert "a dry run on a CPU: no figure means anything" in text
-    assert all(f"## {name}: ok" in text for name in gpu.PARTS)
+    assert all(f"## {name}: ok" in text for name in call.PARTS)
 
 
-def test_one_part_may_fail(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_part_may_fail(call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(run: object) -> dict:
         raise ZeroDivisionError("at the heart of it")
 
     def red(run: object) -> dict:
-        raise gpu.Failure("one of two is off", {"rows": [{"ok": False, "error": 0.5}]})
+        raise call.Failure("one of two is off", {"rows": [{"ok": False, "error": 0.5}]})
 
     parts = {"a": raises, "b": red, "c": lambda run: {"unfinished": ["x"]}, "d": lambda run: {"us": 1.0}}
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    gpu.execute(list(parts), gpu.Run(tmp_path, True, time.time() + 9, None, {}))
+    monkeypatch.setattr(call, "PARTS", parts)
+    call.execute(list(parts), call.Run(tmp_path, True, time.time() + 9, None, {}))
     found = parts_of(tmp_path)
     assert [part["status"] for part in found.values()] == ["failed", "failed", "unfinished", "ok"]
     assert "in raises" in found["a"]["error"], "the traceback"
@@ -96,62 +91,64 @@ def test_one_part_may_fail(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_a_part_may_take_its_process_along(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, status: str, message: str, code: int
+    call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, status: str, message: str, code: int
 ) -> None:
     (tmp_path / "script.py").write_text(script)
-    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "script.py"))
-    monkeypatch.setattr(gpu, "SMALLEST_SHARE", 0.5)
-    assert gpu.main(["--out", str(tmp_path), "--parts", "header", "--seconds", "2"]) == code
+    monkeypatch.setattr(call, "HERE", tmp_path / "script.py")
+    monkeypatch.setattr(call, "SMALLEST_SHARE", 0.5)
+    assert call.main(["--out", str(tmp_path), "--parts", "header", "--seconds", "2"]) == code
     part = parts_of(tmp_path)["header"]
     assert part["status"] == status
     assert message in part["error"]
 
 
 def test_a_call_goes_on_where_the_last_one_ended(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earlier = {"header": {"status": "ok", "result": {"copy": 1}}, "graphs": {"status": "failed", "error": "x"}}
     (tmp_path / "earlier").mkdir()
-    gpu.write(tmp_path / "earlier", earlier, dry=False)
+    call.write(tmp_path / "earlier", earlier, dry=False)
     started: list[list[str]] = []
 
     def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> None:
         started.append(parts)
         now = {**parts_of(tmp_path), **{name: {"status": "ok", "result": {}} for name in parts}}
-        gpu.write(tmp_path, now, arguments.dry_run)
+        call.write(tmp_path, now, arguments.dry_run)
 
-    monkeypatch.setattr(gpu, "child", child)
-    call = ["--out", str(tmp_path), "--parts", "header,graphs,update", "--resume", str(tmp_path / "earlier/gpu.json")]
-    assert gpu.main(call) == 0
+    monkeypatch.setattr(call, "child", child)
+    again = ["--out", str(tmp_path), "--parts", "header,graphs,update", "--resume", str(tmp_path / "earlier/gpu.json")]
+    assert call.main(again) == 0
     assert started == [["graphs"], ["update"]], "each in a process of its own, and no finished one again"
     assert parts_of(tmp_path)["header"] == earlier["header"]
-    assert gpu.main([*call[:4], "--anew"]) == 0
+    assert call.main([*again[:4], "--anew"]) == 0
     assert started[2:] == [["header"], ["graphs"], ["update"]]
-    assert gpu.main([*call[:4], "--dry-run"]) == 0, "a real run's parts are not those of a dry run"
+    assert call.main([*again[:4], "--dry-run"]) == 0, "a real run's parts are not those of a dry run"
     assert started[5:] == [["header", "graphs", "update"]]
 
 
 def test_what_time_does_not_allow_is_not_started(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "child", lambda *_: pytest.fail("started"))
-    assert gpu.main(["--out", str(tmp_path), "--seconds", "5"]) == 3
+    monkeypatch.setattr(call, "child", lambda *_: pytest.fail("started"))
+    assert call.main(["--out", str(tmp_path), "--seconds", "5"]) == 3
     assert {part["status"] for part in parts_of(tmp_path).values()} == {"unfinished"}
 
 
-def test_red_kernels_get_no_speed(gpu: ModuleType, tmp_path: Path) -> None:
+def test_red_kernels_get_no_speed(call: ModuleType, tmp_path: Path) -> None:
+    from gpu import tuning
+
     ops = {"update": {"failed": True}, "noise": {"cases": 1}}
-    run = gpu.Run(tmp_path, True, time.time() + 99, None, {"kernels": {"result": {"ops": ops}}})
-    assert {launch.op for launch in gpu.launches(run)} == {"noise"}
-    with pytest.raises(gpu.Failure, match="check is red"):
-        gpu.update(run)
+    run = call.Run(tmp_path, True, time.time() + 99, None, {"kernels": {"result": {"ops": ops}}})
+    assert {launch.op for launch in tuning.launches(run)} == {"noise"}
+    with pytest.raises(call.Failure, match="check is red"):
+        call.update(run)
     run.finished.clear()
-    with pytest.raises(gpu.Failure, match="the part `kernels` comes first"):
-        gpu.launches(run)
+    with pytest.raises(call.Failure, match="the part `kernels` comes first"):
+        tuning.launches(run)
 
 
-def test_unknown_parts_are_refused(gpu: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_unknown_parts_are_refused(call: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
-        gpu.main(["--parts", "speed", "--out", str(tmp_path)])
+        call.main(["--parts", "speed", "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert "unknown part speed; there are: header, kernels" in capsys.readouterr().err

@@ -432,6 +432,7 @@ CHILD = """
 import json, sys
 import torch
 sys.path[:0] = [sys.argv[1]]
+from kernel_harness import mend_interpreter
 from test_backends import MICRO_CLASSES
 from unets import random_unet
 from fastdiff import noise, solvers
@@ -439,6 +440,7 @@ from fastdiff.backends import Spec
 from fastdiff.backends.triton import TritonSteps
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.state import State, TableBank
+mend_interpreter()
 
 index = torch.arange(2)
 x = noise.normal(torch.full_like(index, 5), index, torch.zeros_like(index), noise.INITIAL, (3, 8, 8))

@@ -23,7 +23,7 @@ class PoolConfig(Config):
 
 
 CANDIDATES = (
-    PoolConfig(num_warps=4, num_stages=1, pixels=16, channels=128),
+    PoolConfig(num_warps=8, num_stages=1, pixels=16, channels=128),  # with 4 warps Triton 3.6 spills in float32
     PoolConfig(num_warps=4, num_stages=1, pixels=16, channels=64),
     PoolConfig(num_warps=1, num_stages=1, pixels=8, channels=32),
 )

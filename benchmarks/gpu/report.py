@@ -1,0 +1,57 @@
+"""gpu.json and gpu.md: what the parts found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def write(out: Path, parts: dict[str, Any], dry: bool) -> None:
+    text = json.dumps({"dry_run": dry, "commit": commit(), "parts": parts}, indent=1)
+    (out / "gpu.json.new").write_text(text + "\n", encoding="utf-8")
+    (out / "gpu.json.new").replace(out / "gpu.json")
+    (out / "gpu.md").write_text(readable(parts, dry), encoding="utf-8")
+
+
+def read(path: Path, dry: bool) -> dict[str, Any]:
+    """The parts of an earlier call; those of a dry run are no start for a real one."""
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return dict(data["parts"]) if data["dry_run"] == dry else {}
+
+
+def commit() -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def readable(parts: dict[str, Any], dry: bool) -> str:
+    """The results as markdown: lists of rows become tables."""
+    lines = ["# fastdiff on a GPU" + ", a dry run on a CPU: no figure means anything" * dry, ""]
+    for name, part in parts.items():
+        lines += [f"## {name}: {part['status']}, {part.get('seconds', 0)} s", ""]
+        if "error" in part:
+            lines += ["```", part["error"].strip(), "```", ""]
+        for key, value in part.get("result", {}).items():
+            if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+                value = [{key: k, **v} for k, v in value.items()]
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                columns = list(dict.fromkeys(column for row in value for column in row))
+                lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+                lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in value]
+                lines += [""]
+            elif value not in ({}, [], None):
+                lines += [f"- {key}: {cell(value)}"]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) and abs(value) < 0.01 else str("" if value is None else value)
+    return text.strip().splitlines()[-1].replace("|", "/") if text.strip() else ""
