@@ -30,6 +30,7 @@ from fastdiff.errors import BackendError
 from fastdiff.lower import lower
 from fastdiff.program import STRIP, Conv
 from fastdiff.state import State, TableBank
+from fastdiff.unet import ClassEncoder
 
 extension = native.extension()
 if extension is None:
@@ -410,6 +411,18 @@ def test_bits_do_not_depend_on_the_batch(batch, threads):
         image, others = images_of(batch, probe, threads)
         assert torch.equal(image.view(torch.int32), alone.view(torch.int32))
         assert others.isfinite().all()
+
+
+@pytest.mark.parametrize("determinism", ["seed", "bitwise"])
+def test_class_images_do_not_depend_on_what_else_is_drawn(determinism, monkeypatch):
+    """Labels go through the class encoder, which is PyTorch's, one by one."""
+    unet = random_unet(change(TINY_CLASSES, class_image="add"))
+    seen, forward = [], ClassEncoder.forward
+    monkeypatch.setattr(ClassEncoder, "forward", lambda self, n, size: seen.append(len(n)) or forward(self, n, size))
+    spec = Spec(3, (3, 8, 8), torch.float32, CPU, TINY_CLASSES.null_label, determinism)
+    state = State.create(torch.randn(3, 3, 8, 8), TableBank(TABLES, CPU), label=[2, 0, 2], guidance=2.0)
+    native.NativeRunner(unet, spec).forward(state)
+    assert seen == ([1, 1, 1] if determinism == "bitwise" else [3])  # two classes and the null label
 
 
 def test_bitwise_samples_in_any_chunks():

@@ -37,13 +37,14 @@ class Weights:
         self.device = device
         self.made: dict[Any, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]] = {}
         self.fingerprint = fingerprint(unet)
+        self.tensors = _tensors(unet)
 
     def follow(self) -> bool:
         """Lay out anew what the network has now; whether it had changed."""
         now = fingerprint(self.unet)
         if now == self.fingerprint:
             return False
-        self.fingerprint = now
+        self.fingerprint, self.tensors = now, _tensors(self.unet)
         for make, tensors in self.made.values():
             for tensor, new in zip(tensors, make(), strict=True):
                 tensor.copy_(new)
@@ -55,13 +56,13 @@ class Weights:
         """Kernels of each source, of ``channels``, in ``dtype`` as ``config`` takes them, and the bias in float32."""
 
         def kernels() -> Sequence[Tensor]:
-            W = layer(op, self.state())[0]
+            W = layer(op, self.tensors)[0]
             if config == LIBRARY:
                 return library.pack(W, channels, dtype, op.padding)
             return conv.pack(W, channels, dtype, op.upsample)
 
         kernel = self._once((op.weights, op.upsample, tuple(channels), dtype, config == LIBRARY), kernels)
-        (bias,) = self._once((op.weights, "bias"), lambda: (layer(op, self.state())[1].float(),))
+        (bias,) = self._once((op.weights, "bias"), lambda: (layer(op, self.tensors)[1].float(),))
         return kernel, bias
 
     def classes(self) -> Tensor:
@@ -69,16 +70,17 @@ class Weights:
         return self._once("classes", lambda: (embed_classes(self.unet).float().contiguous(),))[0]
 
     def vector(self, name: str) -> Tensor:
-        return self._once((name,), lambda: (self.state()[name].float(),))[0]
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in self.unet.state_dict().items()}
+        return self._once((name,), lambda: (self.tensors[name].float(),))[0]
 
     def _once(self, key: Any, make: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """Copies with the strides that ``make`` gave them."""
         if key not in self.made:
             self.made[key] = make, tuple(t.to(self.device, copy=True) for t in make())
         return self.made[key][1]
+
+
+def _tensors(unet: UNet) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in unet.state_dict().items()}
 
 
 # Buffers and operations -----------------------------------------------------------------------------------------------

@@ -487,8 +487,10 @@ class NativeRunner:
                 label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
             if self.unet.class_encoder is not None:
                 distinct, place = torch.unique(label, return_inverse=True)
-                maps = self.unet.class_encoder(distinct, self.spec.shape[1:]).permute(0, 2, 3, 1)
-                images = maps[place].contiguous()
+                # PyTorch shares out sums by the number of rows: bits would depend on the labels of others.
+                groups = distinct.split(1) if self.spec.determinism == "bitwise" else (distinct,)
+                maps = torch.cat([self.unet.class_encoder(labels, self.spec.shape[1:]) for labels in groups])
+                images = maps.permute(0, 2, 3, 1)[place].contiguous()
             run.labels[guided] = label.contiguous(), images
         return run.labels[guided]
 
