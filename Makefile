@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all kernel-check gpu sanitize arm-check lint format examples wheel-check clean
+.PHONY: help sample native test test-all kernel-check figures gpu sanitize arm-check lint format examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -53,6 +53,9 @@ kernel-check: $(READY)  ## compile every Triton kernel that is shipped for sm_80
 
 .aot-%:
 	$(BIN)/python -m pytest -p no:cacheprovider -q tests/test_kernels_aot.py -k $*
+
+figures: $(READY)  ## measure every figure of README.md here, into out/figures: hours, on a machine that does nothing else
+	benchmarks/figures.sh
 
 # The Python that has torch for the card, not .venv, whose torch is for CPUs.
 gpu:  ## on an NVIDIA GPU: check, tune and measure all that needs one (GPU_ARGS='--parts kernels'; PYTHON=that of torch)
