@@ -355,17 +355,19 @@ def test_inversion_of_the_built_in_model_and_back() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_interpolation(backend: str) -> None:
+    """Up to what a batch of another size rounds otherwise, times 1 / sqrt(abar_t) = 157 of the first step's x0."""
     sampler = sampler_of(backend)
+    bound = 1e-4
     out = sampler.interpolate(5, (3, 8), steps=4, start_index=2)
     for i, seed in ((0, 3), (-1, 8)):
-        assert torch.allclose(out.images[i], sampler.sample(1, steps=4, seed=seed, start_index=2).images[0], atol=1e-5)
+        assert torch.allclose(out.images[i], sampler.sample(1, steps=4, seed=seed, start_index=2).images[0], atol=bound)
     z = philox(2, 0, 0, noise.INITIAL)
     again = sampler.interpolate(5, (z[0], z[1]), steps=4)
     a, b = z.double()
     theta = math.acos(float((a * b).sum() / (a.norm() * b.norm())))
     way = [(math.sin((1 - w) * theta) * a + math.sin(w * theta) * b) / math.sin(theta) for w in np.linspace(0, 1, 5)]
     expected = sampler.sample(5, steps=4, noise=torch.stack(way).float()).images
-    assert torch.allclose(again.images, expected, atol=1e-5)
+    assert torch.allclose(again.images, expected, atol=bound)
     lengths = torch.stack(way).flatten(1).norm(dim=1)
     assert lengths.min() > 0.95 * min(lengths[0], lengths[-1])
 

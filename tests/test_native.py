@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -597,8 +598,17 @@ def test_more_threads_than_processors(monkeypatch):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_inner_kernel_stays_in_registers(isa):
-    """A compiler that spills its accumulators halves its speed. A ratio within one run, the best of many short ones."""
-    assert max(product / peak for product, peak in (extension.rates(isa) for _ in range(5))) > 0.7
+    """A compiler that spills its accumulators halves its speed. A ratio within one run, the best of many short ones:
+    of as many as it takes, as what else runs on the same core costs the products more than it costs their peak.
+    """
+    best = 0.0
+    for _ in range(60):
+        product, peak = extension.rates(isa)
+        best = max(best, product / peak)
+        if best > 0.7:
+            return
+        time.sleep(0.2)
+    pytest.fail(f"the products of {isa} run at {best:.2f} of the peak, at best")
 
 
 def test_strips_are_the_engines():
