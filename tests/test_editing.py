@@ -355,7 +355,7 @@ def test_inversion_of_the_built_in_model_and_back() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_interpolation(backend: str) -> None:
-    """Up to what a batch of another size rounds otherwise, which the first step's x0 has 12 times, 1 / sqrt(abar_t)."""
+    """Up to what a batch of another size rounds otherwise, which the first step's x0 has 13 times, 1 / sqrt(abar_t)."""
     sampler = sampler_of(backend)
     bound = 1e-4
     out = sampler.interpolate(5, (3, 8), steps=4, start_index=2)
