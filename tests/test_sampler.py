@@ -162,11 +162,17 @@ def by_hand(
     return rows
 
 
+# Sums in another order, and Winograd's, which a backend may choose by batch and processor, round up to that much more.
+ROUNDED = 4
+
+
 def assert_close(images: Tensor, run: Callable[[torch.dtype], Tensor]) -> None:
-    """No further from the run in float64 than twice what the same run in float32 is, and rounding of the result."""
+    """No further from the run in float64 than `ROUNDED` times what the same run in float32 is, and rounding of the
+    result.
+    """
     exact = run(torch.float64)
     reference_error = float((run(torch.float32) - exact).abs().max())
-    tolerance = 2 * (reference_error + 2.0**-22)
+    tolerance = ROUNDED * (reference_error + 2.0**-22)
     assert tolerance < 1e-3, "a test that would pass wrong images"
     assert exact.std() > 0.1
     assert images.dtype == torch.float32
@@ -1090,7 +1096,7 @@ def compare_with_ddim_pipeline(
 
     reference_error = np.abs(expected - picture(exact)).max()
     assert reference_error < 1e-3
-    assert np.abs(picture(out.images) - picture(exact)).max() <= 2 * (reference_error + 2.0**-22)
+    assert np.abs(picture(out.images) - picture(exact)).max() <= ROUNDED * (reference_error + 2.0**-22)
     assert picture(exact).std() > 0.05
 
 
@@ -1115,7 +1121,7 @@ def test_whole_ddpm_pipelines_of_diffusers(tmp_path: Path) -> None:
     picture = (out.images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     reference_error = np.abs(expected - exact_picture).max()
     assert reference_error < 1e-3
-    assert np.abs(picture - exact_picture).max() <= 2 * (reference_error + 2.0**-22)
+    assert np.abs(picture - exact_picture).max() <= ROUNDED * (reference_error + 2.0**-22)
 
 
 def test_the_built_in_model() -> None:
