@@ -31,7 +31,9 @@ def trilemma(
     ] = Path("out/trilemma"),
     n: Annotated[
         int | None,
-        typer.Option("--n", "-n", help="Most images of a point (default: 5000 up to 20 evaluations, 2000 above)."),
+        typer.Option(
+            "--n", "-n", help="Most images of a point (default: 5000 of main settings up to 20 evaluations, else 2000)."
+        ),
     ] = None,
     nfe: Annotated[
         str | None, typer.Option(help="Network evaluations an image, as 4,10,50 (default: from 4 to 1000).")
