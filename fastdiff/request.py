@@ -461,8 +461,8 @@ def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int 
 
     20 steps where ``steps`` is None. Guidance makes high orders unstable, hence the lower ones.
 
-    It is for models that were not measured (`comparable`). The measurement of the built-in one, in
-    benchmarks/results/avx2/trilemma-fashion-mnist.json, agrees on few steps, where unipc has the smallest distance, plain
+    It is for models that were not measured (`comparable`). The measurement of the built-in one, among
+    benchmarks/results/ (trilemma-fashion-mnist.json), agrees on few steps, where unipc has the smallest distance, plain
     and guided. With more, its distances tell the network's errors, which all solvers share, not the solvers': no
     ground to change the rule for others.
     """

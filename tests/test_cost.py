@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_program_and_products_those_of_the_algorithms():
     if extension is not None:
         c = cost.estimate(unet, (32, 32), 10, 20, 1, machine=MACHINE)
         assert c.flops == 200 * direct
-        assert c.products == pytest.approx(200 * 4.48e9, rel=0.001)  # as benchmarks/results/avx512bf16/peers-cifar10.json
+        assert c.products == pytest.approx(200 * 4.48e9, rel=0.001)  # as peers-cifar10.json has it
 
 
 @needs_native
