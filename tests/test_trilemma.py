@@ -167,6 +167,29 @@ def test_images_of_other_settings_are_refused(sampler: Sampler, data: list[str],
         report_of(sampler, tmp_path / "empty", points, data)
 
 
+def test_a_report_of_something_else_stands_for_nothing(
+    sampler: Sampler, data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another network, other real images, another seed, another step table, or damage: its points are drawn anew."""
+    points = plan.plan(sampler, ["ddim"], [2], 20)
+    run.draw(sampler, tmp_path, points, 8, lambda text: None, {})
+    found = report_of(sampler, tmp_path, points, data)
+    j, path = judge(sampler, data), tmp_path / "trilemma.json"
+    assert run.earlier(sampler, tmp_path, points, j) == {"ddim-2": {20: found["points"][0]["at_n"]}}
+    other = Sampler.from_pretrained(checkpoint_of(tmp_path / "other", seed=1), device="cpu", backend="eager")
+    assert run.earlier(other, tmp_path, points, j) == {}
+    swapped = judge(sampler, ["--data", data[3], "--held-out", data[1]])
+    assert run.earlier(sampler, tmp_path, points, dataclasses.replace(swapped, data=j.data)) == {}
+    path.write_text(json.dumps({**found, "settings": {**found["settings"], "seed": 1}}))
+    assert run.earlier(sampler, tmp_path, points, j) == {}
+    path.write_text(json.dumps({**found, "points": [{**found["points"][0], "table": "another"}]}))
+    assert run.earlier(sampler, tmp_path, points, j) == {}
+    assert not caplog.records
+    path.write_text("{")
+    assert run.earlier(sampler, tmp_path, points, j) == {}
+    assert "holds no result that can be gone on with" in caplog.text
+
+
 def checkpoint_of(path: Path, seed: int) -> Path:
     checkpoint.save_folder(path, random_unet(CONFIG, seed=seed), SCHEDULE)
     return path

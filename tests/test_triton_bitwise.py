@@ -98,6 +98,22 @@ def test_nothing_that_decides_bits_depends_on_the_batch(name: str, guided: bool)
         assert [deciding(launch) for launch in step(name, batch, guided, "bitwise")] == one
 
 
+def test_nor_does_what_a_tuned_file_is_asked_for() -> None:
+    """Of all operations whose choice may depend on rows, also where heuristics choose alike for all batches here.
+
+    A convolution's own key tells its rows; its configuration is given to it.
+    """
+    keys: dict[str, set[tuple[str, ...]]] = {}
+    for batch in BATCHES:
+        found: dict[str, list[str]] = {}
+        for launch in step(NETWORKS[1], batch, True, "bitwise", halves=True):
+            found.setdefault(launch.op, []).append(launch.key)
+        for op, own in found.items():
+            keys.setdefault(op, set()).add(tuple(own))
+    assert {"input", "attention.attention", "norm.apply", "guidance", "update"} <= keys.keys()
+    assert {op for op, own in keys.items() if len(own) > 1} <= {"conv.conv", "conv.partial"}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nor_does_it_depend_on_whether_others_are_guided(name: str) -> None:
     """The network's launches; guidance then gives an image whose w is 1 what the network gave."""
