@@ -42,11 +42,18 @@ sample: $(READY)  ## draw 80 images with the built-in model into out/samples.png
 	@mkdir -p out
 	$(BIN)/fastdiff sample fashion-mnist --per-class 8 --guidance 2 --out out/samples.png
 
+# Each test has one thread (tests/conftest.py), so two processes fill two cores; what compares times runs after them.
+define RUN_TESTS
+$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m '$(1) not alone'
+$(BIN)/python -m pytest -m '$(1) alone'
+endef
+JOBS ?= 2
+
 test: $(READY)  ## run the tests that take minutes at most
-	$(BIN)/python -m pytest -m 'not slow'
+	$(call RUN_TESTS,not slow and)
 
 test-all: $(READY)  ## run every test
-	$(BIN)/python -m pytest
+	$(call RUN_TESTS,)
 
 kernel-check: $(READY)  ## compile every Triton kernel that is shipped for sm_80, sm_90 and sm_100, without a GPU: no spills
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_80 .aot-sm_90 .aot-sm_100

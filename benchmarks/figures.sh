@@ -23,8 +23,9 @@ measure() {
 
 measure check.txt $bin/python recipes/check_fashion_mnist.py --out "$out/check"
 measure job-cifar10.json $bin/fastdiff bench ddpm-cifar10-32 --job --json
-measure bench-cifar10.txt $bin/fastdiff bench ddpm-cifar10-32 --network-only --save "$out/bench-cifar10.json"
-measure bench-celebahq.txt $bin/fastdiff bench ddpm-celebahq-256 --batches 1 --network-only \
+measure bench-cifar10.txt $bin/fastdiff bench ddpm-cifar10-32 --network-only --rounds 15 \
+    --save "$out/bench-cifar10.json"
+measure bench-celebahq.txt $bin/fastdiff bench ddpm-celebahq-256 --batches 1 --network-only --rounds 15 \
     --save "$out/bench-celebahq.json"
 measure bench-fashion-mnist.txt $bin/fastdiff bench --save "$out/bench-fashion-mnist.json"
 measure engine.txt $bin/python benchmarks/engine.py --json "$out/engine.json"

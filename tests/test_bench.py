@@ -24,7 +24,7 @@ from unets import TINY_CLASSES, change, random_unet, relative_error
 
 from fastdiff import checkpoint, cli
 from fastdiff.backends import native
-from fastdiff.bench import command, engines, job, networks, profile, report, run, timing, worker
+from fastdiff.bench import command, engines, job, machine, networks, profile, report, run, timing, worker
 from fastdiff.bench.engines import ENGINES, Engine, GraphSteps, Inputs, PeerSteps
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
 from fastdiff.errors import BackendError, CheckpointError, InvalidArgument
@@ -285,6 +285,7 @@ def test_guidance_needs_a_null_label(tmp_path: Path) -> None:
 # Regressions ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("_here")
 def test_a_slowed_kernel_is_a_regression(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -453,6 +454,31 @@ def test_interrupted_it_prints_and_goes_on(model: str, tmp_path: Path) -> None:
     assert "interrupted" not in after
 
 
+def test_a_worker_ends_with_its_pipe(model: str) -> None:
+    """Even where what it answered last is never read, as Ctrl-C in a turn has it: no traceback, exit code 0."""
+    w = Worker(ENGINES["eager"], Task(model, 2, "step", 1, "cpu", None))
+    assert isinstance(w.start(), Ready)
+    w.pipe.send(0.01)
+    assert w.pipe.poll(60)
+    w.stop()
+    assert w.process.exitcode == 0
+
+
+def test_speeds_have_three_digits() -> None:
+    told = {0.3417: "0.342", 1.624: "1.62", 33.397: "33.4", 99.96: "100.0", 105.54: "106", 1234.5: "1234"}
+    assert {x: report._speed(x) for x in told} == told
+
+
+def test_the_processor_is_told_by_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One name stands for several; where the system does not tell, Python's word is taken."""
+    lines = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: lines + lines.replace("17", "18"))
+    assert machine.processor() == "AMD EPYC (family 25, model 17)"
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor\t: 0\nCPU part\t: 0xd0c\n")
+    monkeypatch.setattr("platform.processor", lambda: "aarch64")
+    assert machine.processor() == "aarch64"
+
+
 # Engines --------------------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +493,8 @@ def test_engines_that_fail_are_named_and_the_others_go_on(model: str) -> None:
     record = run.run(settings(model, *table), engines=table)["batches"][0]
     assert record["absent"] == {
         "crash": "its process ended with exit code 7",
-        "later": "its process ended with exit code 9",
+        "later": "its process ended with exit code -9, as where memory runs out: fewer --engines at a time, and "
+        "--save, which the next run adds to",
         "refuse": "RuntimeError: no such layer",
         "missing": "a_module_that_is_not_there cannot be imported (No module named 'a_module_that_is_not_there')",
     }

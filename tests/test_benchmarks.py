@@ -72,6 +72,7 @@ def compare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.alone
 @needs_native
 def test_wrong_and_slowed_kernels_are_caught(tmp_path):
     right, before = suite(tmp_path, "right")

@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_program_and_products_those_of_the_algorithms():
     if extension is not None:
         c = cost.estimate(unet, (32, 32), 10, 20, 1, machine=MACHINE)
         assert c.flops == 200 * direct
-        assert c.products == pytest.approx(200 * 4.48e9, rel=0.001)  # as peers-cifar10.json has it
+        assert c.products == pytest.approx(200 * 4.48e9, rel=0.001)  # results/: 236.4 GFLOP/s at 52.8 img-steps/s
 
 
 @needs_native
@@ -165,6 +165,7 @@ def test_bfloat16_and_parts_are_those_of_the_engine(monkeypatch):
     assert whole.weight_bytes == 3 * whole.memory["packed"]
 
 
+@pytest.mark.alone
 @needs_native
 def test_time_is_near_the_measured():
     """A wide band: others may compute here. benchmarks/calibrate.py prints the exact ratios."""

@@ -23,12 +23,8 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("measure ")]
 
 
-# Of scripts that `fastdiff bench` has replaced, on a machine with other instructions than where it has run since.
-EARLIER = {"accelerate-cifar10.json", "peers-cifar10.json", "peers-celebahq.json"}
-
-
 def measured() -> set[str]:
-    return set(re.findall(r"[\w-]+\.json", SCRIPT.read_text())) | EARLIER
+    return set(re.findall(r"[\w-]+\.json", SCRIPT.read_text()))
 
 
 def test_every_result_that_the_readme_links_is_measured() -> None:

@@ -29,6 +29,7 @@ def results() -> dict[str, dict]:
     return {result["name"]: result for result in map(json.loads, run.stdout.splitlines())}
 
 
+@pytest.mark.xdist_group("interpreted")  # one process interprets them once
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_is_its_reference(results, name):
     assert name in results, "the case was not run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,10 @@ def _batch(record: Mapping[str, Any]) -> list[str]:
                 f"{e['error']:.1e}",
                 f"{e['first_call_s']:.2f} s",
                 "-" if e["peak_mib"] is None else f"{e['peak_mib']:.0f}",
-                "RED" if red else "-" if speed is None else f"{speed:.1f}",
+                "RED" if red else "-" if speed is None else _speed(speed),
                 "-" if red or speed is None else f"{e['spread']:.1%}",
                 "-" if red or speed is None or limit is None else f"{speed / limit:.0%}",
-                f"{e['predicted']:.1f}" if "predicted" in e and not red else "-",
+                _speed(e["predicted"]) if "predicted" in e and not red else "-",
                 "-" if red or r is None else f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]",
             )
         )
@@ -90,8 +91,13 @@ def _limits(record: Mapping[str, Any]) -> str:
     limits = record.get("limits")
     if not limits:
         return ""
-    told = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in limits.items())
+    told = ", ".join(f"{dtype} {_speed(speed)}" for dtype, speed in limits.items())
     return f"; limit of the products alone, img-steps/s: {told}"
+
+
+def _speed(x: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}"
 
 
 def best(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:

@@ -108,7 +108,11 @@ class Worker:
 
     def _crashed(self) -> Absent:
         self.process.join(5)
-        return Absent(f"its process ended with exit code {self.process.exitcode}", crashed=True)
+        code = self.process.exitcode
+        reason = f"its process ended with exit code {code}"
+        if code == -9:
+            reason += ", as where memory runs out: fewer --engines at a time, and --save, which the next run adds to"
+        return Absent(reason, crashed=True)
 
 
 def _work(pipe: Any, engine: Engine, task: Task) -> None:
@@ -129,7 +133,7 @@ def _work(pipe: Any, engine: Engine, task: Task) -> None:
         while True:
             try:
                 seconds = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # the latter where what it was sent before was never read
                 return
             _time(run, SETTLING_S, 1, task.device)
             pipe.send((_time(run, seconds, 2, task.device), memory.peak_mib()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,13 +96,30 @@ def _common(walk: Walk, i: int, order: int, solver_type: str) -> tuple[float, fl
     return factor, full, r, B, b
 
 
+def solve_moments(r: Sequence[float], b: Sequence[float]) -> list[float]:
+    """rho with sum_k rho_k r_k^j = b_j, j = 0 .. n - 1, for n distinct r (Björck & Pereyra 1970).
+
+    Not LAPACK, whose last bits differ from processor to processor: a table is the same on all of them.
+    """
+    n, rho = len(r), list(b)
+    for k in range(n - 1):
+        for i in range(n - 1, k, -1):
+            rho[i] -= r[k] * rho[i - 1]
+    for k in range(n - 2, -1, -1):
+        for i in range(k + 1, n):
+            rho[i] /= r[i] - r[i - k - 1]
+        for i in range(k, n - 1):
+            rho[i] -= rho[i + 1]
+    return rho
+
+
 def _step(walk: Walk, i: int, order: int, solver_type: str) -> tuple[float, np.ndarray]:
     """UniP from level i: the factor of x, and the coefficients of x_0, m1, m2, m3."""
     factor, full, r, B, b = _common(walk, i, order, solver_type)
     coefficients = np.array([full, 0.0, 0.0, 0.0])
     if r:
         # For one unknown the equation's solution is 1/2 up to O(h), and the paper takes 1/2.
-        rho = [0.5] if order == 2 else np.linalg.solve([[v**j for v in r] for j in range(order - 1)], b[:-1]).tolist()
+        rho = [0.5] if order == 2 else solve_moments(r, b[:-1])
         for k, (v, share) in enumerate(zip(r, rho, strict=True), start=1):
             coefficients[k] += B * share / v
             coefficients[0] -= B * share / v
@@ -112,7 +129,7 @@ def _step(walk: Walk, i: int, order: int, solver_type: str) -> tuple[float, np.n
 def _corrected(walk: Walk, i: int, order: int, solver_type: str) -> np.ndarray:
     """UniC of the step from level i, without its x: coefficients of x_0 at the end, and of x_0, m1, m2 at the start."""
     _, full, r, B, b = _common(walk, i, order, solver_type)
-    rho = [0.5] if order == 1 else np.linalg.solve([[v**j for v in [*r, 1.0]] for j in range(order)], b).tolist()
+    rho = [0.5] if order == 1 else solve_moments([*r, 1.0], b)
     coefficients = np.array([B * rho[-1], full - B * rho[-1], 0.0, 0.0])
     for k, (v, share) in enumerate(zip(r, rho[:-1], strict=True), start=1):
         coefficients[1 + k] += B * share / v

@@ -16,12 +16,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastdiff.bench.machine import processor
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import Sampler
 from fastdiff.trilemma.plan import Planned
@@ -176,15 +176,11 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
     from fastdiff.backends.native import extension
 
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        named = (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line)
-        model = next(named, model)
     engine = extension()
     versions = {name: importlib.metadata.version(name) for name in ("fastdiff", "torch") if _installed(name)}
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": affinity,
         "threads": torch.get_num_threads(),
         "isas": engine.isas() if engine is not None else [],
