@@ -253,7 +253,7 @@ EDITS: list[dict[str, Any]] = [
 
 
 @pytest.mark.skipif(native.extension() is None, reason="not built")
-@pytest.mark.parametrize("options", EDITS, ids=str)
+@pytest.mark.parametrize("options", EDITS, ids="-".join)
 def test_edits_are_bitwise_the_same_in_any_batch(options: dict[str, Any]) -> None:
     sampler, image = sampler_of("native", determinism="bitwise"), images(7)
     run = {"steps": 6, "seed": 3, **options}
@@ -262,7 +262,7 @@ def test_edits_are_bitwise_the_same_in_any_batch(options: dict[str, Any]) -> Non
     assert torch.equal(sampler.sample(2, image=image[4:6], start_index=4, **run).images, whole[4:6])
 
 
-@pytest.mark.parametrize("options", EDITS, ids=str)
+@pytest.mark.parametrize("options", EDITS, ids="-".join)
 def test_compiled_and_eager_agree(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled backend's runner with the network left as it is: what edits must know is only that."""
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
@@ -563,7 +563,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "words"), BAD, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("options", "words"), BAD, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
 def test_bad_edits(options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = sampler_of()
 
