@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +236,16 @@ def test_ceilings_are_measured_once_and_make_sense(monkeypatch):
     assert other.isa == last
     if last not in extension.bf16_isas():
         assert "bfloat16" not in other.gflops
+
+
+@needs_native
+def test_a_neighbours_moment_is_no_ceiling(monkeypatch):
+    """The peak is the best look's, of both threads at once: neither the first look's, nor of threads' best ones."""
+    looks = itertools.chain([60.0, 50.0, 30.0, 90.0, 100.0, 10.0, 70.0, 30.0], itertools.repeat(40.0))
+    measured = SimpleNamespace(isas=lambda: ["x"], bf16_isas=lambda: ["x"], rates=lambda isa: (0.0, next(looks)))
+    monkeypatch.setattr(native, "extension", lambda: measured)
+    monkeypatch.setattr(cost, "_best", lambda work: 1.0)
+    assert cost._measured.__wrapped__("x", 2).gflops == {"float32": 120.0, "bfloat16": 240.0}
 
 
 # What is not known, and what is wrong ---------------------------------------------------------------------------------
