@@ -99,7 +99,7 @@ def _common(walk: Walk, i: int, order: int, solver_type: str) -> tuple[float, fl
 def solve_moments(r: Sequence[float], b: Sequence[float]) -> list[float]:
     """rho with sum_k rho_k r_k^j = b_j, j = 0 .. n - 1, for n distinct r (Björck & Pereyra 1970).
 
-    Not LAPACK, whose last bits differ from processor to processor: a table is the same on all of them.
+    Not by LAPACK, whose last bits differ from processor to processor, and with them a table's.
     """
     n, rho = len(r), list(b)
     for k in range(n - 1):

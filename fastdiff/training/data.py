@@ -46,11 +46,11 @@ class ImageData(Dataset[Batch]):
     class_names: tuple[str, ...] | None
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        raise NotImplementedError  # every kind of data has its own
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """uint8 [B, C, H, W] and int64 [B] (None where the data has no labels), in the order of `indices`."""
-        raise NotImplementedError
+        raise NotImplementedError  # every kind of data has its own
 
     def _check(self, indices: Sequence[int]) -> list[int]:
         order = [operator.index(index) for index in indices]
