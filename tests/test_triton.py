@@ -41,6 +41,7 @@ from unets import (
     relative_error,
 )  # fmt: skip
 
+import fastdiff
 from fastdiff import solvers, update
 from fastdiff.backends import BITWISE_ROWS, Spec, triton
 from fastdiff.backends.eager import EagerRunner
@@ -480,3 +481,15 @@ def test_interpreted_steps_equal_the_references() -> None:
     assert told["equal"], "guidance has the same bits in the update and on its own"
     assert told["row"] == [2, 2]
     assert told["arrived"] == [0, 0, 0]
+
+
+def test_a_checkout_without_symbolic_links_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where git makes no links, fastdiff/kernels is a text file, and no submodule of it can be imported."""
+    package = tmp_path / "fastdiff"
+    package.mkdir()
+    (package / "kernels").write_text("../kernels")
+    for name in [name for name in sys.modules if name.startswith("fastdiff.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(fastdiff, "__path__", [str(package)])
+    reasons = triton.reasons_against(random_unet(TINY), Spec(2, (3, 8, 8), torch.float32, torch.device("cpu")))
+    assert any("no fastdiff/kernels, a symbolic link" in reason for reason in reasons), reasons

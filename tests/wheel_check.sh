@@ -16,7 +16,7 @@ import zipfile
 
 sdist = {name.partition("/")[2] for name in tarfile.open(sys.argv[1]).getnames()}
 wheel = set(zipfile.ZipFile(sys.argv[2]).namelist())
-assert {"csrc/CMakeLists.txt", "csrc/inplace/CMakeLists.txt", "csrc/engine.cpp", "csrc/module.cpp"} <= sdist
+assert {"kernels/launch.py", "csrc/CMakeLists.txt", "csrc/inplace/CMakeLists.txt", "csrc/engine.cpp", "csrc/module.cpp"} <= sdist
 built = [name for name in sorted(sdist) if name.endswith((".so", ".a", ".o", ".pyd", "CMakeCache.txt"))]
 assert not built, f"build products in the sdist: {built}"
 others = [name for name in sorted(wheel) if not name.startswith(("fastdiff/", "fastdiff-"))]
@@ -47,7 +47,7 @@ assert pathlib.Path(sys.argv[1]) not in package.parents, f"imported from the che
 assert importlib.metadata.version("fastdiff") == fastdiff.__version__
 assert (package / "py.typed").is_file()
 kernels = {path.name for path in (package / "kernels").glob("*.py")}
-assert {"__init__.py", "launch.py", "update.py"} <= kernels, f"kernels in the wheel: {sorted(kernels)}"
+assert {"launch.py", "update.py"} <= kernels, f"kernels in the wheel: {sorted(kernels)}"
 import fastdiff.kernels.launch
 
 if os.environ["FASTDIFF_NATIVE"] == "ON":

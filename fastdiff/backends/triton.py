@@ -25,7 +25,6 @@ from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.backends.native import alterations
 from fastdiff.errors import BackendError
-from fastdiff.kernels.launch import Launch
 from fastdiff.lower import embed_timesteps, lower
 from fastdiff.solvers.table import COLUMNS
 from fastdiff.state import State, TableBank
@@ -33,6 +32,7 @@ from fastdiff.unet import UNet
 
 if TYPE_CHECKING:
     from fastdiff.backends.launches import Buffers
+    from fastdiff.kernels.launch import Launch
 
 log = logging.getLogger("fastdiff")
 
@@ -44,6 +44,10 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed")
+    if not _has_kernels():
+        reasons.append(
+            "this checkout has no fastdiff/kernels, a symbolic link to kernels/: enable links, or use a wheel"
+        )
     if not torch.cuda.is_available():
         reasons.append("torch sees no CUDA device")
     elif spec.device.type == "cuda" and torch.cuda.get_device_capability(spec.device) < (8, 0):
@@ -61,6 +65,14 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     if spec.fast:
         reasons.append("it has one kind of bfloat16 only; use dtype='bfloat16'")
     return reasons
+
+
+def _has_kernels() -> bool:
+    """Whether the kernels can be imported; a checkout without symbolic links has a text file in their place."""
+    try:
+        return importlib.util.find_spec("fastdiff.kernels.launch") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def refuse(unet: nn.Module, spec: Spec) -> None:

@@ -68,7 +68,9 @@ def code() -> str:
     """Twelve digits of SHA-256 over the package's Python files and its extension."""
     folder = Path(fastdiff.backends.__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.py"), *folder.glob("_native*.so"), *folder.glob("_native*.pyd")]):
+    # In a checkout fastdiff/kernels is a link, which rglob does not follow before Python 3.13.
+    python = {*folder.rglob("*.py"), *(folder / "kernels").rglob("*.py")}
+    for path in sorted([*python, *folder.glob("_native*.so"), *folder.glob("_native*.pyd")]):
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
