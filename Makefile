@@ -59,7 +59,7 @@ kernel-check: $(READY)  ## compile every Triton kernel that is shipped for sm_80
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_80 .aot-sm_90 .aot-sm_100
 
 .aot-%:
-	$(BIN)/python -m pytest -p no:cacheprovider -q tests/test_kernels_aot.py -k $*
+	$(BIN)/python -m pytest -p no:cacheprovider -q tests/kernels/test_kernels_aot.py -k $*
 
 figures: $(READY)  ## measure every figure of README.md here, into out/figures: hours, on a machine that does nothing else
 	benchmarks/figures.sh

@@ -1,4 +1,4 @@
-"""Fits the factors of `fastdiff.cost` to profiles of the native engine on this machine.
+"""Fits the factors of `fastdiff.backends.native.cost` to profiles of the native engine on this machine.
 
     python benchmarks/calibrate.py profile p1.json --networks ddpm-cifar10-32    # minutes; nothing else may compute
     python benchmarks/calibrate.py fit p1.json p2.json                           # writes fastdiff/cost.json
@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff import NoiseSchedule, Sampler, UNet, cost, solvers
-from fastdiff.backends import Spec, native
+from fastdiff import NoiseSchedule, Sampler, UNet, solvers
+from fastdiff.backends import Spec
+from fastdiff.backends.native import cost
+from fastdiff.backends.native import runner as native
 from fastdiff.bench.machine import header as machine
 from fastdiff.bench.networks import PUBLISHED, random_unet
-from fastdiff.state import State, TableBank
-from fastdiff.unet_config import UNetConfig
+from fastdiff.core.state import State, TableBank
+from fastdiff.unet import UNetConfig
 
 DTYPES = ("float32", "bfloat16", "bfloat16-fast")
 # Pools, embedded classes and several heads, which the others lack.

@@ -8,19 +8,14 @@ python benchmarks/compare.py old.json new.json                    # exit code 1 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-
-from cases import NETWORKS, cases
-from unets import PUBLISHED
-
-from fastdiff import cost
-from fastdiff.backends import native
+from fastdiff.backends.native import cost
+from fastdiff.backends.native import runner as native
+from tests.support.cases import NETWORKS, cases
+from tests.support.unets import PUBLISHED
 
 DEFAULT = "ddpm-cifar10-32"
 

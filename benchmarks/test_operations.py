@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, Replay, config_of
 
-from fastdiff import cost
-from fastdiff.backends import native, threads
-from fastdiff.program import Conv
+from fastdiff.backends.native import cost, threads
+from fastdiff.backends.native import runner as native
+from fastdiff.core.program import Conv
+from tests.support.cases import TOLERANCE, Case, Replay, config_of
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="fastdiff._native is not built")
 

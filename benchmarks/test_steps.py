@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from unets import PUBLISHED, random_unet, relative_error
 
-from fastdiff import NoiseSchedule, Sampler, UNet, cost, solvers
-from fastdiff.backends import Spec, native
-from fastdiff.state import State, TableBank
-from fastdiff.update import update
+from fastdiff import NoiseSchedule, Sampler, UNet, solvers
+from fastdiff.backends import Spec
+from fastdiff.backends.native import cost
+from fastdiff.backends.native import runner as native
+from fastdiff.core.state import State, TableBank
+from fastdiff.core.update import update
+from tests.support.unets import PUBLISHED, random_unet, relative_error
 
 extension = native.extension()
 pytestmark = pytest.mark.skipif(extension is None, reason="fastdiff._native is not built")

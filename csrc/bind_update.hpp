@@ -130,7 +130,7 @@ inline void bind_update(nb::module_& m) {
       "xs"_a.noconvert().none() = nb::none(), "m1"_a.noconvert().none() = nb::none(),
       "m2"_a.noconvert().none() = nb::none(), "m3"_a.noconvert().none() = nb::none(), "begin"_a = 0, "end"_a = -1,
       "isa"_a = "",
-      "One row of the table for images begin to end (all), in place: fastdiff.update.update without the advance.");
+      "One row of the table for images begin to end (all), in place: fastdiff.core.update.update without the advance.");
 
   m.def(
       "guide",
@@ -167,7 +167,7 @@ inline void bind_update(nb::module_& m) {
       "out"_a.noconvert(), "net"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
       "guidance"_a.noconvert().none(), nb::kw_only(), "channels"_a, "rescale"_a = 0.0f, "begin"_a = 0, "end"_a = -1,
       "isa"_a = "",
-      "The network's NHWC output as planes of channels, guided (fastdiff.update.guide). guidance None: net has no "
+      "The network's NHWC output as planes of channels, guided (fastdiff.core.update.guide). guidance None: net has no "
       "unconditional rows.");
 
   m.def(
@@ -235,7 +235,7 @@ inline void bind_update(nb::module_& m) {
       },
       "z"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(), "row"_a.noconvert(), nb::kw_only(), "stream"_a,
       "first"_a = 0, "words"_a.noconvert().none() = nb::none(), "isa"_a = "",
-      "Standard normals into z [images, ...], as fastdiff.noise.normal, from counter `first` on; and the words they "
+      "Standard normals into z [images, ...], as fastdiff.core.noise.normal, from counter `first` on; and the words they "
       "are made of, into words.");
 }
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import fastdiff
-from fastdiff import images
+from fastdiff.data import pictures as images
 
 # A pipeline of your own comes from DDIMPipeline.from_pretrained("path/to/ddim"). This one has random weights.
 torch.manual_seed(0)

@@ -6,7 +6,7 @@ Run it anywhere:  python watch_denoising.py        It writes denoising.gif.
 import torch
 
 import fastdiff
-from fastdiff import images
+from fastdiff.data import pictures as images
 
 sampler = fastdiff.Sampler.from_pretrained("fashion-mnist")
 

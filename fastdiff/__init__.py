@@ -16,38 +16,43 @@ _EXPORTS = {
     "solvers": "fastdiff.solvers",
     "StepTable": "fastdiff.solvers",
     "UNet": "fastdiff.unet",
-    "UNetConfig": "fastdiff.unet_config",
+    "UNetConfig": "fastdiff.unet",
     "Sampler": "fastdiff.sampler",
     "SampleOutput": "fastdiff.sampler",
-    "Scheduler": "fastdiff.scheduler",
-    "accelerate": "fastdiff.pipelines",
+    "Scheduler": "fastdiff.integrations",
+    "accelerate": "fastdiff.integrations",
     "Trainer": "fastdiff.training",
     "TrainConfig": "fastdiff.training",
     "FastdiffError": "fastdiff.errors",
 }
+# Modules by the names that they had before the package was divided into rooms.
+_MODULES = {"checkpoint": "fastdiff.checkpoints", "images": "fastdiff.data.pictures"}
 
 if TYPE_CHECKING:
     from fastdiff import solvers as solvers
     from fastdiff.errors import FastdiffError as FastdiffError
-    from fastdiff.pipelines import accelerate as accelerate
+    from fastdiff.integrations import Scheduler as Scheduler
+    from fastdiff.integrations import accelerate as accelerate
     from fastdiff.sampler import SampleOutput as SampleOutput
     from fastdiff.sampler import Sampler as Sampler
     from fastdiff.schedule import NoiseSchedule as NoiseSchedule
-    from fastdiff.scheduler import Scheduler as Scheduler
     from fastdiff.solvers import StepTable as StepTable
     from fastdiff.training import TrainConfig as TrainConfig
     from fastdiff.training import Trainer as Trainer
     from fastdiff.unet import UNet as UNet
-    from fastdiff.unet_config import UNetConfig as UNetConfig
+    from fastdiff.unet import UNetConfig as UNetConfig
 
 __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    elif name in _EXPORTS:
+        module = importlib.import_module(_EXPORTS[name])
+        value = module if _EXPORTS[name] == f"fastdiff.{name}" else getattr(module, name)
+    else:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    module = importlib.import_module(_EXPORTS[name])
-    value = module if _EXPORTS[name] == f"fastdiff.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

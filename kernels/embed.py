@@ -1,4 +1,4 @@
-"""`fastdiff.program.Embed`: silu(time + class), both read from tables."""
+"""`fastdiff.core.program.Embed`: silu(time + class), both read from tables."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff import update as reference
+from fastdiff.core import update as reference
 from fastdiff.kernels import update
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
 from fastdiff.solvers.table import COLUMNS

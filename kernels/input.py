@@ -1,4 +1,6 @@
-"""`fastdiff.program.Input`: the images as the network reads them, and where in the tables the rows of a step stand."""
+"""`fastdiff.core.program.Input`: the images as the network reads them, and where in the tables the rows of a step
+stand.
+"""
 
 from __future__ import annotations
 

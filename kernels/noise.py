@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its normals (`fastdiff.noise` is the reference): for other kernels, and as one of its own."""
+"""Philox4x32-10 and its normals (`fastdiff.core.noise` is the reference): for other kernels, and as one of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff import noise as reference
+from fastdiff.core import noise as reference
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, operation
 
 M0, M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
@@ -161,7 +161,7 @@ def noise(
 ) -> Launch:
     """dst [images, ...]: standard normals where it is float32, Philox's words (their bits) where it is int32.
 
-    seed, index, row: int64 [images], as in `fastdiff.noise.normal`.
+    seed, index, row: int64 [images], as in `fastdiff.core.noise.normal`.
     """
     images, size = len(dst), math.prod(dst.shape[1:])
     assert dst.is_contiguous()

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.core.program import STRIP
 from fastdiff.kernels import sources
 from fastdiff.kernels.launch import (
     Config,
@@ -25,7 +26,6 @@ from fastdiff.kernels.launch import (
     row_vectors,
     wide,
 )
-from fastdiff.program import STRIP
 
 # Finalise -------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`fastdiff.program.Pool`: the mean over 2 x 2 pixels of norm(src)."""
+"""`fastdiff.core.program.Pool`: the mean over 2 x 2 pixels of norm(src)."""
 
 from __future__ import annotations
 

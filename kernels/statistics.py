@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.core.program import STRIP
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
-from fastdiff.program import STRIP
 
 
 @dataclasses.dataclass(frozen=True)

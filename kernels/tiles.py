@@ -1,7 +1,7 @@
 """Tiles of an NHWC map whose columns have their statistics: where their pixels are, and how they are finished.
 
-A *block* is ``height`` by ``width`` pixels inside one strip of `fastdiff.program.STRIP` rows of pixels of one row of
-the batch; a tile is as many blocks as it holds. So every sum over a block is of one row and one strip, and where a
+A *block* is ``height`` by ``width`` pixels inside one strip of `fastdiff.core.program.STRIP` rows of pixels of one row
+of the batch; a tile is as many blocks as it holds. So every sum over a block is of one row and one strip, and where a
 block is as wide as the map its statistics are the strip's. Otherwise they are a *part*, which
 `fastdiff.kernels.epilogue.combine` merges with the strip's others.
 """
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.core.program import STRIP
 from fastdiff.kernels.launch import cdiv, power_of_two, row_vectors, wide
-from fastdiff.program import STRIP
 
 PHASES = 4  # of an upsampled map: even and odd rows and columns
 

@@ -1,4 +1,5 @@
-"""One row of the table for every image, guidance and noise included, in one kernel (`fastdiff.update`: the reference).
+"""One row of the table for every image, guidance and noise included, in one kernel (`fastdiff.core.update`: the
+reference).
 
 Every image stands at its own row of its own table. An operand whose coefficient is zero is not read.
 """
@@ -14,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff import update as reference
+from fastdiff.core import update as reference
+from fastdiff.core.noise import UPDATE
+from fastdiff.core.state import State
 from fastdiff.kernels import noise
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
-from fastdiff.noise import UPDATE
 from fastdiff.solvers.table import COLUMNS
-from fastdiff.state import State
 
 # Where a row's coefficients are: COLUMNS in fastdiff/solvers/table.py, which says what they mean.
 WIDTH = tl.constexpr(len(COLUMNS))
@@ -194,7 +195,7 @@ def update(
     chosen_for: int | None = None,
     config: UpdateConfig | None = None,
 ) -> Launch:
-    """`fastdiff.update.update` in place, with row += 1 but for images at their table's last row, the identity.
+    """`fastdiff.core.update.update` in place, with row += 1 but for images at their table's last row, the identity.
 
     x, xs, m1, m2, m3, z: float32 [images, C, H, W]; m's that a bank's tables read and no others, xs where they save.
     out: the network's output [rows, C or 2C, H, W] in any dtype, NCHW or NHWC in memory; with ``guidance``
@@ -254,7 +255,7 @@ def update_reference(
     xs: Tensor | None, m1: Tensor | None, m2: Tensor | None, m3: Tensor | None, z: Tensor | None,
     x0_scale: Tensor | None, guidance: Tensor | None,
 ) -> None:  # fmt: skip
-    """By way of `fastdiff.update.update`; asks the device for the rows."""
+    """By way of `fastdiff.core.update.update`; asks the device for the rows."""
     values = bank[table].to(x.dtype)  # every image gets a table of its own, for its x0_scale
     if x0_scale is not None:
         for name in ("kx", "ko"):

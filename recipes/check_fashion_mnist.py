@@ -41,10 +41,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import fastdiff
-from fastdiff.classifier import CLASS_NAMES, SIZE, Classifier
+from fastdiff.data.datasets import load_data
 from fastdiff.errors import DataError, FastdiffError
+from fastdiff.evaluation.classifier import CLASS_NAMES, SIZE, Classifier
 from fastdiff.files import atomic_path, write_text
-from fastdiff.training.data import load_data
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MIN_ACCURACY = 0.85

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.classifier import CLASS_NAMES, SIZE, Classifier
+from fastdiff.data.datasets import ArrayData, load_data
 from fastdiff.errors import FastdiffError, InvalidArgument
+from fastdiff.evaluation.classifier import CLASS_NAMES, SIZE, Classifier
 from fastdiff.files import write_text
-from fastdiff.training.data import ArrayData, load_data
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 OUT = Path("fastdiff/models/fashion-mnist/classifier.safetensors")

@@ -10,7 +10,8 @@ $OUT, else out/gpu. Each part runs in a process of its own, so that an error, ev
 loses that part alone; its traceback is in the JSON. A call ends within --seconds; what it did not reach waits for the
 next. Nothing whose check is red gets a speed. Exit code: 0 all well, 1 something failed, 3 something was not reached.
 
-In a dry run kernels are interpreted, torch.compile is left out, and CUDA graphs are those of tests/fake_cuda.py.
+In a dry run kernels are interpreted, torch.compile is left out, and tests/support/fake_cuda.py stands in for
+CUDA graphs.
 """
 
 # Each module imports only from those before it: run, timing, networks, machine, checks, tuning, jobs, speeds, report,

@@ -1,13 +1,13 @@
-"""``python benchmarks/gpu``, from any folder: the package is imported from the folder that holds it."""
+"""``python benchmarks/gpu``, from any folder: the package is imported from the root of the checkout."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from gpu.call import main  # noqa: E402 - found by the line above
+from benchmarks.gpu.call import main  # noqa: E402 - found by the line above
 
 if __name__ == "__main__":
     sys.exit(main())

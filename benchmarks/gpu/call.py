@@ -55,12 +55,7 @@ def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> str 
     command = [sys.executable, str(HERE), "--out", str(arguments.out), "--child", ",".join(parts)]
     command += ["--seconds", str(limit)] + ["--dry-run"] * arguments.dry_run
     command += ["--diffusers", str(arguments.diffusers)] if arguments.diffusers else []
-    environment = dict(os.environ)
-    root = HERE.parent.parent
-    paths = [str(root), str(root / "tests"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    if arguments.dry_run:
-        environment["TRITON_INTERPRET"] = "1"
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if arguments.dry_run else {})
     try:
         done = subprocess.run(command, env=environment, timeout=limit, stderr=subprocess.PIPE, text=True)
     except subprocess.TimeoutExpired:

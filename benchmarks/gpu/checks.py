@@ -12,7 +12,7 @@ from .run import Failure, Run
 
 def small_cases(run: Run) -> dict[str, Any]:
     """The kernels' cases by name; in a dry run the first of every kind."""
-    from kernel_cases import CASES
+    from tests.support.kernel_cases import CASES
 
     first = {name.split()[0].rstrip(","): name for name in reversed(CASES)}
     return {name: CASES[name] for name in CASES if not run.dry or name in first.values()}
@@ -34,7 +34,7 @@ def moved(value: Any, device: Any) -> Any:
 
 def kernels(run: Run) -> dict[str, Any]:
     """Every kernel against its reference in float64, over the small cases of the tests."""
-    from kernel_harness import check, mend_interpreter
+    from tests.support.kernel_harness import check, mend_interpreter
 
     no_tf32()
     if run.dry:
@@ -69,8 +69,9 @@ def graphs(run: Run) -> dict[str, Any]:
     import torch
 
     from fastdiff import NoiseSchedule, solvers
-    from fastdiff.backends import Spec, graph, native
+    from fastdiff.backends import Spec, graph
     from fastdiff.backends.eager import EagerRunner
+    from fastdiff.backends.native import runner as native
 
     no_tf32()
     schedule, shape = NoiseSchedule(), (3, 8, 8)

@@ -39,7 +39,7 @@ def no_tf32() -> None:
 def runner_of(run: Run, backend: str, unet: Any, spec: Any, mode: str | None = None) -> Any:
     """The backend's runner; in a dry run `compiled` is a graph of eager steps, on the stand-in.
 
-    `triton` has none there: tests/test_triton.py runs its launches.
+    `triton` has none there: tests/backends/test_triton.py runs its launches.
     """
     from fastdiff import backends
     from fastdiff.backends import compiled
@@ -61,8 +61,8 @@ def start(n: int, shape: tuple[int, ...], table: Any, device: Any, dtype: Any, f
     """Images ``first`` to first + n - 1 of seed 0, at row 0."""
     import torch
 
-    from fastdiff import noise
-    from fastdiff.state import State, TableBank
+    from fastdiff.core import noise
+    from fastdiff.core.state import State, TableBank
 
     i = torch.arange(first, first + n, device=device)
     x = noise.normal(torch.zeros_like(i), i, torch.zeros_like(i), noise.INITIAL, shape).to(dtype)

@@ -31,7 +31,8 @@ class Run:
     def cuda(self) -> Any:
         """torch.cuda, or its stand-in."""
         import torch
-        from fake_cuda import FakeCuda
+
+        from tests.support.fake_cuda import FakeCuda
 
         return FakeCuda() if self.dry else torch.cuda
 

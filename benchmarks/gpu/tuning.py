@@ -14,9 +14,8 @@ from .timing import microseconds
 
 def launches(run: Run) -> list[Any]:
     """One launch for each operation and shape that fastdiff ships, of operations whose checks are green."""
-    from kernel_cases import SHIPPED
-
     from fastdiff.kernels.launch import Launch
+    from tests.support.kernel_cases import SHIPPED
 
     ops = run.finished.get("kernels", {}).get("result", {}).get("ops", {})
     made = [case().launch() for case in small_cases(run).values()] if run.dry else [make() for make in SHIPPED.values()]
@@ -32,16 +31,16 @@ def launches(run: Run) -> list[Any]:
 
 
 def conv_layers(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...], Callable[[Any], Callable[[], None]]]]:
-    """The published networks' distinct convolutions in bfloat16, as `fastdiff.backends.launches` has them: the key,
-    what heuristics choose, all configurations, and the layer in one of them.
+    """The published networks' distinct convolutions in bfloat16, as `fastdiff.backends.triton.launches` has them: the
+    key, what heuristics choose, all configurations, and the layer in one of them.
     """
     import torch
-    from cases_conv import harvest, layer_case
 
     from fastdiff import UNet
     from fastdiff.bench.networks import PUBLISHED
+    from fastdiff.core.lower import lower
     from fastdiff.kernels import conv
-    from fastdiff.lower import lower
+    from tests.support.cases_conv import harvest, layer_case
 
     cifar, celebahq = PUBLISHED["ddpm-cifar10-32"], PUBLISHED["ddpm-celebahq-256"]
     for config, rows in [(tiny(), 1)] if run.dry else [(cifar, 1), (cifar, 256), (celebahq, 1)]:

@@ -1,7 +1,7 @@
 """Backends: ways to run the network and the update.
 
 A backend prepares a network for a `Spec` and returns a `Runner`. `eager` and `compiled` wrap the module itself;
-`native` and `triton` run what `fastdiff.lower` makes of it.
+`native` and `triton` run what `fastdiff.core.lower` makes of it.
 An explicit backend never falls back: where it cannot run, `prepare` raises one `BackendError` that lists every reason.
 """
 
@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from fastdiff.core.state import State
 from fastdiff.errors import InvalidArgument
-from fastdiff.state import State
 
 BACKENDS = ("eager", "compiled", "native", "triton")
 BITWISE_ROWS = 8  # that algorithms and launch configurations are chosen for where the batch may not decide
@@ -56,7 +56,7 @@ class Runner(Protocol):
 
 def choose(unet: nn.Module, spec: Spec) -> str:
     """What "auto" means: `native` where it can run, else `eager`."""
-    from fastdiff.backends import native
+    from fastdiff.backends.native import runner as native
 
     return "eager" if native.reasons_against(unet, spec) else "native"
 
@@ -75,11 +75,11 @@ def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
 
         return compiled.prepare(unet, spec)
     if backend == "native":
-        from fastdiff.backends import native
+        from fastdiff.backends.native import runner as native
 
         return native.prepare(unet, spec)
     if backend == "triton":
-        from fastdiff.backends import triton
+        from fastdiff.backends.triton import runner as triton
 
         return triton.prepare(unet, spec)
     raise InvalidArgument(f"backend={backend!r} is unknown; allowed: auto, {', '.join(BACKENDS)}")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fastdiff.backends import Runner, Spec
 from fastdiff.backends.eager import EagerRunner, refuse
 from fastdiff.backends.graph import GraphRunner
+from fastdiff.core.state import State
 from fastdiff.errors import BackendError
-from fastdiff.state import State
 
 _count = itertools.count()
 

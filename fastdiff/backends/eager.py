@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import update
 from fastdiff.backends import Spec
+from fastdiff.core import update
+from fastdiff.core.state import State
 from fastdiff.errors import BackendError
-from fastdiff.state import State
 
 
 class EagerRunner:

@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdiff import update
 from fastdiff.backends import Spec
+from fastdiff.core import update
+from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
 from fastdiff.solvers.table import COLUMNS
-from fastdiff.state import State, TableBank
 
 WARM_UPS = 3  # compilation, lazy handles and algorithm choice come before the capture
 MOST_GRAPHS = 16  # of a runner; more variants than that are captured anew when they come again

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import Spec, prepare
-from fastdiff.checkpoint import Pretrained
+from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError, InvalidArgument
-from fastdiff.request import NetworkInfo
+from fastdiff.sampler.request import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, ddim
-from fastdiff.state import State, TableBank
-from fastdiff.unet import ResnetBlock, UNet
-from fastdiff.unet_config import OWN_FIELDS
+from fastdiff.unet import UNet
+from fastdiff.unet.config import OWN_FIELDS
+from fastdiff.unet.model import ResnetBlock
 
 Network = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 ROWS = 50
@@ -156,7 +157,7 @@ def backend(name: str, dtype: torch.dtype, fast: bool, model: Pretrained, inputs
 
 
 class PeerSteps:
-    """A network with the update of `fastdiff.update.update`, as far as DDIM needs it, in as few calls as possible.
+    """A network with the update of `fastdiff.core.update.update`, as far as DDIM needs it, in as few calls as possible.
 
     A guided step is that of diffusers' pipelines: a batch of 2B through the network, then u + w (c - u). Where the
     class is an image, ``network`` is the one behind it (`without_class_image`), and hears no label.

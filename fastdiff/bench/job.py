@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from fastdiff import pipelines
 from fastdiff.bench import machine, networks
 from fastdiff.bench.engines import Inputs, diffusers_twin, import_all, joining, without_class_image
 from fastdiff.bench.run import Say
-from fastdiff.checkpoint import Pretrained
+from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import InvalidArgument
-from fastdiff.request import NetworkInfo
+from fastdiff.integrations import pipelines
 from fastdiff.sampler import Sampler
+from fastdiff.sampler.request import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
 
 

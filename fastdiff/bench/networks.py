@@ -9,12 +9,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fastdiff import checkpoint
-from fastdiff.checkpoint import Pretrained
+from fastdiff.checkpoints import loading as checkpoint
+from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import CheckpointError
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.unet import UNet
-from fastdiff.unet_config import UNetConfig
+from fastdiff.unet import UNet, UNetConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 

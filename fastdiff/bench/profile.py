@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from fastdiff.backends import Spec, native
+from fastdiff.backends import Spec
+from fastdiff.backends.native import runner as native
 from fastdiff.bench import networks
 from fastdiff.bench.engines import Inputs
-from fastdiff.program import Conv
-from fastdiff.state import State, TableBank
+from fastdiff.core.program import Conv
+from fastdiff.core.state import State, TableBank
 
 
 @torch.no_grad()

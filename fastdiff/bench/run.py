@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 
-from fastdiff import cost, update
+from fastdiff.backends.native import cost
 from fastdiff.bench import machine, networks, timing
 from fastdiff.bench.engines import ANCHORS, ENGINES, Engine, Inputs
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
-from fastdiff.checkpoint import Pretrained
+from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.core import update
+from fastdiff.core.state import State, TableBank
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import write_text
-from fastdiff.state import State, TableBank
 from fastdiff.unet import UNet
 
 # Against float64, of the network's output. What the update makes of that output is float32's everywhere.
@@ -158,7 +159,8 @@ def read(path: Path) -> dict[str, Any]:
 def expected(model: Pretrained, batch: int, guidance: float | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """img-steps/s: the limit in each dtype, at which the products alone would run at the machine's multiply-add peak
     (those of the algorithms that the native engine chose, Winograd's savings included), and the native engines' speeds
-    as `fastdiff.cost` predicts them; a guided image is two rows. Both empty where there is no native engine.
+    as `fastdiff.backends.native.cost` predicts them; a guided image is two rows. Both empty where there is no native
+    engine.
     """
     with torch.device("meta"):
         unet = UNet(model.unet.config)

@@ -51,7 +51,7 @@ def convert(
 
     fastdiff convert cifar10 back.ckpt --format ddpm
     """
-    from fastdiff.convert import convert as run
+    from fastdiff.checkpoints.convert import convert as run
 
     result = run(src, dst, to=to, preset=preset, flags=flags, variant=variant, weights=weights)
     if as_json:

@@ -49,13 +49,14 @@ def info(
 
     fastdiff info fashion-mnist --n 50000 --steps 50 --dtype bfloat16
     """
-    from fastdiff import Sampler, cost
+    from fastdiff import Sampler
     from fastdiff.backends import BACKENDS
-    from fastdiff.backends.native import choose_method
-    from fastdiff.lower import lower
-    from fastdiff.plan import plan
-    from fastdiff.program import Conv
-    from fastdiff.request import Options, check, step_table
+    from fastdiff.backends.native import cost
+    from fastdiff.backends.native.runner import choose_method
+    from fastdiff.core.lower import lower
+    from fastdiff.core.plan import plan
+    from fastdiff.core.program import Conv
+    from fastdiff.sampler.request import Options, check, step_table
     from fastdiff.schedule import NoiseSchedule
 
     if steps is not None and solver is None and n is None:

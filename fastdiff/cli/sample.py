@@ -99,9 +99,9 @@ def sample(
     fastdiff sample --n 8 --labels 9 --image in.png --strength 0.6 -o out.png
     """
     from fastdiff import SampleOutput, Sampler
-    from fastdiff.images import PICTURES, grid
-    from fastdiff.images import animate as write_animation
-    from fastdiff.request import image_size
+    from fastdiff.data.pictures import PICTURES, grid
+    from fastdiff.data.pictures import animate as write_animation
+    from fastdiff.sampler.request import image_size
 
     if out.suffix.lower() not in (*PICTURES, ".npz", ""):
         raise InvalidArgument(
@@ -192,7 +192,7 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
     """A picture file as floats [channels, *size] in [-1, 1], centre-cropped and shrunk where it is larger."""
     import torch
 
-    from fastdiff.training.pixels import convert, fit_to, misfit, open_image, pixels_of, why
+    from fastdiff.data.pixels import convert, fit_to, misfit, open_image, pixels_of, why
 
     if channels not in (1, 3):
         raise InvalidArgument(f"{option} {path}: this model's images have {channels} channels, so they are no pictures")

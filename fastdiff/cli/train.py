@@ -14,7 +14,7 @@ from fastdiff.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from fastdiff.training import ImageData
-    from fastdiff.unet_config import UNetConfig
+    from fastdiff.unet import UNetConfig
 
 
 def train(
@@ -94,9 +94,9 @@ def train(
     import torch
 
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
-    from fastdiff.checkpoint import load
+    from fastdiff.checkpoints.loading import load
+    from fastdiff.checkpoints.reading import read_json
     from fastdiff.training import load_data
-    from fastdiff.weights import read_json
 
     settings = TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,

@@ -81,10 +81,10 @@ def trilemma(
     fastdiff trilemma --solvers ddim,unipc-g2 --nfe 4,10 --n 1000 -o out/few
     """
     from fastdiff import Sampler
-    from fastdiff.real import MIN_IMAGES
-    from fastdiff.trilemma import report, run, speed
-    from fastdiff.trilemma.picture import draw_picture, drawable
-    from fastdiff.trilemma.plan import QUICK, plan
+    from fastdiff.evaluation.reference_images import MIN_IMAGES
+    from fastdiff.evaluation.trilemma import report, run, speed
+    from fastdiff.evaluation.trilemma.grid import QUICK, plan
+    from fastdiff.evaluation.trilemma.picture import draw_picture, drawable
 
     if quick and (solvers, nfe, n) != (None, None, None):
         raise InvalidArgument("--quick is a plan of its own; leave out --solvers, --nfe and --n")

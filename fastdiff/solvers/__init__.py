@@ -1,7 +1,7 @@
 """Solvers: functions from a `NoiseSchedule` (or an `EDMSchedule`) to a `StepTable`."""
 
 from fastdiff.solvers.adams import deis, lms
-from fastdiff.solvers.compat import from_config
+from fastdiff.solvers.compat.diffusers import from_config
 from fastdiff.solvers.consistency import consistency, lcm
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm

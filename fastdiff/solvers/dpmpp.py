@@ -69,7 +69,8 @@ def dpmpp_3m(
               - a_t ((e^-h - 1 + h) / h^2 - 1/2) D_2
 
     so that D_1 and D_2 are h and h^2 times the parabola's derivatives. The authors' code, and with it diffusers, leaves
-    out the 2, which costs an order: errors then fall with h^2, with the 2 as h^3 (tests/test_orders.py measures both).
+    out the 2, which costs an order: errors then fall with h^2, with the 2 as h^3
+    (tests/solvers/test_orders.py measures both).
     It starts with orders 1 and 2 (heun). Options are those of `dpmpp_2m`.
     """
     walk = Walk.of(schedule, steps, **common)

@@ -76,9 +76,9 @@ class StepTable:
     steps: what the user asked for; len(table): rows, one network evaluation each; init_scale: the scale of the initial
     noise; ascending: timesteps may rise (inversion, resampling); continuous: t is a function of the noise level, not an
     index of a discrete schedule, so it may be negative (EDM's ln(sigma) / 4); threshold: (ratio, largest) of dynamic
-    thresholding, see `fastdiff.update.threshold`; data_scale: x0 within the table is the data divided by it. Raises
-    `InvalidArgument` for values out of range and when a row contradicts its neighbours: levels join, and t falls from
-    step to step, with no t twice but in rows marked as stages.
+    thresholding, see `fastdiff.core.update.threshold`; data_scale: x0 within the table is the data divided by it.
+    Raises `InvalidArgument` for values out of range and when a row contradicts its neighbours: levels join, and t falls
+    from step to step, with no t twice but in rows marked as stages.
     """
 
     solver: str

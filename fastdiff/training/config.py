@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from fastdiff.core.noise import check_seed
 from fastdiff.errors import InvalidArgument
-from fastdiff.noise import check_seed
 from fastdiff.schedule import PREDICTIONS
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastdiff.files import write_text
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.state import writing
+from fastdiff.training.resume import writing
 
 
 class TrainingLog:

@@ -25,15 +25,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdiff import checkpoint, solvers
-from fastdiff import noise as fd_noise
+from fastdiff import solvers
+from fastdiff.checkpoints import loading as checkpoint
+from fastdiff.core import noise as fd_noise
+from fastdiff.data.datasets import ImageData
+from fastdiff.data.pictures import save_picture
 from fastdiff.errors import CheckpointError, InvalidArgument, TrainingError
-from fastdiff.images import save_picture
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.training import state
+from fastdiff.training import resume as state
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.data import ImageData
 from fastdiff.training.log import TrainingLog
 from fastdiff.training.loss import loss_weights, target
 from fastdiff.unet import UNet

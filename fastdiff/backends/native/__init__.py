@@ -1,0 +1,1 @@
+"""Backend `native`: the C++ engine for CPUs."""

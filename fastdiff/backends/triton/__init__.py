@@ -1,0 +1,1 @@
+"""Backend `triton`: fastdiff's own Triton kernels on CUDA."""

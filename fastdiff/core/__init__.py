@@ -1,0 +1,1 @@
+"""What every backend shares: noise, per-image state, the reference update, and the lowered program with its plan."""

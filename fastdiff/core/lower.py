@@ -1,0 +1,249 @@
+"""U-Net -> `Program`: the same walk as `UNet.forward`, emitting fused operations instead of computing.
+
+What fuses is decided here, while emitting: a GroupNorm and its Swish go into the operation that reads the result; bias,
+time embedding, residual and statistics go into the operation that writes; a concatenation is two sources; nearest
+doubling is a flag of the convolution behind it; the projections of an attention are one product before and one behind
+it, and half as large where a single head lets them merge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff.core.program import Attention, Buffer, Conv, Embed, Input, Norm, Op, Pool, Program, Shape
+from fastdiff.errors import InvalidArgument
+from fastdiff.unet import UNet
+from fastdiff.unet import model as modules
+
+CHUNK = 64  # timesteps embedded at a time: always as many, so that their bits do not depend on how many there are
+
+
+def lower(unet: UNet, size: tuple[int, int]) -> Program:
+    """The program of ``unet`` for images of ``size`` (height, width). Reads shapes only: weights may be on "meta".
+
+    Raises `InvalidArgument` where the network cannot take that size.
+    """
+    stride = unet.config.stride
+    if any(v < 1 or v % stride for v in size):
+        raise InvalidArgument(f"size={size}: height and width must be multiples of {stride} for this U-Net")
+    return _Emitter(unet, size).program()
+
+
+def projection_keys(unet: UNet) -> list[str]:
+    """Key prefixes of every block's time projection, in the order of their places in ``projections``."""
+    return [f"{name}.time_emb_proj" for name, m in unet.named_modules() if isinstance(m, modules.ResnetBlock)]
+
+
+@torch.no_grad()
+def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
+    """The rows of the external buffer ``time`` (classes join it) or ``projections`` (none do) for timesteps ``t`` [n].
+
+    Everything in the network that depends on the timestep alone, so it is computed once per table, not once per step.
+    """
+    padded = F.pad(t, (0, -len(t) % CHUNK))
+    parts = []
+    for chunk in padded.split(CHUNK):
+        if unet.config.class_before_mlp:
+            parts.append(unet.time_embedding.linear_1(unet.sinusoid(chunk)))
+            continue
+        emb = unet.time_embedding(unet.sinusoid(chunk))
+        if unet.class_embedding is None:
+            emb = F.silu(emb)
+            emb = torch.cat([unet.get_submodule(key)(emb) for key in projection_keys(unet)], dim=1)
+        parts.append(emb)
+    return torch.cat(parts)[: len(t)]
+
+
+@torch.no_grad()
+def embed_classes(unet: UNet) -> Tensor:
+    """The rows of the external buffer ``class``, one for each label.
+
+    Where classes come before the time MLP, whose first layer is linear, they join behind that layer:
+    W1 (s + c) + b1 = (W1 s + b1) + W1 c, and both parts are tables.
+    """
+    embedding = unet.class_embedding
+    if isinstance(embedding, modules.ClassProjection):
+        labels = torch.arange(embedding.weight.shape[1] + 1, device=embedding.weight.device)
+        return F.linear(embedding(labels), unet.time_embedding.linear_1.weight)
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.weight
+
+
+class _Emitter:
+    """Collects operations and buffers. Methods return the name of the buffer they write."""
+
+    def __init__(self, unet: UNet, size: tuple[int, int]):
+        self.unet = unet
+        self.size = size
+        self.ops: list[Op] = []
+        self.buffers: dict[str, Buffer] = {}
+        self.emb: dict[str, int] = {}
+        self.width = 0
+        for key in projection_keys(unet):
+            self.emb[key] = self.width
+            projection = unet.get_submodule(key)
+            assert isinstance(projection, nn.Linear)
+            self.width += projection.out_features
+
+    def buffer(self, name: str, shape: Shape, external: bool = False) -> str:
+        self.buffers[name] = Buffer(name, shape, external)
+        return name
+
+    def program(self) -> Program:
+        unet, config = self.unet, self.unet.config
+        H, W = self.size
+        self._embedding()
+        src = [self.buffer("x", (H, W, config.in_channels), external=True)]
+        if config.class_image is not None:
+            src.append(self.buffer("class_image", (H, W, config.in_channels), external=True))
+        dst = self.buffer("input", (H, W, unet.conv_in.in_channels))
+        self.ops.append(Input(dst, tuple(src), config.center_input_sample, config.class_image))
+
+        h = self._conv("conv_in", (dst,))
+        skips = [h]
+        for i, down in enumerate(unet.down_blocks):
+            assert isinstance(down, modules.DownBlock)
+            for j in range(len(down.resnets)):
+                h = self._layer(f"down_blocks.{i}", down, j, (h,))
+                skips.append(h)
+            if down.downsamplers is not None:
+                h = self._resampled(f"down_blocks.{i}.downsamplers.0", h)
+                skips.append(h)
+        if unet.mid_block is not None:
+            h = self._resnet("mid_block.resnets.0", (h,))
+            if unet.mid_block.attentions is not None:
+                h = self._attention("mid_block.attentions.0", h)
+            h = self._resnet("mid_block.resnets.1", (h,))
+        for i, up in enumerate(unet.up_blocks):
+            assert isinstance(up, modules.UpBlock)
+            for j in range(len(up.resnets)):
+                h = self._layer(f"up_blocks.{i}", up, j, (h, skips.pop()))
+            if up.upsamplers is not None:
+                h = self._resampled(f"up_blocks.{i}.upsamplers.0", h)
+        self.buffer("out", (H, W, config.out_channels), external=True)
+        self._conv("conv_out", (h,), norm=self._norm("conv_norm_out", silu=True), dst="out")
+        return Program(tuple(self.ops), self.buffers)
+
+    def _embedding(self) -> None:
+        if self.unet.class_embedding is None:
+            self.buffer("projections", (1, 1, self.width), external=True)
+            return
+        features = self.unet.config.temb_channels
+        src: tuple[str, ...] = (
+            self.buffer("time", (1, 1, features), external=True),
+            self.buffer("class", (1, 1, features), external=True),
+        )
+        if self.unet.config.class_before_mlp:
+            hidden = self.buffer("hidden", (1, 1, features))
+            self.ops.append(Embed(hidden, src))
+            src = (self._conv("time_embedding.linear_2", (hidden,)),)
+        self.ops.append(Embed(self.buffer("emb", (1, 1, features)), src))
+        self.buffer("projections", (1, 1, self.width))
+        self.ops.append(Conv("projections", ("emb",), tuple(self.emb), kernel=1, padding=(0, 0)))
+
+    def _norm(self, key: str, silu: bool, modulation: int | None = None) -> Norm:
+        module = self.unet.get_submodule(key)
+        assert isinstance(module, nn.GroupNorm)
+        return Norm(key, module.num_groups, module.eps, silu, modulation)
+
+    def _measured(self, src: tuple[str, ...], norm: Norm | None) -> None:
+        """Have the statistics of ``src`` emitted where a norm will read them."""
+        for name in src if norm is not None else ():
+            self.buffers[name] = dataclasses.replace(self.buffers[name], statistics=True)
+
+    def _conv(
+        self,
+        keys: str | tuple[str, ...],
+        src: tuple[str, ...],
+        *,
+        dst: str | None = None,
+        upsample: bool = False,
+        padding: tuple[int, int] | None = None,
+        norm: Norm | None = None,
+        emb: int | None = None,
+        residual: str | None = None,
+        divide: float = 1.0,
+        merged: str | None = None,
+        channels: int | None = None,
+    ) -> str:
+        """A convolution or linear layer; its numbers come from the module that stands at (the first of) ``keys``."""
+        keys = (keys,) if isinstance(keys, str) else keys
+        layers = [self.unet.get_submodule(key) for key in keys]
+        kernel = stride = 1
+        if isinstance(layers[0], nn.Conv2d):
+            (kernel, _), (stride, _) = layers[0].kernel_size, layers[0].stride
+        padding = padding or (kernel // 2, kernel // 2)
+        H, W, _ = self.buffers[src[0]].shape
+        H, W = ((v * (1 + upsample) + sum(padding) - kernel) // stride + 1 for v in (H, W))
+        if channels is None:
+            channels = 0
+            for layer in layers:
+                assert isinstance(layer.weight, Tensor)
+                channels += layer.weight.shape[0]
+        dst = dst or self.buffer(keys[0], (H, W, channels))
+        self._measured(src, norm)
+        self.ops.append(Conv(dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide, merged))
+        return dst
+
+    def _layer(self, key: str, block: modules.DownBlock | modules.UpBlock, j: int, src: tuple[str, ...]) -> str:
+        """A residual block and, where the block has them, its attention."""
+        h = self._resnet(f"{key}.resnets.{j}", src)
+        j -= len(block.resnets) - len(block.attentions or ())
+        return h if j < 0 else self._attention(f"{key}.attentions.{j}", h)
+
+    def _resnet(self, key: str, src: tuple[str, ...]) -> str:
+        block = self.unet.get_submodule(key)
+        assert isinstance(block, modules.ResnetBlock)
+        emb = self.emb[f"{key}.time_emb_proj"]
+        norm: Norm | None = self._norm(f"{key}.norm1", silu=True)
+        h = src
+        if block.resample == "down":
+            h, norm, src = (self._pool(f"{key}.pool1", src, norm),), None, (self._pool(f"{key}.pool", src, None),)
+        first = self._conv(
+            f"{key}.conv1",
+            h,
+            upsample=block.resample == "up",
+            norm=norm,
+            emb=None if block.scale_shift else emb,
+        )
+        # Only concatenations, which always have a shortcut, come from two sources.
+        residual = src[0] if block.conv_shortcut is None else self._conv(f"{key}.conv_shortcut", src)
+        norm = self._norm(f"{key}.norm2", silu=True, modulation=emb if block.scale_shift else None)
+        return self._conv(f"{key}.conv2", (first,), norm=norm, residual=residual, divide=block.scale_factor)
+
+    def _pool(self, name: str, src: tuple[str, ...], norm: Norm | None) -> str:
+        H, W, C = self.buffers[src[0]].shape
+        self._measured(src, norm)
+        self.ops.append(Pool(self.buffer(name, (H // 2, W // 2, C)), src, norm))
+        return name
+
+    def _attention(self, key: str, x: str) -> str:
+        block = self.unet.get_submodule(key)
+        assert isinstance(block, modules.Attention)
+        norm = None if block.group_norm is None else self._norm(f"{key}.group_norm", silu=False)
+        H, W, C = self.buffers[x].shape
+        to_q, to_k, to_v, to_out = (f"{key}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+        core = self.buffer(f"{key}.core", (H, W, block.heads * block.head_dim))
+        out: tuple[str, ...] = (to_out,)
+        merged = None
+        if (block.heads, block.head_dim) == (1, C):
+            q = self._conv((to_k, to_q), (x,), norm=norm, merged="first transposed", channels=C)
+            self.ops.append(Attention(core, (q, x), 1, C, norm))
+            out, merged = (to_out, to_v), "in turn"
+        else:
+            qkv = self._conv((to_q, to_k, to_v), (x,), norm=norm)
+            self.ops.append(Attention(core, (qkv,), block.heads, block.head_dim))
+        return self._conv(out, (core,), residual=x, divide=block.scale_factor, merged=merged, channels=C)
+
+    def _resampled(self, key: str, h: str) -> str:
+        block = self.unet.get_submodule(key)
+        if isinstance(block, modules.ResnetBlock):
+            return self._resnet(key, (h,))
+        if isinstance(block, modules.Upsample):
+            return self._conv(f"{key}.conv", (h,), upsample=True)
+        assert isinstance(block, modules.Downsample)
+        return self._conv(f"{key}.conv", (h,), padding=(block.padding, 1))

@@ -1,0 +1,188 @@
+"""Arrays of images and labels from untrusted ``.npz`` and IDX files.
+
+Sizes are read from headers and checked before anything is allocated or decompressed, and no pickle is ever loaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from fastdiff.data.pixels import MAX_PIXELS, why
+from fastdiff.errors import DataError
+
+MAX_BYTES = 16 << 30  # one array in memory; half of the machine's memory where that is less
+MAX_CLASSES = 1 << 20  # a label beyond this is a wrong array, and would become an embedding table of that many rows
+
+# Deflate cannot exceed 1032:1, so a larger claim is false. Above BOMB_BYTES a ratio beyond BOMB_RATIO is constant
+# filling, not images (MNIST, mostly black, packs by 5).
+DEFLATE_LIMIT = 1032
+BOMB_BYTES, BOMB_RATIO = 64 << 20, 200
+
+BLOCK = 16 << 20  # bytes handled at a time
+
+
+def check_bytes(where: str, what: str, size: int) -> None:
+    limit = MAX_BYTES
+    with suppress(AttributeError, ValueError, OSError):  # not known on every system
+        limit = min(limit, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    if size > limit:
+        raise DataError(f"{where}: {what} would take {size} bytes, more than the {limit} allowed here; use a folder")
+
+
+def _check_images(where: str, shape: tuple[int, ...]) -> None:
+    if math.prod(shape) == 0:
+        raise DataError(f"{where} has shape {shape}: it is empty")
+    if math.prod(shape[1:]) > 4 * MAX_PIXELS:
+        raise DataError(f"{where} has shape {shape}: images of more than {MAX_PIXELS} pixels")
+
+
+def _check_labels(where: str, labels: np.ndarray) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= MAX_CLASSES:
+        raise DataError(f"{where}: labels range from {low} to {high}; they must lie in 0..{MAX_CLASSES - 1}")
+
+
+def _check_bomb(where: str, size: int, packed: int) -> None:
+    if size > max(BOMB_BYTES, BOMB_RATIO * packed):
+        raise DataError(f"{where}: {size} bytes packed into {packed}: a decompression bomb, refused")
+
+
+def _read_exactly(where: str, file: IO[bytes], size: int) -> np.ndarray:
+    """`size` bytes and not one more; memory is touched only as far as the file really goes."""
+    data = np.empty(size, np.uint8)
+    view = data.data
+    done = 0
+    while done < size:
+        part = file.read(min(BLOCK, size - done))
+        if not part:
+            raise DataError(f"{where}: the data end after {done} of {size} bytes")
+        view[done : done + len(part)] = part
+        done += len(part)
+    if file.read(1):
+        raise DataError(f"{where}: there are more than the {size} bytes that the header declares")
+    return data
+
+
+_IDX = {3: "images", 1: "labels"}
+
+
+def read_idx(path: Path, dims: int) -> np.ndarray:
+    """IDX: 0, 0, type (8 = uint8), number of dimensions, each dimension as big-endian uint32, then the elements."""
+    magic = bytes((0, 0, 8, dims))
+    try:
+        packed = path.stat().st_size
+        with path.open("rb") as raw, _unzipped(raw) as file:
+            zipped = isinstance(file, gzip.GzipFile)
+            head = file.read(4 + 4 * dims)
+            if head[:4] != magic or len(head) < 4 + 4 * dims:
+                raise DataError(
+                    f"{path}: not an IDX file of uint8 {_IDX[dims]}: it begins with {head[:4].hex()}, not {magic.hex()}"
+                )
+            shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
+            size = math.prod(shape)
+            _check_images(str(path), shape)
+            # What the file can hold at most is known before anything is allocated for it.
+            if size > (packed * DEFLATE_LIMIT if zipped else packed - len(head)):
+                raise DataError(
+                    f"{path} declares shape {shape}, {size} bytes, which a file of {packed} bytes cannot hold"
+                )
+            if zipped:
+                _check_bomb(str(path), size, packed)
+            check_bytes(str(path), f"an array of shape {shape}", size)
+            data = _read_exactly(str(path), file, size).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"cannot read {path}: {why(error)}") from error
+    if dims == 1:
+        _check_labels(str(path), data)
+    return data
+
+
+def _unzipped(raw: IO[bytes]) -> IO[bytes]:
+    zipped = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[return-value]  # it reads like a binary file
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images as [N, H, W, C] and labels as [N] or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+            key = next((key for key in ("images", "x", "arr_0") if f"{key}.npy" in names), None)
+            if key is None:
+                held = ", ".join(sorted(names)[:8]) or "nothing"
+                raise DataError(f"{path}: no array named images, x or arr_0 (it holds {held})")
+            keys = ("labels", "y", "arr_1") if key == "arr_0" else ("labels", "y")
+            label_key = next((key for key in keys if f"{key}.npy" in names), None)
+            images = _read_npy(path, archive, key, _check_image_header)
+            labels = None if label_key is None else _read_npy(path, archive, label_key, _check_label_header)
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RuntimeError, ImportError) as error:
+        # RuntimeError: encrypted, or (NotImplementedError) a compression that Python lacks.
+        raise DataError(f"cannot read {path}: {why(error)}") from error
+    if images.ndim == 3:
+        images = images[..., None]
+    elif images.shape[3] not in (1, 3, 4):
+        images = images.transpose(0, 2, 3, 1)
+    if labels is not None:
+        labels = labels.reshape(len(labels))
+        if len(labels) != len(images):
+            raise DataError(f"{path}: {label_key} holds {len(labels)} labels, but {key} holds {len(images)} images")
+        _check_labels(str(path), labels)
+    return images, labels
+
+
+def _check_image_header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if dtype != np.uint8:
+        raise DataError(f"{where} is {dtype}; images must be uint8, 0 to 255")
+    if not (len(shape) == 3 or (len(shape) == 4 and {shape[1], shape[3]} & {1, 3, 4})):
+        raise DataError(f"{where} has shape {shape}; images are [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1, 3 or 4")
+    _check_images(where, shape)
+
+
+def _check_label_header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if dtype.kind not in "iu" or not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)) or shape[0] == 0:
+        raise DataError(f"{where} is {dtype} of shape {shape}; labels must be integers of shape [N]")
+
+
+_NPY_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}  # later: structured types only
+
+
+def _read_npy(
+    path: Path, archive: zipfile.ZipFile, key: str, check: Callable[[str, tuple[int, ...], np.dtype], None]
+) -> np.ndarray:
+    """One array of an ``.npz``, after its header and the archive's own record of its size have been checked.
+
+    The bytes are viewed as the declared type: nothing is unpickled.
+    """
+    member = archive.getinfo(f"{key}.npy")
+    where = f"{path}: {key}"
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{where} is packed by method {member.compress_type}; .npz files are stored or deflated")
+    with archive.open(member) as file:
+        try:
+            shape, fortran, dtype = _NPY_HEADERS[npy.read_magic(file)](file)
+        except Exception as error:  # the header is a Python literal: the parser has many ways to fail
+            raise DataError(f"{where} has no usable .npy header ({why(error)})") from error
+        if dtype.hasobject or dtype.itemsize == 0:
+            raise DataError(f"{where} holds Python objects, which are never loaded; save plain uint8 arrays")
+        if any(side < 0 for side in shape):
+            raise DataError(f"{where} has shape {shape}")
+        check(where, shape, dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if member.file_size != file.tell() + size:
+            raise DataError(f"{where} declares shape {shape}, {size} bytes, but holds {member.file_size - file.tell()}")
+        _check_bomb(where, size, member.compress_size)
+        check_bytes(where, f"an array of shape {shape}", size)
+        data = _read_exactly(where, file, size).view(dtype)
+    return data.reshape(shape[::-1]).T if fortran else data.reshape(shape)

@@ -1,0 +1,1 @@
+"""Sample quality: Frechet distances and related measures, and the trilemma of quality, speed and diversity."""

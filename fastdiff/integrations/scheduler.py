@@ -1,0 +1,367 @@
+"""`Scheduler`: diffusers' scheduler interface over a `StepTable`, for people with their own sampling loops.
+
+    scheduler = fastdiff.Scheduler.from_config(pipeline.scheduler)      # or a scheduler_config.json, read
+    scheduler.set_timesteps(50)
+    x = torch.randn(shape) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        out = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+
+What diffusers keeps in sigma space (Euler, Heun, LMS, EDM, consistency models) is in sigma space here as well: the
+sample is x_0 + sigma eps, and the table's state, which is variance-preserving, sample * sqrt(abar) / sigma_data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoints.loading import read_scheduler
+from fastdiff.core import update
+from fastdiff.core.state import State, TableBank
+from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers import StepTable, from_config
+from fastdiff.solvers.compat.diffusers import SCHEDULERS, noise_schedule
+
+IN_SIGMA = ("Euler", "Heun", "LMS", "EDM", "CM")  # how their names begin
+WITHOUT_SCHEDULE = ("EDM", "CM")
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclasses.dataclass
+class StepOutput:
+    """What `Scheduler.step` returns: the next sample, and the image that the network sees in this one."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+def randn(shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normals as diffusers' ``randn_tensor`` draws them: one generator for all images, or a list, one for each image.
+
+    Those of a CPU generator are drawn there and moved, so that they are the same on every device.
+    """
+    if isinstance(generator, (list, tuple)) and len(generator) == 1:
+        generator = generator[0]
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise InvalidArgument(f"{len(generator)} generators for {shape[0]} images: one, or one for each, is needed")
+        return torch.cat([randn((1, *shape[1:]), one, device, dtype) for one in generator])
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise InvalidArgument(
+            f"generator is a {type(generator).__name__}; a torch.Generator, a list of them or None is needed"
+        )
+    where = device
+    if generator is not None and generator.device.type != device.type:
+        if generator.device.type != "cpu":
+            raise InvalidArgument(
+                f"a generator of {generator.device} cannot draw noise for {device}; use one of the CPU"
+            )
+        where = generator.device
+    return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
+
+
+def draws(config: Mapping[str, Any], table: StepTable, row: int, eta: float = 0.0) -> bool:
+    """Whether diffusers' scheduler draws noise in this row, be it multiplied by zero: that moves the generator."""
+    name = config["_class_name"]
+    if name == "DDPMScheduler":
+        return table.rows[row].t > 0
+    if name == "DDIMScheduler":
+        return eta > 0
+    if name == "LCMScheduler":
+        return row < len(table) - 1
+    if name == "CMStochasticIterativeScheduler":
+        return len(table) > 1
+    if name in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"):
+        return str(config.get("algorithm_type")).startswith("sde")
+    return name == "EulerAncestralDiscreteScheduler"
+
+
+def configuration(source: Any) -> dict[str, Any]:
+    """The configuration of a diffusers scheduler, or a configuration itself, with its ``_class_name``.
+
+    Raises `ConfigError` naming the scheduler and what is supported.
+    """
+    if isinstance(source, Mapping):
+        config = dict(source)
+    elif isinstance(getattr(source, "config", None), Mapping):
+        config = {**source.config, "_class_name": type(source).__name__}
+    else:
+        raise ConfigError(f"a {type(source).__name__} is neither a scheduler nor the configuration of one")
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        raise ConfigError(f"scheduler {name!r} (_class_name) is not supported; supported: {', '.join(SCHEDULERS)}")
+    return config
+
+
+class Scheduler:
+    """A scheduler of diffusers, by its configuration, run as a `StepTable`.
+
+    config
+        A ``scheduler_config.json`` as a dictionary; ``_class_name`` names one of the schedulers in docs/solvers.md.
+
+    Attributes: ``config``; ``timesteps``, one for each network evaluation; ``num_inference_steps``; ``order``. Beyond
+    diffusers: ``step`` takes a tensor of timesteps, one for each image, each of which stands at its own row, with its
+    own history; and it may be differentiated. Raises `ConfigError` naming the scheduler or option that cannot be had.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = configuration(config)
+        name = str(self.config["_class_name"])
+        self.in_sigma = name.startswith(IN_SIGMA)
+        self.schedule: NoiseSchedule | None = None
+        if not name.startswith(WITHOUT_SCHEDULE):
+            self.schedule = noise_schedule(self.config)
+        self.order = 2 if name.startswith("Heun") else 1
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0)
+        self._tables: dict[tuple[float, bool], StepTable] = {}
+        self._state: State | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> Scheduler:
+        """From a configuration, a diffusers scheduler or another `Scheduler`."""
+        return cls(configuration(config.config if isinstance(config, Scheduler) else config))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, subfolder: str | None = None) -> Scheduler:
+        """From a pipeline's folder, or a folder with a ``scheduler_config.json``. Nothing is downloaded."""
+        folder = Path(path) / (subfolder or "")
+        config = read_scheduler(folder, folder)
+        if not config:
+            raise CheckpointError(f"{folder}: no scheduler_config.json and no scheduler/scheduler_config.json")
+        return cls(config)
+
+    def __len__(self) -> int:
+        """How many timesteps the network was trained with."""
+        return int(self.config.get("num_train_timesteps", 1000)) if self.schedule is None else self.schedule.timesteps
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Lay out a run, and forget the one before."""
+        self._tables = {}
+        self._state = None
+        table = from_config(self.config, num_inference_steps)
+        self._tables[0.0, False] = table
+        self.num_inference_steps = num_inference_steps
+        dtype = torch.float32 if self.in_sigma else torch.int64
+        self.timesteps = torch.tensor([row.t for row in table.rows], device=device).to(dtype)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the initial noise."""
+        if not self.in_sigma:
+            return 1.0
+        table = self._table()
+        return table.init_scale * table.data_scale / math.sqrt(table.rows[0].abar)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input: the sample itself, or divided by sqrt(sigma^2 + sigma_data^2) in sigma space."""
+        if not self.in_sigma:
+            return sample
+        table = self._table()
+        rows = self._rows(table, timestep, sample)
+        return sample * self._spread([_to_state(table, row) for row in rows], sample)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """One row of the table for every image.
+
+        model_output
+            [B, C or 2 C (learned variance), H, W], what the network said of ``scale_model_input(sample, timestep)``.
+        timestep
+            Of ``timesteps``: the next one, for all images or one for each [B]. The first one starts an image anew; a
+            solver without a history takes any. -1 leaves an image as it is (not with EDM and consistency models, whose
+            timesteps may be negative).
+        eta, use_clipped_model_output
+            Options of DDIM's.
+        generator
+            Draws the noise, as and when diffusers draws it; variance_noise [B, C, H, W] is used instead.
+
+        Returns the next sample and the predicted image (return_dict=False: both in a tuple), in the sample's dtype;
+        what lies between is computed in float32, or float64 for such samples. Raises `InvalidArgument` for a timestep
+        that is not of this run or would need a history that is not there.
+        """
+        table = self._table(eta, bool(use_clipped_model_output))
+        if sample.ndim != 4 or model_output.shape[:1] + model_output.shape[2:] != sample.shape[:1] + sample.shape[2:]:
+            raise InvalidArgument(
+                f"sample {tuple(sample.shape)} and model_output {tuple(model_output.shape)} must be [B, C, H, W] of "
+                "one batch and size"
+            )
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        rows = self._rows(table, timestep, sample)
+        state = self._at(table, sample, dtype)
+        state.row_host = np.array(rows)
+        state.row = torch.from_numpy(state.row_host.copy()).to(sample.device)
+        state.x = sample.to(dtype) * self._spread(
+            [_to_state(table, row) if self.in_sigma else 1.0 for row in rows], state.x
+        )
+        state.out = model_output.to(dtype)
+        moving = [row for row in rows if row < len(table)]
+        if any(draws(self.config, table, row, eta) for row in moving):
+            z = variance_noise
+            if z is None:
+                z = randn(tuple(sample.shape), generator, sample.device, model_output.dtype)
+            elif z.shape != sample.shape:
+                raise InvalidArgument(
+                    f"variance_noise {tuple(z.shape)} is not of the sample's shape {tuple(sample.shape)}"
+                )
+            z = z.to(sample.device, dtype)
+            state.noise = lambda _: z
+        x0 = update.predict_x0(state) * table.data_scale
+        update.update(state)
+        state.noise = None
+        x = state.x
+        if self.in_sigma:
+            x = x * self._spread([_from_state(table, row) for row in rows], x)
+        output = StepOutput(x.to(sample.dtype), x0.to(sample.dtype))
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """x_0 at each image's level: sqrt(abar) x_0 + sqrt(1 - abar) eps, or x_0 + sigma eps in sigma space.
+
+        timesteps: of this run, or whole ones of the noise schedule; one for all images or one for each.
+        """
+        abar = np.array([self._abar(t) for t in _listed(timesteps, len(original_samples))])
+        a, s = np.sqrt(abar), np.sqrt(1.0 - abar)
+        if self.in_sigma:
+            scale = self._table().data_scale if self._tables else 1.0
+            a, s = np.ones_like(a), scale * s / a
+        dtype = torch.float64 if original_samples.dtype == torch.float64 else torch.float32
+        x0, eps = original_samples.to(dtype), noise.to(dtype)
+        return (self._spread(a, x0) * x0 + self._spread(s, x0) * eps).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """v = sqrt(abar) eps - sqrt(1 - abar) x_0, what a v-prediction network learns (Salimans & Ho 2022).
+
+        diffusers' EulerDiscreteScheduler takes abar of the step's number instead of its timestep; not so here.
+        """
+        abar = np.array([self._abar(t) for t in _listed(timesteps, len(sample))])
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        x0, eps = sample.to(dtype), noise.to(dtype)
+        v = self._spread(np.sqrt(abar), x0) * eps - self._spread(np.sqrt(1.0 - abar), x0) * x0
+        return v.to(sample.dtype)
+
+    def _table(self, eta: float = 0.0, clipped: bool = False) -> StepTable:
+        if self.num_inference_steps is None:
+            raise InvalidArgument("the scheduler has no timesteps yet: call set_timesteps(num_inference_steps)")
+        key = (eta, clipped)
+        if key not in self._tables:
+            self._tables[key] = from_config(
+                self.config, self.num_inference_steps, eta=eta, use_clipped_model_output=clipped
+            )
+        return self._tables[key]
+
+    def _rows(self, table: StepTable, timestep: Any, sample: Tensor) -> list[int]:
+        """Each image's row: the next one where it has the image's timestep, else the one where a run can start."""
+        ts = _listed(timestep, len(sample))
+        state = self._state
+        following = [-1] * len(ts)
+        if state is not None and len(state.x) == len(ts):
+            following = state.row_host.tolist()
+        elif state is not None and not _forgets(table) and not all(_same(t, table.rows[0].t) for t in ts):
+            raise InvalidArgument(
+                f"{len(ts)} images, but the history is of {len(state.x)}: a run of {table.solver} keeps its batch"
+            )
+        return [self._row(table, t, after) for t, after in zip(ts, following, strict=True)]
+
+    @staticmethod
+    def _row(table: StepTable, t: float, following: int) -> int:
+        if t == -1 and not table.continuous:
+            return len(table)
+        if 0 <= following < len(table) and _same(t, table.rows[following].t):
+            return following
+        known = [i for i, row in enumerate(table.rows) if not row.stage and _same(t, row.t)]
+        if not known:
+            raise InvalidArgument(
+                f"timestep {t:g} is not one of this run's {len(table)}, {table.rows[0].t:g} .. {table.rows[-1].t:g}"
+            )
+        if not _starts(table, known[0]):
+            raise InvalidArgument(
+                f"timestep {t:g} (row {known[0]}) needs the rows before it, as {table.solver} keeps a history; start "
+                f"with timesteps[0], or call the timesteps in turn"
+            )
+        return known[0]
+
+    def _at(self, table: StepTable, sample: Tensor, dtype: torch.dtype) -> State:
+        """The state that holds this run's history."""
+        state = self._state
+        if (
+            state is None
+            or state.bank.tables != (table,)
+            or state.x.shape != sample.shape
+            or (state.x.device, state.x.dtype) != (sample.device, dtype)
+        ):
+            state = self._state = State.create(sample.to(dtype), TableBank([table], sample.device, dtype))
+        return state
+
+    def _abar(self, t: float) -> float:
+        if self._tables:
+            for row in self._table().rows:
+                if _same(t, row.t):
+                    return row.abar
+        if self.schedule is None:
+            raise InvalidArgument(f"timestep {t:g} is not one of this run's; set_timesteps lays them out")
+        return self.schedule.abar(t)
+
+    @staticmethod
+    def _spread(factors: Any, x: Tensor) -> Tensor:
+        """One factor for each image, [B, 1, 1, 1]."""
+        return torch.tensor(np.asarray(factors), dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
+
+
+def _to_state(table: StepTable, row: int) -> float:
+    """From sigma space to the state: sqrt(abar) / sigma_data. A finished image is as it is."""
+    return math.sqrt(table.rows[row].abar) / table.data_scale if row < len(table) else 1.0
+
+
+def _from_state(table: StepTable, row: int) -> float:
+    """From the state behind a row to sigma space; the last row returns to the data's units itself."""
+    return 1.0 / _to_state(table, row + 1) if row < len(table) else 1.0
+
+
+def _starts(table: StepTable, first: int) -> bool:
+    """Whether a run can begin at this row: no row from there reads what an earlier one kept."""
+    kept, saved = 0, False
+    for row in table.rows[first:]:
+        reads = 3 if row.a3 else 2 if row.a2 else 1 if row.a1 else 0
+        if reads > kept or (row.as_ and not saved):
+            return False
+        kept, saved = kept + bool(row.push), saved or bool(row.save)
+    return True
+
+
+def _forgets(table: StepTable) -> bool:
+    """Whether every row stands alone."""
+    return table.history == 0 and not any(row.as_ for row in table.rows)
+
+
+def _listed(timestep: Any, B: int) -> list[float]:
+    """One timestep for each of B images, from a number or a tensor of one or of B."""
+    values = timestep.detach().flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist()
+    if len(values) not in (1, B) or any(isinstance(v, (bool, str)) or v is None for v in values):
+        raise InvalidArgument(f"timestep={timestep!r}: a number, or one for each of {B} images, is needed")
+    return [float(v) for v in values] * (B if len(values) == 1 else 1)
+
+
+def _same(a: float, b: float) -> bool:
+    """Timesteps are float32 outside, float64 in the table."""
+    return abs(a - b) <= 1e-6 * max(1.0, abs(b))

@@ -1,0 +1,187 @@
+"""What acts between `forward` and `update`, or after `update`, on every backend: known pixels, classifiers; and slerp.
+
+Everything here is a function of a `State`, image by image, so an image does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.backends.eager import EagerRunner
+from fastdiff.core import noise, update
+from fastdiff.core.state import State
+from fastdiff.errors import CallbackError, InvalidArgument
+
+Guide = Callable[[Tensor, range], Tensor]
+"""log p(y | x0) of each image: (x0 [n, C, H, W] in the data's units, their global indices) -> [n], differentiable."""
+
+THROUGH = ("x0", "network")
+
+
+def noised(image: Tensor, abar: float, data_scale: float, z: Tensor | None) -> Tensor:
+    """q(x_t | x_0) (Ho et al. 2020, eq. 4): sqrt(abar) image / data_scale + sqrt(1 - abar) z; z None at abar = 1."""
+    x = image * (abar**0.5 / data_scale)
+    return x if z is None else x + (1.0 - abar) ** 0.5 * z
+
+
+@dataclasses.dataclass(frozen=True)
+class Inpainting:
+    """Pixels that are known. image: float32 [B, C, H, W]; anew: bool [B, 1 or C, H, W], True where it is drawn anew."""
+
+    image: Tensor
+    anew: Tensor
+
+    def known(self, state: State) -> Tensor:
+        """The known image at the noise level where the current row ends (Lugmayr et al. 2022, eq. 8a; its algorithm 1
+        has the variance where the deviation belongs):
+
+            x_p = sqrt(abar_p) image + sqrt(1 - abar_p) z,     z: Philox's stream MASK of the row
+
+        After the last row it is the image itself, and for an image that idles what it is already. [B, C, H, W]
+        """
+        lengths = state.bank.lengths_host[state.table_host]
+        scale = np.array([state.bank.tables[table].data_scale for table in state.table_host.tolist()])
+        abar, last = state.column_host("abar_next"), state.row_host == lengths - 1
+        a, s = np.where(last, 1.0, np.sqrt(abar) / scale), np.where(last, 0.0, np.sqrt(1.0 - abar))
+
+        def column(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(state.x.device, state.x.dtype).view(-1, 1, 1, 1)
+
+        x = column(a) * self.image
+        if s.any():
+            z = noise.normal(state.seed, state.index, state.row, noise.MASK, tuple(state.x.shape[1:])).to(x.dtype)
+            x = torch.where(column(s) > 0.0, x + column(s) * z, x)
+        idle = torch.from_numpy(state.row_host >= lengths).to(state.x.device).view(-1, 1, 1, 1)
+        return torch.where(idle, state.x, x)
+
+    def put(self, state: State, known: Tensor) -> None:
+        """What is known in the place of what the solver made of it."""
+        state.x = torch.where(self.anew, state.x, known)
+
+
+def guide(state: State, log_p: Guide, indices: range, x0_of: Tensor | None, row: int, rows: int) -> None:
+    """Classifier guidance (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2), between forward and update. With g
+    the gradient of log p(y | x0) by x_t, a = sqrt(abar) and s = sqrt(1 - abar),
+
+        eps <- eps - s g,    which is    x0 <- x0 + s^2 / a g    and    out <- out + s^2 / (a ko) g
+
+    x0_of
+        None: the network is not differentiated. dx0 / dx_t is taken to be a, as it is for data of unit variance: then
+        s^2 / a g is s^2 times the gradient by x0 (r_t^2 of Song et al. 2023, "Pseudoinverse-guided diffusion models",
+        section 3.2).
+        ``state.x`` with the graph that led to ``state.out``: g goes through the network (Chung et al. 2023, DPS,
+        arXiv:2209.14687, eq. 9). At abar = 0, where nothing leads there, nothing is added.
+
+    log_p sees the x0 of the row, bounds and all; they are straight through for the gradient. Its images are the first
+    ones of the batch, ``indices``. Raises `CallbackError` for what it raises, `InvalidArgument` for what it returns.
+    """
+    n, where = len(indices), f"at row {row} of {rows}"
+    graph = state.out
+    assert graph is not None, "forward comes before guidance"
+    state.out = graph.detach()
+    with torch.inference_mode(False), torch.enable_grad():
+        scale = state.bank.tables[0].data_scale
+        x0 = update.predict_x0(state).detach()[:n].clone().requires_grad_()
+        try:
+            value: Any = log_p(x0 * scale, indices)
+        except Exception as e:
+            raise CallbackError(f"the guide raised {type(e).__name__} {where}: {e}") from e
+        if not isinstance(value, Tensor) or tuple(value.shape) != (n,):
+            got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise InvalidArgument(f"the guide gave {got} {where}; log p of each image is needed, a tensor ({n},)")
+        (g,) = torch.autograd.grad(value.sum(), x0, allow_unused=True) if value.requires_grad else (None,)
+        if g is None:
+            raise InvalidArgument(f"what the guide gave {where} does not depend on x0, or was detached from it")
+        abar, kx, ko = (state.column(name)[:n].view(-1, 1, 1, 1) for name in ("abar", "kx", "ko"))
+        C = state.x.shape[1]
+        if x0_of is None:
+            shift = (1.0 - abar) * g
+        else:
+            straight = kx * x0_of[:n] + ko * graph[:n, :C]
+            (by_x,) = torch.autograd.grad(straight, x0_of, g)
+            shift = torch.where(abar > 0.0, (1.0 - abar) / abar.sqrt() * by_x[:n], 0.0)
+    out = state.out.clone()
+    out[:n, :C] += torch.where(ko == 0.0, 0.0, shift / ko)
+    state.out = out
+
+
+def forward_with_gradient(runner: EagerRunner, state: State) -> Tensor:
+    """The runner's `forward`, differentiable by the x that is returned; ``state.x`` itself stays free of a graph."""
+    x = state.x
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        state.x = leaf
+        try:
+            runner.forward_with_gradient(state)
+        finally:
+            state.x = x
+    return leaf
+
+
+def slerp(a: Tensor, b: Tensor, n: int) -> Tensor:
+    """n points on the great arc from a to b, both among them: [n, *a.shape] (Shoemake 1985; for noise as in Song et
+    al. 2021, DDIM, appendix D.5). With theta the angle between a and b,
+
+        z = sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b,     w = 0 .. 1
+
+    so z stays as long as a and b are, as noise must. On a line through the origin: (1 - w) a + w b.
+    """
+    a, b = a.double(), b.double()
+    cosine = ((a * b).sum() / (a.norm() * b.norm())).clamp(-1.0, 1.0)
+    theta = torch.acos(cosine)
+    w = torch.linspace(0.0, 1.0, n, dtype=torch.float64, device=a.device).view(-1, *[1] * a.ndim)
+    if not 1e-6 < float(theta) < np.pi - 1e-6:
+        return ((1.0 - w) * a + w * b).float()
+    return ((torch.sin((1.0 - w) * theta) * a + torch.sin(w * theta) * b) / torch.sin(theta)).float()
+
+
+# What the caller gave -------------------------------------------------------------------------------------------------
+
+
+def check_image(image: Any, n: int, channels: int) -> Tensor:
+    """float32 [n, C, H, W] on the CPU, of a tensor [n, C, H, W], or [C, H, W] for all."""
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = f"a tensor of {image.dtype}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        raise InvalidArgument(f"image is {got}; a tensor of floats in [-1, 1] is needed (of uint8: x / 127.5 - 1)")
+    full = image if image.ndim == 4 else image[None]
+    if full.ndim != 4 or full.shape[1] != channels or len(full) not in (1, n) or 0 in full.shape:
+        raise InvalidArgument(
+            f"image has shape {tuple(image.shape)}; ({n}, {channels}, H, W), or ({channels}, H, W) for all, is needed"
+        )
+    full = full.detach().to("cpu", torch.float32)
+    if not torch.isfinite(full).all():
+        raise InvalidArgument("image has NaN or infinite values")
+    return full.expand(n, *full.shape[1:])
+
+
+def check_range(image: Tensor, bound: float) -> None:
+    """Refuse an image whose values no x0 of the table can have, as those from 0 to 255."""
+    low, high = float(image.min()), float(image.max())
+    if max(-low, high) > bound * (1.0 + 1e-4):
+        raise InvalidArgument(
+            f"image goes from {low:g} to {high:g}, and x0 is bounded to {bound:g} here: scale or clamp it, or give clip"
+        )
+
+
+def check_mask(mask: Any, n: int, shape: tuple[int, int, int]) -> Tensor:
+    """bool [n, 1 or C, H, W] on the CPU, of [H, W], [1 or C, H, W] or [n, 1 or C, H, W] of bools, or of 0 and 1."""
+    C, H, W = shape
+    if not isinstance(mask, Tensor):
+        raise InvalidArgument(f"mask is a {type(mask).__name__}; a tensor ({H}, {W}), 1 where to draw anew, is needed")
+    full = mask[(None,) * max(0, 4 - mask.ndim)]
+    if full.ndim != 4 or len(full) not in (1, n) or full.shape[1] not in (1, C) or tuple(full.shape[2:]) != (H, W):
+        raise InvalidArgument(
+            f"mask has shape {tuple(mask.shape)}; ({H}, {W}), or ({n}, 1 or {C}, {H}, {W}), is needed"
+        )
+    full = full.detach().cpu()
+    if full.is_complex() or not ((full == 0) | (full == 1)).all():
+        raise InvalidArgument("mask has values other than 0 (known) and 1 (drawn anew); mixed noise has no level")
+    if not full.any():
+        raise InvalidArgument("mask is 0 everywhere, so nothing would be drawn; 1 is where to draw anew")
+    return full.bool().expand(n, *full.shape[1:])

@@ -1,0 +1,109 @@
+"""Training checkpoints: one safetensors file, written atomically, that resumes a run bit for bit.
+
+Tensors: ``model.*`` and ``ema.*`` (diffusers keys), ``optimizer.<moment>.*``. Metadata: JSON under "fastdiff": the
+step, the configurations, what the data was, the losses since the log's last line. There is no random state to save:
+every draw is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastdiff.checkpoints.loading import METADATA_KEY
+from fastdiff.checkpoints.reading import read_safetensors
+from fastdiff.errors import CheckpointError, TrainingError
+from fastdiff.files import atomic_path
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+LEFTOVERS = (f".*-[0-9]*-{'[0-9a-f]' * 8}.tmp.*", ".tmp??????")  # atomic_path's files and, within, safetensors'
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write of ``path`` into a `TrainingError`; files are replaced whole, so what was there is intact."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
+        advice = "Free some space and start" if full else "Start"
+        raise TrainingError(
+            f"{path} could not be written ({e}); what was there is intact. {advice} again to resume"
+        ) from e
+
+
+def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, info: dict[str, Any]) -> None:
+    """Write a checkpoint; `TrainingError`, and the old file intact, when a weight is not finite or the disk is full."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in (("model", model), ("ema", ema)):
+        for name, tensor in module.state_dict().items():
+            tensors[f"{prefix}.{name}"] = tensor.detach().contiguous()
+    for name, parameter in model.named_parameters():
+        for moment, tensor in optimizer.state[parameter].items():
+            tensors[f"optimizer.{moment}.{name}"] = tensor.detach().contiguous()
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{name} has NaN or infinite values; {path} stays as it was: the last good checkpoint. Try a lower lr "
+                "or grad_clip, in another folder"
+            )
+    with writing(path), atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
+
+
+def sweep(out: Path) -> None:
+    """Remove the half-written files that a killed run left in its folder."""
+    for folder in (out, out / "samples", out / "model", out / "model" / "unet", out / "model" / "scheduler"):
+        for pattern in LEFTOVERS:
+            for leftover in folder.glob(pattern):
+                with writing(leftover):
+                    leftover.unlink(missing_ok=True)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` wrote: tensors and info. `CheckpointError` names the file."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        info = json.loads(metadata.get(METADATA_KEY, "{}"))
+        if info.get("kind") != "training":
+            raise CheckpointError(f"{path} is not a training checkpoint of fastdiff, so training cannot resume from it")
+        missing = {"step", "train", "unet", "scheduler", "data", "world_size"} - info.keys()
+        if missing:
+            raise CheckpointError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"{path}: its fastdiff metadata cannot be read ({str(e)[:200]})") from e
+    return tensors, info
+
+
+def restore(
+    path: Path, tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Copy a checkpoint's tensors into place. Nothing is changed unless every one fits."""
+    parameters = dict(model.named_parameters())
+    expected = {
+        f"{prefix}.{k}": v.shape for prefix, m in (("model", model), ("ema", ema)) for k, v in m.state_dict().items()
+    }
+    started = any(name.startswith("optimizer.") for name in tensors)  # before the first update there are no moments
+    for name, parameter in parameters.items() if started else ():
+        expected |= {f"optimizer.{m}.{name}": torch.Size() if m == "step" else parameter.shape for m in MOMENTS}
+    bad = sorted(k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k))
+    if bad:
+        raise CheckpointError(f"{path} belongs to another network: {len(bad)} tensors differ: {', '.join(bad[:10])}")
+    for prefix, module in (("model", model), ("ema", ema)):
+        module.load_state_dict(
+            {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+        )
+    for name, parameter in parameters.items() if started else ():
+        # Moments take their parameter's layout in memory: fused AdamW walks through both without looking at strides.
+        moments = {m: torch.empty_like(parameter, requires_grad=False) for m in MOMENTS if m != "step"}
+        moments["step"] = torch.empty((), device=parameter.device)
+        optimizer.state[parameter] = {m: t.copy_(tensors[f"optimizer.{m}.{name}"]) for m, t in moments.items()}

@@ -1,0 +1,497 @@
+"""Backend `triton` without a GPU: its launches' references in the buffers that the kernels would use, against float64;
+some of them interpreted; the list of launches; and what is captured, by a stand-in for CUDA's graphs.
+
+The kernels themselves are held to their references in test_kernels.py. What a card does with them remains to be seen.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton, which is installed on Linux x86-64 only")
+
+import fastdiff
+from fastdiff import solvers
+from fastdiff.backends import BITWISE_ROWS, Spec
+from fastdiff.backends.eager import EagerRunner
+from fastdiff.backends.graph import GraphRunner
+from fastdiff.backends.triton import runner as triton
+from fastdiff.backends.triton.runner import TritonRunner, TritonSteps
+from fastdiff.core import update
+from fastdiff.core.lower import lower
+from fastdiff.core.program import Conv
+from fastdiff.core.state import State, TableBank
+from fastdiff.errors import BackendError
+from fastdiff.kernels import library as kernel_library
+from fastdiff.kernels.launch import Launch
+from fastdiff.kernels.library import LibraryLaunch
+from fastdiff.sampler import Sampler
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.unet import UNet, UNetConfig
+from tests.backends.test_backends import CASES, Case, check, spec_of, start
+from tests.core.test_program import CLASS_IMAGES, image_size
+from tests.support.fake_cuda import FakeCuda
+from tests.support.paths import ROOT
+from tests.support.tuned_file import library_everywhere, tuning
+from tests.support.unets import (  # fmt: skip
+    OWN_VARIANTS,
+    PUBLISHED,
+    TINY,
+    TINY_CLASSES,
+    VARIANTS,
+    change,
+    random_images,
+    random_labels,
+    random_unet,
+    relative_error,
+)
+
+CPU = torch.device("cpu")
+SCHEDULE = NoiseSchedule()
+# Rescaled guidance is a step of its own; this one is a part of the update, for learned variance and histories, too.
+CASES = CASES | {"everything but rescaling": dataclasses.replace(CASES["everything"], rescale=0.0)}
+
+
+def compute(launch: Launch) -> None:
+    """What a launch computes: the library is here, too, and runs; of kernels, the references."""
+    if isinstance(launch, LibraryLaunch):
+        launch()
+    else:
+        launch.reference()
+
+
+@pytest.fixture
+def by_library(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Has a tuned file name the library for every convolution of a network that it is offered for."""
+    with tuning(tmp_path) as tune:
+
+        def everywhere(config: UNetConfig, *rows: int, dtype: torch.dtype = torch.float32) -> None:
+            with torch.device("meta"):
+                program = lower(UNet(config), image_size(config))
+            tune({key: value for n in rows for key, value in library_everywhere(program, n, dtype).items()})
+
+        yield everywhere
+
+
+def compute_on_device(launch: Launch) -> None:
+    """The same, but of the update, whose reference asks for rows and so cannot be captured."""
+    if launch.op != "update":
+        return compute(launch)
+    a = launch.arguments
+    changed = ("x", "row", "xs", "m1", "m2", "m3")
+    state = State(
+        **{name: a[name] for name in (*changed, "table", "seed", "index", "guidance")}, label=None,
+        bank=cast(Any, types.SimpleNamespace(values=a["bank"], lengths=a["lengths"])),
+        **dict.fromkeys(("table_host", "row_host", "guidance_host"), np.zeros(0)),
+    )  # fmt: skip
+    state.out = a["out"]
+    if a["guidance"] is not None:
+        w = 1.0 + state.column("g") * (a["guidance"] - 1.0)
+        state.out = update.guide(*a["out"].chunk(2), w, a["x"].shape[1], 0.0)
+    EagerRunner(UNet(TINY), Spec(1, (3, 8, 8), torch.float32, CPU)).advance(state, noisy=True)
+    for name in changed:
+        if a[name] is not None:
+            a[name].copy_(getattr(state, name))
+
+
+class Direct:
+    """Steps without graphs."""
+
+    def __init__(self, unet: Any, spec: Spec):
+        self.steps = TritonSteps(unet, spec, compute)
+        self.fresh = True
+
+    @torch.no_grad()
+    def forward(self, state: State) -> None:
+        self.steps.follow(state.bank, self.fresh)
+        self.fresh = False
+        self.steps.evaluate(state, bool(state.guided_host.any()))
+
+    @torch.no_grad()
+    def update(self, state: State) -> None:
+        self.steps.advance(state, noisy=True)
+        state.advance_host()
+
+    @torch.no_grad()
+    def step(self, state: State) -> None:
+        self.steps.follow(state.bank, self.fresh)
+        self.fresh = False
+        self.steps.whole(state, bool(state.guided_host.any()), noisy=True)
+        state.advance_host()
+
+
+class Halves(Direct):
+    def step(self, state: State) -> None:
+        self.forward(state)
+        self.update(state)
+
+
+def forward(unet: UNet, x: torch.Tensor, t: float, labels: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    """The network by way of launches; every buffer holds NaN before."""
+    steps = TritonSteps(unet, Spec(len(x), tuple(x.shape[1:]), dtype, CPU), compute)  # type: ignore[arg-type]  # three numbers
+    state = State.create(x, TableBank([solvers.ddim(SCHEDULE, spacing=[t])], CPU), label=labels)
+    with torch.no_grad():
+        steps.follow(state.bank, fresh=False)
+        steps.network(state, guided=False)  # makes the buffers
+        for b in steps.buffers.values():
+            b.arena.fill_(0xFF)
+            for tensor in (*b.embedding.values(), *b.space.values(), b.net):
+                tensor.fill_(torch.nan)
+        steps.evaluate(state, guided=False)
+    return state.out
+
+
+def assert_equals_module(config: UNetConfig, size: Any = None, bound: float = 2e-5, **options: Any) -> None:
+    unet = random_unet(config)
+    x, labels = random_images(config, 2, size), random_labels(config, 2)
+    with torch.no_grad():
+        exact = random_unet(config).double()(x.double(), torch.full((2,), 917.0).double(), labels)
+    assert relative_error(forward(unet, x, 917.0, labels, **options), exact) <= bound
+
+
+# The launches are the network -----------------------------------------------------------------------------------------
+
+
+def runnable(config: UNetConfig) -> bool:
+    return config.class_embed_type is None
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if runnable(change(**VARIANTS[name]))])
+def test_variant(variant: str) -> None:
+    assert_equals_module(change(**VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("variant", [name for name in OWN_VARIANTS if runnable(change(**OWN_VARIANTS[name]))])
+def test_own_variant(variant: str) -> None:
+    assert_equals_module(change(**OWN_VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("variant", CLASS_IMAGES)
+def test_class_images(variant: str) -> None:
+    assert_equals_module(change(TINY_CLASSES, **CLASS_IMAGES[variant], center_input_sample=True), (10, 14))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    assert_equals_module(TINY_CLASSES, bound=2e-2 if dtype == torch.bfloat16 else 3e-3, dtype=dtype)
+
+
+def test_networks_in_half_precision() -> None:
+    """Their weights are rounded already; embeddings are computed in float32 from those."""
+    unet = random_unet(TINY_CLASSES).bfloat16()
+    x, labels = random_images(TINY_CLASSES, 2, None), random_labels(TINY_CLASSES, 2)
+    with torch.no_grad():
+        exact = random_unet(TINY_CLASSES).bfloat16().double()(x.double(), torch.full((2,), 917.0).double(), labels)
+    assert relative_error(forward(unet, x, 917.0, labels, torch.bfloat16), exact) <= 2e-2
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_mixed_batches(case: Case) -> None:
+    check(Direct, case)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "bound"),
+    [
+        (change(TINY_CLASSES, **VARIANTS["padding 0"]), torch.float32, 2e-5),
+        (change(TINY_CLASSES, **VARIANTS["padding 0"]), torch.bfloat16, 2e-2),
+        (change(TINY_CLASSES, **VARIANTS["padding 0"]), torch.float16, 3e-3),
+        (change(**VARIANTS["odd groups across the concatenation"]), torch.float32, 2e-5),
+        (change(**VARIANTS["scale-shift with classes"]), torch.float32, 2e-5),
+    ],
+    ids=["fp32", "bf16", "fp16", "odd groups", "scale-shift"],
+)
+def test_products_by_the_library(
+    by_library: Callable[..., None], config: UNetConfig, dtype: torch.dtype, bound: float
+) -> None:
+    """Everywhere but behind a doubling, of one and of two sources."""
+    by_library(config, 2, dtype=dtype)
+    listed = launches(config, 2, dtype)
+    own = {launch.arguments["PHASES"] for launch in listed if launch.op in ("conv.conv", "conv.partial")}
+    assert own <= {4}
+    assert {len(launch.arguments["src"]) for launch in listed if launch.op == "library.products"} == {1, 2}
+    assert_equals_module(config, bound=bound, dtype=dtype)
+
+
+def test_bitwise_has_nothing_made_by_the_library(by_library: Callable[..., None]) -> None:
+    """Its algorithms may be others in another batch."""
+    by_library(TINY, 2, BITWISE_ROWS)
+    ops = {}
+    for determinism in ("seed", "bitwise"):
+        x = random_images(TINY, 2, None)
+        spec = Spec(2, tuple(x.shape[1:]), torch.float32, CPU, determinism=determinism)  # type: ignore[arg-type]  # three numbers
+        steps = TritonSteps(random_unet(TINY), spec, compute)
+        state = State.create(x, TableBank([solvers.ddim(NoiseSchedule(), 2)], CPU))
+        steps.follow(state.bank, fresh=False)
+        with torch.no_grad():
+            ops[determinism] = {launch.op for launch in steps.network(state, guided=False)}
+    assert "library.products" in ops["seed"]
+    assert "library.products" not in ops["bitwise"]
+
+
+@pytest.mark.parametrize("name", ["guidance", "guidance interval", "rescale", "everything but rescaling"])
+def test_mixed_batches_in_halves(name: str) -> None:
+    check(Halves, CASES[name])
+
+
+@pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
+def test_weights_that_change_are_followed_at_their_addresses(by_library: Callable[..., None], library: bool) -> None:
+    if library:
+        by_library(TINY, 2)
+    unet = random_unet(TINY)
+    x = random_images(TINY, 2, None)
+    steps = TritonSteps(unet, Spec(2, tuple(x.shape[1:]), torch.float32, CPU), compute)  # type: ignore[arg-type]  # three numbers
+
+    def run() -> torch.Tensor:
+        state = State.create(x.clone(), TableBank([solvers.ddim(SCHEDULE, 4)], CPU))
+        with torch.no_grad():
+            steps.follow(state.bank, fresh=True)
+            steps.evaluate(state, guided=False)
+        assert state.out is not None
+        return state.out
+
+    before = run()
+    packed = [tensors for key, (_, tensors) in steps.weights.made.items() if key[-1] is library]
+    assert len(packed) > 10, "each convolution's, once"
+    held = [tensor.data_ptr() for _, tensors in steps.weights.made.values() for tensor in tensors]
+    with torch.no_grad():
+        unet.time_embedding.linear_1.weight.data.mul_(1.5)
+        unet.conv_in.weight.data.mul_(0.5)
+    after = run()
+    assert held == [tensor.data_ptr() for _, tensors in steps.weights.made.values() for tensor in tensors]
+    assert relative_error(before, after) > 0.01
+    with torch.no_grad():
+        exact = unet(x, torch.full((2,), float(solvers.ddim(SCHEDULE, 4).rows[0].t)))
+    assert relative_error(after, exact) <= 2e-5
+
+
+# The list of launches -------------------------------------------------------------------------------------------------
+
+
+def launches(config: UNetConfig, batch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    unet = random_unet(config)
+    H, W = image_size(config)
+    spec = Spec(batch, (config.in_channels, H, W), dtype, CPU)
+    bank, labels = TableBank([solvers.ddim(SCHEDULE, 2)], CPU), random_labels(config, batch)
+    state = State.create(torch.zeros(batch, *spec.shape), bank, label=labels)
+    with torch.no_grad():
+        return TritonSteps(unet, spec, compute).network(state, guided=False)
+
+
+@pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
+def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., None], library: bool) -> None:
+    """52 convolutions of 3x3, shortcuts and attention of the CIFAR-10 network; SiLU, bias, embedding, residual and
+    concatenation are parts of them, and no scheduler is left.
+    """
+    if library:
+        by_library(PUBLISHED["ddpm-cifar10-32"], 1, dtype=torch.bfloat16)
+    listed = launches(PUBLISHED["ddpm-cifar10-32"], 1)
+    counts = collections.Counter(launch.op for launch in listed)
+    program = TritonSteps(
+        random_unet(PUBLISHED["ddpm-cifar10-32"]), Spec(1, (3, 32, 32), torch.float32, CPU), compute
+    ).program
+    kinds = collections.Counter(type(op).__name__ for op in program.ops)
+    assert counts["input"] == 1
+    assert counts["attention.attention"] == kinds["Attention"]
+    assert counts["library.products"] + counts["conv.conv"] + counts["conv.partial"] == kinds["Conv"]
+    assert counts["library.products"] + counts["conv.partial"] == counts["epilogue.finish"] > 0
+    doubled = sum(isinstance(op, Conv) and op.upsample for op in program.ops)
+    assert counts["library.products"] == (kinds["Conv"] - doubled if library else 0)
+    assert counts["norm.finalise"] == counts["norm.apply"] == sum(program.norm(op) is not None for op in program.ops)
+    assert set(counts) <= {
+        "input", "norm.finalise", "norm.apply", "conv.conv", "conv.partial", "library.products", "epilogue.finish",
+        "epilogue.combine", "attention.attention",
+    }  # fmt: skip
+
+
+def test_every_kind_of_launch_is_run_as_it_says() -> None:
+    spec = Spec(1, (3, 8, 8), torch.float32, CPU)
+    x, W = torch.randn(1, 2, 2, 3), torch.randn(4, 3, 1, 1)
+    for steps in (TritonSteps(random_unet(TINY), spec), TritonRunner(random_unet(TINY), spec, FakeCuda()).steps):
+        sums = torch.full((1, 1, 2, 2, 4), torch.nan)
+        steps.run(kernel_library.products((x,), kernel_library.pack(W, (3,), torch.float32), sums))
+        assert (sums[0] - x @ W[:, :, 0, 0].T).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["unconditional", "guidance", "rescale"])
+def test_a_whole_step_is_the_network_and_one_update(name: str) -> None:
+    """Guidance is a part of the update; rescaled, it is PyTorch's."""
+    case, listed = CASES[name], []
+    state = start(case)
+    steps = TritonSteps(random_unet(case.config), spec_of(state, torch.float32, case), listed.append)
+    guided = bool(state.guided_host.any())
+    with torch.no_grad():
+        steps.whole(state, guided, noisy=True)
+        network = [launch.op for launch in steps.network(state, guided)]
+    assert [launch.op for launch in listed] == [*network, "update"]
+    assert guided == (name != "unconditional")
+    fused = name == "guidance"
+    assert (listed[-1].arguments["guidance"] is not None) == fused
+    assert len(listed[-1].arguments["out"]) == len(state.x) * (1 + fused)
+
+
+# Capture --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
+def test_a_captured_network_serves_every_row_and_table(
+    monkeypatch: pytest.MonkeyPatch, by_library: Callable[..., None], library: bool
+) -> None:
+    monkeypatch.setattr(Launch, "compile", lambda launch: None)
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+    case = CASES["guidance interval"]
+    if library:
+        by_library(case.config, len(start(case).x), 2 * len(start(case).x))
+    unet, cuda = random_unet(case.config), FakeCuda()
+    state = start(case)
+    runner = TritonRunner(unet, spec_of(state, torch.float32, case), cuda, compute)
+    plain, other = Direct(unet, spec_of(state, torch.float32, case)), start(case)
+    for _ in range(5):
+        runner.forward(state)
+        plain.forward(other)
+        assert state.out is not None
+        assert other.out is not None
+        assert torch.equal(state.out, other.out)
+        for s in (state, other):
+            plain.update(s)
+    assert len(runner.graphs.graphs) == 2  # guided and not
+    assert any(key[-1] is True for key in runner.steps.weights.made) == library
+
+
+@pytest.mark.parametrize("name", ["guidance interval", "rescale", "everything", "everything but rescaling"])
+def test_captured_steps_are_the_halves(name: str) -> None:
+    """Whole steps, and halves between them, as for previews: where guidance happens is not seen in the images."""
+    case = CASES[name]
+    unet, state, other = random_unet(case.config), start(case), start(case)
+    spec = spec_of(state, torch.float32, case)
+    steps = TritonSteps(unet, spec, compute_on_device)
+    graphs = GraphRunner(steps, unet, spec, FakeCuda())
+    steps.follow(state.bank, fresh=False)
+    plain = Halves(unet, spec)
+    for i in range(case.steps):
+        if i == 2:
+            graphs.forward(state)
+            plain.forward(other)
+            assert torch.equal(update.predict_x0(state)[case.active], update.predict_x0(other)[case.active])
+            graphs.update(state)
+            plain.update(other)
+        else:
+            graphs.step(state)
+            plain.step(other)
+        assert torch.equal(state.x[case.active], other.x[case.active])
+
+
+def test_kernels_that_cannot_be_compiled_leave_the_network_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(launch: Launch) -> None:
+        raise BackendError(f"kernel {launch.op} cannot be compiled: [Errno 30] Read-only file system")
+
+    monkeypatch.setattr(Launch, "compile", fail)
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+    case = CASES["guidance"]
+    unet, state, other = random_unet(case.config), start(case), start(case)
+    spec = spec_of(state, torch.float32, case)
+    runner = TritonRunner(unet, dataclasses.replace(spec, dtype=torch.bfloat16), FakeCuda(), compute)
+    plain = Direct(unet, spec)
+    with caplog.at_level(logging.WARNING, "fastdiff"):
+        for _ in range(3):
+            runner.step(state)
+            plain.step(other)
+    assert [r.message for r in caplog.records if "Read-only file system" in r.message] == [caplog.records[0].message]
+    assert relative_error(state.x, other.x) <= 1e-5
+
+
+# Where it cannot run --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_cuda_it_is_refused_with_every_reason() -> None:
+    with pytest.raises(BackendError) as error:
+        Sampler(random_unet(TINY), backend="triton", dtype="float64", determinism="bitwise")
+    for reason in ("torch sees no CUDA device", "not on cpu", "not in float64"):
+        assert reason in str(error.value)
+    assert "bitwise" not in str(error.value), "which it can give"
+
+
+# Interpreted ----------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, sys
+import torch
+sys.path[:0] = [sys.argv[1]]
+from tests.support.kernel_harness import mend_interpreter
+from tests.backends.test_backends import MICRO_CLASSES
+from tests.support.unets import random_unet
+from fastdiff import solvers
+from fastdiff.core import noise
+from fastdiff.backends import Spec
+from fastdiff.backends.triton import TritonSteps
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.core.state import State, TableBank
+mend_interpreter()
+
+index = torch.arange(2)
+x = noise.normal(torch.full_like(index, 5), index, torch.zeros_like(index), noise.INITIAL, (3, 8, 8))
+table, arrived = solvers.ddpm(NoiseSchedule(), 4), []
+states = []
+for run, whole in ((lambda launch: launch(), True), (lambda launch: launch(), False),
+                   (lambda launch: launch.reference(), False)):
+    steps = TritonSteps(random_unet(MICRO_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
+    state = State.create(x.clone(), TableBank([table], x.device), label=[3, 1], guidance=[2.0, 1.0])
+    with torch.no_grad():
+        steps.follow(state.bank, fresh=False)
+        for _ in range(2):
+            if whole:
+                steps.whole(state, guided=True, noisy=True)
+            else:
+                steps.evaluate(state, guided=True)
+                steps.advance(state, noisy=True)
+    states.append(state)
+    arrived.append(steps.arrived.abs().sum().item())
+whole, halves, want = states
+print(json.dumps({
+    "x": [float((got.x - want.x).abs().max()) for got in (whole, halves)], "scale": float(want.x.abs().max()),
+    "equal": torch.equal(whole.x, halves.x), "row": whole.row.tolist(), "arrived": arrived,
+}))
+"""
+
+
+def test_interpreted_steps_equal_the_references() -> None:
+    """The kernels themselves, two guided steps with noise, whole and in halves, in an interpreter's process."""
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, str(ROOT)],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert max(told["x"]) <= 2e-5 * told["scale"]
+    assert told["equal"], "guidance has the same bits in the update and on its own"
+    assert told["row"] == [2, 2]
+    assert told["arrived"] == [0, 0, 0]
+
+
+def test_a_checkout_without_symbolic_links_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where git makes no links, fastdiff/kernels is a text file, and no submodule of it can be imported."""
+    package = tmp_path / "fastdiff"
+    package.mkdir()
+    (package / "kernels").write_text("../kernels")
+    for name in [name for name in sys.modules if name.startswith("fastdiff.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(fastdiff, "__path__", [str(package)])
+    reasons = triton.reasons_against(random_unet(TINY), Spec(2, (3, 8, 8), torch.float32, torch.device("cpu")))
+    assert any("no fastdiff/kernels, a symbolic link" in reason for reason in reasons), reasons

@@ -1,0 +1,68 @@
+"""The Triton kernels, compiled for GPUs that need not be there: no spills, and shared memory that they have.
+
+``make kernel-check`` runs all of this; ``make test`` compiles one launch of each kind.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
+
+import triton
+
+from fastdiff.kernels.launch import Launch
+from tests.support.kernel_cases import CASES, ONES, SHIPPED, TENSOR_CORES
+from tests.support.kernel_harness import TARGETS, compiled
+
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program can have (CUDA programming guide)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.cache, "dir", str(path / "cache"))
+        patch.setattr(triton.knobs.compilation, "always_compile", True)
+        yield path
+
+
+FIRST = {name.split()[0]: name for name in reversed(SHIPPED)}  # of each kind
+
+
+def on_target(name: str, capability: int):
+    quick = capability == 90 and name in FIRST.values()
+    marks = () if quick else pytest.mark.slow
+    return pytest.param(name, capability, marks=marks, id=f"{name} sm_{capability}")
+
+
+@pytest.mark.parametrize(("name", "capability"), [on_target(name, target) for name in SHIPPED for target in TARGETS])
+def test_compiles_without_spills(folder, name, capability):
+    launch = SHIPPED[name]()
+    binary = compiled(launch, capability, folder)
+    assert binary.stack == 0, f"{binary.stack} bytes of stack: registers are spilled"
+    assert binary.registers * 32 * launch.config.num_warps <= 65536
+    assert binary.shared <= SHARED[capability]
+    if launch.op in TENSOR_CORES:
+        assert binary.tensor_cores(capability), f"no {capability} tensor-core instruction"
+
+
+@pytest.mark.parametrize("name", ONES, ids="{} sm_90".format)
+def test_compiles_where_sizes_are_ones(folder, name):
+    """Arguments of 1 are constants to the compiler, which have no methods; the interpreter does not show that."""
+    assert compiled(ONES[name](), 90, folder).stack == 0
+
+
+def test_everything_is_both_interpreted_and_compiled():
+    interpreted = {case().launch().op for case in CASES.values()}
+    shipped: set[str] = {launch().op for launch in SHIPPED.values()}
+    assert interpreted == shipped
+
+
+def test_every_configuration_is_compiled():
+    """Of each operation whose launches say that they can be remade: all its candidates."""
+    launches: list[Launch] = [launch() for launch in SHIPPED.values()]
+    for op in {launch.op for launch in launches}:
+        compiled_configs = {launch.config for launch in launches if launch.op == op}
+        candidates = {c for launch in launches if launch.op == op for c in launch.candidates}
+        assert candidates <= compiled_configs, op

@@ -1,0 +1,109 @@
+"""What of the Triton convolutions is no kernel: packed weights, the choice of configurations, precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.support.unets import PUBLISHED
+
+pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
+
+from fastdiff.core.lower import lower
+from fastdiff.core.program import STRIP
+from fastdiff.kernels import conv
+from fastdiff.kernels.launch import NO_GPU
+from fastdiff.kernels.tiles import Blocks
+from fastdiff.unet import UNet
+from tests.support.cases_conv import harvest
+
+
+@pytest.mark.parametrize("channels", [(5,), (5, 3)])
+def test_four_convolutions_are_the_one_behind_a_doubling(channels):
+    W = torch.randn(7, sum(channels), 3, 3, dtype=torch.float64)
+    x = torch.randn(2, sum(channels), 3, 4, dtype=torch.float64)
+    packed = conv.pack(W, channels, torch.float64, upsample=True)
+    assert [part.shape for part in packed] == [(4, 4, c, 16) for c in channels]
+    src = [part.permute(0, 2, 3, 1) for part in x.split(channels, dim=1)]
+    got = conv.product_reference(src, packed, (2, 6, 8, 7), stride=1, padding=1)
+    exact = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), W, padding=1)
+    assert (got.permute(0, 3, 1, 2) - exact).abs().max() < 1e-13
+
+
+def test_packed_weights():
+    """Of each source, tap by tap; columns are padded with zeros, so that every row is aligned."""
+    W = torch.randn(5, 4 + 2, 3, 3)
+    first, second = conv.pack(W, (4, 2), torch.float32)
+    assert first.shape == (1, 9, 4, 16)
+    assert second.shape == (1, 9, 2, 16)
+    assert torch.equal(first[0, 5, 3, :5], W[:, 3, 1, 2])
+    assert torch.equal(second[0, 6, 1, :5], W[:, 5, 2, 0])
+    assert first[..., 5:].eq(0).all()
+    assert torch.equal(conv.unpack((first, second), 5)[0], W)
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 7), (8, 8), (9, 40), (64, 24), (256, 256)])
+def test_blocks_cover_every_strip_once(size, upsample):
+    for pixels in (16, 64, 128):
+        blocks = Blocks.of(*size, pixels, upsample)
+        assert pixels % blocks.pixels == 0
+        assert blocks.height * (1 + upsample) <= STRIP
+        assert blocks.strips == math.ceil(size[0] * (1 + upsample) / STRIP)
+        assert (blocks.columns - 1) * blocks.width < size[1] <= blocks.columns * blocks.width
+        assert blocks.parts == blocks.columns * (4 if upsample else 1)
+
+
+def layers(name: str, rows: int) -> list:
+    with torch.device("meta"):
+        unet = UNet(PUBLISHED[name])
+    return list(harvest(lower(unet, (PUBLISHED[name].sample_size,) * 2), rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "rows"), [("ddpm-cifar10-32", 1), ("ddpm-cifar10-32", 256), ("ddpm-celebahq-256", 1)])
+def test_heuristics_at_the_published_layers(name, rows, dtype):
+    """Every multiprocessor has a program wherever there is enough to do, and no more sums are shared out than pays."""
+    whole, split = conv.candidates(dtype)
+    shapes = layers(name, rows)
+    assert len(shapes) > 20
+    for shape in shapes:
+        operands = shape.shipped(dtype)
+        problem = shape.problem(operands)
+        config = problem.choose(splits=True)
+        assert config in (*whole, *split)
+        programs = problem.tiles(config) * problem.phases * config.splits
+        smallest = min(whole[:-1], key=lambda c: c.pixels * c.channels)
+        if shape.outputs > whole[-1].channels:
+            assert programs >= min(NO_GPU.processors, problem.tiles(smallest) * problem.phases) / 2, shape
+        if rows == 256:
+            assert config.splits == 1, shape
+        if config.splits > 1:
+            assert sum(problem.steps(config)) >= 2 * config.splits
+            assert conv.workspace(
+                operands["src"], operands["weight"], shape.out, stride=shape.stride
+            ) == config.splits * math.prod(shape.out)
+    if rows == 1 and name == "ddpm-cifar10-32":
+        assert any(shape.problem(shape.shipped(dtype)).choose(splits=True).splits > 1 for shape in shapes)
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """float32 with the 10 bits of mantissa that tensor cores read, rounded to nearest."""
+    bits = x.view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_three_products_of_tf32_hold_what_float32_promises():
+    """a b = ah bh + (ah bl + al bh), h and l the high part and the remainder; one product of TF32 would not."""
+    a, b = torch.randn(64, 2304), torch.randn(2304, 64) / 48
+    exact = a.double() @ b.double()
+    ah, bh = tf32(a), tf32(b)
+    al, bl = tf32(a - ah), tf32(b - bh)
+    three = (al @ bh + ah @ bl) + ah @ bh
+    plain = float((a @ b - exact).abs().max())
+    rounding = 4 * 2.0**-24 * float(exact.abs().max())
+    assert float((three - exact).abs().max()) <= 2 * (plain + rounding)
+    assert float((ah @ bh - exact).abs().max()) > 20 * (plain + rounding)

@@ -1,0 +1,213 @@
+"""The one list of cases: the distinct operations of lowered networks. Tests and micro-benchmarks iterate it.
+
+A case is checked by `Replay`: the operation alone, against float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from fastdiff.backends import Spec
+from fastdiff.backends.native import packing
+from fastdiff.backends.native import runner as native
+from fastdiff.core.lower import lower
+from fastdiff.core.plan import STATISTICS, plan
+from fastdiff.core.program import Attention, Conv, Op, Program
+from fastdiff.unet import UNet, UNetConfig
+from tests.support.interpreter import Interpreter, strip_statistics
+from tests.support.unets import (
+    OWN_VARIANTS,
+    PUBLISHED,
+    RESNET_BLOCKS,
+    TINY_CLASSES,
+    VARIANTS,
+    change,
+    random_images,
+    random_labels,
+    random_unet,
+    relative_error,
+)
+
+extension = native.extension()
+CPU = torch.device("cpu")
+
+# The largest relative error of an operation alone, by its algorithm. bfloat16 has 8 bits: 2^-9 is 2e-3, from each side
+# of a product; Winograd's transforms multiply both.
+TOLERANCE = {
+    "float32": {"direct": 2e-6, "winograd2": 2e-6, "winograd4": 4e-6},
+    "bfloat16": {"direct": 4e-3, "winograd2": 7e-3, "winograd4": 2e-2},
+}
+
+
+def one_level(channels: int, groups: int, size: tuple[int, int], head_dim: int | None = None):
+    """Any image size, at channel counts that divide nothing."""
+    return change(
+        block_out_channels=(channels,), norm_num_groups=groups, sample_size=size, attention_head_dim=head_dim,
+        down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",), num_class_embeds=3,
+    )  # fmt: skip
+
+
+# Networks whose operations, together, are every operation at many shapes.
+NETWORKS = {name: change(**changes) for name, changes in VARIANTS.items() if "class_embed_type" not in changes}
+NETWORKS |= {f"class image, {kind}": change(TINY_CLASSES, class_image=kind) for kind in ("add", "multiply", "concat")}
+NETWORKS |= {name: change(**changes) for name, changes in OWN_VARIANTS.items()}
+NETWORKS |= {
+    "96 channels, 5x7": one_level(96, 8, (5, 7)),
+    "160 channels, 12x12": one_level(160, 5, (12, 12), 32),
+    "200 channels, 7x5": one_level(200, 8, (7, 5), 25),
+    "1x1": one_level(24, 3, (1, 1)),
+    "2x3": one_level(24, 3, (2, 3)),
+    "resnet blocks, 24x40": change(**RESNET_BLOCKS, sample_size=(24, 40), block_out_channels=(20, 36)),
+}
+
+
+class Replay(Interpreter):
+    """A network's buffers in float64, each rounded to float32 when it is written, so that an operation of the engine
+    can be given exactly what the reference was given.
+    """
+
+    def __init__(self, config, rows: int):
+        self.config = config
+        single = random_unet(config)
+        size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
+        x = random_images(config, rows, size)
+        labels, t = random_labels(config, rows), torch.linspace(0, 999, rows)
+        program = lower(single, size)
+        super().__init__(program, random_unet(config).double(), rows)
+        self.single, self.x = single, x
+        self.spec = Spec(rows, tuple(x.shape[1:]), torch.float32, CPU)
+        self.held: dict[str, Tensor] = {}
+        self.measured: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self.set_inputs(x.double(), t.double(), labels)
+            self.exact = {}
+            for op in program.ops:
+                self.exact[op.dst] = self.compute(op)
+                self.put(op.dst, self.exact[op.dst])
+        layout = plan(program, rows, group=extension.GROUP)
+        self.inputs = native.Inputs(
+            x=x,
+            timestep=torch.arange(rows),
+            label=torch.arange(rows),
+            times=self.external["projections" if single.class_embedding is None else "time"].flatten(1).float(),
+            classes=None if "class" not in self.external else self.external["class"].flatten(1).float(),
+            class_images=None
+            if "class_image" not in self.external
+            else self.external["class_image"].float().contiguous(),
+        )
+        self.layout = layout
+
+    def put(self, name: str, value: Tensor) -> None:
+        self.held[name] = value.float().double()
+        self.measured[name] = strip_statistics(self.held[name]).float().double()
+
+    def buffer(self, name: str) -> Tensor:
+        return self.held[name] if name in self.held else self.external[name].float().double()
+
+    def statistics(self, name: str) -> Tensor:
+        return self.measured[name]
+
+    def compiled(self, isa: str, threads: int = 1, dtype: torch.dtype = torch.float32) -> native.Compiled:
+        arena = native.aligned(self.layout.size)
+        weights = packing.Weights.of(self.single, extension)
+        return native.Compiled(
+            extension,
+            self.program,
+            self.layout,
+            arena,
+            weights,
+            self.inputs,
+            isa,
+            extension.Team(threads),
+            dataclasses.replace(self.spec, dtype=dtype, fast=dtype == torch.bfloat16),
+        )
+
+    @torch.no_grad()
+    def check(self, compiled: native.Compiled, i: int, tolerance: float) -> None:
+        """Operation i alone, in an arena of NaN: the result, its statistics, its padding, and nothing else written."""
+        op = self.program.ops[i]
+        compiled.arena.fill_(0xFF)
+        compiled.out.fill_(math.nan)
+        for name in self.program.reads(op):
+            if not self.program.buffers[name].external:
+                self.fill(compiled.buffer(name), self.held[name])
+                if self.program.buffers[name].statistics:
+                    self.fill(compiled.statistics(name), self.measured[name])
+        before = compiled.arena.clone()
+        compiled.engine.run(i, i + 1)
+
+        got, exact = compiled.buffer(op.dst), self.exact[op.dst]
+        C = exact.shape[3]
+        assert relative_error(got[..., :C], exact) <= tolerance, op
+        assert got[..., C:].eq(0).all(), "channels of padding are zeros"
+        if self.program.buffers[op.dst].statistics:
+            measured, expected = compiled.statistics(op.dst), strip_statistics(exact)
+            for kind in (0, 1):  # squares of one pixel are zeros
+                distance = (measured[:, :, kind, :C] - expected[:, :, kind]).norm()
+                assert distance <= 10 * tolerance * expected[:, :, kind].norm()
+            assert measured[..., C:].eq(0).all()
+        written = torch.zeros_like(compiled.arena, dtype=torch.bool)
+        for name in (op.dst, op.dst + STATISTICS):
+            if name in self.layout.offsets:
+                offset = self.layout.offsets[name]
+                view = compiled.buffer(name) if name == op.dst else compiled.statistics(op.dst)
+                written[offset : offset + view.numel() * 4] = True
+        assert torch.equal(compiled.arena[~written], before[~written]), "wrote elsewhere"
+
+    @staticmethod
+    def fill(view: Tensor, value: Tensor) -> None:
+        view.zero_()
+        view[..., : value.shape[-1]] = value
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Operation ``index`` of a network's program, the first there with its shapes and options."""
+
+    network: str
+    index: int
+    name: str
+
+
+def config_of(network: str) -> UNetConfig:
+    return PUBLISHED[network] if network in PUBLISHED else NETWORKS[network]
+
+
+def signature(op: Op, program: Program) -> str:
+    """What distinguishes an operation's work: its kind, options and shapes; no names of buffers or weights."""
+
+    def shape(name: str) -> str:
+        return "x".join(map(str, program.buffers[name].shape))
+
+    parts = [type(op).__name__.lower()]
+    if isinstance(op, Conv):
+        parts = [f"conv{op.kernel}"] + [f"stride{op.stride}"] * (op.stride > 1) + ["up"] * op.upsample
+        parts += [f"pad{op.padding[0]}{op.padding[1]}"] * (op.padding not in ((0, 0), (1, 1)))
+        parts += ["emb"] * (op.emb is not None) + ["merged"] * (op.merged is not None) + ["div"] * (op.divide != 1)
+        if op.residual is not None:
+            parts.append(
+                "res" if program.buffers[op.residual].shape[0] == program.buffers[op.dst].shape[0] else "resup"
+            )
+    elif isinstance(op, Attention):
+        parts.append(f"heads{op.heads}")
+    norm = program.norm(op)
+    if norm is not None:
+        parts += [f"norm{norm.groups}"] + ["silu"] * norm.silu + ["film"] * (norm.modulation is not None)
+    statistics = ["stat"] * program.buffers[op.dst].statistics
+    return "-".join([*parts, "+".join(map(shape, op.src)), "to", shape(op.dst), *statistics])
+
+
+def cases(network: str) -> list[Case]:
+    """The distinct operations of a network, in order."""
+    config = config_of(network)
+    size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
+    with torch.device("meta"):
+        program = lower(UNet(config), size)
+    found: dict[str, int] = {}
+    for i, op in enumerate(program.ops):
+        found.setdefault(signature(op, program), i)
+    return [Case(network, i, name) for name, i in found.items()]

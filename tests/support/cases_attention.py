@@ -1,0 +1,88 @@
+"""Cases of attention."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from fastdiff.kernels import attention
+from fastdiff.kernels.attention import CANDIDATES, AttentionConfig
+from fastdiff.kernels.launch import Launch, name_of
+from tests.support.cases_norm import meta, normal, poison
+from tests.support.kernel_harness import DTYPES, Case
+
+CASES: dict[str, Callable[[], Case]] = {}
+SHIPPED: dict[str, Callable[[], Launch]] = {}
+ONES: dict[str, Callable[[], Launch]] = {}
+
+# Weights are rounded to the operands' kind, and a sum of products is off by as much of its largest term.
+BANDS = {torch.float32: 4.0, torch.float16: 2.0**12, torch.bfloat16: 2.0**15}
+
+
+def attention_case(
+    size: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, config: AttentionConfig, scale: float
+) -> Case:
+    """q, k and v are slices of one tensor, as a product's."""
+    qkv = normal(*size, 3 * heads * head_dim, dtype=dtype)
+    qkv[..., : heads * head_dim] *= scale
+    q, k, v = qkv.chunk(3, dim=3)
+    arguments = {
+        "q": q, "k": k, "v": v, "dst": poison(*size, heads * head_dim, dtype=dtype), "heads": heads,
+        "head_dim": head_dim,
+    }  # fmt: skip
+    return Case(attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config)
+
+
+def shared_case(size: tuple[int, int, int], C: int, dtype: torch.dtype, config: AttentionConfig) -> Case:
+    """k and v are one map; q is of another product."""
+    q, x = (normal(*size, C, seed=seed, dtype=dtype) for seed in (0, 1))
+    arguments = {"q": q, "k": x, "v": None, "dst": poison(*size, C, dtype=dtype), "heads": 1, "head_dim": C}
+    return Case(attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config)
+
+
+SMALL = AttentionConfig(4, 1, queries=16, keys=16, width=32, depth=16)  # not shipped: less to interpret
+# rows, H, W; heads; channels of one. Tokens and channels that divide nothing; heads in parts.
+SIZES = [((2, 1, 1), 1, 8), ((1, 5, 7), 2, 5), ((2, 4, 4), 4, 16), ((1, 3, 7), 2, 25), ((1, 5, 5), 1, 70)]
+for (size, heads, head_dim), dtype in itertools.product(SIZES, DTYPES):
+    CASES[f"attention {size} {heads}x{head_dim} {name_of(dtype)}"] = functools.partial(
+        attention_case, size, heads, head_dim, dtype, SMALL, 1.0
+    )
+CASES["attention of large scores"] = functools.partial(attention_case, (1, 5, 7), 2, 24, torch.float32, SMALL, 300.0)
+for (size, C), dtype in itertools.product([((1, 1, 1), 16), ((2, 5, 7), 24), ((1, 5, 5), 70)], DTYPES):
+    CASES[f"attention of one map {size} {C} {name_of(dtype)}"] = functools.partial(shared_case, size, C, dtype, SMALL)
+for config in CANDIDATES:
+    dtype = torch.float32 if config.single else torch.bfloat16
+    width = 2 * config.width if config.depth < config.width else config.width
+    CASES[f"attention in {config}"] = functools.partial(attention_case, (1, 9, 9), 1, width, dtype, config, 1.0)
+    CASES[f"attention of one map in {config}"] = functools.partial(shared_case, (1, 9, 9), width - 8, dtype, config)
+
+
+# What is compiled -----------------------------------------------------------------------------------------------------
+
+
+def attention_launch(
+    size: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, shared: bool, config: AttentionConfig
+) -> Launch:
+    inner = heads * head_dim
+    qkv = meta(*size, (1 if shared else 3) * inner, dtype=dtype)
+    q, k, v = (qkv, meta(*size, inner, dtype=dtype), None) if shared else qkv.chunk(3, dim=3)
+    return attention.attention(
+        q, k, v, meta(*size, inner, dtype=dtype), heads=heads, head_dim=head_dim, config=config
+    )  # fmt: skip
+
+
+for config in CANDIDATES:
+    # A head as wide as the map is one of a merged product; narrower ones come from one of q, k and v.
+    shared = config.width >= 256
+    head_dim = 2 * config.width if config.depth < config.width else config.width
+    dtype = torch.float32 if config.single else torch.bfloat16
+    SHIPPED[f"attention {head_dim} {name_of(dtype)} {config}"] = functools.partial(
+        attention_launch, (16, 16, 16), 512 // head_dim, head_dim, dtype, shared, config
+    )
+for shared in (False, True):
+    ONES[f"attention {'of one map' * shared}"] = functools.partial(
+        attention_launch, (1, 1, 1), 1, 1, torch.bfloat16, shared, CANDIDATES[1]
+    )

@@ -1,0 +1,270 @@
+"""What runs the Triton kernels without a GPU: interpreted, each case against its reference in float64; and compiled.
+
+``TRITON_INTERPRET=1 python kernel_harness.py`` interprets every case of `kernel_cases` and prints one JSON line for
+each; it is a process of its own because triton reads the variable when a kernel's module is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.launch import Config, Launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TARGETS = (80, 90, 100)
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Case:
+    """An operation and its arguments; those that are tensors, or tuples of tensors, get guard bands.
+
+    writes: which arguments it writes, with NaN in them where nothing may be read. Those of floats are compared with the
+    reference in float64, the others to the bit. apart: a dimension of a written argument along which errors are of
+    different kinds (mean, squares), and are not mixed. band: float32 roundings of the largest value that are allowed
+    beside the reference's own error: fast exponentials, sums in another order. config None: what heuristics choose.
+    within: how far results may be off, where that is specified. scratch: which it may leave anything in.
+    """
+
+    op: Callable[..., Launch]
+    arguments: dict[str, Any]
+    writes: tuple[str, ...]
+    apart: dict[str, int] = dataclasses.field(default_factory=dict)
+    band: float = 4.0
+    config: Config | None = None
+    within: float | None = None
+    scratch: tuple[str, ...] = ()
+
+    def launch(self) -> Launch:
+        return self.op(**self.arguments, config=self.config)
+
+    def to(self, dtype: torch.dtype | None, which: Callable[[str], bool] = lambda name: True) -> Case:
+        """A copy; floating tensors in ``dtype`` (None: as they are) where ``which`` says so of the argument's name."""
+
+        def convert(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                kind = dtype if dtype and which(name) and value.is_floating_point() else value.dtype
+                return torch.empty_like(value, dtype=kind).copy_(value)
+            return tuple(convert(name, v) for v in value) if isinstance(value, tuple) else value
+
+        return dataclasses.replace(self, arguments={name: convert(name, v) for name, v in self.arguments.items()})
+
+
+GUARD, BYTE = 64, 0xFD  # bytes on both sides of a tensor, and what they hold: NaN, where it is read as a number
+
+
+class Guarded:
+    """A copy of a tensor with its strides, between two bands that must stay as they are, as must gaps inside."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+        extent = (
+            1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True)) if values.numel() else 0
+        )
+        size = extent * values.element_size()
+        self.whole = torch.full((2 * GUARD + size,), BYTE, dtype=torch.uint8, device=values.device)
+        inner = self.whole[GUARD : GUARD + size].view(values.dtype)
+        self.tensor = inner.as_strided(values.shape, values.stride(), inner.storage_offset())
+        self.tensor.copy_(values)
+        self.owned = torch.zeros_like(self.whole, dtype=torch.bool)
+        mask = self.owned[GUARD : GUARD + size].view(extent, values.element_size())
+        mask.as_strided(
+            (*values.shape, values.element_size()),
+            (*(s * values.element_size() for s in values.stride()), 1), mask.storage_offset(),
+        ).fill_(True)  # fmt: skip
+
+    def check(self, name: str, written: bool) -> None:
+        assert self.whole[~self.owned].eq(BYTE).all(), f"{name}: written out of bounds"
+        if not written:
+            now, then = (v.flatten().clone().view(torch.uint8) for v in (self.tensor, self.values))
+            assert torch.equal(now, then), f"{name} was written to"
+
+
+def guard(value: Any, guards: list[Guarded]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(guard(v, guards) for v in value)
+    if isinstance(value, Tensor):
+        guards.append(Guarded(value))
+        return guards[-1].tensor
+    return value
+
+
+def rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def check(case: Case) -> dict[str, float]:
+    """Run the launch and hold what it wrote to the oracle; the largest error by written argument, as a share of what is
+    allowed: twice the sum of the reference's error in float32 and the rounding of the result.
+
+    Raises AssertionError that says what is wrong.
+    """
+    guards: dict[str, list[Guarded]] = {name: [] for name in case.arguments}
+    arguments = {name: guard(value, guards[name]) for name, value in case.arguments.items()}
+    dataclasses.replace(case, arguments=arguments).launch()()
+    for name, held in guards.items():
+        for g in held:
+            g.check(name, name in (*case.writes, *case.scratch))
+    exact = case.to(torch.float64)
+    exact.launch().reference()
+    single = case.to(torch.float32, lambda name: name in case.writes)  # its results are not rounded to a half
+    single.launch().reference()
+    shares = {}
+    for name in case.writes:
+        got, best, plain = (arguments[name], exact.arguments[name], single.arguments[name])
+        if not got.is_floating_point():
+            assert torch.equal(got, plain), f"{name}: {got} is not {plain}"
+            shares[name] = 0.0
+            continue
+        shares[name] = compare(name, got, best, plain, case.apart.get(name), case.band)
+        if case.within is not None:
+            assert (got - best).abs().max() <= case.within, f"{name}: off by more than {case.within}"
+    return shares
+
+
+def compare(name: str, got: Tensor, exact: Tensor, plain: Tensor, apart: int | None, band: float) -> float:
+    """got against the oracle in float64 ``exact``; ``plain``: the reference in float32, not rounded further."""
+    dtype, got = got.dtype, got.double()
+    assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in {int((got.isnan() != exact.isnan()).sum())} places"
+    over = [i for i in range(got.ndim) if i != apart]
+    reference = torch.nan_to_num(plain.double() - exact, posinf=0.0, neginf=0.0).abs().amax(dim=over, keepdim=True)
+    finite = torch.where(exact.isfinite(), exact, 0.0).abs()
+    own = rounding(dtype) * finite + torch.finfo(dtype).tiny * rounding(dtype)
+    allowed = 2 * (reference + own + band * 2.0**-24 * finite.amax(dim=over, keepdim=True))
+    wrong = (got - exact).abs()
+    wrong[(got == exact) | exact.isnan()] = 0.0
+    share = wrong / allowed
+    worst = share.nan_to_num(nan=math.inf).amax() if share.numel() else torch.zeros(())
+    assert worst <= 1.0, (
+        f"{name}: {(share > 1).sum()} of {share.numel()} values are off, by up to {worst:.3g} x allowed"
+    )
+    return float(worst)
+
+
+def mend_interpreter() -> None:
+    """Have the interpreter multiply matrices of bfloat16: it keeps the bits as integers, and would multiply those. And
+    have it take a number for a loop's bound: it holds an array of one, which Triton 3.6 gives to ``int`` and NumPy 2.4
+    refuses.
+    """
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    dot, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+
+    def as_float32(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, as_float32(a), as_float32(b), *rest)
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+def interpret(cases: dict[str, Callable[[], Case]]) -> None:
+    """Run every case, and print a line of JSON for each."""
+    mend_interpreter()
+    for name, build in cases.items():
+        try:
+            case = build()
+            result: dict[str, Any] = {"name": name, "shares": check(case)}
+        except Exception:
+            result = {"name": name, "error": traceback.format_exc()}
+        print(json.dumps(result), flush=True)
+
+
+# Compilation ahead of time --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """What the compiler made for a target: registers and bytes of stack (spills) per thread, bytes of shared memory."""
+
+    registers: int
+    stack: int
+    shared: int
+    sass: str
+
+    def tensor_cores(self, capability: int) -> bool:
+        """Whether matrices are multiplied by what the target has: HMMA, warp groups' HGMMA, or Blackwell's UTC*MMA."""
+        kinds = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC[A-Z]*MMA"}
+        return bool(re.search(rf"\b{kinds[capability]}\b", self.sass))
+
+
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.uint8: "*u8",
+}  # fmt: skip
+
+
+def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
+    """The launch's kernel for a GPU of ``capability`` (90: Hopper), as a launch with these arguments would have it.
+
+    No driver is asked: the target is told. folder: for files; it needs no GPU, and tensors may be on the meta device.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = launch.kernel
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    assert set(launch.arguments) == set(kernel.arg_names), set(launch.arguments) ^ set(kernel.arg_names)
+    for i, name in enumerate(kernel.arg_names):
+        value = launch.arguments[name]
+        kind = "constexpr"
+        special = not kernel.params[i].do_not_specialize
+        if kernel.params[i].is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            kind, attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            kind = "i32" if abs(value) < 1 << 31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            assert isinstance(value, float), (name, value)
+            kind = "fp32"
+        signature[name] = kind
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    file = folder / f"{result.metadata.name}.cubin"
+    file.write_bytes(result.asm["cubin"])
+
+    def dump(option: str) -> str:
+        tool = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.run([tool, option, file], check=True, capture_output=True, text=True).stdout
+
+    usage = dump("-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, _, local = map(int, found.groups())
+    return Binary(registers, stack + local, result.metadata.shared, dump("-sass"))
+
+
+if __name__ == "__main__":
+    from tests.support.kernel_cases import CASES
+
+    interpret({name: build for name, build in CASES.items() if not sys.argv[1:] or sys.argv[1] in name})
