@@ -20,6 +20,7 @@ MODULES = 8  # at most, directly in fastdiff/: what else there is belongs into a
 ORDER = (
     "errors",
     "files",
+    "checks",
     "schedule",
     "solvers",
     "unet",

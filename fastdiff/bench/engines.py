@@ -21,7 +21,7 @@ from fastdiff.backends import Spec, prepare
 from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError, InvalidArgument
-from fastdiff.sampler.request import NetworkInfo
+from fastdiff.sampler.options import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, ddim
 from fastdiff.unet import UNet

@@ -24,7 +24,7 @@ from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import InvalidArgument
 from fastdiff.integrations import pipelines
 from fastdiff.sampler import Sampler
-from fastdiff.sampler.request import NetworkInfo
+from fastdiff.sampler.options import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
 
 

@@ -56,7 +56,10 @@ def info(
     from fastdiff.core.lower import lower
     from fastdiff.core.plan import plan
     from fastdiff.core.program import Conv
-    from fastdiff.sampler.request import Options, check, step_table
+    from fastdiff.sampler.choice import resolve
+    from fastdiff.sampler.options import Options
+    from fastdiff.sampler.request import check
+    from fastdiff.sampler.tables import step_table
     from fastdiff.schedule import NoiseSchedule
 
     if steps is not None and solver is None and n is None:
@@ -73,9 +76,8 @@ def info(
     operations = layout.to_dict(methods)
     table = None
     if solver is not None:
-        table = step_table(
-            Options(solver=solver, steps=steps), sampler.schedule, sampler.prediction, sampler.scheduler_config
-        )
+        chosen, _ = resolve(Options(solver=solver, steps=steps), sampler.schedule, None)
+        table = step_table(chosen, sampler.schedule, sampler.prediction, sampler.scheduler_config)
     config: Any = sampler.unet.config
     schedule = sampler.schedule
     levels = schedule.to_scheduler_config() if isinstance(schedule, NoiseSchedule) else dataclasses.asdict(schedule)
@@ -96,6 +98,7 @@ def info(
             solver=solver or "ddim", steps=steps, guidance=guidance, batch_size=batch_size,
             labels=None if sampler.info.classes is None else 0, size=(height, width),
         )  # fmt: skip
+        options, _ = resolve(options, sampler.schedule, None)
         request = check(
             n, options, sampler.info, sampler.schedule, sampler.prediction, sampler.scheduler_config, backend
         )

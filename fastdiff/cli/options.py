@@ -9,7 +9,7 @@ import typer
 
 from fastdiff.errors import InvalidArgument
 
-# fastdiff.sampler.request.SOLVERS, which must not be imported for --help
+# fastdiff.sampler.tables.SOLVERS, which must not be imported for --help
 SOLVER_HELP = (
     "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, lms, deis, "
     "plms, lcm or consistency."

@@ -23,11 +23,12 @@ from fastdiff.checkpoints import loading as checkpoint
 from fastdiff.checkpoints import reading as weights
 from fastdiff.core import noise, update
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
-from fastdiff.sampler import editing, measured, request
+from fastdiff.errors import CallbackError, Cancelled, CheckpointError, InvalidArgument, NumericsError
+from fastdiff.sampler import choice, editing, measured, request
 from fastdiff.sampler.editing import Guide, Inpainting
+from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
 from fastdiff.sampler.output import Event, SampleOutput
-from fastdiff.sampler.request import NetworkInfo, NoiseSource, Options, Request
+from fastdiff.sampler.request import Request
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat.run import FROM_MODEL
@@ -193,7 +194,7 @@ class Sampler:
             "heun", "lms", "deis", "plms", "lcm", "consistency", "auto", or a `StepTable` that a function of
             `fastdiff.solvers` made. "auto" without steps: what was measured to be indistinguishable from the best, in
             the fewest network evaluations (`fastdiff.sampler.measured.automatic`); with steps, and for a model without
-            measurements, a general rule by steps and guidance (`fastdiff.sampler.request.auto`).
+            measurements, a general rule by steps and guidance (`fastdiff.sampler.choice.auto`).
         steps
             Steps of the solver, each a network evaluation but with heun (two each, the last one) and plms (one more in
             all). By default 50, every timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with EDM.
@@ -420,10 +421,15 @@ class Sampler:
         if options.deadline_s is not None:
             options = self._in_time(n, options)
         asked = options.quality is not None or (isinstance(options.solver, str) and options.solver == "auto")
-        return request.check(
-            n, options, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend,
-            self.measurements() if asked else None,
-        )  # fmt: skip
+        known = self.measurements() if asked else None
+        options, point = choice.resolve(options, self.schedule, known)
+        r = request.check(n, options, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend)
+        if known is not None and point is not None and len(r.table) != point.rows:
+            raise CheckpointError(
+                f"{known.path}: {point} is said to take {point.nfe} network evaluations, but has {len(r.table)} rows "
+                "here"
+            )
+        return r
 
     def measurements(self) -> measured.Measured | None:
         """What was measured of this model, from the ``trilemma.json`` of its folder; None where there is none, or where
@@ -442,7 +448,7 @@ class Sampler:
     def _in_time(self, n: int, o: Options) -> Options:
         """The options with what a deadline leaves time for: two rows of the first chunk are timed, after one more."""
         started = time.perf_counter()
-        request.check_deadline(o)
+        choice.check_deadline(o)
         short = dataclasses.replace(o, solver=solvers.ddim(self.schedule, 3, prediction=self.prediction), spacing=None)
         strength = None if o.image is None else 1.0
         r = self._request(n, dataclasses.replace(short, deadline_s=None, clip=FROM_MODEL, strength=strength))
@@ -456,7 +462,7 @@ class Sampler:
             raise Cancelled("cancelled before the first image")
         seconds = max(after - before for before, after in itertools.pairwise(ends))
         elapsed = time.perf_counter() - started
-        return request.in_time(o, r, self.schedule, self.measurements(), seconds, elapsed)
+        return choice.in_time(o, r, self.schedule, self.measurements(), seconds, elapsed)
 
     def _rows(
         self, r: Request, started: int, preview: Callable[[int], bool], progress: bool

@@ -189,7 +189,8 @@ def test_time_is_near_the_measured():
 
 PEAK = r"""
 import json, re, sys, torch
-from fastdiff import NoiseSchedule, Sampler, UNet, UNetConfig, cost
+from fastdiff import NoiseSchedule, Sampler, UNet, UNetConfig
+from fastdiff.backends.native import cost
 
 def job(config, n):
     with torch.device("meta"):

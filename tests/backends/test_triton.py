@@ -440,7 +440,7 @@ from tests.support.unets import random_unet
 from fastdiff import solvers
 from fastdiff.core import noise
 from fastdiff.backends import Spec
-from fastdiff.backends.triton import TritonSteps
+from fastdiff.backends.triton.runner import TritonSteps
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.core.state import State, TableBank
 mend_interpreter()

@@ -135,7 +135,7 @@ def test_what_time_does_not_allow_is_not_started(
 
 
 def test_red_kernels_get_no_speed(call: ModuleType, tmp_path: Path) -> None:
-    from gpu import tuning
+    from benchmarks.gpu import tuning
 
     ops = {"update": {"failed": True}, "noise": {"cases": 1}}
     run = call.Run(tmp_path, True, time.time() + 99, None, {"kernels": {"result": {"ops": ops}}})

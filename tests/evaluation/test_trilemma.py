@@ -29,7 +29,10 @@ from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import image_store as parts
 from fastdiff.evaluation.trilemma import grid as plan
 from fastdiff.evaluation.trilemma import picture, report, run, speed
-from fastdiff.sampler import Sampler, measured, request
+from fastdiff.sampler import Sampler, choice, measured
+from fastdiff.sampler.choice import resolve
+from fastdiff.sampler.options import Options
+from fastdiff.sampler.tables import step_table
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule
 from tests.support.unets import TINY_CLASSES, change, random_unet
@@ -402,7 +405,7 @@ def test_auto_quality_and_deadline_go_by_the_measurements(
         return s.sample(2, labels=3, **options).table
 
     def explicit(**options: Any) -> solvers.StepTable:
-        return request.step_table(request.Options(**options), SCHEDULE, "epsilon", s.scheduler_config)
+        return step_table(resolve(Options(**options), SCHEDULE, None)[0], SCHEDULE, "epsilon", s.scheduler_config)
 
     # d(p*) = 1.0, its interval ends at 1.1: 10 evaluations are the fewest within.
     with caplog.at_level("INFO", logger="fastdiff"):
@@ -450,8 +453,8 @@ def test_what_fits_a_deadline(sampler: Sampler, model: Path, tmp_path: Path) -> 
     r = sampler.request(20, labels=0, batch_size=8)  # 3 chunks
 
     def chosen(deadline: float, guidance: float = 1.0, known: measured.Measured | None = known) -> tuple[str, int]:
-        options = request.Options(deadline_s=deadline, guidance=guidance, labels=0)
-        got = request.in_time(options, r, SCHEDULE, known, seconds=0.1, elapsed=1.0)
+        options = Options(deadline_s=deadline, guidance=guidance, labels=0)
+        got = choice.in_time(options, r, SCHEDULE, known, seconds=0.1, elapsed=1.0)
         assert got.deadline_s is None
         return str(got.solver), got.steps or 0
 
@@ -463,7 +466,7 @@ def test_what_fits_a_deadline(sampler: Sampler, model: Path, tmp_path: Path) -> 
     assert chosen(1000.0, known=None) == ("auto", 100)
     with pytest.raises(InvalidArgument, match=r"of 4 rows, takes about 2\.2 s for 20 images"):
         chosen(1.0 + 3 * 0.1 * 3.9)
-    edm = request.in_time(request.Options(deadline_s=2.0), r, EDMSchedule(), None, seconds=0.1, elapsed=0.05)
+    edm = choice.in_time(Options(deadline_s=2.0), r, EDMSchedule(), None, seconds=0.1, elapsed=0.05)
     assert edm.steps == 3  # heun: 5 rows of the 6.5 that fit
 
 

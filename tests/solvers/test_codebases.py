@@ -17,7 +17,8 @@ from fastdiff import solvers
 from fastdiff.checkpoints.loading import save_folder
 from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
 from fastdiff.sampler import Sampler
-from fastdiff.sampler.request import SOLVERS, Options, step_table
+from fastdiff.sampler.options import Options
+from fastdiff.sampler.tables import SOLVERS, step_table
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat import diffusers as compat

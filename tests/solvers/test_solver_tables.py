@@ -29,13 +29,15 @@ from fastdiff.cli.options import SOLVER_HELP
 from fastdiff.core.state import State, TableBank
 from fastdiff.core.update import predict_x0, threshold, update
 from fastdiff.errors import ConfigError, InvalidArgument
-from fastdiff.sampler import request
-from fastdiff.sampler.request import SOLVERS, TABLES
+from fastdiff.sampler.choice import resolve
+from fastdiff.sampler.options import Options
+from fastdiff.sampler.tables import SOLVERS, TABLES, step_table
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable, sigma_timesteps, timesteps
 from fastdiff.solvers.adams import log_weights, sigma_weights
 from fastdiff.solvers.phi import phi
 from fastdiff.solvers.unipc import solve_moments
+from fastdiff.solvers.walk import Schedule
 from tests.core.test_update import network
 from tests.solvers.test_solvers import LINEAR, linear_map, runs
 from tests.support.paths import ROOT
@@ -83,6 +85,11 @@ def tables(draw, names=tuple(BUILD)):
         options.pop("steps_offset", None)
         options["spacing"] = draw(st.sampled_from(solvers.SIGMA_SPACINGS))
     return name, schedule, options, BUILD[name](schedule, **options)
+
+
+def table_of(options: Options, schedule: Schedule, prediction: str = "epsilon") -> StepTable:
+    """The table of a call with these options, for a model without measurements."""
+    return step_table(resolve(options, schedule, None)[0], schedule, prediction, {})
 
 
 def rows_of(name: str, steps: int, final: str) -> int:
@@ -245,7 +252,7 @@ def test_moments_are_solved(r, b):
 
 def test_a_table_does_not_depend_on_the_linear_algebra_of_the_processor():
     """To the last bit, by which a run that is gone on with elsewhere is known: linear algebra made for another one."""
-    code = "import test_solver_tables as t; print(t.digests())"
+    code = "import tests.solvers.test_solver_tables as t; print(t.digests())"
     environment = {**os.environ, "OPENBLAS_CORETYPE": "Nehalem", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
@@ -452,7 +459,7 @@ def test_a_learned_variance_is_ignored_by_the_others(name):
 @pytest.mark.parametrize("limit", [None, (0.8, 1.5)], ids=["clip", "threshold"])
 def test_the_native_update_runs_every_table(limit):
     """All solvers in one batch, each to its end; every step from where the reference stands."""
-    native = pytest.importorskip("test_native_update")
+    native = pytest.importorskip("tests.backends.test_native_update")
     bound = {"threshold": limit} if limit else {}
     every = [build(LINEAR, 6, **bound) for build in BUILD.values()]
     every += [solvers.lcm(LINEAR, **bound), solvers.heun(EDMSchedule(), 4, **bound), solvers.consistency(steps=3)]
@@ -536,8 +543,8 @@ def test_few_step_solvers():
     ],
 )
 def test_the_rule_of_auto(steps, guided, name, order):
-    options = request.Options(solver="auto", steps=steps, guidance=2.0 if guided else 1.0)
-    table = request.step_table(options, LINEAR, "epsilon", {})
+    options = Options(solver="auto", steps=steps, guidance=2.0 if guided else 1.0)
+    table = table_of(options, LINEAR)
     assert table.solver == name
     assert table.steps == (20 if steps is None else steps)
     if order:
@@ -545,12 +552,14 @@ def test_the_rule_of_auto(steps, guided, name, order):
 
 
 def test_auto_elsewhere():
-    edm = request.step_table(request.Options(solver="auto"), EDMSchedule(), "edm", {})
+    edm = table_of(Options(solver="auto"), EDMSchedule(), "edm")
     assert (edm.solver, edm.steps) == ("heun", 18)
-    listed = request.step_table(request.Options(solver="auto", spacing=[900, 500, 100]), LINEAR, "epsilon", {})
+    listed = step_table(
+        resolve(Options(solver="auto", spacing=[900, 500, 100]), LINEAR, None)[0], LINEAR, "epsilon", {}
+    )
     assert (listed.solver, listed.timesteps) == ("unipc_3", (900.0, 500.0, 100.0))
     with pytest.raises(InvalidArgument, match="steps=0"):
-        request.step_table(request.Options(solver="auto", steps=0), LINEAR, "epsilon", {})
+        table_of(Options(solver="auto", steps=0), LINEAR)
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n not in ("ddim", "auto")])
@@ -576,9 +585,9 @@ def test_orders_are_options_of_a_call(name, most, default):
         with pytest.raises(InvalidArgument, match="order="):
             toy().sample(1, solver=name, order=order, steps=6)
     # A late start is a new run of the same order over the later timesteps.
-    late = request.Options(solver=name, order=1, steps=6, image=torch.zeros(1, 3, 8, 8), strength=0.5)
+    late = Options(solver=name, order=1, steps=6, image=torch.zeros(1, 3, 8, 8), strength=0.5)
     later = solver(LINEAR, 6).timesteps[3:]
-    assert request.step_table(late, LINEAR, "epsilon", {}).rows == solver(LINEAR, order=1, spacing=later).rows
+    assert table_of(late, LINEAR).rows == solver(LINEAR, order=1, spacing=later).rows
 
 
 def test_orders_that_nobody_takes():

@@ -542,7 +542,7 @@ import torch
 import torch.utils.tensorboard  # once, not in every fork
 
 from fastdiff import files
-from fastdiff.training import state
+from fastdiff.training import resume as state
 from tests.training.test_trainer import variant
 
 out, name, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

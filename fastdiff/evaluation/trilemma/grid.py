@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import Sampler
-from fastdiff.sampler.request import SOLVERS
+from fastdiff.sampler.tables import SOLVERS
 from fastdiff.solvers import StepTable
 
 NFES = (4, 5, 8, 10, 15, 20, 50, 100, 250, 1000)
