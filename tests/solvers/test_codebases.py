@@ -17,6 +17,7 @@ from fastdiff import solvers
 from fastdiff.checkpoints.loading import save_folder
 from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
 from fastdiff.sampler import Sampler
+from fastdiff.sampler.choice import resolve
 from fastdiff.sampler.options import Options
 from fastdiff.sampler.tables import SOLVERS, step_table
 from fastdiff.schedule import NoiseSchedule
@@ -44,7 +45,8 @@ def table_of(
     config: dict[str, Any] | None = None,
     **options: Any,
 ) -> StepTable:
-    return step_table(Options(solver=solver, steps=steps, compat=mode, **options), schedule, prediction, config or {})
+    chosen, _ = resolve(Options(solver=solver, steps=steps, compat=mode, **options), schedule, None)
+    return step_table(chosen, schedule, prediction, config or {})
 
 
 def betas(schedule: str) -> np.ndarray:
