@@ -1,6 +1,7 @@
-"""Checks of arguments: whole numbers, real numbers, and one of a list.
+"""Argument validators: whole numbers, real numbers, and one of a list of values.
 
-Each returns the value that it accepts and raises `InvalidArgument` naming the argument, the value and what would work.
+Each validator returns the value that it accepts. Otherwise it raises an error that names the argument, the value and
+what is allowed.
 """
 
 from __future__ import annotations
@@ -10,78 +11,122 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import FastdiffError, InvalidArgument
 
 
 def is_whole(value: object) -> bool:
-    """Return whether ``value`` is an integer, NumPy's included; True and False are not."""
+    """Return whether ``value`` is an integer. NumPy's integers are; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Return whether ``value`` is a finite real number, NumPy's included; True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether ``value`` is a real number that is finite as a float. NumPy's are; True and False are not."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
 
 
-def whole(name: str, value: Any, low: int | None = None, high: int | None = None, *, but: str = "") -> int:
-    """Return ``value`` as an int.
+def whole(
+    name: str,
+    value: Any,
+    low: int | None = None,
+    high: int | None = None,
+    *,
+    but: str = "",
+    error: type[FastdiffError] = InvalidArgument,
+) -> int:
+    """Check that ``value`` is an integer within bounds.
 
     Args:
-        name: The argument, as the caller wrote it.
-        value: What was given for it.
-        low: The least value that is allowed, if there is one.
-        high: The largest value that is allowed, if there is one.
-        but: What is allowed besides whole numbers, for the message; as "None".
+        name: Name of the argument, for the message.
+        value: The value to check.
+        low: Smallest allowed value; None for no lower bound.
+        high: Largest allowed value; None for no upper bound.
+        but: Description of what the caller accepts besides integers, for the message; for example "None".
+        error: Type of the error to raise.
+
+    Returns:
+        The value as an ``int``.
 
     Raises:
-        InvalidArgument: If the value is no whole number from ``low`` to ``high``.
+        InvalidArgument: If ``value`` is not an integer from ``low`` to ``high`` (or another type, see ``error``).
     """
     if is_whole(value) and (low is None or value >= low) and (high is None or value <= high):
         return int(value)
-    raise InvalidArgument(f"{name}={value!r}: {_needed('a whole number', low, high)}{but and f', or {but},'} is needed")
+    raise error(f"{name}={value!r}: {_needed('a whole number', low, high)}{but and f', or {but},'} is needed")
 
 
 def number(
-    name: str, value: Any, low: float | None = None, high: float | None = None, *, above: float | None = None
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    error: type[FastdiffError] = InvalidArgument,
 ) -> float:
-    """Return ``value`` as a float.
+    """Check that ``value`` is a finite real number within bounds.
 
     Args:
-        name: The argument, as the caller wrote it.
-        value: What was given for it.
-        low: The least value that is allowed, if there is one.
-        high: The largest value that is allowed, if there is one.
-        above: A bound that the value must exceed, if there is one.
+        name: Name of the argument, for the message.
+        value: The value to check.
+        low: Smallest allowed value; None for no lower bound.
+        high: Largest allowed value; None for no upper bound.
+        above: Bound that the value must exceed; None for no such bound.
+        error: Type of the error to raise.
+
+    Returns:
+        The value as a ``float``.
 
     Raises:
-        InvalidArgument: If the value is no finite number within the bounds.
+        InvalidArgument: If ``value`` is not a finite number within the bounds (or another type, see ``error``).
     """
     within = is_number(value) and (low is None or value >= low) and (high is None or value <= high)
     if within and (above is None or value > above):
         return float(value)
-    kind = "a number" if above is None else f"a number above {above:g}"
-    raise InvalidArgument(f"{name}={value!r}: {_needed(kind, low, high)} is needed")
+    kind = "a number" if above is None else f"a number above {_text(above)}"
+    raise error(f"{name}={value!r}: {_needed(kind, low, high)} is needed")
 
 
-def one_of(name: str, value: Any, allowed: Collection[Any], *, but: str = "") -> Any:
-    """Return ``value``.
+def one_of(
+    name: str,
+    value: Any,
+    allowed: Collection[Any],
+    *,
+    but: str = "",
+    error: type[FastdiffError] = InvalidArgument,
+) -> Any:
+    """Check that ``value`` is one of the allowed values. True and 1 are different values, as are False and 0.
 
     Args:
-        name: The argument, as the caller wrote it.
-        value: What was given for it.
-        allowed: The values that are allowed.
-        but: What is allowed besides them, for the message; as "a StepTable".
+        name: Name of the argument, for the message.
+        value: The value to check.
+        allowed: The allowed values: strings, numbers, booleans or None.
+        but: Description of what the caller accepts besides them, for the message; for example "a StepTable".
+        error: Type of the error to raise.
+
+    Returns:
+        The value itself.
 
     Raises:
-        InvalidArgument: If the value is none of ``allowed``.
+        InvalidArgument: If ``value`` is none of ``allowed`` (or another type, see ``error``).
     """
-    if isinstance(value, (str, int, float, type(None))) and value in allowed:
-        return value
+    if isinstance(value, (str, int, float, type(None))):
+        same_kind = (a for a in allowed if isinstance(a, bool) == isinstance(value, bool))
+        if value in same_kind:
+            return value
     also = f", or {but}" if but else ""
-    raise InvalidArgument(f"{name}={value!r} is unknown; allowed: {', '.join(map(str, allowed))}{also}")
+    raise error(f"{name}={value!r} is unknown; allowed: {', '.join(map(str, allowed))}{also}")
 
 
 def _needed(kind: str, low: float | None, high: float | None) -> str:
     if low is None:
-        return kind if high is None else f"{kind} of at most {high:g}"
-    return f"{kind} of at least {low:g}" if high is None else f"{kind} from {low:g} to {high:g}"
+        return kind if high is None else f"{kind} of at most {_text(high)}"
+    return f"{kind} of at least {_text(low)}" if high is None else f"{kind} from {_text(low)} to {_text(high)}"
+
+
+def _text(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"  # :g would write the integer 1048576 as 1.04858e+06
