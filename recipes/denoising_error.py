@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.checkpoints import loading as checkpoint
+from fastdiff import checkpoint
 from fastdiff.solvers.prediction import x0_coefficients
 from fastdiff.training import ArrayData, load_data
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fastdiff.checkpoints import loading as checkpoint
-from fastdiff.checkpoints.loading import Pretrained
+from fastdiff import checkpoints
+from fastdiff.checkpoints import Pretrained
 from fastdiff.errors import CheckpointError
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNet, UNetConfig
@@ -39,12 +39,12 @@ PUBLISHED = {
 def load(model: str) -> Pretrained:
     """The model of that name or path; or, of a name in `PUBLISHED`, that network with random weights.
 
-    Raises as `checkpoint.load`, naming what is published where there is no such model.
+    Raises as `fastdiff.checkpoints.load`, naming what is published where there is no such model.
     """
     if model in PUBLISHED and not Path(model).exists():
         return Pretrained(random_unet(PUBLISHED[model]), NoiseSchedule(), "epsilon", {}, Path(model))
     try:
-        return checkpoint.load(model)
+        return checkpoints.load(model)
     except CheckpointError as e:
         if Path(model).exists():
             raise

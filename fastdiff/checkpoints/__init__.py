@@ -1,5 +1,33 @@
-"""Checkpoints: reading untrusted files, recognising layouts of other code bases, and converting between them."""
+"""Checkpoints: loading models from untrusted files, saving them, and converting between the layouts of code bases.
 
-from fastdiff.checkpoints.loading import load
+```python
+from fastdiff import checkpoint  # another name of fastdiff.checkpoints
 
-__all__ = ["load"]
+model = checkpoint.load("folder")
+checkpoint.save_folder("copy", model.unet, model.schedule, model.prediction)
+```
+"""
+
+from fastdiff.checkpoints.convert import FORMATS, convert
+from fastdiff.checkpoints.layouts import LAYOUTS
+from fastdiff.checkpoints.loading import Pretrained, builtin_models, load, load_weights, read_scheduler, schedule_of
+from fastdiff.checkpoints.originals import PRESETS
+from fastdiff.checkpoints.reading import weights_digest
+from fastdiff.checkpoints.saving import save_folder, save_pipeline, save_unet
+
+__all__ = [
+    "FORMATS",
+    "LAYOUTS",
+    "PRESETS",
+    "Pretrained",
+    "builtin_models",
+    "convert",
+    "load",
+    "load_weights",
+    "read_scheduler",
+    "save_folder",
+    "save_pipeline",
+    "save_unet",
+    "schedule_of",
+    "weights_digest",
+]

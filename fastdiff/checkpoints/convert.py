@@ -1,4 +1,7 @@
-"""A model from one format to another, bit for bit: its tensors are renamed and reordered, never computed with."""
+"""Conversion of a model from one format to another: tensors are renamed, reshaped and reordered, never computed with.
+
+Conversion to another format and back therefore gives the same bits.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastdiff.checkpoints import layouts
-from fastdiff.checkpoints import loading as checkpoint
-from fastdiff.checkpoints.loading import METADATA_KEY
+from fastdiff.checkpoints.loading import METADATA_KEY, empty, fit, read_model
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES
+from fastdiff.checkpoints.saving import plain, save_pipeline, writing
 from fastdiff.errors import ConfigError
 from fastdiff.files import atomic_path
 
@@ -30,18 +33,65 @@ def convert(
     variant: str | None = None,
     weights: str | None = None,
 ) -> dict[str, Any]:
-    """Write the model ``src`` to ``dst``, every file atomically.
+    """Write a model in another format, bit for bit. Every file is written atomically.
 
-    to
-        "diffusers": a pipeline folder, which diffusers loads where it has such a network. "safetensors": one file with
-        the configuration in it. "ddpm", "openai", "openai-new", "edm" (`fastdiff.checkpoints.layouts`): one file with
-        the tensors that the original code loads, as ``.safetensors`` (which says what it is) or ``.pt`` (which does
-        not, as ever). None: the folder, or "safetensors" where ``dst`` ends so.
+    The source is read and checked completely before anything is written.
 
-    The other options are those of `checkpoint.read`. The source is read and checked whole before anything is written.
-    Returns what was done, for machines. Raises `CheckpointError`, `ConfigError`.
+    Args:
+        src: The model, as in `load`.
+        dst: The folder or file to write.
+        to: The format, one of `FORMATS`. "diffusers" is a pipeline folder, which diffusers can load if it has such a
+            network. "safetensors" is one file with the configuration in its metadata. "ddpm", "openai", "openai-new"
+            and "edm" are one file with the tensors that the original code loads: a ``.safetensors`` file, with the
+            configuration in its metadata, or a ``.pt`` file, without. None chooses "safetensors" if ``dst`` ends in
+            ".safetensors", else "diffusers".
+        preset: As in `load`.
+        flags: As in `load`.
+        variant: As in `load`.
+        weights: As in `load`.
+
+    Returns:
+        A summary that JSON can hold: ``src``, ``dst``, ``format``, ``from`` (the layout of the source), the numbers of
+        ``tensors`` and ``parameters``, and ``left_out``, the names of tensors that sampling does not need.
+
+    Raises:
+        CheckpointError: If the source cannot be read or does not fit its network, or the destination cannot be written.
+        ConfigError: If a configuration or option is not supported, or the format cannot represent the network.
     """
     dst = Path(dst)
+    to = _format(dst, to)
+    stored = read_model(src, preset=preset, flags=flags, variant=variant, weights=weights)
+    unet = empty(stored.config)
+    state = fit(unet, stored.tensors, stored.weights_path, stored.layout, dtype=None)
+    if to == "diffusers":
+        save_pipeline(dst, stored.config, state, stored.scheduler)
+    else:
+        if to in layouts.LAYOUTS:
+            reasons = layouts.reasons_against(unet, to)
+            if reasons:
+                raise ConfigError(f"{stored.path} cannot be written as {to!r}: " + "; ".join(reasons))
+            state = layouts.to_theirs(layouts.pieces(unet, to), state)
+        layout = to if to in layouts.LAYOUTS else "diffusers"
+        info = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler, "layout": layout}
+        with writing(dst), atomic_path(dst) as temporary:
+            if dst.suffix.lower() == ".safetensors":
+                save_file(plain(state), temporary, metadata={METADATA_KEY: json.dumps(info)})
+            else:
+                with temporary.open("wb") as file:  # given a path, torch.save would put its name into the file
+                    torch.save(plain(state), file)
+    return {
+        "src": str(src),
+        "dst": str(dst),
+        "format": to,
+        "from": stored.layout or "diffusers",
+        "tensors": len(state),
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "left_out": list(stored.left_out),
+    }
+
+
+def _format(dst: Path, to: str | None) -> str:
+    """Return the format ``to``, or the one that the name of ``dst`` implies; raise `ConfigError` if they conflict."""
     suffix = dst.suffix.lower()
     is_file = suffix in (".safetensors", *TORCH_SUFFIXES)
     if to is None and suffix in TORCH_SUFFIXES:
@@ -55,32 +105,4 @@ def convert(
         )
     if to == "safetensors" and suffix != ".safetensors":
         raise ConfigError(f"{dst}: format 'safetensors' is written as a .safetensors file")
-
-    source = checkpoint.read(src, preset=preset, flags=flags, variant=variant, weights=weights)
-    unet = checkpoint.empty(source.config)
-    state = checkpoint.fit(unet, source.tensors, source.where, source.layout, dtype=None)
-    if to == "diffusers":
-        checkpoint.save_pipeline(dst, source.config, state, source.scheduler)
-    else:
-        if to in layouts.LAYOUTS:
-            reasons = layouts.reasons_against(unet, to)
-            if reasons:
-                raise ConfigError(f"{source.path} cannot be written as {to!r}: " + "; ".join(reasons))
-            state = layouts.to_theirs(layouts.pieces(unet, to), state)
-        layout = to if to in layouts.LAYOUTS else "diffusers"
-        info = {"unet": source.config.to_dict(), "scheduler": source.scheduler, "layout": layout}
-        with checkpoint.writing(dst), atomic_path(dst) as temporary:
-            if suffix == ".safetensors":
-                save_file(checkpoint.plain(state), temporary, metadata={METADATA_KEY: json.dumps(info)})
-            else:
-                with temporary.open("wb") as file:  # given a path, torch would put its name into the file
-                    torch.save(checkpoint.plain(state), file)
-    return {
-        "src": str(src),
-        "dst": str(dst),
-        "format": to,
-        "from": source.layout or "diffusers",
-        "tensors": len(state),
-        "parameters": sum(p.numel() for p in unet.parameters()),
-        "left_out": list(source.left_out),
-    }
+    return to

@@ -1,15 +1,15 @@
-"""Names and shapes of the original code bases' weights, tensor by tensor, to and from those of `fastdiff.unet.UNet`.
+"""Layouts: how the weight files of the original code bases map to the state dict of `fastdiff.unet.UNet`.
 
-Every layout is a bijection: nothing is computed, only renamed, reshaped and reordered, so conversion there and back
-gives the same bits. Layouts:
+Every layout is a bijection that renames, reshapes and reorders tensors and computes nothing, so converting to a layout
+and back gives the same bits. Layouts:
 
     ddpm         hojonathanho/diffusion in its PyTorch ports (pesser, ermongroup)
-    openai       improved-diffusion, and guided-diffusion but for:
+    openai       improved-diffusion, and guided-diffusion without use_new_attention_order
     openai-new   guided-diffusion with use_new_attention_order
-    edm          SongUNet of NVlabs/edm: DDPM++
+    edm          the DDPM++ networks of NVlabs/edm (SongUNet)
 
-The rows of a stacked ``qkv`` with H heads of d channels are ordered (q|k|v, H, d) in openai-new, (H, q|k|v, d) in
-openai, (H, d, q|k|v) in edm.
+All layouts but ddpm stack the projections of an attention with H heads of d channels in one tensor ``qkv``, whose rows
+are ordered (q|k|v, H, d) in openai-new, (H, q|k|v, d) in openai, and (H, d, q|k|v) in edm.
 """
 
 from __future__ import annotations
@@ -28,24 +28,33 @@ from fastdiff.unet.model import Attention, Downsample, ResnetBlock, Upsample
 
 LAYOUTS = ("ddpm", "openai", "openai-new", "edm")
 
+# Names of the modules within a residual block and an attention. The part of a layout's name before "-" is its family:
+# openai and openai-new differ only in the order of qkv.
+OURS = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 RESNET = {
     "ddpm": ("norm1", "conv1", "temb_proj", "norm2", "conv2", "nin_shortcut"),
     "openai": ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection"),
     "edm": ("norm0", "conv0", "affine", "norm1", "conv1", "skip"),
 }
-OURS = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 NORM = {"ddpm": "norm", "openai": "norm", "edm": "norm2"}
 PROJECTION = {"ddpm": "proj_out", "openai": "proj_out", "edm": "proj"}
-QKV_AXIS = {"openai-new": 0, "openai": 1, "edm": 2}
-UNIT_AXES = {"ddpm": 2, "openai": 1, "openai-new": 1, "edm": 2}  # a product over channels is kept as a 1x1 convolution
-RESAMPLE_FILTER = 0.25  # edm keeps its averaging filter, 2x2 of these, beside the weights of what resamples
+QKV_AXIS = {"openai-new": 0, "openai": 1, "edm": 2}  # the axis of q|k|v among the three that order the rows of qkv
+# The code bases implement the linear layers of an attention as convolutions of size 1, in one or two dimensions.
+UNIT_AXES = {"ddpm": 2, "openai": 1, "openai-new": 1, "edm": 2}
+RESAMPLE_FILTER = 0.25  # edm saves its averaging filter, 2x2 of this value, with every block that resamples
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One tensor of an original file: the tensor ``ours`` reshaped to ``shape``, or the three of ``ours`` stacked.
+    """One tensor of a layout's file, and the tensors of `UNet` that it consists of.
 
-    axis: where [q|k|v] stands among (q|k|v, heads, channels) when stacked. A piece of no tensors of ours is constant.
+    Attributes:
+        theirs: Name of the tensor in the file.
+        ours: Names in `UNet`'s state dict: one tensor, which is reshaped; three, the q, k and v that are stacked; or
+            none, for a constant tensor of the value RESAMPLE_FILTER.
+        shape: Shape of the tensor in the file.
+        heads: Number of attention heads, for stacked tensors.
+        axis: Position of q|k|v among the axes (q|k|v, heads, channels) that order the rows, for stacked tensors.
     """
 
     theirs: str
@@ -56,7 +65,7 @@ class Piece:
 
 
 def pieces(unet: UNet, layout: str) -> list[Piece]:
-    """Every tensor of the layout's file for this network, whose weights may be on "meta"."""
+    """List the tensors of a layout's file for this network, whose weights may be on "meta"."""
     found: list[Piece] = []
     for ours, theirs in _places(unet, layout):
         module = unet.get_submodule(ours)
@@ -98,18 +107,18 @@ def _attention(module: Attention, ours: str, theirs: str, layout: str) -> Iterat
         yield Piece(f"{theirs}.{PROJECTION[family]}.{kind}", (f"{ours}.to_out.0.{kind}",), out)
 
 
-# Where modules stand --------------------------------------------------------------------------------------------------
+# Names of modules -----------------------------------------------------------------------------------------------------
 
 
 def _places(unet: UNet, layout: str) -> Iterator[tuple[str, str]]:
-    """(our name, their name) of every module with weights of its own, residual blocks and attentions whole."""
+    """Yield (our name, their name) of every residual block, every attention, and every other module with weights."""
     if layout == "ddpm":
         return _ddpm(unet)
     return _edm(unet) if layout == "edm" else _openai(unet)
 
 
 def _layers(block: nn.Module) -> Iterator[tuple[int, int | None]]:
-    """Indices of a block's residual layers, each with that of the attention behind it."""
+    """Yield the index of each residual layer of a block, and that of the attention after it or None."""
     resnets, attentions = len(block.resnets), len(block.attentions or ())  # type: ignore[arg-type]  # module lists
     for j in range(resnets):
         k = j - (resnets - attentions)
@@ -172,7 +181,7 @@ def _openai(unet: UNet) -> Iterator[tuple[str, str]]:
 
 
 def _resampler(ours: str, theirs: str, unet: UNet, convolution: str) -> tuple[str, str]:
-    """A residual block that resamples, or the convolution of a plain resampling."""
+    """Return both names of a resampling residual block, or of the convolution of a plain resampler."""
     if isinstance(unet.get_submodule(ours), ResnetBlock):
         return ours, theirs
     return f"{ours}.conv", f"{theirs}.{convolution}"
@@ -180,7 +189,7 @@ def _resampler(ours: str, theirs: str, unet: UNet, convolution: str) -> tuple[st
 
 def _edm(unet: UNet) -> Iterator[tuple[str, str]]:
     size = unet.config.sample_size
-    assert isinstance(size, int)  # the names have it
+    assert isinstance(size, int)  # the names contain it, and `reasons_against` requires it
     if unet.class_embedding is not None:
         yield "class_embedding", "map_label"
     yield "time_embedding.linear_1", "map_layer0"
@@ -211,11 +220,11 @@ def _edm_blocks(ours: str, theirs: str, block: nn.Module) -> Iterator[tuple[str,
             yield f"{ours}.attentions.{attention}", f"{theirs}_block{j}"
 
 
-# There and back -------------------------------------------------------------------------------------------------------
+# Conversion -----------------------------------------------------------------------------------------------------------
 
 
 def to_ours(parts: list[Piece], theirs: Mapping[str, Tensor], unet: UNet) -> dict[str, Tensor]:
-    """Tensors under ``unet``'s names and in its shapes, from those of an original file that has exactly ``parts``."""
+    """Convert the tensors of a file, which are exactly those of ``parts``, to ``unet``'s names and shapes."""
     shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     result = {}
     for part in parts:
@@ -231,7 +240,7 @@ def to_ours(parts: list[Piece], theirs: Mapping[str, Tensor], unet: UNet) -> dic
 
 
 def to_theirs(parts: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_ours`."""
+    """Convert a state dict to the tensors of a file; the inverse of `to_ours`."""
     result = {}
     dtype = next(iter(ours.values())).dtype
     for part in parts:
@@ -247,15 +256,15 @@ def to_theirs(parts: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _stacked(part: Piece) -> tuple[int, ...]:
-    """Heads, channels and [q|k|v], in this layout's order, and what follows the rows."""
+    """Return the shape of a stacked tensor with its rows unflattened to q|k|v, heads and channels in their order."""
     rows = [part.heads, part.shape[0] // 3 // part.heads]
     rows.insert(part.axis or 0, 3)
     return (*rows, *part.shape[1:])
 
 
-# What a layout can hold -----------------------------------------------------------------------------------------------
+# Limits of a layout ---------------------------------------------------------------------------------------------------
 
-# What the code base of a layout fixes; a network that differs has no file there.
+# The fields of `UNetConfig` that the code base of a layout fixes.
 _ALL: dict[str, Any] = {
     "center_input_sample": False, "mid_block_type": "UNetMidBlock2D", "add_attention": True, "class_embed_type": None,
     "class_image": None,
@@ -280,10 +289,10 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 def reasons_against(unet: UNet, layout: str) -> list[str]:
-    """Everything that keeps a network out of a layout; empty where its file can be written."""
+    """List the reasons why a network cannot be written in a layout; the list is empty if it can."""
     config, family = unet.config, layout.partition("-")[0]
     fixed = {**FIXED[family]}
-    if family == "openai":  # its attention has a norm everywhere, diffusers' scale-shift networks only where told
+    if family == "openai":  # every attention has a norm; in diffusers' scale-shift networks this field asks for one
         fixed["attn_norm_num_groups"] = 32 if config.resnet_time_scale_shift == "scale_shift" else None
     reasons = [f"{k}={getattr(config, k)!r}, {v!r} is needed" for k, v in fixed.items() if getattr(config, k) != v]
     attention = [kind.startswith("Attn") for kind in config.down_block_types]

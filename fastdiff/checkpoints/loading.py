@@ -1,9 +1,15 @@
-"""Models in and out: diffusers folders, fastdiff's own files, those of the original code bases. Files are untrusted.
+"""Loading models: diffusers folders, fastdiff's own files, and files of the original code bases.
 
-A model is a diffusers pipeline folder (``unet/``, ``scheduler/``) or a bare ``UNet2DModel`` folder, its weights whole
-or sharded; the name of a model that comes with fastdiff; or a file: a training checkpoint (its EMA weights), what
-`fastdiff.checkpoints.convert` wrote, weights with a ``config.json`` beside them, or a checkpoint of the original DDPM,
-of improved- or guided-diffusion, or of EDM's DDPM++ (`fastdiff.checkpoints.layouts`).
+A model is one of:
+
+- a diffusers pipeline folder (``unet/``, ``scheduler/``) or a bare ``UNet2DModel`` folder, with weights in one file or
+  in shards;
+- the name of a model that comes with fastdiff;
+- a file: a training checkpoint (its EMA weights are loaded), a file that `fastdiff.checkpoints.convert` wrote, weights
+  with a ``config.json`` beside them, or a checkpoint of the original DDPM, of improved- or guided-diffusion, or of the
+  DDPM++ networks of EDM (`fastdiff.checkpoints.layouts`).
+
+No file is trusted: see `fastdiff.checkpoints.reading`.
 """
 
 from __future__ import annotations
@@ -18,14 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checkpoints import layouts, originals
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES, read_json, read_safetensors, read_sharded, read_torch
 from fastdiff.errors import CheckpointError, ConfigError
-from fastdiff.files import atomic_path, write_text
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.walk import Schedule
@@ -33,18 +36,28 @@ from fastdiff.unet import UNet, UNetConfig
 
 log = logging.getLogger("fastdiff")
 
-METADATA_KEY = "fastdiff"
+METADATA_KEY = "fastdiff"  # of a safetensors file's metadata: a JSON object that describes the model in the file
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TORCH_WEIGHTS = "diffusion_pytorch_model.bin"
 BUILTIN = Path(__file__).parent.parent / "models"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+# Earlier versions of diffusers named the projections of an attention so.
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A loaded model: the network in float32 on the CPU, what it was trained with, the scheduler's configuration."""
+    """A loaded model: the network and the settings with which it was trained.
+
+    Attributes:
+        unet: The network, in float32, on the CPU, in evaluation mode.
+        schedule: The noise schedule of the training: a `NoiseSchedule`, or an `EDMSchedule`.
+        prediction: What the network predicts: "epsilon", "sample", "v_prediction", or "edm" (the F of Karras et al.
+            2022, equation 7).
+        scheduler_config: The diffusers scheduler configuration; {} if the model has none.
+        path: The folder or file that was loaded.
+    """
 
     unet: UNet
     schedule: Schedule
@@ -54,10 +67,17 @@ class Pretrained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A model as its file has it: tensors in their own dtypes, under the names of ``layout`` (None: diffusers').
+class StoredModel:
+    """The contents of a model's files, before a network is built from them.
 
-    where: the file that holds the tensors. left_out: tensors that the network does not hear when it samples.
+    Attributes:
+        tensors: The weights in their own dtypes, under the names of ``layout``.
+        layout: One of `layouts.LAYOUTS`; None for diffusers' names.
+        config: The configuration of the network.
+        scheduler: The diffusers scheduler configuration; {} if the model has none.
+        path: The folder or file of the model.
+        weights_path: The file that holds or lists the tensors.
+        left_out: Names of the file's tensors that sampling does not need; ``tensors`` lacks them.
     """
 
     tensors: dict[str, Tensor]
@@ -65,15 +85,19 @@ class Source:
     config: UNetConfig
     scheduler: dict[str, Any]
     path: Path
-    where: Path
+    weights_path: Path
     left_out: tuple[str, ...] = ()
 
 
 def builtin_models() -> list[str]:
-    """Names of the models that come with fastdiff."""
-    return (
-        sorted(p.name for p in BUILTIN.iterdir() if (p / "unet" / "config.json").exists()) if BUILTIN.is_dir() else []
-    )
+    """List the names of the models that come with fastdiff.
+
+    Returns:
+        The names, sorted; `load` accepts each of them.
+    """
+    if not BUILTIN.is_dir():
+        return []
+    return sorted(p.name for p in BUILTIN.iterdir() if (p / "unet" / "config.json").exists())
 
 
 def load(
@@ -84,25 +108,51 @@ def load(
     variant: str | None = None,
     weights: str | None = None,
 ) -> Pretrained:
-    """Load a model; see the module's docstring for what ``model`` may be, `read` for the options.
+    """Load a model from a folder, a file, or by the name of a built-in model.
 
-    Raises `CheckpointError` naming the file and every mismatch, `ConfigError` naming the key.
+    Args:
+        model: A diffusers pipeline or model folder; a training checkpoint, a file that `convert` wrote, weights with a
+            ``config.json`` beside them, or a file of an original code base; or one of `builtin_models`.
+        preset: For a file of an original code base, which does not describe its network: the name of the published
+            model, one of `PRESETS`.
+        flags: For such a file, in place of ``preset``: the flags of its training run, as a command line
+            ("--image_size 64 --num_channels 192 ...") or a mapping.
+        variant: For a folder: the variant of the weights, such as "fp16" or "ema" in diffusers.
+        weights: For a PyTorch file that holds several state dicts: the key or position of one. The default is the
+            averaged (EMA) weights.
+
+    Returns:
+        The model, with its network in float32 on the CPU.
+
+    Raises:
+        CheckpointError: If a file cannot be read, or its tensors do not fit the network; the message names the file and
+            lists every mismatch.
+        ConfigError: If a configuration, preset or flag is not supported; the message names the key.
     """
-    source = read(model, preset=preset, flags=flags, variant=variant, weights=weights)
-    with _naming(source.path):
-        schedule, prediction = schedule_of(source.scheduler)
-    unet = build(source.config, source.tensors, source.where, source.layout)
-    config = dict(source.scheduler)
+    stored = read_model(model, preset=preset, flags=flags, variant=variant, weights=weights)
+    with _naming(stored.path):
+        schedule, prediction = schedule_of(stored.scheduler)
+    unet = build(stored.config, stored.tensors, stored.weights_path, stored.layout)
+    config = dict(stored.scheduler)
     if isinstance(schedule, EDMSchedule):
-        config.setdefault("clip_sample", False)  # neither Karras et al. nor diffusers' schedulers bound x0
-    return Pretrained(unet, schedule, prediction, config, source.path)
+        config.setdefault("clip_sample", False)  # neither Karras et al. nor diffusers' EDM schedulers clip x0
+    return Pretrained(unet, schedule, prediction, config, stored.path)
 
 
 def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
-    """The schedule and the prediction that a scheduler's configuration names.
+    """Read the noise schedule and the prediction type from a diffusers scheduler configuration.
 
-    What diffusers' EDM schedulers call "epsilon" is the F of the preconditioning, "edm" here (their c_out is
-    sigma sigma_data / sqrt(sigma^2 + sigma_data^2), as in Karras et al. 2022, table 1).
+    diffusers' EDM schedulers use "epsilon" for the F of EDM's preconditioning, which is called "edm" here: their c_out
+    is sigma sigma_data / sqrt(sigma^2 + sigma_data^2), as in Karras et al. 2022, table 1.
+
+    Args:
+        config: The contents of a ``scheduler_config.json``; keys that concern only the sampling are ignored.
+
+    Returns:
+        The schedule, and what the network predicts: "epsilon", "sample", "v_prediction" or "edm".
+
+    Raises:
+        ConfigError: If a value is not supported.
     """
     prediction = config.get("prediction_type", "epsilon")
     if config.get("_class_name") not in EDM_SCHEDULERS:
@@ -116,28 +166,20 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
     return EDMSchedule(**levels), names[prediction]
 
 
-def read(
+def read_model(
     model: str | Path,
     *,
     preset: str | None = None,
     flags: str | Mapping[str, Any] | None = None,
     variant: str | None = None,
     weights: str | None = None,
-) -> Source:
-    """What `load` loads, before it is a network.
+) -> StoredModel:
+    """Read a model's files without building the network. Arguments and errors are those of `load`.
 
-    preset, flags
-        For the original code bases' files, which do not say what they are: the name of a published model
-        (`originals.PRESETS`), or the flags that its README gives ("--image_size 64 --num_channels 192 ...").
-    variant
-        The variant of a folder's weights, as "fp16" or "ema" in diffusers.
-    weights
-        Which weights of a PyTorch file that holds several; by default the averaged ones.
-
-    Raises as `load`, but for what only the tensors' shapes and values can tell.
+    Whether the tensors fit the network is not checked; `fit` does that.
     """
     path = Path(model)
-    if not os.path.exists(path):  # Path.exists raises for names that no file system takes
+    if not os.path.exists(path):  # Path.exists raises for names that no file system accepts
         if str(model) not in builtin_models():
             known = ", ".join(builtin_models()) or "none"
             raise CheckpointError(
@@ -146,9 +188,9 @@ def read(
         path = BUILTIN / str(model)
     given = {"preset": preset, "flags": flags, "variant": variant, "weights": weights}
     is_torch = path.suffix.lower() in TORCH_SUFFIXES
-    heard = ("variant",) if path.is_dir() else ("preset", "flags", *(("weights",) if is_torch else ()))
+    applicable = ("variant",) if path.is_dir() else ("preset", "flags", *(("weights",) if is_torch else ()))
     for name, value in given.items():
-        if value is not None and name not in heard:
+        if value is not None and name not in applicable:
             kind = "a folder" if path.is_dir() else "a file of this kind"
             raise CheckpointError(f"{path}: {name}={value!r} does not apply to {kind}; leave it out")
     if path.is_dir():
@@ -156,36 +198,47 @@ def read(
     return _read_file(path, preset, flags, weights)
 
 
-def _read_folder(path: Path, variant: str | None) -> Source:
+def _read_folder(path: Path, variant: str | None) -> StoredModel:
     folder = path / "unet" if (path / "unet" / "config.json").exists() else path
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{path}: no config.json and no unet/config.json; a diffusers model or pipeline folder is needed"
         )
     config = _unet_config(folder / "config.json")
-    scheduler = read_scheduler(path, folder)
-    tensors, where = _read_weights(folder, variant)
-    layout = "ddpm" if originals.layout_of(tensors) == "ddpm" else None  # diffusers 0.0.x had those names
-    return Source(tensors, layout, config, scheduler, path, where)
+    scheduler = read_scheduler(path)
+    tensors, weights_path = _read_weights(folder, variant)
+    layout = "ddpm" if originals.layout_of(tensors) == "ddpm" else None  # diffusers 0.0.x used the names of DDPM
+    return StoredModel(tensors, layout, config, scheduler, path, weights_path)
 
 
-def read_scheduler(path: Path, folder: Path) -> dict[str, Any]:
-    """The scheduler configuration of a pipeline, or of the folder with its network; {} where there is none."""
-    for candidate in (path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"):
-        if candidate.exists():
-            with _naming(candidate):
-                scheduler = originals.modern_scheduler(read_json(candidate))
+def read_scheduler(folder: str | Path) -> dict[str, Any]:
+    """Read the scheduler configuration of a diffusers folder.
+
+    Args:
+        folder: A folder with ``scheduler/scheduler_config.json`` or ``scheduler_config.json``.
+
+    Returns:
+        The configuration, with the keys of today's diffusers; {} if the folder has neither file.
+
+    Raises:
+        CheckpointError: If the file is not a JSON object.
+        ConfigError: If its schedule is not supported; the message names the file and the key.
+    """
+    for path in (Path(folder, "scheduler", "scheduler_config.json"), Path(folder, "scheduler_config.json")):
+        if path.exists():
+            with _naming(path):
+                scheduler = originals.modern_scheduler(read_json(path))
                 schedule_of(scheduler)
             return scheduler
     return {}
 
 
 def _read_weights(folder: Path, variant: str | None) -> tuple[dict[str, Tensor], Path]:
-    """The folder's tensors, and the file that has or lists them: whole, sharded, or in PyTorch's format."""
+    """Read the tensors of a folder, from safetensors, shards, or a PyTorch file, and return the file's path as well."""
     if variant is not None and (not variant or set("/\\.") & set(variant)):
         raise CheckpointError(f"{folder}: variant={variant!r}: a word such as fp16 is needed")
 
-    def named(name: str) -> Path:  # as in diffusers, the variant stands before the last part of a name
+    def named(name: str) -> Path:  # diffusers inserts the variant before the last part of a name
         head, _, tail = name.rpartition(".")
         return folder / (name if variant is None else f"{head}.{variant}.{tail}")
 
@@ -193,7 +246,7 @@ def _read_weights(folder: Path, variant: str | None) -> tuple[dict[str, Tensor],
         return read_safetensors(named(WEIGHTS))[0], named(WEIGHTS)
     head, _, tail = WEIGHTS.rpartition(".")
     indices = [named(f"{WEIGHTS}.index.json")]
-    if variant is not None:  # newer files of diffusers put it before "safetensors"
+    if variant is not None:  # newer versions of diffusers insert it before "safetensors"
         indices.append(folder / f"{head}.{variant}.{tail}.index.json")
     for index in indices:
         if index.exists():
@@ -207,7 +260,9 @@ def _read_weights(folder: Path, variant: str | None) -> tuple[dict[str, Tensor],
     )
 
 
-def _read_file(path: Path, preset: str | None, flags: str | Mapping[str, Any] | None, weights: str | None) -> Source:
+def _read_file(
+    path: Path, preset: str | None, flags: str | Mapping[str, Any] | None, weights: str | None
+) -> StoredModel:
     metadata: dict[str, str] = {}
     if path.suffix.lower() in TORCH_SUFFIXES:
         tensors = read_torch(path, weights)
@@ -215,23 +270,21 @@ def _read_file(path: Path, preset: str | None, flags: str | Mapping[str, Any] | 
         tensors, metadata = read_safetensors(path)
     if METADATA_KEY in metadata:
         return _read_own(path, tensors, metadata[METADATA_KEY])
-    if all(name.startswith("model.") for name in tensors):  # EDMPrecond and its like wrap the network
+    if all(name.startswith("model.") for name in tensors):  # EDMPrecond and similar modules wrap the network
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     beside = path.parent / "config.json"
     if preset is None and flags is None and originals.layout_of(tensors) is None and beside.exists():
-        return Source(tensors, None, _unet_config(beside), {}, path, path)
+        return StoredModel(tensors, None, _unet_config(beside), {}, path, path)
     with _naming(path):
         original = originals.describe(tensors, path, preset, flags)
     for name in original.left_out:
-        log.info("%s: %s is not read: it is not heard when sampling", path, name)
-    heard = {name: tensor for name, tensor in tensors.items() if name not in original.left_out}
-    return Source(heard, original.layout, original.config, original.scheduler, path, path, original.left_out)
+        log.info("%s: %s is left out: it does not affect sampling", path, name)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in original.left_out}
+    return StoredModel(kept, original.layout, original.config, original.scheduler, path, path, original.left_out)
 
 
-def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> Source:
-    """A file of fastdiff's own, which says what it is: a training checkpoint, or what `fastdiff.checkpoints.convert`
-    wrote.
-    """
+def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> StoredModel:
+    """Interpret a file by fastdiff's metadata ``text``: a training checkpoint, or a file that `convert` wrote."""
     try:
         info = json.loads(text)
         unet, scheduler = info["unet"], info["scheduler"]
@@ -247,12 +300,12 @@ def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> Source:
         schedule_of(scheduler)
     if layout == "checkpoint":
         tensors = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-    return Source(tensors, layout if layout in layouts.LAYOUTS else None, config, scheduler, path, path)
+    return StoredModel(tensors, layout if layout in layouts.LAYOUTS else None, config, scheduler, path, path)
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of a `ConfigError`."""
+    """Prefix the message of a `ConfigError` with the file's name."""
     try:
         yield
     except ConfigError as e:
@@ -270,11 +323,14 @@ def _unet_config(path: Path) -> UNetConfig:
         return UNetConfig.from_dict(config)
 
 
-def build(config: UNetConfig, tensors: Mapping[str, Tensor], where: str | Path, layout: str | None = None) -> UNet:
-    """The network in float32, in evaluation mode, with these weights; errors as in `load_weights`.
+# From tensors to a network --------------------------------------------------------------------------------------------
 
-    Only a network that the weights fit is allocated: what a configuration claims costs no memory. torch's random
-    state is left alone.
+
+def build(config: UNetConfig, tensors: Mapping[str, Tensor], where: str | Path, layout: str | None = None) -> UNet:
+    """Build the network in float32, in evaluation mode, with these weights; errors are those of `load_weights`.
+
+    Memory is allocated only after the weights are known to fit, so a false configuration costs none. torch's random
+    state is not changed.
     """
     unet = empty(config)
     fitted = fit(unet, tensors, where, layout, torch.float32)
@@ -283,16 +339,23 @@ def build(config: UNetConfig, tensors: Mapping[str, Tensor], where: str | Path, 
 
 
 def empty(config: UNetConfig) -> UNet:
-    """The network without memory for its weights."""
+    """Build the network on the device "meta", without memory for its weights."""
     with torch.device("meta"):
         return UNet(config).float()
 
 
 def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy weights into ``unet``, in its dtype. Legacy attention names and 1x1-convolution projections are understood.
+    """Copy weights into a network. On an error nothing is copied.
 
-    Every missing, extra, doubled, misshapen, non-float or non-finite tensor is listed in one `CheckpointError`, and
-    then nothing is copied.
+    Args:
+        unet: The network; the weights are converted to its dtype.
+        tensors: The weights under the names of diffusers; the names of its earlier versions for the projections of an
+            attention, and projections stored as 1x1 convolutions, are accepted as well.
+        where: Origin of the tensors, for the message.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected, given twice, misshapen, not of a float type, or not finite;
+            the message lists every such tensor.
     """
     unet.load_state_dict(fit(unet, tensors, where, None, unet.conv_in.weight.dtype))
 
@@ -300,9 +363,20 @@ def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -
 def fit(
     unet: UNet, tensors: Mapping[str, Tensor], where: str | Path, layout: str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The tensors of a layout under the names and shapes of ``unet``'s state dict, in ``dtype`` (None: in their own).
+    """Convert the tensors of a file to the names and shapes of a network's state dict.
 
-    They are compared under the names that their file has; errors as in `load_weights`. ``unet`` may be on "meta".
+    Args:
+        unet: The network, which may be on "meta".
+        tensors: The tensors of the file.
+        where: Origin of the tensors, for the message.
+        layout: The layout of the file, one of `layouts.LAYOUTS`; None for diffusers' names.
+        dtype: The dtype of the result; None keeps that of each tensor.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        CheckpointError: As in `load_weights`; the message has the names of the file.
     """
     parts = None if layout is None else layouts.pieces(unet, layout)
     if parts is None:
@@ -341,75 +415,8 @@ def fit(
 
 
 def _modern(name: str) -> str:
+    """Replace the name of an attention's projection in early versions of diffusers by today's."""
     parts = name.split(".")
     if "attentions" in parts and len(parts) >= 2 and parts[-2] in LEGACY_ATTENTION:
         parts[-2] = LEGACY_ATTENTION[parts[-2]]
     return ".".join(parts)
-
-
-def save_unet(unet: UNet, path: str | Path) -> None:
-    """Write ``config.json`` and the weights as a ``UNet2DModel`` folder, each file atomically."""
-    save_tensors(unet.config, unet.state_dict(), path)
-
-
-def save_tensors(config: UNetConfig, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """`save_unet` for the state dict of a network that need not exist."""
-    path = Path(path)
-    name = "UNet2DModel" if config.diffusers_can_run else "fastdiff.UNet"
-    with writing(path):
-        with atomic_path(path / WEIGHTS) as temporary:
-            save_file(plain(state), temporary, metadata={"format": "pt"})
-        write_text(path / "config.json", json.dumps({"_class_name": name, **config.to_dict()}, indent=2) + "\n")
-
-
-def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each filling memory of its own, as safetensors and torch.save need them."""
-    result = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        result[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-    return result
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, RuntimeError) as e:  # torch.save raises the last of them
-        raise CheckpointError(f"{path}: the model could not be written ({e}); files that were there are whole") from e
-
-
-def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, prediction: str = "epsilon") -> None:
-    """Write a diffusers pipeline folder: ``unet/``, ``scheduler/`` and ``model_index.json``.
-
-    The index is left out for a network that diffusers does not have: it would load it with random parts.
-    """
-    scheduler = {
-        "_class_name": "DDPMScheduler",
-        **schedule.to_scheduler_config(),
-        "prediction_type": prediction,
-        "timestep_spacing": "trailing",
-        "variance_type": "fixed_small",
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-    }
-    save_pipeline(path, unet.config, unet.state_dict(), scheduler)
-
-
-def save_pipeline(
-    path: str | Path, config: UNetConfig, state: Mapping[str, Tensor], scheduler: Mapping[str, Any]
-) -> None:
-    """`save_folder` for a state dict and a whole scheduler configuration."""
-    path = Path(path)
-    save_tensors(config, state, path / "unet")
-    name = scheduler.get("_class_name", "DDPMScheduler")
-    index = {
-        "_class_name": "DDPMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", name],
-    }
-    with writing(path):
-        text = json.dumps({"_class_name": name, **scheduler}, indent=2) + "\n"
-        write_text(path / "scheduler" / "scheduler_config.json", text)
-        if config.diffusers_can_run:
-            write_text(path / "model_index.json", json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""What the files of the original code bases are: a U-Net configuration and a scheduler, from their flags and tensors.
+"""Configurations for files of the original code bases, derived from their flags and their tensors' names and shapes.
 
-OpenAI's files carry no configuration: the flags are in their READMEs, so the user gives them, or the name of a preset
-which has them. The other layouts tell all but the image size by the names and shapes of their tensors.
+OpenAI's files contain no configuration; their READMEs list the flags, which the user passes, or the name of a preset
+with these flags. In the other layouts the tensors determine everything except the image size.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.checkpoints.layouts import FIXED
+from fastdiff.checks import is_whole, one_of
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.unet.config import MAX_LAYERS, MAX_LEVELS, UNetConfig
 
 _ADM = "--attention_resolutions 32,16,8 --diffusion_steps 1000 --learn_sigma True --num_channels 256 "
 _ADM += "--num_res_blocks 2 --resblock_updown True --use_scale_shift_norm True --noise_schedule linear "
-# improved-diffusion rescales timesteps by default, guided-diffusion does not: said here, as flags alone do not tell.
+# The default of rescale_timesteps is True in improved-diffusion and False in guided-diffusion, so presets give it.
 _IMPROVED = "--num_res_blocks 3 --learn_sigma True --diffusion_steps 4000 --noise_schedule cosine "
 
-# The flags of the published models, as the READMEs of openai/guided-diffusion and openai/improved-diffusion have them
-# (without what does not change a sample). The original DDPM: Ho et al. 2020, appendix B.
+# Flags of the published models, from the READMEs of openai/guided-diffusion and openai/improved-diffusion; those that
+# do not change a sample are left out. The original DDPM: Ho et al. 2020, appendix B.
 PRESETS = {
     "adm-imagenet-64": "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --dropout 0.1 "
     "--image_size 64 --learn_sigma True --noise_schedule cosine --num_channels 192 --num_head_channels 64 "
@@ -45,7 +46,7 @@ PRESETS = {
     "ddpm-lsun-256": "--image_size 256 --sigma_small True",
 }
 
-# Flags and their defaults in both of OpenAI's code bases; rescale_timesteps, where they differ, has none.
+# The defaults of the flags in both of OpenAI's code bases. They differ in rescale_timesteps, which has no default here.
 OPENAI_FLAGS: dict[str, Any] = {
     "image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
     "num_head_channels": -1, "attention_resolutions": "16,8", "channel_mult": "", "dropout": 0.0, "class_cond": False,
@@ -53,17 +54,25 @@ OPENAI_FLAGS: dict[str, Any] = {
     "sigma_small": False, "diffusion_steps": 1000, "noise_schedule": "linear", "predict_xstart": False,
 }  # fmt: skip
 DDPM_FLAGS: dict[str, Any] = {"image_size": 0, "dropout": 0.0, "sigma_small": False}
-# They change the training, or how fast and how often a model is run, but not the model.
+# Flags that concern the training or the sampling, not the model.
 IGNORED = ("use_fp16", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "timestep_respacing")
 CHANNEL_MULT = {
     512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4", 32: "1,2,2,2",
 }  # fmt: skip
-NOT_HEARD = ("map_augment.weight",)  # edm: augmentations of the training images, all zero when sampling
+# Tensors without effect on samples: edm maps the augmentation of training images, which is zero when sampling.
+UNUSED = ("map_augment.weight",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """What a file of a layout is: the network, a diffusers scheduler configuration, tensors that it does not need."""
+    """Description of a file of an original code base.
+
+    Attributes:
+        layout: One of `layouts.LAYOUTS`.
+        config: The configuration of the network.
+        scheduler: A diffusers scheduler configuration.
+        left_out: Names of the file's tensors that do not affect samples.
+    """
 
     layout: str
     config: UNetConfig
@@ -72,7 +81,7 @@ class Original:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The family of layouts that the names belong to: "ddpm", "openai", "edm"; None: none of them."""
+    """Recognise the family of layouts by the tensors' names: "ddpm", "openai", "edm", or None for any other names."""
     for family, name in (
         ("ddpm", "temb.dense.0.weight"),
         ("openai", "time_embed.0.weight"),
@@ -86,17 +95,15 @@ def layout_of(tensors: Mapping[str, Tensor]) -> str | None:
 def describe(
     tensors: Mapping[str, Tensor], where: object, preset: str | None, flags: str | Mapping[str, Any] | None
 ) -> Original:
-    """What these tensors of an original code base are. Reads names and shapes only.
+    """Derive the network and the scheduler from names and shapes of tensors, and from a preset or flags (see `load`).
 
-    Raises `ConfigError` for flags that are missing, unknown or out of range, `CheckpointError` where the tensors do
-    not tell what they should, both saying what would work.
+    Raises `ConfigError` for flags that are unknown or out of range, and `CheckpointError` if flags are missing or the
+    tensors are of no known network.
     """
     if preset is not None and flags is not None:
         raise ConfigError("preset and flags both say what the network is; give one")
     if preset is not None:
-        if preset not in PRESETS:
-            raise ConfigError(f"preset={preset!r} is unknown; allowed: {', '.join(PRESETS)}")
-        flags = PRESETS[preset]
+        flags = PRESETS[one_of("preset", preset, PRESETS, error=ConfigError)]
     family = layout_of(tensors)
     if family == "openai":
         if flags is None:
@@ -119,7 +126,10 @@ def describe(
 
 
 def parse_flags(flags: str | Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as a command line or a mapping, over ``defaults``, each of its default's type (None: True or False)."""
+    """Merge flags, a command line or a mapping, into ``defaults``, each converted to its default's type.
+
+    A default of None stands for a flag that is True or False and has no default.
+    """
     if isinstance(flags, str):
         words = flags.replace("=", " ").split()
         if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
@@ -151,7 +161,7 @@ def _flag(name: str, value: Any, default: Any) -> Any:
 
 
 def _openai(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> Original:
-    """improved- and guided-diffusion's ``script_util.create_model_and_diffusion``."""
+    """Follow ``script_util.create_model_and_diffusion`` of improved- and guided-diffusion."""
     size, channels = flags["image_size"], flags["num_channels"]
     if flags["channel_mult"] == "" and size not in CHANNEL_MULT:
         raise ConfigError(f"image_size={size}: no channel_mult is known for it; give the flag")
@@ -160,15 +170,15 @@ def _openai(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> Original
     resolutions = _numbers("attention_resolutions", flags["attention_resolutions"], int)
     if min(resolutions) < 1:
         raise ConfigError(f"attention_resolutions={flags['attention_resolutions']}: numbers from 1 on are needed")
-    down = {size // resolution for resolution in resolutions}  # by how much the map is smaller there
-    attention = [2**level in down for level in range(len(widths))]
-    heard = {width for width, has in zip(widths, [*attention[:-1], True], strict=True) if has}
+    factors_down = {size // resolution for resolution in resolutions}
+    attention = [2**level in factors_down for level in range(len(widths))]
+    attended = {width for width, has in zip(widths, [*attention[:-1], True], strict=True) if has}
     resnet = "Resnet" if flags["resblock_updown"] else ""
     kinds = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
     labels = tensors.get("label_emb.weight")
     classes = 1000 if labels is None or labels.ndim != 2 else labels.shape[0]
     config = UNetConfig(
-        **{**FIXED["openai"], **_heads(flags, heard)},
+        **{**FIXED["openai"], **_heads(flags, attended)},
         sample_size=size,
         out_channels=6 if flags["learn_sigma"] else 3,
         block_out_channels=widths,
@@ -181,7 +191,7 @@ def _openai(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> Original
         resnet_time_scale_shift="scale_shift" if flags["use_scale_shift_norm"] else "default",
         attn_norm_num_groups=32 if flags["use_scale_shift_norm"] else None,
         num_class_embeds=classes if flags["class_cond"] else None,
-        # The sinusoid and its MLP go by num_channels, which the first block of ADM-512 halves.
+        # The widths of the sinusoid and its MLP derive from num_channels; the first block of ADM-512 has half of it.
         sinusoid_dim=None if widths[0] == channels else channels,
         time_embedding_dim=None if widths[0] == channels else 4 * channels,
         timestep_scale=_timestep_scale(flags),
@@ -191,7 +201,10 @@ def _openai(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> Original
 
 
 def _heads(flags: Mapping[str, Any], widths: set[int]) -> dict[str, Any]:
-    """How attention on maps of these widths is told its heads: by their channels, as in diffusers, where it can be."""
+    """Return the fields of `UNetConfig` for the heads of attentions on maps of these widths.
+
+    The channels per head are preferred, because diffusers knows no number of heads.
+    """
     heads, channels = flags["num_heads"], flags["num_head_channels"]
     if channels == -1 and flags["num_heads_upsample"] not in (-1, heads):
         raise ConfigError(
@@ -212,7 +225,7 @@ def _heads(flags: Mapping[str, Any], widths: set[int]) -> dict[str, Any]:
 
 
 def _timestep_scale(flags: Mapping[str, Any]) -> float:
-    """What the network hears of t: ``1000 / T * t`` where it was trained with rescale_timesteps."""
+    """Return the factor on timesteps: 1000 / T if the network was trained with rescale_timesteps, else 1."""
     T = flags["diffusion_steps"]
     if T < 1:
         raise ConfigError(f"diffusion_steps={T}: at least 1 is needed")
@@ -227,16 +240,15 @@ def _timestep_scale(flags: Mapping[str, Any]) -> float:
 
 
 def _openai_scheduler(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """``gaussian_diffusion.get_named_beta_schedule`` (its linear betas keep their sum) and the kind of variance."""
+    """Follow ``gaussian_diffusion.get_named_beta_schedule``; its linear betas have the same sum for every T."""
     kinds = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-    if flags["noise_schedule"] not in kinds:
-        raise ConfigError(f"noise_schedule={flags['noise_schedule']!r} is unknown; allowed: {', '.join(kinds)}")
+    kind = kinds[one_of("noise_schedule", flags["noise_schedule"], kinds, error=ConfigError)]
     scale = 1000 / flags["diffusion_steps"]
     variance = "learned_range" if flags["learn_sigma"] else "fixed_small" if flags["sigma_small"] else "fixed_large"
     return {
         **_DDPM_SCHEDULER,
         "num_train_timesteps": flags["diffusion_steps"],
-        "beta_schedule": kinds[flags["noise_schedule"]],
+        "beta_schedule": kind,
         "beta_start": scale * 1e-4,
         "beta_end": scale * 0.02,
         "variance_type": variance,
@@ -265,7 +277,7 @@ def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
 
 
 def _ddpm(tensors: Mapping[str, Tensor], where: object, flags: Mapping[str, Any]) -> Original:
-    """pesser's and ermongroup's ``Model(ch, out_ch, ch_mult, num_res_blocks, attn_resolutions, ...)``."""
+    """Derive the arguments of pesser's and ermongroup's ``Model(ch, out_ch, ch_mult, num_res_blocks, ...)``."""
     levels = _count(tensors, "down.{}.block.0.conv1.weight", MAX_LEVELS)
     widths = tuple(_side(tensors, where, f"down.{i}.block.0.conv1.weight", 0) for i in range(levels))
     first = _side(tensors, where, "conv_in.weight", 0)
@@ -290,12 +302,12 @@ def _ddpm(tensors: Mapping[str, Tensor], where: object, flags: Mapping[str, Any]
 
 
 def _count(tensors: Mapping[str, Tensor], name: str, most: int) -> int:
-    """How many of ``name`` with 0, 1, ... there are, up to one more than ``most``."""
+    """Count the consecutive tensors called ``name`` with 0, 1, ... inserted, up to ``most + 1``."""
     return next((i for i in range(most + 1) if name.format(i) not in tensors), most + 1)
 
 
 def _side(tensors: Mapping[str, Tensor], where: object, name: str, axis: int) -> int:
-    """A side of a tensor that the network's shape is read from."""
+    """Return the size of a tensor along an axis; raise `CheckpointError` if there is no such tensor or axis."""
     if name not in tensors:
         raise CheckpointError(f"{where}: missing: {name}, which tells the network's shape")
     if tensors[name].ndim <= axis:
@@ -307,7 +319,7 @@ def _side(tensors: Mapping[str, Tensor], where: object, name: str, axis: int) ->
 
 
 def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
-    """NVlabs/edm ``SongUNet`` with the options of DDPM++; its other networks are refused by name."""
+    """Derive the arguments of NVlabs/edm's ``SongUNet`` with the options of DDPM++; NCSN++ is refused."""
     if "map_noise.freqs" in tensors:
         raise CheckpointError(f"{where}: NCSN++ (map_noise.freqs) is not supported; EDM's DDPM++ is")
     if any("_aux_" in name and not re.match(r"dec\.\d+x\d+_aux_(norm|conv)\.", name) for name in tensors):
@@ -335,7 +347,7 @@ def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
     classes = _side(tensors, where, "map_label.weight", 1) if "map_label.weight" in tensors else None
     config = UNetConfig(
         **FIXED["edm"],
-        # Without a class their label vector is zero: one label more, the null label.
+        # Their label vector is zero for an image without a class; here that is one more label, the null label.
         num_class_embeds=None if classes is None else classes + 1,
         null_label=classes,
         class_before_mlp=classes is not None,
@@ -352,19 +364,20 @@ def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
         sinusoid_dim=None if sinusoid == first else sinusoid,
         time_embedding_dim=None if features == 4 * first else features,
     )
-    # F of EDM's preconditioning, epsilon to diffusers' EDM schedulers; the levels of Karras et al. 2022, table 1.
+    # The network computes the F of EDM's preconditioning, which diffusers' EDM schedulers call "epsilon"; the noise
+    # levels are those of Karras et al. 2022, table 1.
     scheduler = {
         "_class_name": "EDMEulerScheduler", "prediction_type": "epsilon",
         "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0,
     }  # fmt: skip
-    return Original("edm", config, scheduler, tuple(name for name in NOT_HEARD if name in tensors))
+    return Original("edm", config, scheduler, tuple(name for name in UNUSED if name in tensors))
 
 
-# Old diffusers --------------------------------------------------------------------------------------------------------
+# Early diffusers ------------------------------------------------------------------------------------------------------
 
 
 def old_unet_config(config: Mapping[str, Any]) -> UNetConfig:
-    """``UNetModel`` of diffusers 0.0.x: the original DDPM under the names of its constructor."""
+    """Convert the configuration of a ``UNetModel`` of diffusers 0.0.x: the original DDPM's constructor arguments."""
     names = ("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "resolution")
     allowed = (*names, "dropout", "resamp_with_conv")
     unknown = sorted(k for k in config if k not in allowed and not k.startswith("_"))
@@ -378,7 +391,7 @@ def old_unet_config(config: Mapping[str, Any]) -> UNetConfig:
         raise ConfigError(f"resamp_with_conv={config['resamp_with_conv']!r} is not supported; True is")
     for key in names:
         values = config[key] if key in ("ch_mult", "attn_resolutions") else [config[key]]
-        if not isinstance(values, list) or not all(type(v) is int and 0 < v < 1 << 20 for v in values):
+        if not isinstance(values, list) or not all(is_whole(v) and 0 < v < 1 << 20 for v in values):
             raise ConfigError(f"{key}={config[key]!r}: positive whole numbers are needed")
     if not 1 <= len(config["ch_mult"]) <= MAX_LEVELS or config["ch_mult"][0] != 1:
         raise ConfigError(
@@ -400,7 +413,7 @@ def old_unet_config(config: Mapping[str, Any]) -> UNetConfig:
 
 
 def modern_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler configuration with the keys of diffusers today: those of 0.0.x were ``timesteps``, ``clip_...``."""
+    """Replace the keys of a diffusers 0.0.x scheduler configuration, such as ``timesteps``, by today's."""
     result = dict(config)
     if config.get("_class_name") == "GaussianDDPMScheduler":
         allowed = ("timesteps", "beta_start", "beta_end", "beta_schedule", "variance_type", "clip_predicted_image")

@@ -1,8 +1,8 @@
-"""Weight files, read without trusting them: safetensors, whole or sharded, and PyTorch's own without running its code.
+"""Reading untrusted weight files: safetensors, in one file or in shards, and PyTorch files, without running their code.
 
-Sizes are bounded by what the file is, not by what it claims, before anything of a claimed size is read. PyTorch files
-(``.pt``, ``.pth``, ``.ckpt``, ``.bin``) go through ``torch.load(weights_only=True)`` and nothing else: its unpickler
-knows how to build tensors and containers, and refuses every other object instead of calling it.
+A size that a file claims is compared with the real size of the file, and with fixed limits, before memory is allocated
+for it. PyTorch files (``.pt``, ``.pth``, ``.ckpt``, ``.bin``) are opened by ``torch.load(weights_only=True)`` alone,
+whose unpickler builds tensors and containers and refuses every other object instead of calling it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from fastdiff.errors import CheckpointError
 MAX_HEADER = 4 << 20
 MAX_TENSORS = 1 << 14
 MAX_JSON = 1 << 20
-MAX_PICKLE = 16 << 20  # of a PyTorch archive: the names and shapes; the numbers are in records of their own
-MAX_OPCODES = 64 * MAX_TENSORS  # a tensor takes about forty
-MAX_DIRECTORY = 2 << 20  # of a PyTorch archive: about a hundred bytes a tensor
+# A PyTorch archive has a pickle with names and shapes (about 40 opcodes a tensor), a record with the numbers of each
+# tensor, and a zip directory (about 100 bytes a tensor).
+MAX_PICKLE = 16 << 20
+MAX_OPCODES = 64 * MAX_TENSORS
+MAX_DIRECTORY = 2 << 20
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; `CheckpointError` names the file."""
+    """Read a JSON object from a file of bounded size; a `CheckpointError` names the file."""
     try:
         with _open(path) as file:
             text = file.read(MAX_JSON + 1)
@@ -51,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file (a pipe would block, a device has no end) for reading; errors name it."""
+    """Open a regular file for reading (a pipe would block, a device has no end); errors name the file."""
     try:
         if not path.is_file():
             raise CheckpointError(f"{path}: there is no regular file of this name")
@@ -65,7 +67,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; its header is bounded before anything of its claimed size is read."""
+    """Read the tensors and the metadata of a safetensors file, after its header's size has been checked."""
     path = Path(path)
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -80,14 +82,14 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         if length > MAX_HEADER:
             raise CheckpointError(f"{path}: a header of {length} bytes is refused; at most {MAX_HEADER} are read")
         header = file.read(length)
-    # Every tensor's entry has one "data_offsets"; counting bytes costs no memory, parsing many bogus entries would.
+    # The entry of every tensor has one "data_offsets". Counting them takes no memory; parsing bogus entries would.
     count = header.count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise CheckpointError(f"{path}: {count} tensors are refused; at most {MAX_TENSORS} are read")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()
-            if len(names) != count:  # the parser keeps the last of equal names
+            if len(names) != count:  # of entries with the same name, the parser keeps only the last
                 raise CheckpointError(f"{path}: damaged header: {count} entries for {len(names)} distinct tensors")
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
@@ -95,9 +97,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def read_sharded(index: Path) -> dict[str, Tensor]:
-    """The tensors that a ``*.safetensors.index.json`` spreads over files of its own folder.
+    """Read the tensors of a sharded model from its ``*.safetensors.index.json``.
 
-    Raises `CheckpointError` where a shard is missing, is not a plain file name, or does not hold exactly its tensors.
+    Raises `CheckpointError` if a shard is missing, lies in another folder, or does not hold exactly the tensors that
+    the index lists for it.
     """
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
@@ -105,7 +108,7 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     for shard in sorted(set(places.values())):
-        # The index is untrusted: what it names must be a file beside it, by a name without any path.
+        # The index is untrusted: a shard must be a file of the same folder, named without a path.
         if shard != os.path.basename(shard) or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index}: shard {shard[:200]!r} is refused; names of .safetensors files beside it are allowed"
@@ -126,20 +129,21 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
-    """A state dict from a file that ``torch.save`` wrote. Code in it is refused, and never run.
+    """Read a state dict from a file that ``torch.save`` wrote. Code in the file is refused and never run.
 
-    A file may hold several: a dict of state dicts ("model", "ema", ...), or the list that ermongroup's trainer saves
-    (model, optimizer, epoch, step, EMA). ``entry`` names one, by its key or position; None takes the averaged weights
-    where there is exactly one such entry, or the only entry. The prefix "module." of parallel training is taken off.
+    A file may hold several state dicts: in a dict ("model", "ema", ...), or in the list that ermongroup's trainer saves
+    (model, optimizer, epoch, step, EMA). ``entry`` chooses one by its key or position; None chooses the averaged
+    weights if there is exactly one such entry, else the only entry. The prefix "module." of data-parallel training is
+    removed.
 
-    Raises `CheckpointError` that says what the file holds.
+    Raises `CheckpointError` if the file is damaged, or if the choice is ambiguous; the message lists the entries.
     """
     try:
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
             if file.read(4) == b"PK\x03\x04":
                 _check_archive(path, file, size)
-            else:  # torch.save before 1.6: a magic number, a version, the system, the value, the names of the numbers
+            else:  # the format before torch 1.6: pickles of a magic number, version, system, value and storage keys
                 file.seek(0)
                 _check_pickles(path, file, 5)
         value = torch.load(path, map_location="cpu", weights_only=True)
@@ -152,7 +156,7 @@ def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
             f"nothing in it was run ({reason})"
         ) from e
     state = _entry(path, value, entry)
-    # Views may repeat what they are of, so that a few bytes say that they are terabytes.
+    # An expanded view (stride 0) of a few bytes can have a shape of terabytes.
     larger = [k for k, v in state.items() if v.layout == torch.strided and v.nbytes > v.untyped_storage().nbytes()]
     if larger:
         raise CheckpointError(f"{path}: {', '.join(larger[:20])}: more numbers than the file holds; it is refused")
@@ -160,7 +164,7 @@ def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path, file: BinaryIO, size: int) -> None:
-    """Hold a zip archive to what torch.save writes: few records, not compressed, no more of them than the file has."""
+    """Refuse a zip archive that torch.save would not write: compressed, larger than its file, or with huge records."""
     directory = _directory_bytes(file, size)
     if directory is None:
         raise CheckpointError(f"{path}: truncated archive, or one that goes on behind its end")
@@ -183,7 +187,7 @@ def _check_archive(path: Path, file: BinaryIO, size: int) -> None:
 
 
 def _check_pickles(path: Path, file: IO[bytes], count: int) -> None:
-    """Count the instructions of ``count`` pickles that follow one another, without following them."""
+    """Refuse ``count`` consecutive pickles with too many opcodes in all. The opcodes are counted, not executed."""
     left = MAX_OPCODES
     for _ in range(count):
         for _ in pickletools.genops(file):
@@ -193,15 +197,15 @@ def _check_pickles(path: Path, file: IO[bytes], count: int) -> None:
 
 
 def _directory_bytes(file: BinaryIO, size: int) -> int | None:
-    """Size of a zip archive's directory, from the records that end it (APPNOTE 4.3.14-16); None where there are none.
+    """Return the size of a zip archive's central directory from its end records (APPNOTE 4.3.14-16); None without them.
 
-    Python's zipfile makes an object of every entry in it, however many the end record counts.
+    Python's zipfile creates an object for every entry of the directory, whatever number the end record states.
     """
     length = min(size, 22 + 20 + 65535)
     file.seek(size - length)
     tail = file.read(length)
     end = tail.rfind(b"PK\x05\x06")
-    if end < 0 or len(tail) - end != 22:  # with anything behind it, torch and zipfile could see two archives
+    if end < 0 or len(tail) - end != 22:  # with bytes after it, torch and zipfile could read two different archives
         return None
     (directory,) = struct.unpack("<L", tail[end + 12 : end + 16])
     locator = tail[max(end - 20, 0) : end]
@@ -216,6 +220,7 @@ def _directory_bytes(file: BinaryIO, size: int) -> int | None:
 
 
 def _entry(path: Path, value: Any, entry: str | None) -> dict[str, Tensor]:
+    """Choose a state dict of an unpickled file, as `read_torch` says."""
     if _is_state_dict(value):
         if entry is not None:
             raise CheckpointError(f"{path}: weights={entry!r}: this file holds one set of weights only; leave it out")
@@ -231,7 +236,7 @@ def _entry(path: Path, value: Any, entry: str | None) -> dict[str, Tensor]:
         return _unwrapped(found[entry])
     averaged = [k for k in found if "ema" in k.lower()]
     if isinstance(value, (list, tuple)) and len(found) == 2:
-        averaged = [list(found)[1]]  # ermongroup: model first, its average last
+        averaged = [list(found)[1]]  # ermongroup's list: the model, later its average
     chosen = averaged if averaged else list(found)
     if len(chosen) != 1:
         raise CheckpointError(f"{path}: which weights? Name one with weights=; the file holds {known}")
@@ -247,12 +252,22 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefix "module.", and the parameters' gradients."""
     prefix = "module." if all(k.startswith("module.") for k in state) else ""
     return {k.removeprefix(prefix): v.detach() for k, v in state.items()}
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors: their names, types, shapes and bytes."""
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Compute a SHA-256 digest that identifies weights exactly, on every machine.
+
+    ``trilemma.json`` stores it, so that measurements are used only with the weights for which they were made.
+
+    Args:
+        tensors: A state dict; its order does not matter.
+
+    Returns:
+        The digest of the names, dtypes, shapes and bytes, as 64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -94,7 +94,7 @@ def train(
     import torch
 
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
-    from fastdiff.checkpoints.loading import load
+    from fastdiff.checkpoints import load
     from fastdiff.checkpoints.reading import read_json
     from fastdiff.training import load_data
 

@@ -136,7 +136,7 @@ class Scheduler:
     def from_pretrained(cls, path: str | Path, subfolder: str | None = None) -> Scheduler:
         """From a pipeline's folder, or a folder with a ``scheduler_config.json``. Nothing is downloaded."""
         folder = Path(path) / (subfolder or "")
-        config = read_scheduler(folder, folder)
+        config = read_scheduler(folder)
         if not config:
             raise CheckpointError(f"{folder}: no scheduler_config.json and no scheduler/scheduler_config.json")
         return cls(config)

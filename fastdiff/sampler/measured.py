@@ -3,7 +3,7 @@
 `fastdiff trilemma` writes ``trilemma.json``; a copy of it in a model's folder is what `Sampler.sample` goes by where it
 is asked for solver="auto", quality= or deadline_s=. Of that file this module reads:
 
-    model       the fingerprint of the state dict that drew the images (`fastdiff.checkpoints.reading.fingerprint`)
+    model       the fingerprint of the state dict that drew the images (`fastdiff.checkpoints.weights_digest`)
     n           the number of images, the same for all points, of the numbers below
     points      of each setting: ``options`` of `Sampler.sample` (solver, steps, eta, spacing, guidance), ``nfe``,
                 and ``at_n``: ``frechet`` {value, low, high} and ``recall`` {value, ...}

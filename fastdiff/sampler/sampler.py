@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from fastdiff import backends, solvers
 from fastdiff.backends.eager import EagerRunner
-from fastdiff.checkpoints import loading as checkpoint
-from fastdiff.checkpoints import reading as weights
+from fastdiff.checkpoints import load, weights_digest
 from fastdiff.core import noise, update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CallbackError, Cancelled, CheckpointError, InvalidArgument, NumericsError
@@ -137,7 +136,7 @@ class Sampler:
         CUDA where there is one. source: the options of `checkpoint.load`, which tell what an original file is.
         A folder's ``trilemma.json``, written by `fastdiff trilemma`, is what "auto", quality= and deadline_s= go by.
         """
-        loaded = checkpoint.load(model, **source)
+        loaded = load(model, **source)
         config = loaded.scheduler_config
         device = usable_device(device)
         # Convolutions like NHWC better than NCHW (benchmarks/test_layout.py measures by how much).
@@ -438,7 +437,7 @@ class Sampler:
         path = self.measurements_file
         if self._measured is None and not self._left_aside and path is not None and path.exists():
             found = measured.read(path)
-            if found.model != weights.fingerprint(self.unet.state_dict()):
+            if found.model != weights_digest(self.unet.state_dict()):
                 log.warning("%s was measured with other weights, and is left aside", path)
                 self._left_aside = True
             else:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdiff import solvers
-from fastdiff.checkpoints import loading as checkpoint
+from fastdiff.checkpoints import save_folder
 from fastdiff.core import noise as fd_noise
 from fastdiff.data.datasets import ImageData
 from fastdiff.data.pictures import save_picture
@@ -358,7 +358,7 @@ class Trainer:
 
     def export(self, path: str | Path) -> None:
         """Write the EMA weights, network and schedule as a diffusers folder."""
-        checkpoint.save_folder(path, self.ema, self.schedule, prediction=self.config.prediction)
+        save_folder(path, self.ema, self.schedule, prediction=self.config.prediction)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -431,12 +431,12 @@ class UNet(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, **source: Any) -> UNet:
         """Load a folder, a checkpoint file, or a built-in model's name, with the options of `checkpoint.load`."""
-        from fastdiff.checkpoints import loading as checkpoint
+        from fastdiff.checkpoints import load
 
-        return checkpoint.load(path, **source).unet
+        return load(path, **source).unet
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, atomically; diffusers loads the folder."""
-        from fastdiff.checkpoints import loading as checkpoint
+        from fastdiff.checkpoints import save_unet
 
-        checkpoint.save_unet(self, path)
+        save_unet(self, path)

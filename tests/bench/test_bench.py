@@ -20,12 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff import cli
+from fastdiff import checkpoint, cli
 from fastdiff.backends.native import runner as native
 from fastdiff.bench import command, engines, job, machine, networks, profile, report, run, timing, worker
 from fastdiff.bench.engines import ENGINES, Engine, GraphSteps, Inputs, PeerSteps
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
-from fastdiff.checkpoints import loading as checkpoint
 from fastdiff.errors import BackendError, CheckpointError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from tests.support import bench_engines

@@ -25,9 +25,8 @@ from diffusers import DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff.checkpoints import loading as checkpoint
-from fastdiff.checkpoints.convert import convert
-from fastdiff.checkpoints.loading import WEIGHTS, load, load_weights, save_folder, save_unet
+from fastdiff.checkpoints import builtin_models, convert, load, load_weights, loading, save_folder, save_unet
+from fastdiff.checkpoints.loading import WEIGHTS
 from fastdiff.checkpoints.reading import read_json, read_safetensors
 from fastdiff.errors import CheckpointError, ConfigError, FastdiffError
 from fastdiff.files import atomic_path, write_text
@@ -251,12 +250,12 @@ def test_loads_in_float32_whatever_the_default(folder):
 
 
 def test_built_in_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BUILTIN", tmp_path)
+    monkeypatch.setattr(loading, "BUILTIN", tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     for name in ("flowers", "birds"):
         save_folder(tmp_path / name, random_unet(TINY), NoiseSchedule(timesteps=10))
     (tmp_path / "unfinished").mkdir()
-    assert checkpoint.builtin_models() == ["birds", "flowers"]
+    assert builtin_models() == ["birds", "flowers"]
     assert load("birds").schedule.timesteps == 10
     assert_equal_weights(UNet.from_pretrained("flowers"), random_unet(TINY))
     refused("bird", "birds, flowers")
@@ -266,7 +265,7 @@ def test_built_in_models(tmp_path, monkeypatch):
         refused(name, "birds, flowers")
 
 
-@pytest.mark.parametrize("name", checkpoint.builtin_models())
+@pytest.mark.parametrize("name", builtin_models())
 def test_models_that_come_with_fastdiff(name):
     model = load(name)
     assert model.scheduler_config["_class_name"] == "DDPMScheduler"
@@ -279,8 +278,8 @@ def test_models_that_come_with_fastdiff(name):
 
 
 def test_without_built_in_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BUILTIN", tmp_path / "absent")
-    assert checkpoint.builtin_models() == []
+    monkeypatch.setattr(loading, "BUILTIN", tmp_path / "absent")
+    assert builtin_models() == []
     refused("birds", "built in: none")
 
 
@@ -439,7 +438,7 @@ def test_bounded_time_and_memory(tmp_path):
 
     code = """
     import json, resource, sys, time
-    from fastdiff.checkpoints.loading import load
+    from fastdiff.checkpoints import load
     from fastdiff.errors import FastdiffError
     good, *hostile = sys.argv[1:]
     load(good)
@@ -971,8 +970,7 @@ def test_full_disk_keeps_the_old_model(tmp_path):
     code = """
     import resource, sys, torch
     from pathlib import Path
-    from fastdiff.checkpoints.loading import load, save_folder
-    from fastdiff.checkpoints.convert import convert
+    from fastdiff.checkpoints import convert, load, save_folder
     from fastdiff.errors import CheckpointError
     from fastdiff.files import write_text
     model = load(sys.argv[1])
@@ -1028,7 +1026,7 @@ def test_kills_never_leave_a_broken_file(tmp_path):
     # Children of a fresh process are forked before it has threads, and so need no import each.
     code = """
     import os, random, signal, sys, time, torch
-    from fastdiff.checkpoints.loading import load, save_unet
+    from fastdiff.checkpoints import load, save_unet
     torch.set_num_threads(1)
     folder = sys.argv[1]
     a = load(folder).unet

@@ -19,10 +19,8 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff.backends import Spec, prepare
 from fastdiff.backends.native import runner as native
-from fastdiff.checkpoints import layouts, originals
-from fastdiff.checkpoints.convert import FORMATS, convert
-from fastdiff.checkpoints.loading import WEIGHTS, build, empty, fit, load, read, save_folder
-from fastdiff.checkpoints.originals import PRESETS
+from fastdiff.checkpoints import FORMATS, PRESETS, convert, layouts, load, originals, save_folder
+from fastdiff.checkpoints.loading import WEIGHTS, build, empty, fit, read_model
 from fastdiff.core.lower import lower
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
@@ -170,7 +168,7 @@ SENSITIVE = {
 def test_every_convention_is_heard(file, name, field):
     """One quirk taken from another code base, and the comparison above fails."""
     path, options = file(name)
-    source = read(path, **options)
+    source = read_model(path, **options)
     config = dataclasses.replace(source.config, **{field: SENSITIVE[name][field]})
     assert config != source.config
     unet = build(config, source.tensors, path, source.layout).double()
@@ -184,7 +182,7 @@ def test_every_order_of_qkv_is_another_network(file):
     """Several heads tell the three orders apart, one head tells edm's."""
     for name, wrong in (("ADM-64", "openai"), ("improved-diffusion", "openai-new")):
         path, options = file(name)
-        source = read(path, **options)
+        source = read_model(path, **options)
         unet = build(source.config, source.tensors, path, wrong).double()
         x, t, labels = inputs(unet)
         expected = answer(original(name), x.double(), t.double(), labels)

@@ -22,9 +22,8 @@ import torch
 from PIL import Image
 
 import fastdiff
-from fastdiff import cli, solvers
+from fastdiff import checkpoint, cli, solvers
 from fastdiff.backends.native.runner import choose_method
-from fastdiff.checkpoints import loading as checkpoint
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
 from fastdiff.core.program import Conv

@@ -19,8 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastdiff import cli
-from fastdiff.checkpoints import loading as checkpoint
+from fastdiff import checkpoint, cli
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import evaluate as evaluation
 from fastdiff.evaluation import image_store as parts

@@ -22,9 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastdiff import cli, solvers
-from fastdiff.checkpoints import loading as checkpoint
-from fastdiff.checkpoints.reading import fingerprint
+from fastdiff import checkpoint, cli, solvers
+from fastdiff.checkpoints.reading import weights_digest
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import image_store as parts
 from fastdiff.evaluation.trilemma import grid as plan
@@ -391,7 +390,7 @@ def written(folder: Path, tmp_path: Path, points: list[dict[str, Any]] = POINTS,
     path = tmp_path / "measured"
     loaded = checkpoint.load(folder)
     checkpoint.save_folder(path, loaded.unet, SCHEDULE)
-    content = {"format": 1, "model": fingerprint(loaded.unet.state_dict()), "n": 2000, "points": points, **changes}
+    content = {"format": 1, "model": weights_digest(loaded.unet.state_dict()), "n": 2000, "points": points, **changes}
     (path / measured.NAME).write_text(json.dumps(content))
     return path
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import solvers
-from fastdiff.checkpoints.loading import save_folder
+from fastdiff.checkpoints import save_folder
 from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.choice import resolve

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.bench.engines import ENGINES, Inputs, RunnerSteps, Steps, backend
-from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.checkpoints import Pretrained
 
 
 def _eager(model: Pretrained, inputs: Inputs) -> Steps:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff import __version__
-from fastdiff.checkpoints.reading import fingerprint, read_json
+from fastdiff.checkpoints.reading import read_json, weights_digest
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import evaluate as evaluation
 from fastdiff.evaluation import image_store as parts
@@ -82,7 +82,9 @@ def earlier(sampler: Sampler, out: Path, points: Sequence[Planned], judge: Judge
     path = out / "trilemma.json"
     try:
         last = read_json(path) if path.exists() else {}
-        if last.get("model") != fingerprint(sampler.unet.state_dict()) or last["settings"] != settings(sampler, judge):
+        if last.get("model") != weights_digest(sampler.unet.state_dict()) or last["settings"] != settings(
+            sampler, judge
+        ):
             return {}
         tables = {p.name: table_digest(sampler, p) for p in points}
         return {
@@ -287,7 +289,7 @@ def result(
         "format": measured.FORMAT,
         "made_by": f"fastdiff {__version__}, fastdiff trilemma",
         "model_name": model,
-        "model": fingerprint(sampler.unet.state_dict()),
+        "model": weights_digest(sampler.unet.state_dict()),
         "n": n,
         "settings": settings(sampler, judge),
         "reference": None if whole is None else whole.name,

@@ -1,0 +1,117 @@
+"""Saving models as diffusers folders; every file is written atomically, so that no reader sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.errors import CheckpointError
+from fastdiff.files import atomic_path, write_text
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.unet import UNet, UNetConfig
+
+
+def save_unet(unet: UNet, path: str | Path) -> None:
+    """Write a network as a ``UNet2DModel`` folder: ``config.json`` and ``diffusion_pytorch_model.safetensors``.
+
+    Args:
+        unet: The network; its weights are written in their own dtype.
+        path: The folder, which is created if need be.
+
+    Raises:
+        CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
+    """
+    save_tensors(unet.config, unet.state_dict(), path)
+
+
+def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, prediction: str = "epsilon") -> None:
+    """Write a diffusers pipeline folder: ``unet/``, ``scheduler/`` and ``model_index.json``.
+
+    The scheduler is a ``DDPMScheduler`` with trailing spacing, which clips x0 to [-1, 1]. For a network that diffusers'
+    ``UNet2DModel`` cannot represent, ``model_index.json`` is left out: diffusers would load the network with random
+    weights in place of those that it does not know.
+
+    Args:
+        path: The folder, which is created if need be.
+        unet: The network.
+        schedule: The noise schedule with which it was trained.
+        prediction: What the network predicts: "epsilon", "sample" or "v_prediction".
+
+    Raises:
+        CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
+    """
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        **schedule.to_scheduler_config(),
+        "prediction_type": prediction,
+        "timestep_spacing": "trailing",
+        "variance_type": "fixed_small",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+    }
+    save_pipeline(path, unet.config, unet.state_dict(), scheduler)
+
+
+def save_pipeline(
+    path: str | Path, config: UNetConfig, state: Mapping[str, Tensor], scheduler: Mapping[str, Any]
+) -> None:
+    """Write a diffusers pipeline folder from a state dict and a scheduler configuration; see `save_folder`.
+
+    Args:
+        path: The folder, which is created if need be.
+        config: The network's configuration.
+        state: The network's state dict, which is written in its own dtypes.
+        scheduler: The whole contents of ``scheduler_config.json``; ``_class_name`` defaults to "DDPMScheduler".
+
+    Raises:
+        CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
+    """
+    path = Path(path)
+    save_tensors(config, state, path / "unet")
+    name = scheduler.get("_class_name", "DDPMScheduler")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", name],
+    }
+    with writing(path):
+        text = json.dumps({"_class_name": name, **scheduler}, indent=2) + "\n"
+        write_text(path / "scheduler" / "scheduler_config.json", text)
+        if config.diffusers_can_run:
+            write_text(path / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(config: UNetConfig, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a configuration and a state dict as `save_unet` does, without building the network."""
+    path = Path(path)
+    name = "UNet2DModel" if config.diffusers_can_run else "fastdiff.UNet"
+    with writing(path):
+        with atomic_path(path / WEIGHTS) as temporary:
+            save_file(plain(state), temporary, metadata={"format": "pt"})
+        write_text(path / "config.json", json.dumps({"_class_name": name, **config.to_dict()}, indent=2) + "\n")
+
+
+def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, contiguous and without shared storage, as safetensors and torch.save need them."""
+    result = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        result[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    return result
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system, safetensors and torch.save into a `CheckpointError` that names the path."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as e:  # torch.save raises RuntimeError
+        raise CheckpointError(f"{path}: the model could not be written ({e}); files that were there are whole") from e
