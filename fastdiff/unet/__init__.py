@@ -1,4 +1,4 @@
-"""The U-Net: its frozen configuration, and the `nn.Module` that defines what the network means."""
+"""The U-Net: the module that defines what the network computes, and its configuration."""
 
 from fastdiff.unet.config import UNetConfig
 from fastdiff.unet.model import UNet

@@ -1,4 +1,4 @@
-"""What decides a U-Net's shape: diffusers' ``UNet2DModel`` configuration keys, checked."""
+"""Configuration of the U-Net, with the keys of diffusers' ``UNet2DModel`` and a few more."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fastdiff.checks import is_whole, whole
 from fastdiff.errors import ConfigError
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 CLASS_IMAGE = (None, "add", "multiply", "concat")
-# What the networks of a code base have in common, where that differs from diffusers' defaults.
+# The fields that all networks of a code base have in common and that differ from diffusers' defaults.
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "diffusers": {},
     # hojonathanho/diffusion and its ports to PyTorch (pesser, ermongroup): one head as wide as the map, GroupNorm with
@@ -24,41 +25,76 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     # openai/improved-diffusion and guided-diffusion: eps 1e-5, [cos, sin] without it, padding on both sides.
     "openai": {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
 }  # fmt: skip
-MAX_LEVELS, MAX_LAYERS = 16, 16  # far more than any network has; they bound what an untrusted config.json can cost
+# Limits far beyond any real network, which bound the time and memory that an untrusted config.json can cost.
+MAX_LEVELS, MAX_LAYERS, MAX_SIZE = 16, 16, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UNetConfig:
-    """Everything that decides the network's shape. Names and defaults are diffusers' ``UNet2DModel``'s.
+    """Configuration of a `UNet`.
 
-    Fields beyond diffusers':
+    Fields, names and defaults are those of diffusers' ``UNet2DModel``, in its order; the last nine fields, from
+    ``null_label`` on, are fastdiff's own, and their defaults describe a network of diffusers. All sizes are at least 1
+    and at most 2^20.
 
-    ``null_label``
-        The label that means "no class" (the last row of a class embedding with ``num_class_embeds`` rows); training
-        drops labels to it and guidance evaluates it. None: the network cannot be guided.
-    ``class_image``
-        None: the class embedding is added to the time embedding (with ``resnet_time_scale_shift="scale_shift"`` it then
-        scales and shifts every block, FiLM). "add", "multiply", "concat": an encoder network turns the label into an
-        image that is added to, multiplied with (as 1 + image), or concatenated to the input; the time embedding stays
-        class-free.
-    ``class_before_mlp``
-        The class joins the sinusoid, before the time MLP, as a linear map of the one-hot label times
-        sqrt(number of classes); the null label, which it needs, is a vector of zeros (EDM's DDPM++).
-    ``num_attention_heads``
-        The number of heads at every level (then ``attention_head_dim`` is not read); None: as many as
-        ``attention_head_dim`` fits. OpenAI's networks name the one or the other.
-    ``sinusoid_dim``
-        Width of the sinusoid, where it is not that of the first block (ADM-512; None: it is).
-    ``timestep_scale``
-        The sinusoid is of ``timestep_scale * t``: 1000 / T for improved-diffusion's ``rescale_timesteps``.
-    ``block_scale_factor``
-        What every residual block and attention outside the mid block divides its sum by (sqrt(2) in DDPM++).
-    ``up_attention``
-        "all": behind every residual block of an up block with attention; "last": behind its last one only (DDPM++).
-    ``resample_shortcut``
-        Whether residual blocks that resample have a 1x1 convolution in their shortcut (DDPM++).
+    Attributes:
+        sample_size: Side of the images, or (height, width), with which the network was trained. It is only the default
+            size of samples; None for no default.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; twice ``in_channels`` if the network predicts variances as well.
+        center_input_sample: Whether the network maps its input from [0, 1] to [-1, 1] itself: x -> 2 x - 1.
+        time_embedding_type: Embedding of timesteps; "positional", a sinusoid, is the only one supported.
+        time_embedding_dim: Width of the time embedding; None for 4 ``block_out_channels[0]``.
+        freq_shift: Shift s of the sinusoid's frequencies 10000^(-i / (n - s)), i = 0 .. n - 1, with n half its width;
+            0 <= s < n.
+        flip_sin_to_cos: Whether the sinusoid is ordered [cos, sin], not [sin, cos].
+        down_block_types: Type of the block of every level, from the highest resolution to the lowest: "DownBlock2D",
+            "AttnDownBlock2D" (with attention), or "ResnetDownsampleBlock2D" (a residual block halves the size).
+        mid_block_type: "UNetMidBlock2D", or None for no block between the down and the up blocks.
+        up_block_types: Type of the block of every level, from the lowest resolution to the highest: "UpBlock2D",
+            "AttnUpBlock2D" or "ResnetUpsampleBlock2D".
+        block_out_channels: Channels of every level, 1 to 16 levels; multiples of ``norm_num_groups``.
+        layers_per_block: Residual blocks of a down block, 1 to 16; up blocks have one more.
+        mid_block_scale_factor: Divisor of the output, input + branch, of the mid block's residual blocks and attention;
+            not 0.
+        downsample_padding: 1 for stride-2 convolutions padded on all sides, 0 for padding on the right and bottom only.
+        downsample_type: How blocks with attention halve the size: "conv", a convolution of stride 2, or "resnet".
+        upsample_type: How blocks with attention double the size: "conv", repetition and a convolution, or "resnet".
+        dropout: Dropout probability in residual blocks while training, 0 <= dropout < 1.
+        act_fn: Activation function; "silu" and "swish" are two names of the only one supported.
+        attention_head_dim: Channels of an attention head; None for one head. The channels that a whole number of heads
+            leaves over are dropped by the projections, as in diffusers.
+        norm_num_groups: Number of groups of all GroupNorm layers, except as ``attn_norm_num_groups`` says.
+        attn_norm_num_groups: Number of groups of the GroupNorm before the mid block's attention; None for
+            ``norm_num_groups``, or for no norm if ``resnet_time_scale_shift`` is "scale_shift".
+        norm_eps: The epsilon of all GroupNorm layers, positive.
+        resnet_time_scale_shift: How the embedding enters a residual block: "default" adds it; "scale_shift" scales and
+            shifts the normalised map by it (FiLM).
+        add_attention: Whether the mid block has attention.
+        class_embed_type: Class conditioning: None for labels (or for no classes), "timestep" for scalars embedded like
+            timesteps, "identity" for vectors that are added to the time embedding.
+        num_class_embeds: Number of labels, the null label included; None for a network without labels.
+        num_train_timesteps: Number of timesteps of the training, in diffusers' networks that learn an embedding of
+            timesteps; not used.
+        null_label: The label for "no class", which must be the last, ``num_class_embeds - 1``. Training replaces
+            labels by it at random, and classifier-free guidance evaluates it. None: the network cannot be guided.
+        class_image: How a label enters the network: None adds its embedding to the time embedding. "add", "multiply"
+            (by 1 + image) and "concat" instead combine the input with an image that an encoder network draws for the
+            label; the time embedding then does not depend on the class.
+        class_before_mlp: Whether the class is added to the sinusoid, before the time MLP, as a linear map of the
+            one-hot label times sqrt(number of classes) (EDM's DDPM++). It requires a null label, whose vector is zero.
+        num_attention_heads: Number of heads at every level, in place of ``attention_head_dim``; None for as many heads
+            of that width as fit.
+        sinusoid_dim: Width of the sinusoid; None for ``block_out_channels[0]``. ADM-512 has another.
+        timestep_scale: Factor on timesteps before the sinusoid, not 0; 1000 / T in improved-diffusion's networks with
+            ``rescale_timesteps``.
+        block_scale_factor: The same divisor for all other residual blocks and attentions; sqrt(2) in DDPM++.
+        up_attention: Attention of an up block: "all" for one after every residual block, "last" for one after the last
+            (DDPM++).
+        resample_shortcut: Whether residual blocks that resample have a 1x1 convolution in their shortcut (DDPM++).
 
-    Raises `ConfigError` naming the key, its value and what is allowed.
+    Raises:
+        ConfigError: If a value is not supported; the message names the key, the value and what is allowed.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -107,29 +143,41 @@ class UNetConfig:
             object.__setattr__(self, key, tuple(value))
         if isinstance(self.sample_size, list):
             object.__setattr__(self, "sample_size", tuple(self.sample_size))
+        self._check_whole_numbers()
         self._check_numbers()
         self._check_choices()
         self._check_blocks()
         self._check_conditioning()
 
-    def _check_numbers(self) -> None:
-        needed = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
-        optional = (
+    def _check_whole_numbers(self) -> None:
+        """Check all integers and replace NumPy's by Python's, which JSON can hold."""
+
+        def size(name: str, value: Any, most: int = MAX_SIZE) -> int:
+            return whole(name, value, 1, most, error=ConfigError)
+
+        checked: dict[str, Any] = {k: size(k, getattr(self, k)) for k in ("in_channels", "out_channels")}
+        checked["layers_per_block"] = size("layers_per_block", self.layers_per_block, MAX_LAYERS)
+        checked["norm_num_groups"] = size("norm_num_groups", self.norm_num_groups)
+        for key in (
             "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds",
             "num_attention_heads", "sinusoid_dim",
-        )  # fmt: skip
-        whole = {k: getattr(self, k) for k in (*needed, *optional)}
-        whole = {k: v for k, v in whole.items() if k in needed or v is not None}
-        whole |= {f"block_out_channels[{i}]": c for i, c in enumerate(self.block_out_channels)}
-        if self.sample_size is not None:
-            size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
-            if len(size) != 2:
+        ):  # fmt: skip
+            if getattr(self, key) is not None:
+                checked[key] = size(key, getattr(self, key))
+        checked["block_out_channels"] = tuple(
+            size(f"block_out_channels[{i}]", channels) for i, channels in enumerate(self.block_out_channels)
+        )
+        if isinstance(self.sample_size, tuple):
+            if len(self.sample_size) != 2:
                 raise ConfigError(f"sample_size={self.sample_size!r}: one number or two (height, width) are allowed")
-            whole |= {"sample_size height": size[0], "sample_size width": size[1]}
-        for key, value in whole.items():
-            most = MAX_LAYERS if key == "layers_per_block" else 1 << 20
-            if type(value) is not int or not 1 <= value <= most:
-                raise ConfigError(f"{key}={value!r}: a whole number from 1 to {most} is needed")
+            height, width = self.sample_size
+            checked["sample_size"] = (size("sample_size height", height), size("sample_size width", width))
+        elif self.sample_size is not None:
+            checked["sample_size"] = size("sample_size height", self.sample_size)
+        for key, value in checked.items():
+            object.__setattr__(self, key, value)
+
+    def _check_numbers(self) -> None:
         factors = ("mid_block_scale_factor", "block_scale_factor", "timestep_scale")
         for key in ("dropout", "norm_eps", "freq_shift", *factors):
             value = getattr(self, key)
@@ -167,9 +215,7 @@ class UNetConfig:
         }
         for key, allowed in choices.items():
             value = getattr(self, key)
-            if not any(
-                value == a and type(value) is type(a) for a in allowed
-            ):  # True == 1 == 1.0, but they are not the same
+            if not any(value == a and type(value) is type(a) for a in allowed):  # True == 1 == 1.0, but not here
                 raise ConfigError(f"{key}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
     def _check_blocks(self) -> None:
@@ -224,58 +270,90 @@ class UNetConfig:
             if self.num_class_embeds is None or self.class_embed_type is not None:
                 raise ConfigError(f"null_label={self.null_label!r} needs num_class_embeds and class_embed_type=None")
             last = self.num_class_embeds - 1
-            if type(self.null_label) is not int or self.null_label != last:
+            if not is_whole(self.null_label) or self.null_label != last:
                 raise ConfigError(
                     f"null_label={self.null_label!r} must be the last class, num_class_embeds - 1 = {last}"
                 )
+            object.__setattr__(self, "null_label", last)  # Python's int, even if NumPy's was given
 
     @property
     def num_classes(self) -> int | None:
-        """How many labels a user may ask for (the null label excluded); None for a network without embedded labels."""
+        """Number of labels without the null label; None for a network without labels."""
         if self.num_class_embeds is None or self.class_embed_type is not None:
             return None
         return self.num_class_embeds - (self.null_label is not None)
 
     @property
     def conditional(self) -> bool:
-        """Whether `UNet.forward` needs ``class_labels``."""
+        """Whether `UNet.forward` requires ``class_labels``."""
         return self.num_class_embeds is not None or self.class_embed_type is not None
 
     @property
     def stride(self) -> int:
-        """Height and width of the input must be multiples of this."""
+        """Factor by which the network reduces the resolution; height and width of the input must be multiples of it."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @property
     def sinusoid_channels(self) -> int:
-        """Width of the sinusoid."""
+        """Width of the sinusoidal embedding of timesteps."""
         return self.sinusoid_dim or self.block_out_channels[0]
 
     @property
     def temb_channels(self) -> int:
+        """Width of the time embedding, the output of the time MLP."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     def head_dim(self, channels: int) -> int:
-        """Channels of an attention head on a map of ``channels``."""
+        """Return the width of an attention head.
+
+        Args:
+            channels: Channels of the attention's input.
+
+        Returns:
+            Channels of each of its heads.
+        """
         if self.num_attention_heads is not None:
             return channels // self.num_attention_heads
         return self.attention_head_dim or channels
 
     @property
     def diffusers_can_run(self) -> bool:
-        """Whether diffusers' ``UNet2DModel`` can be this network; the null label is a note that it does not hear."""
+        """Whether diffusers' ``UNet2DModel`` can represent this network; it ignores ``null_label``."""
         return all(getattr(self, key) == default for key, default in OWN_FIELDS.items() if key != "null_label")
 
     @classmethod
     def like(cls, codebase: str, **fields: Any) -> UNetConfig:
-        """A configuration with these fields and the conventions of "diffusers", "ho" (original DDPM) or "openai"."""
+        """Create a configuration that follows the conventions of a code base.
+
+        Args:
+            codebase: "diffusers", "ho" (the original DDPM and its ports to PyTorch) or "openai" (improved- and
+                guided-diffusion). It determines norm_eps, flip_sin_to_cos, freq_shift, downsample_padding and, for
+                "ho", attention_head_dim.
+            **fields: All other fields; those that the code base determines can be overridden.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: If the code base is unknown, or a field is not supported.
+        """
         if codebase not in CONVENTIONS:
             raise ConfigError(f"code base {codebase!r} is unknown; allowed: {', '.join(CONVENTIONS)}")
         return cls(**{**CONVENTIONS[codebase], **fields})
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Read a diffusers ``config.json``. Keys that start with "_" are notes; other unknown keys are refused."""
+        """Create a configuration from the contents of a diffusers ``config.json``.
+
+        Args:
+            config: The keys and values; keys that start with "_" are ignored.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: If a key is unknown or its value is not supported; the message names the key.
+        """
         if not isinstance(config, Mapping):
             raise ConfigError(f"a U-Net configuration is an object with keys, not {type(config).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
@@ -287,7 +365,11 @@ class UNetConfig:
         return cls(**{k: v for k, v in config.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-serialisable diffusers keys; fastdiff's own keys appear only when they are set."""
+        """Return the contents of a diffusers ``config.json``.
+
+        Returns:
+            A dictionary that JSON can hold. fastdiff's own fields are included only if they differ from their defaults.
+        """
         config = dataclasses.asdict(self)
         for key, default in OWN_FIELDS.items():
             if config[key] == default:
@@ -295,7 +377,7 @@ class UNetConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
 
 
-# Fields that diffusers does not have, with the values at which a network is one of diffusers'.
+# The fields that diffusers does not have, with their defaults, which describe a network of diffusers.
 OWN_FIELDS: dict[str, Any] = {
     f.name: f.default
     for f in dataclasses.fields(UNetConfig)

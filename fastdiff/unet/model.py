@@ -1,7 +1,7 @@
-"""The U-Net: GroupNorm + Swish + convolution residual blocks, attention, time and class conditioning.
+"""The U-Net: residual blocks of GroupNorm, SiLU and convolutions, attention, time and class conditioning.
 
-This module is the meaning of the network; every backend is held to it. State-dict keys and configuration
-keys are those of diffusers' ``UNet2DModel``, so weights load in both directions.
+This module defines what the network computes; every backend is tested against it. The keys of state dicts and
+configurations are those of diffusers' ``UNet2DModel``, so that each loads the weights of the other.
 
 Sources: Ho et al. 2020 (arXiv:2006.11239, appendix B); Dhariwal & Nichol 2021 (arXiv:2105.05233) for scale-shift and
 residual up/down-sampling; Ho & Salimans 2022 (arXiv:2207.12598) for the null label.
@@ -20,15 +20,15 @@ from torch.nn import functional as F
 from fastdiff.errors import InvalidArgument
 from fastdiff.unet.config import UNetConfig
 
-CLASS_MAP_SIZE = 8  # side of the map that the class encoder draws, before it is resized to the image
+CLASS_MAP_SIZE = 8  # side of the map that the class encoder computes, before it is resized to the input's size
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoidal embedding of (possibly fractional) timesteps (Vaswani et al. 2017; Ho et al. 2020).
+    """Compute the sinusoidal embedding of timesteps, which may be fractional (Vaswani et al. 2017; Ho et al. 2020).
 
         w_i = 10000^(-i / (dim/2 - freq_shift)),    emb = [sin(t w), cos(t w)]      ([cos, sin] when flipped)
 
-    t: [B]; returns float32 [B, dim] (float64 where t is float64), zero-padded when dim is odd.
+    t is [B] of any real dtype. The result is [B, dim], float64 if t is, else float32, with a zero appended for odd dim.
     """
     half = dim // 2
     if t.dtype != torch.float64:
@@ -41,7 +41,7 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift
 
 
 class TimestepEmbedding(nn.Module):
-    """MLP on the sinusoid: emb = W2 silu(W1 s + b1) + b2."""
+    """MLP that maps the sinusoid s to the time embedding: emb = W2 silu(W1 s + b1) + b2."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -53,9 +53,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class ClassProjection(nn.Module):
-    """Label -> vector [B, features] that joins the sinusoid: W (sqrt(L) onehot(label)) + b, L classes; label L is b.
+    """Linear map of labels to vectors [B, features] that are added to the sinusoid: W (sqrt(L) onehot(label)) + b.
 
-    As in NVlabs/edm, SongUNet.map_label, where no class is a vector of zeros.
+    There are L classes; the one-hot vector of the null label, L, is zero. As in NVlabs/edm, SongUNet.map_label.
     """
 
     def __init__(self, classes: int, features: int):
@@ -71,9 +71,9 @@ class ClassProjection(nn.Module):
 
 
 class ClassEncoder(nn.Module):
-    """Label -> image of ``channels`` x H x W: an embedding, an MLP, and a smooth resize of the small map it draws.
+    """Map of labels to images [B, channels, H, W]: an embedding, an MLP that gives a small map, and bilinear resizing.
 
-    It depends on the label alone, so a sampler evaluates it once per image, not once per step.
+    The image depends on the label alone, so a sampler computes it once per image, not once per step.
     """
 
     def __init__(self, num_class_embeds: int, features: int, channels: int):
@@ -127,7 +127,7 @@ class ResnetBlock(nn.Module):
         return x
 
     def second_norm(self, h: Tensor, emb: Tensor) -> Tensor:
-        """h [B, C, H, W], norm2 and the projected embedding [B, C or 2 C, 1, 1], as the class says."""
+        """Apply norm2 and the projected embedding [B, C or 2 C, 1, 1] to h [B, C, H, W], as the class describes."""
         if not self.scale_shift:
             return self.norm2(h + emb)
         scale, shift = emb.chunk(2, dim=1)
@@ -144,7 +144,10 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels: out = (x + W_o softmax(q k^T / sqrt(d)) v) / scale_factor, on GroupNorm(x)."""
+    """Self-attention over all pixels, with q, k and v linear in the pixels of GroupNorm(x).
+
+    out = (x + W_o softmax(q k^T / sqrt(d)) v) / scale_factor
+    """
 
     def __init__(self, channels: int, head_dim: int, groups: int | None, eps: float, scale_factor: float = 1.0):
         super().__init__()
@@ -173,7 +176,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2; padding 0 means the original DDPM's asymmetric pad (right and bottom only)."""
+    """3x3 convolution of stride 2; padding 0 stands for the original DDPM's padding of the right and bottom only."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
@@ -187,7 +190,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -198,7 +201,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """``layers_per_block`` residual blocks, each with attention where the type says so, then a halving of the size."""
+    """``layers_per_block`` residual blocks, with attention after each in the types "Attn...", and a downsampler."""
 
     def __init__(self, config: UNetConfig, kind: str, in_channels: int, out_channels: int, downsample: bool):
         super().__init__()
@@ -208,7 +211,7 @@ class DownBlock(nn.Module):
         )
         attention = kind.startswith("Attn")
         self.attentions = _attentions(config, out_channels, layers) if attention else None
-        # As in diffusers, downsample_type is heard by the attention block only; the other two names fix their own.
+        # As in diffusers, downsample_type concerns only blocks with attention; the other two types imply the kind.
         resnet = kind == "ResnetDownsampleBlock2D" or (attention and config.downsample_type == "resnet")
         self.downsamplers = None
         if downsample:
@@ -234,9 +237,9 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """``layers_per_block + 1`` residual blocks on [h, skip], attention where the type says so, then a doubling.
+    """``layers_per_block + 1`` residual blocks on [h, skip], attention in blocks of type "Attn...", and an upsampler.
 
-    Attention stands behind all of the residual blocks, or (``up_attention="last"``) behind the last one.
+    Attention follows every residual block, or only the last one if ``up_attention`` is "last".
     """
 
     def __init__(
@@ -274,7 +277,7 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention and residual block at the lowest resolution."""
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
@@ -282,7 +285,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels, scale_factor=factor) for _ in range(2))
         groups = config.attn_norm_num_groups
         if groups is None and config.resnet_time_scale_shift == "default":
-            groups = config.norm_num_groups  # as in diffusers: scale-shift networks have no norm before this attention
+            groups = config.norm_num_groups  # in diffusers, scale-shift networks have no norm before this attention
         self.attentions = None
         if config.add_attention:
             self.attentions = nn.ModuleList(
@@ -305,11 +308,12 @@ def _attentions(config: UNetConfig, channels: int, layers: int) -> nn.ModuleList
 
 
 class UNet(nn.Module):
-    """The denoiser: ``unet(x, t, class_labels) -> out``.
+    """The denoising network of a diffusion model: ``unet(x, t, class_labels) -> out``.
 
-    x: [B, in_channels, H, W] in the network's dtype, H and W multiples of ``config.stride``. t: [B] or a scalar, any
-    real dtype. class_labels: int64 [B] (float for ``class_embed_type`` "timestep"; [B, temb] for "identity").
-    Returns [B, out_channels, H, W].
+    Weights are initialised as torch does by default. State-dict keys are those of diffusers' ``UNet2DModel``.
+
+    Args:
+        config: The configuration, which stays available as ``unet.config``.
     """
 
     def __init__(self, config: UNetConfig):
@@ -320,7 +324,7 @@ class UNet(nn.Module):
         self.class_encoder = None
         in_channels = config.in_channels
         if config.class_image is not None:
-            assert config.num_class_embeds is not None  # held by UNetConfig
+            assert config.num_class_embeds is not None  # UNetConfig ensures this
             self.class_encoder = ClassEncoder(config.num_class_embeds, features, config.in_channels)
             in_channels *= 2 if config.class_image == "concat" else 1
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
@@ -350,14 +354,21 @@ class UNet(nn.Module):
         if config.class_embed_type == "identity":
             return nn.Identity()
         if config.class_before_mlp:
-            assert config.num_classes is not None  # held by UNetConfig
+            assert config.num_classes is not None  # UNetConfig ensures this
             return ClassProjection(config.num_classes, config.sinusoid_channels)
         if config.num_class_embeds is not None:
             return nn.Embedding(config.num_class_embeds, config.temb_channels)
         return None
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """The embedding of timesteps [B] that the time MLP hears, [B, config.sinusoid_channels]."""
+        """Compute the input of the time MLP, without a class.
+
+        Args:
+            t: Timesteps [B] of any real dtype, before ``config.timestep_scale``.
+
+        Returns:
+            The sinusoidal embedding [B, config.sinusoid_channels] in the network's dtype.
+        """
         dtype = self.conv_in.weight.dtype
         t = t.double() if dtype == torch.float64 else t.float()
         return timestep_embedding(
@@ -368,7 +379,17 @@ class UNet(nn.Module):
         ).to(dtype)
 
     def embedding(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The vector [B, temb_channels] that every residual block hears: time, plus the class where it is added."""
+        """Compute the vector that conditions every residual block on the time, and on the class if it is embedded.
+
+        Blocks depend on ``t`` and ``class_labels`` only through this vector, so a sampler may tabulate it.
+
+        Args:
+            t: Timesteps [B].
+            class_labels: As in `forward`.
+
+        Returns:
+            The time embedding [B, config.temb_channels], which includes the class unless ``config.class_image`` is set.
+        """
         if self.config.class_before_mlp:
             assert class_labels is not None
             assert self.class_embedding is not None
@@ -382,6 +403,20 @@ class UNet(nn.Module):
         return emb
 
     def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: Noisy images [B, in_channels, H, W] in the network's dtype; H and W are multiples of ``config.stride``.
+            t: Timesteps, [B] or a scalar, of any real dtype; fractions are not rounded.
+            class_labels: Labels, int64 [B]. If ``config.class_embed_type`` is "timestep", real numbers [B]; if it is
+                "identity", vectors [B, config.temb_channels]. None for a network without class conditioning.
+
+        Returns:
+            The prediction [B, out_channels, H, W] in the network's dtype.
+
+        Raises:
+            InvalidArgument: If labels are missing or not expected, or H or W is no multiple of ``config.stride``.
+        """
         config = self.config
         if (class_labels is None) == config.conditional:
             need = "needs" if config.conditional else "has no class conditioning and takes no"
@@ -416,7 +451,13 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def zero_residuals_(self) -> UNet:
-        """Zero the last layer of every residual branch and the head, where Ho et al. start training: eps = 0."""
+        """Zero the last layer of every residual branch and of the network, as Ho et al. 2020 do before training.
+
+        Residual blocks that change neither channels nor size are then the identity, and the network's output is 0.
+
+        Returns:
+            The network itself.
+        """
         heads: list[nn.Module] = [self.conv_out]
         for module in self.modules():
             if isinstance(module, ResnetBlock):
@@ -430,13 +471,32 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **source: Any) -> UNet:
-        """Load a folder, a checkpoint file, or a built-in model's name, with the options of `checkpoint.load`."""
+        """Load a network from a folder, a file, or by the name of a built-in model.
+
+        Args:
+            path: The model, as in `fastdiff.checkpoints.load`.
+            **source: The options of `fastdiff.checkpoints.load`: preset, flags, variant, weights.
+
+        Returns:
+            The network in float32 on the CPU, in evaluation mode.
+
+        Raises:
+            CheckpointError: If a file cannot be read, or its tensors do not fit the network.
+            ConfigError: If a configuration, preset or flag is not supported.
+        """
         from fastdiff.checkpoints import load
 
         return load(path, **source).unet
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, atomically; diffusers loads the folder."""
+        """Write a ``UNet2DModel`` folder; see `fastdiff.checkpoints.save_unet`.
+
+        Args:
+            path: The folder, which is created if need be.
+
+        Raises:
+            CheckpointError: If a file cannot be written.
+        """
         from fastdiff.checkpoints import save_unet
 
         save_unet(self, path)

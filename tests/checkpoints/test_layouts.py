@@ -1,4 +1,4 @@
-"""Files of the original code bases: each network against an independent oracle, and every conversion there and back."""
+"""Files of the original code bases: every network is compared with an independent oracle, and converted both ways."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def state_dict(name, dtype=torch.float32):
 
 @pytest.fixture
 def file(tmp_path):
-    """Write a case's file as its code base does; returns its path and the options that load it."""
+    """Return a function that writes a case's file as its code base does, and returns its path and options for `load`."""
 
     def write(name, change=lambda state: state, suffix=".pt"):
         path = tmp_path / f"original{suffix}"
@@ -115,7 +115,7 @@ def answer(network, x, t, labels):
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_network_is_the_original(file, name):
-    """In float64: the module, and the program that the native engine runs. In float32: the module."""
+    """Compare the module in float32 and float64, and the lowered program in float64, with the oracle."""
     path, options = file(name)
     unet = load(path, **options).unet
     x, t, labels = inputs(unet)
@@ -166,7 +166,7 @@ SENSITIVE = {
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "field"), [(n, f) for n, fields in SENSITIVE.items() for f in fields])
 def test_every_convention_is_heard(file, name, field):
-    """One quirk taken from another code base, and the comparison above fails."""
+    """A single convention of another code base makes the comparison above fail."""
     path, options = file(name)
     source = read_model(path, **options)
     config = dataclasses.replace(source.config, **{field: SENSITIVE[name][field]})
@@ -179,7 +179,7 @@ def test_every_convention_is_heard(file, name, field):
 
 @torch.no_grad()
 def test_every_order_of_qkv_is_another_network(file):
-    """Several heads tell the three orders apart, one head tells edm's."""
+    """Networks with several heads distinguish all three orders, networks with one head only that of edm."""
     for name, wrong in (("ADM-64", "openai"), ("improved-diffusion", "openai-new")):
         path, options = file(name)
         source = read_model(path, **options)
@@ -191,7 +191,7 @@ def test_every_order_of_qkv_is_another_network(file):
 
 @pytest.mark.parametrize(("flip", "shift"), [(False, 1), (True, 0)])
 def test_frequencies_are_those_of_every_code_base(flip, shift):
-    """Each in its own order of operations, in float32: they differ by roundings."""
+    """The code bases compute them in different orders of operations in float32, so they differ by roundings."""
     half = 64
     i = torch.arange(half, dtype=torch.float32)
     theirs = {
@@ -207,7 +207,7 @@ def test_frequencies_are_those_of_every_code_base(flip, shift):
         assert (torch.asin(sines) / 1e-3 / theirs[name] - 1).abs().max() < 2e-6
 
 
-# There and back -------------------------------------------------------------------------------------------------------
+# Conversion -----------------------------------------------------------------------------------------------------------
 
 
 def assert_same_bits(a, b):
@@ -220,7 +220,7 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back(tmp_path, name, dtype):
-    """Original -> folder -> original, by way of every other format; not one bit changes, in any dtype."""
+    """Conversion through every format back to the original changes no bit, in any dtype."""
     layout, flags = CASES[name][2], CASES[name][1]
     state = state_dict(name, dtype)
     torch.save(state, tmp_path / "a.pt")
@@ -268,7 +268,7 @@ def test_networks_that_diffusers_lacks_are_fastdiffs_own(file, tmp_path):
 
 
 def test_the_built_in_model_converts(tmp_path):
-    """And keeps its scheduler."""
+    """The conversion keeps the scheduler."""
     done = convert("fashion-mnist", tmp_path / "a.safetensors")
     assert done["format"] == "safetensors"
     convert(tmp_path / "a.safetensors", tmp_path / "b")
@@ -343,12 +343,12 @@ def _config(name):
     return described.config
 
 
-# What runs them -------------------------------------------------------------------------------------------------------
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_native)])
 def test_adm_samples_with_its_learned_variance(file, backend):
-    """Six channels out, a class, 250 steps' spacing: the model's own scheduler decides."""
+    """Its scheduler configuration determines the spacing and the learned variance."""
     path, options = file("ADM-64")
     sampler = fastdiff.Sampler.from_pretrained(path, backend=backend, **options)
     out = sampler.sample(2, solver="ddpm", steps=5, labels=[6, 0], seed=1)
@@ -358,7 +358,7 @@ def test_adm_samples_with_its_learned_variance(file, backend):
     reference = fastdiff.Sampler.from_pretrained(path, backend="eager", dtype="float64", **options)
     expected = reference.sample(2, solver="ddpm", steps=5, labels=[6, 0], seed=1).images
     assert relative_error(out.images, expected) <= 1e-4
-    out = sampler.sample(2, steps=3, labels=[6, 0], seed=1)  # ddim, which does not hear the other three channels
+    out = sampler.sample(2, steps=3, labels=[6, 0], seed=1)  # ddim, which ignores the other three channels
     assert relative_error(out.images, reference.sample(2, steps=3, labels=[6, 0], seed=1).images) <= 1e-4
     with pytest.raises(InvalidArgument, match="label 7 is out of range"):
         sampler.sample(1, labels=7)
@@ -390,7 +390,7 @@ def karras_algorithm_1(song, z, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0,
 
 @pytest.mark.parametrize("source", ["file", "folder"])
 def test_edm_networks_run_as_the_paper_does(file, tmp_path, source):
-    """The file of NVlabs/edm, and the folder that it is converted to, whose scheduler diffusers understands."""
+    """Sample NVlabs/edm's file, and the folder that it is converted to, whose scheduler diffusers can read."""
     path, _ = file("DDPM++")
     if source == "folder":
         convert(path, tmp_path / "folder")
@@ -417,7 +417,7 @@ EDM_NOISE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(6))
 
 @functools.cache
 def classed_reference(labels, w):
-    """Guided runs of Karras et al.'s algorithm; label 3 is EDMPrecond's class_labels=None, zeros."""
+    """Run Karras et al.'s algorithm with guidance; label 3 stands for class_labels=None of EDMPrecond, zeros."""
     eye = torch.eye(4, dtype=torch.float64)[:, :3]
 
     def guided(x, t):
@@ -429,7 +429,7 @@ def classed_reference(labels, w):
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_native)])
 def test_edm_networks_of_classes_run_as_the_paper_does(file, backend):
-    """Labels, the null label, and guidance between the two."""
+    """Sampling agrees with the paper's algorithm for labels, the null label, and guidance."""
     sampler = fastdiff.Sampler.from_pretrained(file(CLASSED)[0], backend=backend)
     assert (sampler.info.classes, sampler.info.null_label) == (3, 3)
     for labels, w in (((2, 0), 1.0), (None, 1.0), ((2, 0), 2.5)):
@@ -494,7 +494,7 @@ def test_presets_of_the_original_ddpm(file, tmp_path):
 
 
 def test_the_schedules_of_openai(file):
-    """Linear betas keep their sum whatever the number of steps."""
+    """Linear betas have the same sum for every number of steps."""
     path, options = file("improved-diffusion, no FiLM, one head")
     more = options["flags"] + " --diffusion_steps 4000 --rescale_timesteps False --sigma_small True"
     model = load(path, flags=more)
@@ -565,7 +565,7 @@ def test_options_that_do_not_apply(tmp_path):
 
 @torch.no_grad()
 def test_every_line_of_the_readme(tmp_path, monkeypatch):
-    """Each call as it stands, on files made here: the presets and flags are those of small networks."""
+    """Run each call of the table on files made here, with presets and flags of small networks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\|.*\| `(UNet\.from_pretrained\(.*\))` \|$", text, re.MULTILINE)
     improved, adm, adm512 = (CASES[name][1] for name in ("improved-diffusion", "ADM-64", "ADM-512"))
@@ -609,7 +609,7 @@ def test_every_line_of_the_readme(tmp_path, monkeypatch):
     assert len(lines) == 10
 
 
-# Networks that are not there ------------------------------------------------------------------------------------------
+# Files that do not fit ------------------------------------------------------------------------------------------------
 
 
 def without(name):
@@ -690,7 +690,7 @@ def test_own_files_with_damaged_metadata(tmp_path):
 
 
 def test_fit_keeps_dtypes_and_takes_no_part():
-    """What `convert` relies on: no tensor is cast, and an error leaves nothing behind."""
+    """`convert` relies on `fit` to keep the dtype of every tensor if none is given."""
     unet = random_unet(TINY)
     half = {k: v.bfloat16() for k, v in unet.state_dict().items()}
     assert_same_bits(fit(empty(TINY), half, "w", None, None), half)

@@ -1,4 +1,4 @@
-"""The U-Net against diffusers' UNet2DModel, against float64, and against formulas written out here."""
+"""The U-Net compared with diffusers' UNet2DModel, with itself in float64, and with formulas written out here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ needs_compiler = pytest.mark.skipif(
 def assert_equals_diffusers(
     config: UNetConfig, size: tuple[int, int] | None = None, batch: int = 2, seed: int = 0
 ) -> torch.Tensor:
-    """Compare state dicts and outputs; returns diffusers' output."""
+    """Assert that diffusers' network has an equal state dict and output; return its output."""
     unet = random_unet(config, seed)
     twin = diffusers_twin(unet)
     ours, theirs = unet.state_dict(), UNet2DModel.state_dict(twin)
@@ -186,7 +186,7 @@ def test_fractional_timesteps_are_not_truncated():
 
 
 def test_embedding_is_the_vector_that_forward_uses():
-    """Blocks hear time and class through `embedding` alone, so a sampler may tabulate it."""
+    """Blocks receive time and class through `embedding` alone, so a sampler may tabulate it."""
     unet, x = random_unet(TINY_CLASSES), random_images(TINY)
     t, labels = torch.tensor([5.0, 600.5]), torch.tensor([1, 2])
     emb = unet.embedding(t, labels)
@@ -319,7 +319,7 @@ def test_stride(levels):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["two heads at every level", "scaled timesteps", "scaled blocks"])
 def test_own_options_are_heard(variant):
-    """The same weights, another output."""
+    """With the same weights, the option changes the output."""
     config, x, t = change(**OWN_VARIANTS[variant]), random_images(TINY), torch.tensor([3, 917])
     plain = {k: v for k, v in OWN_VARIANTS[variant].items() if k not in OWN_FIELDS}
     unet, other = random_unet(config), random_unet(change(**plain))
@@ -345,7 +345,7 @@ def test_scaled_timesteps_and_blocks():
     x, t = random_images(TINY), torch.tensor([40.0, 900.0])
     scaled = random_unet(change(timestep_scale=0.25))
     assert torch.equal(scaled(x, t), random_unet(TINY)(x, t / 4))
-    # One factor for all blocks is diffusers' factor of the mid block, and the same of the others.
+    # diffusers has this factor in all blocks, but lets the configuration set only that of the mid block.
     unet = random_unet(change(block_scale_factor=2.0, mid_block_scale_factor=2.0))
     twin = diffusers_twin(random_unet(change(mid_block_scale_factor=2.0)))
     for block in (*twin.down_blocks, *twin.up_blocks):
@@ -414,7 +414,7 @@ def test_zeroed_residuals(name):
 ONE_LEVEL = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 NAN, INF = float("nan"), float("inf")
 BAD = [
-    # changes, the key, the value and what is allowed as the message says them
+    # (changes, and three things that the message must contain: the key, the value and what is allowed)
     *[({k: v}, k, v, "1 to") for k in ("in_channels", "out_channels", "norm_num_groups") for v in (0, -1, 2.0, True)],
     *[({"layers_per_block": v}, "layers_per_block", v, "1 to 16") for v in (0, 17, 1 << 40, "2", None, False)],
     ({"in_channels": None}, "in_channels", None, "a whole number"),
@@ -526,7 +526,7 @@ def test_bad_configurations(changes, key, value, allowed):
 
 
 def test_unneeded_limits_are_not_held():
-    """What no block reads may be anything that diffusers takes."""
+    """A field that no block of the network reads may have any value that diffusers accepts."""
     assert_equals_diffusers(change(attention_head_dim=17, **NO_ATTENTION, add_attention=False))
     assert_equals_diffusers(change(attn_norm_num_groups=3, add_attention=False))
     assert_equals_diffusers(change(attn_norm_num_groups=3, mid_block_type=None))
@@ -559,7 +559,7 @@ def test_defaults_are_those_of_diffusers():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["24x40", "scale-shift with classes", "identity class", "no mid block"])
 def test_diffusers_configuration_files(name, tmp_path):
-    """diffusers reads our configuration; we read the file that it writes."""
+    """diffusers reads our configuration, and we read the file that it writes."""
     config = change(**VARIANTS[name])
     twin = UNet2DModel.from_config(config.to_dict())
     twin.save_pretrained(tmp_path)
@@ -577,6 +577,17 @@ def test_diffusers_configuration_files(name, tmp_path):
 def test_unknown_keys_are_named():
     with pytest.raises(ConfigError, match=r"ch_mult, resnet_eps.*allowed: .*block_out_channels"):
         UNetConfig.from_dict({"resnet_eps": 1e-6, "ch_mult": [1, 2], "_class_name": "UNetModel", "in_channels": 3})
+
+
+def test_integers_of_numpy_become_pythons():
+    sizes = {"in_channels": 3, "norm_num_groups": 4, "num_class_embeds": 5, "null_label": 4, "attention_head_dim": 8}
+    config = change(
+        **{key: np.int64(value) for key, value in sizes.items()},
+        block_out_channels=tuple(np.array([8, 16])),
+        sample_size=(np.int32(8), np.uint8(16)),
+    )
+    assert config == change(**sizes, sample_size=(8, 16))
+    assert json.loads(json.dumps(config.to_dict())) == change(**sizes, sample_size=(8, 16)).to_dict()
 
 
 @pytest.mark.parametrize("value", [None, [], "UNet2DModel", 3])
