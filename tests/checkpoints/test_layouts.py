@@ -85,7 +85,7 @@ def state_dict(name, dtype=torch.float32):
 
 @pytest.fixture
 def file(tmp_path):
-    """Return a function that writes a case's file as its code base does, and returns its path and options for `load`."""
+    """Return a function that writes a case's file as its code base does; it returns the path and options of `load`."""
 
     def write(name, change=lambda state: state, suffix=".pt"):
         path = tmp_path / f"original{suffix}"
