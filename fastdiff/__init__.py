@@ -1,7 +1,6 @@
 """fastdiff: samples from diffusion U-Nets, as fast as the hardware allows.
 
-Names are resolved on first use (PEP 562), so that ``import fastdiff`` and
-``fastdiff --help`` cost no torch import.
+Names are resolved on first use (PEP 562), so that ``import fastdiff`` and ``fastdiff --help`` do not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _EXPORTS = {
     "TrainConfig": "fastdiff.training",
     "FastdiffError": "fastdiff.errors",
 }
-# Modules by the names that they had before the package was divided into rooms.
+# Further names of modules, kept for code written for an earlier layout of the package.
 _MODULES = {"checkpoint": "fastdiff.checkpoints", "images": "fastdiff.data.pictures"}
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The import order of the package, and what importing it costs."""
+"""The import order of the package, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 import fastdiff
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MODULES = 8  # at most, directly in fastdiff/: what else there is belongs into a room
+MODULES = 8  # the most that may lie directly in fastdiff/; others belong into a package
 
-# A room (a module or a package in fastdiff/) may import the rooms above it and itself, nothing below.
+# A room is a module or a package in fastdiff/. It may import itself and the rooms listed above it, but none below it.
 ORDER = (
     "errors",
     "files",
@@ -38,7 +38,7 @@ ORDER = (
     "cli",
     "__main__",
 )
-# UNet.from_pretrained and UNet.save_pretrained call the room that needs UNet.
+# The exceptions: UNet.from_pretrained and UNet.save_pretrained call checkpoints, which imports UNet.
 FORWARDS = {("unet", "checkpoints")}
 WHERE = "ORDER in tests/test_imports.py"
 
@@ -48,7 +48,7 @@ def is_type_checking(test: ast.expr) -> bool:
 
 
 def runtime_imports(node: ast.AST, package: str) -> Iterator[str]:
-    """Yield the full names that `node` imports when it runs, inside functions too; `package` resolves relative ones."""
+    """Yield the full names that `node` imports when it runs, within functions too; `package` resolves relative ones."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -63,9 +63,9 @@ def runtime_imports(node: ast.AST, package: str) -> Iterator[str]:
 
 
 def violations(source: str, module: str) -> Iterator[str]:
-    """Yield what is wrong with the imports of `source`, the text of the file `module` ("fastdiff.sampler").
+    """Yield the forbidden imports of `source`, the text of the file `module` ("fastdiff.sampler.sampler").
 
-    A package's own file is "fastdiff.training.__init__".
+    The name of a package's own file is, for example, "fastdiff.training.__init__".
     """
     own = module.split(".")[1]
     if own != "__init__" and own not in ORDER:
@@ -105,6 +105,15 @@ def test_few_modules_lie_outside_rooms():
 @pytest.mark.parametrize("name", fastdiff._MODULES)
 def test_modules_keep_their_former_names(name):
     assert getattr(fastdiff, name) is sys.modules[fastdiff._MODULES[name]]
+
+
+def test_checkpoint_keeps_its_functions():
+    from fastdiff import checkpoint
+
+    functions = {"load", "Pretrained", "builtin_models", "schedule_of", "read_scheduler", "load_weights"}
+    functions |= {"save_unet", "save_folder", "save_pipeline"}
+    assert functions <= set(checkpoint.__all__)
+    assert all(callable(getattr(checkpoint, name)) for name in functions)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Paths of the checkout that tests read from."""
+"""The root of the checkout, for tests that read its files."""
 
 from pathlib import Path
 

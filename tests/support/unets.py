@@ -1,4 +1,4 @@
-"""Networks that many tests use, and their diffusers twins."""
+"""Networks that many tests use, and diffusers' networks with the same weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from fastdiff.bench.networks import PUBLISHED, random_unet, randomize_
 from fastdiff.unet import UNet, UNetConfig
 
-__all__ = ["PUBLISHED", "random_unet", "randomize_"]  # from where `fastdiff bench` has them
+__all__ = ["PUBLISHED", "random_unet", "randomize_"]  # re-exported, so that tests import all networks from here
 
-# Every kind of block in two levels; a few thousand parameters, milliseconds an evaluation.
+# A network with plain blocks and blocks with attention, a few thousand parameters, and milliseconds per evaluation.
 TINY = UNetConfig(
     sample_size=8,
     in_channels=3,
@@ -31,10 +31,11 @@ TINY_CLASSES = dataclasses.replace(TINY, num_class_embeds=5, null_label=4)
 
 
 def change(config: UNetConfig = TINY, **changes) -> UNetConfig:
+    """Return the configuration with some fields replaced."""
     return dataclasses.replace(config, **changes)
 
 
-# Every option of the configuration that changes the network, as a change to TINY.
+# Changes to TINY, which together set every field of the configuration that changes the network.
 NO_ATTENTION = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 RESNET_BLOCKS = {
     "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
@@ -54,7 +55,7 @@ VARIANTS = {
     "heads that leave channels over": {"attention_head_dim": 5},
     "one group": {"norm_num_groups": 1},
     "a group per channel": {"norm_num_groups": 8, "block_out_channels": (8, 8)},
-    "norm_eps heard": {"norm_eps": 0.3},
+    "another norm_eps": {"norm_eps": 0.3},
     "24x40": {"sample_size": (24, 40), **THREE_LEVELS},
     "odd groups across the concatenation": {**THREE_LEVELS, "norm_num_groups": 6, "sample_size": 12},
     "attention everywhere": {**ATTENTION_EVERYWHERE, "downsample_padding": 0},
@@ -92,7 +93,7 @@ VARIANTS = {
     "act_fn swish": {"act_fn": "swish"},
 }
 
-# Options that diffusers does not have.
+# The same for the fields that diffusers does not have.
 OWN_VARIANTS = {
     "two heads at every level": {**ATTENTION_EVERYWHERE, "num_attention_heads": 2},
     "a wider sinusoid": {"sinusoid_dim": 12, "time_embedding_dim": 48, "num_class_embeds": 3},
@@ -106,6 +107,7 @@ OWN_VARIANTS = {
 
 @st.composite
 def configs(draw):
+    """Draw a configuration that diffusers supports too."""
     levels = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 4))
     first = st.integers(math.ceil(4 / groups), 4)
@@ -142,7 +144,7 @@ def configs(draw):
 
 
 def diffusers_twin(unet: UNet) -> UNet2DModel:
-    """diffusers' network with the configuration and the very weights (shared memory) of ``unet``."""
+    """Return diffusers' network with the configuration of ``unet`` and its weights, in shared memory."""
     with torch.device("meta"):
         twin = UNet2DModel(**unet.config.to_dict())
     twin.load_state_dict(unet.state_dict(), assign=True)
@@ -150,7 +152,7 @@ def diffusers_twin(unet: UNet) -> UNet2DModel:
 
 
 def random_images(config: UNetConfig, batch: int = 2, size: tuple[int, int] | None = None, seed: int = 1) -> Tensor:
-    """Normal noise of the network's input shape."""
+    """Draw normal noise of the network's input shape."""
     if size is None:
         size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
     generator = torch.Generator().manual_seed(seed)
@@ -158,13 +160,13 @@ def random_images(config: UNetConfig, batch: int = 2, size: tuple[int, int] | No
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||, in float64."""
+    """Compute ||a - b|| / ||b|| in float64."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm())
 
 
 def random_labels(config: UNetConfig, batch: int) -> torch.Tensor | None:
-    """Labels of the kind that the network takes, different for every image; None where it takes none."""
+    """Return labels of the kind that the network takes, different for every image; None for a network without."""
     generator = torch.Generator().manual_seed(7)
     if config.class_embed_type == "identity":
         return torch.randn((batch, config.temb_channels), generator=generator)
