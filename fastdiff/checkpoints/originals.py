@@ -157,6 +157,20 @@ def _flag(name: str, value: Any, default: Any) -> Any:
         raise ConfigError(f"flag {name}={value!r}: a value like {default!r} is needed") from e
 
 
+def _blocks(attention: list[bool], *, resnet: bool) -> dict[str, Any]:
+    """Return the fields of `UNetConfig` for blocks with and without attention, resampled by residual blocks or not.
+
+    ``attention`` is given per level, from the highest resolution to the lowest.
+    """
+    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
+    return {
+        "down_block_types": tuple("AttnDownBlock2D" if a else down for a in attention),
+        "up_block_types": tuple("AttnUpBlock2D" if a else up for a in reversed(attention)),
+        "downsample_type": "resnet" if resnet else "conv",
+        "upsample_type": "resnet" if resnet else "conv",
+    }
+
+
 # OpenAI ---------------------------------------------------------------------------------------------------------------
 
 
@@ -173,20 +187,14 @@ def _openai(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> Original
     factors_down = {size // resolution for resolution in resolutions}
     attention = [2**level in factors_down for level in range(len(widths))]
     attended = {width for width, has in zip(widths, [*attention[:-1], True], strict=True) if has}
-    resnet = "Resnet" if flags["resblock_updown"] else ""
-    kinds = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
     labels = tensors.get("label_emb.weight")
     classes = 1000 if labels is None or labels.ndim != 2 else labels.shape[0]
     config = UNetConfig(
-        **{**FIXED["openai"], **_heads(flags, attended)},
+        **{**FIXED["openai"], **_heads(flags, attended), **_blocks(attention, resnet=flags["resblock_updown"])},
         sample_size=size,
         out_channels=6 if flags["learn_sigma"] else 3,
         block_out_channels=widths,
         layers_per_block=flags["num_res_blocks"],
-        down_block_types=tuple("AttnDownBlock2D" if a else kinds[0] for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else kinds[1] for a in reversed(attention)),
-        downsample_type="resnet" if resnet else "conv",
-        upsample_type="resnet" if resnet else "conv",
         dropout=flags["dropout"],
         resnet_time_scale_shift="scale_shift" if flags["use_scale_shift_norm"] else "default",
         attn_norm_num_groups=32 if flags["use_scale_shift_norm"] else None,
@@ -289,13 +297,12 @@ def _ddpm(tensors: Mapping[str, Tensor], where: object, flags: Mapping[str, Any]
     scheduler = {**_DDPM_SCHEDULER, "variance_type": "fixed_small" if flags["sigma_small"] else "fixed_large"}
     config = UNetConfig(
         **FIXED["ddpm"],
+        **_blocks(attention, resnet=False),
         sample_size=flags["image_size"] or None,
         in_channels=_side(tensors, where, "conv_in.weight", 1),
         out_channels=_side(tensors, where, "conv_out.weight", 0),
         block_out_channels=widths,
         layers_per_block=_count(tensors, "down.0.block.{}.conv1.weight", MAX_LAYERS),
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         dropout=flags["dropout"],
     )
     return Original("ddpm", config, scheduler)
@@ -347,6 +354,7 @@ def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
     classes = _side(tensors, where, "map_label.weight", 1) if "map_label.weight" in tensors else None
     config = UNetConfig(
         **FIXED["edm"],
+        **_blocks(attention, resnet=True),
         # Their label vector is zero for an image without a class; here that is one more label, the null label.
         num_class_embeds=None if classes is None else classes + 1,
         null_label=classes,
@@ -356,10 +364,6 @@ def _edm(tensors: Mapping[str, Tensor], where: object) -> Original:
         out_channels=_side(tensors, where, f"dec.{size}x{size}_aux_conv.weight", 0),
         block_out_channels=widths,
         layers_per_block=_count(tensors, f"enc.{size}x{size}_block{{}}.conv1.weight", MAX_LAYERS),
-        down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attention)),
-        downsample_type="resnet",
-        upsample_type="resnet",
         norm_num_groups=groups.pop(),
         sinusoid_dim=None if sinusoid == first else sinusoid,
         time_embedding_dim=None if features == 4 * first else features,
@@ -401,13 +405,12 @@ def old_unet_config(config: Mapping[str, Any]) -> UNetConfig:
     attention = [config["resolution"] >> level in config["attn_resolutions"] for level in levels]
     return UNetConfig(
         **FIXED["ddpm"],
+        **_blocks(attention, resnet=False),
         sample_size=config["resolution"],
         in_channels=config["in_channels"],
         out_channels=config["out_ch"],
         block_out_channels=tuple(config["ch"] * factor for factor in config["ch_mult"]),
         layers_per_block=config["num_res_blocks"],
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         dropout=config.get("dropout", 0.0),
     )
 
