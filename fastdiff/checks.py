@@ -13,6 +13,9 @@ from typing import Any
 
 from fastdiff.errors import FastdiffError, InvalidArgument
 
+Bound = float | None
+Error = type[FastdiffError]
+
 
 def is_whole(value: object) -> bool:
     """Return whether ``value`` is an integer. NumPy's integers are; True and False are not."""
@@ -36,7 +39,7 @@ def whole(
     high: int | None = None,
     *,
     but: str = "",
-    error: type[FastdiffError] = InvalidArgument,
+    error: Error = InvalidArgument,
 ) -> int:
     """Check that ``value`` is an integer within bounds.
 
@@ -60,13 +63,7 @@ def whole(
 
 
 def number(
-    name: str,
-    value: Any,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    above: float | None = None,
-    error: type[FastdiffError] = InvalidArgument,
+    name: str, value: Any, low: Bound = None, high: Bound = None, *, above: Bound = None, error: Error = InvalidArgument
 ) -> float:
     """Check that ``value`` is a finite real number within bounds.
 
@@ -91,14 +88,7 @@ def number(
     raise error(f"{name}={value!r}: {_needed(kind, low, high)} is needed")
 
 
-def one_of(
-    name: str,
-    value: Any,
-    allowed: Collection[Any],
-    *,
-    but: str = "",
-    error: type[FastdiffError] = InvalidArgument,
-) -> Any:
+def one_of(name: str, value: Any, allowed: Collection[Any], *, but: str = "", error: Error = InvalidArgument) -> Any:
     """Check that ``value`` is one of the allowed values. True and 1 are different values, as are False and 0.
 
     Args:

@@ -258,7 +258,7 @@ def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Compute a SHA-256 digest that identifies weights exactly, on every machine.
+    """Compute a SHA-256 digest that identifies weights exactly.
 
     ``trilemma.json`` stores it, so that measurements are used only with the weights for which they were made.
 

@@ -22,20 +22,24 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
         "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
         "flip_sin_to_cos": False, "freq_shift": 1,
     },
-    # openai/improved-diffusion and guided-diffusion: eps 1e-5, [cos, sin] without it, padding on both sides.
+    # openai/improved-diffusion and guided-diffusion: eps 1e-5, the sinusoid [cos, sin] without its endpoint, stride-2
+    # convolutions padded on all sides.
     "openai": {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
 }  # fmt: skip
 # Limits far beyond any real network, which bound the time and memory that an untrusted config.json can cost.
 MAX_LEVELS, MAX_LAYERS, MAX_SIZE = 16, 16, 1 << 20
+OPTIONAL_SIZES = (
+    "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds", "num_attention_heads",
+    "sinusoid_dim",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UNetConfig:
     """Configuration of a `UNet`.
 
-    Fields, names and defaults are those of diffusers' ``UNet2DModel``, in its order; the last nine fields, from
-    ``null_label`` on, are fastdiff's own, and their defaults describe a network of diffusers. All sizes are at least 1
-    and at most 2^20.
+    The names and defaults are those of diffusers' ``UNet2DModel``. The last nine fields, from ``null_label`` on, are
+    fastdiff's own; with their defaults, a network is one of diffusers. All sizes are from 1 to 2^20.
 
     Attributes:
         sample_size: Side of the images, or (height, width), with which the network was trained. It is only the default
@@ -58,13 +62,15 @@ class UNetConfig:
         mid_block_scale_factor: Divisor of the output, input + branch, of the mid block's residual blocks and attention;
             not 0.
         downsample_padding: 1 for stride-2 convolutions padded on all sides, 0 for padding on the right and bottom only.
-        downsample_type: How blocks with attention halve the size: "conv", a convolution of stride 2, or "resnet".
-        upsample_type: How blocks with attention double the size: "conv", repetition and a convolution, or "resnet".
+        downsample_type: How blocks with attention halve the size: "conv", a convolution of stride 2, or "resnet", a
+            residual block.
+        upsample_type: How blocks with attention double the size: "conv", nearest-neighbour upsampling followed by a
+            convolution, or "resnet".
         dropout: Dropout probability in residual blocks while training, 0 <= dropout < 1.
         act_fn: Activation function; "silu" and "swish" are two names of the only one supported.
-        attention_head_dim: Channels of an attention head; None for one head. The channels that a whole number of heads
-            leaves over are dropped by the projections, as in diffusers.
-        norm_num_groups: Number of groups of all GroupNorm layers, except as ``attn_norm_num_groups`` says.
+        attention_head_dim: Channels of an attention head; None for one head. An attention has as many heads as fit into
+            its channels, so that its projections are narrower than its input if a remainder is left, as in diffusers.
+        norm_num_groups: Number of groups of all GroupNorm layers but the one that ``attn_norm_num_groups`` concerns.
         attn_norm_num_groups: Number of groups of the GroupNorm before the mid block's attention; None for
             ``norm_num_groups``, or for no norm if ``resnet_time_scale_shift`` is "scale_shift".
         norm_eps: The epsilon of all GroupNorm layers, positive.
@@ -83,12 +89,12 @@ class UNetConfig:
             label; the time embedding then does not depend on the class.
         class_before_mlp: Whether the class is added to the sinusoid, before the time MLP, as a linear map of the
             one-hot label times sqrt(number of classes) (EDM's DDPM++). It requires a null label, whose vector is zero.
-        num_attention_heads: Number of heads at every level, in place of ``attention_head_dim``; None for as many heads
-            of that width as fit.
+        num_attention_heads: Number of heads of every attention, which must divide its channels; ``attention_head_dim``
+            is then ignored. None for heads of ``attention_head_dim`` channels.
         sinusoid_dim: Width of the sinusoid; None for ``block_out_channels[0]``. ADM-512 has another.
         timestep_scale: Factor on timesteps before the sinusoid, not 0; 1000 / T in improved-diffusion's networks with
             ``rescale_timesteps``.
-        block_scale_factor: The same divisor for all other residual blocks and attentions; sqrt(2) in DDPM++.
+        block_scale_factor: Divisor of the output of all other residual blocks and attentions, not 0; sqrt(2) in DDPM++.
         up_attention: Attention of an up block: "all" for one after every residual block, "last" for one after the last
             (DDPM++).
         resample_shortcut: Whether residual blocks that resample have a 1x1 convolution in their shortcut (DDPM++).
@@ -151,29 +157,18 @@ class UNetConfig:
 
     def _check_whole_numbers(self) -> None:
         """Check all integers and replace NumPy's by Python's, which JSON can hold."""
-
-        def size(name: str, value: Any, most: int = MAX_SIZE) -> int:
-            return whole(name, value, 1, most, error=ConfigError)
-
-        checked: dict[str, Any] = {k: size(k, getattr(self, k)) for k in ("in_channels", "out_channels")}
-        checked["layers_per_block"] = size("layers_per_block", self.layers_per_block, MAX_LAYERS)
-        checked["norm_num_groups"] = size("norm_num_groups", self.norm_num_groups)
-        for key in (
-            "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds",
-            "num_attention_heads", "sinusoid_dim",
-        ):  # fmt: skip
-            if getattr(self, key) is not None:
-                checked[key] = size(key, getattr(self, key))
-        checked["block_out_channels"] = tuple(
-            size(f"block_out_channels[{i}]", channels) for i, channels in enumerate(self.block_out_channels)
-        )
-        if isinstance(self.sample_size, tuple):
-            if len(self.sample_size) != 2:
+        checked: dict[str, Any] = {}
+        for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", *OPTIONAL_SIZES):
+            if getattr(self, key) is not None or key not in OPTIONAL_SIZES:
+                checked[key] = _size(key, getattr(self, key), MAX_LAYERS if key == "layers_per_block" else MAX_SIZE)
+        widths = enumerate(self.block_out_channels)
+        checked["block_out_channels"] = tuple(_size(f"block_out_channels[{i}]", width) for i, width in widths)
+        if self.sample_size is not None:
+            sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
+            if len(sides) != 2:
                 raise ConfigError(f"sample_size={self.sample_size!r}: one number or two (height, width) are allowed")
-            height, width = self.sample_size
-            checked["sample_size"] = (size("sample_size height", height), size("sample_size width", width))
-        elif self.sample_size is not None:
-            checked["sample_size"] = size("sample_size height", self.sample_size)
+            height, width = _size("sample_size height", sides[0]), _size("sample_size width", sides[1])
+            checked["sample_size"] = (height, width) if isinstance(self.sample_size, tuple) else height
         for key, value in checked.items():
             object.__setattr__(self, key, value)
 
@@ -375,6 +370,10 @@ class UNetConfig:
             if config[key] == default:
                 del config[key]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+
+
+def _size(name: str, value: Any, most: int = MAX_SIZE) -> int:
+    return whole(name, value, 1, most, error=ConfigError)
 
 
 # The fields that diffusers does not have, with their defaults, which describe a network of diffusers.
