@@ -1,6 +1,16 @@
-// The network's entrance, the embedding, and 2 x 2 averages.
+// The first operation of a network: planes of the image and of the class image -> NHWC.
+#pragma once
 
-static void input(const InputArgs& a, Range strips) {
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.hpp"
+
+namespace fastdiff {
+namespace {
+
+// Computes strips of dst [rows, H, W, padded channels], as InputArgs describes it.
+void input(const InputArgs& a, Range strips) {
   const int64_t plane = static_cast<int64_t>(a.map.height) * a.map.width;
   const int width = padded(a.channels * (a.combine == 3 ? 2 : 1)), per_row = a.map.strips();
   for (int s = strips.begin; s < strips.end; s++) {
@@ -25,31 +35,5 @@ static void input(const InputArgs& a, Range strips) {
   }
 }
 
-// dst [rows, padded features] = silu(time + class)
-static void embed(RowVectors time, RowVectors classes, int features, float* dst, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    for (int c = 0; c < padded(features); c += lanes) {
-      Vec v = splat(0);
-      for (int l = 0; l < lanes && c + l < features; l++) v[l] = time(row)[c + l] + classes(row)[c + l];
-      store(dst + static_cast<int64_t>(row) * padded(features) + c, silu(v));
-    }
-}
-
-// space: pool_size() numbers.
-static void pool(const PoolArgs& a, Range strips, float* space) {
-  const int channels = a.src.all_channels(), per_row = a.map.strips();
-  for (int s = strips.begin; s < strips.end; s++) {
-    const int row = s / per_row, y0 = s % per_row * strip, rows = std::min(strip, a.map.height - y0);
-    for (int c = 0; c < channels; c += lanes) {
-      read_pixels(a.src, false, row, 2 * y0, 2 * rows, 0, 2 * a.map.width, c, space);
-      for (int y = 0; y < rows; y++)
-        for (int x = 0; x < a.map.width; x++) {
-          const float* p = space + (4 * y * a.map.width + 2 * x) * lanes;
-          const float* q = p + 2 * a.map.width * lanes;
-          const Vec sum = (load(p) + load(p + lanes)) + (load(q) + load(q + lanes));
-          store(a.dst + ((static_cast<int64_t>(row) * a.map.height + y0 + y) * a.map.width + x) * channels + c,
-                sum * 0.25f);
-        }
-    }
-  }
-}
+}  // namespace
+}  // namespace fastdiff
