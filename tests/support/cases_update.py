@@ -30,7 +30,7 @@ TERMS = ("kx", "ko", "hx", "ho", "h0", "ax", "ao", "a0", "a1", "a2", "a3", "as_"
 
 
 def random_table(rows: int, seed: int, zeros: float) -> StepTable:
-    """Build a table of coefficients in +-[0.3, 1], a share ``zeros`` of them 0, that pushes, saves and clips at random."""
+    """Build a table of coefficients in +-[0.3, 1], of which a share ``zeros`` is 0, with pushes, saves and bounds."""
     g = np.random.default_rng(seed)
     levels = np.linspace(0.1, 1.0, rows + 1)
     built = []
