@@ -1,4 +1,5 @@
-// The update, guidance and noise by themselves, for Python: what the tests compare with fastdiff/update.py.
+// Python functions for the update, guidance and noise by themselves. Tests compare them with fastdiff/core/update.py
+// and fastdiff/core/noise.py.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -18,7 +19,7 @@ namespace nb = nanobind;
 template <class T>
 using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
-// Images begin to end; end -1 stands for all.
+// Returns the images `begin` to `end` - 1; end -1 stands for all of them.
 inline Range image_range(int begin, int end, int images) {
   if (end == -1) end = images;
   if (begin < 0 || begin > end || end > images)
@@ -42,7 +43,7 @@ void check_shape(const A& array, std::initializer_list<size_t> shape, const char
     throw std::invalid_argument(std::string(name) + " has a shape that does not fit the others");
 }
 
-// The bank, with every image's table and row inside of it.
+// Returns the bank after checking that it has the table and the row of every image.
 inline Bank checked_bank(const Array<const float>& values, const Array<const int64_t>& table,
                          const Array<const int64_t>& row, size_t images) {
   check_shape(table, {images}, "table");
@@ -76,7 +77,7 @@ inline void bind_update(nb::module_& m) {
         for (const char* name : column_names) names.append(name);
         return names;
       },
-      "The columns of a table, in the order in which the kernels read them.");
+      "List the columns of a table, in the order in which the kernels read them.");
 
   m.def(
       "update",
@@ -130,7 +131,8 @@ inline void bind_update(nb::module_& m) {
       "xs"_a.noconvert().none() = nb::none(), "m1"_a.noconvert().none() = nb::none(),
       "m2"_a.noconvert().none() = nb::none(), "m3"_a.noconvert().none() = nb::none(), "begin"_a = 0, "end"_a = -1,
       "isa"_a = "",
-      "One row of the table for images begin to end (all), in place: fastdiff.core.update.update without the advance.");
+      "Apply one row of the table to images begin to end - 1 (default: all) in place, without row += 1 "
+      "(fastdiff.core.update.update).");
 
   m.def(
       "guide",
@@ -167,8 +169,9 @@ inline void bind_update(nb::module_& m) {
       "out"_a.noconvert(), "net"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
       "guidance"_a.noconvert().none(), nb::kw_only(), "channels"_a, "rescale"_a = 0.0f, "begin"_a = 0, "end"_a = -1,
       "isa"_a = "",
-      "The network's NHWC output as planes of channels, guided (fastdiff.core.update.guide). guidance None: net has no "
-      "unconditional rows.");
+      "Guide the network's NHWC output and write it as planes of channels (fastdiff.core.update.guide). guidance None: "
+      "net "
+      "has no unconditional rows.");
 
   m.def(
       "advance",
@@ -180,7 +183,7 @@ inline void bind_update(nb::module_& m) {
         advance(row.data(), table.data(), lengths.data(), static_cast<int>(table.size()));
       },
       "row"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(),
-      "row += 1 in place; a finished image stays at its table's identity row.");
+      "Add 1 to row in place; a finished image stays at the identity row of its table.");
 
   m.def(
       "philox",
@@ -208,7 +211,7 @@ inline void bind_update(nb::module_& m) {
         }
       },
       "words"_a.noconvert(), "counter"_a.noconvert(), "key"_a.noconvert(), nb::kw_only(), "isa"_a = "",
-      "Philox4x32-10 of n counters [n, 4] with keys [n, 2] into words [n, 4], all uint32.");
+      "Compute Philox4x32-10 of n counters [n, 4] with keys [n, 2] into words [n, 4], all uint32.");
 
   m.def(
       "normals",
@@ -235,8 +238,9 @@ inline void bind_update(nb::module_& m) {
       },
       "z"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(), "row"_a.noconvert(), nb::kw_only(), "stream"_a,
       "first"_a = 0, "words"_a.noconvert().none() = nb::none(), "isa"_a = "",
-      "Standard normals into z [images, ...], as fastdiff.core.noise.normal, from counter `first` on; and the words they "
-      "are made of, into words.");
+      "Write standard normals to z [images, ...], as fastdiff.core.noise.normal, from counter `first` on, and the "
+      "words "
+      "they are made of to words.");
 }
 
 }  // namespace fastdiff

@@ -5,98 +5,18 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
-
 namespace fastdiff {
 
 namespace {
 
-void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Spins while `waiting` holds, giving the processor away when that takes long (more threads than processors).
-template <class Condition>
-void spin(Condition waiting) {
-  for (int i = 0; waiting(); i++) {
-    if (i < 4000)
-      pause();
-    else
-      std::this_thread::yield();
-  }
-}
-
-// Numbers of loaded items and products that one member handles at a time: about what stays in a core's second-level
-// cache. As the products prefetch, two thirds or twice as many are no faster.
+// Numbers of loaded items and products that a member processes at a time: about what fits into a core's L2 cache.
+// Because the products prefetch, neither two thirds nor twice as many are faster.
 constexpr int64_t block_numbers = 256 * 1024;
 
-// Items a member must have for itself if it is to read all weights for them.
+// The least number of items per member for which it pays that every member reads all weights.
 constexpr int panel_items = 24;
 
 }  // namespace
-
-// Team ---------------------------------------------------------------------------------------------------------------
-
-Team::Team(int size) {
-  if (size < 1) throw std::invalid_argument("threads: at least 1 is needed");
-  for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
-}
-
-Team::~Team() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-  }
-  wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
-}
-
-void Team::barrier() {
-  const uint64_t phase = phase_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  spin([&] { return phase_.load(std::memory_order_acquire) == phase; });
-}
-
-void Team::start(void (*call)(void*, int), void* work) {
-  if (!threads_.empty()) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      call_ = call;
-      work_ = work;
-      round_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-  }
-  call(work, 0);
-  if (!threads_.empty()) barrier();
-}
-
-void Team::serve(int index) {
-  uint64_t seen = 0;
-  for (;;) {
-    for (int i = 0; i < 20000 && round_.load(std::memory_order_acquire) == seen; i++) pause();
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return stop_ || round_.load(std::memory_order_relaxed) != seen; });
-      if (stop_) return;
-      seen = round_.load(std::memory_order_relaxed);
-    }
-    call_(work_, index);
-    barrier();
-  }
-}
-
-// Engine -------------------------------------------------------------------------------------------------------------
 
 Engine::Engine(const Kernels& kernels, std::shared_ptr<Team> team, int rows)
     : kernels_(kernels), team_(std::move(team)), rows_(rows) {
@@ -106,16 +26,16 @@ Engine::Engine(const Kernels& kernels, std::shared_ptr<Team> team, int rows)
 Engine::Split Engine::split(const ConvArgs& conv) const {
   const int strips = rows_ * conv.map.strips(), members = team_->size();
   const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() / (conv.bf16 ? 2 : 1) + panel);
-  // Of the blocks that fit, the one whose items leave the fewest lanes of the last group of six idle, then the largest.
-  // All weights of 1x1 stay in the cache themselves, so small blocks cost nothing and are read panel by panel from there.
+  // Among the blocks that fit, take the largest one whose number of items nearly fills the last group of six that a
+  // product computes at a time. The weights of a 1x1 convolution fit into the cache, so that its blocks may be smaller.
   const int64_t numbers = conv.kernel == 1 ? block_numbers / 4 : block_numbers;
   const int most = static_cast<int>(std::clamp<int64_t>(numbers / (item * conv.items()), 1, strips));
   int block = 1;
   const auto waste = [&](int b) { return static_cast<double>(ceil_div(b * conv.items(), 6) * 6) / (b * conv.items()); };
   for (int b = 1; b <= most; b++)
     if (waste(b) <= waste(block) + 0.02) block = b;
-  // Weights are read once per block. Where a member's strips are few, everybody reading all weights costs more than
-  // everybody reading all items.
+  // Weights are read once per block. If members have few strips each, it costs more that every member reads all weights
+  // than that every member reads all items.
   const int mine = ceil_div(strips, members) * conv.items();
   if (members > 1 && conv.panels() >= members && (mine < panel_items || strips < members)) return {strips, true};
   return {std::min(block, ceil_div(strips, members)), false};

@@ -1,4 +1,4 @@
-// Compiled without any instruction-set flag: it must run on every processor of the architecture.
+// This file is compiled without instruction-set flags, as it must run on every processor of the architecture.
 #include "isa.hpp"
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// Instruction sets: the kernels are compiled once for each, and the best one the processor has is chosen at run time.
+// Instruction sets. The kernels are compiled once for each; one that the processor supports is chosen at run time.
 #pragma once
 
 #include <string>
@@ -8,11 +8,11 @@
 
 namespace fastdiff {
 
-// Every instruction set that this build knows and this processor has, best first.
+// Returns the kernels of all instruction sets that this build contains and this processor supports, the best one first.
 std::vector<const Kernels*> available_kernels();
 
-// By name ("avx512"), or the first of available_kernels() where it is empty.
-// Throws std::invalid_argument naming the available ones.
+// Returns the kernels of the given name ("avx512"), or the first of available_kernels() if the name is empty.
+// Throws std::invalid_argument, which lists the available ones, if there are none of that name.
 const Kernels& choose_kernels(const std::string& name);
 
 }  // namespace fastdiff

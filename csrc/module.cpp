@@ -1,4 +1,5 @@
-// fastdiff._native: the engine for Python. Buffers come as addresses, whose owner is fastdiff/backends/native.py.
+// fastdiff._native, the Python module of the engine. Operations get their buffers as addresses;
+// fastdiff/backends/native/ owns the memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -17,7 +18,7 @@ using namespace fastdiff;
 
 namespace {
 
-// A field of two addresses or numbers, set as a list of one or two.
+// Sets a field of two addresses or numbers from a list of one or two.
 template <class T, class Value>
 void set_pair(Value (&pair)[2], const std::vector<T>& values) {
   if (values.size() < 1 || values.size() > 2) throw std::invalid_argument("one or two sources are needed");
@@ -49,7 +50,8 @@ using ConstFloats = Array<const float>;
 using Integers = Array<int64_t>;
 using ConstIntegers = Array<const int64_t>;
 
-// Network, guidance and, where `advance_rows`, the update and row += 1: one step of a batch in one call.
+// Runs one step of a batch in one call: the network, guidance and, where `advance_rows`, the update and row += 1. in_*:
+// the buffers of the program (NetworkInputs); the others belong to the batch.
 void step(Engine& engine, Floats in_x, Integers in_timestep, Integers in_label, Floats in_class_image,
           ConstFloats in_out, Floats x, Integers row, ConstIntegers table, ConstIntegers entry, ConstIntegers label,
           ConstFloats class_image, Floats net, Floats out, ConstFloats bank, ConstFloats guidance, float rescale,
@@ -125,7 +127,7 @@ void step(Engine& engine, Floats in_x, Integers in_timestep, Integers in_label, 
   advance(row.data(), table.data(), lengths.data(), batch.images);
 }
 
-// The best of a few short runs.
+// Returns the highest rate, in GFLOP/s, of a few short runs that do `flop` operations each.
 template <class Work>
 double gflops(double flop, Work work) {
   double best = 0;
@@ -138,6 +140,7 @@ double gflops(double flop, Work work) {
   return best;
 }
 
+// Measures one thread: (GFLOP/s of products in the cache, GFLOP/s of multiply-adds on registers).
 std::pair<double, double> rates(const std::string& isa) {
   const Kernels& kernels = choose_kernels(isa);
   constexpr int items = 24, depth = 64, repeats = 200, rounds = 20000;
@@ -172,9 +175,9 @@ NB_MODULE(_native, m) {
   });
 
   bind_update(m);
-  m.def(
-      "rates", &rates, nb::arg("isa") = "", nb::call_guard<nb::gil_scoped_release>(),
-      "GFLOP/s of one thread: (products of the inner kernel on data in the cache, multiply-adds on registers alone).");
+  m.def("rates", &rates, nb::arg("isa") = "", nb::call_guard<nb::gil_scoped_release>(),
+        "Measure GFLOP/s of one thread: (products of the inner kernel on data in the cache, multiply-adds on "
+        "registers).");
 
   nb::enum_<Method>(m, "Method")
       .value("direct", Method::direct)

@@ -1,7 +1,7 @@
-// What the sampler's update, guidance and noise read and write; kernels/update.hpp computes them.
+// Arguments of the sampler's kernels: update, guidance and noise (kernels/update.hpp, guidance.hpp, noise.hpp).
 //
-// x, xs, m1..m3 and z are [images, channels, H, W] in float32, in place; every image stands at its own row of its own
-// table. Image i does not depend on the images around it, nor on how they are shared among threads.
+// x, xs, m1..m3 and z are [images, channels, H, W] in float32, and are updated in place. Every image has its own table
+// and its own row of it. An image's result depends neither on the other images nor on how threads share them.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fastdiff {
 
-// The columns of a table: COLUMNS in fastdiff/solvers/table.py, which says what they mean, in the same order.
+// The columns of a table, in the order of COLUMNS in fastdiff/solvers/table.py, which explains them.
 #define FASTDIFF_COLUMNS(column)                                                                                       \
   column(t) column(abar) column(abar_next) column(kx) column(ko) column(c) column(hx) column(ho) column(h0) column(ax) \
       column(ao) column(a0) column(a1) column(a2) column(a3) column(as_) column(s) column(sv) column(g) column(save)   \
@@ -28,10 +28,11 @@ constexpr const char* column_names[] = {FASTDIFF_COLUMNS(FASTDIFF_COLUMN)};
 constexpr int column_count = sizeof column_names / sizeof *column_names;
 static_assert(sizeof(Coefficients) == column_count * sizeof(float));
 
-// The tables of a batch. Every table ends in an identity row, where its finished images idle; shorter ones repeat it.
+// The tables of a batch. The last row of a table is the identity, at which finished images remain; tables that are
+// shorter than the longest one repeat it.
 struct Bank {
   const float* values = nullptr;  // [tables, rows, columns]
-  int64_t rows = 0;               // of the longest table, the identity row included
+  int64_t rows = 0;               // rows of the longest table, including the identity row
 
   Coefficients operator()(int64_t table, int64_t row) const {
     Coefficients k;
@@ -40,30 +41,30 @@ struct Bank {
   }
 };
 
-// row += 1, up to the identity row of the image's table; lengths: [tables], without the identity row.
+// Advances every image by one row, up to the identity row of its table. lengths: [tables], without the identity row.
 inline void advance(int64_t* row, const int64_t* table, const int64_t* lengths, int images) {
   for (int i = 0; i < images; ++i)
     if (row[i] < lengths[table[i]]) ++row[i];
 }
 
-// The weight of guidance, 1 + g (guidance - 1). Volatile, so that the product is rounded, as the reference's is, and
-// not fused with the addition.
+// Returns the weight of guidance, 1 + g (guidance - 1). The product is volatile so that it is rounded, as in the
+// reference, and not fused with the addition.
 inline float guidance_weight(float g, float guidance) {
   const volatile float step = g * (guidance - 1.0f);
   return 1.0f + step;
 }
 
-// An operand whose coefficient is zero is not read: its pointer may be null, its memory left over. A null operand
-// counts as one without a coefficient; push needs m1, save needs xs, and they do nothing without. sv needs out_channels
-// = 2 channels, and is left out where there are fewer: the caller checks.
+// Arguments of an update. An operand whose coefficient is zero is not read: its pointer may be null, or its memory
+// uninitialised. A null operand is treated as if its coefficient were zero; push without m1 and save without xs do
+// nothing. A learned variance (sv) needs out_channels = 2 channels and is ignored otherwise, so the caller checks that.
 struct UpdateArgs {
   Bank bank;
   const int64_t* table = nullptr;  // [images]
   const int64_t* row = nullptr;    // [images]; advance() comes after the update
-  const int64_t* seed = nullptr;   // [images], as two's complement; with index, read for Philox noise only
-  const int64_t* index = nullptr;  // [images], their global numbers
-  int channels = 0;                // of x
-  int out_channels = 0;            // of out: channels, or twice as many where the second half is v
+  const int64_t* seed = nullptr;   // [images], 64 bits as a signed integer; read for Philox noise only, as is index
+  const int64_t* index = nullptr;  // [images], global index of each image
+  int channels = 0;                // channels of x
+  int out_channels = 0;            // channels of out: as many, or twice as many, the second half being v
   int64_t pixels = 0;              // H W
   float* x = nullptr;
   float* xs = nullptr;
@@ -71,37 +72,38 @@ struct UpdateArgs {
   float* m2 = nullptr;
   float* m3 = nullptr;
   const float* out = nullptr;       // [images, out_channels, H, W]
-  const float* z = nullptr;         // the caller's noise; null: Philox
-  const float* x0_scale = nullptr;  // [images], of kx x + ko out before the bound; null: 1
+  const float* z = nullptr;         // noise given by the caller; null: Philox noise
+  const float* x0_scale = nullptr;  // [images], factor of kx x + ko out before it is clipped; null: 1
 };
 
-// From what the network wrote to the `out` of UpdateArgs: planes of channels, guided.
+// Arguments of guidance, which turns the output of the network, NHWC, into the `out` of UpdateArgs.
 struct GuideArgs {
   Bank bank;
   const int64_t* table = nullptr;
   const int64_t* row = nullptr;
   const float* guidance = nullptr;  // [images]; 1 is off
   float rescale = 0.0f;
-  int images = 0;       // of the whole batch
-  bool guided = false;  // row images + i of net is image i without its label; bank, ... guidance are read only then
-  int channels = 0;     // that are guided; those past them (v) are the conditional row's
+  int images = 0;       // images of the whole batch
+  bool guided = false;  // row images + i of net is the unconditional one of image i; else bank to guidance are not read
+  int channels = 0;     // channels that are guided; the others (v) are copied from the conditional row
   int out_channels = 0;
-  int padded = 0;              // channels in a pixel of net
+  int padded = 0;              // channels of a pixel of net, including padding
   int64_t pixels = 0;          // H W
   const float* net = nullptr;  // [images or 2 images, H, W, padded]
   float* out = nullptr;        // [images, out_channels, H, W]
 };
 
-// Noise by itself: of the counters first, first + 1, ... of each image, four numbers each (fastdiff/noise.py).
+// Arguments of noise by itself, from the counters first, first + 1, ... of each image, four numbers each
+// (fastdiff/core/noise.py).
 struct NoiseArgs {
   const int64_t* seed = nullptr;   // [images]
   const int64_t* index = nullptr;  // [images]
   const int64_t* row = nullptr;    // [images], below 2^24
   int stream = 0;                  // below 2^8
   int64_t first = 0;
-  int64_t size = 0;           // numbers of an image
-  uint32_t* words = nullptr;  // [images, size]; null: not wanted
-  float* z = nullptr;         // [images, size]; null: not wanted
+  int64_t size = 0;           // numbers per image
+  uint32_t* words = nullptr;  // [images, size], or null
+  float* z = nullptr;         // [images, size], or null
 };
 
 }  // namespace fastdiff

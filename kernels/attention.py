@@ -1,4 +1,7 @@
-"""Attention over the pixels of a row, head by head, without the matrix of its weights (Dao et al. 2022)."""
+"""Multi-head attention over the pixels of a row, without storing the matrix of its weights (Dao et al. 2022).
+
+`attention` builds the launch, `_attention` is the kernel, and `attention_reference` computes the same in torch.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,22 @@ from torch import Tensor
 
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, name_of, operation, power_of_two, wide
 
-PRECISION = "tf32x3"  # of float32, see `fastdiff.kernels.conv`
+PRECISION = "tf32x3"  # of float32 products; see `fastdiff.kernels.conv`
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig(Config):
-    """A program takes ``queries``, against ``keys`` at a time, and makes ``width`` channels of the result.
+    """Tile sizes of attention.
 
-    Heads of more channels are made in parts, each by a program that computes all weights, from products of ``depth``
-    channels at a time; so are heads of at most ``width`` where ``depth`` is less. single: for float32, whose operands
-    are twice as large.
+    A head with more than ``width`` channels is split into parts. Each part is computed by a program of its own, which
+    computes all weights again, ``depth`` channels at a time. The same loop runs if ``depth`` is less than ``width``.
+
+    Attributes:
+        queries: queries per program.
+        keys: keys per iteration.
+        width: channels of the result per program.
+        depth: channels per product of queries and keys.
+        single: whether the configuration is for float32, whose operands take twice the shared memory.
     """
 
     queries: int
@@ -30,7 +39,7 @@ class AttentionConfig(Config):
     single: bool = False
 
 
-# Sums of queries x width in float32 are in registers, all other operands in shared memory; larger tiles first.
+# The float32 sums [queries, width] are in registers, all other operands in shared memory. Larger tiles come first.
 CANDIDATES = (
     AttentionConfig(num_warps=4, num_stages=3, queries=128, keys=64, width=64, depth=64),
     AttentionConfig(num_warps=4, num_stages=3, queries=64, keys=64, width=64, depth=64),
@@ -48,13 +57,13 @@ def _attention(
     WHOLE: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of queries x parts of the head's channels, heads, rows). WHOLE: the one part is the head; SHARED:
-    then k and v may be one tensor.
+    """Compute a block of queries of one head, over blocks j of keys (Dao et al. 2022, algorithm 1):
 
-    Over blocks j of keys (Dao et al. 2022, algorithm 1), with weights and sums relative to the largest score so far:
+        s = q k_j^T scale,    m' = max(m, max s),    p = 2^(s - m'),    l' = l 2^(m - m') + sum p,
+        acc' = acc 2^(m - m') + p v_j,    result = acc / l                   scale = log2(e) / sqrt(head_dim)
 
-        s = q k_j^T scale,    m' = max(m, max s),    p = 2^(s - m'),    l = l 2^(m - m') + sum p,
-        acc = acc 2^(m - m') + p v_j,    at the end acc / l                  scale = log2(e) / sqrt(head_dim)
+    Grid: (blocks of queries x parts of a head's channels, heads, rows). WHOLE: the head is a single part. SHARED: k and
+    v are the same tensor, which a whole head reads once.
     """
     blocks = tl.cdiv(tokens, QUERIES)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -114,11 +123,15 @@ def attention(
     chosen_for: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Launch:
-    """dst = softmax(q k^T / sqrt(head_dim)) v, over the pixels of a row; v None: it is k.
+    """Compute dst = softmax(q k^T / sqrt(head_dim)) v, head by head, over the pixels of a row.
 
-    Each is [rows, H, W, heads head_dim], and may be a slice of wider pixels, as q, k and v of one product are. The
-    largest score is found as keys go by, so that none overflows. In bfloat16 and float16 weights are rounded to that
-    before they meet v. chosen_for: see `fastdiff.kernels.launch.operation`.
+    Scores are relative to the largest one so far, so that no exponential overflows. In bfloat16 and float16 the weights
+    are rounded to that dtype before they are multiplied by v.
+
+    Args:
+        q, k, v, dst: [rows, H, W, heads head_dim], contiguous or slices of wider pixels. v None: v is k.
+        heads, head_dim: number of heads, and channels of each.
+        chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     rows, H, W, inner = dst.shape
     assert inner == heads * head_dim
@@ -156,8 +169,9 @@ def attention(
 
 
 def heuristic(sequences: int, tokens: int, head_dim: int, single: bool, processors: int) -> AttentionConfig:
-    """The narrowest that holds a head whole, else the one for parts; of several the largest tile that gives every
-    multiprocessor one.
+    """Choose the narrowest configuration that holds a whole head, or else the one that splits heads.
+
+    Among several of that width it is the largest tile with at least one program per multiprocessor.
     """
     kind = [config for config in CANDIDATES if config.single == single]
     holding = [config for config in kind if config.depth == config.width >= head_dim]
@@ -170,6 +184,7 @@ def heuristic(sequences: int, tokens: int, head_dim: int, single: bool, processo
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, dst: Tensor, heads: int) -> None:
+    """Compute dst = softmax(q k^T / sqrt(head_dim)) v in torch."""
     q, k, v = (wide(x).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
     dst.copy_((weights @ v).transpose(1, 2).reshape(dst.shape))

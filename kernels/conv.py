@@ -1,4 +1,9 @@
-"""Convolutions and matrix products on NHWC maps, as implicit GEMM: 1x1 or 3x3, stride 1 or 2, or behind a doubling."""
+"""Convolutions and matrix products on NHWC maps as implicit GEMM: 1x1 or 3x3, stride 1 or 2, or upsampled before.
+
+`layer` is what backends use: it computes a convolution by one to three launches. `conv` is the whole of it as one
+kernel. `partial` splits its sums among programs, for `fastdiff.kernels.epilogue.finish` to add. `product_reference`
+computes the products in torch.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +25,23 @@ from fastdiff.kernels.tiles import Blocks
 
 # Weights --------------------------------------------------------------------------------------------------------------
 
-MULTIPLE = 16  # to which the columns of packed weights are padded, so that every row of them is aligned
+MULTIPLE = 16  # the columns of packed weights are padded to a multiple of this, so that every row is aligned
 
 
 def pack(weight: Tensor, channels: Sequence[int], dtype: torch.dtype, upsample: bool = False) -> tuple[Tensor, ...]:
-    """[N, C, k, k] -> for each source, of ``channels``, [phases, taps, C_i, N padded], in ``dtype``.
+    """Pack weights [N, C, k, k] as [phases, taps, C_i, padded N] for each source.
 
-    upsample: the convolution is 3x3 behind a nearest doubling, and becomes four of 2x2 on the source, one for each
-    phase (p, q) of the result, whose taps are sums of those that meet the same pixel. With i the phase's pixel:
+    A 3x3 convolution after nearest-neighbour doubling equals four 2x2 convolutions of the source, one for each phase
+    (p, q) of the result. Their taps are sums, in float64, of the taps that read the same pixel. With i the pixel of the
+    phase:
 
-        p = 0: tap 0 at i - 1, taps 1 + 2 at i        p = 1: taps 0 + 1 at i, tap 2 at i + 1        (q alike)
+        p = 0: tap 0 at i - 1, taps 1 + 2 at i        p = 1: taps 0 + 1 at i, tap 2 at i + 1        (q likewise)
 
-    Sums are taken in float64.
+    Args:
+        weight: [N, C, k, k].
+        channels: C_i of each source.
+        dtype: dtype of the result.
+        upsample: whether the sources are doubled first.
     """
     N, _, k, _ = weight.shape
     W = weight.double().permute(2, 3, 1, 0)[None]  # [1, ky, kx, C, N]
@@ -44,7 +54,7 @@ def pack(weight: Tensor, channels: Sequence[int], dtype: torch.dtype, upsample: 
 
 
 def unpack(weight: Sequence[Tensor], N: int) -> Tensor:
-    """[phases, N, C, k, k] of what `pack` made."""
+    """Return the weights [phases, N, C, k, k] that `pack` packed."""
     W = torch.cat([wide(part) for part in weight], dim=2)[..., :N]
     kernel = round(W.shape[1] ** 0.5)
     return W.unflatten(1, (kernel, kernel)).permute(0, 4, 3, 1, 2)
@@ -55,9 +65,12 @@ def unpack(weight: Sequence[Tensor], N: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class ConvConfig(Config):
-    """A program makes a tile of ``pixels`` by ``channels``, ``depth`` products at a time.
+    """Tile sizes of a convolution.
 
-    splits: how many programs share the products of a tile; where more than one, each leaves its sum.
+    Attributes:
+        pixels, channels: size of the tile that a program computes.
+        depth: products per iteration.
+        splits: number of programs that share the products of a tile. If there are several, each stores its own sum.
     """
 
     pixels: int
@@ -76,25 +89,26 @@ def _configs(*shapes: tuple[int, ...]) -> tuple[ConvConfig, ...]:
     return tuple(ConvConfig(*shape) for shape in shapes)
 
 
-# warps, stages, pixels, channels, depth[, splits]; largest tiles first. What a multiprocessor holds is the limit: 64
-# float32 sums a thread at 128x128 and 8 warps, and the stages' operands in 96 KB of shared memory.
+# warps, stages, pixels, channels, depth[, splits]; largest tiles first. The memory of a multiprocessor limits them: at
+# 128x128 and 8 warps a thread has 64 float32 sums in registers, and the operands of all stages take 96 KB of shared
+# memory.
 HALF = _configs(
     (8, 3, 128, 128, 64),
     (4, 3, 128, 64, 64),
     (4, 4, 64, 64, 64),
-    (4, 4, 128, 16, 64),  # for few outputs
+    (4, 4, 128, 16, 64),  # for few output channels
 )
 SINGLE = _configs(
     (8, 3, 128, 64, 32),
     (4, 3, 64, 64, 32),
     (4, 3, 64, 16, 32),
 )
-# For maps so small that weights are what takes the time.
+# For maps that are so small that reading weights takes most of the time.
 HALF_SPLIT = _configs((4, 3, 64, 64, 64, 4), (4, 3, 64, 32, 64, 16))
 SINGLE_SPLIT = _configs((4, 2, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
-FEW = tl.constexpr(16)  # channels, below which a step takes several taps
-# Of float32: each product as three of TF32 numbers, high parts and remainders, which keeps 22 bits of the factors;
-# plain TF32 keeps 11.
+FEW = tl.constexpr(16)  # with fewer channels than this, a step covers several taps
+# A product of float32 is computed as three products of TF32 numbers, high parts and remainders, which keeps 22 bits of
+# the factors. Plain TF32 would keep 11.
 PRECISION = "tf32x3"
 CANDIDATES = (*HALF, *SINGLE)
 SPLIT_CANDIDATES = (*HALF_SPLIT, *SINGLE_SPLIT)
@@ -107,9 +121,9 @@ def _accumulate(
     acc, src, weight, begin, end, row, y, x, exists, c, H, W, columns,
     C: tl.constexpr, KERNEL: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + src[row, y + ky, x + kx, :] weight[ky, kx, :, c], steps ``begin`` to ``end`` of ``DEPTH`` products each.
+    """Return acc + sum over taps of src[row, y + ky, x + kx, :] weight[ky, kx, :, c], over steps ``begin`` to ``end``.
 
-    A step is of one tap; where that has few channels, of as many taps as it holds. Pixels outside the map are zeros.
+    A step is ``DEPTH`` products of one tap or, with few channels, of several. Pixels outside the map are zeros.
     """
     i = tl.arange(0, DEPTH)
     base = src + ((row.to(tl.int64) * H + y) * W + x) * C
@@ -153,9 +167,10 @@ def _conv(
     PRECISION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of pixels x channels, splits x phases). H, W: of dst or, where it has phases, of one of them.
+    """Compute a tile of dst. Grid: (tiles of pixels x channels, splits x phases).
 
-    SPLITS > 1: dst is float32 [splits, rows, H, W, N], to be summed and finished.
+    H, W: size of dst or, if it has phases, of one of them. With SPLITS > 1, dst is float32 [splits, rows, H, W, N], and
+    `epilogue.finish` adds its parts.
     """
     tiles_c = tl.cdiv(N, CHANNELS)
     tile = tl.program_id(0) // tiles_c
@@ -171,7 +186,7 @@ def _conv(
     else:
         top = y * STRIDE - padding
         left = x * STRIDE - padding
-    # Steps are shared out; those of the second source follow the first's.
+    # Each split has a share of the steps. Those of the second source follow those of the first.
     share: tl.constexpr = (STEPS0 + STEPS1 + SPLITS - 1) // SPLITS
     begin = split * share
     end = begin + share
@@ -204,13 +219,25 @@ def _conv(
 
 
 def candidates(dtype: torch.dtype) -> tuple[tuple[ConvConfig, ...], tuple[ConvConfig, ...]]:
-    """For operands of ``dtype``: those that leave results, and those that leave shares of sums."""
+    """Return the configurations for operands of ``dtype``: those without splits, and those with."""
     return (HALF, HALF_SPLIT) if dtype.itemsize == 2 else (SINGLE, SINGLE_SPLIT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A convolution's shape. H, W: of dst or, where it has phases, of one of them."""
+    """Shape of a convolution.
+
+    Attributes:
+        rows: rows of the batch.
+        source: (height, width) of the sources.
+        H, W: size of dst or, if it has phases, of one of them.
+        channels: channels of both sources; 0: there is no second one.
+        N: output channels.
+        kernel, stride: size of the kernel, of one phase if there are several, and stride.
+        phases: 1, or 4 if the sources are upsampled.
+        dtype: dtype of the operands.
+        device: the GPU.
+    """
 
     rows: int
     source: tuple[int, int]
@@ -226,7 +253,7 @@ class Problem:
 
     @classmethod
     def of(cls, src: Sequence[Tensor], weight: Sequence[Tensor], shape: Sequence[int], stride: int) -> Problem:
-        """shape: of dst, (rows, H, W, N)."""
+        """Build the problem of these sources and packed weights. shape: (rows, H, W, N) of dst."""
         phases, taps, _, _ = weight[0].shape
         assert [part.shape[2] for part in weight] == [s.shape[3] for s in src]
         assert all(part.dtype == s.dtype for part, s in zip(weight, src, strict=True))
@@ -236,7 +263,7 @@ class Problem:
     def at(
         cls, src: Sequence[Tensor], shape: Sequence[int], kernel: int, stride: int, upsample: bool = False
     ) -> Problem:
-        """Of a layer whose weights are yet to be laid out, as its configuration asks; kernel: k of [N, C, k, k]."""
+        """Build the problem of a layer whose weights [N, C, k, k] are not packed yet. kernel: k."""
         rows, H, W, N = shape
         channels = (src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0)
         return cls(
@@ -245,38 +272,41 @@ class Problem:
         )  # fmt: skip
 
     def like(self, rows: int | None) -> Problem:
-        """The same of ``rows`` rows; None: itself."""
+        """Return the same problem with ``rows`` rows; None: this one."""
         return self if rows is None else dataclasses.replace(self, rows=rows)
 
     @property
     def key(self) -> str:
+        """Key of the tuned configurations."""
         kind = f"{self.kernel}x{self.kernel}/{self.stride}" + "up" * (self.phases > 1)
         return f"{self.rows}x{self.H}x{self.W}x{self.channels[0]}+{self.channels[1]}->{self.N} {kind} " + name_of(
             self.dtype
         )
 
     def blocks(self, config: ConvConfig) -> Blocks:
+        """Return the blocks into which the kernel divides dst."""
         return Blocks.of(self.H, self.W, config.pixels, self.phases > 1)
 
     def sums(self, config: LayerConfig) -> int:
-        """How many a layer leaves for `epilogue.finish` to add up; 0: it leaves results."""
+        """Return the number of sums that `epilogue.finish` has to add; 0: the kernel finishes its results itself."""
         if isinstance(config, LibraryConfig):
             return 1 + (self.channels[1] > 0)
         return config.splits if config.splits > 1 else 0
 
     def finished_blocks(self, config: LayerConfig) -> Blocks:
-        """Of what finishes the sums: where products are left, that is `epilogue.finish`, on the whole map."""
+        """Return the blocks of the kernel that computes statistics: `conv`, or `epilogue.finish` on the whole map."""
         if isinstance(config, ConvConfig) and config.splits == 1:
             return self.blocks(config)
         up = 1 + (self.phases > 1)
         return Blocks.of(up * self.H, up * self.W, epilogue.FINISH_CANDIDATES[0].pixels)
 
     def tiles(self, config: ConvConfig) -> int:
+        """Return the number of tiles, of each phase."""
         blocks = self.blocks(config)
         return cdiv(blocks.count(self.rows), config.pixels // blocks.pixels) * cdiv(self.N, config.channels)
 
     def steps(self, config: ConvConfig) -> tuple[int, int]:
-        """With each source: each is of one tap; where channels are few, of as many as ``depth`` holds."""
+        """Return the number of steps for each source. A step covers one tap or, with few channels, several."""
 
         def number(C: int) -> int:
             taps = self.kernel**2
@@ -285,9 +315,10 @@ class Problem:
         return number(self.channels[0]), number(self.channels[1])
 
     def heuristic(self, splits: bool) -> ConvConfig:
-        """The largest tile that gives every multiprocessor one, without much of it empty. Where none does and
-        ``splits`` allows it, products may be shared out, two steps each at least: whatever comes nearest to one
-        program each.
+        """Choose the largest tile with at least one program per multiprocessor and without many idle channels.
+
+        If there is none, and ``splits`` allows it, products may be split into shares of at least two steps. The choice
+        is then the configuration whose number of programs is nearest to that of multiprocessors.
         """
         whole, split = candidates(self.dtype)
         if whole[-1].channels >= self.N:
@@ -304,18 +335,20 @@ class Problem:
 
     @property
     def layer_candidates(self) -> tuple[LayerConfig, ...]:
-        """Of a layer. Behind a doubling the library's is none: what makes four convolutions of it leaves their results
-        interleaved, which the library cannot, and on the doubled map it would have 9 / 4 of the products to do.
+        """Configurations of a layer.
+
+        The library is none of them if the sources are upsampled: it cannot store the interleaved results of four 2x2
+        convolutions, and on the doubled map it would compute 9 / 4 of the products.
         """
         whole, split = candidates(self.dtype)
         return (*((LIBRARY,) if self.phases == 1 else ()), *whole, *split)
 
     def choose_layer(self) -> LayerConfig:
-        """For weights that are yet to be laid out: as `pack` does it, or for `LIBRARY` as `library.pack` does."""
+        """Choose a configuration before weights are packed: by `library.pack` for `LIBRARY`, else by `pack`."""
         return choose("conv.layer", self.key, self.device, self.layer_candidates, lambda: self.heuristic(True))
 
     def choose(self, splits: bool) -> ConvConfig:
-        """Of this module's kernel; where a file names the library, the heuristic's."""
+        """Choose a configuration of this module's kernel, by the heuristic if a file names the library."""
         if splits:
             config = self.choose_layer()
             return config if isinstance(config, ConvConfig) else self.heuristic(True)
@@ -323,12 +356,13 @@ class Problem:
         return choose("conv.conv", self.key, self.device, whole, lambda: self.heuristic(False))
 
     def grid(self, config: ConvConfig) -> tuple[int, int]:
+        """Return the grid of the kernel."""
         return self.tiles(config), config.splits * self.phases
 
     def arguments(
         self, config: ConvConfig, src: Sequence[Tensor], weight: Sequence[Tensor], dst: Tensor, padding: int
     ) -> dict[str, Any]:
-        """The kernel's, with nothing to finish."""
+        """Return the arguments of the kernel, without bias, embedding, residual and statistics."""
         blocks = self.blocks(config)
         steps0, steps1 = self.steps(config)
         return {
@@ -362,13 +396,21 @@ def conv(
     statistics: Tensor | None = None,
     config: ConvConfig | None = None,
 ) -> Launch:
-    """dst = (W src + bias + table[entry, offset:] + residual) / divide, as one kernel.
+    """Compute dst = (W src + bias + table[entry, offset:] + residual) / divide as one kernel.
 
-    src: one or two maps [rows, H, W, C_i], as if concatenated. weight: of `pack`, with four phases where the source is
-    doubled first. bias: float32 [N]. dst: [rows, H', W', N], or [rows, N, H', W'] where ``nchw``. padding: zeros above
-    and to the left; below and to the right there are as many as dst's size asks for. table: [entries, width], of which
-    row i adds entry[i]'s (entry None: its own). residual: [rows, H', W', N], or of half the size, and then doubled.
-    statistics: float32 [rows, strips, parts, 2, N] of dst before it is rounded, cut as `Problem.blocks` says.
+    Args:
+        src: one or two maps [rows, H, W, C_i], which are concatenated.
+        weight: weights of `pack`, with four phases if the sources are upsampled first.
+        bias: float32 [N].
+        dst: [rows, H', W', N], or [rows, N, H', W'] if ``nchw``.
+        stride: 1 or 2.
+        padding: zeros above and to the left; below and to the right there are as many as the size of dst requires.
+        nchw: whether dst is NCHW.
+        table, entry, offset: row i adds N numbers of table [entries, width], from column ``offset`` of entry[i] on
+            (entry None: of entry i). table None: nothing is added.
+        residual: [rows, H', W', N], or a map of half that size, which is doubled.
+        divide: divisor of the result.
+        statistics: float32 [rows, strips, parts, 2, N] of dst before it is rounded, in the blocks of `Problem.blocks`.
     """
     rows, H, _, N = shape = _nhwc(dst, nchw)
     problem = Problem.of(src, weight, shape, stride)
@@ -404,9 +446,13 @@ def partial(
     padding: int = 0,
     config: ConvConfig | None = None,
 ) -> Launch:
-    """sums[i] = the i-th share of W src, float32 [splits, rows, H', W', N]: `epilogue.finish` adds them in their order.
+    """Compute sums[i] = the i-th share of the products of W src, which `epilogue.finish` adds in order.
 
-    Where maps are small and weights are not, this is what keeps all multiprocessors at work. See `conv`.
+    This keeps all multiprocessors busy if maps are small and weights are not.
+
+    Args:
+        src, weight, stride, padding: as for `conv`.
+        sums: float32 [splits, rows, H', W', N].
     """
     shape = sums.shape[1:]
     problem = Problem.of(src, weight, shape, stride)
@@ -428,7 +474,7 @@ def partial(
 def product_reference(
     src: Sequence[Tensor], weight: Sequence[Tensor], shape: Sequence[int], stride: int, padding: int
 ) -> Tensor:
-    """W src [rows, H', W', N], at least in float32."""
+    """Compute W src [rows, H', W', N] in torch, at least in float32. shape: that of the result."""
     _, H, W, N = shape
     x = torch.cat([wide(s) for s in src], dim=3).permute(0, 3, 1, 2)
     U = unpack(weight, N)
@@ -451,7 +497,8 @@ def product_reference(
 def _partial_reference(
     src: Sequence[Tensor], weight: Sequence[Tensor], sums: Tensor, stride: int, padding: int, depth: int
 ) -> None:
-    steps: list[Tensor] = []  # of every row of the weights
+    """Compute every share of W src in torch, from the weights of its steps alone."""
+    steps: list[Tensor] = []  # the step to which each row of the weights belongs
     for part in weight:
         _, taps, C, _ = part.shape
         k = torch.arange(taps * C)
@@ -481,11 +528,19 @@ def layer(
     config: LayerConfig | None = None,
     **finish: Any,
 ) -> tuple[Launch, ...]:
-    """`conv` by one to three launches: products may be shared out, and statistics [rows, strips, 2, N] are of strips.
+    """Compute a convolution, as `conv` describes it, by one to three launches.
 
-    workspace: flat float32, of the size that `workspace` says; anything may use it afterwards. finish: as for `conv`.
-    config: `LIBRARY` takes weights of `library.pack`, and ``padding`` on all sides, and has the library make the
-    products; none given, the choice is among the others. chosen_for: see `fastdiff.kernels.launch.operation`.
+    Products may be split among programs or computed by the library. Statistics are those of whole strips.
+
+    Args:
+        src, weight, bias, dst, stride, padding, nchw: as for `conv`. With `LIBRARY`, weights are those of
+            `library.pack`, and the padding is on all sides.
+        workspace: flat float32 of the size that `workspace` returns, or None if that is 0. Its contents are not needed
+            after the launches.
+        statistics: float32 [rows, strips, 2, N].
+        chosen_for: see `fastdiff.kernels.launch.operation`.
+        config: None: a configuration of this module's kernel is chosen.
+        finish: ``table``, ``entry``, ``offset``, ``residual`` and ``divide``, as for `conv`.
     """
     shape = _nhwc(dst, nchw)
     problem = Problem.of(src, weight, shape, stride)
@@ -538,12 +593,12 @@ def workspace(
     statistics: bool = False,
     config: LayerConfig | None = None,
 ) -> int:
-    """How many numbers `layer` needs beside its arguments; shape: (rows, H', W', N)."""
+    """Return how many numbers of workspace `layer` needs. shape: (rows, H', W', N) of dst."""
     problem = Problem.of(src, weight, shape, stride)
     config = config or problem.choose(splits=True)
     blocks = problem.finished_blocks(config)
     sums = problem.sums(config) * math.prod(shape)
-    if isinstance(config, LibraryConfig):  # they are of its operands' dtype
+    if isinstance(config, LibraryConfig):  # sums have the dtype of its operands
         sums = cdiv(sums * problem.dtype.itemsize, torch.float32.itemsize)
     return sums + (
         problem.rows * blocks.strips * blocks.parts * 2 * problem.N if statistics and blocks.parts > 1 else 0
@@ -551,7 +606,7 @@ def workspace(
 
 
 def _nhwc(dst: Tensor, nchw: bool) -> tuple[int, int, int, int]:
-    """The shape (rows, H, W, N) of dst."""
+    """Return the shape of dst as (rows, H, W, N)."""
     rows, *rest = dst.shape
     N, H, W = rest if nchw else (rest[2], rest[0], rest[1])
     return rows, H, W, N

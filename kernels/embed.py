@@ -1,4 +1,4 @@
-"""`fastdiff.core.program.Embed`: silu(time + class), both read from tables."""
+"""The operation `fastdiff.core.program.Embed`: silu(time + class), where both vectors are rows of tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, nam
 
 @dataclasses.dataclass(frozen=True)
 class EmbedConfig(Config):
-    """A program makes ``features`` of a row."""
+    """Tile size: ``features`` of a row per program."""
 
     features: int
 
@@ -28,7 +28,7 @@ CANDIDATES = (EmbedConfig(num_warps=1, num_stages=1, features=128),)
 def _embed(
     time, timestep, classes, label, dst, features, time_stride, class_stride, dst_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid: (feature blocks, rows)."""
+    """Compute a block of features of one row. Grid: (feature blocks, rows)."""
     row = tl.program_id(1).to(tl.int64)
     at, what = row, row
     if timestep is not None:
@@ -52,9 +52,12 @@ def embed(
     *,
     config: EmbedConfig | None = None,
 ) -> Launch:
-    """dst [rows, features] = silu(time[timestep] + classes[label]); None: row i reads entry i.
+    """Compute dst = silu(time[timestep] + classes[label]).
 
-    time, classes: [entries, features]; timestep, label: int64 [rows].
+    Args:
+        time, classes: tables [entries, features].
+        timestep, label: int64 [rows], the entry of each row; None: row i reads entry i.
+        dst: [rows, features].
     """
     rows, features = dst.shape
     assert time.shape[1] == classes.shape[1] == features
@@ -78,4 +81,5 @@ def embed(
 
 
 def embed_reference(time: Tensor, timestep: Tensor | None, classes: Tensor, label: Tensor | None, dst: Tensor) -> None:
+    """Compute dst = silu(time[timestep] + classes[label]) in torch."""
     dst.copy_(F.silu(wide(row_vectors(time, timestep)) + wide(row_vectors(classes, label))))

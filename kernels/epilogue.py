@@ -1,6 +1,6 @@
-"""What is done to a product after it: bias, embedding, residual and statistics in one pass; and statistics, whole.
+"""Operations after a product: `finish` adds bias, embedding and residual, and `combine` merges parts of statistics.
 
-For products that another library made (`fastdiff.kernels.library`), and for those whose sums are shared out
+`finish` follows products of a library (`fastdiff.kernels.library`) and products that are split among programs
 (`fastdiff.kernels.conv.partial`).
 """
 
@@ -33,13 +33,14 @@ from fastdiff.kernels.tiles import Blocks
 
 @dataclasses.dataclass(frozen=True)
 class FinishConfig(Config):
-    """A program finishes ``pixels`` by ``channels``."""
+    """Tile size: ``pixels`` by ``channels`` per program."""
 
     pixels: int
     channels: int
 
 
-# Largest tiles first. A strip of a map up to 16 pixels wide fits into one: its statistics need no second launch.
+# Largest tiles first. A strip of a map of at most 16 columns fits into one tile, so that its statistics need no second
+# launch.
 FINISH_CANDIDATES = (
     FinishConfig(num_warps=8, num_stages=1, pixels=128, channels=64),
     FinishConfig(num_warps=4, num_stages=1, pixels=64, channels=64),
@@ -53,7 +54,7 @@ def _finish(
     SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of pixels, blocks of channels)."""
+    """Compute a tile of dst and its statistics. Grid: (tiles of pixels, blocks of channels)."""
     tile = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     row, y, x, exists = tiles.pixels(tile, rows, H, W, HEIGHT, WIDTH, SIZE)
@@ -85,12 +86,14 @@ def finish(
     chosen_for: int | None = None,
     config: FinishConfig | None = None,
 ) -> Launch:
-    """dst = (sum of sums + bias + table[entry, offset:] + residual) / divide
+    """Compute dst = (sum of sums + bias + table[entry, offset:] + residual) / divide.
 
-    sums: [n, rows, H, W, N], added in their order; dst may be the first of them. The rest: as for
-    `fastdiff.kernels.conv.conv`; statistics [rows, strips, parts, 2, N] are of `Blocks` of the configuration's pixels,
-    and where none is given one is chosen that makes as many parts. chosen_for: see
-    `fastdiff.kernels.launch.operation`.
+    Args:
+        sums: [n, rows, H, W, N], which are added in order; dst may be the first of them.
+        bias, dst, nchw, table, entry, offset, residual, divide: as for `fastdiff.kernels.conv.conv`.
+        statistics: [rows, strips, parts, 2, N] of the `Blocks` of the configuration. If no configuration is given, one
+            is chosen that has as many parts.
+        chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     splits, rows, H, W, N = sums.shape
     device = device_of(sums)
@@ -129,7 +132,7 @@ def finish(
 
 @dataclasses.dataclass(frozen=True)
 class CombineConfig(Config):
-    """A program merges a strip's parts, of ``channels``."""
+    """Tile size: the parts of one strip by ``channels`` per program."""
 
     channels: int
 
@@ -145,11 +148,12 @@ def _combine(
     parts, statistics, H, W, C, strips, number,
     PHASES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows strips, blocks of channels). H, W: of the map, or of a phase of it; number: of a strip's parts.
+    """Merge the parts p of one strip, of n_p pixels each (Chan, Golub & LeVeque 1979):
 
         mean = m_0 + sum_p n_p (m_p - m_0) / sum_p n_p,    squares = sum_p squares_p + n_p (m_p - mean)^2
 
-    (Chan, Golub & LeVeque 1979), of differences from the first mean, so that a large one costs no digits.
+    Differences from the first mean keep a large mean from costing precision. Grid: (rows strips, blocks of channels).
+    H, W: size of the map or of a phase; number: parts of a strip.
     """
     strip = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -180,9 +184,13 @@ def combine(
     chosen_for: int | None = None,
     config: CombineConfig | None = None,
 ) -> Launch:
-    """statistics float32 [rows, strips, 2, C] of parts [rows, strips, n, 2, C], which are of ``blocks``.
+    """Merge the parts of every strip's statistics.
 
-    chosen_for: see `fastdiff.kernels.launch.operation`.
+    Args:
+        parts: float32 [rows, strips, n, 2, C].
+        statistics: float32 [rows, strips, 2, C].
+        blocks: the blocks whose statistics the parts are.
+        chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     rows, strips, number, _, C = parts.shape
     assert statistics.shape == (rows, strips, 2, C)
@@ -211,6 +219,7 @@ def combine(
 
 
 def combine_reference(parts: Tensor, statistics: Tensor, blocks: Blocks) -> None:
+    """Merge the parts of every strip's statistics in torch."""
     heights = torch.tensor([min(blocks.height, blocks.H - y) for y in range(0, blocks.H, blocks.height)])
     widths = torch.tensor([min(blocks.width, blocks.W - x) for x in range(0, blocks.W, blocks.width)])
     count = (heights[:, None] * widths.repeat_interleave(blocks.phases)).to(parts)[None, :, :, None]

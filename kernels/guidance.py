@@ -1,6 +1,7 @@
-"""Classifier-free guidance on its own: from the network's output, in any dtype and layout, to ``state.out``.
+"""Classifier-free guidance (Ho & Salimans 2022) of the network's output, in any dtype and layout, into ``state.out``.
 
-For steps that are taken in two halves, `Runner.forward` and `Runner.update`; a whole step's update guides by itself.
+A step in two halves, `Runner.forward` and `Runner.update`, uses this operation. The update of a whole step includes
+guidance. The reference is `fastdiff.core.update.guide`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastdiff.solvers.table import COLUMNS
 
 @dataclasses.dataclass(frozen=True)
 class GuideConfig(Config):
-    """A program takes ``elements`` of an image."""
+    """Tile size: ``elements`` of an image per program."""
 
     elements: int
 
@@ -37,7 +38,10 @@ def _guide(
     net, out, bank, rows, table, row, guidance, images, guided, size, pixels, net_row, net_channel, net_pixel,
     PLANAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks, images). guided: elements of an image that guidance is for; past them is the learned variance."""
+    """Compute a block of one image. Grid: (blocks, images).
+
+    guided: number of elements of an image to which guidance applies; those after them are the learned variance.
+    """
     image = tl.program_id(1)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = e < size
@@ -67,11 +71,17 @@ def guide(
     chosen_for: int | None = None,
     config: GuideConfig | None = None,
 ) -> Launch:
-    """out float32 [images, C, H, W] = u + w (c - u), w = 1 + g (guidance - 1), of net's rows c and then u.
+    """Compute out = u + w (c - u), w = 1 + g (guidance - 1); c and u are conditional and unconditional rows of net.
 
-    net, bank, table, row, guidance: as for `fastdiff.kernels.update.update`; without guidance net's rows are images.
-    Where w = 1, out is c and u is not read. Channels past the first ``channels``, a learned variance, are c's.
-    chosen_for (images): see `fastdiff.kernels.launch.operation`.
+    Where w = 1, out is c, and u is not read.
+
+    Args:
+        net: [rows, C, H, W] in any dtype, NCHW or NHWC in memory: the rows c of all images, then their rows u. Without
+            guidance there are only the rows c.
+        out: float32 [images, C, H, W].
+        bank, table, row, guidance: as for `fastdiff.kernels.update.update`.
+        channels: number of channels to which guidance applies; the others, a learned variance, are copied from c.
+        chosen_for: a number of images; see `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = out.shape
     assert net.shape == (images * (1 if guidance is None else 2), C, H, W)
@@ -106,6 +116,7 @@ def guide_reference(
     net: Tensor, out: Tensor, bank: Tensor | None, table: Tensor | None, row: Tensor | None, guidance: Tensor | None,
     channels: int,
 ) -> None:  # fmt: skip
+    """Compute out = u + w (c - u) by `fastdiff.core.update.guide`."""
     net = wide(net)
     if guidance is not None:
         assert bank is not None

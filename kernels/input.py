@@ -1,6 +1,4 @@
-"""`fastdiff.core.program.Input`: the images as the network reads them, and where in the tables the rows of a step
-stand.
-"""
+"""The operation `fastdiff.core.program.Input`: images in the network's layout, and each row's timestep entry."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ COMBINE = (None, "add", "multiply", "concat")
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig(Config):
-    """A program makes ``pixels``, with all their channels."""
+    """Tile size: ``pixels`` per program, with all their channels."""
 
     pixels: int
 
@@ -46,7 +44,7 @@ def _input(
     x, class_image, dst, table, row, entries, timestep, images, pixels, C, padded, table_rows,
     CENTER: tl.constexpr, COMBINE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (pixel blocks, rows). Row i reads image i mod images."""
+    """Compute a block of pixels of one row. Grid: (pixel blocks, rows)."""
     r = tl.program_id(1)
     image = r % images
     p = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]
@@ -65,10 +63,10 @@ def _input(
             v += tl.load(at + (c - C), mask=here & (c >= C) & (c < 2 * C), other=0.0)
     to = dst + (r.to(tl.int64) * pixels + p) * padded + c
     tl.store(to, v.to(dst.dtype.element_ty), mask=here & (c < padded))
-    if timestep is not None:  # noqa: SIM102 - this is decided when it is compiled, the other when it runs
+    if timestep is not None:  # noqa: SIM102 - a condition at compile time, the other one at run time
         if tl.program_id(0) == 0:
-            stand = tl.load(table + image) * table_rows + tl.load(row + image)
-            tl.store(timestep + r, tl.load(entries + stand))
+            place = tl.load(table + image) * table_rows + tl.load(row + image)
+            tl.store(timestep + r, tl.load(entries + place))
 
 
 @operation
@@ -86,12 +84,21 @@ def input(
     chosen_for: int | None = None,
     config: InputConfig | None = None,
 ) -> Launch:
-    """dst [rows, H, W, padded] = x float32 [images, C, H, W], row i of image i mod images; padding is zeros.
+    """Write the images x to dst as NHWC, and the index of each row's timestep embedding to timestep.
 
-    center: 2 x - 1. combine: with the class image m (float32 [rows, H, W, C]), "add": + m, "multiply": * (1 + m),
-    "concat": m's channels behind x's. timestep (int64 [rows], if given) = entries[table, row] of the row's image: where
-    in a table of embeddings its timestep stands, for all operations behind this one. entries: int64 [tables, rows].
-    chosen_for: see `fastdiff.kernels.launch.operation`.
+    Row i reads image i mod images. Channels of dst past those of the images are zeros.
+
+    Args:
+        x: float32 [images, C, H, W].
+        dst: [rows, H, W, padded].
+        center: whether 2 x - 1 replaces x.
+        combine: how the class image m is applied. "add": x + m; "multiply": x (1 + m); "concat": the channels of m
+            follow those of x; None: there is none.
+        class_image: m, float32 [rows, H, W, C].
+        table, row: int64 [images], the table of each image and its row of it.
+        entries: int64 [tables, rows], the index of each row's timestep in the table of embeddings.
+        timestep: int64 [rows], set to entries[table, row] of each row's image; None: not wanted.
+        chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = x.shape
     rows, _, _, padded = dst.shape
@@ -128,6 +135,7 @@ def input_reference(
     x: Tensor, dst: Tensor, center: bool, combine: str | None, class_image: Tensor | None, table: Tensor | None,
     row: Tensor | None, entries: Tensor | None, timestep: Tensor | None,
 ) -> None:  # fmt: skip
+    """Compute dst and timestep, as `input` describes them, in torch."""
     image = torch.arange(len(dst), device=x.device) % len(x)
     v = wide(x)[image].permute(0, 2, 3, 1)
     if center:

@@ -1,6 +1,6 @@
-"""A kernel's launch as a value: what runs, on which tensors, how it is configured, and what computes the same.
+"""Launches of kernels as values, and the choice of their configurations.
 
-Needs no triton: a kernel is whatever ``triton.jit`` made.
+This module does not import triton: it treats kernels as opaque objects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How a kernel is launched; operations add their block sizes."""
+    """Configuration of a launch; each operation has a subclass, which adds its tile sizes."""
 
     num_warps: int
     num_stages: int
@@ -35,12 +35,18 @@ C = TypeVar("C", bound=Config)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
-    """One run of ``kernel`` over ``grid``.
+    """One run of a kernel on given tensors.
 
-    op: the operation, "module.function". key: shapes and dtypes that a configuration may depend on.
-    arguments: the kernel's, by name, constexprs included. reference: the same result in the same tensors, in torch.
-    candidates: every configuration that may be chosen for the operation. remake: the same launch in another one; for
-    tuning and tests.
+    Attributes:
+        op: name of the operation, "module.function".
+        key: shapes and dtypes on which the configuration may depend.
+        kernel: the function decorated with ``triton.jit``.
+        grid: number of programs along each axis.
+        arguments: arguments of the kernel by name, including constexprs.
+        config: configuration of this launch.
+        candidates: all configurations that may be chosen for the operation.
+        reference: computes the same result into the same tensors in torch.
+        remake: builds the same launch with another configuration, for tuning and tests.
     """
 
     op: str
@@ -54,29 +60,31 @@ class Launch:
     remake: Callable[[Any], Launch] | None = None
 
     def __call__(self) -> None:
-        """Run it on the current stream."""
+        """Run the kernel on the current stream."""
         self.kernel[self.grid](**self.arguments, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
 
     def compile(self) -> None:
         """Compile and load the kernel without running it.
 
-        Raises `BackendError` where the compiler fails or its cache cannot be used; ``reference`` still works then.
+        Raises:
+            BackendError: if the compiler fails or its cache cannot be used. ``reference`` still works then.
         """
         try:
             self.kernel.warmup(
                 **self.arguments, grid=self.grid, num_warps=self.config.num_warps, num_stages=self.config.num_stages
             )
-        except Exception as e:  # whatever compiler, driver or file system raise
+        except Exception as e:  # the compiler, the driver and the file system raise many types
             raise BackendError(f"kernel {self.op} ({self.key}, {self.config}) cannot be compiled: {e}") from e
 
 
 def operation(function: Callable[..., Launch]) -> Callable[..., Launch]:
-    """Marks a function that returns a `Launch` and takes ``config``: its launches can be remade with another one.
+    """Decorate a function that returns a `Launch` and takes ``config``, so that its launches can be remade.
 
-    Where none is given, one is chosen for the operands' shapes. Where a choice depends on how many rows (or images)
-    there are, the function takes ``chosen_for``, too: so many rows are chosen for then, whatever the batch. A row's
-    results have the same bits in every batch of one configuration: its sums are taken in an order that neither its
-    place nor the others change, and numbers of rows are arguments that the compiler does not specialise a binary on.
+    Without a ``config`` the function chooses one for the shapes of its operands. If that depends on the number of rows
+    (or images), the function also takes ``chosen_for``: a number of rows to choose for, instead of that of the batch.
+
+    With the same configuration, a row has the same bits in every batch: the order of its sums depends neither on its
+    position nor on other rows, and the compiler does not specialise kernels on numbers of rows.
     """
 
     @functools.wraps(function)
@@ -92,16 +100,17 @@ def operation(function: Callable[..., Launch]) -> Callable[..., Launch]:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What heuristics know of a GPU."""
+    """Properties of a GPU on which heuristics depend."""
 
     name: str
     processors: int  # streaming multiprocessors
 
 
-NO_GPU = Device("", 132)  # tensors on the CPU or the meta device: the interpreter, compilation ahead of time
+NO_GPU = Device("", 132)  # for tensors on the CPU or the meta device: interpretation and compilation ahead of time
 
 
 def device_of(tensor: Tensor) -> Device:
+    """Return the properties of the GPU that holds the tensor, or `NO_GPU`."""
     return _cuda_device(tensor.device) if tensor.is_cuda else NO_GPU
 
 
@@ -112,15 +121,16 @@ def _cuda_device(device: torch.device) -> Device:
 
 
 def config_file(name: str, folder: Path = CONFIGS) -> Path:
-    """Where the tuned configurations of the GPU ``name`` are: "NVIDIA H100 PCIe" -> nvidia-h100-pcie.json."""
+    """Return the path of the tuned configurations of a GPU: "NVIDIA H100 PCIe" -> nvidia-h100-pcie.json."""
     return folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
 @functools.cache
 def tuned(path: Path) -> dict[str, dict[str, int]]:
-    """The configurations of a file, by "op key"; none where there is no such file.
+    """Read the configurations of a file by "op key"; a file that does not exist has none.
 
-    Raises `BackendError` for a file that is not one of `save_tuned`.
+    Raises:
+        BackendError: if `save_tuned` did not write the file.
     """
     if not path.is_file():
         return {}
@@ -132,7 +142,7 @@ def tuned(path: Path) -> dict[str, dict[str, int]]:
 
 
 def save_tuned(path: Path, gpu: str, configs: dict[str, Config]) -> None:
-    """Write configurations by "op key", as `choose` reads them."""
+    """Write configurations by "op key" to a file that `choose` reads."""
     path.parent.mkdir(exist_ok=True)
     fields = {key: dataclasses.asdict(config) for key, config in sorted(configs.items())}
     path.write_text(json.dumps({"gpu": gpu, "configs": fields}, indent=1) + "\n", encoding="utf-8")
@@ -140,9 +150,10 @@ def save_tuned(path: Path, gpu: str, configs: dict[str, Config]) -> None:
 
 
 def choose(op: str, key: str, device: Device, candidates: tuple[C, ...], heuristic: Callable[[], C]) -> C:
-    """The tuned configuration of an operation at a shape, else the heuristic's.
+    """Return the tuned configuration of an operation for a shape, or that of the heuristic if there is none.
 
-    Raises `BackendError` where the file names one that is no candidate.
+    Raises:
+        BackendError: if the file names a configuration that is not a candidate.
     """
     path = config_file(device.name)
     fields = tuned(path).get(f"{op} {key}") if device.name else None
@@ -155,7 +166,10 @@ def choose(op: str, key: str, device: Device, candidates: tuple[C, ...], heurist
 
 
 def fill(candidates: tuple[C, ...], programs: Callable[[C], int], device: Device) -> C:
-    """The first candidate that gives every processor two programs, else the one with the most; largest tiles first."""
+    """Return the first candidate with at least two programs per processor, or else the one with the most programs.
+
+    Candidates are ordered by the size of their tiles, the largest first.
+    """
     for candidate in candidates:
         if programs(candidate) >= 2 * device.processors:
             return candidate
@@ -166,23 +180,25 @@ def fill(candidates: tuple[C, ...], programs: Callable[[C], int], device: Device
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The least that is not below n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(0, math.ceil(n) - 1).bit_length()
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return the short name of a dtype, as in the keys of configurations."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
 
 
 def row_vectors(table: Tensor, entry: Tensor | None, offset: int = 0) -> Tensor:
-    """[rows, width - offset]: each row's vector of ``table`` [entries, width]; entry None: row i's is entry i."""
+    """Return each row's vector of ``table`` [entries, width], from ``offset`` on; entry None: row i's is entry i."""
     return (table if entry is None else table[entry])[:, offset:]
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least float32: what references compute in."""
+    """Convert to float32, in which references compute; float64 remains as it is."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,7 +1,7 @@
-"""A convolution's products by PyTorch's own library, which on a GPU is cuDNN; `fastdiff.kernels.epilogue.finish` does
-what comes behind them.
+"""Products of convolutions by PyTorch's own library, which is cuDNN on a GPU.
 
-Only a tuned file chooses this, for shapes at which it was measured to be faster; no heuristic does.
+`fastdiff.kernels.epilogue.finish` adds bias, embedding and residual. Only files of tuned configurations choose the
+library, for shapes at which it was measured to be faster; heuristics never do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdiff.kernels.launch import Config, Launch, name_of, operation, wide
 
 @dataclasses.dataclass(frozen=True)
 class LibraryConfig(Config):
-    """The library launches what it likes; ``library`` tells this from other configurations in a file."""
+    """Configuration of a layer that the library computes; ``library`` distinguishes it from others in a file."""
 
     num_warps: int = 0
     num_stages: int = 0
@@ -36,11 +36,17 @@ LIBRARY = LibraryConfig()
 def pack(
     weight: Tensor, channels: Sequence[int], dtype: torch.dtype, padding: tuple[int, int] = (0, 0)
 ) -> tuple[Tensor, ...]:
-    """[N, C, k, k] -> for each source, of ``channels``, [1, taps, C_i, N] in ``dtype``.
+    """Pack weights [N, C, k, k] as [1, taps, C_i, N] for each source.
 
-    Axes as of `fastdiff.kernels.conv.pack`, memory as the library reads it: [N, k, k, C_i]. padding: (before, after).
-    The library pads with as much before as behind; where a convolution has more behind, its kernel gets that many rows
-    and columns of zeros in front, and is the same with ``after`` on all sides.
+    The axes are those of `fastdiff.kernels.conv.pack`, but memory is laid out as the library reads it: [N, k, k, C_i].
+
+    Args:
+        weight: [N, C, k, k].
+        channels: C_i of each source.
+        dtype: dtype of the result.
+        padding: zeros (before, after) the rows and columns of the source, with after >= before. The library adds
+            equally many on both sides. If ``after`` is larger, the kernel gets rows and columns of zeros in front, and
+            is then equivalent to the original with ``after`` on all sides.
     """
     before, after = padding
     assert after >= before
@@ -51,13 +57,14 @@ def pack(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LibraryLaunch(Launch):
-    """A launch whose ``kernel`` is a function of its arguments that has the library launch kernels of its own."""
+    """A launch whose ``kernel`` is a Python function, in which the library launches kernels of its own."""
 
     def __call__(self) -> None:
+        """Call the function on the current stream."""
         self.kernel(**self.arguments)
 
     def compile(self) -> None:
-        """Nothing: kernels come with the library. Raises `BackendError` where PyTorch was built without it."""
+        """Raise `BackendError` if PyTorch was built without cuDNN; the library needs no compilation."""
         if self.arguments["sums"].is_cuda and not torch.backends.cudnn.is_available():
             raise BackendError(f"{self.op} ({self.key}): this build of PyTorch has no cuDNN")
 
@@ -72,14 +79,20 @@ def products(
     padding: int = 0,
     config: LibraryConfig | None = None,
 ) -> Launch:
-    """sums[i] = W_i src_i: [sources, rows, H', W', N] in the sources' dtype, whose sum is the product of all.
+    """Compute sums[i] = W_i src_i; the convolution of all sources is the sum of these.
 
-    src: maps [rows, H, W, C_i]; weight: of `pack`; padding: zeros on all sides. A call reads and writes these tensors
-    as they stand, and waits for nothing. What cuDNN needs beside them comes from PyTorch's allocator: while a graph is
-    captured, from the graph's own pool.
+    A call copies none of these tensors and does not synchronise. Memory that cuDNN needs comes from PyTorch's
+    allocator; while a graph is captured, from the graph's pool.
 
-    Sums are of float32, without TensorFloat-32. Where the dtype is a half one, the library rounds them to it before
-    `fastdiff.kernels.epilogue.finish` adds to them: of each source one rounding more than `fastdiff.kernels.conv.conv`.
+    Sums are accumulated in float32 without TensorFloat-32. In bfloat16 and float16 the library rounds each sum before
+    `fastdiff.kernels.epilogue.finish` reads it: one rounding per source more than in `fastdiff.kernels.conv.conv`.
+
+    Args:
+        src: maps [rows, H, W, C_i].
+        weight: weights of `pack`.
+        sums: [sources, rows, H', W', N] in the dtype of the sources.
+        stride: 1 or 2.
+        padding: zeros on all sides.
     """
     _, rows, H, W, N = sums.shape
     k = math.isqrt(weight[0].shape[1])
@@ -102,12 +115,12 @@ def _convolve(src: Sequence[Tensor], weight: Sequence[Tensor], sums: Tensor, str
         k = math.isqrt(w.shape[1])
         image, result = x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
         kernel = w.squeeze(0).unflatten(0, (k, k)).permute(3, 2, 0, 1)
-        # Else the library would copy them at every call.
+        # The library would copy any other layout at every call.
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (image, kernel, result))
         if x.is_cuda:
-            # The algorithm is the library's choice by shape, without `benchmark`: that would measure in the user's
-            # first call, and choose by what it measured. Nor one with atomic additions, whose bits differ from run to
-            # run. allow_tf32, which concerns float32 alone, is this call's: the global switch stays as it is.
+            # The library chooses the algorithm by shape. `benchmark` is off because it would measure during the user's
+            # first call. `deterministic` excludes atomic additions, whose bits differ from run to run. allow_tf32
+            # concerns float32 only and applies to this call; the global setting is not changed.
             torch.ops.aten.cudnn_convolution.out(
                 image, kernel, [padding] * 2, [stride] * 2, [1, 1], 1, benchmark=False, deterministic=True,
                 allow_tf32=False, out=result,
@@ -117,7 +130,7 @@ def _convolve(src: Sequence[Tensor], weight: Sequence[Tensor], sums: Tensor, str
 
 
 def _reference(src: Sequence[Tensor], weight: Sequence[Tensor], sums: Tensor, stride: int, padding: int) -> None:
-    """sums[i][y, x] = sum over ky, kx of W_i[ky, kx] src_i[stride y + ky - padding, stride x + kx - padding]"""
+    """Compute sums[i][y, x] = sum_{ky, kx} W_i[ky, kx] src_i[stride y + ky - padding, stride x + kx - padding]."""
     _, H, W, _ = sums.shape[1:]
     for x, w, y in zip(src, weight, sums, strict=True):
         x = F.pad(wide(x), (0, 0, *(padding,) * 4))

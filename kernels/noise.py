@@ -1,4 +1,7 @@
-"""Philox4x32-10 and its normals (`fastdiff.core.noise` is the reference): for other kernels, and as one of its own."""
+"""Counter-based noise: Philox4x32-10 (Salmon et al. 2011) and the standard normals made of its words.
+
+`normals` is a function for other kernels, `noise` an operation. The reference is `fastdiff.core.noise`.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ UPDATE = tl.constexpr(reference.UPDATE)
 
 @triton.jit
 def _multiply(m: tl.constexpr, c):
-    """High and low 32 bits of the product of unsigned numbers of 32 bits: one wide multiplication."""
+    """Return the high and the low 32 bits of the product of two unsigned 32-bit numbers, by one wide multiplication."""
     product = c.to(tl.uint64) * m
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def philox(seed, index, row, k, STREAM: tl.constexpr):
-    """Words w0..w3 of the counters ``k``, as uint32. seed, index, row: int64, of one image.
+    """Compute the words w0..w3 of the counters ``k``, as uint32. seed, index, row: int64 scalars of one image.
 
-    Ten times, the key growing by (W0, W1) in between:
+    Ten rounds compute the following, and add (W0, W1) to the key (k0, k1):
 
         (hi0, lo0) = M0 c0;  (hi1, lo1) = M1 c2
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
@@ -56,15 +59,15 @@ def philox(seed, index, row, k, STREAM: tl.constexpr):
 
 @triton.jit
 def _uniform(w):
-    """u = ((w >> 9) + 1/2) 2^-23, exact."""
+    """Return u = ((w >> 9) + 1/2) 2^-23, which is exact in float32."""
     return ((w >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
 @triton.jit
 def _log(u):
-    """ln u within about 1 ulp for normal u. u = 2^e m with m from sqrt(1/2) to sqrt 2, f = m - 1:
+    """Return ln u within about 1 ulp for normal numbers u.
 
-    ln u = e ln 2 + f + f^2 (f P(f) - 1/2)
+    With u = 2^e m, m from sqrt(1/2) to sqrt(2), and f = m - 1: ln u = e ln 2 + f + f^2 (f P(f) - 1/2).
     """
     bits = u.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
@@ -85,7 +88,7 @@ def _log(u):
 
 @triton.jit
 def _cos_sin_turns(v):
-    """(cos, sin)(2 pi v) for v in [0, 1]. v = q/4 + b with |b| <= 1/8 is exact, which 2 pi v would not be.
+    """Return (cos, sin)(2 pi v) for v in [0, 1]. v = q/4 + b with |b| <= 1/8 is exact, unlike 2 pi v.
 
     sin(2 pi b) = b (2 pi + b^2 S(b^2));  cos(2 pi b) = 1 + b^2 C(b^2);  a quarter turn: (cos, sin) -> (-sin, cos)
     """
@@ -110,7 +113,7 @@ def _cos_sin_turns(v):
 
 @triton.jit
 def _box_muller(u, v):
-    """sqrt(-2 ln u) (cos, sin)(2 pi v)"""
+    """Return the two normals sqrt(-2 ln u) (cos, sin)(2 pi v) (Box & Muller 1958)."""
     r = tl.sqrt_rn(-2.0 * _log(u))
     c, s = _cos_sin_turns(v)
     return r * c, r * s
@@ -118,7 +121,7 @@ def _box_muller(u, v):
 
 @triton.jit
 def normals(seed, index, row, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """float32 [BLOCK]: standard normals of elements 4 first, 4 first + 1, ... of an image."""
+    """Return float32 [BLOCK], the standard normals of elements 4 first, 4 first + 1, ... of an image."""
     w0, w1, w2, w3 = philox(seed, index, row, first + tl.arange(0, BLOCK // 4), STREAM)
     z0, z1 = _box_muller(_uniform(w0), _uniform(w1))
     z2, z3 = _box_muller(_uniform(w2), _uniform(w3))
@@ -127,7 +130,7 @@ def normals(seed, index, row, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig(Config):
-    """A program makes ``elements`` of an image."""
+    """Tile size: ``elements`` of an image per program."""
 
     elements: int
 
@@ -142,7 +145,7 @@ CANDIDATES = (
 def _noise(
     seed, index, row, dst, size, STREAM: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid: (blocks, images)."""
+    """Compute a block of one image. Grid: (blocks, images)."""
     image = tl.program_id(1)
     seed, index, row = tl.load(seed + image), tl.load(index + image), tl.load(row + image)
     first = tl.program_id(0) * (BLOCK // 4)
@@ -159,9 +162,12 @@ def _noise(
 def noise(
     seed: Tensor, index: Tensor, row: Tensor, dst: Tensor, *, stream: int, config: NoiseConfig | None = None
 ) -> Launch:
-    """dst [images, ...]: standard normals where it is float32, Philox's words (their bits) where it is int32.
+    """Fill dst with noise: standard normals if it is float32, the bits of Philox's words if it is int32.
 
-    seed, index, row: int64 [images], as in `fastdiff.core.noise.normal`.
+    Args:
+        seed, index, row: int64 [images], as for `fastdiff.core.noise.normal`.
+        dst: [images, ...].
+        stream: number of the stream, as for `fastdiff.core.noise.normal`.
     """
     images, size = len(dst), math.prod(dst.shape[1:])
     assert dst.is_contiguous()
@@ -187,6 +193,7 @@ def noise(
 
 
 def noise_reference(seed: Tensor, index: Tensor, row: Tensor, dst: Tensor, stream: int) -> None:
+    """Fill dst as `noise` does, in torch; in float64 from the same words."""
     if dst.dtype == torch.float32:
         dst.copy_(reference.normal(seed, index, row, stream, tuple(dst.shape[1:])))
         return

@@ -1,4 +1,8 @@
-"""GroupNorm over one or two sources: statistics -> (centre, scale, shift) per channel -> one NHWC tensor."""
+"""GroupNorm over one or two sources (Wu & He 2018), as two operations.
+
+`finalise` turns the statistics of the sources into (centre, scale, shift) of every channel. `apply` normalises the
+sources with these, and writes one NHWC tensor.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ from fastdiff.kernels.launch import (
 
 @dataclasses.dataclass(frozen=True)
 class FinaliseConfig(Config):
-    """A program takes a group of a row, about ``elements`` of its statistics at a time."""
+    """Tile size: one group of a row per program, in iterations over about ``elements`` of its statistics."""
 
     elements: int
 
@@ -45,7 +49,10 @@ FINALISE_CANDIDATES = (
 
 @triton.jit
 def _either(first, second, strip, c, mask, C0, C1, TWO: tl.constexpr):
-    """[strips, channels] of statistics [strips, 2, C0] and [strips, 2, C1], concatenated; the means, as pointed at."""
+    """Read [strips, channels] from the concatenation of statistics [strips, 2, C0] and [strips, 2, C1].
+
+    This reads means; pointers moved on by C0 and C1 give the squares.
+    """
     v = tl.load(first + strip * 2 * C0 + c, mask=mask & (c < C0), other=0.0)
     if TWO:
         v = tl.where(c < C0, v, tl.load(second + strip * 2 * C1 + (c - C0), mask=mask & (c >= C0), other=0.0))
@@ -57,7 +64,10 @@ def _finalise(
     first, second, gamma, beta, table, entry, norm, height, width, C0, C1, size, total, eps, offset, stride,
     STRIP: tl.constexpr, TWO: tl.constexpr, STRIPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, groups). total: numbers in a group. table None: no modulation; entry None: row i's is its own."""
+    """Compute norm of one group of one row, as `finalise` describes it. Grid: (rows, groups).
+
+    total: number of values in a group. table None: there is no modulation; entry None: row i reads entry i.
+    """
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     C = C0 + C1
     strips = tl.cdiv(height, STRIP)
@@ -66,7 +76,7 @@ def _finalise(
         second += row * strips * 2 * C1
     i = tl.arange(0, SIZE)
     c = (group * size + i)[None, :]
-    # Means are summed as differences from one of them, so that a large mean costs no digits.
+    # Means are summed as differences from one of them, so that a large mean costs no precision.
     origin = tl.sum(tl.sum(_either(first, second, 0, c, i[None, :] == 0, C0, C1, TWO), axis=1), axis=0)
     sums = tl.zeros([STRIPS, SIZE], tl.float32)
     for begin in range(0, strips, STRIPS):
@@ -120,11 +130,19 @@ def finalise(
     offset: int = 0,
     config: FinaliseConfig | None = None,
 ) -> Launch:
-    """norm float32 [rows, 3, C] = (mean, gamma / sqrt(var + eps) (1 + m), beta (1 + m) + b) of every channel's group.
+    """Compute norm = (mean, gamma / sqrt(var + eps) (1 + m), beta (1 + m) + b) of every channel.
 
-    statistics: of one or two sources, each [rows, strips, 2, C_i]; a group may span both. gamma, beta: float32 [C].
-    m, b: scale and shift, which begin at ``offset`` of the vector entry[row] of ``table`` [entries, width]; without a
-    table both are 0. entry None: row i's is entry i. ``eps`` is positive.
+    mean and var are those of the channel's group, which may span both sources. m and b are the modulation of the row.
+
+    Args:
+        statistics: float32 [rows, strips, 2, C_i] of one or two sources.
+        gamma, beta: float32 [C].
+        norm: float32 [rows, 3, C].
+        height, width: size of the sources.
+        groups: number of groups, which divides C.
+        eps: a positive number.
+        table: [entries, width], whose columns from ``offset`` on hold m and then b, C numbers each; None: both are 0.
+        entry: int64 [rows], the entry of each row; None: row i reads entry i.
     """
     rows, _, C = norm.shape
     C0 = statistics[0].shape[3]
@@ -163,6 +181,7 @@ def finalise_reference(
     statistics: Sequence[Tensor], gamma: Tensor, beta: Tensor, norm: Tensor, height: int, width: int, groups: int,
     eps: float, table: Tensor | None, entry: Tensor | None, offset: int,
 ) -> None:  # fmt: skip
+    """Compute norm, as `finalise` describes it, in torch."""
     rows, _, C = norm.shape
     mean, squares = torch.cat(list(statistics), dim=3).unflatten(3, (groups, C // groups)).unbind(2)
     count = torch.tensor([min(STRIP, height - y) * width for y in range(0, height, STRIP)]).to(mean).view(1, -1, 1, 1)
@@ -184,13 +203,13 @@ def finalise_reference(
 
 @dataclasses.dataclass(frozen=True)
 class ApplyConfig(Config):
-    """A program takes a tile of ``pixels`` by ``channels``; all of them where there are no more."""
+    """Tile size: ``pixels`` by ``channels`` per program."""
 
     pixels: int
     channels: int
 
 
-# Largest tiles first; never below 32 channels, see `fastdiff.kernels.statistics`.
+# Largest tiles first. No tile has fewer than 32 channels: 64 bytes of bfloat16, two sectors of a cache line.
 APPLY_CANDIDATES = (
     ApplyConfig(num_warps=8, num_stages=1, pixels=32, channels=256),
     ApplyConfig(num_warps=4, num_stages=1, pixels=32, channels=128),
@@ -206,7 +225,7 @@ def _apply(
     first, second, norm, dst, pixels, C0, C1,
     TWO: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (pixel blocks, channel blocks, rows)."""
+    """Compute a tile of dst. Grid: (pixel blocks, channel blocks, rows)."""
     row = tl.program_id(2).to(tl.int64)
     C = C0 + C1
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -229,9 +248,14 @@ def apply(
     chosen_for: int | None = None,
     config: ApplyConfig | None = None,
 ) -> Launch:
-    """dst [rows, H, W, C] = the one or two sources [rows, H, W, C_i], concatenated and normalised, then silu.
+    """Compute dst = (x - centre) scale + shift, or silu of that, where x is the concatenation of the sources.
 
-    norm: float32 [rows, 3, C], of `finalise`. chosen_for: see `fastdiff.kernels.launch.operation`.
+    Args:
+        src: one or two sources [rows, H, W, C_i].
+        norm: (centre, scale, shift), float32 [rows, 3, C] of `finalise`.
+        dst: [rows, H, W, C].
+        silu: whether silu follows the norm.
+        chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     rows, H, W, C = dst.shape
     C0, C1 = src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0
@@ -262,4 +286,5 @@ def apply(
 
 
 def apply_reference(src: Sequence[Tensor], norm: Tensor, dst: Tensor, silu: bool) -> None:
+    """Compute dst = silu(norm(src)) in torch."""
     dst.copy_(sources.normalised_reference(src, norm, silu))

@@ -1,4 +1,4 @@
-"""`fastdiff.core.program.Pool`: the mean over 2 x 2 pixels of norm(src)."""
+"""The operation `fastdiff.core.program.Pool`: the mean over 2 x 2 pixels of norm(src)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fil
 
 @dataclasses.dataclass(frozen=True)
 class PoolConfig(Config):
-    """A program makes a tile of ``pixels`` by ``channels``."""
+    """Tile size: ``pixels`` by ``channels`` of the result per program."""
 
     pixels: int
     channels: int
@@ -34,7 +34,7 @@ def _pool(
     first, second, norm, dst, height, width, C0, C1,
     TWO: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (pixel blocks, channel blocks, rows). height, width: of dst; those of the sources are twice as large."""
+    """Compute a tile of dst, which has ``height`` by ``width`` pixels. Grid: (pixel blocks, channel blocks, rows)."""
     row = tl.program_id(2).to(tl.int64)
     C = C0 + C1
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -63,10 +63,14 @@ def pool(
     chosen_for: int | None = None,
     config: PoolConfig | None = None,
 ) -> Launch:
-    """dst [rows, H, W, C] = means of 2 x 2 pixels of the one or two sources [rows, 2 H, 2 W, C_i], normalised first.
+    """Compute dst = means over 2 x 2 pixels of the sources, which are normalised before.
 
-    norm: float32 [rows, 3, C], of `fastdiff.kernels.norm.finalise`; None: the sources themselves. silu: after the norm.
-    chosen_for: see `fastdiff.kernels.launch.operation`.
+    Args:
+        src: one or two sources [rows, 2 H, 2 W, C_i], which are concatenated.
+        dst: [rows, H, W, C].
+        norm: float32 [rows, 3, C] of `fastdiff.kernels.norm.finalise`; None: no norm.
+        silu: whether silu follows the norm.
+        chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     rows, H, W, C = dst.shape
     C0, C1 = src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0
@@ -96,5 +100,6 @@ def pool(
 
 
 def pool_reference(src: Sequence[Tensor], dst: Tensor, norm: Tensor | None, silu: bool) -> None:
+    """Compute dst = means over 2 x 2 pixels of silu(norm(src)) in torch."""
     h = sources.normalised_reference(src, norm, silu)
     dst.copy_((h[:, ::2, ::2] + h[:, ::2, 1::2] + h[:, 1::2, ::2] + h[:, 1::2, 1::2]) / 4)

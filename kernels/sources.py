@@ -1,6 +1,6 @@
-"""Reading one or two sources as if they were concatenated along the channels, and applying a norm while they are read.
+"""Functions with which kernels read one or two sources, concatenated along the channels, and normalise them.
 
-Parts of kernels, not kernels; the references are ``torch.cat`` and `normalised_reference`.
+The references are ``torch.cat`` and `normalised_reference`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from fastdiff.kernels.launch import wide
 
 @triton.jit
 def read(first, second, pixel, c, mask, C0, C1, TWO: tl.constexpr):
-    """float32 [pixels, channels]: channels ``c`` of [first, second] at ``pixel`` (counted over all rows, int64).
+    """Read channels ``c`` of the concatenation of first and second at the pixels ``pixel``, as float32.
 
-    mask: [pixels, 1], which exist. Channels past both are not read.
+    pixel: int64 [pixels], counted across all rows; mask: [pixels, 1], the pixels that exist. Channels past those of
+    both sources are not read. Returns [pixels, channels].
     """
     p, c = pixel[:, None], c[None, :]
     x = tl.load(first + p * C0 + c, mask=mask & (c < C0), other=0.0).to(tl.float32)
@@ -32,7 +33,7 @@ def read(first, second, pixel, c, mask, C0, C1, TWO: tl.constexpr):
 
 @triton.jit
 def read_norm(norm, row, c, C):
-    """(centre, scale, shift), [1, channels] each, of channels ``c`` in norm [rows, 3, C]."""
+    """Read (centre, scale, shift), each [1, channels], of channels ``c`` from norm [rows, 3, C]."""
     at = norm + row.to(tl.int64) * 3 * C + c
     mask = c < C
     centre = tl.load(at, mask=mask, other=0.0)
@@ -43,14 +44,16 @@ def read_norm(norm, row, c, C):
 
 @triton.jit
 def silu(x):
+    """Return x sigmoid(x)."""
     return x * tl.sigmoid(x)
 
 
 @triton.jit
 def normalised(x, centre, scale, shift, SILU: tl.constexpr):
-    """y = (x - centre) scale + shift, then silu(y).
+    """Return y = (x - centre) scale + shift, or silu(y).
 
-    Not x scale + (shift - centre scale): the centre may be large, and the difference is exact where it matters.
+    This is not computed as x scale + (shift - centre scale): if the centre is large, that loses precision, whereas
+    x - centre is exact for x near the centre.
     """
     y = (x - centre) * scale + shift
     if SILU:
@@ -59,7 +62,7 @@ def normalised(x, centre, scale, shift, SILU: tl.constexpr):
 
 
 def normalised_reference(src: Sequence[Tensor], norm: Tensor | None, act: bool) -> Tensor:
-    """The concatenated sources [rows, H, W, C], normalised, at least in float32. norm: [rows, 3, C]."""
+    """Concatenate the sources [rows, H, W, C_i] and normalise them with norm [rows, 3, C], at least in float32."""
     x = torch.cat([wide(s) for s in src], dim=3)
     if norm is not None:
         centre, scale, shift = norm[:, :, None, None].unbind(1)

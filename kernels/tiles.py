@@ -1,9 +1,9 @@
-"""Tiles of an NHWC map whose columns have their statistics: where their pixels are, and how they are finished.
+"""Tiles of an NHWC map: which pixels they hold, and how kernels finish them and compute their statistics.
 
-A *block* is ``height`` by ``width`` pixels inside one strip of `fastdiff.core.program.STRIP` rows of pixels of one row
-of the batch; a tile is as many blocks as it holds. So every sum over a block is of one row and one strip, and where a
-block is as wide as the map its statistics are the strip's. Otherwise they are a *part*, which
-`fastdiff.kernels.epilogue.combine` merges with the strip's others.
+A *block* is ``height`` by ``width`` pixels within one strip (`fastdiff.core.program.STRIP` rows of pixels) of one row
+of the batch. A tile is a whole number of blocks. The statistics of a block therefore belong to one row and one strip.
+If a block is as wide as the map they are the strip's statistics; otherwise they are a *part* of them, and
+`fastdiff.kernels.epilogue.combine` merges the parts of a strip.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from torch import Tensor
 from fastdiff.core.program import STRIP
 from fastdiff.kernels.launch import cdiv, power_of_two, row_vectors, wide
 
-PHASES = 4  # of an upsampled map: even and odd rows and columns
+PHASES = 4  # combinations of even and odd rows and columns of an upsampled map
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a map of H x W pixels is cut; of an upsampled one, each of its phases, of H x W pixels as well."""
+    """Division of a map into blocks; each phase of an upsampled map is divided by itself.
+
+    Attributes:
+        H, W: size of the map, or of one of its phases.
+        height, width: size of a block.
+        phases: 1, or PHASES of an upsampled map.
+    """
 
     H: int
     W: int
@@ -34,7 +40,11 @@ class Blocks:
 
     @classmethod
     def of(cls, H: int, W: int, pixels: int, upsample: bool = False) -> Blocks:
-        """Blocks of at most ``pixels``: as wide as the map, else as few pixels beside it as 8 or more columns allow."""
+        """Choose blocks of at most ``pixels`` pixels.
+
+        They are as wide as the map if that is possible. Otherwise their width is the one, of at least 8 columns if
+        ``pixels`` allows it, that leaves the fewest pixels outside the map.
+        """
         height = min(STRIP // 2 if upsample else STRIP, power_of_two(H), pixels)
         width = min(pixels // height, power_of_two(W))
         if width < power_of_two(W):
@@ -44,29 +54,32 @@ class Blocks:
 
     @property
     def pixels(self) -> int:
+        """Number of pixels of a block."""
         return self.height * self.width
 
     @property
     def strips(self) -> int:
+        """Number of strips of the map."""
         return cdiv(self.H, self.height)
 
     @property
     def columns(self) -> int:
+        """Number of blocks side by side."""
         return cdiv(self.W, self.width)
 
     @property
     def parts(self) -> int:
-        """Of a strip's statistics."""
+        """Number of parts of a strip's statistics."""
         return self.columns * self.phases
 
     def count(self, rows: int) -> int:
-        """Of blocks, in each phase."""
+        """Return the number of blocks of each phase in ``rows`` maps."""
         return rows * self.strips * self.columns
 
 
 @triton.jit
 def pixels(tile, rows, H, W, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """(row, y, x, exists) of the tile's ``SIZE`` pixels, block by block; H, W: of the map, or of a phase of it."""
+    """Return (row, y, x, exists) of the ``SIZE`` pixels of a tile, block by block. H, W: size of the map or phase."""
     i = tl.arange(0, SIZE)
     block = tile * (SIZE // (HEIGHT * WIDTH)) + i // (HEIGHT * WIDTH)
     columns, strips = tl.cdiv(W, WIDTH), tl.cdiv(H, HEIGHT)
@@ -83,11 +96,11 @@ def finish(
     PHASES: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dst = (acc + bias + table[entry] + residual) factor, and the statistics of that, block by block.
+    """Store dst = (acc + bias + table[entry] + residual) factor, and its statistics, block by block.
 
-    acc: float32 [SIZE, CHANNELS]. row, y, x, exists: of `pixels`; c: the channels. Of phase p, pixel (y, x) is
-    (2 y + p // 2, 2 x + p % 2) of dst. Statistics are of what dst would hold in float32: per block its mean, then the
-    sum of squared deviations from that. [rows, strips, parts, 2, N], parts by column and then by phase.
+    acc is float32 [SIZE, CHANNELS]; row, y, x and exists are those of `pixels`; c are the channels. Pixel (y, x) of
+    phase p is pixel (2 y + p // 2, 2 x + p % 2) of dst. The statistics [rows, strips, parts, 2, N] are the mean of each
+    block and the sum of squared deviations from it, before dst is rounded. Parts are ordered by column, then by phase.
     """
     block: tl.constexpr = HEIGHT * WIDTH
     number: tl.constexpr = SIZE // block
@@ -138,7 +151,7 @@ def finish_arguments(
     bias: Tensor, H: int, nchw: bool, table: Tensor | None, entry: Tensor | None, offset: int,
     residual: Tensor | None, divide: float, statistics: Tensor | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of `finish`, as kernels name them; H: of dst."""
+    """Return the arguments of `finish` under the names that kernels have for them. H: height of dst."""
     return {
         "bias": bias, "table": table, "entry": entry, "residual": residual, "statistics": statistics,
         "offset": offset, "stride": 0 if table is None else table.stride(0), "factor": 1.0 / divide,
@@ -150,7 +163,7 @@ def finish_reference(
     h: Tensor, bias: Tensor, dst: Tensor, nchw: bool, table: Tensor | None, entry: Tensor | None, offset: int,
     residual: Tensor | None, divide: float, statistics: Tensor | None, blocks: Blocks,
 ) -> None:  # fmt: skip
-    """`finish` of h [rows, H, W, N], which is at least float32."""
+    """Finish h [rows, H, W, N], which is at least float32, as `finish` does, in torch."""
     h = h + wide(bias)
     if table is not None:
         h = h + wide(row_vectors(table, entry, offset))[:, None, None, : h.shape[3]]

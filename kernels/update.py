@@ -1,7 +1,7 @@
-"""One row of the table for every image, guidance and noise included, in one kernel (`fastdiff.core.update`: the
-reference).
+"""The sampler's update as one kernel: applies one row of its table to every image, including guidance and noise.
 
-Every image stands at its own row of its own table. An operand whose coefficient is zero is not read.
+Every image has its own table and its own row of it. Operands whose coefficient is zero are not read. The reference is
+`fastdiff.core.update`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastdiff.kernels import noise
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
 from fastdiff.solvers.table import COLUMNS
 
-# Where a row's coefficients are: COLUMNS in fastdiff/solvers/table.py, which says what they mean.
+# Positions of the coefficients in a row; COLUMNS in fastdiff/solvers/table.py explains them.
 WIDTH = tl.constexpr(len(COLUMNS))
 KX, KO, BOUND, HX, HO, H0, AX, AO, A0, A1, A2, A3, AS, S, SV, G, SAVE, PUSH = (
     tl.constexpr(COLUMNS.index(name))
@@ -34,7 +34,7 @@ KX, KO, BOUND, HX, HO, H0, AX, AO, A0, A1, A2, A3, AS, S, SV, G, SAVE, PUSH = (
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig(Config):
-    """A program takes ``elements`` of an image."""
+    """Tile size: ``elements`` of an image per program."""
 
     elements: int
 
@@ -49,28 +49,28 @@ CANDIDATES = (
 
 @triton.jit
 def _add(total, k, operand):
-    """total + k operand; where k = 0, total itself, whatever the operand holds."""
+    """Return total + k operand, or total if k = 0, whatever the operand holds."""
     return tl.where(k != 0.0, total + k * operand, total)
 
 
 @triton.jit
 def within(e, size, wanted):
-    """A mask: e < size, and nothing where a scalar is not ``wanted``.
+    """Return the mask e < size, or an empty one if the scalar ``wanted`` is false.
 
-    Not (e < size) & wanted, which Triton's interpreter takes for a float where ``wanted`` compares floats.
+    (e < size) & wanted would be a float in Triton's interpreter where ``wanted`` is a comparison of floats.
     """
     return e < tl.where(wanted, size, 0)
 
 
 @triton.jit
 def guidance_weight(bank, guidance, image):
-    """w = 1 + g (guidance - 1); ``bank`` at the image's row."""
+    """Return w = 1 + g (guidance - 1). ``bank`` points to the image's row of its table."""
     return 1.0 + tl.load(bank + G) * (tl.load(guidance + image) - 1.0)
 
 
 @triton.jit
 def guided(c, unconditional, w, e, size):
-    """u + w (c - u), float32; c itself where w = 1 or e >= size, and u, which is pointed at, is not read then."""
+    """Return u + w (c - u), or c where w = 1 or e >= size. ``unconditional`` points to u, which is not read then."""
     mask = within(e, size, w != 1.0)
     u = tl.load(unconditional, mask=mask, other=0.0).to(tl.float32)
     return tl.where(mask, u + w * (c - u), c)
@@ -82,15 +82,17 @@ def _update(
     pixels, out_row, out_channel, out_pixel,
     LEARNED: tl.constexpr, PLANAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks, images). Buffers may be None: xs, m1, m2, m3, z (Philox), x0_scale, guidance.
+    """Update a block of one image. Grid: (blocks, images). xs, m1, m2, m3, z, x0_scale and guidance may be None.
 
         x0 = clip((kx x + ko out) / q, -c, c)          1/q: x0_scale
         h  = hx x + ho out + h0 x0
         x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
         save: xs = x        push: m3, m2, m1 = m2, m1, h
 
-    The last of an image's programs to arrive moves its row on: all the others have read it by then.
+    The last of an image's programs to arrive advances its row: all others have read it by then.
     """
+    # long: one pass over the image, whose loads, masks and stores depend on each other; parts of it would share as many
+    # arguments as it has lines.
     image = tl.program_id(1)
     its_table = tl.load(table + image)
     its_row = tl.load(row + image)
@@ -110,10 +112,10 @@ def _update(
         save = False
 
     others = (ao != 0.0) | (a0 != 0.0) | (a1 != 0.0) | (a2 != 0.0) | (a3 != 0.0) | (as_ != 0.0) | (s != 0.0)
-    if (ax != 1.0) | others | push | save:  # else x' = x: the image idles
+    if (ax != 1.0) | others | push | save:  # else x' = x, and there is nothing to do
         e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         at = image.to(tl.int64) * size + e
-        clean = (a0 != 0.0) | (push & (h0 != 0.0))  # x0 is needed
+        clean = (a0 != 0.0) | (push & (h0 != 0.0))  # whether x0 is needed
         reads_x = (ax != 0.0) | save | (clean & (kx != 0.0)) | (push & (hx != 0.0))
         reads_out = (ao != 0.0) | (clean & (ko != 0.0)) | (push & (ho != 0.0))
         old = tl.load(x + at, mask=within(e, size, reads_x), other=0.0)
@@ -169,7 +171,7 @@ def _update(
 
 
 def planar(out: Tensor) -> bool:
-    """Whether [rows, C, H, W] has its channels one after the other, as x has."""
+    """Return whether the channels of [rows, C, H, W] are contiguous planes, as those of x are."""
     return out.stride(3) == 1 and out.stride(1) == out.shape[2] * out.shape[3]
 
 
@@ -195,15 +197,23 @@ def update(
     chosen_for: int | None = None,
     config: UpdateConfig | None = None,
 ) -> Launch:
-    """`fastdiff.core.update.update` in place, with row += 1 but for images at their table's last row, the identity.
+    """Apply one row of its table to every image in place, and advance the row, as `fastdiff.core.update.update` does.
 
-    x, xs, m1, m2, m3, z: float32 [images, C, H, W]; m's that a bank's tables read and no others, xs where they save.
-    out: the network's output [rows, C or 2C, H, W] in any dtype, NCHW or NHWC in memory; with ``guidance``
-    (float32 [images]) row images + i is image i without its label, else the rows are the images. 2C: learned variance;
-    tables with ``sv`` need it (the caller checks). bank, lengths: a `TableBank`'s values (float32) and lengths. table,
-    row, seed, index: int64 [images]. arrived: int32 [images], zeros before and after. z: the caller's noise; None:
-    Philox. x0_scale: float32 [images], 1/q of dynamic thresholding. chosen_for (images): see
-    `fastdiff.kernels.launch.operation`.
+    Images at the last row of their table, the identity, stay there.
+
+    Args:
+        x: float32 [images, C, H, W].
+        out: output of the network [rows, C or 2C, H, W] in any dtype, NCHW or NHWC in memory. Row i is image i; with
+            guidance, row images + i is the unconditional evaluation of image i. 2C channels hold a learned variance,
+            which tables with ``sv`` need (the caller checks).
+        bank, lengths: values (float32) and lengths of a `TableBank`.
+        table, row, seed, index: int64 [images].
+        arrived: int32 [images], zeros before and after a launch.
+        xs, m1, m2, m3: float32 [images, C, H, W]: m1 to m3 as far as the tables read them, xs if they save x.
+        z: noise given by the caller, float32 [images, C, H, W]; None: Philox noise.
+        x0_scale: float32 [images], 1/q of dynamic thresholding; None: 1.
+        guidance: float32 [images]; None: there are no unconditional rows.
+        chosen_for: a number of images; see `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = x.shape
     assert out.shape[0] == images * (1 if guidance is None else 2)
@@ -240,7 +250,7 @@ def update(
 
 @dataclasses.dataclass
 class _Bank:
-    """A `TableBank` without its tables."""
+    """The part of a `TableBank` that the reference reads."""
 
     values: Tensor
     lengths: Tensor
@@ -255,8 +265,8 @@ def update_reference(
     xs: Tensor | None, m1: Tensor | None, m2: Tensor | None, m3: Tensor | None, z: Tensor | None,
     x0_scale: Tensor | None, guidance: Tensor | None,
 ) -> None:  # fmt: skip
-    """By way of `fastdiff.core.update.update`; asks the device for the rows."""
-    values = bank[table].to(x.dtype)  # every image gets a table of its own, for its x0_scale
+    """Apply `fastdiff.core.update.update`; this copies the rows from the device."""
+    values = bank[table].to(x.dtype)  # one table per image, as x0_scale differs between images
     if x0_scale is not None:
         for name in ("kx", "ko"):
             values[..., COLUMNS.index(name)] *= x0_scale[:, None]

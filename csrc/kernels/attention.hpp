@@ -1,7 +1,22 @@
-// softmax(q k^T / sqrt(d)) v for one (row, head) at a time, as two products against panels packed on the spot.
+// Attention, softmax(q k^T / sqrt(d)) v, one row and head at a time: two products with panels of keys and of values
+// that are packed here.
+#pragma once
 
-// One vector of a pixel's channels of a head, from channel k on, normalised where there is a norm; zeros past the last.
-static inline Vec read_head(const AttentionArgs& a, const float* source, int row, int head, int p, int k) {
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.hpp"
+#include "kernels/gemm.hpp"
+#include "kernels/vec.hpp"
+
+namespace fastdiff {
+namespace {
+
+// Reads one vector of a head's channels of pixel p, from channel k on, and applies the norm, if any. Lanes past the
+// last channel are zeros.
+inline Vec read_head(const AttentionArgs& a, const float* source, int row, int head, int p, int k) {
   Vec h = load_some(source + (static_cast<int64_t>(row) * a.pixels + p) * a.key_stride + head * a.head_dim + k,
                     a.head_dim - k);
   if (a.scale == nullptr) return h;
@@ -9,15 +24,15 @@ static inline Vec read_head(const AttentionArgs& a, const float* source, int row
   return h * load(a.scale + at) + load(a.shift + at);
 }
 
-// v [width / panel, P, panel], of bfloat16 [.., P / 2, panel, 2]: the head's values.
-static void pack_values(const AttentionArgs& a, int row, int head, float* v) {
+// Packs a head's values into v [width / panel, P, panel]; in bfloat16, into [width / panel, P / 2, panel, 2].
+void pack_values(const AttentionArgs& a, int row, int head, float* v) {
   for (int p = 0; p < a.pixels; p++)
     for (int k = 0; k < a.head_dim; k += lanes)
       store(v + (static_cast<int64_t>(k / panel) * a.pixels + p) * panel + k % panel,
             read_head(a, a.values, row, head, p, k));
 }
 
-static void pack_values(const AttentionArgs& a, int row, int head, BF16* v) {
+void pack_values(const AttentionArgs& a, int row, int head, BF16* v) {
   const int P = even(a.pixels);
   for (int p = 0; p < P; p += 2)
     for (int k = 0; k < a.head_dim; k += lanes)
@@ -26,10 +41,11 @@ static void pack_values(const AttentionArgs& a, int row, int head, BF16* v) {
                   p + 1 < a.pixels ? read_head(a, a.values, row, head, p + 1, k) : splat(0));
 }
 
-// kt [keys / panel, d, panel], of bfloat16 [.., d / 2, panel, 2]: the head's keys, transposed and divided by sqrt(d);
-// zeros past the last. Channels come by vectors, whose lines of kt stay in the first-level cache for a panel of keys.
+// Packs a head's keys, transposed and divided by sqrt(d), into kt [keys / panel, d, panel]; in bfloat16, into
+// [keys / panel, d / 2, panel, 2]. Columns past the last key are zeros. The loop over channels encloses the one over a
+// panel's keys, so that the lines of kt that are written stay in the L1 cache.
 template <class T>
-static void pack_keys(const AttentionArgs& a, int row, int head, T* kt) {
+void pack_keys(const AttentionArgs& a, int row, int head, T* kt) {
   constexpr int step = step_depth<T>;
   const int d = ceil_div(a.head_dim, step) * step, P = a.pixels;
   const float scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim));
@@ -46,8 +62,9 @@ static void pack_keys(const AttentionArgs& a, int row, int head, T* kt) {
       }
 }
 
-// scores [n, keys] -> e^(score - the largest of the row); sums: 1 / their sum. P: how many keys there are.
-static void softmax(float* scores, int n, int P, int keys, float* sums) {
+// Replaces scores [n, keys] by e^(score - largest score of the row) and sets sums [n] to 1 / (sum of those). Only the
+// first P columns are keys; the rest is padding.
+void softmax(float* scores, int n, int P, int keys, float* sums) {
   for (int i = 0; i < n; i++) {
     float* s = scores + static_cast<int64_t>(i) * keys;
     for (int p = P; p < keys; p++) s[p] = -1e30f;
@@ -66,30 +83,31 @@ static void softmax(float* scores, int n, int P, int keys, float* sums) {
     }
     float total = 0;
     for (int l = 0; l < lanes; l++) total += sum[l];
-    // exp() stops at e^-87, not at 0, so the padding has added that much; a sum is at least 1 and does not hear it.
+    // exp() gives e^-87 and not 0 for the padding. The sum is at least 1, so that does not change it.
     sums[i] = 1.0f / total;
   }
 }
 
-// The rows of a matrix as the products want them: as they are, or rounded into `space` [n, columns] and zero-padded.
-static const float* as_operand(const float* rows, int64_t, int, int, int, float*) { return rows; }
-static const BF16* as_operand(const float* rows, int64_t stride, int n, int count, int columns, BF16* space) {
+// Returns the rows of a matrix as operands of a product: floats as they are, bfloat16 as a rounded, zero-padded copy in
+// `space` [n, columns].
+const float* as_operand(const float* rows, int64_t, int, int, int, float*) { return rows; }
+const BF16* as_operand(const float* rows, int64_t stride, int n, int count, int columns, BF16* space) {
   for (int i = 0; i < n; i++)
     for (int k = 0; k < columns; k += lanes)
       store(space + static_cast<int64_t>(i) * columns + k, load_some(rows + i * stride + k, count - k));
   return space;
 }
 
-// Units of work are blocks of queries, numbered through pairs: unit = (row * heads + head) * blocks + block.
+// Computes the given units. A unit is a block of queries of one head: unit = (row * heads + head) * blocks + block.
 template <class T>
-static void attend(const AttentionArgs& a, Range units, float* space) {
+void attend(const AttentionArgs& a, Range units, float* space) {
   constexpr bool rounds = step_depth<T> == 2;
   const int inner = a.heads * a.head_dim, to = padded(inner), d = a.head_dim, P = a.pixels;
   const int keys = ceil_div(P, panel) * panel, width = ceil_div(d, panel) * panel;
   const int depth = rounds ? even(d) : d, last = rounds ? even(P) : P, columns = padded(d);
   const int blocks = a.blocks();
   constexpr int query_block = AttentionArgs::block;
-  // What is in T takes as many floats, or half as many.
+  // Working space. An array of BF16 takes half as many floats as it has numbers.
   T* kt = reinterpret_cast<T*>(space);                  // [keys / panel, depth, panel]
   T* v = kt + static_cast<int64_t>(keys) * depth;       // [width / panel, last, panel]
   T* operand = v + static_cast<int64_t>(width) * last;  // [query_block, keys or columns]
@@ -123,9 +141,12 @@ static void attend(const AttentionArgs& a, Range units, float* space) {
   }
 }
 
-static void attention(const AttentionArgs& a, Range units, float* space) {
+void attention(const AttentionArgs& a, Range units, float* space) {
   if (a.bf16)
     attend<BF16>(a, units, space);
   else
     attend<float>(a, units, space);
 }
+
+}  // namespace
+}  // namespace fastdiff

@@ -1,16 +1,33 @@
-// Convolutions and matrix products: load (norm, Swish, transform), multiply by panels, store (inverse transform, bias,
-// embedding, residual, statistics).
+// Convolutions and matrix products, in two steps. conv_load reads strips of the sources, applies norm and Swish, and
+// transforms them into items. conv_store multiplies the items with panels of weights, applies the inverse transform,
+// adds bias, embedding and residual, and stores the result and its statistics.
+#pragma once
 
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.hpp"
+#include "kernels/gemm.hpp"
+#include "kernels/sources.hpp"
+#include "kernels/vec.hpp"
+#include "kernels/winograd.hpp"
+
+namespace fastdiff {
+namespace {
+
+// Loads one vector of channels of a strip's Winograd tiles. pixels: [rows, columns, lanes] of read_pixels.
 template <class F, class T>
-static void load_tiles(const ConvArgs& a, int c, const float* pixels, int columns, T* loaded, int64_t stride) {
+void load_tiles(const ConvArgs& a, int c, const float* pixels, int columns, T* loaded, int64_t stride) {
   const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
   for (int ty = 0; ty < rows; ty++)
     transform_input<F>(pixels + ty * columns * F::out * lanes, columns, tiles,
                        loaded + static_cast<int64_t>(ty * tiles) * a.depth() + c, a.depth(), stride);
 }
 
+// Loads one vector of channels of a strip's pixels for a direct convolution: item [kernel, kernel, channels] is the
+// neighbourhood of a pixel of the result.
 template <class T>
-static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns, T* loaded) {
+void load_taps(const ConvArgs& a, int c, const float* pixels, int columns, T* loaded) {
   const int channels = a.src.all_channels(), depth = a.depth(), rows = std::min(strip, a.map.height);
   for (int y = 0; y < rows; y++)
     for (int x = 0; x < a.map.width; x++) {
@@ -22,9 +39,9 @@ static void load_taps(const ConvArgs& a, int c, const float* pixels, int columns
     }
 }
 
-// Of 1 x 1: an item is a pixel, its channels side by side as they are in memory.
+// Loads strips for a 1 x 1 convolution, whose items are the pixels themselves.
 template <class T, bool normed>
-static void load_pixels(const ConvArgs& a, Range strips, T* loaded) {
+void load_pixels(const ConvArgs& a, Range strips, T* loaded) {
   const int per_row = a.map.strips(), depth = a.depth();
   for (int s = strips.begin; s < strips.end; s++, loaded += static_cast<int64_t>(a.items()) * depth) {
     const int row = s / per_row, y0 = s % per_row * strip;
@@ -47,15 +64,17 @@ static void load_pixels(const ConvArgs& a, Range strips, T* loaded) {
   }
 }
 
+// Loads strips as the method of the convolution asks for. The first item becomes number `offset` of `items` in
+// `loaded`.
 template <class T>
-static void load_strips(const ConvArgs& a, Range strips, T* loaded, int offset, int items, float* space) {
+void load_strips(const ConvArgs& a, Range strips, T* loaded, int offset, int items, float* space) {
   const int per_row = a.map.strips();
   if (a.kernel == 1 && a.stride == 1 && !a.upsample) {
     const auto load = a.src.scale != nullptr ? load_pixels<T, true> : load_pixels<T, false>;
     return load(a, strips, loaded + static_cast<int64_t>(offset) * a.depth());
   }
   for (int s = strips.begin; s < strips.end;) {
-    // Strips that follow each other in a map share the pixel rows at their edges.
+    // Strips that are neighbours in a map share the pixel rows at their edges, so several are read at a time.
     const int n = std::min({a.run(), strips.end - s, per_row - s % per_row});
     const int y0 = s % per_row * strip * a.stride - a.padding;
     for (int c = 0; c < a.src.all_channels(); c += lanes) {
@@ -74,7 +93,7 @@ static void load_strips(const ConvArgs& a, Range strips, T* loaded, int offset, 
   }
 }
 
-static void conv_load(const ConvArgs& a, Range strips, void* loaded, int offset, int items, float* space) {
+void conv_load(const ConvArgs& a, Range strips, void* loaded, int offset, int items, float* space) {
   if (a.in_place()) return;
   if (a.bf16)
     load_strips(a, strips, static_cast<BF16*>(loaded), offset, items, space);
@@ -82,8 +101,8 @@ static void conv_load(const ConvArgs& a, Range strips, void* loaded, int offset,
     load_strips(a, strips, static_cast<float*>(loaded), offset, items, space);
 }
 
-// Finishes one vector of output channels of a strip: (y + bias + residual) / divide, stored, and the statistics of what
-// was stored, merged group of pixels by group of pixels (Chan et al. 1979).
+// Finishes one vector of output channels of a strip: stores (y + bias + residual) * inverse_divide and computes the
+// statistics of what is stored, merging groups of pixels into them (Chan, Golub & LeVeque 1979).
 struct Finish {
   const ConvArgs& a;
   int row, channel;
@@ -96,6 +115,7 @@ struct Finish {
     if (a.emb.base != nullptr) bias += load_some(a.emb(row) + channel, a.emb_channels - channel);
   }
 
+  // Finishes one pixel.
   inline void pixel(int y, int x, Vec v) {
     v += bias;
     if (a.residual != nullptr) {
@@ -109,7 +129,7 @@ struct Finish {
     values[held++] = v;
   }
 
-  // After at most 16 pixels.
+  // Merges the pixels since the last call, of which there are at most 16, into the statistics.
   inline void measure() {
     if (a.statistics != nullptr && held > 0) merge(values, held);
     held = 0;
@@ -128,8 +148,8 @@ struct Finish {
     count += n;
   }
 
-  // size x size pixels, all of them in the map: pixel() and measure() without a question per pixel. The next vector of
-  // these pixels' channels, whose turn comes after this one's of all pixels, is asked for.
+  // Finishes a tile of size x size pixels that lies within the map: the same as pixel() and measure(), without branches
+  // per pixel. Prefetches the next vector of channels of these pixels, which is finished after this one of all pixels.
   template <int size>
   inline void tile(int top, int left, Vec* y) {
     const int64_t at = ((static_cast<int64_t>(row) * a.map.height + top) * a.map.width + left) * a.outputs + channel;
@@ -158,6 +178,7 @@ struct Finish {
     if (a.statistics != nullptr) merge(y, size * size);
   }
 
+  // Stores the statistics of the strip.
   void done(int strip_index) {
     if (a.statistics == nullptr) return;
     float* to = a.statistics + static_cast<int64_t>(strip_index) * 2 * a.outputs + channel;
@@ -166,9 +187,10 @@ struct Finish {
   }
 };
 
+// Finishes one vector of channels of a strip from its Winograd products. y0: the strip's first row of pixels.
 template <class F>
-__attribute__((noinline)) static void store_tiles(const ConvArgs& a, Finish& finish, int y0, const float* products,
-                                                  int64_t stride) {
+__attribute__((noinline)) void store_tiles(const ConvArgs& a, Finish& finish, int y0, const float* products,
+                                           int64_t stride) {
   const int tiles = ceil_div(a.map.width, F::out), rows = ceil_div(std::min(strip, a.map.height), F::out);
   for (int ty = 0; ty < rows; ty++)
     for (int tx = 0; tx < tiles; tx++) {
@@ -185,7 +207,8 @@ __attribute__((noinline)) static void store_tiles(const ConvArgs& a, Finish& fin
     }
 }
 
-__attribute__((noinline)) static void store_pixels(const ConvArgs& a, Finish& finish, int y0, const float* products) {
+// The same for a direct convolution, whose products are pixels.
+__attribute__((noinline)) void store_pixels(const ConvArgs& a, Finish& finish, int y0, const float* products) {
   for (int y = 0; y < strip && y0 + y < a.map.height; y++)
     for (int x = 0; x < a.map.width; x++) {
       finish.pixel(y0 + y, x, load(products + static_cast<int64_t>(y * a.map.width + x) * panel));
@@ -193,30 +216,30 @@ __attribute__((noinline)) static void store_pixels(const ConvArgs& a, Finish& fi
     }
 }
 
-// The pixels of all rows before a strip.
-static int64_t pixels_before(const ConvArgs& a, int s) {
+// Counts the pixels of all maps before strip s.
+int64_t pixels_before(const ConvArgs& a, int s) {
   const int per_row = a.map.strips();
   return (static_cast<int64_t>(s / per_row) * a.map.height + s % per_row * strip) * a.map.width;
 }
 
-// The products of a panel at every position; `weights` are the panel's.
+// Multiplies `used` items with a panel of weights at every position of the transform.
 template <class T>
-static void multiply_positions(const ConvArgs& a, int used, int width, const T* loaded, int items, const T* weights,
-                               float* products) {
+void multiply_positions(const ConvArgs& a, int used, int width, const T* loaded, int items, const T* weights,
+                        float* products) {
   for (int position = 0; position < a.positions(); position++)
     multiply(used, width, a.depth(), loaded + position * a.load_stride(items), a.depth(),
              weights + static_cast<int64_t>(position) * a.depth() * panel,
              products + position * a.product_stride(items), panel);
 }
 
-static void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loaded, int items, float* products) {
+void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loaded, int items, float* products) {
   const int per_row = a.map.strips(), depth = a.depth();
   const int64_t stride = a.product_stride(items), begin = pixels_before(a, strips.begin);
   for (int p = panels.begin; p < panels.end; p++) {
     const int width = std::min(panel, a.outputs - p * panel);
     const int64_t first_weight = static_cast<int64_t>(p) * a.positions() * depth * panel;
     const int used = strips.size() * a.items();
-    if (a.in_place()) {  // the sources are the matrix, their pixels the items
+    if (a.in_place()) {  // the pixels of the sources are the items, and nothing was loaded
       const float* weights = static_cast<const float*>(a.weights) + first_weight;
       const int pixels = static_cast<int>(pixels_before(a, strips.end) - begin);
       for (int part = 0, from = 0; part < a.src.count; from += a.src.channels[part++])
@@ -245,3 +268,6 @@ static void conv_store(const ConvArgs& a, Range strips, Range panels, const void
       }
   }
 }
+
+}  // namespace
+}  // namespace fastdiff

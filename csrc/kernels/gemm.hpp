@@ -1,15 +1,26 @@
-// Matrix products against packed panels: c [items, panel] = a [items, depth] b [depth, panel], in float or in bfloat16
-// with sums in float. b of bfloat16 is [depth / 2, panel, 2].
+// Matrix products with packed panels: c [items, panel] = a [items, depth] b [depth, panel]. Operands are float, or
+// bfloat16, in which case b is packed as [depth / 2, panel, 2]. Sums are float.
+#pragma once
 
-// The widest block of accumulators that, with the row of b and a broadcast a, fits the registers: 6 x 4 vectors where
-// there are 32 of them, 6 x 2 where there are 16.
-static constexpr int block_items = 6;
-static constexpr int block_vectors = lanes == 8 ? 2 : 4;
-static constexpr int block_depth = 512;  // rows of b between two looks at c: 128 KB, half of what stays in L2
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
 
-// sum[i][j] += a[i, k] b[k, j], over one k for float.
+#include "kernels.hpp"
+#include "kernels/vec.hpp"
+
+namespace fastdiff {
+namespace {
+
+// The block of accumulators is the widest that fits into the vector registers together with a row of b and a broadcast
+// element of a: 6 x 4 vectors where there are 32 registers, 6 x 2 where there are 16.
+constexpr int block_items = 6;
+constexpr int block_vectors = lanes == 8 ? 2 : 4;
+constexpr int block_depth = 512;  // rows of b between two passes over c: 128 KB, which leaves room in L2
+
+// Adds a[i, k] b[k, j] to sum[i][j], for one k.
 template <int items, int vectors>
-static inline void multiply_step(Vec (&sum)[items][vectors], const float* a, int64_t lda, const float* b) {
+inline void multiply_step(Vec (&sum)[items][vectors], const float* a, int64_t lda, const float* b) {
   Vec row[vectors];
 #pragma GCC unroll 4
   for (int j = 0; j < vectors; j++) row[j] = load(b + j * lanes);
@@ -21,9 +32,9 @@ static inline void multiply_step(Vec (&sum)[items][vectors], const float* a, int
   }
 }
 
-// The same over two k for bfloat16, which lie side by side in a and in b.
+// The same for two k, whose bfloat16 operands are adjacent in a and in b.
 template <int items, int vectors>
-static inline void multiply_step(Vec (&sum)[items][vectors], const BF16* a, int64_t lda, const BF16* b) {
+inline void multiply_step(Vec (&sum)[items][vectors], const BF16* a, int64_t lda, const BF16* b) {
 #ifdef __AVX512BF16__
   __m512bh row[vectors];
 #pragma GCC unroll 4
@@ -41,18 +52,20 @@ static inline void multiply_step(Vec (&sum)[items][vectors], const BF16* a, int6
 #endif
 }
 
-// Summands that a step takes.
+// Number of values of k that one multiply_step consumes.
 template <class T>
-static constexpr int step_depth = 1;
+constexpr int step_depth = 1;
 template <>
 constexpr int step_depth<BF16> = 2;
 
-// Of the rows of b behind these ones, which the next call will read, `lines` cache lines a step are asked for, from the
-// line `line` on: weights pass by once, and seldom lie nearer than the third-level cache. So are the items behind these,
-// which fill the first-level cache while these are multiplied.
+// Computes c [items, vectors * lanes] = a b, or adds to it (`accumulate`).
+//
+// Every step prefetches two things. The first is `lines` cache lines, beginning with line number `line`, of the rows of
+// b that follow these and that the next call reads: weights are used once per pass and are rarely closer than the L3
+// cache. The second is the items of a that follow these, so that they reach the L1 cache in time.
 template <int items, int vectors, int lines, class T>
-static inline void multiply_block(int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
-                                  bool accumulate, int line = 0) {
+inline void multiply_block(int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc, bool accumulate,
+                           int line = 0) {
   constexpr int step = step_depth<T>, line_size = 64 / sizeof(T);
   Vec sum[items][vectors];
 #pragma GCC unroll 8
@@ -73,10 +86,11 @@ static inline void multiply_block(int depth, const T* a, int64_t lda, const T* b
 }
 
 template <int vectors, class T>
-static void multiply_rows(int items, int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
-                          bool accumulate) {
+void multiply_rows(int items, int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc, bool accumulate) {
   constexpr int lines = vectors * lanes * step_depth<T> * sizeof(T) / 64;
-  const bool spread = items >= lines * block_items;  // a line a step in each of the first blocks, or all in the first
+  const bool spread =
+      items >=
+      lines * block_items;  // prefetch one line per step in each of the first blocks, else all lines in the first block
   int i = 0;
   if (!spread && items >= block_items) {
     multiply_block<block_items, vectors, lines>(depth, a, lda, b, c, ldc, accumulate);
@@ -103,11 +117,12 @@ static void multiply_rows(int items, int depth, const T* a, int64_t lda, const T
   }
 }
 
-// Only the first `width` columns of the panel are wanted. onto: added to what c holds. Every sum runs over k in order,
-// whatever `items` is, so an item's bits do not depend on its neighbours.
+// Computes the first `width` columns of c [items, panel] = a [items, depth] b [depth, panel], or adds them to c
+// (`onto`). lda and ldc: distance between the rows of a and of c. Every sum runs over k in order, whatever `items` is,
+// so the bits of an item do not depend on its neighbours.
 template <class T>
-__attribute__((noinline)) static void multiply(int items, int width, int depth, const T* a, int64_t lda, const T* b,
-                                               float* c, int64_t ldc, bool onto = false) {
+__attribute__((noinline)) void multiply(int items, int width, int depth, const T* a, int64_t lda, const T* b, float* c,
+                                        int64_t ldc, bool onto = false) {
   for (int k = 0; k < depth; k += block_depth, onto = true) {
     const int part = std::min(block_depth, depth - k);
     for (int j = 0; j < width; j += block_vectors * lanes) {
@@ -122,12 +137,13 @@ __attribute__((noinline)) static void multiply(int items, int width, int depth, 
   }
 }
 
-// `rounds` times as many multiply-adds as hide their own latency, on registers alone: what limits everything else. Each
-// counts 2 lanes; the result keeps the compiler from leaving them out.
-static constexpr int fma_chains = block_items * block_vectors;
-static float fma(int64_t rounds) {
+// Runs `rounds` rounds of fma_chains independent multiply-adds on registers, enough of them to hide their latency: the
+// processor's peak rate, for measurements. Each multiply-add is 2 * lanes operations. The result depends on all of
+// them, so that the compiler keeps them.
+constexpr int fma_chains = block_items * block_vectors;
+float fma(int64_t rounds) {
   Vec sum[fma_chains];
-  for (int i = 0; i < fma_chains; i++) sum[i] = splat(static_cast<float>(i));  // equal chains would become one
+  for (int i = 0; i < fma_chains; i++) sum[i] = splat(static_cast<float>(i));  // equal chains would be merged into one
   Vec x = splat(0.999f), y = splat(1e-3f);
   for (int64_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 24
@@ -137,3 +153,6 @@ static float fma(int64_t rounds) {
   for (int i = 0; i < fma_chains; i++) total += sum[i];
   return total[0];
 }
+
+}  // namespace
+}  // namespace fastdiff

@@ -1,8 +1,20 @@
-// GroupNorm's coefficients from the statistics that the writers of its sources left behind.
+// The coefficients of a GroupNorm, from the statistics that the operations before it computed of their results.
+#pragma once
 
-// Per channel over all strips: mean and sum of squared deviations (Chan, Golub & LeVeque 1979), relative to the first
-// strip's mean, so that a large mean costs no digits. statistics: [strips, 2, stride].
-static void merge_strips(const float* statistics, int stride, Map map, float* means, float* squares_out) {
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels.hpp"
+#include "kernels/vec.hpp"
+
+namespace fastdiff {
+namespace {
+
+// Merges the statistics [strips, 2, stride] of all strips into the mean and the sum of squared deviations of each
+// channel (Chan, Golub & LeVeque 1979). Means are summed relative to the first strip's, so that a large mean costs no
+// precision.
+void merge_strips(const float* statistics, int stride, Map map, float* means, float* squares_out) {
   const int strips = map.strips();
   for (int c = 0; c < stride; c += lanes) {
     const Vec first = load(statistics + c);
@@ -23,18 +35,20 @@ static void merge_strips(const float* statistics, int stride, Map map, float* me
   }
 }
 
-// y = (x - mean) / sqrt(var + eps) * gamma + beta;  y (1 + scale) + shift;  both folded into x * scale + shift
-static void norm(const NormArgs& a, Range rows) {
+// Computes a.scale and a.shift of the given rows, such that x * a.scale + a.shift is the modulated norm of x:
+//
+//     y = (x - mean) / sqrt(var + eps) * gamma + beta,    then y * (1 + m_scale) + m_shift where there is a modulation
+void norm(const NormArgs& a, Range rows) {
   const int width = padded(a.channels[0]) + (a.count > 1 ? padded(a.channels[1]) : 0);
   const int total = a.channels[0] + (a.count > 1 ? a.channels[1] : 0);
   const int size = total / a.groups;
   const double pixels = static_cast<double>(a.map.height) * a.map.width;
-  // Of a channel among the padded ones.
+  // The index of channel c among the padded channels of both sources.
   const auto place = [&a](int c) { return c < a.channels[0] ? c : padded(a.channels[0]) + c - a.channels[0]; };
   for (int row = rows.begin; row < rows.end; row++) {
     float* scale = a.scale + static_cast<int64_t>(row) * width;
     float* shift = a.shift + static_cast<int64_t>(row) * width;
-    float *mean = scale, *squares = shift;  // each group's are read before they are overwritten
+    float *mean = scale, *squares = shift;  // a group's means and squares are read before its results overwrite them
     for (int s = 0, at = 0; s < a.count; s++) {
       const int stride = padded(a.channels[s]);
       merge_strips(a.statistics[s] + static_cast<int64_t>(row) * a.map.strips() * 2 * stride, stride, a.map, mean + at,
@@ -65,3 +79,6 @@ static void norm(const NormArgs& a, Range rows) {
     }
   }
 }
+
+}  // namespace
+}  // namespace fastdiff

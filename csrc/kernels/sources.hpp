@@ -1,9 +1,20 @@
-// Reading the sources of an operation: concatenation, norm and Swish, doubling and zero padding.
+// Reads the sources of an operation: concatenation, norm and Swish, nearest-neighbour doubling and zero padding.
+#pragma once
 
-// One vector of channels, `c` of the concatenated ones, of `rows` x `columns` pixels from (y0, x0), which may lie outside
-// the map, where there are zeros. out: [rows, columns, lanes].
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.hpp"
+#include "kernels/vec.hpp"
+
+namespace fastdiff {
+namespace {
+
+// Reads one vector of channels, from channel `c` of the concatenated sources on, of `rows` x `columns` pixels whose
+// first is (y0, x0), into out [rows, columns, lanes]. Pixels outside the map are zeros.
 template <bool normed, bool upsample>
-static void read_block(const Sources& s, int row, int y0, int rows, int x0, int columns, int c, float* out) {
+void read_block(const Sources& s, int row, int y0, int rows, int x0, int columns, int c, float* out) {
   const int part = c < s.channels[0] ? 0 : 1;
   const int channels = s.channels[part];
   const float* data = s.data[part] + (part ? c - s.channels[0] : c);
@@ -43,9 +54,12 @@ static void read_block(const Sources& s, int row, int y0, int rows, int x0, int 
   }
 }
 
-static void read_pixels(const Sources& s, bool upsample, int row, int y0, int rows, int x0, int columns, int c,
-                        float* out) {
+// Calls the instance of read_block that fits the sources; the arguments are its.
+void read_pixels(const Sources& s, bool upsample, int row, int y0, int rows, int x0, int columns, int c, float* out) {
   const auto read = s.scale != nullptr ? (upsample ? read_block<true, true> : read_block<true, false>)
                                        : (upsample ? read_block<false, true> : read_block<false, false>);
   read(s, row, y0, rows, x0, columns, c, out);
 }
+
+}  // namespace
+}  // namespace fastdiff

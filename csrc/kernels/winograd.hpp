@@ -1,6 +1,17 @@
-// Winograd's minimal filtering, y = A^T [(G g G^T) . (B^T d B)] A (Lavin & Gray 2016, arXiv:1509.09308), for 3 x 3
-// kernels. With the points p_j and M(x) = prod (x - p_j): row j of B^T holds the coefficients of M(x) / (x - p_j), the
-// last row those of M(x); A^T[i][j] = p_j^i and its last column is (0, .., 0, 1); G is in the packing of weights.
+// Winograd's minimal filtering for 3 x 3 kernels (Lavin & Gray 2016, arXiv:1509.09308): y = A^T [(G g G^T) . (B^T d B)]
+// A.
+//
+// With interpolation points p_j and M(x) = prod (x - p_j), row j of B^T holds the coefficients of M(x) / (x - p_j), and
+// the last row those of M(x). A^T[i][j] = p_j^i, and the last column of A^T is (0, .., 0, 1). G is applied when weights
+// are packed (fastdiff/backends/native/packing.py).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/vec.hpp"
+
+namespace fastdiff {
+namespace {
 
 // F(2, 3): points 0, 1, -1, inf.
 struct Winograd2 {
@@ -17,7 +28,7 @@ struct Winograd2 {
   }
 };
 
-// F(4, 3): points 0, a, -a, b, -b, inf with a = 3/4, b = 3/2, which round less than the usual 1 and 2 do.
+// F(4, 3): points 0, a, -a, b, -b, inf. a = 3/4 and b = 3/2 cause smaller rounding errors than the usual 1 and 2.
 struct Winograd4 {
   static constexpr int in = 6, out = 4;
   static constexpr float a = 0.75f, b = 1.5f, a2 = a * a, b2 = b * b;
@@ -40,9 +51,9 @@ struct Winograd4 {
   }
 };
 
-// B^T d of one column of pixels [in, columns, lanes].
+// Computes column x of B^T d from one column of pixels; pixels: [in, columns, lanes].
 template <class F>
-static inline void transform_column(const float* pixels, int columns, Vec (&half)[F::in][F::in], int x) {
+inline void transform_column(const float* pixels, int columns, Vec (&half)[F::in][F::in], int x) {
   Vec d[F::in], t[F::in];
 #pragma GCC unroll 6
   for (int y = 0; y < F::in; y++) d[y] = load(pixels + y * columns * lanes);
@@ -51,12 +62,13 @@ static inline void transform_column(const float* pixels, int columns, Vec (&half
   for (int y = 0; y < F::in; y++) half[y][x] = t[y];
 }
 
-// A row of `tiles` tiles side by side, from the first one's pixels on; loaded: where its position 0 goes, `depth` apart
-// from the next tile's. Tiles share two columns. Of Winograd2 they are kept: all 16 numbers stay in registers. Of
-// Winograd4 they are transformed again: 36 do not, and to move them costs as much.
+// Computes B^T d B of `tiles` adjacent tiles. pixels: those of the first tile; columns: pixels in a row of them. The
+// number at position i of tile t is stored at loaded + t * depth + i * stride.
+//
+// Neighbouring tiles share two columns. Winograd2 keeps their transform, as its 16 numbers stay in registers. Winograd4
+// computes it again: its 36 numbers do not fit into registers, and moving them through memory takes as long.
 template <class F, class T>
-static inline void transform_input(const float* pixels, int columns, int tiles, T* loaded, int64_t depth,
-                                   int64_t stride) {
+inline void transform_input(const float* pixels, int columns, int tiles, T* loaded, int64_t depth, int64_t stride) {
   constexpr bool keep = F::in == 4;
   constexpr int shared = F::in - F::out;
   Vec half[F::in][F::in];
@@ -81,9 +93,10 @@ static inline void transform_input(const float* pixels, int columns, int tiles, 
   }
 }
 
-// products: position 0 of the tile; y: [out, out].
+// Computes the pixels y [out, out] of a tile from its products: A^T m A. The product at position i is at
+// products + i * stride.
 template <class F>
-static inline void transform_output(const float* products, int64_t stride, Vec* y) {
+inline void transform_output(const float* products, int64_t stride, Vec* y) {
   Vec half[F::out][F::in];
 #pragma GCC unroll 6
   for (int j = 0; j < F::in; j++) {
@@ -97,3 +110,6 @@ static inline void transform_output(const float* products, int64_t stride, Vec* 
 #pragma GCC unroll 6
   for (int i = 0; i < F::out; i++) F::output(half[i], y + i * F::out);
 }
+
+}  // namespace
+}  // namespace fastdiff

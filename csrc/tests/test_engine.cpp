@@ -1,15 +1,21 @@
-// The engine without Python, for the sanitizers: every operation at shapes that divide nothing, against loops written
-// out in double, with buffers of exactly the size they need. Prints what failed; the exit code is how many.
+// Tests of the engine without Python, which run under sanitizers. Every operation runs at shapes that are no multiple
+// of any block size, in buffers of exactly the size it needs, and is compared with plain loops in double precision.
+// Prints the checks that failed; the exit code is their number.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <limits>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "engine.hpp"
 #include "isa.hpp"
+#include "team.hpp"
 
 using namespace fastdiff;
 
@@ -32,7 +38,7 @@ std::vector<float> random(size_t n) {
   return v;
 }
 
-// [pixels, padded channels], zeros past the channels.
+// Returns [pixels, padded channels] of random numbers, whose padding is zeros.
 std::vector<float> random_map(int pixels, int channels) {
   std::vector<float> v(static_cast<size_t>(pixels) * padded(channels));
   for (int p = 0; p < pixels; p++) {
@@ -57,7 +63,7 @@ struct Case {
   }
 };
 
-// G g for the points of kernels/winograd.hpp.
+// Returns G for the points of kernels/winograd.hpp.
 std::vector<std::vector<double>> winograd_g(Method method) {
   const std::vector<double> points =
       method == Method::winograd2 ? std::vector<double>{0, 1, -1} : std::vector<double>{0, 0.75, -0.75, 1.5, -1.5};
@@ -72,7 +78,7 @@ std::vector<std::vector<double>> winograd_g(Method method) {
   return g;
 }
 
-// weights: [outputs, channels of all sources, kernel, kernel].
+// Packs weights [outputs, channels of all sources, kernel, kernel] as ConvArgs describes it.
 std::vector<float> pack(const Case& c, const std::vector<float>& weights, const ConvArgs& a) {
   std::vector<float> packed(static_cast<size_t>(a.panels()) * a.positions() * a.depth() * panel);
   int total = 0;
@@ -144,7 +150,7 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
   a.dst = dst.data();
   a.statistics = measured.data();
 
-  // The norm's inputs: statistics of each strip, straight from the definition.
+  // Compute the norm's inputs, the statistics of each strip, from their definition.
   std::vector<float> gamma = random(total), beta = random(total);
   if (c.norm) {
     NormArgs& n = op.norm;
@@ -178,7 +184,7 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
   engine.add(op);
   engine.run(0, 1);
 
-  // The same in double. h: what the convolution reads, [rows, in_h, in_w, total].
+  // Compute the same in double. h [rows, in_h, in_w, total] is the normalised input of the convolution.
   std::vector<double> h(static_cast<size_t>(c.rows) * in_h * in_w * total);
   for (int p = 0; p < c.rows * in_h * in_w; p++)
     for (int k = 0, s = 0, local = 0; k < total; k++, local++) {
@@ -272,7 +278,7 @@ void check_attention(const Kernels& kernels, int threads, int rows, int pixels, 
                                              " pixels, " + std::to_string(heads) + " heads of " + std::to_string(d));
 }
 
-// What a member of a team may see: every barrier keeps all of them together.
+// Checks that no member of a team passes a barrier before the others have reached it.
 void check_team(int threads) {
   Team team(threads);
   std::vector<int> seen(threads);
@@ -291,7 +297,8 @@ void check_team(int threads) {
   expect(early == 0, "a member of a team of " + std::to_string(threads) + " went past a barrier");
 }
 
-// Random123's known answer for Philox4x32-10 with counter and key 0, and the normals made of words at the two ends.
+// Compares with Random123's published answer for Philox4x32-10 with counter and key 0, and with normals made of its
+// words.
 void check_noise(const Kernels& kernels) {
   const int64_t zero = 0;
   uint32_t words[4];

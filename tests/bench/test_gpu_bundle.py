@@ -1,4 +1,4 @@
-"""benchmarks/gpu without a GPU: the dry run goes through every part, and one part's failure costs only that part."""
+"""Tests of benchmarks/gpu without a GPU: the dry run executes every part, and a part that fails stops no other."""
 
 from __future__ import annotations
 

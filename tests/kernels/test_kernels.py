@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU in a process of their own, against their references in float64."""
+"""Tests of the Triton kernels, interpreted in a process of their own, against their references in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def results() -> dict[str, dict]:
     return {result["name"]: result for result in map(json.loads, run.stdout.splitlines())}
 
 
-@pytest.mark.xdist_group("interpreted")  # one process interprets them once
+@pytest.mark.xdist_group("interpreted")  # a single worker of pytest-xdist interprets them, once
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_is_its_reference(results, name):
     assert name in results, "the case was not run"
@@ -43,7 +43,7 @@ def test_kernel_is_its_reference(results, name):
 
 
 class Fake:
-    """A launch whose "kernel" is the reference, but for what ``spoil`` does afterwards."""
+    """A launch whose kernel is the reference, followed by ``spoil``."""
 
     def __init__(self, x, y, spoil):
         self.x, self.y, self.spoil = x, y, spoil

@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled for GPUs that need not be there: no spills, and shared memory that they have.
+"""Tests that compile the Triton kernels without a GPU: registers are not spilled, and shared memory suffices.
 
 ``make kernel-check`` runs all of this; ``make test`` compiles one launch of each kind.
 """
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
         yield path
 
 
-FIRST = {name.split()[0]: name for name in reversed(SHIPPED)}  # of each kind
+FIRST = {name.split()[0]: name for name in reversed(SHIPPED)}  # the first launch of each kind
 
 
 def on_target(name: str, capability: int):
@@ -49,7 +49,7 @@ def test_compiles_without_spills(folder, name, capability):
 
 @pytest.mark.parametrize("name", ONES, ids="{} sm_90".format)
 def test_compiles_where_sizes_are_ones(folder, name):
-    """Arguments of 1 are constants to the compiler, which have no methods; the interpreter does not show that."""
+    """The compiler makes arguments of 1 constants, which have no methods; interpreted kernels do not show that."""
     assert compiled(ONES[name](), 90, folder).stack == 0
 
 
@@ -60,7 +60,7 @@ def test_everything_is_both_interpreted_and_compiled():
 
 
 def test_every_configuration_is_compiled():
-    """Of each operation whose launches say that they can be remade: all its candidates."""
+    """SHIPPED has a launch of every operation in each of its candidates."""
     launches: list[Launch] = [launch() for launch in SHIPPED.values()]
     for op in {launch.op for launch in launches}:
         compiled_configs = {launch.config for launch in launches if launch.op == op}

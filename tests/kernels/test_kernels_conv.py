@@ -1,4 +1,4 @@
-"""What of the Triton convolutions is no kernel: packed weights, the choice of configurations, precision."""
+"""Tests of the Triton convolutions beside their kernel: packed weights, choice of configurations, precision."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_four_convolutions_are_the_one_behind_a_doubling(channels):
 
 
 def test_packed_weights():
-    """Of each source, tap by tap; columns are padded with zeros, so that every row is aligned."""
+    """Weights are packed tap by tap for each source; columns are padded with zeros, so that every row is aligned."""
     W = torch.randn(5, 4 + 2, 3, 3)
     first, second = conv.pack(W, (4, 2), torch.float32)
     assert first.shape == (1, 9, 4, 16)
@@ -66,7 +66,7 @@ def layers(name: str, rows: int) -> list:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "rows"), [("ddpm-cifar10-32", 1), ("ddpm-cifar10-32", 256), ("ddpm-celebahq-256", 1)])
 def test_heuristics_at_the_published_layers(name, rows, dtype):
-    """Every multiprocessor has a program wherever there is enough to do, and no more sums are shared out than pays."""
+    """Every multiprocessor has a program if there is enough work, and products are not split more than is useful."""
     whole, split = conv.candidates(dtype)
     shapes = layers(name, rows)
     assert len(shapes) > 20
@@ -91,13 +91,13 @@ def test_heuristics_at_the_published_layers(name, rows, dtype):
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
-    """float32 with the 10 bits of mantissa that tensor cores read, rounded to nearest."""
+    """Round float32 to the 10 bits of mantissa that tensor cores read."""
     bits = x.view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def test_three_products_of_tf32_hold_what_float32_promises():
-    """a b = ah bh + (ah bl + al bh), h and l the high part and the remainder; one product of TF32 would not."""
+    """a b = ah bh + (ah bl + al bh), with high parts h and remainders l, is as precise as float32; ah bh is not."""
     a, b = torch.randn(64, 2304), torch.randn(2304, 64) / 48
     exact = a.double() @ b.double()
     ah, bh = tf32(a), tf32(b)

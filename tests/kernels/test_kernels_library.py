@@ -1,7 +1,7 @@
-"""Convolutions whose products are the library's: on a CPU PyTorch's own, and what cuDNN is asked for on a GPU.
+"""Tests of convolutions whose products a library computes: PyTorch on a CPU, and the calls of cuDNN on a GPU.
 
-The epilogue kernel behind them is interpreted in test_kernels.py (cases "by the library"), whole networks that have
-them everywhere are in test_triton.py.
+test_kernels.py interprets the epilogue kernel that follows (cases "by the library"), and tests/backends/test_triton.py
+runs whole networks in which the library computes all products.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def products(shape: Shape, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SERVED)
 def test_products(name: str, dtype: torch.dtype) -> None:
-    """In poisoned memory between guard bands; the reference is a sum over taps."""
+    """Products in poisoned memory between guard bands equal the reference, a sum over taps."""
     check(products(SERVED[name], dtype))
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_their_sum_is_the_convolution(name: str) -> None:
-    """Sources and padding behind: against the reference of fastdiff's own kernel, which takes them otherwise."""
+    """The sum over sources equals the reference of `conv`, which pads and concatenates in another way."""
     shape = SERVED[name]
     operands = {
         key: tuple(t.double() for t in value) if isinstance(value, tuple) else value
@@ -85,12 +85,12 @@ def test_a_half_product_is_rounded_once_more(name: str, dtype: torch.dtype) -> N
 
         |dst - exact| <= u (sum_i |P_i| / divide + |dst|)
 
-    beside float32's own errors, and where numbers are too small for the dtype.
+    apart from errors of float32, and of numbers too small for the dtype.
     """
     case = layer_case(SERVED[name], dtype, "entry residual", LIBRARY)
     made = conv.layer(**case.arguments, config=LIBRARY)
     made[0]()
-    made[1].reference()  # float32, but for what it rounds; test_kernels.py holds the kernel to it
+    made[1].reference()  # float32, but for what it rounds; test_kernels.py compares the kernel with it
     got = case.arguments["dst"].double()
 
     exact = case.to(torch.float64)
@@ -105,11 +105,11 @@ def test_a_half_product_is_rounded_once_more(name: str, dtype: torch.dtype) -> N
     assert ((got - best).abs() > u * 1.01 * best.abs() + 2.0**-20 * best.abs().max()).any(), "it is a rounding more"
 
 
-# What cuDNN is asked for ----------------------------------------------------------------------------------------------
+# The calls of cuDNN --------------------------------------------------------------------------------------------------
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the operations that are no views, and runs no convolution: there is no GPU."""
+    """Records all operations except views, and does not run convolutions, as there is no GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,9 +126,9 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SERVED)
 def test_on_a_gpu_it_is_one_call_for_each_source_and_nothing_else(name: str, dtype: torch.dtype) -> None:
-    """No copy, allocation or wait: operands are views in channels_last, and the result is written where it is wanted.
+    """There is no copy, allocation or wait: operands are views in channels_last, and the result is written in place.
 
-    In float32 there is no TF32, whatever the global switch says; algorithms are not measured, and deterministic.
+    TF32 is off in float32, whatever the global setting is; algorithms are deterministic and not benchmarked.
     """
     arguments = products(SERVED[name], dtype).arguments
     with FakeTensorMode():
@@ -167,7 +167,7 @@ def test_weights_of_another_layout_are_no_copy_at_every_call() -> None:
 
 
 def test_a_build_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the backend goes on with PyTorch, as where a kernel cannot be compiled."""
+    """The error is the one of kernels that cannot be compiled, after which the backend uses PyTorch."""
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     made = library.products(**products(SERVED["3x3"], torch.float32).arguments)
     made.compile()

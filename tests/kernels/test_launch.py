@@ -1,4 +1,4 @@
-"""Launches as values, and where their configurations come from; needs neither triton nor a GPU."""
+"""Tests of launches as values and of the choice of their configurations; they need neither triton nor a GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GPU = Device("NVIDIA H100 80GB HBM3", 132)
 
 
 class Kernel:
-    """What `triton.jit` would make: it doubles x, or fails as the compiler does."""
+    """Stands in for a kernel of `triton.jit`: it doubles x, or fails as the compiler does."""
 
     def __init__(self, error: Exception | None = None):
         self.error, self.runs, self.compiled = error, [], []
@@ -89,7 +89,7 @@ def test_a_launch_runs_compiles_and_is_remade():
 
 @pytest.mark.parametrize("error", [RuntimeError("ptxas"), PermissionError(13, "read-only cache"), ValueError("json")])
 def test_what_cannot_be_compiled_says_so_and_has_a_reference(error):
-    """Fault rows 20 and 32: a backend goes on with the reference."""
+    """After the error, a backend continues with the reference."""
     x, y = torch.arange(4.0), torch.full((4,), torch.nan)
     launch = double(x, y, Kernel(error))
     with pytest.raises(BackendError, match=r"kernel double \(4, Tile\(.*cannot be compiled: .*") as caught:

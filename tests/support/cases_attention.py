@@ -18,14 +18,14 @@ CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
 ONES: dict[str, Callable[[], Launch]] = {}
 
-# Weights are rounded to the operands' kind, and a sum of products is off by as much of its largest term.
+# Weights are rounded to the dtype of the operands, which changes a sum of products by as much of its largest term.
 BANDS = {torch.float32: 4.0, torch.float16: 2.0**12, torch.bfloat16: 2.0**15}
 
 
 def attention_case(
     size: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, config: AttentionConfig, scale: float
 ) -> Case:
-    """q, k and v are slices of one tensor, as a product's."""
+    """Build a case in which q, k and v are slices of one tensor."""
     qkv = normal(*size, 3 * heads * head_dim, dtype=dtype)
     qkv[..., : heads * head_dim] *= scale
     q, k, v = qkv.chunk(3, dim=3)
@@ -37,13 +37,13 @@ def attention_case(
 
 
 def shared_case(size: tuple[int, int, int], C: int, dtype: torch.dtype, config: AttentionConfig) -> Case:
-    """k and v are one map; q is of another product."""
+    """Build a case in which k and v are the same map."""
     q, x = (normal(*size, C, seed=seed, dtype=dtype) for seed in (0, 1))
     arguments = {"q": q, "k": x, "v": None, "dst": poison(*size, C, dtype=dtype), "heads": 1, "head_dim": C}
     return Case(attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config)
 
 
-SMALL = AttentionConfig(4, 1, queries=16, keys=16, width=32, depth=16)  # not shipped: less to interpret
+SMALL = AttentionConfig(4, 1, queries=16, keys=16, width=32, depth=16)  # not shipped: small, to save time
 # rows, H, W; heads; channels of one. Tokens and channels that divide nothing; heads in parts.
 SIZES = [((2, 1, 1), 1, 8), ((1, 5, 7), 2, 5), ((2, 4, 4), 4, 16), ((1, 3, 7), 2, 25), ((1, 5, 5), 1, 70)]
 for (size, heads, head_dim), dtype in itertools.product(SIZES, DTYPES):
@@ -60,7 +60,7 @@ for config in CANDIDATES:
     CASES[f"attention of one map in {config}"] = functools.partial(shared_case, (1, 9, 9), width - 8, dtype, config)
 
 
-# What is compiled -----------------------------------------------------------------------------------------------------
+# Compiled launches ----------------------------------------------------------------------------------------------------
 
 
 def attention_launch(
@@ -75,7 +75,7 @@ def attention_launch(
 
 
 for config in CANDIDATES:
-    # A head as wide as the map is one of a merged product; narrower ones come from one of q, k and v.
+    # A head as wide as the map has k and v in one; narrower heads are slices of q, k and v.
     shared = config.width >= 256
     head_dim = 2 * config.width if config.depth < config.width else config.width
     dtype = torch.float32 if config.single else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Cases of convolutions and of what is done behind them."""
+"""Cases of convolutions and of the operations that follow them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONES: dict[str, Callable[[], Launch]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of a convolution's operands. size: of the source."""
+    """Shape of a convolution and its operands. size: height and width of the source."""
 
     rows: int
     size: tuple[int, int]
@@ -56,7 +56,7 @@ class Shape:
         }
 
     def shipped(self, dtype: torch.dtype) -> dict[str, Any]:
-        """On the meta device."""
+        """Return the operands on the meta device."""
         phases, taps = (4, 4) if self.upsample else (1, self.kernel**2)
         columns = -(-self.outputs // conv.MULTIPLE) * conv.MULTIPLE
         return {
@@ -67,7 +67,7 @@ class Shape:
         }
 
     def laid_out(self, operands: dict[str, Any], config: LayerConfig) -> dict[str, Any]:
-        """As a layer in ``config`` takes them."""
+        """Return the operands in the layout that a layer in ``config`` needs."""
         if config != LIBRARY:
             return operands
         _, H, W, N = self.out
@@ -107,7 +107,7 @@ SMALL_SPLIT = dataclasses.replace(SMALL, splits=3)
 def conv_case(
     shape: Shape, dtype: torch.dtype, config: ConvConfig = SMALL, more: str = "", to: torch.dtype | None = None
 ) -> Case:
-    """more: words that say what is added. to: dst's dtype, where it is another."""
+    """Build a case of `conv.conv`. more: words for `finishing`; to: dtype of dst, if it differs."""
     rows, H, W, N = shape.out
     operands = shape.operands(dtype)
     arguments = operands | finishing(shape, dtype, more)
@@ -251,14 +251,14 @@ def layer(*args: Any, **kwargs: Any) -> Layer:
 
 
 def harvest(program: Program, rows: int) -> dict[Shape, set[str]]:
-    """Of every distinct convolution: the words for `finishing`, of all its occurrences."""
+    """Return all distinct convolutions, with the words for `finishing` of all their occurrences."""
     found: dict[Shape, set[str]] = {}
     for op in program.ops:
         if not isinstance(op, Conv):
             continue
         source, target = program.buffers[op.src[0]], program.buffers[op.dst]
         channels = tuple(program.buffers[name].shape[2] for name in op.src)
-        if op.norm is not None:  # then another kernel has concatenated them
+        if op.norm is not None:  # another kernel has then concatenated the sources
             channels = (sum(channels),)
         shape = Shape(
             rows, source.shape[:2], channels, target.shape[2], op.kernel, op.stride, op.padding[0], op.upsample
@@ -287,8 +287,8 @@ def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: LayerConfig 
     arguments |= {"dst": poison(*((rows, N, H, W) if nchw else shape.out), dtype=torch.float32 if nchw else dtype)}
     writes, scratch = ("dst",), ()
     if config == LIBRARY:
-        size = size * torch.float32.itemsize // dtype.itemsize  # in float64, too, there is room for as many sums
-        scratch = ("workspace",)  # what is in it is of another dtype
+        size = size * torch.float32.itemsize // dtype.itemsize  # room for as many sums in float64
+        scratch = ("workspace",)  # its contents have another dtype
     elif size:
         writes += ("workspace",)
     arguments |= {"workspace": poison(size) if size else None}
@@ -298,7 +298,7 @@ def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: LayerConfig 
     return Case(layer, arguments, writes, apart={"statistics": 2}, config=config, scratch=scratch)
 
 
-# Small networks, with what heuristics choose for them.
+# Layers of small networks, in the configurations that heuristics choose.
 NETWORKS = {
     "odd groups": (change(**THREE_LEVELS, norm_num_groups=6), (12, 12)),
     "resnet blocks": (change(**RESNET_BLOCKS, num_class_embeds=3), (8, 8)),
@@ -332,7 +332,7 @@ for name, more, dtype in [
     CASES[f"layer {name}, {more}, {name_of(dtype)}, by {LIBRARY}"] = case
 
 
-# What is compiled -----------------------------------------------------------------------------------------------------
+# Compiled launches ----------------------------------------------------------------------------------------------------
 
 
 def finishing_on_meta(shape: Shape, dtype: torch.dtype, more: str, parts: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cases of the network's entrance, the embedding, and pooling."""
+"""Cases of the input, the embedding, and pooling."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ for (rows, features), dtype, indexed in itertools.product([(1, 1), (3, 200)], DT
     CASES[name] = functools.partial(embed_case, rows, features, dtype, indexed)
 
 
-# What is compiled.
+# Compiled launches.
 
 
 def pool_launch(normed: bool, dtype: torch.dtype, config: Config | None = None) -> Launch:

@@ -1,4 +1,4 @@
-"""Cases of GroupNorm: statistics, finalise, apply."""
+"""Cases of GroupNorm: finalise and apply."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.core.program import STRIP
-from fastdiff.kernels import norm, statistics
+from fastdiff.kernels import norm
 from fastdiff.kernels.launch import Config, Launch, cdiv, name_of
+from tests.support.interpreter import strip_statistics
 from tests.support.kernel_harness import DTYPES, Case
 
 CASES: dict[str, Callable[[], Case]] = {}
@@ -33,35 +34,13 @@ def strips(H: int) -> int:
     return cdiv(H, STRIP)
 
 
-# rows, H, W, C; 1 pixel, one strip, a strip that is not whole, channels that divide nothing
-SHAPES = [(1, 1, 1, 3), (2, 4, 4, 32), (1, 5, 7, 20), (3, 9, 6, 48), (2, 8, 8, 300)]
-
-
-def statistics_case(shape: tuple[int, ...], dtype: torch.dtype, mean: float) -> Case:
-    rows, H, _, C = shape
-    x = normal(*shape, dtype=dtype, mean=mean)
-    arguments = {"x": x, "statistics": poison(rows, strips(H), 2, C)}
-    # The band is wide because pixels are larger than their means.
-    return Case(statistics.statistics, arguments, ("statistics",), apart={"statistics": 2}, band=16.0)
-
-
-for shape, dtype in itertools.product(SHAPES, DTYPES):
-    CASES[f"statistics {shape} {name_of(dtype)}"] = functools.partial(statistics_case, shape, dtype, 0.0)
-CASES["statistics of a large mean"] = functools.partial(statistics_case, (2, 9, 6, 20), torch.float32, 1e4)
-
-
-def measured(x: Tensor) -> Tensor:
-    result = poison(x.shape[0], strips(x.shape[1]), 2, x.shape[3], dtype=x.dtype)
-    statistics.statistics_reference(x, result)
-    return result
-
-
 def finalise_case(
     H: int, W: int, channels: tuple[int, ...], groups: int, mean: float, modulated: bool, indexed: bool
 ) -> Case:
     rows, C = 2, sum(channels)
     parts = tuple(
-        measured(normal(rows, H, W, c, seed=i, dtype=torch.float64, mean=mean)).float() for i, c in enumerate(channels)
+        strip_statistics(normal(rows, H, W, c, seed=i, dtype=torch.float64, mean=mean)).float()
+        for i, c in enumerate(channels)
     )
     arguments = {
         "statistics": parts, "gamma": normal(C, seed=2, mean=1.0), "beta": normal(C, seed=3),
@@ -112,7 +91,6 @@ def configured(build: Callable[[], Case], config: Config) -> Case:
 
 # Every configuration once.
 for label, candidates in {
-    "statistics (3, 9, 6, 48) bf16": statistics.CANDIDATES,
     "finalise 30x2 (20, 4)/1 modulated": norm.FINALISE_CANDIDATES,
     "apply (2, 5, 7) (20, 12) bf16 silu": norm.APPLY_CANDIDATES,
 }.items():
@@ -120,16 +98,12 @@ for label, candidates in {
         CASES[f"{label} in {config}"] = functools.partial(configured, CASES[label], config)
 
 
-# What is compiled: the smallest and the largest shapes of the CIFAR-10 and CelebA-HQ networks, and every configuration.
+# Launches that are compiled: the smallest and the largest shapes of the CIFAR-10 and CelebA-HQ networks, and every
+# configuration.
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def statistics_launch(shape: tuple[int, ...], dtype: torch.dtype, config: Config | None = None) -> Launch:
-    rows, H, _, C = shape
-    return statistics.statistics(meta(*shape, dtype=dtype), meta(rows, strips(H), 2, C), config=config)
 
 
 def finalise_launch(H: int, channels: tuple[int, ...], modulated: bool, config: Config | None = None) -> Launch:
@@ -149,12 +123,6 @@ def apply_launch(
     return norm.apply(src, meta(rows, 3, C), meta(*shape, C, dtype=dtype), silu=silu, config=config)
 
 
-for config in statistics.CANDIDATES:
-    SHIPPED[f"statistics bf16 {config}"] = functools.partial(
-        statistics_launch, (1, 32, 32, 256), torch.bfloat16, config
-    )
-for dtype in DTYPES:
-    SHIPPED[f"statistics {name_of(dtype)}"] = functools.partial(statistics_launch, (64, 32, 32, 128), dtype)
 for config in norm.FINALISE_CANDIDATES:
     for channels in ((128,), (256, 128)):
         name = f"finalise {channels} {config}"
@@ -168,7 +136,6 @@ for dtype in DTYPES:
     SHIPPED[f"apply {name_of(dtype)}"] = functools.partial(apply_launch, (64, 32, 32), (128,), dtype, True)
     SHIPPED[f"apply {name_of(dtype)} two"] = functools.partial(apply_launch, (1, 4, 4), (256, 256), dtype, False)
 
-ONES["statistics"] = functools.partial(statistics_launch, (1, 1, 1, 1), torch.bfloat16)
 for channels in ((1,), (1, 1)):
     ONES[f"finalise {channels}"] = functools.partial(
         norm.finalise, tuple(meta(1, 1, 2, 1) for _ in channels), meta(len(channels)), meta(len(channels)),

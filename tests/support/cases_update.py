@@ -30,7 +30,7 @@ TERMS = ("kx", "ko", "hx", "ho", "h0", "ax", "ao", "a0", "a1", "a2", "a3", "as_"
 
 
 def random_table(rows: int, seed: int, zeros: float) -> StepTable:
-    """Coefficients in +-[0.3, 1], a share of them zero; pushes, saves and finite bounds at random."""
+    """Build a table of coefficients in +-[0.3, 1], of which a share ``zeros`` is 0, with pushes, saves and bounds."""
     g = np.random.default_rng(seed)
     levels = np.linspace(0.1, 1.0, rows + 1)
     built = []
@@ -41,7 +41,7 @@ def random_table(rows: int, seed: int, zeros: float) -> StepTable:
     return StepTable("random", rows, tuple(built))
 
 
-# Tables, and where in them an image stands; the last rows are identities, where images idle.
+# Tables and the row of an image in each. The last row of a table is the identity, which changes nothing.
 SCHEDULE = NoiseSchedule("linear", 100, beta_end=0.1)
 STANDS = [
     (random_table(3, 1, 0.0), 0),
@@ -63,7 +63,7 @@ WRITES = ("x", "xs", "m1", "m2", "m3", "row", "arrived")
 
 
 def nhwc(x: Tensor, padding: int) -> Tensor:
-    """The same numbers [rows, C, H, W], in pixels of ``padding`` more channels."""
+    """Return the same [rows, C, H, W] as a slice of NHWC memory with ``padding`` more channels."""
     rows, C, H, W = x.shape
     whole = poison(rows, H, W, C + padding, dtype=x.dtype)
     whole[..., :C] = x.permute(0, 2, 3, 1)
@@ -74,7 +74,7 @@ def update_case(
     shape: tuple[int, int, int], dtype: torch.dtype, *, learned: bool, guided: bool, buffers: bool = True,
     philox: bool = True, scaled: bool = False, padding: int | None = None,
 ) -> Case:  # fmt: skip
-    """One image for each of STANDS. What an image does not read is NaN. padding None: NCHW."""
+    """Build a case with an image for each of STANDS, whose unread operands are NaN. padding None: NCHW."""
     tables, stands = zip(*STANDS, strict=True)
     if not learned:
         tables = tuple(dataclasses.replace(t, rows=tuple(r._replace(sv=0.0) for r in t.rows)) for t in tables)
@@ -86,7 +86,7 @@ def update_case(
     w = torch.tensor([1.0, 1.5, 0.0, 4.0, -1.0])[torch.arange(B) % 5]
     for b, (table, stand) in enumerate(zip(tables, stands, strict=True)):
         row = dict(zip(COLUMNS, table.coefficients[stand].tolist(), strict=True))
-        if not buffers:  # what a row would push or save goes nowhere, and what it would read is not there
+        if not buffers:  # without buffers, rows neither save nor read them
             for name in ("a1", "a2", "a3", "as_", "hx", "ho", "h0"):
                 row[name] = 0.0
         for name, readers in READERS.items():
@@ -95,7 +95,7 @@ def update_case(
         if guided and row["g"] * (w[b] - 1) == 0:
             out[B + b] = math.nan
         if guided:
-            out[B + b, C:] = math.nan  # the variance is the conditional row's
+            out[B + b, C:] = math.nan  # the variance is read from the conditional row
     arguments = {
         "x": held["x"], "out": (out if padding is None else nhwc(out, padding)).to(dtype), "bank": bank.values,
         "table": torch.arange(B), "row": torch.tensor(stands), "lengths": bank.lengths,
@@ -170,7 +170,7 @@ for config in kernel.CANDIDATES:
     CASES[f"normals in {config}"] = functools.partial(configured, build, config)
 
 
-# What is compiled: 32x32 and 256x256 images, and every configuration.
+# Compiled launches: 32x32 and 256x256 images, and every configuration.
 
 
 def update_launch(

@@ -1,8 +1,8 @@
-"""Every kernel's cases, and the launches that fastdiff ships; one module per group of operations.
+"""The cases and launches with which all kernels are tested; each group of operations has a module.
 
-CASES: by name, what makes a `Case`, small. SHIPPED: by name, what makes a launch at a real network's shape on the meta
-device, which is compiled ahead of time. ONES: the same where every size is 1, which the compiler takes for a constant.
-TENSOR_CORES: operations whose binaries must multiply with them.
+CASES: functions by name that build small cases to be interpreted. SHIPPED: functions that build launches at shapes of
+real networks on the meta device, which are compiled ahead of time. ONES: the same with every size 1, which the compiler
+makes a constant. TENSOR_CORES: operations that must use tensor cores.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What runs the Triton kernels without a GPU: interpreted, each case against its reference in float64; and compiled.
+"""Runs Triton kernels without a GPU: interprets cases and compares them with references, or compiles launches.
 
-``TRITON_INTERPRET=1 python kernel_harness.py`` interprets every case of `kernel_cases` and prints one JSON line for
-each; it is a process of its own because triton reads the variable when a kernel's module is imported.
+``TRITON_INTERPRET=1 python -m tests.support.kernel_harness [text]`` interprets all cases of `kernel_cases` whose names
+contain the text, and prints a line of JSON for each. It is a process of its own because triton reads the variable when
+a kernel's module is imported.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ TARGETS = (80, 90, 100)
 
 @dataclasses.dataclass
 class Case:
-    """An operation and its arguments; those that are tensors, or tuples of tensors, get guard bands.
+    """An operation and its arguments. Tensors, and tuples of tensors, get guard bands.
 
-    writes: which arguments it writes, with NaN in them where nothing may be read. Those of floats are compared with the
-    reference in float64, the others to the bit. apart: a dimension of a written argument along which errors are of
-    different kinds (mean, squares), and are not mixed. band: float32 roundings of the largest value that are allowed
-    beside the reference's own error: fast exponentials, sums in another order. config None: what heuristics choose.
-    within: how far results may be off, where that is specified. scratch: which it may leave anything in.
+    Attributes:
+        op: the operation.
+        arguments: its arguments by name.
+        writes: names of the arguments that it writes. They hold NaN where they must not be read. Floats are compared
+            with the reference in float64, others must be equal.
+        apart: for a written argument, the dimension along which errors are of different kinds (mean, squares) and are
+            compared separately.
+        band: error allowed in addition to the reference's, in float32 roundings of the largest value; for fast
+            exponentials and sums in another order.
+        config: None: the operation chooses.
+        within: largest absolute error, if that is specified.
+        scratch: names of arguments that may hold anything afterwards.
     """
 
     op: Callable[..., Launch]
@@ -52,7 +60,7 @@ class Case:
         return self.op(**self.arguments, config=self.config)
 
     def to(self, dtype: torch.dtype | None, which: Callable[[str], bool] = lambda name: True) -> Case:
-        """A copy; floating tensors in ``dtype`` (None: as they are) where ``which`` says so of the argument's name."""
+        """Copy the case, with floating-point tensors whose name satisfies ``which`` in ``dtype`` (None: unchanged)."""
 
         def convert(name: str, value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -63,11 +71,11 @@ class Case:
         return dataclasses.replace(self, arguments={name: convert(name, v) for name, v in self.arguments.items()})
 
 
-GUARD, BYTE = 64, 0xFD  # bytes on both sides of a tensor, and what they hold: NaN, where it is read as a number
+GUARD, BYTE = 64, 0xFD  # bytes on both sides of a tensor, and their value, which is NaN in every floating-point dtype
 
 
 class Guarded:
-    """A copy of a tensor with its strides, between two bands that must stay as they are, as must gaps inside."""
+    """A copy of a tensor with its strides, between two guard bands. They and gaps inside must not be written."""
 
     def __init__(self, values: Tensor):
         self.values = values
@@ -107,10 +115,10 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def check(case: Case) -> dict[str, float]:
-    """Run the launch and hold what it wrote to the oracle; the largest error by written argument, as a share of what is
-    allowed: twice the sum of the reference's error in float32 and the rounding of the result.
+    """Run the launch and compare what it wrote with the reference in float64.
 
-    Raises AssertionError that says what is wrong.
+    Return the largest error of each written argument as a share of the allowed one, which is twice the sum of the
+    reference's error in float32 and the rounding of the result. Raise AssertionError if it is larger.
     """
     guards: dict[str, list[Guarded]] = {name: [] for name in case.arguments}
     arguments = {name: guard(value, guards[name]) for name, value in case.arguments.items()}
@@ -136,7 +144,7 @@ def check(case: Case) -> dict[str, float]:
 
 
 def compare(name: str, got: Tensor, exact: Tensor, plain: Tensor, apart: int | None, band: float) -> float:
-    """got against the oracle in float64 ``exact``; ``plain``: the reference in float32, not rounded further."""
+    """Compare ``got`` with the reference in float64, ``exact``, given the reference in float32, ``plain``."""
     dtype, got = got.dtype, got.double()
     assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in {int((got.isnan() != exact.isnan()).sum())} places"
     over = [i for i in range(got.ndim) if i != apart]
@@ -155,9 +163,10 @@ def compare(name: str, got: Tensor, exact: Tensor, plain: Tensor, apart: int | N
 
 
 def mend_interpreter() -> None:
-    """Have the interpreter multiply matrices of bfloat16: it keeps the bits as integers, and would multiply those. And
-    have it take a number for a loop's bound: it holds an array of one, which Triton 3.6 gives to ``int`` and NumPy 2.4
-    refuses.
+    """Correct two faults of Triton's interpreter.
+
+    It stores bfloat16 as integers, and multiplies matrices of those integers. And it passes bounds of loops, which are
+    arrays of one number, to ``int``, which NumPy 2.4 refuses.
     """
     import numpy as np
     from triton import language as tl
@@ -198,7 +207,7 @@ def interpret(cases: dict[str, Callable[[], Case]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """What the compiler made for a target: registers and bytes of stack (spills) per thread, bytes of shared memory."""
+    """A compiled kernel: registers and bytes of stack (spills) per thread, bytes of shared memory, and its assembly."""
 
     registers: int
     stack: int
@@ -206,7 +215,7 @@ class Binary:
     sass: str
 
     def tensor_cores(self, capability: int) -> bool:
-        """Whether matrices are multiplied by what the target has: HMMA, warp groups' HGMMA, or Blackwell's UTC*MMA."""
+        """Return whether it uses the target's tensor cores: HMMA, warp groups' HGMMA, or Blackwell's UTC*MMA."""
         kinds = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC[A-Z]*MMA"}
         return bool(re.search(rf"\b{kinds[capability]}\b", self.sass))
 
@@ -218,9 +227,9 @@ POINTERS = {
 
 
 def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
-    """The launch's kernel for a GPU of ``capability`` (90: Hopper), as a launch with these arguments would have it.
+    """Compile the kernel of a launch for a GPU of ``capability`` (90: Hopper), as a launch would do.
 
-    No driver is asked: the target is told. folder: for files; it needs no GPU, and tensors may be on the meta device.
+    This needs neither a GPU nor a driver, and tensors may be on the meta device. folder: for the compiler's files.
     """
     import triton
     from triton.backends.compiler import GPUTarget
