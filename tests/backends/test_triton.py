@@ -29,8 +29,8 @@ from fastdiff import solvers
 from fastdiff.backends import BITWISE_ROWS, Spec
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
+from fastdiff.backends.triton import TritonRunner, TritonStep
 from fastdiff.backends.triton import runner as triton
-from fastdiff.backends.triton.runner import TritonRunner, TritonSteps
 from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.program import Conv
@@ -112,7 +112,7 @@ class Direct:
     """Steps without graphs."""
 
     def __init__(self, unet: Any, spec: Spec):
-        self.steps = TritonSteps(unet, spec, compute)
+        self.steps = TritonStep(unet, spec, compute)
         self.fresh = True
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class Halves(Direct):
 
 def forward(unet: UNet, x: torch.Tensor, t: float, labels: Any = None, dtype: torch.dtype = torch.float32) -> Any:
     """The network by way of launches; every buffer holds NaN before."""
-    steps = TritonSteps(unet, Spec(len(x), tuple(x.shape[1:]), dtype, CPU), compute)  # type: ignore[arg-type]  # three numbers
+    steps = TritonStep(unet, Spec(len(x), tuple(x.shape[1:]), dtype, CPU), compute)  # type: ignore[arg-type]  # three numbers
     state = State.create(x, TableBank([solvers.ddim(SCHEDULE, spacing=[t])], CPU), label=labels)
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)
@@ -234,7 +234,7 @@ def test_bitwise_has_nothing_made_by_the_library(by_library: Callable[..., None]
     for determinism in ("seed", "bitwise"):
         x = random_images(TINY, 2, None)
         spec = Spec(2, tuple(x.shape[1:]), torch.float32, CPU, determinism=determinism)  # type: ignore[arg-type]  # three numbers
-        steps = TritonSteps(random_unet(TINY), spec, compute)
+        steps = TritonStep(random_unet(TINY), spec, compute)
         state = State.create(x, TableBank([solvers.ddim(NoiseSchedule(), 2)], CPU))
         steps.follow(state.bank, fresh=False)
         with torch.no_grad():
@@ -254,7 +254,7 @@ def test_weights_that_change_are_followed_at_their_addresses(by_library: Callabl
         by_library(TINY, 2)
     unet = random_unet(TINY)
     x = random_images(TINY, 2, None)
-    steps = TritonSteps(unet, Spec(2, tuple(x.shape[1:]), torch.float32, CPU), compute)  # type: ignore[arg-type]  # three numbers
+    steps = TritonStep(unet, Spec(2, tuple(x.shape[1:]), torch.float32, CPU), compute)  # type: ignore[arg-type]  # three numbers
 
     def run() -> torch.Tensor:
         state = State.create(x.clone(), TableBank([solvers.ddim(SCHEDULE, 4)], CPU))
@@ -289,7 +289,7 @@ def launches(config: UNetConfig, batch: int, dtype: torch.dtype = torch.bfloat16
     bank, labels = TableBank([solvers.ddim(SCHEDULE, 2)], CPU), random_labels(config, batch)
     state = State.create(torch.zeros(batch, *spec.shape), bank, label=labels)
     with torch.no_grad():
-        return TritonSteps(unet, spec, compute).network(state, guided=False)
+        return TritonStep(unet, spec, compute).network(state, guided=False)
 
 
 @pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
@@ -301,7 +301,7 @@ def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., No
         by_library(PUBLISHED["ddpm-cifar10-32"], 1, dtype=torch.bfloat16)
     listed = launches(PUBLISHED["ddpm-cifar10-32"], 1)
     counts = collections.Counter(launch.op for launch in listed)
-    program = TritonSteps(
+    program = TritonStep(
         random_unet(PUBLISHED["ddpm-cifar10-32"]), Spec(1, (3, 32, 32), torch.float32, CPU), compute
     ).program
     kinds = collections.Counter(type(op).__name__ for op in program.ops)
@@ -321,7 +321,7 @@ def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., No
 def test_every_kind_of_launch_is_run_as_it_says() -> None:
     spec = Spec(1, (3, 8, 8), torch.float32, CPU)
     x, W = torch.randn(1, 2, 2, 3), torch.randn(4, 3, 1, 1)
-    for steps in (TritonSteps(random_unet(TINY), spec), TritonRunner(random_unet(TINY), spec, FakeCuda()).steps):
+    for steps in (TritonStep(random_unet(TINY), spec), TritonRunner(random_unet(TINY), spec, FakeCuda()).device_step):
         sums = torch.full((1, 1, 2, 2, 4), torch.nan)
         steps.run(kernel_library.products((x,), kernel_library.pack(W, (3,), torch.float32), sums))
         assert (sums[0] - x @ W[:, :, 0, 0].T).abs().max() <= 1e-5
@@ -332,7 +332,7 @@ def test_a_whole_step_is_the_network_and_one_update(name: str) -> None:
     """Guidance is a part of the update; rescaled, it is PyTorch's."""
     case, listed = CASES[name], []
     state = start(case)
-    steps = TritonSteps(random_unet(case.config), spec_of(state, torch.float32, case), listed.append)
+    steps = TritonStep(random_unet(case.config), spec_of(state, torch.float32, case), listed.append)
     guided = bool(state.guided_host.any())
     with torch.no_grad():
         steps.whole(state, guided, noisy=True)
@@ -369,7 +369,7 @@ def test_a_captured_network_serves_every_row_and_table(
         for s in (state, other):
             plain.update(s)
     assert len(runner.graphs.graphs) == 2  # guided and not
-    assert any(key[-1] is True for key in runner.steps.weights.made) == library
+    assert any(key[-1] is True for key in runner.device_step.weights.made) == library
 
 
 @pytest.mark.parametrize("name", ["guidance interval", "rescale", "everything", "everything but rescaling"])
@@ -378,7 +378,7 @@ def test_captured_steps_are_the_halves(name: str) -> None:
     case = CASES[name]
     unet, state, other = random_unet(case.config), start(case), start(case)
     spec = spec_of(state, torch.float32, case)
-    steps = TritonSteps(unet, spec, compute_on_device)
+    steps = TritonStep(unet, spec, compute_on_device)
     graphs = GraphRunner(steps, unet, spec, FakeCuda())
     steps.follow(state.bank, fresh=False)
     plain = Halves(unet, spec)
@@ -440,7 +440,7 @@ from tests.support.unets import random_unet
 from fastdiff import solvers
 from fastdiff.core import noise
 from fastdiff.backends import Spec
-from fastdiff.backends.triton.runner import TritonSteps
+from fastdiff.backends.triton import TritonStep
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.core.state import State, TableBank
 mend_interpreter()
@@ -451,7 +451,7 @@ table, arrived = solvers.ddpm(NoiseSchedule(), 4), []
 states = []
 for run, whole in ((lambda launch: launch(), True), (lambda launch: launch(), False),
                    (lambda launch: launch.reference(), False)):
-    steps = TritonSteps(random_unet(MICRO_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
+    steps = TritonStep(random_unet(MICRO_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
     state = State.create(x.clone(), TableBank([table], x.device), label=[3, 1], guidance=[2.0, 1.0])
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)

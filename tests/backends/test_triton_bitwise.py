@@ -23,9 +23,8 @@ pytest.importorskip("triton", reason="the kernels need triton, which is installe
 
 from fastdiff import solvers
 from fastdiff.backends import BITWISE_ROWS, Spec
-from fastdiff.backends.triton import launches
+from fastdiff.backends.triton import TritonRunner, TritonStep, launches
 from fastdiff.backends.triton import runner as triton
-from fastdiff.backends.triton.runner import TritonRunner, TritonSteps
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
@@ -52,7 +51,7 @@ def network(name: str) -> tuple[UNet, launches.Weights]:
     """Of a published configuration with classes, on the meta device, where there are no weights to follow."""
     config = dataclasses.replace(PUBLISHED[name], num_class_embeds=11, null_label=10)
     with pytest.MonkeyPatch.context() as patch, META:
-        patch.setattr(launches, "fingerprint", lambda unet: ())
+        patch.setattr(launches, "checksum", lambda unet: ())
         unet = UNet(config)
         return unet, launches.Weights(unet, META)
 
@@ -65,7 +64,7 @@ def step(name: str, batch: int, guided: bool, determinism: str, halves: bool = F
     listed: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch, META:
         patch.setattr(launches, "Weights", lambda *_: weights)
-        steps = TritonSteps(unet, spec, listed.append)
+        steps = TritonStep(unet, spec, listed.append)
         bank = TableBank([solvers.ddim(SCHEDULE, 2)], META)
         state = State.create(torch.empty(batch, *spec.shape), bank, label=[1] * batch, guidance=1.0 + guided)
         with torch.no_grad():
@@ -163,7 +162,7 @@ def test_pytorch_sees_an_image_at_a_time(determinism: str, monkeypatch: pytest.M
     assert unet.class_encoder is not None
     unet.class_encoder.register_forward_pre_hook(lambda _, arguments: seen.append(("classes", len(arguments[0]))))
     spec = Spec(3, (3, 8, 8), torch.float32, torch.device("cpu"), config.null_label, determinism)
-    steps = TritonSteps(unet, spec, compute)
+    steps = TritonStep(unet, spec, compute)
     x = random_images(config, 3)
     state = State.create(
         x, TableBank([solvers.ddim(SCHEDULE, 2)], x.device), label=[3, 0, 1], guidance=[1.0, 3.0, 2.0],
@@ -214,7 +213,7 @@ from tests.support.unets import TINY_CLASSES, change, random_unet
 from fastdiff import solvers
 from fastdiff.core import noise
 from fastdiff.backends import Spec
-from fastdiff.backends.triton.runner import TritonSteps
+from fastdiff.backends.triton import TritonStep
 from fastdiff.kernels import launch
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.core.state import State, TableBank
@@ -251,7 +250,7 @@ def probed(batch, probe, determinism, number=2):
     for b in set(range(batch)) - {probe}:
         state.row_host[b] = draw.randrange(2)
     state.row = torch.from_numpy(state.row_host.copy())
-    steps = TritonSteps(unet, Spec(batch, (3, 4, 4), torch.float32, x.device, 4, determinism))
+    steps = TritonStep(unet, Spec(batch, (3, 4, 4), torch.float32, x.device, 4, determinism))
     bits, guided = [], []
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)

@@ -17,8 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff.backends import Spec, prepare
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import Spec, native, prepare
 from fastdiff.checkpoints import layouts, originals
 from fastdiff.checkpoints.convert import FORMATS, convert
 from fastdiff.checkpoints.loading import WEIGHTS, build, empty, fit, load, read, save_folder

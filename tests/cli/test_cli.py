@@ -23,7 +23,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff import cli, solvers
-from fastdiff.backends.native.runner import choose_method
+from fastdiff.backends.native import choose_method
 from fastdiff.checkpoints import loading as checkpoint
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan

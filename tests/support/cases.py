@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff.backends import Spec
+from fastdiff.backends import Spec, native
 from fastdiff.backends.native import packing
-from fastdiff.backends.native import runner as native
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import STATISTICS, plan
 from fastdiff.core.program import Attention, Conv, Op, Program
@@ -89,7 +88,7 @@ class Replay(Interpreter):
                 self.exact[op.dst] = self.compute(op)
                 self.put(op.dst, self.exact[op.dst])
         layout = plan(program, rows, group=extension.GROUP)
-        self.inputs = native.Inputs(
+        self.inputs = native.ProgramInputs(
             x=x,
             timestep=torch.arange(rows),
             label=torch.arange(rows),
@@ -111,10 +110,10 @@ class Replay(Interpreter):
     def statistics(self, name: str) -> Tensor:
         return self.measured[name]
 
-    def compiled(self, isa: str, threads: int = 1, dtype: torch.dtype = torch.float32) -> native.Compiled:
+    def compiled(self, isa: str, threads: int = 1, dtype: torch.dtype = torch.float32) -> native.NativeProgram:
         arena = native.aligned(self.layout.size)
         weights = packing.Weights.of(self.single, extension)
-        return native.Compiled(
+        return native.NativeProgram(
             extension,
             self.program,
             self.layout,
@@ -127,7 +126,7 @@ class Replay(Interpreter):
         )
 
     @torch.no_grad()
-    def check(self, compiled: native.Compiled, i: int, tolerance: float) -> None:
+    def check(self, compiled: native.NativeProgram, i: int, tolerance: float) -> None:
         """Operation i alone, in an arena of NaN: the result, its statistics, its padding, and nothing else written."""
         op = self.program.ops[i]
         compiled.arena.fill_(0xFF)

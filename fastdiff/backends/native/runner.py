@@ -1,0 +1,218 @@
+"""Runner of the backend `native`: it steps a state by calls into the C++ engine.
+
+Products are of float32, or of bfloat16 with sums in float32; everything between them is float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.backends.base import Spec
+from fastdiff.backends.native import threads
+from fastdiff.backends.native.extension import extension, isa, reasons_against
+from fastdiff.backends.native.packing import Weights
+from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, aligned, part_rows
+from fastdiff.backends.network import EmbeddingTables
+from fastdiff.core import update
+from fastdiff.core.lower import lower
+from fastdiff.core.plan import plan
+from fastdiff.core.state import State, TableBank
+from fastdiff.errors import BackendError
+from fastdiff.solvers.table import StepTable
+from fastdiff.unet import UNet
+
+MOST_TIMES = 4096  # timesteps whose embeddings are kept, about 100 MB
+
+
+def prepare(unet: nn.Module, spec: Spec) -> NativeRunner:
+    """Prepare a network to run on the native engine.
+
+    Args:
+        unet: A `fastdiff.UNet`.
+        spec: What to prepare for.
+
+    Returns:
+        The runner. Weights are packed at its first step.
+
+    Raises:
+        BackendError: If it cannot run here; the message lists every reason.
+    """
+    _refuse(unet, spec)
+    assert isinstance(unet, UNet)
+    return NativeRunner(unet, spec)
+
+
+def _refuse(unet: nn.Module, spec: Spec) -> None:
+    reasons = reasons_against(unet, spec)
+    if reasons:
+        raise BackendError("backend 'native' cannot run here: " + "; ".join(reasons))
+
+
+@dataclasses.dataclass
+class StateCache:
+    """Lookups that hold for all steps of a `State`.
+
+    Attributes:
+        tables: The tables for which ``entries`` was made.
+        entries: Row of the embedded timesteps for each row of each table, int64 [tables, rows].
+        labels: Labels and class images of the network's rows, by whether the pass is guided.
+    """
+
+    tables: tuple[StepTable, ...]
+    entries: Tensor
+    labels: dict[bool, tuple[Tensor, Tensor | None]]
+
+
+class NativeRunner:
+    """Runner that evaluates a batch in parts whose activations stay in the cache, a guided image as two rows.
+
+    Args:
+        unet: The network. Changed weights are noticed when a state takes its first step.
+        spec: What the runner is prepared for.
+    """
+
+    def __init__(self, unet: UNet, spec: Spec):
+        native = extension()
+        assert native is not None
+        self.native = native
+        self.unet = unet
+        self.spec = spec
+        self.isa = isa()
+        self.program = lower(unet, spec.shape[1:])
+        self.row_bytes = plan(self.program, 1, group=native.GROUP).size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.weights = Weights.of(self.unet, self.native)
+        self.team = self.native.Team(threads.number())
+        self.process = os.getpid()
+        self.programs: dict[int, NativeProgram] = {}  # by their number of rows
+        self.arena = aligned(0)
+        self.embeddings = EmbeddingTables(self.unet, self.program, torch.device("cpu"), TIMES, MOST_TIMES)
+        self.states: weakref.WeakKeyDictionary[State, StateCache] = weakref.WeakKeyDictionary()
+
+    @torch.no_grad()
+    def forward(self, state: State) -> None:
+        """Evaluate the network, with guidance, and set ``state.out``."""
+        self._run(state, advance=False)
+
+    @torch.no_grad()
+    def update(self, state: State) -> None:
+        """Apply one row of the table to every image in place, and increment its row."""
+        out, v = update.split_output(state)  # checks the number of channels
+        z = update.update_noise(state) if state.noise is not None else None
+        update.threshold(state)
+        state.x = state.x.contiguous()
+        self.native.update(
+            state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
+            seed=state.seed, index=state.index, z=None if z is None else z.contiguous(),
+            x0_scale=state.x0_scale, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, isa=self.isa,
+        )  # fmt: skip
+        state.advance()
+
+    @torch.no_grad()
+    def step(self, state: State) -> None:
+        """Do both in one call of the engine, unless the caller draws the noise or x0 has a dynamic threshold."""
+        learned = self.unet.config.out_channels == 2 * state.x.shape[1]
+        if state.noise is not None or state.bank.thresholds or (state.column_host("sv").any() and not learned):
+            self.forward(state)
+            self.update(state)
+        else:
+            self._run(state, advance=True)
+            state.advance_host()
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes held: packed weights (all batch sizes and precisions), activations, working space."""
+        space = sum(program.engine.space for program in self.programs.values())
+        return {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
+
+    def _run(self, state: State, advance: bool) -> None:
+        cache = self._follow(state)
+        guided = bool(state.guided_host.any())
+        rows = len(state.x) * (1 + guided)
+        label, class_images = self._labels(state, cache, guided)
+        program = self._program(part_rows(rows, self.row_bytes))
+        inputs = program.inputs
+        H, W, C = self.program.buffers["out"].shape
+        state.x, state.out = state.x.contiguous(), torch.empty(len(state.x), C, H, W)
+        program.engine.step(
+            in_x=inputs.x, in_timestep=inputs.timestep, in_label=inputs.label, in_class_image=inputs.class_images,
+            in_out=program.out, x=state.x, row=state.row, table=state.table, entry=cache.entries, label=label,
+            class_image=class_images, net=torch.empty(rows, *program.out.shape[1:]), out=state.out,
+            bank=state.bank.values, guidance=state.guidance if guided else None, rescale=state.guidance_rescale,
+            advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index, xs=state.xs,
+            m1=state.m1, m2=state.m2, m3=state.m3,
+        )  # fmt: skip
+
+    def _labels(self, state: State, cache: StateCache, guided: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return each row's label, and its class image [H, W, C] where the network has those."""
+        if state.label is None:
+            return None, None
+        if guided not in cache.labels:
+            label, images = state.label, None
+            if guided:
+                label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
+            if self.unet.class_encoder is not None:
+                distinct, place = torch.unique(label, return_inverse=True)
+                # PyTorch splits sums by the number of rows, so bits would depend on the labels of other images.
+                groups = distinct.split(1) if self.spec.determinism == "bitwise" else (distinct,)
+                maps = torch.cat([self.unet.class_encoder(labels, self.spec.shape[1:]) for labels in groups])
+                images = maps.permute(0, 2, 3, 1)[place].contiguous()
+            cache.labels[guided] = label.contiguous(), images
+        return cache.labels[guided]
+
+    def _follow(self, state: State) -> StateCache:
+        """Notice changes: of the process and the tables at every step, of the network at a state's first step."""
+        if self.process != os.getpid():
+            _of_the_parent.append((self.team, self.programs))
+            self._reset()
+        cache = self.states.get(state)
+        if cache is None:
+            _refuse(self.unet, self.spec)
+            if self.weights is not Weights.of(self.unet, self.native):
+                self._reset()
+        if cache is None or cache.tables is not state.bank.tables:
+            cache = self.states[state] = StateCache(state.bank.tables, self._entries(state.bank), {})
+        return cache
+
+    def _entries(self, bank: TableBank) -> Tensor:
+        times, places = self.embeddings.times, self.embeddings.places
+        entries = self.embeddings.entries(bank)
+        if self.embeddings.times is not times:
+            self.programs.clear()  # they hold the address of the former tensor
+        if self.embeddings.places is not places:
+            self.states.clear()  # each asks for its entries again at its next step
+        return entries
+
+    def _program(self, rows: int) -> NativeProgram:
+        if rows not in self.programs:
+            self.programs[rows] = self._build(rows)
+        return self.programs[rows]
+
+    def _build(self, rows: int) -> NativeProgram:
+        layout = plan(self.program, rows, group=self.native.GROUP)
+        if len(self.arena) < layout.size:
+            self.arena = aligned(layout.size)
+            self.programs.clear()  # they hold addresses in the former arena
+        C, H, W = self.spec.shape
+        inputs = ProgramInputs(
+            x=torch.zeros(rows, C, H, W),
+            timestep=torch.zeros(rows, dtype=torch.int64),
+            label=torch.zeros(rows, dtype=torch.int64),
+            times=self.embeddings.times,
+            classes=self.embeddings.classes,
+            class_images=None if self.unet.class_encoder is None else torch.zeros(rows, H, W, C),
+        )
+        return NativeProgram(
+            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec
+        )
+
+
+# Teams that a fork inherited. Their threads exist in the parent only, so ending them would wait forever.
+_of_the_parent: list[Any] = []
