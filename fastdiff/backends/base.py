@@ -1,4 +1,4 @@
-"""What a backend is given and what it returns: `Spec` and `Runner`."""
+"""The interface of a backend: `Spec`, which it is given, and `Runner`, which it returns."""
 
 from __future__ import annotations
 

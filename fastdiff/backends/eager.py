@@ -64,9 +64,7 @@ class EagerRunner:
     def advance(self, state: State, noisy: bool) -> None:
         """Do the device's part of `update`, with noise if ``noisy``. Reads no values from the device."""
         assert state.out is not None, "evaluate comes before advance"
-        C = state.x.shape[1]
-        out, v = state.out[:, :C], state.out[:, C:]
-        update.apply(state, out, v if v.shape[1] else None, update.philox(state) if noisy else None)
+        update.apply(state, update.philox(state) if noisy else None)
         state.advance_device()
 
     def whole(self, state: State, guided: bool, noisy: bool) -> None:

@@ -24,6 +24,16 @@ from fastdiff.unet.model import ClassProjection
 EMBEDDING_PRODUCTS = ("projections", "time_embedding.linear_2")
 
 
+def network_reasons(unet: nn.Module) -> list[str]:
+    """List every reason why a network cannot run as a lowered program; empty where it can."""
+    if type(unet) is not UNet:
+        return [f"it runs fastdiff.UNet only, not {type(unet).__name__}"]
+    reasons = unsupported_changes(unet)
+    if unet.config.class_embed_type is not None:
+        reasons.append(f"it has no class_embed_type {unet.config.class_embed_type!r}")
+    return reasons
+
+
 def unsupported_changes(unet: UNet) -> list[str]:
     """List module changes that lowering cannot see: replaced modules and forward hooks."""
     reasons = []

@@ -107,7 +107,7 @@ def test_operations_shared_by_threads(replays, rows, threads, isa):
 
 
 def network_errors(config, dtypes: list[str | None], backend: str, seed: int = 0) -> list[float]:
-    """Of one evaluation, in each dtype, against float64."""
+    """Return the relative errors of one evaluation in each dtype, against float64."""
     unet = random_unet(config, seed)
     x, labels, t = random_images(config, 2), random_labels(config, 2), 40
     table = solvers.ddim(SCHEDULE, spacing=[t])
@@ -527,7 +527,11 @@ def test_every_reason_is_told():
     spec = Spec(1, (3, 8, 8), torch.float16, torch.device("meta"))
     with pytest.raises(BackendError, match=r"fastdiff.UNet only, not Other; .*not on meta; .*not in float16"):
         prepare("native", Other(), spec)
-    assert native.reasons_against(random_unet(TINY), dataclasses.replace(spec, dtype=torch.float32, device=CPU)) == []
+    spec = dataclasses.replace(spec, dtype=torch.float32, device=CPU)
+    assert native.reasons_against(random_unet(TINY), spec) == []
+    assert native.reasons_against(random_unet(change(class_embed_type="timestep")), spec) == [
+        "it has no class_embed_type 'timestep'"
+    ]
 
 
 def test_without_the_extension(without_extension):

@@ -1,7 +1,7 @@
-"""Backend `triton` without a GPU: its launches' references in the buffers that the kernels would use, against float64;
-some of them interpreted; the list of launches; and what is captured, by a stand-in for CUDA's graphs.
+"""Backend `triton` without a GPU: the references of its launches, in the buffers of the kernels, against float64.
 
-The kernels themselves are held to their references in test_kernels.py. What a card does with them remains to be seen.
+Some launches are interpreted as well. The list of launches is checked, and capture with a substitute for CUDA graphs.
+tests/kernels compares the kernels with their references. None of this has run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import logging
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,11 +25,10 @@ pytest.importorskip("triton", reason="the kernels need triton, which is installe
 import fastdiff
 from fastdiff import solvers
 from fastdiff.backends import BITWISE_ROWS, Spec
-from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.backends.triton import TritonRunner, TritonStep
 from fastdiff.backends.triton import runner as triton
-from fastdiff.core import update
+from fastdiff.core import noise, update
 from fastdiff.core.lower import lower
 from fastdiff.core.program import Conv
 from fastdiff.core.state import State, TableBank
@@ -41,6 +38,7 @@ from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.library import LibraryLaunch
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet, UNetConfig
 from tests.backends.test_backends import CASES, Case, check, spec_of, start
 from tests.core.test_program import CLASS_IMAGES, image_size
@@ -67,7 +65,7 @@ CASES = CASES | {"everything but rescaling": dataclasses.replace(CASES["everythi
 
 
 def compute(launch: Launch) -> None:
-    """What a launch computes: the library is here, too, and runs; of kernels, the references."""
+    """Compute a launch without a GPU: by the library, which runs here too, or by the kernel's reference."""
     if isinstance(launch, LibraryLaunch):
         launch()
     else:
@@ -76,7 +74,7 @@ def compute(launch: Launch) -> None:
 
 @pytest.fixture
 def by_library(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Has a tuned file name the library for every convolution of a network that it is offered for."""
+    """Yield a function that tunes a network to the library, for every convolution that the library can do."""
     with tuning(tmp_path) as tune:
 
         def everywhere(config: UNetConfig, *rows: int, dtype: torch.dtype = torch.float32) -> None:
@@ -88,28 +86,25 @@ def by_library(tmp_path: Path) -> Iterator[Callable[..., None]]:
 
 
 def compute_on_device(launch: Launch) -> None:
-    """The same, but of the update, whose reference asks for rows and so cannot be captured."""
+    """Do as `compute`, but without the update's reference, which reads rows from the device and cannot be captured."""
     if launch.op != "update":
         return compute(launch)
     a = launch.arguments
-    changed = ("x", "row", "xs", "m1", "m2", "m3")
-    state = State(
-        **{name: a[name] for name in (*changed, "table", "seed", "index", "guidance")}, label=None,
-        bank=cast(Any, types.SimpleNamespace(values=a["bank"], lengths=a["lengths"])),
-        **dict.fromkeys(("table_host", "row_host", "guidance_host"), np.zeros(0)),
-    )  # fmt: skip
-    state.out = a["out"]
+    out, coefficients = a["out"], a["bank"][a["table"], a["row"]]
     if a["guidance"] is not None:
-        w = 1.0 + state.column("g") * (a["guidance"] - 1.0)
-        state.out = update.guide(*a["out"].chunk(2), w, a["x"].shape[1], 0.0)
-    EagerRunner(UNet(TINY), Spec(1, (3, 8, 8), torch.float32, CPU)).advance(state, noisy=True)
-    for name in changed:
-        if a[name] is not None:
-            a[name].copy_(getattr(state, name))
+        w = 1.0 + coefficients[:, COLUMNS.index("g")] * (a["guidance"] - 1.0)
+        out = update.guide(*out.chunk(2), w, a["x"].shape[1], 0.0)
+    z = noise.normal(a["seed"], a["index"], a["row"], noise.UPDATE, a["x"].shape[1:])
+    history = update.History(a["xs"], a["m1"], a["m2"], a["m3"])
+    x, kept = update.update_rows(a["x"], out, coefficients, history, z)
+    row = torch.minimum(a["row"] + 1, a["lengths"][a["table"]])
+    for held, new in zip((a["x"], *history, a["row"]), (x, *kept, row), strict=True):
+        if held is not None:
+            held.copy_(new)
 
 
 class Direct:
-    """Steps without graphs."""
+    """Runner without graphs."""
 
     def __init__(self, unet: Any, spec: Spec):
         self.steps = TritonStep(unet, spec, compute)

@@ -48,7 +48,7 @@ BATCHES = (1, 8, 64, 256)
 
 @functools.cache
 def network(name: str) -> tuple[UNet, launches.Weights]:
-    """Of a published configuration with classes, on the meta device, where there are no weights to follow."""
+    """Build a published configuration with classes, and its weights, on the meta device, which has no checksums."""
     config = dataclasses.replace(PUBLISHED[name], num_class_embeds=11, null_label=10)
     with pytest.MonkeyPatch.context() as patch, META:
         patch.setattr(launches, "checksum", lambda unet: ())
@@ -77,7 +77,7 @@ def step(name: str, batch: int, guided: bool, determinism: str, halves: bool = F
 
 
 def deciding(launch: Launch) -> tuple[Any, ...]:
-    """What the order of a row's sums can depend on: configuration, and arguments that binaries are made for."""
+    """Return what a row's order of summation can depend on: configuration, and arguments that kernels specialise on."""
     special = {p.name for p in launch.kernel.params if not p.do_not_specialize}
     arguments = {
         name: (value.dtype, value.shape[1:]) if isinstance(value, torch.Tensor) else value
@@ -100,9 +100,10 @@ def test_nothing_that_decides_bits_depends_on_the_batch(name: str, guided: bool)
 
 
 def test_nor_does_what_a_tuned_file_is_asked_for() -> None:
-    """Of all operations whose choice may depend on rows, also where heuristics choose alike for all batches here.
+    """Keys do not depend on the batch either, though heuristics may choose alike for all batches here.
 
-    A convolution's own key tells its rows; its configuration is given to it.
+    All operations whose choice may depend on rows are checked. The key of a convolution by itself has its rows, but it
+    is given its configuration.
     """
     keys: dict[str, set[tuple[str, ...]]] = {}
     for batch in BATCHES:

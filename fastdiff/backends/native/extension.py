@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from fastdiff.backends.base import Spec
-from fastdiff.backends.network import unsupported_changes
-from fastdiff.unet import UNet
+from fastdiff.backends.network import network_reasons
 
 
 def extension() -> ModuleType | None:
@@ -42,10 +41,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons.append("this processor has none of the instruction sets it was built for (x86-64: AVX2 and FMA)")
     elif isa() not in ("", *native.isas()):
         reasons.append(f"FASTDIFF_ISA={isa()!r} is not available; available: {', '.join(native.isas())}")
-    if type(unet) is not UNet:
-        reasons.append(f"it runs fastdiff.UNet only, not {type(unet).__name__}")
-    else:
-        reasons += unsupported_changes(unet)
+    reasons += network_reasons(unet)
     if spec.device.type != "cpu":
         reasons.append(f"it runs on the CPU, not on {spec.device}")
     if spec.dtype not in (torch.float32, torch.bfloat16):

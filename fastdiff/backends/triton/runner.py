@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastdiff.backends.base import BITWISE_ROWS, Runner, Spec
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
-from fastdiff.backends.network import EmbeddingTables, unsupported_changes
+from fastdiff.backends.network import EmbeddingTables, network_reasons
 from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.state import State, TableBank
@@ -52,12 +52,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons.append("it needs a GPU of compute capability 8.0 (Ampere) or newer")
     if spec.device.type != "cuda":
         reasons.append(f"it runs on CUDA, not on {spec.device}")
-    if type(unet) is not UNet:
-        reasons.append(f"it runs fastdiff.UNet only, not {type(unet).__name__}")
-    else:
-        reasons += unsupported_changes(unet)
-        if unet.config.class_embed_type is not None:
-            reasons.append(f"it has no class_embed_type {unet.config.class_embed_type!r}")
+    reasons += network_reasons(unet)
     if spec.dtype not in DTYPES:
         reasons.append(f"it computes in float32, bfloat16 or float16, not in {str(spec.dtype).removeprefix('torch.')}")
     if spec.fast:
