@@ -24,9 +24,8 @@ import numpy as np
 import torch
 
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
-from fastdiff.backends import Spec
+from fastdiff.backends import Spec, native
 from fastdiff.backends.native import cost
-from fastdiff.backends.native import runner as native
 from fastdiff.bench.machine import header as machine
 from fastdiff.bench.networks import PUBLISHED, random_unet
 from fastdiff.core.state import State, TableBank
@@ -81,7 +80,7 @@ def profile(unet: UNet, batch: int, dtype: str, rounds: int) -> dict[str, Any]:
     state = State.create(torch.randn(batch, *spec.shape), bank, label=label)
     runner = native.prepare(unet, spec)
     runner.step(state)
-    (compiled,) = runner.compiled.values()
+    (compiled,) = runner.programs.values()
     engine = compiled.engine
     ops = np.array([engine.profile(0, len(engine)) for _ in range(rounds)]).min(axis=0) / 1e9
     steps, runs = [], []
@@ -152,7 +151,7 @@ def fit(paths: list[Path], dry: bool) -> None:
         for p in report["profiles"]:
             unet = unets.setdefault(p["network"], network(p["network"]))
             spec = spec_of(unet, p["batch"], p["dtype"])
-            compiled = native.described(unet, spec, p["batch"])
+            compiled = native.dry_program(unet, spec, p["batch"])
             did = [w for _, w in cost.work(compiled, found)]
             for w, seconds in zip(did, p["ops"], strict=True):
                 samples.setdefault(w.kind, []).append((w.terms(found), seconds, seconds / sum(p["ops"])))

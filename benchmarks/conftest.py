@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from fastdiff.backends import native
 from fastdiff.backends.native import cost
-from fastdiff.backends.native import runner as native
 from tests.support.cases import NETWORKS, cases
 from tests.support.unets import PUBLISHED
 

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
-from fastdiff.backends import Runner, Spec, compiled
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import Runner, Spec, compiled, native
 from fastdiff.bench.machine import header as machine
 from fastdiff.bench.networks import PUBLISHED, random_unet
 from fastdiff.core.state import State, TableBank

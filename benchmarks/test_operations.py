@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastdiff.backends import native
 from fastdiff.backends.native import cost, threads
-from fastdiff.backends.native import runner as native
 from fastdiff.core.program import Conv
 from tests.support.cases import TOLERANCE, Case, Replay, config_of
 
@@ -27,7 +27,7 @@ def replay(network: str, rows: int) -> Replay:
 
 
 @functools.lru_cache(maxsize=1)
-def compiled(network: str, rows: int, dtype: str) -> native.Compiled:
+def compiled(network: str, rows: int, dtype: str) -> native.NativeProgram:
     return replay(network, rows).compiled(native.isa(), threads.number(), cost.DTYPES[dtype])
 
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
-from fastdiff.backends import Spec
+from fastdiff.backends import Spec, native
 from fastdiff.backends.native import cost
-from fastdiff.backends.native import runner as native
 from fastdiff.core.state import State, TableBank
 from fastdiff.core.update import update
 from tests.support.unets import PUBLISHED, random_unet, relative_error

@@ -1,4 +1,7 @@
-"""The compiled engine (csrc/module.cpp, csrc/bind_update.hpp). Addresses are those of buffers that the caller keeps."""
+"""Types of the compiled engine (csrc/module.cpp, csrc/bind_update.hpp).
+
+Arguments that are addresses point into buffers that the caller keeps alive.
+"""
 
 from typing import Any
 

@@ -69,9 +69,8 @@ def graphs(run: Run) -> dict[str, Any]:
     import torch
 
     from fastdiff import NoiseSchedule, solvers
-    from fastdiff.backends import Spec, graph
+    from fastdiff.backends import Spec, graph, native
     from fastdiff.backends.eager import EagerRunner
-    from fastdiff.backends.native import runner as native
 
     no_tf32()
     schedule, shape = NoiseSchedule(), (3, 8, 8)

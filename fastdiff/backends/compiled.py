@@ -1,7 +1,7 @@
-"""Backend `compiled`: torch.compile around the whole network, as one graph. Runs any network that compiles.
+"""Backend `compiled`: torch.compile of the whole network, as one graph. Runs any network that compiles.
 
-On CUDA network and guidance are one compiled function, the update is another, and both stand in one CUDA graph
-(`fastdiff.backends.graph`): what plain PyTorch can do, so the baseline of everything that wants to be faster.
+On CUDA the network with its guidance is one compiled function and the update another, both in one CUDA graph
+(`fastdiff.backends.graph`). That is what plain PyTorch can reach, so it is the baseline for faster backends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends import Runner, Spec
+from fastdiff.backends.base import Runner, Spec
 from fastdiff.backends.eager import EagerRunner, refuse
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.core.state import State
@@ -25,43 +25,62 @@ from fastdiff.errors import BackendError
 _count = itertools.count()
 
 
-def compiled(function: Any, **options: Any) -> Callable[..., Any]:
-    """torch.compile of a copy of ``function`` with code of its own, as one graph.
+def compile_copy(function: Any, **options: Any) -> Callable[..., Any]:
+    """Compile a copy of ``function`` with a code object of its own, as one graph.
 
-    Dynamo counts compilations by code object and stops at eight. A runner sees few shapes, but all runners share their
-    code, and all networks of a class share that of their forward.
+    Dynamo counts compilations per code object and stops at eight. A runner sees few shapes, but without the copy all
+    runners, and all networks of a class, would share one code object.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_count)}")
     own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False, **options)
 
 
-class CompiledSteps:
-    """What `EagerRunner` does, compiled: once for each kind of step. mode: torch.compile's."""
+class CompiledStep:
+    """The step of an `EagerRunner`, compiled once for each kind of step (see `fastdiff.backends.graph.DeviceStep`).
+
+    Args:
+        eager: The runner.
+        mode: Mode of torch.compile for the network.
+    """
 
     def __init__(self, eager: EagerRunner, mode: str | None = None):
         self.eager = eager
-        self._evaluate = compiled(EagerRunner.evaluate, mode=mode)
+        self._evaluate = compile_copy(EagerRunner.evaluate, mode=mode)
         self._advances: dict[tuple[bool, ...], Callable[..., None]] = {}
 
     def evaluate(self, state: State, guided: bool) -> None:
+        """Set ``state.out``."""
         self._evaluate(self.eager, state, guided)
 
     def advance(self, state: State, noisy: bool) -> None:
+        """Apply a row of the table and increment ``state.row``."""
         kind = (noisy, *(held is None for held in (state.m1, state.m2, state.m3, state.xs)))
         if kind not in self._advances:
-            self._advances[kind] = compiled(EagerRunner.advance)
+            self._advances[kind] = compile_copy(EagerRunner.advance)
         self._advances[kind](self.eager, state, noisy)
 
     def whole(self, state: State, guided: bool, noisy: bool) -> None:
+        """Do `evaluate`, then `advance`."""
         self.evaluate(state, guided)
         self.advance(state, noisy)
 
 
 def prepare(unet: nn.Module, spec: Spec, mode: str | None = None) -> Runner:
-    """The first step of each batch size compiles: tens of seconds on a CPU, less where Inductor's cache knows it.
+    """Prepare a network to be compiled by torch.compile.
 
-    mode: torch.compile's, on CUDA.
+    The first step of each batch size compiles: tens of seconds on a CPU, less where Inductor's cache has the result.
+
+    Args:
+        unet: Any network with the signature of `EagerRunner` that torch.compile can trace whole.
+        spec: What to prepare for.
+        mode: Mode of torch.compile, on CUDA.
+
+    Returns:
+        The runner.
+
+    Raises:
+        BackendError: If torch.compile cannot run here, or ``spec`` asks for what PyTorch cannot give.
     """
     refuse("compiled", spec)
     if spec.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
@@ -71,9 +90,9 @@ def prepare(unet: nn.Module, spec: Spec, mode: str | None = None) -> Runner:
     if spec.device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise BackendError("backend 'compiled' cannot run here: torch.compile on CUDA needs triton")
-        return GraphRunner(CompiledSteps(EagerRunner(unet, spec), mode), unet, spec)
+        return GraphRunner(CompiledStep(EagerRunner(unet, spec), mode), unet, spec)
 
     def network(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:
         return unet(x, t) if class_labels is None else unet(x, t, class_labels=class_labels)
 
-    return EagerRunner(compiled(network), spec)
+    return EagerRunner(compile_copy(network), spec)

@@ -1,4 +1,4 @@
-"""Backend `eager`: the module as it is and the reference update. Runs any network, anywhere torch runs."""
+"""Backend `eager`: the module itself and the reference update. Runs any network, on any device of torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends import Spec
+from fastdiff.backends.base import Spec
 from fastdiff.core import update
 from fastdiff.core.state import State
 from fastdiff.errors import BackendError
 
 
 class EagerRunner:
-    """``network(x, t[, class_labels=...])`` in ``spec.dtype``; everything else in the state's float32.
+    """Runner that calls the network in ``spec.dtype`` and computes everything else in the state's float32.
 
-    The result may be a tensor or an object with ``.sample``, as diffusers' networks return.
+    Args:
+        network: Called as ``network(x, t)`` or ``network(x, t, class_labels=label)``; returns a tensor, or an object
+            with ``.sample`` as diffusers' networks do.
+        spec: What the runner is prepared for.
     """
 
     def __init__(self, network: Callable[..., Any], spec: Spec):
@@ -31,14 +34,15 @@ class EagerRunner:
 
     @torch.no_grad()
     def forward(self, state: State) -> None:
+        """Evaluate the network, with guidance, and set ``state.out``."""
         self.forward_with_gradient(state)
 
     def forward_with_gradient(self, state: State) -> None:
-        """`forward` that leaves autograd as it is: ``state.out`` can be differentiated by ``state.x``."""
+        """Do as `forward`, but leave autograd on: ``state.out`` can be differentiated by ``state.x``."""
         self.evaluate(state, bool(state.guided_host.any()))
 
     def evaluate(self, state: State, guided: bool) -> None:
-        """Sets ``state.out``; ``guided``: the network sees every image twice. Nothing here asks the device."""
+        """Set ``state.out``, from two network rows per image if ``guided``. Reads no values from the device."""
         t = state.column("t")
         if not guided:
             state.out = self._call(state.x, t, state.label).to(state.x.dtype)
@@ -54,28 +58,30 @@ class EagerRunner:
 
     @torch.no_grad()
     def update(self, state: State) -> None:
+        """Apply one row of the table to every image, and increment its row."""
         update.update(state)
 
     def advance(self, state: State, noisy: bool) -> None:
-        """`update` but for the host's part; ``noisy``: some row of a table adds noise. Nothing here asks the device."""
+        """Do the device's part of `update`, with noise if ``noisy``. Reads no values from the device."""
         assert state.out is not None, "evaluate comes before advance"
-        C = state.x.shape[1]
-        out, v = state.out[:, :C], state.out[:, C:]
-        update.apply(state, out, v if v.shape[1] else None, update.philox(state) if noisy else None)
+        update.apply(state, update.philox(state) if noisy else None)
         state.advance_device()
 
     def whole(self, state: State, guided: bool, noisy: bool) -> None:
+        """Do `evaluate`, then `advance`."""
         self.evaluate(state, guided)
         self.advance(state, noisy)
 
     def step(self, state: State) -> None:
+        """Do `forward`, then `update`."""
         self.forward(state)
         self.update(state)
 
 
 def refuse(name: str, spec: Spec) -> None:
-    """What wrappers of PyTorch cannot give: equal bits, as it chooses kernels by batch size and thread count; and a
-    faster bfloat16.
+    """Refuse what backends on PyTorch's kernels cannot give: bitwise determinism and a faster bfloat16.
+
+    PyTorch chooses kernels by batch size and number of threads.
     """
     if spec.determinism == "bitwise":
         raise BackendError(
@@ -87,5 +93,17 @@ def refuse(name: str, spec: Spec) -> None:
 
 
 def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:
+    """Prepare a network to run eagerly.
+
+    Args:
+        unet: Any network with the signature of `EagerRunner`.
+        spec: What to prepare for.
+
+    Returns:
+        The runner.
+
+    Raises:
+        BackendError: If ``spec`` asks for bitwise determinism or the faster bfloat16.
+    """
     refuse("eager", spec)
     return EagerRunner(unet, spec)

@@ -1,12 +1,12 @@
 """One step as a CUDA graph: captured once for a batch size, replayed for every row.
 
-What a kernel needs of a step stands in buffers at fixed addresses: the images, the history, each image's row, table,
-seed and label, and the tables themselves, in a bank with room for others. So ONE captured step serves every row of
-every table, and a run of 1000 steps is 1000 replays: nothing else reaches the device, and nothing comes back from it.
+A graph reads static buffers, at fixed addresses: the images, the history, each image's row, table, seed and label, and
+the tables themselves, in a bank with room for others. One captured step therefore serves every row of every table, and
+a run of 1000 steps is 1000 replays; nothing else is sent to the device, and nothing is read back from it.
 
-A `State` that steps moves in: its tensors are copied into the buffers, and from then on they are the buffers. Where
-another state steps on the same runner, the former one moves out, with tensors of its own. What only the host can do
-(noise that the caller draws, dynamic thresholds) runs between two graphs, as the reference does it.
+On its first step a `State` is attached: its tensors are copied into the static buffers, which it then aliases. When
+another state steps on the same runner, the previous one is detached and gets copies back. Work of the host (noise drawn
+by the caller, dynamic thresholds) runs between two graphs, in the reference implementation.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -23,36 +23,46 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends import Spec
+from fastdiff.backends.base import Spec
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
 from fastdiff.solvers.table import COLUMNS
 
-WARM_UPS = 3  # compilation, lazy handles and algorithm choice come before the capture
-MOST_GRAPHS = 16  # of a runner; more variants than that are captured anew when they come again
+WARM_UPS = 3  # runs before a capture, in which kernels are compiled, handles created and algorithms chosen
+MOST_GRAPHS = 16  # graphs of a runner; when another is needed, all are dropped
 
 HISTORY = ("m1", "m2", "m3")
-CHANGED = ("x", "xs", *HISTORY, "out", "row")  # by a step
-BUFFERS = (*CHANGED, "table", "seed", "index", "label", "guidance")
+CHANGED = ("x", "xs", *HISTORY, "out", "row")  # fields of a state that a step changes
+BUFFERS = (*CHANGED, "table", "seed", "index", "label", "guidance")  # fields that live in static buffers
 
 
-class Steps(Protocol):
-    """A step and its two halves, as operations on the device alone: they decide nothing by values."""
+class DeviceStep(Protocol):
+    """A step and its two halves, as operations on the device alone, none of which depends on values read from it."""
 
     def evaluate(self, state: State, guided: bool) -> None:
-        """Network and guidance: sets ``state.out``, in place or anew; ``guided``: 2B network rows."""
+        """Evaluate the network, with guidance on 2B rows if ``guided``, and set ``state.out``, in place or not."""
 
     def advance(self, state: State, noisy: bool) -> None:
-        """A row of the table for every image, and ``state.row`` += 1; ``noisy``: with noise where rows ask for it."""
+        """Apply a row of the table to every image and increment ``state.row``; ``noisy``: rows may add noise."""
 
     def whole(self, state: State, guided: bool, noisy: bool) -> None:
-        """Both halves. Nobody looks at ``state.out`` in between, nor behind them: it may be left as it was."""
+        """Do both. ``state.out`` is not read in between or afterwards, so it need not be set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What tells one graph of a batch from another; everything else is data. part: "step", "forward" or "update"."""
+    """Properties that need a graph of their own; everything else is data.
+
+    Attributes:
+        part: "step", "forward" or "update".
+        guided: Whether the network runs on 2B rows.
+        rescaled: Whether guidance is rescaled.
+        labelled: Whether the network has labels.
+        noisy: Whether a table has rows that add noise.
+        history: Number of history buffers in use.
+        saves: Whether a table has rows that save x.
+    """
 
     part: str
     guided: bool = False
@@ -64,6 +74,7 @@ class Variant:
 
     @classmethod
     def of(cls, part: str, state: State) -> Variant:
+        """Return the variant of a part of a step that ``state`` needs next."""
         forward, advance = part != "update", part != "forward"
         guided = forward and bool(state.guided_host.any())
         return cls(
@@ -78,7 +89,7 @@ class Variant:
 
 
 class Pool:
-    """Memory that the graphs of a network share. They take turns: their intermediate results overlap."""
+    """Memory pool shared by all graphs of a network. They must run one after the other, as intermediates overlap."""
 
     def __init__(self, cuda: Any):
         self.cuda = cuda
@@ -87,7 +98,7 @@ class Pool:
         self.stream: Any = None
 
     def replay(self, graph: Any, device: torch.device) -> None:
-        """On the current stream, behind what another stream still replays."""
+        """Replay a graph on the current stream, after the replays of any other stream."""
         with self.lock:
             stream = self.cuda.current_stream(device)
             if self.stream is not None and self.stream != stream:
@@ -100,13 +111,19 @@ _pools: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
 
 class GraphRunner:
-    """Replays ``steps`` of ``network``. Captures at the first step of a variant, and anew where weights have moved.
+    """Runner that replays CUDA graphs.
 
-    cuda: `torch.cuda`, or what stands in for it in tests.
+    A variant is captured at its first step, and again when weights have moved.
+
+    Args:
+        device_step: The operations to capture.
+        network: The network that they run.
+        spec: What the runner is prepared for.
+        cuda: `torch.cuda`, or a substitute in tests.
     """
 
-    def __init__(self, steps: Steps, network: nn.Module, spec: Spec, cuda: Any = torch.cuda):
-        self.steps = steps
+    def __init__(self, device_step: DeviceStep, network: nn.Module, spec: Spec, cuda: Any = torch.cuda):
+        self.device_step = device_step
         self.network = network
         self.spec = spec
         self.cuda = cuda
@@ -115,16 +132,18 @@ class GraphRunner:
         self.pool = _pools[network]
         self.graphs: dict[Variant, Any] = {}
         self.buffers: State | None = None
-        self.bank: TableBank | None = None  # whose tables the buffers hold
-        self.tenant: weakref.ref[State] | None = None
+        self.bank: TableBank | None = None  # the bank whose tables are in the static buffers
+        self.attached: weakref.ref[State] | None = None  # the state that aliases the static buffers
         self.weights: list[Tensor] = []
 
     @torch.no_grad()
     def forward(self, state: State) -> None:
+        """Evaluate the network, with guidance, and set ``state.out``."""
         self._replay("forward", state)
 
     @torch.no_grad()
     def update(self, state: State) -> None:
+        """Apply one row of the table to every image, and increment its row."""
         if state.noise is not None or state.bank.thresholds:
             update.update(state)
         else:
@@ -132,6 +151,7 @@ class GraphRunner:
 
     @torch.no_grad()
     def step(self, state: State) -> None:
+        """Do both, in one graph unless the host has work in between."""
         if state.noise is not None or state.bank.thresholds:
             self.forward(state)
             self.update(state)
@@ -139,52 +159,52 @@ class GraphRunner:
             self._replay("step", state)
 
     def capture(self, state: State, part: str = "step") -> None:
-        """Have the graph that ``state`` needs next, without a step."""
+        """Capture the graph that ``state`` needs next, unless it exists. Takes no step."""
         variant = Variant.of(part, state)
         with torch.inference_mode(False), torch.no_grad(), self.cuda.device(self.spec.device):
-            self._make_room(state)
-            if self.tenant is None or self.tenant() is not state:
+            self._ensure_buffers(state)
+            if self.attached is None or self.attached() is not state:
                 self._follow_weights()
             if variant not in self.graphs:
                 self._capture(variant)
 
     def _replay(self, part: str, state: State) -> None:
         variant = Variant.of(part, state)
-        if self.tenant is None or self.tenant() is not state or self.bank is not state.bank:
+        if self.attached is None or self.attached() is not state or self.bank is not state.bank:
             self.capture(state, part)
         graph = self.graphs.get(variant)
         if graph is None:
             self.capture(state, part)
             graph = self.graphs[variant]
-        self._move_in(state)
+        self._attach(state)
         if part != "forward" and state.bank.learned:
-            update.split_output(state)  # says what is wrong with the channels
+            update.split_output(state)  # checks the number of channels
         self.pool.replay(graph, self.spec.device)
         if part != "forward":
             state.advance_host()
 
     # Buffers ----------------------------------------------------------------------------------------------------------
 
-    def _make_room(self, state: State) -> None:
-        """Buffers for ``state`` and its tables; larger ones, and no graphs, where it does not fit."""
+    def _ensure_buffers(self, state: State) -> None:
+        """Allocate static buffers for ``state`` and its tables, and drop all graphs, unless the present ones fit."""
         b = self.buffers
         tables, rows, _ = state.bank.values.shape
         fits = b is not None and tables <= b.bank.values.shape[0] and rows <= b.bank.values.shape[1]
         if b is None or not fits or b.x.shape != state.x.shape or b.x.dtype != state.x.dtype:
-            self._move_out()
+            self._detach()
             self.graphs.clear()
             room = (max(tables, self.spec.tables), max(rows, self.spec.rows + 1))
             b = self.buffers = _buffers(state, room)
         if b.out is None and state.out is not None:
             b.out = torch.zeros_like(state.out)
 
-    def _move_in(self, state: State) -> None:
-        """Copy what is not there yet. A state that has moved in, and that no one edited, copies nothing."""
+    def _attach(self, state: State) -> None:
+        """Make ``state`` alias the static buffers. Copies only tensors that are not there yet."""
         b = self.buffers
         assert b is not None
-        if self.tenant is None or self.tenant() is not state:
-            self._move_out()
-            self.tenant = weakref.ref(state)
+        if self.attached is None or self.attached() is not state:
+            self._detach()
+            self.attached = weakref.ref(state)
             if isinstance(b.guidance_rescale, Tensor) and state.guidance_rescale:
                 phi = state.guidance_rescale
                 b.guidance_rescale.copy_(torch.tensor([phi, 1.0 - phi]))
@@ -200,31 +220,32 @@ class GraphRunner:
                     mine.copy_(its)
                 setattr(state, name, mine)
 
-    def _move_out(self) -> None:
-        """Give the tenant tensors of its own."""
-        tenant = None if self.tenant is None else self.tenant()
-        self.tenant = None
-        if tenant is not None:
+    def _detach(self) -> None:
+        """Give the attached state copies of the static buffers in their place."""
+        state = None if self.attached is None else self.attached()
+        self.attached = None
+        if state is not None:
             for name in BUFFERS:
-                held = getattr(tenant, name)
+                held = getattr(state, name)
                 if held is not None and held is getattr(self.buffers, name):
-                    setattr(tenant, name, held.clone())
+                    setattr(state, name, held.clone())
 
     def _follow_weights(self) -> None:
-        """Graphs hold the addresses of weights: where those are others now, no graph is left."""
+        """Drop all graphs if weights have other addresses now, since graphs hold the former ones."""
         weights = [t.detach() for t in (*self.network.parameters(), *self.network.buffers())]
         if [t.data_ptr() for t in weights] != [t.data_ptr() for t in self.weights]:
             self.graphs.clear()
-            self.weights = weights  # kept alive as long as graphs read them
+            self.weights = weights  # kept alive, as graphs read them
 
     # Capture ----------------------------------------------------------------------------------------------------------
 
     def _capture(self, variant: Variant) -> None:
-        """Warm-ups on a side stream, then the same once more, recorded. They work on the buffers, so no state is there.
+        """Capture a graph: warm up on a side stream, then record one more run.
 
-        Rows saturate, so that warm-ups read no table beyond its end.
+        All of them change the static buffers, so the attached state is detached first. Rows saturate, so warm-ups do
+        not read past the end of a table.
         """
-        self._move_out()
+        self._detach()
         if len(self.graphs) >= MOST_GRAPHS:
             self.graphs.clear()
         cuda, buffers = self.cuda, self.buffers
@@ -239,7 +260,7 @@ class GraphRunner:
             buffers.out = torch.zeros_like(out)
         graph = cuda.CUDAGraph()
         try:
-            # Other threads may go on with work of their own.
+            # "thread_local", so that other threads may go on with their own work.
             with cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
                 self._run(variant)
         except torch.OutOfMemoryError:
@@ -252,7 +273,7 @@ class GraphRunner:
         self.graphs[variant] = graph
 
     def _run(self, variant: Variant) -> Tensor | None:
-        """The part of a step on the buffers. Gives ``out`` where the network ran."""
+        """Run a variant on the static buffers. Returns ``out`` where the network ran."""
         buffers = self.buffers
         assert buffers is not None
         state = copy.copy(buffers)
@@ -266,11 +287,11 @@ class GraphRunner:
         if not variant.rescaled:
             state.guidance_rescale = 0.0
         if variant.part == "forward":
-            self.steps.evaluate(state, variant.guided)
+            self.device_step.evaluate(state, variant.guided)
         elif variant.part == "update":
-            self.steps.advance(state, variant.noisy)
+            self.device_step.advance(state, variant.noisy)
         else:
-            self.steps.whole(state, variant.guided, variant.noisy)
+            self.device_step.whole(state, variant.guided, variant.noisy)
         for name in CHANGED:
             new, held = getattr(state, name), getattr(buffers, name)
             if new is not None and held is not None and new is not held:
@@ -279,7 +300,7 @@ class GraphRunner:
 
 
 def _buffers(state: State, room: tuple[int, int]) -> State:
-    """Buffers for batches like ``state``, and for so many tables of so many rows (the identity's included)."""
+    """Allocate static buffers for batches like ``state`` and ``room`` = (tables, rows with the identity row)."""
 
     def image() -> Tensor:
         return torch.zeros_like(state.x, memory_format=torch.contiguous_format)
@@ -299,6 +320,6 @@ def _buffers(state: State, room: tuple[int, int]) -> State:
 
 
 def capture(states: Mapping[GraphRunner, State]) -> None:
-    """Capture the steps of several batch sizes ahead, the largest first: the others then fit into its memory."""
+    """Capture the steps of several batch sizes ahead, the largest first, so that the others fit into its memory."""
     for runner in sorted(states, key=lambda runner: -runner.spec.batch):
         runner.capture(states[runner])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fastdiff.backends
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import native
 
 PACKAGES = ("torch", "diffusers", "openvino", "onnxruntime", "zentorch")
 

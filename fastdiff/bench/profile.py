@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.backends import Spec
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import Spec, native
 from fastdiff.bench import networks
 from fastdiff.bench.engines import Inputs
 from fastdiff.core.program import Conv
@@ -24,7 +23,7 @@ def profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
     spec = Spec(batch, tuple(inputs.x.shape[1:]), torch.float32, inputs.x.device)  # type: ignore[arg-type]  # three numbers
     runner = native.prepare(loaded.unet, spec)
     runner.forward(State.create(inputs.x, TableBank([inputs.table], inputs.x.device), label=inputs.label))
-    (compiled,) = runner.compiled.values()
+    (compiled,) = runner.programs.values()
     engine, ops = compiled.engine, compiled.program.ops
     times = torch.tensor([engine.profile(0, len(engine)) for _ in range(rounds)]).median(dim=0).values
     total: dict[str, float] = {}

@@ -51,8 +51,7 @@ def info(
     """
     from fastdiff import Sampler
     from fastdiff.backends import BACKENDS
-    from fastdiff.backends.native import cost
-    from fastdiff.backends.native.runner import choose_method
+    from fastdiff.backends.native import choose_method, cost
     from fastdiff.core.lower import lower
     from fastdiff.core.plan import plan
     from fastdiff.core.program import Conv

@@ -1,9 +1,9 @@
-"""U-Net -> `Program`: the same walk as `UNet.forward`, emitting fused operations instead of computing.
+"""Lowering of a U-Net to a `Program`: the walk of `UNet.forward`, which emits fused operations instead of computing.
 
-What fuses is decided here, while emitting: a GroupNorm and its Swish go into the operation that reads the result; bias,
-time embedding, residual and statistics go into the operation that writes; a concatenation is two sources; nearest
-doubling is a flag of the convolution behind it; the projections of an attention are one product before and one behind
-it, and half as large where a single head lets them merge.
+Fusion is decided here, while emitting. A GroupNorm and its SiLU go into the operation that reads the result; bias, time
+embedding, residual and statistics go into the operation that writes; a concatenation is two sources; nearest doubling
+is a flag of the convolution after it; the projections of an attention are one product before it and one after it, and
+half as large where a single head allows them to merge.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.unet import UNet
 from fastdiff.unet import model as modules
 
-CHUNK = 64  # timesteps embedded at a time: always as many, so that their bits do not depend on how many there are
+CHUNK = 64  # timesteps embedded at a time; fixed, so that an embedding's bits do not depend on their number
 
 
 def lower(unet: UNet, size: tuple[int, int]) -> Program:
-    """The program of ``unet`` for images of ``size`` (height, width). Reads shapes only: weights may be on "meta".
+    """Lower a U-Net to a program.
 
-    Raises `InvalidArgument` where the network cannot take that size.
+    Args:
+        unet: The network. Only shapes are read, so its weights may be on "meta".
+        size: Height and width of the images.
+
+    Returns:
+        The program, for any number of rows.
+
+    Raises:
+        InvalidArgument: If the network cannot take images of this size.
     """
     stride = unet.config.stride
     if any(v < 1 or v % stride for v in size):
@@ -34,15 +42,20 @@ def lower(unet: UNet, size: tuple[int, int]) -> Program:
 
 
 def projection_keys(unet: UNet) -> list[str]:
-    """Key prefixes of every block's time projection, in the order of their places in ``projections``."""
+    """Return the key prefixes of every block's time projection, in the order in which ``projections`` holds them."""
     return [f"{name}.time_emb_proj" for name, m in unet.named_modules() if isinstance(m, modules.ResnetBlock)]
 
 
 @torch.no_grad()
 def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
-    """The rows of the external buffer ``time`` (classes join it) or ``projections`` (none do) for timesteps ``t`` [n].
+    """Compute the part of the network that depends on the timestep alone; once per table, not once per step.
 
-    Everything in the network that depends on the timestep alone, so it is computed once per table, not once per step.
+    Args:
+        unet: The network.
+        t: Timesteps, [n].
+
+    Returns:
+        Rows of the external buffer ``time`` where classes are embedded, else of ``projections``: [n, features].
     """
     padded = F.pad(t, (0, -len(t) % CHUNK))
     parts = []
@@ -60,10 +73,10 @@ def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_classes(unet: UNet) -> Tensor:
-    """The rows of the external buffer ``class``, one for each label.
+    """Compute the rows of the external buffer ``class``, one for each label: [labels, features].
 
-    Where classes come before the time MLP, whose first layer is linear, they join behind that layer:
-    W1 (s + c) + b1 = (W1 s + b1) + W1 c, and both parts are tables.
+    Where classes are added before the time MLP, whose first layer is linear, the sum moves behind that layer:
+    W1 (s + c) + b1 = (W1 s + b1) + W1 c, and both parts become tables.
     """
     embedding = unet.class_embedding
     if isinstance(embedding, modules.ClassProjection):
@@ -74,7 +87,7 @@ def embed_classes(unet: UNet) -> Tensor:
 
 
 class _Emitter:
-    """Collects operations and buffers. Methods return the name of the buffer they write."""
+    """Collector of operations and buffers. Methods that emit return the name of the buffer they write."""
 
     def __init__(self, unet: UNet, size: tuple[int, int]):
         self.unet = unet
@@ -151,7 +164,7 @@ class _Emitter:
         return Norm(key, module.num_groups, module.eps, silu, modulation)
 
     def _measured(self, src: tuple[str, ...], norm: Norm | None) -> None:
-        """Have the statistics of ``src`` emitted where a norm will read them."""
+        """Request the statistics of ``src`` if a norm is going to read them."""
         for name in src if norm is not None else ():
             self.buffers[name] = dataclasses.replace(self.buffers[name], statistics=True)
 
@@ -170,7 +183,7 @@ class _Emitter:
         merged: str | None = None,
         channels: int | None = None,
     ) -> str:
-        """A convolution or linear layer; its numbers come from the module that stands at (the first of) ``keys``."""
+        """Emit a convolution or linear layer, whose sizes are those of the module at the first of ``keys``."""
         keys = (keys,) if isinstance(keys, str) else keys
         layers = [self.unet.get_submodule(key) for key in keys]
         kernel = stride = 1
@@ -190,7 +203,7 @@ class _Emitter:
         return dst
 
     def _layer(self, key: str, block: modules.DownBlock | modules.UpBlock, j: int, src: tuple[str, ...]) -> str:
-        """A residual block and, where the block has them, its attention."""
+        """Emit a residual block and, if the block has one there, its attention."""
         h = self._resnet(f"{key}.resnets.{j}", src)
         j -= len(block.resnets) - len(block.attentions or ())
         return h if j < 0 else self._attention(f"{key}.attentions.{j}", h)

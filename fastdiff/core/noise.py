@@ -5,19 +5,20 @@ Philox4x32-10 as in Random123 (Salmon et al., "Parallel random numbers: as easy 
     key     = (seed low, seed high)
     counter = (e div 4, row | stream << 24, index low, index high)       e: the element's position over C, H, W
 
-The words are the same integers on every device and in every backend. The normals that are made of them differ only by
-the rounding of ln, sqrt, sin and cos: within 2e-6 of the exact values.
+The words are the same integers on every device and in every backend. The normals computed from them differ only by the
+rounding of ln, sqrt, sin and cos, and are within 2e-6 of the exact values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdiff.checks import is_whole
 from fastdiff.errors import InvalidArgument
 
 UPDATE, INITIAL, MASK, TRAIN_NOISE, TRAIN_CHOICE = range(5)  # streams
@@ -26,14 +27,18 @@ _LOW = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers, both odd
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
 _ROUNDS = 10
-_CHUNK = 1 << 22  # elements: eager torch holds about 10 bytes of temporaries for each
+_CHUNK = 1 << 22  # elements drawn at a time; eager torch needs about 10 bytes of temporaries for each
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def check_seed(seed: object) -> int:
-    """`seed` as an int in [0, 2^64); anything else is refused, never wrapped."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
+def check_seed(seed: Any) -> int:
+    """Return ``seed`` as an int.
+
+    Raises:
+        InvalidArgument: If it is no integer in [0, 2^64). It is never wrapped.
+    """
+    if not is_whole(seed):
         raise InvalidArgument(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r} ({type(seed).__name__})")
     value = int(seed)
     if not 0 <= value < 1 << 64:
@@ -42,17 +47,22 @@ def check_seed(seed: object) -> int:
 
 
 def as_int64(seed: int) -> int:
-    """The two's complement of an unsigned 64-bit number: how a seed is stored in an int64 tensor."""
+    """Return the two's complement of an unsigned 64-bit number, as an int64 tensor stores a seed."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Philox4x32-10. All tensors are int64 with values in [0, 2^32) and broadcast against each other.
-
-    Ten times, the key growing by (W0, W1) in between:
+    """Compute Philox4x32-10: ten rounds, between which the key grows by (W0, W1):
 
         (hi0, lo0) = M0 c0;  (hi1, lo1) = M1 c2
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+
+    Args:
+        counter: Words c0..c3, int64 tensors with values in [0, 2^32). All tensors broadcast against each other.
+        key: Words k0 and k1, likewise.
+
+    Returns:
+        Words w0..w3, int64 with values in [0, 2^32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -65,19 +75,19 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def _multiply(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product m c, for odd m.
+    """Return the high and low 32 bits of the 64-bit product m c, for odd m.
 
         q = m (c - 2^31) + 2^31 = m c - (m div 2) 2^32      hi = (q >> 32) + m div 2      lo = q mod 2^32
 
-    |q| < 2^63, so nothing overflows. m c itself would, and C++ compilers may assume that signed products do not:
-    they would drop the masks that make a wrapped product right.
+    |q| < 2^63, so nothing overflows. m c itself would overflow, and C++ compilers may assume that signed products do
+    not; they would remove the masks that correct a wrapped product.
     """
     q = m * (c - (1 << 31)) + (1 << 31)
     return (q >> 32) + (m >> 1), q & _LOW
 
 
 def words(seed: Tensor, index: Tensor, row: Tensor, stream: int, blocks: int) -> Words:
-    """The words w0..w3 of the first ``blocks`` counters of each image: four int64 tensors [B, blocks]."""
+    """Return the words w0..w3 of the first ``blocks`` counters of each image, four int64 tensors [B, blocks]."""
     k = torch.arange(blocks, device=seed.device)[None]
     seed, index, row = seed[:, None], index[:, None], row[:, None]
     counter = (k, row | stream << 24, index & _LOW, (index >> 32) & _LOW)
@@ -85,14 +95,20 @@ def words(seed: Tensor, index: Tensor, row: Tensor, stream: int, blocks: int) ->
 
 
 def normal(seed: Tensor, index: Tensor, row: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    """Standard normals, float32 [B, *shape].
+    """Draw standard normals. An image's do not depend on the rest of its batch.
 
-    seed    int64 [B], each the two's complement of an unsigned 64-bit seed (`as_int64`)
-    index   int64 [B], the images' global indices
-    row     int64 [B], the rows of the table; below 2^24 (not checked: the values may be on a device)
-    stream  UPDATE, INITIAL or MASK
+    Args:
+        seed: Each image's seed, int64 [B], the two's complement of an unsigned 64-bit number (`as_int64`).
+        index: Each image's global number, int64 [B].
+        row: Each image's row of its table, int64 [B], below 2^24. That is not checked, as values may be on a device.
+        stream: UPDATE, INITIAL or MASK, or another number below 256.
+        shape: Shape of an image.
 
-    Image b does not depend on the batch around it.
+    Returns:
+        float32 [B, *shape].
+
+    Raises:
+        InvalidArgument: If the stream is out of range, or the tensors do not have one value per image.
     """
     if not 0 <= stream < 256:
         raise InvalidArgument(f"stream must be from 0 to 255, not {stream}")
@@ -101,7 +117,7 @@ def normal(seed: Tensor, index: Tensor, row: Tensor, stream: int, shape: Sequenc
             f"seed, index and row must have one value per image, not shapes "
             f"{tuple(seed.shape)}, {tuple(index.shape)} and {tuple(row.shape)}"
         )
-    if torch.compiler.is_compiling():  # fused, the words never reach memory
+    if torch.compiler.is_compiling():  # the operations are fused, so the words need no memory
         return _normal(seed, index, row, stream, shape)
     images = max(1, _CHUNK // max(1, math.prod(shape)))
     if len(seed) <= images:
@@ -111,7 +127,7 @@ def normal(seed: Tensor, index: Tensor, row: Tensor, stream: int, shape: Sequenc
 
 
 def _normal(seed: Tensor, index: Tensor, row: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    """Words w0..w3 of counter k give elements 4k..4k+3:
+    """Compute elements 4k..4k+3 from the words w0..w3 of counter k:
 
     u_i = ((w_i >> 9) + 0.5) 2^-23                                     exact in fp32
     z0, z1 = sqrt(-2 ln u0) (cos, sin)(2 pi u1)      z2, z3 the same from u2, u3
@@ -124,9 +140,9 @@ def _normal(seed: Tensor, index: Tensor, row: Tensor, stream: int, shape: Sequen
 
 
 def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(-2 ln u) (cos, sin)(2 pi v), with (cos, sin)(2 pi v) = -(cos, sin)(2 pi (v - 1/2)).
+    """Compute sqrt(-2 ln u) (cos, sin)(2 pi v), with (cos, sin)(2 pi v) = -(cos, sin)(2 pi (v - 1/2)).
 
-    v - 1/2 is exact and halves the angle's rounding error, which the root (up to 5.8) multiplies.
+    v - 1/2 is exact and halves the rounding error of the angle, which the root (up to 5.8) amplifies.
     """
     r = -torch.sqrt(-2.0 * torch.log(u))
     a = (2.0 * math.pi) * (v - 0.5)

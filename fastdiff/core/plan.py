@@ -1,4 +1,4 @@
-"""Where each buffer of a program lives: lifetimes to offsets in one arena."""
+"""Memory planning: from the lifetimes of a program's buffers to offsets in one arena."""
 
 from __future__ import annotations
 
@@ -14,24 +14,34 @@ STATISTICS = ".statistics"
 
 @dataclasses.dataclass(frozen=True)
 class Lifetime:
-    """``size`` bytes that are written by operation ``first`` and read for the last time by operation ``last``."""
+    """Lifetime of ``size`` bytes.
+
+    Attributes:
+        first: Index of the operation that writes them.
+        last: Index of the last operation that reads them.
+        size: Number of bytes.
+    """
 
     first: int
     last: int
     size: int
 
     def meets(self, other: Lifetime) -> bool:
-        """Whether some operation needs both."""
+        """Return whether some operation needs both."""
         return self.first <= other.last and other.first <= self.last
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where a program's buffers stand for ``rows`` rows, activations of ``itemsize`` bytes.
+    """Placement of a program's buffers in an arena.
 
-    offsets: bytes into the arena, by buffer [rows, H, W, C] and by ``<name>.statistics`` [rows, strips, 2, C], which is
-    float32 or wider. C is a buffer's channels, padded to a multiple of ``group`` where the plan was made so.
-    size: of the arena in bytes. bound: the most that is alive at any one operation; no plan can be smaller.
+    Attributes:
+        program: The program.
+        rows: Number of rows.
+        itemsize: Bytes of an activation.
+        lifetimes: Lifetime of each buffer.
+        offsets: Offset in bytes of each buffer [rows, H, W, C], and of its statistics [rows, strips, 2, C], named
+            ``<name>.statistics``, which are float32 or wider. C is padded to the group of the plan.
     """
 
     program: Program
@@ -42,10 +52,12 @@ class Plan:
 
     @property
     def size(self) -> int:
+        """Size of the arena in bytes."""
         return max((offset + self.lifetimes[name].size for name, offset in self.offsets.items()), default=0)
 
     @property
     def bound(self) -> int:
+        """Largest number of bytes alive at one operation; no plan can be smaller."""
         alive = [0] * len(self.program.ops)
         for life in self.lifetimes.values():
             for i in range(life.first, life.last + 1):
@@ -53,9 +65,13 @@ class Plan:
         return max(alive, default=0)
 
     def to_dict(self, methods: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Every operation with its shapes, cost and place, and the sums; JSON-serialisable. FLOPs are of all rows.
+        """Describe every operation with its shapes, cost and offset, and their sums over all rows.
 
-        methods: a backend's algorithm for an operation, by the buffer it writes.
+        Args:
+            methods: A backend's algorithm for an operation, by the buffer that it writes.
+
+        Returns:
+            JSON-serialisable.
         """
         program = self.program
         ops = []
@@ -96,7 +112,7 @@ class Plan:
         return self.text()
 
     def text(self, methods: Mapping[str, str] | None = None) -> str:
-        """`to_dict` as a table."""
+        """Format `to_dict` as a table."""
         report = self.to_dict(methods)
         lines = [f"{'op':12}{'from':22}{'to':13}{'MFLOP':>9}{'weights':>9}{'KiB':>8}{'at KiB':>8}  name"]
         for op in report["ops"]:
@@ -117,7 +133,7 @@ class Plan:
 
 
 def lifetimes(program: Program, rows: int, itemsize: int = 4, group: int = 1) -> dict[str, Lifetime]:
-    """Of everything in the arena, in order of birth; see `Plan`."""
+    """Compute the lifetimes of the arena's buffers, in creation order; the arguments are those of `plan`."""
     last = {name: i for i, op in enumerate(program.ops) for name in (*program.reads(op), op.dst)}
     result = {}
     for first, op in enumerate(program.ops):
@@ -134,8 +150,19 @@ def lifetimes(program: Program, rows: int, itemsize: int = 4, group: int = 1) ->
 
 
 def plan(program: Program, rows: int, itemsize: int = 4, group: int = 1) -> Plan:
-    """Largest first, each at the lowest offset where nothing that lives at the same time stands (greedy by size:
+    """Place the buffers of a program in an arena.
+
+    The largest buffers come first, each at the lowest offset that is free during its lifetime (greedy by size:
     Pisarchyk & Lee 2020, arXiv:2001.03288, section 5).
+
+    Args:
+        program: The program.
+        rows: Number of rows.
+        itemsize: Bytes of an activation.
+        group: Channels are padded to a multiple of this.
+
+    Returns:
+        The plan; offsets and sizes are multiples of `ALIGNMENT`.
     """
     lives = lifetimes(program, rows, itemsize, group)
     placed: list[tuple[int, Lifetime]] = []

@@ -1,8 +1,8 @@
-"""The network as data: a flat list of fused operations over named buffers, which the native backends replay.
+"""The network as data: a flat list of fused operations over named buffers.
 
-A `Program` is what `fastdiff.core.lower` makes of a U-Net, for one image size and any number of rows (a row is one
-evaluation of the network: one image, or its conditional or unconditional half). Every buffer is described per row.
-Operations name their weights by state-dict key; how a backend packs those is its own affair.
+`fastdiff.core.lower` emits a `Program` for a U-Net and an image size; `native` and `triton` replay it for any number of
+rows. A row is one evaluation of the network, of an image or of its conditional or unconditional half. Every buffer is
+described per row. Operations name their weights by state-dict key, and each backend packs those in its own layout.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from typing import TypeAlias
 
 Shape: TypeAlias = tuple[int, int, int]
 
-STRIP = 4  # pixel rows: what an operation makes at a time, and what its statistics are of
+STRIP = 4  # pixel rows that an operation computes at a time, and over which its statistics are taken
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Buffer:
-    """``shape`` = (H, W, C) of a row, channels last; a vector is (1, 1, C).
+    """Named buffer of a program.
 
-    external: the caller's, not in the arena (`Program` lists them).
-    statistics: the operation that writes it also emits, per row, strip of `STRIP` pixel rows and channel, the mean and
-    the sum of squared deviations, which every `Norm` that reads it combines into its groups.
+    Attributes:
+        name: The name.
+        shape: Shape (H, W, C) of a row, channels last; (1, 1, C) for a vector.
+        external: Whether the caller provides it, outside the arena (`Program` lists these buffers).
+        statistics: Whether the operation that writes it also writes the mean and the sum of squared deviations, per
+            row, strip of `STRIP` pixel rows and channel. A `Norm` that reads the buffer combines them into its groups.
     """
 
     name: str
@@ -32,22 +35,28 @@ class Buffer:
 
     @property
     def elements(self) -> int:
-        """Numbers in a row."""
+        """Number of elements in a row."""
         H, W, C = self.shape
         return H * W * C
 
     @property
     def strips(self) -> int:
+        """Number of strips in a row; the last one may have fewer pixel rows."""
         return -(-self.shape[0] // STRIP)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Norm:
-    """GroupNorm over the (concatenated) sources, applied while they are read:
+    """GroupNorm over the concatenated sources, applied while they are read:
 
         y = (x - mean) / sqrt(var + eps) * gamma + beta,    then y (1 + scale) + shift,    then silu(y)
 
-    weights: key prefix of gamma and beta. modulation: where [scale, shift] begin in the projections; None: neither.
+    Attributes:
+        weights: Key prefix of gamma and beta.
+        groups: Number of groups.
+        eps: Added to the variance.
+        silu: Whether silu follows.
+        modulation: Offset of [scale, shift] in the projections; None if there are none.
     """
 
     weights: str
@@ -59,7 +68,10 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Input:
-    """dst = the image in NHWC: 2 x - 1 where ``center``; + m, * (1 + m), or [., m] with the class image m."""
+    """Input of the network: dst = the image in NHWC, 2 x - 1 where ``center``, combined with the class image m.
+
+    ``class_image`` is "add" for x + m, "multiply" for x (1 + m), "concat" for [x, m], or None.
+    """
 
     dst: str
     src: tuple[str, ...]
@@ -71,7 +83,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Embed:
-    """dst = silu(the sum of one or two vectors): of time and class, or of the time MLP's second layer."""
+    """Embedding: dst = silu(sum of ``src``), which is time and class, or the time MLP's second layer alone."""
 
     dst: str
     src: tuple[str, ...]
@@ -81,14 +93,25 @@ class Embed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conv:
-    """A convolution, or a matrix product where ``kernel`` is 1, with what stands before and behind it:
+    """A convolution (a matrix product where ``kernel`` is 1) with the operations fused into it:
 
         h   = norm(concatenate(src)),  nearest-doubled where ``upsample``,  zero-padded by (before, after) on each side
         dst = (W h + b + projections[emb : emb + C] + residual) / divide
 
-    weights: key prefixes, stacked along the output channels. A residual of half dst's size is nearest-doubled.
-    merged: W and b are products of the two layers at ``weights``, computed once (see `Attention`): "first transposed",
-    W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
+    Attributes:
+        dst: The buffer written.
+        src: The buffers read, concatenated.
+        weights: Key prefixes of the layers, whose weights are stacked along the output channels.
+        kernel: Size k of the kernel k x k.
+        stride: The stride.
+        padding: Zeros (before, after) on each side.
+        upsample: Whether h is nearest-doubled.
+        norm: The norm of the sources.
+        emb: Offset of the time projection; None without.
+        residual: The buffer added; nearest-doubled where it is half as large as dst.
+        divide: The divisor.
+        merged: For a W and b that are products of the two layers at ``weights``, computed once (see `Attention`):
+            "first transposed", W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
     """
 
     dst: str
@@ -107,7 +130,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pool:
-    """dst = the mean over 2 x 2 pixels of norm(src)."""
+    """Pooling: dst = the mean over 2 x 2 pixels of norm(src)."""
 
     dst: str
     src: tuple[str, ...]
@@ -118,11 +141,12 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attention:
-    """dst = softmax(q k^T / sqrt(head_dim)) v over the pixels of a row, head by head.
+    """Attention: dst = softmax(q k^T / sqrt(head_dim)) v over the pixels of a row, for each head.
 
-    src: (qkv,), which holds [q, k, v] per pixel; or (q, x) with k = v = norm(x), for one head as wide as x. There the
-    projections merge. With h = norm(x), (h Wq^T + bq) (h Wk^T + bk)^T is (h Wq^T Wk + bq Wk) h^T but for terms that are
-    equal for all keys, which softmax does not hear; and (p (h Wv^T + bv)) Wo^T + bo = (p h) (Wo Wv)^T + Wo bv + bo.
+    src is (qkv,), with [q, k, v] per pixel; or, for one head as wide as x, (q, x) with k = v = norm(x). There the
+    projections merge. With h = norm(x), (h Wq^T + bq) (h Wk^T + bk)^T equals (h Wq^T Wk + bq Wk) h^T up to terms that
+    are the same for all keys, to which softmax is invariant; and (p (h Wv^T + bv)) Wo^T + bo equals
+    (p h) (Wo Wv)^T + Wo bv + bo.
     """
 
     dst: str
@@ -139,24 +163,29 @@ Op: TypeAlias = "Input | Embed | Conv | Pool | Attention"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The operations in order, and every buffer they name. External ones, per row:
+    """A lowered network. Its external buffers are, per row:
 
-    x             the noisy image (NCHW in memory, as a `State` keeps it; shape is still told as H, W, C)
+    x             the noisy image (NCHW in memory, as in a `State`; its shape is given as H, W, C all the same)
     class_image   the class encoder's map for the row's label, where the network has one
-    time          what classes are added to, of the row's timestep: the time embedding, or (class_before_mlp) the first
-                  layer of its MLP; class: what is added, of the row's label
-    projections   otherwise: every block's projection of the time embedding, one after the other
+    time, class   where classes are embedded: the embeddings of timestep and label, which `Embed` adds; with
+                  class_before_mlp they are the output of the time MLP's first layer
+    projections   elsewhere: every block's projection of the time embedding, concatenated
     out           the network's output (NCHW in memory)
+
+    Attributes:
+        ops: The operations, in order.
+        buffers: Every buffer that they name.
     """
 
     ops: tuple[Op, ...]
     buffers: dict[str, Buffer]
 
     def norm(self, op: Op) -> Norm | None:
+        """Return the norm that the operation applies to its sources, if any."""
         return op.norm if isinstance(op, (Conv, Pool, Attention)) else None
 
     def reads(self, op: Op) -> Iterator[str]:
-        """Every buffer that the operation reads."""
+        """Yield every buffer that the operation reads."""
         yield from op.src
         if isinstance(op, Conv) and op.residual is not None:
             yield op.residual
@@ -165,13 +194,13 @@ class Program:
             yield "projections"
 
     def channels(self, op: Op) -> tuple[int, int]:
-        """Of the concatenated sources, and of the result."""
+        """Return the number of channels of the concatenated sources, and of the result."""
         return sum(self.buffers[name].shape[2] for name in op.src), self.buffers[op.dst].shape[2]
 
     def flops(self, op: Op) -> int:
-        """Of a row, a multiplication and an addition each counting one; only convolutions, products and attention.
+        """Return the FLOP of a row by the direct algorithm: multiplications plus additions of products and attention.
 
-        Of the direct algorithm: a backend that transforms does fewer.
+        A backend that uses Winograd's algorithm does fewer.
         """
         H, W, C = self.buffers[op.dst].shape
         if isinstance(op, Conv):
@@ -181,7 +210,7 @@ class Program:
         return 0
 
     def parameters(self, op: Op) -> int:
-        """Numbers among the weights that the operation reads: kernel, bias, gamma and beta."""
+        """Return the number of weights that the operation reads: kernel, bias, gamma and beta."""
         norm = self.norm(op)
         count = 0 if norm is None else 2 * self.channels(op)[0]
         if isinstance(op, Conv):
@@ -190,7 +219,7 @@ class Program:
         return count
 
     def traffic(self, op: Op) -> int:
-        """Numbers of activations that a row reads and writes, each buffer once."""
+        """Return the number of activations that a row reads and writes, each buffer once."""
         elements = self.buffers[op.dst].elements
         for name in self.reads(op):
             elements += 0 if name == "projections" else self.buffers[name].elements

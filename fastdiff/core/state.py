@@ -1,4 +1,4 @@
-"""What a batch of images carries from step to step, as flat arrays that every backend reads and writes."""
+"""The state of a batch of images between steps, as flat arrays that every backend reads and writes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,25 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.solvers.table import COLUMNS, StepTable
 
 Noise = Callable[[int], Tensor]
-"""A source of update noise: row -> [B, C, H, W], asked for each row at which an image needs some. None: Philox."""
+"""A caller's source of update noise, row -> [B, C, H, W]. Called once for each row at which an image needs some."""
 
 
 class TableBank:
-    """The coefficients of several tables on a device: ``values`` [tables, rows + 1, columns], float64 on the ``host``.
+    """The coefficients of several tables on a device. Short tables are padded with identity rows.
 
-    Short tables are padded with identity rows.
+    Args:
+        tables: The tables.
+        device: Device of ``values`` and ``lengths``.
+        dtype: Precision of ``values``.
+
+    Attributes:
+        host: Coefficients, float64 [tables, rows + 1, columns]; the last row of each table is the identity.
+        values: The same on the device, in ``dtype``.
+        lengths_host: Number of rows of each table, int64 [tables].
+        lengths: The same on the device.
+        thresholds: Whether a table has dynamic thresholding.
+        noisy: Whether a table has rows that add noise.
+        learned: Whether a table needs a learned variance.
     """
 
     def __init__(self, tables: Sequence[StepTable], device: torch.device, dtype: torch.dtype = torch.float32):
@@ -36,16 +48,33 @@ class TableBank:
         self.learned = any(table.learned_variance for table in tables)
 
 
-@dataclasses.dataclass(eq=False)  # a batch is itself alone, so backends can remember what they know of it
+@dataclasses.dataclass(eq=False)  # compared and hashed by identity, so that backends can cache by state
 class State:
-    """A batch in flight. B images, each at its own row of its own table.
+    """A batch of B images during sampling, each at its own row of its own table.
 
-    x, xs, m1..m3: float32 [B, C, H, W] (xs and m's only where a table uses them); out: the network's output after
-    guidance, [B, C or 2C, H, W], from `Runner.forward` until the update; a whole step need not leave it. table, row,
-    seed, index, label: int64 [B]; seed is the two's complement of an unsigned number; index is the image's global
-    number; label is None for an unconditional network. guidance: float32 [B], 1 = off. x0_scale: float32 [B], 1/q of
-    dynamic thresholding, set between forward and update; None where no table asks for it. row_host mirrors row, so that
-    no step ever asks the device. guidance_rescale: a number, or what `fastdiff.core.update.guide` takes in its place.
+    Fields that end in ``_host`` mirror those on the device, so that no step has to read from it.
+
+    Attributes:
+        x: The noisy images, float32 [B, C, H, W].
+        bank: The tables.
+        table: Each image's table, int64 [B].
+        row: Each image's row, int64 [B]; a finished image is at the identity row.
+        seed: Each image's seed as the two's complement of an unsigned number, int64 [B].
+        index: Each image's global number, int64 [B].
+        label: Each image's label, int64 [B]; None for an unconditional network.
+        guidance: Each image's guidance, float32 [B]; 1 is off.
+        table_host: Mirror of ``table``.
+        row_host: Mirror of ``row``.
+        guidance_host: Guidance in float64.
+        guidance_rescale: phi of `fastdiff.core.update.guide`, or the tensor that it takes instead.
+        noise: The caller's source of update noise; None for Philox.
+        out: The network's output after guidance, [B, C or 2C, H, W], set by `Runner.forward` and read by
+            `Runner.update`; undefined after a whole step.
+        x0_scale: 1/q of dynamic thresholding, float32 [B], set between forward and update; None without.
+        xs: The saved x, float32 [B, C, H, W]; None where no table saves.
+        m1: Latest entry of the history, float32 [B, C, H, W]; None where no table has so many. m2 and m3 likewise.
+        m2: The entry before m1.
+        m3: The entry before m2.
     """
 
     x: Tensor
@@ -82,7 +111,25 @@ class State:
         guidance_rescale: float = 0.0,
         noise: Noise | None = None,
     ) -> State:
-        """A batch that stands at row 0, from the initial x [B, C, H, W]."""
+        """Create a batch at row 0.
+
+        Args:
+            x: The initial noise, scaled as the tables ask, float32 [B, C, H, W].
+            bank: The tables.
+            seed: Seed of all images or of each, in [0, 2^64).
+            index: Each image's global number; 0 to B - 1 if not given.
+            table: Each image's table; the first if not given.
+            label: Each image's label; None for an unconditional network.
+            guidance: Guidance of all images or of each; 1 is off.
+            guidance_rescale: phi of `fastdiff.core.update.guide`.
+            noise: The caller's source of update noise; None for Philox.
+
+        Returns:
+            The batch, with zeroed buffers for the history that its tables use.
+
+        Raises:
+            InvalidArgument: If a list has another length than B.
+        """
         B, device = len(x), x.device
 
         def whole(values: Sequence[int]) -> Tensor:
@@ -116,35 +163,41 @@ class State:
         return state
 
     def column(self, name: str) -> Tensor:
-        """One coefficient of every image's current row: [B]."""
+        """Return one coefficient of every image's current row, [B]."""
         return self.bank.values[self.table, self.row, COLUMNS.index(name)]
 
+    def coefficients(self) -> Tensor:
+        """Return all coefficients of every image's current row, [B, columns]."""
+        return self.bank.values[self.table, self.row]
+
     def column_host(self, name: str) -> np.ndarray:
-        """The same on the host, float64 [B]."""
+        """Return one coefficient of every image's current row from the host's mirror, float64 [B]."""
         return self.bank.host[self.table_host, self.row_host, COLUMNS.index(name)]
 
     @property
     def guided_host(self) -> np.ndarray:
-        """bool [B]: whose current row evaluates the network twice (w = 1 + g (guidance - 1) is not 1)."""
+        """Mask of images that need a conditional and an unconditional evaluation, bool [B]."""
         return self.column_host("g") * (self.guidance_host - 1.0) != 0.0
 
     def advance(self) -> None:
-        """row += 1, on the device and in the mirror; a finished image stays at its table's identity row."""
+        """Increment the rows, on the device and in the mirror; a finished image stays at its table's identity row."""
         self.advance_device()
         self.advance_host()
 
     def advance_device(self) -> None:
+        """Increment the rows on the device."""
         self.row = torch.minimum(self.row + 1, self.bank.lengths[self.table])
 
     def advance_host(self) -> None:
+        """Increment the rows in the mirror."""
         self.row_host = np.minimum(self.row_host + 1, self.bank.lengths_host[self.table_host])
 
     def idle(self, images: Sequence[int]) -> None:
-        """Send images to the identity row: cancelled, or padding that no one asked for."""
+        """Send images to the identity row: those that were cancelled, or that only pad the batch."""
         self.row_host[list(images)] = self.bank.lengths_host[self.table_host[list(images)]]
         self.row = torch.from_numpy(self.row_host.copy()).to(self.row.device)
 
     @property
     def done(self) -> bool:
-        """Whether every image has finished."""
+        """Whether every image is at its table's identity row."""
         return bool((self.row_host == self.bank.lengths_host[self.table_host]).all())

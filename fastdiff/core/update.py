@@ -1,12 +1,14 @@
 """The update of a batch whose rows differ, in plain torch: the reference for every kernel.
 
-Written for reading. Each image gathers its row's coefficients; an operand whose coefficient is zero is not read, so
-that NaN or left-over values in an unused buffer cannot reach the image. What depends on values is decided on the host,
-from the state's mirrors, or per element: `apply` and `philox` are one sequence of operations on the device, whatever
-the values are, so a CUDA graph can hold them.
+It is written for reading. `update_rows` is a pure function of tensors; `update` applies it to a `State`. An operand
+whose coefficient is zero is not read, so that NaN or left-over values in an unused buffer cannot reach the image.
+Decisions by value are made on the host, from the state's mirrors, or per element: `apply` and `philox` are the same
+sequence of operations on the device whatever the values are, so a CUDA graph can hold them.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,23 +17,129 @@ from torch import Tensor
 from fastdiff.core import noise
 from fastdiff.core.state import State
 from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.table import COLUMNS
 
 
-def _combine(state: State, **operands: Tensor | None) -> Tensor:
-    """The sum of k * operand over columns k of every image's row; where k = 0, whatever the operand holds adds nothing.
+class History(NamedTuple):
+    """Tensors that an update keeps for later rows, each [B, C, H, W], or None where no table uses it.
 
-    Nothing is -0.0: x + -0.0 is x for every x, so an image that idles keeps even its zeros' signs.
+    Attributes:
+        xs: The saved x.
+        m1: What the last row with ``push`` kept.
+        m2: What the one before it kept.
+        m3: What the one before that kept.
     """
-    total = torch.full_like(state.x, -0.0)
+
+    xs: Tensor | None = None
+    m1: Tensor | None = None
+    m2: Tensor | None = None
+    m3: Tensor | None = None
+
+
+def update_rows(
+    x: Tensor,
+    out: Tensor,
+    coefficients: Tensor,
+    history: History = History(),  # noqa: B008 - immutable
+    z: Tensor | None = None,
+    x0_scale: Tensor | None = None,
+) -> tuple[Tensor, History]:
+    """Compute one row of a table for every image:
+
+        x0 = clip((kx x + ko out) / q, -c, c)
+        h  = hx x + ho out + h0 x0
+        x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
+        save: xs = x        push: m3, m2, m1 = m2, m1, h
+
+    `fastdiff.solvers.table` defines the columns.
+
+    Args:
+        x: The images, [B, C, H, W].
+        out: The network's output after guidance, [B, C, H, W], or [B, 2C, H, W] with v behind it where the variance
+            is learned.
+        coefficients: Each image's row, [B, columns] in the order of `COLUMNS`; see `State.coefficients`.
+        history: What earlier rows kept.
+        z: Standard normal noise, [B, C, H, W]; None where no row adds noise.
+        x0_scale: 1/q of dynamic thresholding, [B]; None for q = 1.
+
+    Returns:
+        x' and the new history. No argument is changed.
+    """
+    C = x.shape[1]
+    out, v = out[:, :C], out[:, C:] if out.shape[1] > C else None
+    xs, m1, m2, m3 = history
+    x0 = _x0(x, out, coefficients, x0_scale)
+    if z is not None and v is not None:
+        z = torch.exp(_combine(coefficients, x, sv=v)) * z
+    new = _combine(coefficients, x, ax=x, ao=out, a0=x0, a1=m1, a2=m2, a3=m3, as_=xs, s=z)
+
+    if m1 is not None:
+        push = _column(coefficients, "push") != 0
+        h = _combine(coefficients, x, hx=x, ho=out, h0=x0)
+        if m2 is not None:
+            if m3 is not None:
+                m3 = torch.where(push, m2, m3)
+            m2 = torch.where(push, m1, m2)
+        m1 = torch.where(push, h, m1)
+    if xs is not None:
+        xs = torch.where(_column(coefficients, "save") != 0, x, xs)
+    return new, History(xs, m1, m2, m3)
+
+
+def _column(coefficients: Tensor, name: str) -> Tensor:
+    return coefficients[:, COLUMNS.index(name)].view(-1, 1, 1, 1)
+
+
+def _combine(coefficients: Tensor, like: Tensor, **operands: Tensor | None) -> Tensor:
+    """Sum k * operand over the named columns k, where an operand with k = 0 adds nothing, whatever it holds.
+
+    The sum starts at -0.0: x + -0.0 is x for every x, so an idle image keeps even the signs of its zeros.
+    """
+    total = torch.full_like(like, -0.0)
     for name, operand in operands.items():
         if operand is not None:
-            k = state.column(name).view(-1, 1, 1, 1)
+            k = _column(coefficients, name)
             total = total + torch.where(k == 0, -0.0, k * operand)
     return total
 
 
+def _x0(x: Tensor, out: Tensor, coefficients: Tensor, x0_scale: Tensor | None) -> Tensor:
+    x0 = _combine(coefficients, x, kx=x, ko=out)
+    if x0_scale is not None:
+        x0 = x0 * x0_scale.view(-1, 1, 1, 1)
+    c = _column(coefficients, "c")
+    return torch.maximum(torch.minimum(x0, c), -c)
+
+
+def update(state: State) -> None:
+    """Apply one row of the table to every image, by `update_rows`, then increment its row.
+
+    Args:
+        state: The batch, with ``out`` set; its images, history and rows are replaced.
+
+    Raises:
+        InvalidArgument: If ``out`` has neither C nor, where the variance is learned, 2C channels.
+    """
+    split_output(state)
+    threshold(state)
+    apply(state, update_noise(state))
+    state.advance()
+
+
+def apply(state: State, z: Tensor | None) -> None:
+    """Apply `update_rows` to a state, without incrementing its rows; ``z`` is as there."""
+    assert state.out is not None, "forward comes before update"
+    history = History(state.xs, state.m1, state.m2, state.m3)
+    state.x, kept = update_rows(state.x, state.out, state.coefficients(), history, z, state.x0_scale)
+    state.xs, state.m1, state.m2, state.m3 = kept
+
+
 def split_output(state: State) -> tuple[Tensor, Tensor | None]:
-    """(out, v): what the network predicts, and the variance's share for a network with twice the channels."""
+    """Split ``state.out`` into the prediction and v, the variance's share, which is None for C channels.
+
+    Raises:
+        InvalidArgument: If the network gave neither C nor, where the variance is learned, 2C channels.
+    """
     assert state.out is not None, "forward comes before update"
     C = state.x.shape[1]
     if state.out.shape[1] == C and not state.column_host("sv").any():
@@ -44,18 +152,19 @@ def split_output(state: State) -> tuple[Tensor, Tensor | None]:
 
 
 def threshold(state: State) -> None:
-    """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): sets ``state.x0_scale`` to 1/q,
+    """Set ``state.x0_scale`` to 1/q of dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3),
 
         q = max(1, quantile of |x0| / c over the image's elements), at most the table's largest
 
-    so that x0 = clip(x0 / q, -c, c) fills the data's range without leaving it. The quantile lies between two order
-    statistics, linearly. Images whose tables have no threshold keep 1. An image does not depend on its batch.
+    so that x0 = clip(x0 / q, -c, c) fills the data's range without leaving it. The quantile is interpolated linearly
+    between two order statistics. It is 1 for images whose tables have no threshold, and None where no table has one.
+    An image does not depend on its batch.
     """
     state.x0_scale = None
     if not state.bank.thresholds:
         return
     out, _ = split_output(state)
-    x0 = _combine(state, kx=state.x, ko=out).abs().flatten(1)
+    x0 = _combine(state.coefficients(), state.x, kx=state.x, ko=out).abs().flatten(1)
     c = state.column("c")
     scale = torch.ones_like(c)
     for i, table in enumerate(state.table_host.tolist()):
@@ -71,22 +180,17 @@ def threshold(state: State) -> None:
 
 
 def predict_x0(state: State) -> Tensor:
-    """The denoised image that the current row sees: x0 = clip((kx x + ko out) / q, -c, c), q of `threshold`, else 1."""
+    """Return the denoised images of the current row, x0 = clip((kx x + ko out) / q, -c, c), [B, C, H, W].
+
+    q is that of `threshold`, else 1.
+    """
     out, _ = split_output(state)
     threshold(state)
-    return _x0(state, out)
-
-
-def _x0(state: State, out: Tensor) -> Tensor:
-    x0 = _combine(state, kx=state.x, ko=out)
-    if state.x0_scale is not None:
-        x0 = x0 * state.x0_scale.view(-1, 1, 1, 1)
-    c = state.column("c").view(-1, 1, 1, 1)
-    return torch.maximum(torch.minimum(x0, c), -c)
+    return _x0(state.x, out, state.coefficients(), state.x0_scale)
 
 
 def update_noise(state: State) -> Tensor | None:
-    """z ~ N(0, I) for this row: the caller's source, or Philox; None where no image's row adds noise."""
+    """Draw z ~ N(0, I) for the current rows, by the caller's source or Philox; None where no row adds noise."""
     noisy = state.column_host("s") != 0.0
     if not noisy.any():
         return None
@@ -100,55 +204,25 @@ def update_noise(state: State) -> Tensor | None:
 
 
 def philox(state: State) -> Tensor:
-    """z of every image's row, whether the row adds noise or not."""
+    """Draw z by Philox for every image's row, whether the row adds noise or not."""
     z = noise.normal(state.seed, state.index, state.row, noise.UPDATE, tuple(state.x.shape[1:]))
     return z.to(state.x.dtype)
 
 
-def update(state: State) -> None:
-    """One row of the table for every image:
-
-        x0 = clip((kx x + ko out) / q, -c, c)          q: `threshold`, else 1
-        h  = hx x + ho out + h0 x0
-        x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
-        save: xs = x        push: m3, m2, m1 = m2, m1, h
-
-    then row += 1 (`fastdiff.solvers.table` says what the columns mean).
-    """
-    out, v = split_output(state)
-    threshold(state)
-    apply(state, out, v, update_noise(state))
-    state.advance()
-
-
-def apply(state: State, out: Tensor, v: Tensor | None, z: Tensor | None) -> None:
-    """The row of `update`, without row += 1. z: what the row draws; None where no image's row reads it."""
-    x = state.x
-    x0 = _x0(state, out)
-    if z is not None and v is not None:
-        z = torch.exp(_combine(state, sv=v)) * z
-    new = _combine(state, ax=x, ao=out, a0=x0, a1=state.m1, a2=state.m2, a3=state.m3, as_=state.xs, s=z)
-
-    if state.m1 is not None:
-        push = state.column("push").view(-1, 1, 1, 1) != 0
-        h = _combine(state, hx=x, ho=out, h0=x0)
-        if state.m2 is not None:
-            if state.m3 is not None:
-                state.m3 = torch.where(push, state.m2, state.m3)
-            state.m2 = torch.where(push, state.m1, state.m2)
-        state.m1 = torch.where(push, h, state.m1)
-    if state.xs is not None:
-        state.xs = torch.where(state.column("save").view(-1, 1, 1, 1) != 0, x, state.xs)
-    state.x = new
-
-
 def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, rescale: float | Tensor) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022; 1 is off), rescaled (Lin et al. 2023, eqs. 15, 16).
+    """Apply classifier-free guidance (Ho & Salimans 2022), rescaled (Lin et al. 2023, eqs. 15, 16).
 
         out = u + w (c - u);    out <- phi out std(c) / std(out) + (1 - phi) out,   std over an image's elements
 
-    An image with w = 1 keeps its conditional output bit for bit. Channels past ``channels`` (learned variance) are c's.
-    rescale: phi (0: off), or [phi, 1 - phi] on the device.
+    Args:
+        conditional: The network's output c with labels, [B, C or 2C, H, W].
+        unconditional: Its output u without, of the same shape.
+        w: Guidance weights, [B]. An image with w = 1 keeps c bit for bit.
+        channels: C. Channels beyond it, of a learned variance, are those of c.
+        rescale: phi, 0 for off; or the tensor [phi, 1 - phi] on the device.
+
+    Returns:
+        The guided output, [B, C or 2C, H, W].
     """
     c, u = conditional[:, :channels], unconditional[:, :channels]
     w = w.view(-1, 1, 1, 1)

@@ -254,7 +254,7 @@ class _Network:
         """Why the backend cannot run it here and now, each reason; empty where it can."""
         p = next(self.unet.parameters())
         if self.backend == "native":
-            from fastdiff.backends.native import runner as native
+            from fastdiff.backends import native
 
             reasons = native.reasons_against(self.module, self._spec(1, 1, 1))
             if any(p.dtype != torch.float32 for p in self.unet.parameters()) and p.dtype == torch.bfloat16:

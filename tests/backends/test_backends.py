@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import backends, solvers
-from fastdiff.backends import Spec
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import Spec, native
 from fastdiff.core import noise
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError, InvalidArgument
@@ -329,7 +328,7 @@ def test_checkpoints_in_half_precision_run_in_float32(tmp_path: Path, dtype: tor
 def test_networks_in_bfloat16_run_natively(tmp_path: Path) -> None:
     """From memory, where the dtype is the network's own, and from a folder where the caller asks for it."""
     module = native.extension()
-    if module is None or not native._multiplies_bf16(module):
+    if module is None or not native.multiplies_bf16(module):
         pytest.skip("no products of bfloat16 here")
     unet = random_unet(TINY).bfloat16()
     expected = Sampler(random_unet(TINY).bfloat16().double(), SCHEDULE, backend="eager").sample(3, steps=5).images

@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
-from fastdiff.backends import Spec
+from fastdiff.backends import Spec, native
 from fastdiff.backends.native import cost
-from fastdiff.backends.native import runner as native
 from fastdiff.core.lower import lower
 from fastdiff.core.program import Conv
 from fastdiff.core.state import State, TableBank
@@ -130,7 +129,7 @@ def test_every_kind_of_operation_has_factors():
     for config in (*NETWORKS.values(), change(**OWN_VARIANTS["shortcuts that resample"])):
         spec = Spec(2, (config.in_channels, *size_of(config)), torch.float32, CPU)
         for dtype in (torch.float32, *([torch.bfloat16] if extension.bf16_isas() else [])):
-            compiled = native.described(meta(config), dataclasses.replace(spec, dtype=dtype), 2)
+            compiled = native.dry_program(meta(config), dataclasses.replace(spec, dtype=dtype), 2)
             for op, done in cost.work(compiled, MACHINE):
                 assert done.seconds(MACHINE) > 0, op
     assert all(len(values) == 6 and min(values) >= 0 for values in factors.values())
@@ -145,10 +144,10 @@ def test_every_kind_of_operation_has_factors():
 def test_memory_and_algorithms_are_those_of_the_engine(name, rows):
     unet = random_unet(NETWORKS[name])
     runner = stepped(unet, rows)
-    (compiled,) = runner.compiled.values()
+    (compiled,) = runner.programs.values()
     said = cost.estimate(unet, size_of(unet.config), rows, 1, rows, machine=MACHINE).memory
     assert {"weights": said["packed"], "arena": said["arena"], "space": said["space"]} == runner.memory()
-    described = native.described(meta(unet.config), runner.spec, rows)
+    described = native.dry_program(meta(unet.config), runner.spec, rows)
     assert described.methods == compiled.methods
     assert described.arena.is_meta
     assert all(t.is_meta for t in described.weights.packed.values())
@@ -162,8 +161,8 @@ def test_bfloat16_and_parts_are_those_of_the_engine(monkeypatch):
         dtype = "bfloat16-fast" if fast else "bfloat16"
         said = cost.estimate(unet, (32, 32), 6, 1, 6, dtype, machine=MACHINE).memory
         assert said["packed"] == runner.memory()["weights"]
-        assert ("winograd4" in runner.compiled[6].methods.values()) == fast
-    monkeypatch.setattr(native, "CACHE_BYTES", 2 * runner.row_bytes)
+        assert ("winograd4" in runner.programs[6].methods.values()) == fast
+    monkeypatch.setattr("fastdiff.backends.native.program.CACHE_BYTES", 2 * runner.row_bytes)
     runner = stepped(unet, 6, torch.bfloat16, True)
     whole = cost.estimate(unet, (32, 32), 6, 1, 6, dtype, machine=MACHINE)
     assert whole.memory["arena"] == runner.memory()["arena"] <= 2 * runner.row_bytes
@@ -247,7 +246,7 @@ def test_a_neighbours_moment_is_no_ceiling(monkeypatch):
     """The peak is the best look's, of both threads at once: neither the first look's, nor of threads' best ones."""
     looks = itertools.chain([60.0, 50.0, 30.0, 90.0, 100.0, 10.0, 70.0, 30.0], itertools.repeat(40.0))
     measured = SimpleNamespace(isas=lambda: ["x"], bf16_isas=lambda: ["x"], rates=lambda isa: (0.0, next(looks)))
-    monkeypatch.setattr(native, "extension", lambda: measured)
+    monkeypatch.setattr(cost, "extension", lambda: measured)
     monkeypatch.setattr(cost, "_best", lambda work: 1.0)
     assert cost._measured.__wrapped__("x", 2).gflops == {"float32": 120.0, "bfloat16": 240.0}
 
@@ -272,8 +271,7 @@ def test_no_prediction_rather_than_a_guess(options, reason):
     assert reason in str(c)
 
 
-def test_without_the_extension(monkeypatch):
-    monkeypatch.setattr(native, "extension", lambda: None)
+def test_without_the_extension(without_extension):
     c = cost.estimate(meta(TINY), (8, 8), 4, 10, 2)
     assert c.seconds is None
     assert "_native is not built" in c.missing

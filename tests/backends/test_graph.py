@@ -166,8 +166,8 @@ def test_a_thousand_steps_are_a_thousand_replays() -> None:
     runner, cuda = graphed(Still(), a_spec(2))
     state = a_state(2, solvers.ddim(NoiseSchedule(), 1000))
     evaluations = []
-    evaluate = runner.steps.evaluate
-    runner.steps.evaluate = lambda *a: (evaluations.append(cuda.current_stream().name), evaluate(*a))  # type: ignore[method-assign]
+    evaluate = runner.device_step.evaluate
+    runner.device_step.evaluate = lambda *a: (evaluations.append(cuda.current_stream().name), evaluate(*a))  # type: ignore[method-assign]
     runner.step(state)
     assert cuda.log == [
         ("wait", "side", "main"),
@@ -542,7 +542,7 @@ def test_the_whole_step_can_be_traced(case: Case, traced: None) -> None:
     a, b = start(case), start(case)
     eager = EagerRunner(unet, spec_of(a, torch.float32, case))
     cuda = FakeCuda()
-    runner = GraphRunner(compiled.CompiledSteps(eager), unet, eager.spec, cuda=cuda)
+    runner = GraphRunner(compiled.CompiledStep(eager), unet, eager.spec, cuda=cuda)
     for _ in range(case.steps):
         eager.step(a)
         runner.step(b)
@@ -556,7 +556,7 @@ def test_the_whole_step_compiled() -> None:
     unet = random_unet(case.config)
     a, b = start(case), start(case)
     eager = EagerRunner(unet, spec_of(a, torch.float32, case))
-    steps = compiled.CompiledSteps(eager)
+    steps = compiled.CompiledStep(eager)
     with torch.no_grad():
         for _ in range(case.steps):
             eager.step(a)
@@ -571,7 +571,7 @@ def test_on_cuda_compiled_is_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     runner = backends.prepare("compiled", Still(), spec)
     assert isinstance(runner, GraphRunner)
-    assert isinstance(runner.steps, compiled.CompiledSteps)
+    assert isinstance(runner.device_step, compiled.CompiledStep)
     assert isinstance(backends.prepare("eager", Still(), spec), EagerRunner)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"torch.compile on CUDA needs triton"):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import NoiseSchedule, Sampler, solvers
-from fastdiff.backends import Spec, prepare
+from fastdiff.backends import Spec, native, prepare
 from fastdiff.backends.native import packing, threads
-from fastdiff.backends.native import runner as native
 from fastdiff.core import noise
 from fastdiff.core.lower import lower
 from fastdiff.core.program import STRIP, Conv
@@ -63,7 +62,7 @@ def force(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def choose(op: Conv, *_: object) -> str:
         return method if (op.kernel, op.stride, op.padding) == (3, 1, (1, 1)) else "direct"
 
-    monkeypatch.setattr(native, "choose_method", choose)
+    monkeypatch.setattr("fastdiff.backends.native.program.choose_method", choose)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -108,7 +107,7 @@ def test_operations_shared_by_threads(replays, rows, threads, isa):
 
 
 def network_errors(config, dtypes: list[str | None], backend: str, seed: int = 0) -> list[float]:
-    """Of one evaluation, in each dtype, against float64."""
+    """Return the relative errors of one evaluation in each dtype, against float64."""
     unet = random_unet(config, seed)
     x, labels, t = random_images(config, 2), random_labels(config, 2), 40
     table = solvers.ddim(SCHEDULE, spacing=[t])
@@ -304,10 +303,10 @@ def test_large_batches_run_in_equal_parts(monkeypatch):
     sampler = Sampler(unet, SCHEDULE, determinism="bitwise")
     runner = sampler._runner(7, (3, 8, 8))
     for bytes_, rows in ((1, 1), (5 * runner.row_bytes, 5)):
-        monkeypatch.setattr(native, "CACHE_BYTES", bytes_)
+        monkeypatch.setattr("fastdiff.backends.native.program.CACHE_BYTES", bytes_)
         assert torch.equal(sampler.sample(7, **options).images, expected)
-        assert set(runner.compiled) == {native.part(14, runner.row_bytes)} == {rows}
-        runner.compiled.clear()
+        assert set(runner.programs) == {native.part_rows(14, runner.row_bytes)} == {rows}
+        runner.programs.clear()
 
 
 def test_runs_that_take_turns_are_followed_once(monkeypatch):
@@ -327,23 +326,23 @@ def test_runs_that_take_turns_are_followed_once(monkeypatch):
             runner.step(state)
         expected.append(state.x)
     checked = []
-    of = native.Weights.of
-    monkeypatch.setattr(native.Weights, "of", lambda *a: checked.append(1) or of(*a))
+    of = packing.Weights.of
+    monkeypatch.setattr(packing.Weights, "of", lambda *a: checked.append(1) or of(*a))
     states = [start(0), start(1)]
-    embedded = dict(runner.places)
+    embedded = dict(runner.embeddings.places)
     for _ in range(5):
         for state in states:
             runner.step(state)
     assert all(torch.equal(state.x, x) for state, x in zip(states, expected, strict=True))
     assert len(checked) == 2  # at the start of each, not at every turn
-    assert runner.places == embedded
+    assert runner.embeddings.places == embedded
     del state
     states.pop()
-    assert list(runner.runs) == states  # a run that ended is not kept alive
+    assert list(runner.states) == states  # a run that ended is not kept alive
 
 
 def test_embeddings_of_timesteps_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(native, "MOST_TIMES", 9)
+    monkeypatch.setattr("fastdiff.backends.native.runner.MOST_TIMES", 9)
     unet = random_unet(TINY)
     runner = native.prepare(unet, Spec(1, (3, 8, 8), torch.float32, CPU))
     eager = Sampler(unet, SCHEDULE, backend="eager")
@@ -355,7 +354,7 @@ def test_embeddings_of_timesteps_do_not_pile_up(monkeypatch):
         states.append((table, State.create(x.clone(), TableBank([table], CPU))))
         for _, state in states:  # the earlier ones go on, whatever the new one pushed out
             runner.step(state)
-        assert len(runner.places) <= 9
+        assert len(runner.embeddings.places) <= 9
     table, state = states[0]
     while not state.done:
         runner.step(state)
@@ -528,11 +527,14 @@ def test_every_reason_is_told():
     spec = Spec(1, (3, 8, 8), torch.float16, torch.device("meta"))
     with pytest.raises(BackendError, match=r"fastdiff.UNet only, not Other; .*not on meta; .*not in float16"):
         prepare("native", Other(), spec)
-    assert native.reasons_against(random_unet(TINY), dataclasses.replace(spec, dtype=torch.float32, device=CPU)) == []
+    spec = dataclasses.replace(spec, dtype=torch.float32, device=CPU)
+    assert native.reasons_against(random_unet(TINY), spec) == []
+    assert native.reasons_against(random_unet(change(class_embed_type="timestep")), spec) == [
+        "it has no class_embed_type 'timestep'"
+    ]
 
 
-def test_without_the_extension(monkeypatch):
-    monkeypatch.setattr(native, "extension", lambda: None)
+def test_without_the_extension(without_extension):
     with pytest.raises(BackendError, match=r"_native is not built .*C\+\+ compiler"):
         Sampler(random_unet(TINY), SCHEDULE, backend="native")
     assert Sampler(random_unet(TINY), SCHEDULE).backend == "eager"

@@ -68,7 +68,7 @@ def bits(x: np.ndarray | Tensor) -> np.ndarray:
 def native_update(
     state: State, isa: str, z: Tensor | None = None, ranges: Ranges = ALL
 ) -> dict[str, np.ndarray | None]:
-    """What the kernel makes of a state's x and buffers; the state stays as it is. z None: Philox."""
+    """Return x and the buffers after the kernel's update of a copy; z is Philox's if not given."""
     held = {name: getattr(state, name) for name in ("x", *BUFFERS)}
     held = {name: None if v is None else Guarded(v.numpy()) for name, v in held.items()}
     threshold(state)

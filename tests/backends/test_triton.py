@@ -1,7 +1,7 @@
-"""Backend `triton` without a GPU: its launches' references in the buffers that the kernels would use, against float64;
-some of them interpreted; the list of launches; and what is captured, by a stand-in for CUDA's graphs.
+"""Backend `triton` without a GPU: the references of its launches, in the buffers of the kernels, against float64.
 
-The kernels themselves are held to their references in test_kernels.py. What a card does with them remains to be seen.
+Some launches are interpreted as well. The list of launches is checked, and capture with a substitute for CUDA graphs.
+tests/kernels compares the kernels with their references. None of this has run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import logging
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,11 +25,10 @@ pytest.importorskip("triton", reason="the kernels need triton, which is installe
 import fastdiff
 from fastdiff import solvers
 from fastdiff.backends import BITWISE_ROWS, Spec
-from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
+from fastdiff.backends.triton import TritonRunner, TritonStep
 from fastdiff.backends.triton import runner as triton
-from fastdiff.backends.triton.runner import TritonRunner, TritonSteps
-from fastdiff.core import update
+from fastdiff.core import noise, update
 from fastdiff.core.lower import lower
 from fastdiff.core.program import Conv
 from fastdiff.core.state import State, TableBank
@@ -41,6 +38,7 @@ from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.library import LibraryLaunch
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet, UNetConfig
 from tests.backends.test_backends import CASES, Case, check, spec_of, start
 from tests.core.test_program import CLASS_IMAGES, image_size
@@ -67,7 +65,7 @@ CASES = CASES | {"everything but rescaling": dataclasses.replace(CASES["everythi
 
 
 def compute(launch: Launch) -> None:
-    """What a launch computes: the library is here, too, and runs; of kernels, the references."""
+    """Compute a launch without a GPU: by the library, which runs here too, or by the kernel's reference."""
     if isinstance(launch, LibraryLaunch):
         launch()
     else:
@@ -76,7 +74,7 @@ def compute(launch: Launch) -> None:
 
 @pytest.fixture
 def by_library(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Has a tuned file name the library for every convolution of a network that it is offered for."""
+    """Yield a function that tunes a network to the library, for every convolution that the library can do."""
     with tuning(tmp_path) as tune:
 
         def everywhere(config: UNetConfig, *rows: int, dtype: torch.dtype = torch.float32) -> None:
@@ -88,31 +86,28 @@ def by_library(tmp_path: Path) -> Iterator[Callable[..., None]]:
 
 
 def compute_on_device(launch: Launch) -> None:
-    """The same, but of the update, whose reference asks for rows and so cannot be captured."""
+    """Do as `compute`, but without the update's reference, which reads rows from the device and cannot be captured."""
     if launch.op != "update":
         return compute(launch)
     a = launch.arguments
-    changed = ("x", "row", "xs", "m1", "m2", "m3")
-    state = State(
-        **{name: a[name] for name in (*changed, "table", "seed", "index", "guidance")}, label=None,
-        bank=cast(Any, types.SimpleNamespace(values=a["bank"], lengths=a["lengths"])),
-        **dict.fromkeys(("table_host", "row_host", "guidance_host"), np.zeros(0)),
-    )  # fmt: skip
-    state.out = a["out"]
+    out, coefficients = a["out"], a["bank"][a["table"], a["row"]]
     if a["guidance"] is not None:
-        w = 1.0 + state.column("g") * (a["guidance"] - 1.0)
-        state.out = update.guide(*a["out"].chunk(2), w, a["x"].shape[1], 0.0)
-    EagerRunner(UNet(TINY), Spec(1, (3, 8, 8), torch.float32, CPU)).advance(state, noisy=True)
-    for name in changed:
-        if a[name] is not None:
-            a[name].copy_(getattr(state, name))
+        w = 1.0 + coefficients[:, COLUMNS.index("g")] * (a["guidance"] - 1.0)
+        out = update.guide(*out.chunk(2), w, a["x"].shape[1], 0.0)
+    z = noise.normal(a["seed"], a["index"], a["row"], noise.UPDATE, a["x"].shape[1:])
+    history = update.History(a["xs"], a["m1"], a["m2"], a["m3"])
+    x, kept = update.update_rows(a["x"], out, coefficients, history, z)
+    row = torch.minimum(a["row"] + 1, a["lengths"][a["table"]])
+    for held, new in zip((a["x"], *history, a["row"]), (x, *kept, row), strict=True):
+        if held is not None:
+            held.copy_(new)
 
 
 class Direct:
-    """Steps without graphs."""
+    """Runner without graphs."""
 
     def __init__(self, unet: Any, spec: Spec):
-        self.steps = TritonSteps(unet, spec, compute)
+        self.steps = TritonStep(unet, spec, compute)
         self.fresh = True
 
     @torch.no_grad()
@@ -142,7 +137,7 @@ class Halves(Direct):
 
 def forward(unet: UNet, x: torch.Tensor, t: float, labels: Any = None, dtype: torch.dtype = torch.float32) -> Any:
     """The network by way of launches; every buffer holds NaN before."""
-    steps = TritonSteps(unet, Spec(len(x), tuple(x.shape[1:]), dtype, CPU), compute)  # type: ignore[arg-type]  # three numbers
+    steps = TritonStep(unet, Spec(len(x), tuple(x.shape[1:]), dtype, CPU), compute)  # type: ignore[arg-type]  # three numbers
     state = State.create(x, TableBank([solvers.ddim(SCHEDULE, spacing=[t])], CPU), label=labels)
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)
@@ -234,7 +229,7 @@ def test_bitwise_has_nothing_made_by_the_library(by_library: Callable[..., None]
     for determinism in ("seed", "bitwise"):
         x = random_images(TINY, 2, None)
         spec = Spec(2, tuple(x.shape[1:]), torch.float32, CPU, determinism=determinism)  # type: ignore[arg-type]  # three numbers
-        steps = TritonSteps(random_unet(TINY), spec, compute)
+        steps = TritonStep(random_unet(TINY), spec, compute)
         state = State.create(x, TableBank([solvers.ddim(NoiseSchedule(), 2)], CPU))
         steps.follow(state.bank, fresh=False)
         with torch.no_grad():
@@ -254,7 +249,7 @@ def test_weights_that_change_are_followed_at_their_addresses(by_library: Callabl
         by_library(TINY, 2)
     unet = random_unet(TINY)
     x = random_images(TINY, 2, None)
-    steps = TritonSteps(unet, Spec(2, tuple(x.shape[1:]), torch.float32, CPU), compute)  # type: ignore[arg-type]  # three numbers
+    steps = TritonStep(unet, Spec(2, tuple(x.shape[1:]), torch.float32, CPU), compute)  # type: ignore[arg-type]  # three numbers
 
     def run() -> torch.Tensor:
         state = State.create(x.clone(), TableBank([solvers.ddim(SCHEDULE, 4)], CPU))
@@ -289,7 +284,7 @@ def launches(config: UNetConfig, batch: int, dtype: torch.dtype = torch.bfloat16
     bank, labels = TableBank([solvers.ddim(SCHEDULE, 2)], CPU), random_labels(config, batch)
     state = State.create(torch.zeros(batch, *spec.shape), bank, label=labels)
     with torch.no_grad():
-        return TritonSteps(unet, spec, compute).network(state, guided=False)
+        return TritonStep(unet, spec, compute).network(state, guided=False)
 
 
 @pytest.mark.parametrize("library", [False, True], ids=["own kernels", "the library"])
@@ -301,7 +296,7 @@ def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., No
         by_library(PUBLISHED["ddpm-cifar10-32"], 1, dtype=torch.bfloat16)
     listed = launches(PUBLISHED["ddpm-cifar10-32"], 1)
     counts = collections.Counter(launch.op for launch in listed)
-    program = TritonSteps(
+    program = TritonStep(
         random_unet(PUBLISHED["ddpm-cifar10-32"]), Spec(1, (3, 32, 32), torch.float32, CPU), compute
     ).program
     kinds = collections.Counter(type(op).__name__ for op in program.ops)
@@ -321,7 +316,7 @@ def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., No
 def test_every_kind_of_launch_is_run_as_it_says() -> None:
     spec = Spec(1, (3, 8, 8), torch.float32, CPU)
     x, W = torch.randn(1, 2, 2, 3), torch.randn(4, 3, 1, 1)
-    for steps in (TritonSteps(random_unet(TINY), spec), TritonRunner(random_unet(TINY), spec, FakeCuda()).steps):
+    for steps in (TritonStep(random_unet(TINY), spec), TritonRunner(random_unet(TINY), spec, FakeCuda()).device_step):
         sums = torch.full((1, 1, 2, 2, 4), torch.nan)
         steps.run(kernel_library.products((x,), kernel_library.pack(W, (3,), torch.float32), sums))
         assert (sums[0] - x @ W[:, :, 0, 0].T).abs().max() <= 1e-5
@@ -332,7 +327,7 @@ def test_a_whole_step_is_the_network_and_one_update(name: str) -> None:
     """Guidance is a part of the update; rescaled, it is PyTorch's."""
     case, listed = CASES[name], []
     state = start(case)
-    steps = TritonSteps(random_unet(case.config), spec_of(state, torch.float32, case), listed.append)
+    steps = TritonStep(random_unet(case.config), spec_of(state, torch.float32, case), listed.append)
     guided = bool(state.guided_host.any())
     with torch.no_grad():
         steps.whole(state, guided, noisy=True)
@@ -369,7 +364,7 @@ def test_a_captured_network_serves_every_row_and_table(
         for s in (state, other):
             plain.update(s)
     assert len(runner.graphs.graphs) == 2  # guided and not
-    assert any(key[-1] is True for key in runner.steps.weights.made) == library
+    assert any(key[-1] is True for key in runner.device_step.weights.made) == library
 
 
 @pytest.mark.parametrize("name", ["guidance interval", "rescale", "everything", "everything but rescaling"])
@@ -378,7 +373,7 @@ def test_captured_steps_are_the_halves(name: str) -> None:
     case = CASES[name]
     unet, state, other = random_unet(case.config), start(case), start(case)
     spec = spec_of(state, torch.float32, case)
-    steps = TritonSteps(unet, spec, compute_on_device)
+    steps = TritonStep(unet, spec, compute_on_device)
     graphs = GraphRunner(steps, unet, spec, FakeCuda())
     steps.follow(state.bank, fresh=False)
     plain = Halves(unet, spec)
@@ -440,7 +435,7 @@ from tests.support.unets import random_unet
 from fastdiff import solvers
 from fastdiff.core import noise
 from fastdiff.backends import Spec
-from fastdiff.backends.triton.runner import TritonSteps
+from fastdiff.backends.triton import TritonStep
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.core.state import State, TableBank
 mend_interpreter()
@@ -451,7 +446,7 @@ table, arrived = solvers.ddpm(NoiseSchedule(), 4), []
 states = []
 for run, whole in ((lambda launch: launch(), True), (lambda launch: launch(), False),
                    (lambda launch: launch.reference(), False)):
-    steps = TritonSteps(random_unet(MICRO_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
+    steps = TritonStep(random_unet(MICRO_CLASSES), Spec(2, (3, 8, 8), torch.float32, x.device, null_label=4), run)
     state = State.create(x.clone(), TableBank([table], x.device), label=[3, 1], guidance=[2.0, 1.0])
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)

@@ -23,9 +23,8 @@ pytest.importorskip("triton", reason="the kernels need triton, which is installe
 
 from fastdiff import solvers
 from fastdiff.backends import BITWISE_ROWS, Spec
-from fastdiff.backends.triton import launches
+from fastdiff.backends.triton import TritonRunner, TritonStep, launches
 from fastdiff.backends.triton import runner as triton
-from fastdiff.backends.triton.runner import TritonRunner, TritonSteps
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
@@ -49,10 +48,10 @@ BATCHES = (1, 8, 64, 256)
 
 @functools.cache
 def network(name: str) -> tuple[UNet, launches.Weights]:
-    """Of a published configuration with classes, on the meta device, where there are no weights to follow."""
+    """Build a published configuration with classes, and its weights, on the meta device, which has no checksums."""
     config = dataclasses.replace(PUBLISHED[name], num_class_embeds=11, null_label=10)
     with pytest.MonkeyPatch.context() as patch, META:
-        patch.setattr(launches, "fingerprint", lambda unet: ())
+        patch.setattr(launches, "checksum", lambda unet: ())
         unet = UNet(config)
         return unet, launches.Weights(unet, META)
 
@@ -65,7 +64,7 @@ def step(name: str, batch: int, guided: bool, determinism: str, halves: bool = F
     listed: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch, META:
         patch.setattr(launches, "Weights", lambda *_: weights)
-        steps = TritonSteps(unet, spec, listed.append)
+        steps = TritonStep(unet, spec, listed.append)
         bank = TableBank([solvers.ddim(SCHEDULE, 2)], META)
         state = State.create(torch.empty(batch, *spec.shape), bank, label=[1] * batch, guidance=1.0 + guided)
         with torch.no_grad():
@@ -78,7 +77,7 @@ def step(name: str, batch: int, guided: bool, determinism: str, halves: bool = F
 
 
 def deciding(launch: Launch) -> tuple[Any, ...]:
-    """What the order of a row's sums can depend on: configuration, and arguments that binaries are made for."""
+    """Return what a row's order of summation can depend on: configuration, and arguments that kernels specialise on."""
     special = {p.name for p in launch.kernel.params if not p.do_not_specialize}
     arguments = {
         name: (value.dtype, value.shape[1:]) if isinstance(value, torch.Tensor) else value
@@ -101,9 +100,10 @@ def test_nothing_that_decides_bits_depends_on_the_batch(name: str, guided: bool)
 
 
 def test_nor_does_what_a_tuned_file_is_asked_for() -> None:
-    """Of all operations whose choice may depend on rows, also where heuristics choose alike for all batches here.
+    """Keys do not depend on the batch either, though heuristics may choose alike for all batches here.
 
-    A convolution's own key tells its rows; its configuration is given to it.
+    All operations whose choice may depend on rows are checked. The key of a convolution by itself has its rows, but it
+    is given its configuration.
     """
     keys: dict[str, set[tuple[str, ...]]] = {}
     for batch in BATCHES:
@@ -163,7 +163,7 @@ def test_pytorch_sees_an_image_at_a_time(determinism: str, monkeypatch: pytest.M
     assert unet.class_encoder is not None
     unet.class_encoder.register_forward_pre_hook(lambda _, arguments: seen.append(("classes", len(arguments[0]))))
     spec = Spec(3, (3, 8, 8), torch.float32, torch.device("cpu"), config.null_label, determinism)
-    steps = TritonSteps(unet, spec, compute)
+    steps = TritonStep(unet, spec, compute)
     x = random_images(config, 3)
     state = State.create(
         x, TableBank([solvers.ddim(SCHEDULE, 2)], x.device), label=[3, 0, 1], guidance=[1.0, 3.0, 2.0],
@@ -214,7 +214,7 @@ from tests.support.unets import TINY_CLASSES, change, random_unet
 from fastdiff import solvers
 from fastdiff.core import noise
 from fastdiff.backends import Spec
-from fastdiff.backends.triton.runner import TritonSteps
+from fastdiff.backends.triton import TritonStep
 from fastdiff.kernels import launch
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.core.state import State, TableBank
@@ -251,7 +251,7 @@ def probed(batch, probe, determinism, number=2):
     for b in set(range(batch)) - {probe}:
         state.row_host[b] = draw.randrange(2)
     state.row = torch.from_numpy(state.row_host.copy())
-    steps = TritonSteps(unet, Spec(batch, (3, 4, 4), torch.float32, x.device, 4, determinism))
+    steps = TritonStep(unet, Spec(batch, (3, 4, 4), torch.float32, x.device, 4, determinism))
     bits, guided = [], []
     with torch.no_grad():
         steps.follow(state.bank, fresh=False)

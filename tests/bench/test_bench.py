@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from fastdiff import checkpoint, cli
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import native
 from fastdiff.bench import command, engines, job, machine, networks, profile, report, run, timing, worker
 from fastdiff.bench.engines import ENGINES, Engine, GraphSteps, Inputs, PeerSteps
 from fastdiff.bench.worker import Absent, Ready, Task, Worker

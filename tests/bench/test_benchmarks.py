@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdiff import UNet
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import native
 from fastdiff.core.lower import lower
 from tests.support.cases import NETWORKS, cases, config_of
 from tests.support.paths import ROOT
@@ -37,12 +37,12 @@ class Altered:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-class Compiled(native.Compiled):
+class AlteredProgram(native.NativeProgram):
     def __init__(self, *args):
         super().__init__(*args)
         self.engine = Altered(self)
 
-native.Compiled = Compiled
+native.NativeProgram = AlteredProgram
 """
 WRONG = "self.compiled.buffer(self.compiled.program.ops[first].dst).mul_(1.0001)"
 SLOW = "for _ in range(3): self.engine.run(first, last)"

@@ -17,8 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff.backends import Spec, prepare
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import Spec, native, prepare
 from fastdiff.checkpoints import FORMATS, PRESETS, convert, layouts, load, originals, save_folder
 from fastdiff.checkpoints.loading import WEIGHTS, build, empty, fit, read_model
 from fastdiff.core.lower import lower

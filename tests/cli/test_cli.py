@@ -23,7 +23,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff import checkpoint, cli, solvers
-from fastdiff.backends.native.runner import choose_method
+from fastdiff.backends.native import choose_method
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
 from fastdiff.core.program import Conv

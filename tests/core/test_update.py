@@ -15,7 +15,7 @@ from fastdiff.backends import Spec
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.core.noise import UPDATE, as_int64, normal
 from fastdiff.core.state import State, TableBank
-from fastdiff.core.update import guide, predict_x0, update
+from fastdiff.core.update import History, guide, predict_x0, update, update_rows
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import COLUMNS, Row, StepTable, ddim, ddpm
@@ -64,7 +64,7 @@ def stand_at(state: State, rows: list[int]) -> None:
 
 
 def image(state: State, b: int) -> dict[str, np.ndarray]:
-    """What image b holds, in float64."""
+    """Return the x and the buffers of image b in float64."""
     held = {name: getattr(state, name) for name in ("x", *BUFFERS)}
     return {name: None if v is None else v[b].double().numpy() for name, v in held.items()}
 
@@ -115,6 +115,22 @@ def test_every_column_against_numpy(dtype, tolerance):
                 scale = 1 + np.abs(value).max()
                 assert np.abs(got[name] - value).max() < tolerance * scale, (step, b, name)
     assert state.done
+
+
+def test_update_rows_needs_no_state_and_changes_no_argument():
+    tables = [random_table(rows, seed=rows) for rows in (3, 5)]
+    z = random_tensor(2, *SHAPE, seed=3)
+    state = random_state(tables, seed=2, noise=lambda row: z)
+    stand_at(state, [2, 1])
+    history = History(state.xs, state.m1, state.m2, state.m3)
+    arguments = (state.x, state.out, state.coefficients(), history, z)
+    tensors = [state.x, state.out, *history, z]
+    before = [t.clone() for t in tensors]
+    x, kept = update_rows(*arguments)
+    assert all(torch.equal(t, was) for t, was in zip(tensors, before, strict=True))
+    update(state)
+    assert torch.equal(x, state.x)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (state.xs, state.m1, state.m2, state.m3), strict=True))
 
 
 @pytest.mark.parametrize("name", [*TERMS, "c", "push", "save"])

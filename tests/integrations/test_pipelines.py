@@ -28,7 +28,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 
 import fastdiff
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import native
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.integrations.scheduler import Scheduler
 from tests.support.paths import ROOT

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff import solvers
-from fastdiff.backends.native import runner as native
+from fastdiff.backends import native
 from fastdiff.core import noise
 from fastdiff.errors import BackendError, CallbackError, Cancelled, FastdiffError, InvalidArgument
 from fastdiff.sampler import Sampler, editing

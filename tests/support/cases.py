@@ -1,6 +1,6 @@
-"""The one list of cases: the distinct operations of lowered networks. Tests and micro-benchmarks iterate it.
+"""The one list of cases: the distinct operations of lowered networks, over which tests and micro-benchmarks iterate.
 
-A case is checked by `Replay`: the operation alone, against float64.
+`Replay` checks a case: it runs the operation alone and compares it with float64.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff.backends import Spec
+from fastdiff.backends import Spec, native
 from fastdiff.backends.native import packing
-from fastdiff.backends.native import runner as native
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import STATISTICS, plan
 from fastdiff.core.program import Attention, Conv, Op, Program
@@ -44,7 +43,7 @@ TOLERANCE = {
 
 
 def one_level(channels: int, groups: int, size: tuple[int, int], head_dim: int | None = None):
-    """Any image size, at channel counts that divide nothing."""
+    """Return a network of one level, for odd image sizes and channel counts that are no multiples of a vector."""
     return change(
         block_out_channels=(channels,), norm_num_groups=groups, sample_size=size, attention_head_dim=head_dim,
         down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",), num_class_embeds=3,
@@ -66,8 +65,9 @@ NETWORKS |= {
 
 
 class Replay(Interpreter):
-    """A network's buffers in float64, each rounded to float32 when it is written, so that an operation of the engine
-    can be given exactly what the reference was given.
+    """Interpreter in float64 that rounds each buffer to float32 when it is written.
+
+    An operation of the engine can therefore be given exactly the inputs of the reference.
     """
 
     def __init__(self, config, rows: int):
@@ -89,7 +89,7 @@ class Replay(Interpreter):
                 self.exact[op.dst] = self.compute(op)
                 self.put(op.dst, self.exact[op.dst])
         layout = plan(program, rows, group=extension.GROUP)
-        self.inputs = native.Inputs(
+        self.inputs = native.ProgramInputs(
             x=x,
             timestep=torch.arange(rows),
             label=torch.arange(rows),
@@ -111,10 +111,10 @@ class Replay(Interpreter):
     def statistics(self, name: str) -> Tensor:
         return self.measured[name]
 
-    def compiled(self, isa: str, threads: int = 1, dtype: torch.dtype = torch.float32) -> native.Compiled:
+    def compiled(self, isa: str, threads: int = 1, dtype: torch.dtype = torch.float32) -> native.NativeProgram:
         arena = native.aligned(self.layout.size)
         weights = packing.Weights.of(self.single, extension)
-        return native.Compiled(
+        return native.NativeProgram(
             extension,
             self.program,
             self.layout,
@@ -127,8 +127,8 @@ class Replay(Interpreter):
         )
 
     @torch.no_grad()
-    def check(self, compiled: native.Compiled, i: int, tolerance: float) -> None:
-        """Operation i alone, in an arena of NaN: the result, its statistics, its padding, and nothing else written."""
+    def check(self, compiled: native.NativeProgram, i: int, tolerance: float) -> None:
+        """Run operation i alone in an arena of NaN; check result, statistics, padding, and the rest untouched."""
         op = self.program.ops[i]
         compiled.arena.fill_(0xFF)
         compiled.out.fill_(math.nan)
@@ -146,7 +146,7 @@ class Replay(Interpreter):
         assert got[..., C:].eq(0).all(), "channels of padding are zeros"
         if self.program.buffers[op.dst].statistics:
             measured, expected = compiled.statistics(op.dst), strip_statistics(exact)
-            for kind in (0, 1):  # squares of one pixel are zeros
+            for kind in (0, 1):  # mean and squares; the squares of a single pixel are zero
                 distance = (measured[:, :, kind, :C] - expected[:, :, kind]).norm()
                 assert distance <= 10 * tolerance * expected[:, :, kind].norm()
             assert measured[..., C:].eq(0).all()
@@ -166,7 +166,7 @@ class Replay(Interpreter):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Operation ``index`` of a network's program, the first there with its shapes and options."""
+    """Operation ``index`` of a network's program, the first one with its shapes and options."""
 
     network: str
     index: int
@@ -178,7 +178,7 @@ def config_of(network: str) -> UNetConfig:
 
 
 def signature(op: Op, program: Program) -> str:
-    """What distinguishes an operation's work: its kind, options and shapes; no names of buffers or weights."""
+    """Describe an operation by its kind, options and shapes, without the names of buffers or weights."""
 
     def shape(name: str) -> str:
         return "x".join(map(str, program.buffers[name].shape))
@@ -202,7 +202,7 @@ def signature(op: Op, program: Program) -> str:
 
 
 def cases(network: str) -> list[Case]:
-    """The distinct operations of a network, in order."""
+    """List the distinct operations of a network, in order."""
     config = config_of(network)
     size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
     with torch.device("meta"):

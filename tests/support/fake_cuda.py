@@ -1,12 +1,12 @@
-"""A stand-in for the graphs of `torch.cuda`, on the CPU: it records what is called, and replays what was captured.
+"""Substitute on the CPU for the graphs of `torch.cuda`: it records the calls, and replays captured operations.
 
-What a real capture does that matters to its caller, this one does too:
+It has those properties of a real capture that matter to the caller:
 
-- Python runs once, at the capture. A replay repeats the operations on the same memory; numbers that Python knew then
-  are baked in.
-- A capture computes nothing: buffers that it writes hold afterwards what they held before.
-- What an operation allocates is the pool's, and gone after a replay: it is poisoned.
-- An operation that would wait for the device ends the capture with CUDA's own message.
+- Python runs once, at the capture. A replay repeats the operations on the same memory, and Python's numbers at the time
+  of the capture are constants.
+- A capture computes nothing: the buffers that it writes keep their values.
+- Memory that an operation allocates belongs to the pool and does not outlive a replay, so it is filled with NaN.
+- An operation that would wait for the device ends the capture with CUDA's error message.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REFUSAL = "CUDA error: operation not permitted when stream is capturing"
 
 
 def waits(operation: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operation needs the device's answer; a mask as an index does."""
+    """Return whether an operation reads values from the device, as indexing by a mask does."""
     name = operation.overloadpacket.__name__
     masks = name.startswith("index") and any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:2]))
     return name in WAITING or masks
@@ -40,12 +40,12 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _whole(t: Tensor) -> Tensor:
-    """All of the memory that a tensor may be a view of."""
+    """Return the whole storage of a tensor."""
     return torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
 
 
 class Counter(TorchDispatchMode):
-    """Notes the operations that are issued while no graph captures or replays."""
+    """Records the operations that are issued while no graph captures or replays."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,10 @@ class FakeStream:
 
 
 class FakeCuda:
-    """``log`` has the calls in order: ("wait", stream, for), ("capture", number, pool, stream), ("replay", number)."""
+    """Substitute for `torch.cuda`.
+
+    ``log`` has the calls in order: ("wait", stream, other), ("capture", number, pool, stream), ("replay", number).
+    """
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []

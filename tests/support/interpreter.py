@@ -1,6 +1,6 @@
-"""A program in plain torch, in the arena that its plan lays out: it separates lowering bugs from kernel bugs.
+"""Interpreter of a lowered program in plain torch, which separates bugs of lowering from bugs of kernels.
 
-Whatever is dead is NaN, and so is what no one has written yet.
+It works in the arena of the program's plan, where memory that is not alive or not written yet is NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastdiff.unet import UNet
 
 
 def strip_statistics(x: Tensor) -> Tensor:
-    """[rows, H, W, C] -> [rows, strips, 2, C]: mean and sum of squared deviations of every strip of pixel rows."""
+    """Compute mean and sum of squared deviations of each strip of x [rows, H, W, C]: [rows, strips, 2, C]."""
     parts = []
     for part in x.split(STRIP, dim=1):
         mean = part.mean(dim=(1, 2))
@@ -27,6 +27,8 @@ def strip_statistics(x: Tensor) -> Tensor:
 
 
 class Interpreter:
+    """Runs a program in the precision of ``unet`` for a fixed number of rows."""
+
     def __init__(self, program: Program, unet: UNet, rows: int):
         self.program = program
         self.unet = unet
@@ -39,7 +41,7 @@ class Interpreter:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """`UNet.forward`, by way of the program."""
+        """Compute `UNet.forward` by the program."""
         self.set_inputs(x, t, labels)
         self.view_bytes(0, self.plan.size).fill_(0xFF)  # NaN
         for i, op in enumerate(self.program.ops):
@@ -105,7 +107,7 @@ class Interpreter:
         return self.convolved(op, h)
 
     def normalized(self, h: Tensor, src: tuple[str, ...], norm: Norm) -> Tensor:
-        """From the statistics alone, combined over a group's channels (Chan et al. 1979)."""
+        """Normalize h by the statistics alone, combined over each group's channels (Chan et al. 1979)."""
         rows, H, W, C = h.shape
         statistics = torch.cat([self.statistics(name) for name in src], dim=3)  # [rows, strips, 2, C]
         mean, squares = statistics.unflatten(3, (norm.groups, C // norm.groups)).unbind(2)
@@ -136,7 +138,7 @@ class Interpreter:
         return (weights @ v).transpose(1, 2).reshape(rows, H, W, op.heads * op.head_dim)
 
     def layer(self, op: Conv) -> tuple[Tensor, Tensor]:
-        """W [N, C, k, k] and b."""
+        """Return W [N, C, k, k] and b [N] of a convolution, by code of its own and not the backends'."""
         W, b = ([self.weights[f"{key}.{kind}"] for key in op.weights] for kind in ("weight", "bias"))
         if op.merged == "first transposed":
             return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]

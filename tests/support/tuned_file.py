@@ -1,4 +1,4 @@
-"""Convolutions on a GPU that has a tuned file, as far as their choice of configurations is concerned."""
+"""A made-up GPU with a file of tuned configurations, for tests of how convolutions choose among them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GPU = Device("Test GPU 1", 132)
 
 @contextlib.contextmanager
 def tuning(folder: Path) -> Iterator[Callable[[dict[str, Config]], None]]:
-    """Gives what writes the file of `GPU`, on which all convolutions' operands are meanwhile."""
+    """Pretend that all operands of convolutions are on `GPU`, and yield a function that writes its file."""
     path = config_file(GPU.name, folder)
     here = mock.patch.object(conv, "device_of", return_value=GPU)
     with here, mock.patch.object(launch, "config_file", return_value=path):
@@ -30,7 +30,7 @@ def tuning(folder: Path) -> Iterator[Callable[[dict[str, Config]], None]]:
 
 
 def library_everywhere(program: Program, rows: int, dtype: torch.dtype) -> dict[str, Config]:
-    """The library for every convolution of a network in ``dtype`` that it is offered for; embeddings are float32."""
+    """Choose the library for every convolution of a network in ``dtype`` that can use it; embeddings are float32."""
     dtypes = {dtype, torch.float32}
     problems = [shape.problem(shape.shipped(d)) for shape in harvest(program, rows) for d in dtypes]
     return {f"conv.layer {problem.key}": LIBRARY for problem in problems if LIBRARY in problem.layer_candidates}

@@ -1,1 +1,26 @@
-"""Backend `native`: the C++ engine for CPUs."""
+"""Backend `native`: the C++ engine for CPUs, which runs fastdiff's own U-Net as a lowered program.
+
+`runner` steps a state, `program` gives a lowered program its addresses, `methods` chooses each convolution's algorithm,
+`packing` lays out the weights, and `cost` predicts what a job will take.
+"""
+
+from fastdiff.backends.native.extension import extension, isa, multiplies_bf16, reasons_against
+from fastdiff.backends.native.methods import METHODS, choose_method
+from fastdiff.backends.native.program import NativeProgram, ProgramInputs, aligned, dry_program, part_rows
+from fastdiff.backends.native.runner import NativeRunner, prepare
+
+__all__ = [
+    "METHODS",
+    "NativeProgram",
+    "NativeRunner",
+    "ProgramInputs",
+    "aligned",
+    "choose_method",
+    "dry_program",
+    "extension",
+    "isa",
+    "multiplies_bf16",
+    "part_rows",
+    "prepare",
+    "reasons_against",
+]

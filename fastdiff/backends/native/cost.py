@@ -1,17 +1,17 @@
-"""What a sampling job will cost, before it runs: FLOPs, bytes, memory, and seconds on this machine.
+"""Prediction of what a sampling job costs: FLOPs, bytes, memory, and seconds on this machine.
 
-`estimate` lowers the network, has the native engine choose its algorithms and lay out its memory (neither a weight is
-packed nor an operation run), and models the time of each operation as a roofline whose roofs are the machine's own,
-measured (`Ceilings`), times how near each kind of operation comes to them (`FACTORS`, fitted to profiles by
-``python benchmarks/calibrate.py``):
+`estimate` lowers the network and has the native engine choose its algorithms and lay out its memory, without packing a
+weight or running an operation. The time of each operation follows a roofline model: the machine's measured ceilings
+(`Ceilings`), each term weighted by how close that kind of operation comes to its ceiling (`FACTORS`, fitted to profiles
+by ``python benchmarks/calibrate.py``):
 
     seconds = products / (rate of multiply-adds in the dtype * share)                     the matrix products
             + (numbers loaded * a + numbers stored * b) / rate of multiply-adds           transforms, norms, SiLU, sums
             + bytes of weights * c / bandwidth + bytes of activations * d / bandwidth     what the caches do not hold
             + a fixed time                                                                barriers
 
-Only the native engine's time and memory are predicted: of other backends, and of other devices, nothing that this
-module knows tells them, so it gives none and says why.
+Time and memory are predicted for the native engine only. For other backends and devices the estimate leaves them out
+and says why.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.backends import Spec
-from fastdiff.backends.native import runner as native
+from fastdiff.backends.base import Spec
 from fastdiff.backends.native import threads
+from fastdiff.backends.native.extension import extension, isa, reasons_against
+from fastdiff.backends.native.program import CACHE_BYTES, NativeProgram, dry_program
+from fastdiff.backends.network import EMBEDDING_PRODUCTS
+from fastdiff.checks import whole
 from fastdiff.core.lower import lower
 from fastdiff.core.program import Attention, Conv, Op, Program
 from fastdiff.errors import InvalidArgument
@@ -45,7 +48,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Multiplications of a direct 3x3 convolution for each of Winograd's: outputs a tile, times 9, over positions.
+# Multiplications of a direct 3x3 convolution per multiplication of Winograd's: outputs per tile * 9 / positions.
 SAVING = {"direct": 1.0, "winograd2": 9 * 4 / 16, "winograd4": 9 * 16 / 36}
 
 # The machine ----------------------------------------------------------------------------------------------------------
@@ -53,13 +56,18 @@ SAVING = {"direct": 1.0, "winograd2": 9 * 4 / 16, "winograd4": 9 * 16 / 36}
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do at most, all ``threads`` together; measured, but for two figures that say so.
+    """Peak rates of this machine, all threads together.
 
-    gflops: multiplications and additions of the instruction set, by dtype: float32 as multiply-adds on registers alone;
-    bfloat16 as twice that (a dot product has two a lane, and no processor issues more of those), absent where the
-    instruction set has none. memory_gbs: reading a buffer of eight last-level caches; cache_gbs: one of half a cache;
-    copy_gbs: bytes read and written in a copy of half of the first. cache_bytes: of the last-level cache, as the system
-    says.
+    Attributes:
+        isa: Instruction set.
+        threads: Number of threads.
+        gflops: 10^9 multiplications and additions per second, by dtype. float32 is measured, as multiply-adds on
+            registers alone. bfloat16 is not measured but twice that: a dot product does two per lane, and no processor
+            issues more of them. It is absent where the instruction set has none.
+        memory_gbs: Measured GB/s of reading a buffer eight times as large as the last-level cache.
+        cache_gbs: Measured GB/s of reading a buffer half as large as the cache.
+        copy_gbs: Measured GB/s, read and written together, of copying one half of the first buffer to the other.
+        cache_bytes: Size of the last-level cache, as the system reports it.
     """
 
     isa: str
@@ -71,33 +79,35 @@ class Ceilings:
     cache_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields, JSON-serialisable."""
         return dataclasses.asdict(self)
 
 
 def ceilings() -> Ceilings:
-    """Of this machine, for the instruction set that `FASTDIFF_ISA` asks for and the number of threads that the native
-    engine would run: measured at the first call (about a second), remembered for the process.
+    """Measure this machine, for the instruction set of ``FASTDIFF_ISA`` and the native engine's number of threads.
+
+    The first call takes about a second; the process keeps the result.
     """
-    return _measured(native.isa(), threads.number())
+    return _measured(isa(), threads.number())
 
 
-LOOKS = 30  # at the multiply-add peak, of about 12 ms
+LOOKS = 30  # measurements of the multiply-add peak, about 12 ms each
 
 
 @functools.cache
 def _measured(isa: str, number: int) -> Ceilings:
-    extension = native.extension()
+    native = extension()
     gflops: dict[str, float] = {}
-    if extension is not None and extension.isas():
-        isa = isa or extension.isas()[0]
-        with ThreadPoolExecutor(number) as pool:  # at once: cores that share units or a clock are slower together
-            # A neighbour's moment is longer than one look, and would pass for the machine: 0.6 of the peak was seen.
-            fma = max(sum(rates[1] for rates in pool.map(extension.rates, [isa] * number)) for _ in range(LOOKS))
+    if native is not None and native.isas():
+        isa = isa or native.isas()[0]
+        with ThreadPoolExecutor(number) as pool:  # all at once: cores that share units or a clock slow each other
+            # The best of many, since another process can slow down a single measurement, to 0.6 of the peak once.
+            fma = max(sum(rates[1] for rates in pool.map(native.rates, [isa] * number)) for _ in range(LOOKS))
         gflops["float32"] = fma
-        if isa in extension.bf16_isas():
+        if isa in native.bf16_isas():
             gflops["bfloat16"] = 2 * fma
     cache = _cache_bytes()
-    # Written to, or every page would be the same one of zeros.
+    # Ones, because pages of zeros that were never written all share one physical page.
     large, small = torch.ones(8 * cache // 4), torch.ones(cache // 2 // 4)
     source, copied = large.chunk(2)
     return Ceilings(
@@ -112,7 +122,7 @@ def _measured(isa: str, number: int) -> Ceilings:
 
 
 def _best(work: Callable[[], object], limit: float = 0.1) -> float:
-    """Seconds of the fastest of all rounds within ``limit`` seconds: a ceiling is what nothing disturbed."""
+    """Return the seconds of the fastest round among those within ``limit`` seconds, the least disturbed one."""
     seconds: list[float] = []
     end = time.perf_counter() + limit
     while len(seconds) < 8 or time.perf_counter() < end:
@@ -123,15 +133,15 @@ def _best(work: Callable[[], object], limit: float = 0.1) -> float:
 
 
 def _cache_bytes() -> int:
-    """Of the last-level cache; 32 MiB where the system does not tell."""
+    """Return the size of the last-level cache; 32 MiB where the system does not report it."""
     for level in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
         try:
             size = os.sysconf(level)
-        except (AttributeError, ValueError, OSError):  # not this system's
+        except (AttributeError, ValueError, OSError):  # this system does not have the name
             continue
         if size > 0:
             return size
-    return native.CACHE_BYTES
+    return CACHE_BYTES
 
 
 # The work of an operation ---------------------------------------------------------------------------------------------
@@ -139,11 +149,17 @@ def _cache_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the native engine does for one operation and all rows of a part, padding included.
+    """Work of the native engine for one operation and all rows of a part, padding included.
 
-    kind: as in `FACTORS`. dtype: of the products. products: multiplications and additions. loaded: numbers that are
-    normalised, transformed and laid out for them. stored: numbers that are transformed back and finished. weights,
-    activations: bytes, the second counted only where the last-level cache cannot hold what the operation touches.
+    Attributes:
+        kind: Kind of operation, a key of `FACTORS`.
+        dtype: Precision of the products.
+        products: Number of multiplications and additions.
+        loaded: Number of values that are normalised, transformed and laid out before the products.
+        stored: Number of values that are transformed back and finished after them.
+        weights: Bytes of weights read.
+        activations: Bytes of activations read and written, where the last-level cache cannot hold all that the
+            operation touches; else 0.
     """
 
     kind: str
@@ -155,7 +171,7 @@ class Work:
     activations: float = 0.0
 
     def terms(self, machine: Ceilings) -> tuple[float, ...]:
-        """Seconds that each part would take at the machine's ceiling; `FACTORS` weighs them."""
+        """Return the seconds that each part takes at the machine's ceiling, which `factors` weighs."""
         rate, bandwidth = machine.gflops["float32"] * 1e9, machine.memory_gbs * 1e9
         return (
             self.products / (machine.gflops[self.dtype] * 1e9),
@@ -167,6 +183,7 @@ class Work:
         )
 
     def seconds(self, machine: Ceilings) -> float:
+        """Return the predicted seconds."""
         weights = factors()[self.kind]
         return sum(w * t for w, t in zip(weights, self.terms(machine), strict=True))
 
@@ -176,29 +193,29 @@ FACTORS = Path(__file__).with_name("cost.json")
 
 @functools.cache
 def factors() -> dict[str, tuple[float, ...]]:
-    """By kind of operation, what each of `Work.terms` is multiplied by: fitted, with where and how in the file."""
+    """Return the fitted weights of `Work.terms`, by kind of operation; the file says where and how they were fitted."""
     return {kind: tuple(values) for kind, values in json.loads(FACTORS.read_text())["factors"].items()}
 
 
-def work(compiled: native.Compiled, machine: Ceilings) -> Iterator[tuple[Op, Work]]:
-    """Of each operation, for the rows of one part."""
-    held = compiled.weights.nbytes + compiled.layout.size <= machine.cache_bytes
-    for op in compiled.program.ops:
-        found = _work(op, compiled)
-        touched = 4 * compiled.rows * compiled.program.traffic(op)
+def work(lowered: NativeProgram, machine: Ceilings) -> Iterator[tuple[Op, Work]]:
+    """Yield each operation of a program and its work."""
+    held = lowered.weights.nbytes + lowered.layout.size <= machine.cache_bytes
+    for op in lowered.program.ops:
+        found = _work(op, lowered)
+        touched = 4 * lowered.rows * lowered.program.traffic(op)
         yield (
             op,
             dataclasses.replace(
                 found,
-                # What comes back from step to step out of the cache costs what the products' own reads do.
+                # Weights that stay in the cache between steps cost no more than the reads that products include.
                 weights=0.0 if held else found.weights,
                 activations=touched if touched + found.weights > machine.cache_bytes else 0.0,
             ),
         )
 
 
-def _work(op: Op, compiled: native.Compiled) -> Work:
-    program, rows, group, panel = compiled.program, compiled.rows, compiled.native.GROUP, compiled.native.PANEL
+def _work(op: Op, lowered: NativeProgram) -> Work:
+    program, rows, group, panel = lowered.program, lowered.rows, lowered.native.GROUP, lowered.native.PANEL
 
     def padded(channels: int, to: int = group) -> int:
         return -(-channels // to) * to
@@ -206,7 +223,7 @@ def _work(op: Op, compiled: native.Compiled) -> Work:
     H, W, C = program.buffers[op.dst].shape
     pixels = rows * H * W
     depth = sum(padded(program.buffers[name].shape[2]) for name in op.src)
-    dtype = "bfloat16" if compiled.spec.dtype == torch.bfloat16 and op.dst != "projections" else "float32"
+    dtype = "bfloat16" if lowered.spec.dtype == torch.bfloat16 and op.dst not in EMBEDDING_PRODUCTS else "float32"
     if isinstance(op, Attention):
         keys, heads, width = H * W, op.heads, op.head_dim
         return Work(
@@ -220,7 +237,7 @@ def _work(op: Op, compiled: native.Compiled) -> Work:
         return Work(
             type(op).__name__.lower(), "float32", loaded=float(pixels * depth), stored=float(pixels * padded(C))
         )
-    method = compiled.methods[op.dst]
+    method = lowered.methods[op.dst]
     tile, positions = {"direct": (1, 1), "winograd2": (2, 16), "winograd4": (4, 36)}[method]
     items = rows * math.ceil(H / tile) * math.ceil(W / tile)
     kind = method if method != "direct" else f"conv {op.kernel}x{op.kernel}"
@@ -238,18 +255,18 @@ def _work(op: Op, compiled: native.Compiled) -> Work:
 
 
 def outside(spec: Spec, rows: int) -> Work:
-    """Of a step beside the network's operations: copies in and out by row, guidance and the update by image."""
+    """Return the work of a step besides the network: copies for each row, guidance and the update for each image."""
     image = float(math.prod(spec.shape))
     return Work("step", "float32", loaded=rows * image, stored=spec.batch * image)
 
 
 def products(program: Program, methods: dict[str, str]) -> float:
-    """FLOP of a row with the algorithm that ``methods`` names for the convolution that writes a buffer."""
+    """Return the FLOP of a row, given the algorithm of each convolution by the buffer that it writes."""
     return sum(program.flops(op) / (SAVING[methods[op.dst]] if isinstance(op, Conv) else 1.0) for op in program.ops)
 
 
-# Bytes that packing takes for a moment, for each number of the largest layer: transformed in float64 (8), the product's
-# own copy (8), padded (8), rounded and laid out in float32 (4).
+# Temporary bytes of packing per number of the largest layer: transformed in float64 (8), the copy that the product
+# makes (8), padded (8), rounded and laid out in float32 (4).
 PACKING = 28
 
 # The estimate ---------------------------------------------------------------------------------------------------------
@@ -257,14 +274,23 @@ PACKING = 28
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of ``n`` images, each after ``nfe`` evaluations of the network, in chunks of ``batch``.
+    """Predicted cost of a job.
 
-    passes: of the network over a chunk, ``rows`` rows each (two an image where guided). A last chunk that is not full
-    costs as much as a full one. flops: of the direct algorithms, of the n images; products: of those that the native
-    engine chose, every row that it runs. weight_bytes, activation_bytes: read and written in the whole job, each weight
-    once a part of a pass and each buffer once, wherever it is held. memory: bytes by what they are for. seconds:
-    predicted, without loading the model and packing its weights. by_kind: the seconds of each kind of operation.
-    missing: why products, memory and seconds are None.
+    Attributes:
+        n: Number of images.
+        nfe: Network evaluations per image.
+        batch: Images per chunk. A last chunk that is not full costs as much as a full one.
+        rows: Network rows per pass: two per image where guided.
+        passes: Passes of the network over a chunk.
+        flops: FLOP of the direct algorithms for the n images.
+        weight_bytes: Bytes of weights read in the whole job, each weight once per part of a pass.
+        activation_bytes: Bytes of activations read and written in the whole job, wherever they are held.
+        products: FLOP of the algorithms that the native engine chose, for every row that it runs.
+        memory: Bytes by purpose.
+        seconds: Predicted time, without loading the model and packing its weights.
+        by_kind: The seconds of each kind of operation.
+        machine: The ceilings behind the prediction.
+        missing: Why products, memory and seconds are None.
     """
 
     n: int
@@ -284,12 +310,12 @@ class Cost:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Predicted growth of the process: the network, what the engine packs and works in, the batch, the result."""
+        """Predicted growth of the process: network, packed weights, working space, batch and result."""
         return None if self.memory is None else sum(self.memory.values())
 
     @property
     def img_steps_per_s(self) -> float | None:
-        """One image through one row of the table, as `fastdiff bench` counts; a guided one counts once."""
+        """Images advanced by one row of the table per second, as `fastdiff bench` counts; a guided one counts once."""
         return None if self.seconds is None else self.n * self.nfe * self.batch / (self.rows * self.seconds)
 
     def __str__(self) -> str:
@@ -314,7 +340,7 @@ class Cost:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Return the fields and properties, JSON-serialisable."""
         return dataclasses.asdict(self) | {"peak_bytes": self.peak_bytes, "img_steps_per_s": self.img_steps_per_s}
 
 
@@ -332,17 +358,28 @@ def estimate(
     determinism: str = "seed",
     machine: Ceilings | None = None,
 ) -> Cost:
-    """The cost of ``n`` images of ``size`` (height, width), ``nfe`` evaluations of the network each, ``batch`` a chunk.
+    """Predict the cost of a job. Nothing is packed or run, so it takes tenths of a second.
 
-    nfe: as a table counts them (`StepTable.nfe`); where ``guided`` they come in pairs, two rows of one pass. dtype:
-    also "bfloat16-fast". machine: measured where not given, once in a process. Nothing is packed or run, so it takes
-    tenths of a second. Weights may be on "meta".
+    Args:
+        unet: The network; its weights may be on "meta".
+        size: Height and width of the images.
+        n: Number of images.
+        nfe: Network evaluations per image, as `StepTable.nfe` counts them: a guided step has two, in one pass.
+        batch: Images per chunk.
+        dtype: Precision; also "bfloat16-fast".
+        guided: Whether guidance is on.
+        backend: Backend; time and memory are known for "native".
+        device: Device of the backend.
+        determinism: "seed" or "bitwise".
+        machine: The machine's ceilings; measured if not given, once in a process.
 
-    Raises `InvalidArgument` for numbers below 1, an unknown dtype, and a network or size that cannot be lowered.
+    Returns:
+        The cost.
+
+    Raises:
+        InvalidArgument: If a number is below 1, the dtype unknown, or the network or size cannot be lowered.
     """
-    for name, value in (("n", n), ("nfe", nfe), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgument(f"{name}={value!r}: a whole number of at least 1 is needed")
+    n, nfe, batch = whole("n", n, 1), whole("nfe", nfe, 1), whole("batch", batch, 1)
     number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if number not in DTYPES.values():
         raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
@@ -368,7 +405,7 @@ def estimate(
         weight_bytes=passes * itemsize * sum(program.parameters(op) for op in program.ops),
         activation_bytes=passes * itemsize * rows * sum(program.traffic(op) for op in program.ops),
     )
-    reasons = native.reasons_against(unet, spec) if backend == "native" else []
+    reasons = reasons_against(unet, spec) if backend == "native" else []
     if backend != "native":
         reasons = [f"backend {backend!r} runs what torch makes of the network; only the native engine's cost is known"]
     if reasons:
@@ -377,25 +414,25 @@ def estimate(
 
 
 def _native(cost: Cost, unet: UNet, spec: Spec, machine: Ceilings) -> Cost:
-    compiled = native.described(unet, spec, cost.rows)
-    program, parts = compiled.program, math.ceil(cost.rows / compiled.rows)
+    lowered = dry_program(unet, spec, cost.rows)
+    program, parts = lowered.program, math.ceil(cost.rows / lowered.rows)
     by_kind = {"step": cost.passes * outside(spec, cost.rows).seconds(machine)}
-    for _, done in work(compiled, machine):
+    for _, done in work(lowered, machine):
         seconds = cost.passes * parts * done.seconds(machine)
         by_kind[done.kind] = by_kind.get(done.kind, 0.0) + seconds
     image = 4 * math.prod(spec.shape)
     return dataclasses.replace(
         cost,
-        products=cost.passes * cost.rows * products(program, compiled.methods),
-        weight_bytes=cost.passes * parts * compiled.weights.nbytes,
+        products=cost.passes * cost.rows * products(program, lowered.methods),
+        weight_bytes=cost.passes * parts * lowered.weights.nbytes,
         activation_bytes=cost.passes * cost.rows * 4 * sum(program.traffic(op) for op in program.ops),
         memory={
-            "packing": PACKING * max((t.numel() for t in compiled.weights.packed.values()), default=0),
+            "packing": PACKING * max((t.numel() for t in lowered.weights.packed.values()), default=0),
             "network": sum(p.nbytes for p in unet.parameters()),
-            "packed": compiled.weights.nbytes,
-            "arena": compiled.layout.size,
-            "space": compiled.engine.space,
-            "state": 8 * spec.batch * image,  # x, out, a row of the network's output and what a solver keeps
+            "packed": lowered.weights.nbytes,
+            "arena": lowered.layout.size,
+            "space": lowered.engine.space,
+            "state": 8 * spec.batch * image,  # x, out, the network's rows and a solver's history
             "result": cost.n * image,
         },
         seconds=sum(by_kind.values()),

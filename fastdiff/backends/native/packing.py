@@ -1,11 +1,10 @@
-"""Weights as the native engine reads them: transformed for Winograd, merged, padded, and laid out in panels."""
+"""Weights in the native engine's layout: merged, transformed for Winograd, padded, and arranged in panels."""
 
 from __future__ import annotations
 
 import math
 import threading
 import weakref
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdiff.backends.network import checksum, merged_layer
 from fastdiff.core.program import Conv
 from fastdiff.unet import UNet
 
@@ -21,7 +21,10 @@ POINTS = {"winograd2": (0.0, 1.0, -1.0), "winograd4": (0.0, 0.75, -0.75, 1.5, -1
 
 
 def winograd_g(points: tuple[float, ...]) -> Tensor:
-    """G [len(points) + 1, 3] in float64: row j is [1, p_j, p_j^2] / prod_k (p_j - p_k), the last row [0, 0, 1]."""
+    """Compute the weight transform G of Winograd's algorithm, float64 [len(points) + 1, 3].
+
+    Row j is [1, p_j, p_j^2] / prod_k (p_j - p_k) over the other points p_k; the last row, of infinity, is [0, 0, 1].
+    """
     rows = []
     for p in points:
         n = math.prod(p - other for other in points if other != p)
@@ -32,11 +35,19 @@ def winograd_g(points: tuple[float, ...]) -> Tensor:
 def pack(
     weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """[N, C, k, k] -> [panels, positions, depth, panel], zeros where channels are padded; bfloat16 is [.., depth / 2,
-    panel, 2].
+    """Pack the weights of a convolution for the engine.
 
-    channels: of each source; every one is padded to a multiple of ``group``. depth: padded channels, under every tap
-    where ``method`` is "direct".
+    Args:
+        weight: [N, C, k, k].
+        channels: Number of channels of each source; each is padded to a multiple of ``group`` with zeros.
+        method: "direct", "winograd2" or "winograd4".
+        group: Number of channels that the engine reads at a time.
+        panel: Number of output channels in a panel.
+        dtype: torch.float32 or torch.bfloat16.
+
+    Returns:
+        [panels, positions, depth, panel], or [panels, positions, depth / 2, panel, 2] in bfloat16. The depth is the
+        number of padded channels, k^2 times that where the method is "direct"; N is padded to whole panels.
     """
     N, _, k, _ = weight.shape
     parts = []
@@ -55,60 +66,45 @@ def pack(
     return U.contiguous()
 
 
-def fingerprint(unet: UNet) -> tuple[int, ...]:
-    """Of every weight's bits: fused optimizers and edits of ``.data`` leave no other trace of a change."""
-    sums = []
-    for p in unet.parameters():
-        own = {8: torch.int64, 4: torch.int32, 2: torch.int16}[p.element_size()]
-        bits = p.detach().contiguous().flatten().view(torch.int64 if p.nbytes % 8 == 0 else own)
-        # The second sum hears the order: each number counts with its neighbour.
-        sums += [int(bits.sum()), int((bits[1:] ^ (bits[:-1] << 1)).sum())]
-    return tuple(sums)
-
-
-def layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """W [N, C, k, k] and b [N] in float64, stacked or merged as the operation says, of a network's state dict."""
-    W, b = ([state[f"{key}.{kind}"].double() for key in op.weights] for kind in ("weight", "bias"))
-    if op.merged == "first transposed":
-        return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
-    if op.merged == "in turn":
-        return (W[0] @ W[1])[:, :, None, None], W[0] @ b[1] + b[0]
-    return torch.cat(W).reshape(-1, W[0].shape[1], op.kernel, op.kernel), torch.cat(b)
-
-
 class Weights:
-    """A network's weights as the engine reads them, each packing made once and shared by all batch sizes."""
+    """Packed weights of a network; each packing is made once and shared by all batch sizes.
 
-    def __init__(self, unet: UNet, native: ModuleType, fingerprint: tuple[int, ...]):
+    Args:
+        unet: The network.
+        native: The compiled module.
+        made_from: Checksum of the network's weights, by which `of` notices changes.
+    """
+
+    def __init__(self, unet: UNet, native: ModuleType, made_from: tuple[int, ...]):
         self.native = native
         self.state = {k: v.detach() for k, v in unet.state_dict().items()}
         self.packed: dict[tuple[Any, ...], Tensor] = {}
-        self.fingerprint = fingerprint
+        self.made_from = made_from
 
     @classmethod
     def shapes(cls, unet: UNet, native: ModuleType) -> Weights:
-        """The same without numbers (on "meta"): what they would take, before anything is packed."""
+        """Return weights on "meta", from which the size of every packing is known before anything is packed."""
         weights = cls(unet, native, ())
         weights.state = {k: v.to("meta") for k, v in weights.state.items()}
         return weights
 
     @classmethod
     def of(cls, unet: UNet, native: ModuleType) -> Weights:
-        """The network's, as they are now."""
+        """Return the shared weights of a network, new ones if they have changed since the last call."""
         with _weights_lock:
-            known, now = _weights.get(unet), fingerprint(unet)
-            if known is None or known.fingerprint != now:
+            known, now = _weights.get(unet), checksum(unet)
+            if known is None or known.made_from != now:
                 known = _weights[unet] = cls(unet, native, now)
             return known
 
     def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Kernel, in ``dtype``, and bias; channels: of each source."""
+        """Return a convolution's packed weights in ``dtype`` (see `pack`) and its bias, padded float32."""
 
         def kernel() -> Tensor:
-            return pack(layer(op, self.state)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
+            return pack(merged_layer(op, self.state)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
 
         def bias() -> Tensor:
-            return self._padded(layer(op, self.state)[1])
+            return self._padded(merged_layer(op, self.state)[1])
 
         return self._once((op.weights, channels, method, dtype), kernel), self._once((op.weights, "bias"), bias)
 

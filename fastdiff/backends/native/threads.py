@@ -1,4 +1,4 @@
-"""How many threads the native engine runs: as many as there are processors for."""
+"""The number of threads of the native engine: as many as there are processors for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 
 
 def number() -> int:
-    """Torch's number of threads, or the processors that this process may use where those are fewer.
+    """Return torch's number of threads, or the number of processors this process may use if that is lower.
 
-    A member of the engine's team that does not run keeps all others waiting at the next barrier, so one thread too many
-    costs more than its share.
+    A thread that is not running keeps all others waiting at the next barrier, so one thread too many slows them all.
     """
     limits: list[float] = [torch.get_num_threads()]
     if hasattr(os, "sched_getaffinity"):
@@ -23,10 +22,11 @@ def number() -> int:
 
 
 def quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """Processors' worth of time that the control groups of this process allow, of each group that has a limit.
+    """Return the processor quotas of this process's control groups, in processors, one for each group with a limit.
 
-    mounted: where the groups are; own: the file that names this process's, a line for each hierarchy. Of a container's
-    path only the part that it sees exists.
+    Args:
+        mounted: Folder of the control groups.
+        own: File that names the process's groups, one line per hierarchy. In a container, only part of a path exists.
     """
     try:
         lines = own.read_text().splitlines()
@@ -45,11 +45,14 @@ def quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
 
 
 def _quota(group: Path) -> list[float]:
-    """Of one group: from cpu.max "quota period" (version 2), or cpu.cfs_quota_us and cpu.cfs_period_us (version 1)."""
+    """Return one group's quota, if any.
+
+    cgroup version 2 has it in cpu.max as "quota period", version 1 in cpu.cfs_quota_us and cpu.cfs_period_us.
+    """
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = " ".join((group / name).read_text() for name in names).split()
             return [int(quota) / int(period)] if int(quota) > 0 and int(period) > 0 else []
-        except (OSError, ValueError):  # no such file; or "max", no limit
+        except (OSError, ValueError):  # no such file, or "max": no limit
             continue
     return []

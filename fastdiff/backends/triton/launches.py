@@ -1,8 +1,8 @@
-"""A program as Triton launches: the buffers that they read and write, and the weights as they read them.
+"""A lowered program as a list of Triton launches, with the buffers that they read and write and the packed weights.
 
-Activations are of one dtype, NHWC, in an arena; embeddings, statistics, x and ``out`` are float32. A norm in front of a
-convolution is a launch of its own, which makes one tensor of one or two sources; everything behind a convolution is
-done by the launch that makes it, or, where its products are shared out, by the one that adds them.
+Activations have one dtype and are NHWC, in an arena; embeddings, statistics, x and ``out`` are float32. A norm before a
+convolution is a launch of its own, which writes one tensor from one or two sources. Everything that follows a
+convolution is done by the launch that computes it or, where its products are split, by the launch that sums them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.backends.native.packing import fingerprint, layer
-from fastdiff.backends.native.runner import EMBEDDING
-from fastdiff.core.lower import embed_classes
+from fastdiff.backends.network import EMBEDDING_PRODUCTS, EmbeddingTables, checksum, merged_layer
 from fastdiff.core.plan import STATISTICS, plan
 from fastdiff.core.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.core.state import State
@@ -30,21 +28,26 @@ from fastdiff.unet import UNet
 
 
 class Weights:
-    """A network's weights as the kernels read them. They keep their addresses, which graphs hold, when they change."""
+    """Packed weights of a network, which keep their addresses when the network's weights change, as graphs hold them.
+
+    Args:
+        unet: The network.
+        device: Device of the packed weights.
+    """
 
     def __init__(self, unet: UNet, device: torch.device):
         self.unet = unet
         self.device = device
         self.made: dict[Any, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]] = {}
-        self.fingerprint = fingerprint(unet)
+        self.made_from = checksum(unet)
         self.tensors = _tensors(unet)
 
     def follow(self) -> bool:
-        """Lay out anew what the network has now; whether it had changed."""
-        now = fingerprint(self.unet)
-        if now == self.fingerprint:
+        """Pack again if the network's weights have changed, and return whether they have."""
+        now = checksum(self.unet)
+        if now == self.made_from:
             return False
-        self.fingerprint, self.tensors = now, _tensors(self.unet)
+        self.made_from, self.tensors = now, _tensors(self.unet)
         for make, tensors in self.made.values():
             for tensor, new in zip(tensors, make(), strict=True):
                 tensor.copy_(new)
@@ -53,27 +56,27 @@ class Weights:
     def conv(
         self, op: Conv, channels: Sequence[int], dtype: torch.dtype, config: conv.LayerConfig
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Kernels of each source, of ``channels``, in ``dtype`` as ``config`` takes them, and the bias in float32."""
+        """Return a convolution's kernel for each source, in ``dtype`` and ``config``'s layout, and its float32 bias.
+
+        ``channels`` are those of each source.
+        """
 
         def kernels() -> Sequence[Tensor]:
-            W = layer(op, self.tensors)[0]
+            W = merged_layer(op, self.tensors)[0]
             if config == LIBRARY:
                 return library.pack(W, channels, dtype, op.padding)
             return conv.pack(W, channels, dtype, op.upsample)
 
         kernel = self._once((op.weights, op.upsample, tuple(channels), dtype, config == LIBRARY), kernels)
-        (bias,) = self._once((op.weights, "bias"), lambda: (layer(op, self.tensors)[1].float(),))
+        (bias,) = self._once((op.weights, "bias"), lambda: (merged_layer(op, self.tensors)[1].float(),))
         return kernel, bias
 
-    def classes(self) -> Tensor:
-        """The embedding of every label."""
-        return self._once("classes", lambda: (embed_classes(self.unet).float().contiguous(),))[0]
-
     def vector(self, name: str) -> Tensor:
+        """Return a parameter in float32."""
         return self._once((name,), lambda: (self.tensors[name].float(),))[0]
 
     def _once(self, key: Any, make: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """Copies with the strides that ``make`` gave them."""
+        """Return copies of what ``make`` returns, with the same strides, made at the first call."""
         if key not in self.made:
             self.made[key] = make, tuple(t.to(self.device, copy=True) for t in make())
         return self.made[key][1]
@@ -87,9 +90,19 @@ def _tensors(unet: UNet) -> dict[str, Tensor]:
 
 
 class Buffers:
-    """What a program's operations read and write, for ``rows`` rows.
+    """Buffers that a program's operations read and write.
 
-    timestep: where in the table of timesteps a row stands; label: its label; norm, workspace: of one operation.
+    Args:
+        program: The program.
+        rows: Number of rows.
+        dtype: Precision of the activations.
+        device: Device of the buffers.
+
+    Attributes:
+        timestep: Row of the embedded timesteps for each row, int64 [rows].
+        label: Label of each row, int64 [rows].
+        net: The network's output where guidance follows, float32 [rows, C, H, W].
+        space: Scratch memory by purpose, each used by one operation at a time.
     """
 
     def __init__(self, program: Program, rows: int, dtype: torch.dtype, device: torch.device):
@@ -103,7 +116,7 @@ class Buffers:
         self.embedding = {
             op.dst: torch.zeros(rows, *program.buffers[op.dst].shape, device=device)
             for op in program.ops
-            if isinstance(op, Embed) or op.dst in EMBEDDING
+            if isinstance(op, Embed) or op.dst in EMBEDDING_PRODUCTS
         }
         H, W, C = program.buffers["out"].shape
         self.net = torch.zeros(rows, C, H, W, device=device)
@@ -113,21 +126,22 @@ class Buffers:
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        """[rows, H, W, C]"""
+        """Return a buffer, [rows, H, W, C]."""
         if name in self.embedding:
             return self.embedding[name]
         return self._view(name, self.dtype, self.program.buffers[name].shape)
 
     def statistics(self, name: str) -> Tensor:
-        """float32 [rows, strips, 2, C]"""
+        """Return a buffer's statistics, float32 [rows, strips, 2, C]."""
         buffer = self.program.buffers[name]
         return self._view(name + STATISTICS, torch.float32, (buffer.strips, 2, buffer.shape[2]))
 
     def channels(self, names: Sequence[str]) -> int:
+        """Return the number of channels of several buffers together."""
         return sum(self.program.buffers[name].shape[2] for name in names)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Room that the next operation takes over."""
+        """Return scratch memory, which the next operation overwrites."""
         if self.space[name].numel() < math.prod(shape):
             self.space[name] = self.space[name].new_zeros(math.prod(shape))
         return self.space[name][: math.prod(shape)].view(shape)
@@ -138,30 +152,36 @@ class Buffers:
 
 
 class Launches:
-    """A program's operations as launches, in order: from the images of ``state`` to ``out`` float32 [rows, C, H, W].
+    """The launches of a program's operations, in order.
 
-    Rows past the images are the images once more, with other labels. entries: int64 [tables, rows], where in ``times``
-    each row's timestep is. classes: embeddings of labels, class_images: float32 [rows, H, W, C]; where there are any.
-    chosen_for: the number of rows that configurations are chosen for; None: those of ``buffers``.
+    Args:
+        buffers: Buffers for the number of rows. Rows beyond the number of images are the images again, with other
+            labels.
+        weights: Packed weights.
+        state: The batch, whose images are the input.
+        out: The output, float32 [rows, C, H, W].
+        entries: Row of the embedded timesteps for each row of each table, int64 [tables, rows].
+        embeddings: Embeddings of timesteps and labels.
+        class_images: Class images, float32 [rows, H, W, C], where the network has them.
+        chosen_for: Number of rows for which configurations are chosen; None for that of ``buffers``.
     """
 
     def __init__(
-        self, buffers: Buffers, weights: Weights, state: State, out: Tensor, entries: Tensor, times: Tensor,
-        classes: Tensor | None, class_images: Tensor | None, chosen_for: int | None = None,
+        self, buffers: Buffers, weights: Weights, state: State, out: Tensor, entries: Tensor,
+        embeddings: EmbeddingTables, class_images: Tensor | None, chosen_for: int | None = None,
     ):  # fmt: skip
         self.buffers = buffers
         self.weights = weights
         self.state = state
         self.out = out
         self.entries = entries
-        self.times = times
-        self.classes = classes
+        self.embeddings = embeddings
         self.class_images = class_images
         self.chosen_for = chosen_for
         self.list: list[Launch] = []
         for op in buffers.program.ops:
             self._add(op)
-        # The first of a step is the one that finds the rows' places in the table.
+        # The input's launch comes first: it also looks up the rows' embedded timesteps.
         self.list.sort(key=lambda launch: launch.op != "input")
 
     def _add(self, op: Op) -> None:
@@ -194,8 +214,9 @@ class Launches:
             src = b[op.src[0]].flatten(1)
             launch = embed.embed(src, None, torch.zeros_like(src[:1]).expand_as(src), None, dst)
         else:
-            assert self.classes is not None
-            launch = embed.embed(self.times, b.timestep, self.classes, b.label, dst)
+            times, classes = self.embeddings.times, self.embeddings.classes
+            assert classes is not None
+            launch = embed.embed(times, b.timestep, classes, b.label, dst)
         self.list.append(launch)
 
     def _add_attention(self, op: Attention) -> None:
@@ -224,7 +245,7 @@ class Launches:
         problem = conv.Problem.at(src, shape, op.kernel, op.stride, op.upsample)
         if self.chosen_for is None:
             config = problem.choose_layer()
-        else:  # the library's choices are its own, and may depend on the batch
+        else:  # without the library, whose own choices may depend on the batch
             config = problem.like(self.chosen_for).choose(splits=True)
         weight, bias = self.weights.conv(op, [s.shape[3] for s in src], src[0].dtype, config)
         need = conv.workspace(src, weight, shape, stride=op.stride, statistics=statistics is not None, config=config)
@@ -238,11 +259,11 @@ class Launches:
     def _projections(self, offset: int) -> dict[str, Any]:
         b = self.buffers
         if b.program.buffers["projections"].external:
-            return {"table": self.times, "entry": b.timestep, "offset": offset}
+            return {"table": self.embeddings.times, "entry": b.timestep, "offset": offset}
         return {"table": b["projections"].flatten(1), "offset": offset}
 
     def _normalised(self, src: tuple[str, ...], norm: Norm | None) -> list[Tensor]:
-        """The sources, or the one tensor that the norm makes of them."""
+        """Return the sources, or the one tensor that holds their norm."""
         b = self.buffers
         sources = [b[name] for name in src]
         if norm is None:
@@ -254,6 +275,7 @@ class Launches:
         return [dst]
 
     def _finalised(self, src: tuple[str, ...], norm: Norm) -> Tensor:
+        """Return the norm's mean, scale and shift of every channel, [rows, 3, C], combined from the statistics."""
         b = self.buffers
         H, W, _ = b.program.buffers[src[0]].shape
         dst = b.scratch("norm", b.rows, 3, b.channels(src))

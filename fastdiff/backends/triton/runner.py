@@ -1,9 +1,9 @@
-"""Backend `triton`: fastdiff's own U-Net on CUDA, as a flat list of Triton launches, a whole step in one CUDA graph.
+"""Runner of the backend `triton`: a step is a flat list of Triton launches in one CUDA graph.
 
-`fastdiff.backends.triton.launches` makes the list of a lowered program, `fastdiff.backends.graph` captures and replays
-it. With determinism "bitwise" launch configurations are chosen for `BITWISE_ROWS` rows, whatever the batch, and what
-PyTorch computes of a step runs an image at a time, as its kernels share out their work by the batch. Never run on a GPU
-so far: in tests its launches are interpreted, compiled, and replayed by a stand-in for CUDA.
+`fastdiff.backends.triton.launches` builds the list from a lowered program, `fastdiff.backends.graph` captures and
+replays it. With determinism "bitwise", launch configurations are chosen for `BITWISE_ROWS` rows, whatever the batch,
+and PyTorch's part of a step runs one image at a time, because its kernels split work by the batch. It has never run on
+a GPU so far: tests interpret its launches, compile them, and replay them with a substitute for CUDA.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends import BITWISE_ROWS, Runner, Spec
+from fastdiff.backends.base import BITWISE_ROWS, Runner, Spec
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
-from fastdiff.backends.native.runner import alterations
+from fastdiff.backends.network import EmbeddingTables, network_reasons
 from fastdiff.core import update
-from fastdiff.core.lower import embed_timesteps, lower
+from fastdiff.core.lower import lower
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
-from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
-    """Everything that keeps this backend from running the network; empty where it can."""
+    """List every reason why `triton` cannot run the network; empty where it can."""
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed")
@@ -54,12 +52,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons.append("it needs a GPU of compute capability 8.0 (Ampere) or newer")
     if spec.device.type != "cuda":
         reasons.append(f"it runs on CUDA, not on {spec.device}")
-    if type(unet) is not UNet:
-        reasons.append(f"it runs fastdiff.UNet only, not {type(unet).__name__}")
-    else:
-        reasons += alterations(unet)
-        if unet.config.class_embed_type is not None:
-            reasons.append(f"it has no class_embed_type {unet.config.class_embed_type!r}")
+    reasons += network_reasons(unet)
     if spec.dtype not in DTYPES:
         reasons.append(f"it computes in float32, bfloat16 or float16, not in {str(spec.dtype).removeprefix('torch.')}")
     if spec.fast:
@@ -68,28 +61,45 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
 
 
 def _has_kernels() -> bool:
-    """Whether the kernels can be imported; a checkout without symbolic links has a text file in their place."""
+    """Return whether the kernels can be imported; without symbolic links a checkout has a text file in their place."""
     try:
         return importlib.util.find_spec("fastdiff.kernels.launch") is not None
     except ModuleNotFoundError:
         return False
 
 
-def refuse(unet: nn.Module, spec: Spec) -> None:
+def _refuse(unet: nn.Module, spec: Spec) -> None:
     reasons = reasons_against(unet, spec)
     if reasons:
         raise BackendError("backend 'triton' cannot run here: " + "; ".join(reasons))
 
 
 def prepare(unet: nn.Module, spec: Spec) -> TritonRunner:
-    """Raises `BackendError` with every reason why it cannot run. Kernels are compiled at the first step."""
-    refuse(unet, spec)
+    """Prepare a network to run on Triton kernels, which are compiled at the first step.
+
+    Args:
+        unet: A `fastdiff.UNet`.
+        spec: What to prepare for.
+
+    Returns:
+        The runner.
+
+    Raises:
+        BackendError: If it cannot run here; the message lists every reason.
+    """
+    _refuse(unet, spec)
     assert isinstance(unet, UNet)
     return TritonRunner(unet, spec)
 
 
-class TritonSteps:
-    """A step and its halves, see `fastdiff.backends.graph.Steps`. run: how launches run; tests compute references."""
+class TritonStep:
+    """A step and its halves as launches (see `fastdiff.backends.graph.DeviceStep`).
+
+    Args:
+        unet: The network.
+        spec: What the step is prepared for.
+        run: Runs a launch; tests compute its reference instead.
+    """
 
     def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
         from fastdiff.backends.triton.launches import Weights
@@ -103,35 +113,32 @@ class TritonSteps:
         self.buffers: dict[int, Buffers] = {}
         self.bank: TableBank | None = None
         self.entries = torch.zeros(spec.tables, spec.rows + 1, dtype=torch.int64, device=spec.device)
-        external = "projections" if self.program.buffers["projections"].external else "time"
-        width = self.program.buffers[external].shape[2]
-        self.times = torch.zeros(spec.rows + 1, width, device=spec.device)
+        self.embeddings = EmbeddingTables(unet, self.program, spec.device, spec.rows + 1, spec.rows + 1)
         self.arrived = torch.zeros(spec.batch, dtype=torch.int32, device=spec.device)
 
     def follow(self, bank: TableBank, fresh: bool) -> bool:
-        """Embed the timesteps of other tables; where a run is ``fresh``, notice other weights, too.
+        """Take over the tables of ``bank`` and, if a state is ``fresh``, changed weights.
 
-        Whether tensors have moved whose addresses graphs may hold.
+        Returns:
+            Whether tensors have moved whose addresses graphs may hold.
         """
         changed = fresh and self.weights.follow()
         if self.bank is bank and not changed:
             return False
+        if changed:
+            self.embeddings.refresh()
         self.bank = bank
-        t, inverse = np.unique(bank.host[..., COLUMNS.index("t")], return_inverse=True)
-        places = torch.from_numpy(inverse.reshape(bank.host.shape[:2]).astype(np.int64))
-        times = embed_timesteps(self.unet, torch.from_numpy(t).float().to(self.spec.device)).float()
-        room = [max(pair) for pair in zip(self.entries.shape, places.shape, strict=True)]
-        moved = room != list(self.entries.shape) or len(times) > len(self.times)
-        if moved:
-            self.entries = self.entries.new_zeros(room)
-            self.times = self.times.new_zeros(max(len(times), len(self.times)), times.shape[1])
-        tables, rows = places.shape
-        self.entries[:tables, :rows].copy_(places)
-        self.times[: len(times)].copy_(times)
-        return moved
+        times, held = self.embeddings.times, self.entries
+        entries = self.embeddings.entries(bank)
+        room = [max(pair) for pair in zip(held.shape, entries.shape, strict=True)]
+        if room != list(held.shape):
+            self.entries = held.new_zeros(room)
+        tables, rows = entries.shape
+        self.entries[:tables, :rows].copy_(entries)
+        return self.entries is not held or self.embeddings.times is not times
 
     def network(self, state: State, guided: bool) -> list[Launch]:
-        """The launches from ``state.x`` to ``state.out``, or with guidance to ``net`` of the buffers for 2B rows."""
+        """Return the launches from ``state.x`` to ``state.out``, or to ``net`` of the 2B-row buffers if ``guided``."""
         from fastdiff.backends.triton.launches import Buffers, Launches
 
         images, C = len(state.x), self.program.buffers["out"].shape[2]
@@ -142,29 +149,24 @@ class TritonSteps:
         if state.out is None:
             state.out = torch.zeros(images, C, *state.x.shape[2:], device=state.x.device)
         class_images: Tensor | None = None
-        classes: Tensor | None = None
         if state.label is not None:
             b.label[:images].copy_(state.label)
             b.label[images:].fill_(self.spec.null_label or 0)
             encoder = self.unet.class_encoder
-            if encoder is None:
-                classes = self.weights.classes()
-            else:
+            if encoder is not None:
                 maps = self._in_turn(lambda label: encoder(label, self.spec.shape[1:]), b.label)
                 class_images = maps.permute(0, 2, 3, 1).float().contiguous()
         out = b.net if guided else state.out
-        return Launches(
-            b, self.weights, state, out, self.entries, self.times, classes, class_images, self.chosen_for
-        ).list
+        return Launches(b, self.weights, state, out, self.entries, self.embeddings, class_images, self.chosen_for).list
 
     def _in_turn(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """``function`` of the tensors' rows: of all together or, where bits must not depend on that, one by one."""
+        """Apply ``function`` to all rows at once or, where bits must not depend on their number, to one at a time."""
         if self.chosen_for is None:
             return function(*tensors)
         return torch.cat([function(*row) for row in zip(*(t.split(1) for t in tensors), strict=True)])
 
     def evaluate(self, state: State, guided: bool) -> None:
-        """Network and guidance: sets ``state.out``."""
+        """Evaluate the network, with guidance on 2B rows if ``guided``, and set ``state.out``."""
         from fastdiff.kernels import guidance
 
         net = self._evaluate(state, guided)
@@ -185,19 +187,19 @@ class TritonSteps:
             )  # fmt: skip
 
     def _evaluate(self, state: State, guided: bool) -> Tensor:
-        """The network alone: its answer, for the images and, with guidance, for the images without their labels."""
+        """Evaluate the network alone. Returns its output, with the unconditional half behind it if ``guided``."""
         for launch in self.network(state, guided):
             self.run(launch)
         assert state.out is not None
         return self.buffers[2 * len(state.x)].net if guided else state.out
 
     def advance(self, state: State, noisy: bool) -> None:
-        """A row of the table for every image; ``noisy`` changes nothing, as rows that draw no noise compute none."""
+        """Apply a row of the table to every image; ``noisy`` is not needed, as the kernel decides for each row."""
         assert state.out is not None, "evaluate comes before advance"
         self._advance(state, state.out)
 
     def whole(self, state: State, guided: bool, noisy: bool) -> None:
-        """The launches of the network, and one that guides and updates; rescaled guidance stays a step of its own."""
+        """Evaluate the network, then guide and update in one launch; rescaled guidance has launches of its own."""
         if guided and not rescaled(state):
             self._advance(state, self._evaluate(state, guided), state.guidance)
         else:
@@ -217,15 +219,21 @@ class TritonSteps:
 
 
 def rescaled(state: State) -> bool:
-    """Whether guidance is rescaled: a number other than 0, or numbers on the device (`State.guidance_rescale`)."""
+    """Return whether guidance is rescaled: by a number other than 0, or by numbers on the device."""
     return isinstance(state.guidance_rescale, Tensor) or bool(state.guidance_rescale)
 
 
 class TritonRunner:
-    """Follows tables and weights, and replays graphs. cuda: as for `GraphRunner`.
+    """Runner that replays graphs of a `TritonStep`, after changes of tables and weights have been taken over.
 
     Where a kernel cannot be compiled, or triton's cache cannot be used, PyTorch runs the network instead, in float32,
-    and one warning says so; with determinism "bitwise", which PyTorch cannot give, a `BackendError` does.
+    and one warning says so. With determinism "bitwise", which PyTorch cannot give, a `BackendError` is raised.
+
+    Args:
+        unet: The network.
+        spec: What the runner is prepared for.
+        cuda: `torch.cuda`, or a substitute in tests.
+        run: Runs a launch; tests compute its reference instead.
     """
 
     def __init__(
@@ -234,40 +242,43 @@ class TritonRunner:
         self.unet = unet
         self.spec = spec
         self.cuda = cuda
-        self.steps = TritonSteps(unet, spec, run)
-        self.graphs = GraphRunner(self.steps, unet, spec, cuda)
-        self.compiled: set[bool] = set()  # guided, unguided
+        self.device_step = TritonStep(unet, spec, run)
+        self.graphs = GraphRunner(self.device_step, unet, spec, cuda)
+        self.kernels_compiled: set[bool] = set()  # for guided steps, for unguided ones
         self.instead: GraphRunner | None = None
         self.known: weakref.WeakSet[State] = weakref.WeakSet()
 
     def forward(self, state: State) -> None:
+        """Evaluate the network, with guidance, and set ``state.out``."""
         self._runner(state).forward(state)
 
     def update(self, state: State) -> None:
+        """Apply one row of the table to every image, and increment its row."""
         self._runner(state).update(state)
 
     def step(self, state: State) -> None:
+        """Do both, in one CUDA graph."""
         self._runner(state).step(state)
 
     @torch.no_grad()
     def _runner(self, state: State) -> Runner:
-        """What steps ``state``, which knows its tables and its network's present weights."""
+        """Return the runner for ``state``, after taking over its tables and the network's current weights."""
         if self.instead is None:
             fresh = state not in self.known
             if fresh:
-                refuse(self.unet, self.spec)
+                _refuse(self.unet, self.spec)
                 self.known.add(state)
-            if self.steps.follow(state.bank, fresh):
+            if self.device_step.follow(state.bank, fresh):
                 self.graphs.graphs.clear()
             self._compile(state, bool(state.guided_host.any()))
         return self.instead or self.graphs
 
     def _compile(self, state: State, guided: bool) -> None:
-        """Every kernel of the network, before it first runs."""
-        if guided in self.compiled:
+        """Compile every kernel of the network before its first step."""
+        if guided in self.kernels_compiled:
             return
         try:
-            for launch in self.steps.network(dataclasses.replace(state), guided):
+            for launch in self.device_step.network(dataclasses.replace(state), guided):
                 launch.compile()
         except BackendError as e:
             if self.spec.determinism == "bitwise":
@@ -275,4 +286,4 @@ class TritonRunner:
             log.warning("backend triton: %s; PyTorch runs the network instead, in float32", e)
             spec = dataclasses.replace(self.spec, dtype=torch.float32)
             self.instead = GraphRunner(EagerRunner(self.unet, spec), self.unet, spec, self.cuda)
-        self.compiled.add(guided)
+        self.kernels_compiled.add(guided)

@@ -174,7 +174,7 @@ def _scheduler(sampler: Sampler, scheduler: Any) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
-    from fastdiff.backends.native.runner import extension
+    from fastdiff.backends.native import extension
 
     engine = extension()
     versions = {name: importlib.metadata.version(name) for name in ("fastdiff", "torch") if _installed(name)}
