@@ -31,11 +31,19 @@ class EagerRunner:
 
     @torch.no_grad()
     def forward(self, state: State) -> None:
-        self.forward_with_gradient(state)
-
-    def forward_with_gradient(self, state: State) -> None:
-        """`forward` that leaves autograd as it is: ``state.out`` can be differentiated by ``state.x``."""
         self.evaluate(state, bool(state.guided_host.any()))
+
+    def forward_with_gradient(self, state: State) -> Tensor:
+        """Run `forward` and return the x by which ``state.out`` can be differentiated; ``state.x`` has no graph."""
+        x = state.x
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            state.x = leaf
+            try:
+                self.evaluate(state, bool(state.guided_host.any()))
+            finally:
+                state.x = x
+        return leaf
 
     def evaluate(self, state: State, guided: bool) -> None:
         """Sets ``state.out``; ``guided``: the network sees every image twice. Nothing here asks the device."""

@@ -676,7 +676,7 @@ def test_close_frees_what_was_prepared() -> None:
     assert list(stream) == []
     del stream
     assert copies(Mine) == 1
-    assert not sampler._runners
+    assert not sampler._runners.prepared
 
 
 def test_a_closed_sampler_prepares_nothing() -> None:
@@ -685,8 +685,8 @@ def test_a_closed_sampler_prepares_nothing() -> None:
     with pytest.raises(Cancelled, match="1 of 2"):
         sampler.sample(2, steps=1, batch_size=1, callback=lambda _: sampler.close())
     assert list(late) == []
-    assert not sampler._runners
-    assert sampler._copy is None
+    assert not sampler._runners.prepared
+    assert sampler._runners.converted is None
 
 
 def test_several_threads_share_a_sampler() -> None:
