@@ -59,4 +59,4 @@ def convert(
         return
     print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
     if result["left_out"]:
-        print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
+        print(f"left out, as sampling does not need them: {', '.join(result['left_out'])}")

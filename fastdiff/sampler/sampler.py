@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import backends, solvers
-from fastdiff.checkpoints import loading
+from fastdiff import backends, checkpoints, solvers
 from fastdiff.checks import one_of, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import choice, editing
@@ -140,7 +139,7 @@ class Sampler:
             device: As for `Sampler`; None: CUDA where there is one, else the CPU.
             dtype: As for `Sampler`.
             determinism: As for `Sampler`.
-            **source: Options of `fastdiff.checkpoints.loading.load`, which say what an original checkpoint contains.
+            **source: Options of `fastdiff.checkpoints.load`, which say what an original checkpoint contains.
 
         Returns:
             The sampler.
@@ -151,7 +150,7 @@ class Sampler:
             ConfigError: As for `Sampler`, and for configurations that fastdiff cannot use.
             BackendError: As for `Sampler`.
         """
-        loaded = loading.load(model, **source)
+        loaded = checkpoints.load(model, **source)
         device = usable_device(device)
         # Convolutions are faster in NHWC than in NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
@@ -269,8 +268,8 @@ class Sampler:
             Cancelled: If `cancel` or `close` ended the call.
             NumericsError: If images became NaN or infinite; its ``output`` has the others.
         """
-        options = Options.among(locals())
-        return self._loop.run(self.request(n, **options), callback, progress)
+        r = self.request(n, **Options.among(locals()))
+        return self._loop.run(r, callback, progress)
 
     def invert(
         self,
