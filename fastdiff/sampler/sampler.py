@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,8 +29,6 @@ from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.walk import Schedule
 
-log = logging.getLogger("fastdiff")
-
 
 class Sampler:
     """Draws images with a diffusion U-Net.
@@ -50,9 +47,9 @@ class Sampler:
         backend: "native" (fastdiff's own U-Net for CPUs, in float32 or bfloat16), "triton" (the same for CUDA),
             "eager", "compiled", or "auto": native where it can run, else eager; the choice is logged.
         device: Device that the network runs on; None: the one of its parameters.
-        dtype: dtype that the network runs in; None: the one of its parameters. "bfloat16-fast", for the native
-            backend, is faster than its "bfloat16" and has more than twice the error (that of "bfloat16" is as small as
-            PyTorch's). The state between steps is always float32.
+        dtype: dtype that the network runs in, or its name: "float32", "bfloat16", "float16" or "float64"; None: the one
+            of its parameters. "bfloat16-fast", for the native backend, is faster than its "bfloat16" and has more than
+            twice the error (that of "bfloat16" is as small as PyTorch's). The state between steps is always float32.
         determinism: "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": it has the same
             bits in any batch, with the backends native and triton only.
         shape: (C, H, W) of the images, for modules without a ``config``.
@@ -208,9 +205,9 @@ class Sampler:
                 the fewest network evaluations that were indistinguishable from the best setting
                 (`fastdiff.sampler.measured.automatic`); otherwise a general rule chooses by steps and guidance
                 (`fastdiff.sampler.choice.auto`).
-            steps: Steps of the solver, from 1 to the schedule's timesteps. A step is one network evaluation, except
-                for heun (two, and one in the last step) and plms (one more in all). None: 50; every timestep for ddpm,
-                20 for auto, 4 for lcm, 1 for consistency, 18 with an `EDMSchedule`.
+            steps: Steps of the solver, at least 1, at most the timesteps of a `NoiseSchedule`. A step is one network
+                evaluation, except for heun (two, and one in the last step) and plms (one more in all). None: 50; every
+                timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with an `EDMSchedule`.
             eta: Noise of ddim, from 0 (deterministic) to 1 (as much as ddpm); larger where the schedule allows it.
             variance: Noise of ddpm: "posterior", "beta", "none" or "learned_range"; None: the model's.
             order: Number of evaluations that a step of unipc or deis (1 to 3, 2 by default) or of lms (1 to 4, 4 by
@@ -252,7 +249,7 @@ class Sampler:
                 functions take is not foreseen.
             compat: None for the mathematics of the papers. "diffusers", "openai" or "ho" for the images that the
                 sampling loop of that code base draws from the same noise, quirks included; ``spacing`` is then in its
-                terms (see `fastdiff.solvers.compat.run`). Runs with ``strength`` need a one-step solver.
+                terms (see `fastdiff.solvers.compat`). Runs with ``strength`` need a one-step solver.
             callback: Function that is called with an `Event` after every row.
             progress: Whether to show a progress bar on standard error.
 

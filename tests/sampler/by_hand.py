@@ -79,7 +79,7 @@ def by_hand(
     rescale: float = 0.0,
     z: Callable[[int], Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """(x, x0) after every row of DDIM or, with a ``variance``, of DDPM: the papers' formulas, line by line."""
+    """Return (x, x0) after every row of DDIM or, with a ``variance``, of DDPM: the papers' formulas, line by line."""
     unet = copy.deepcopy(unet).to(dtype).eval()
     x = x.to(dtype)
     B, C = x.shape[:2]
@@ -131,13 +131,13 @@ def by_hand(
     return rows
 
 
-# Sums in another order, and Winograd's, are chosen by batch and processor: AVX2 takes a little more than twice.
+# The batch and the processor decide the order of sums and the use of Winograd: with AVX2 it is a little more than 2.
 ROUNDED = 3
 
 
 def assert_close(images: Tensor, run: Callable[[torch.dtype], Tensor]) -> None:
-    """No further from the run in float64 than `ROUNDED` times what the same run in float32 is, and rounding of the
-    result.
+    """Compare images with the run in float64: `ROUNDED` times the error of the same run in float32 is allowed, plus
+    rounding of the result.
     """
     exact = run(torch.float64)
     reference_error = float((run(torch.float32) - exact).abs().max())
@@ -150,7 +150,7 @@ def assert_close(images: Tensor, run: Callable[[torch.dtype], Tensor]) -> None:
 
 
 def check(sampler: Sampler, indices: range, seed: int, hand: dict[str, Any], **options: Any) -> Tensor:
-    """Sample images, and compare them with a run by hand; gives the images."""
+    """Sample images, compare them with a run by hand, and return them."""
     x = initial(seed, indices)
     out = sampler.sample(len(indices), seed=seed, start_index=indices.start, **options)
 

@@ -33,7 +33,7 @@ from tests.support.unets import TINY, TINY_CLASSES, random_unet
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sampler], Sampler]:
-    """Makes a sampler whose network must not be called, and forbids noise."""
+    """Return a function that makes the network of a sampler fail when it is called; drawing noise fails too."""
 
     def heavy(*_: Any, **__: Any) -> None:
         raise AssertionError("something heavy ran before the arguments were checked")

@@ -165,7 +165,7 @@ def test_scheduler_configurations_that_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_whole_ddim_pipelines_of_diffusers(tmp_path: Path, options: dict[str, Any], call: dict[str, Any]) -> None:
-    """The pipeline's pictures from the folder that it saved, with the options left alone."""
+    """A sampler of the folder that a pipeline saved draws the pipeline's pictures, with default options."""
     pipeline = save_pipeline(tmp_path, DDIMScheduler(num_train_timesteps=T, beta_end=0.1, **options))
     sampler = Sampler.from_pretrained(tmp_path, device="cpu")
     compare_with_ddim_pipeline(pipeline, sampler, options, call, steps=10)
@@ -173,7 +173,7 @@ def test_whole_ddim_pipelines_of_diffusers(tmp_path: Path, options: dict[str, An
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_eps_of_the_output_is_diffusers_default(tmp_path: Path, prediction: str) -> None:
-    """With clipping diffusers keeps the network's eps; a table can say so."""
+    """With clipping, diffusers keeps the network's eps; ddim(eps_from="output") does so too."""
     options = {"clip_sample": True, "prediction_type": prediction}
     pipeline = save_pipeline(tmp_path, DDIMScheduler(num_train_timesteps=T, beta_end=0.1, **options))
     sampler = Sampler.from_pretrained(tmp_path, device="cpu")
@@ -212,7 +212,7 @@ def compare_with_ddim_pipeline(
 
 
 def test_whole_ddpm_pipelines_of_diffusers(tmp_path: Path) -> None:
-    """Ancestral sampling with the numbers of one torch generator, in the pipeline's order."""
+    """Compare ancestral sampling whose noise is drawn from one torch generator, in the pipeline's order."""
     pipeline = save_pipeline(tmp_path, DDPMScheduler(num_train_timesteps=T, beta_end=0.1, variance_type="fixed_large"))
     expected = pipeline(3, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
     generator = torch.Generator().manual_seed(0)

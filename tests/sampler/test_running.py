@@ -123,7 +123,7 @@ def test_stream_every(every: int, rows: list[int]) -> None:
 
 @pytest.fixture
 def states(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[State]]:
-    """Weak references to the states of all runs, as they start."""
+    """Collect weak references to the states of all runs, as they start."""
     references = []
     create = State.create
 

@@ -336,7 +336,7 @@ def test_a_nan_names_its_image_and_leaves_the_others() -> None:
 
 
 class Poison(Probe):
-    """Says NaN of images labelled 3, at one timestep."""
+    """Network that returns NaN for images labelled 3, at one timestep."""
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         out = super().forward(x, t, class_labels)
