@@ -35,11 +35,19 @@ class EagerRunner:
     @torch.no_grad()
     def forward(self, state: State) -> None:
         """Evaluate the network, with guidance, and set ``state.out``."""
-        self.forward_with_gradient(state)
-
-    def forward_with_gradient(self, state: State) -> None:
-        """Do as `forward`, but leave autograd on: ``state.out`` can be differentiated by ``state.x``."""
         self.evaluate(state, bool(state.guided_host.any()))
+
+    def forward_with_gradient(self, state: State) -> Tensor:
+        """Run `forward` and return the x by which ``state.out`` can be differentiated; ``state.x`` has no graph."""
+        x = state.x
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            state.x = leaf
+            try:
+                self.evaluate(state, bool(state.guided_host.any()))
+            finally:
+                state.x = x
+        return leaf
 
     def evaluate(self, state: State, guided: bool) -> None:
         """Set ``state.out``, from two network rows per image if ``guided``. Reads no values from the device."""

@@ -60,7 +60,7 @@ def checksum(unet: UNet) -> tuple[int, ...]:
     """Compute a checksum of the weights' bits, two numbers for each parameter.
 
     In-place edits of ``.data`` and fused optimizers change weights without bumping tensor versions, so only the bits
-    show it. It is fast and in memory only; files name a model by `fastdiff.checkpoints.reading.fingerprint`.
+    show it. It is fast and in memory only; files name a model by `fastdiff.checkpoints.weights_digest`.
     """
     sums = []
     for p in unet.parameters():

@@ -1,6 +1,6 @@
-"""The command line: ``fastdiff sample | train | info | trilemma | convert | eval | bench``, a module for each.
+"""The command line, ``fastdiff sample | train | info | trilemma | convert | eval | bench``, with a module per command.
 
-A command imports what it works with when it is called, so that ``--help`` costs no torch import.
+A command imports the modules that it needs when it is called, so that ``--help`` need not import torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import typer
 from fastdiff import __version__
 from fastdiff.cli import bench, convert, eval, info, sample, train, trilemma
 from fastdiff.errors import FastdiffError
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +40,7 @@ for command in (sample.sample, train.train, info.info, trilemma.trilemma, conver
 
 
 def main() -> None:
-    """Entry point: fastdiff's own errors and those of files are one line on standard error, exit code 2."""
+    """Run the command line; fastdiff's own errors and those of files are one line on standard error, exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()

@@ -15,38 +15,40 @@ def bench(
     model: ModelArgument = "fashion-mnist",
     batches: Annotated[str | None, typer.Option(help="Batch sizes (default: 1,8,32; --quick: 1,16).")] = None,
     engines: Annotated[
-        str | None, typer.Option(help="Which, as native,openvino; an unknown one lists all (default: all).")
+        str | None, typer.Option(help="Engines to run, as native,openvino; an unknown name lists all (default: all).")
     ] = None,
-    network_only: Annotated[bool, typer.Option(help="The network without the update.")] = False,
+    network_only: Annotated[bool, typer.Option(help="Time the network without the update.")] = False,
     guidance: Annotated[
-        float | None, typer.Option(help="Guided steps, of two network rows an image (default: unguided).")
+        float | None, typer.Option(help="Guidance scale: steps of two network rows an image (default: unguided).")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda (not tried yet).")] = "cpu",
-    quick: Annotated[bool, typer.Option(help="Short turns, fewer rounds, no engine that compiles first.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda (not tested yet).")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="Shorter and fewer rounds, without engines that compile first.")] = False,
     rounds: Annotated[
-        int | None, typer.Option(help="At most so many; fewer where ratios settle (default: 40; --quick: 25).")
+        int | None, typer.Option(help="Rounds at most; fewer if the ratios converge (default: 40; --quick: 25).")
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Keep the result here, as JSON; an unfinished one there is gone on with.")
+        Path | None, typer.Option(help="Write the result here, as JSON; an unfinished result there is continued.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="An earlier --save: exit code 1 where a ratio fell beyond the noise.")
+        Path | None, typer.Option(help="An earlier --save: exit code 1 if a ratio fell by more than the noise.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the speeds, into a .png.")] = None,
     job: Annotated[
-        bool, typer.Option("--job", help="Instead: seconds of a whole sampling job, diffusers' own and fastdiff's.")
+        bool, typer.Option("--job", help="Instead, time a whole sampling job with diffusers and with fastdiff.")
     ] = False,
     n: Annotated[int, typer.Option("--n", "-n", help="Images of the job.")] = 16,
     steps: Annotated[int, typer.Option(help="DDIM steps of the job.")] = 50,
-    profile: Annotated[bool, typer.Option("--profile", help="Instead: where the native engine's time goes.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Instead, profile the native engine by operation.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how fast a network runs here, beside the other ways to run it that are installed.
+    """Measure how fast a network runs here, with fastdiff and with the other engines that are installed.
 
-    MODEL may also be ddpm-cifar10-32 or ddpm-celebahq-256: with random weights.
+    MODEL may also be ddpm-cifar10-32 or ddpm-celebahq-256, with random weights.
 
-    Engines take turns, each in a process of its own. Every one is first compared with float64; one that is wrong gets
-    no speed, and the exit code is 1. Ratios are to one peer, with a 95 % interval; the last line of a batch says
+    Engines take turns, each in its own process. Each is first compared with float64; if one is wrong, its speed is not
+    measured, and the exit code is 1. Ratios are to one peer, with a 95 % interval; the last line of a batch says
     whether the machine was too noisy.
 
     Examples:

@@ -28,20 +28,20 @@ def convert(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Of SRC: a published model, as adm-imagenet-64; an unknown one lists all.")
+        str | None, typer.Option(help="Published model that SRC is, as adm-imagenet-64; an unknown name lists all.")
     ] = None,
     flags: Annotated[
-        str | None, typer.Option(help="Of SRC, instead: its README's flags, as '--image_size 64 ...'.")
+        str | None, typer.Option(help="Instead of --preset: the flags in the README of SRC, as '--image_size 64 ...'.")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a folder's weights, as fp16.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights, as fp16.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Which of a .pt's sets of weights (default: the averaged ones).")
+        str | None, typer.Option(help="Name of a set of weights in a .pt (default: the averaged ones).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model in another format; not one bit of a tensor changes, so there and back gives what was there.
+    """Write a model in another format. No bit of a tensor changes, so converting back restores the original.
 
-    PyTorch files are read without running code in them.
+    PyTorch files are read without running the code in them.
 
     Examples:
 
@@ -59,4 +59,4 @@ def convert(
         return
     print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
     if result["left_out"]:
-        print(f"left out, as sampling does not hear them: {', '.join(result['left_out'])}")
+        print(f"left out, as sampling does not need them: {', '.join(result['left_out'])}")

@@ -48,19 +48,22 @@ def eval(
     variance: VarianceOption = None,
     spacing: SpacingOption = None,
     guidance: GuidanceOption = 1.0,
-    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only; its class is i mod classes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Image i depends only on (seed, i); its class is i mod the number of classes.")
+    ] = 0,
     batch_size: BatchSizeOption = None,
     backend: BackendOption = "auto",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for images, features and report.json; a later run goes on.")
+        Path,
+        typer.Option("--out", "-o", help="Folder for images, features and report.json; a later run continues there."),
     ] = Path("out/eval"),
     as_json: JsonOption = False,
 ) -> None:
     """Measure how good a model's samples are: Frechet and kernel distance, precision, recall.
 
-    Each has a 95 % interval, and stands beside the same number for held-out real images.
+    Each has a 95 % interval, and is printed beside the same number for held-out real images.
 
     Examples:
 

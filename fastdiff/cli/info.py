@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from fastdiff.cli.options import SOLVER_HELP, JsonOption, ModelArgument
 from fastdiff.errors import InvalidArgument
 
+if TYPE_CHECKING:
+    from fastdiff.backends.native.cost import Cost
+    from fastdiff.sampler import Sampler
+    from fastdiff.solvers import StepTable
+
 
 def info(
     model: ModelArgument = "fashion-mnist",
     solver: Annotated[str | None, typer.Option(help=f"Also print this solver's step table: {SOLVER_HELP}")] = None,
-    steps: Annotated[int | None, typer.Option(help="Rows of that table.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of that solver.")] = None,
     program: Annotated[
         bool,
         typer.Option(
@@ -26,14 +31,23 @@ def info(
     n: Annotated[
         int | None,
         typer.Option(
-            "--n", "-n", help="Also what this many images would cost: FLOPs, bytes, memory, seconds on this machine."
+            "--n",
+            "-n",
+            help="Also print what so many images would cost: FLOPs, bytes, memory, seconds on this machine.",
         ),
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Of the images of --n, as in `fastdiff sample`.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="Of the network for --n: float32, bfloat16 or bfloat16-fast.")] = "float32",
-    backend: Annotated[str, typer.Option(help="For --n: native; of eager and compiled less is known.")] = "native",
+    guidance: Annotated[
+        float, typer.Option(help="Guidance scale of the images of --n, as in `fastdiff sample`.")
+    ] = 1.0,
+    dtype: Annotated[
+        str, typer.Option(help="dtype of the network for --n: float32, bfloat16 or bfloat16-fast.")
+    ] = "float32",
+    backend: Annotated[
+        str, typer.Option(help="Backend for --n: native; for eager and compiled the cost lacks some numbers.")
+    ] = "native",
     batch_size: Annotated[
-        int | None, typer.Option(help="Rows that the operations are counted for (1), and images in flight for --n.")
+        int | None,
+        typer.Option(help="Batch that the operations of --program are for (1), and images in flight for --n."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,15 +65,10 @@ def info(
     """
     from fastdiff import Sampler
     from fastdiff.backends import BACKENDS
-    from fastdiff.backends.native import choose_method, cost
+    from fastdiff.backends.native import choose_method
     from fastdiff.core.lower import lower
     from fastdiff.core.plan import plan
     from fastdiff.core.program import Conv
-    from fastdiff.sampler.choice import resolve
-    from fastdiff.sampler.options import Options
-    from fastdiff.sampler.request import check
-    from fastdiff.sampler.tables import step_table
-    from fastdiff.schedule import NoiseSchedule
 
     if steps is not None and solver is None and n is None:
         raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table; or --n")
@@ -68,43 +77,16 @@ def info(
     if backend not in BACKENDS:
         raise InvalidArgument(f"--backend {backend}: allowed: {', '.join(BACKENDS)}")
     sampler = Sampler.from_pretrained(model, device="cpu")
-    height, width = sampler.info.size or (sampler.info.stride,) * 2
+    size = sampler.info.size or (sampler.info.stride,) * 2
     rows = batch_size or 1
-    layout = plan(lower(sampler.unet, (height, width)), rows)  # type: ignore[arg-type]  # from_pretrained: a UNet
+    layout = plan(lower(sampler.unet, size), rows)  # type: ignore[arg-type]  # from_pretrained: a UNet
     methods = {op.dst: choose_method(op, layout.program, rows) for op in layout.program.ops if isinstance(op, Conv)}
     operations = layout.to_dict(methods)
-    table = None
-    if solver is not None:
-        chosen, _ = resolve(Options(solver=solver, steps=steps), sampler.schedule, None)
-        table = step_table(chosen, sampler.schedule, sampler.prediction, sampler.scheduler_config)
-    config: Any = sampler.unet.config
-    schedule = sampler.schedule
-    levels = schedule.to_scheduler_config() if isinstance(schedule, NoiseSchedule) else dataclasses.asdict(schedule)
-    result: dict[str, Any] = {
-        "model": model,
-        "parameters": sum(p.numel() for p in sampler.unet.parameters()),
-        "image": [sampler.info.channels, height, width],
-        "classes": sampler.info.classes,
-        "null_label": sampler.info.null_label,
-        "gflop_per_image_step": round(operations["flops"] / rows / 1e9, 4),
-        "prediction": sampler.prediction,
-        "schedule": {k: v for k, v in levels.items() if v is not None},
-        "unet": config.to_dict(),
-    }
+    table = None if solver is None else _table(sampler, solver, steps)
+    result = _describe(sampler, model, size, operations["flops"] / rows)
     job = None
     if n is not None:
-        options = Options(
-            solver=solver or "ddim", steps=steps, guidance=guidance, batch_size=batch_size,
-            labels=None if sampler.info.classes is None else 0, size=(height, width),
-        )  # fmt: skip
-        options, _ = resolve(options, sampler.schedule, None)
-        request = check(
-            n, options, sampler.info, sampler.schedule, sampler.prediction, sampler.scheduler_config, backend
-        )
-        job = cost.estimate(
-            sampler.unet, (height, width), n, request.nfe, request.batch_size, dtype,
-            guided=request.nfe > len(request.table), backend=backend,
-        )  # fmt: skip
+        job = _cost(sampler, n, solver, steps, size, guidance, batch_size, dtype, backend)
     if as_json:
         result |= {} if table is None else {"table": json.loads(table.to_json())}
         result |= {} if job is None else {"cost": job.to_dict()}
@@ -112,9 +94,56 @@ def info(
         return
     for key, value in result.items():
         print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
-    if table is not None:
-        print(f"\n{table}")
-    if job is not None:
-        print(f"\n{job}")
-    if program:
-        print(f"\n{layout.text(methods)}")
+    for part in (table, job, layout.text(methods) if program else None):
+        if part is not None:
+            print(f"\n{part}")
+
+
+def _describe(sampler: Sampler, model: str, size: tuple[int, int], flops: float) -> dict[str, Any]:
+    """Describe the network and its schedule; ``flops`` are those of one evaluation for one image."""
+    from fastdiff.schedule import NoiseSchedule
+
+    schedule, config = sampler.schedule, cast(Any, sampler.unet.config)
+    levels = schedule.to_scheduler_config() if isinstance(schedule, NoiseSchedule) else dataclasses.asdict(schedule)
+    return {
+        "model": model,
+        "parameters": sum(p.numel() for p in sampler.unet.parameters()),
+        "image": [sampler.info.channels, *size],
+        "classes": sampler.info.classes,
+        "null_label": sampler.info.null_label,
+        "gflop_per_image_step": round(flops / 1e9, 4),
+        "prediction": sampler.prediction,
+        "schedule": {k: v for k, v in levels.items() if v is not None},
+        "unet": config.to_dict(),
+    }
+
+
+def _table(sampler: Sampler, solver: str, steps: int | None) -> StepTable:
+    """Return a solver's step table for this model."""
+    from fastdiff.sampler.choice import resolve
+    from fastdiff.sampler.options import Options
+    from fastdiff.sampler.tables import step_table
+
+    chosen, _ = resolve(Options(solver=solver, steps=steps), sampler.schedule, None)
+    return step_table(chosen, sampler.schedule, sampler.prediction, sampler.scheduler_config)
+
+
+def _cost(
+    sampler: Sampler, n: int, solver: str | None, steps: int | None, size: tuple[int, int], guidance: float,
+    batch_size: int | None, dtype: str, backend: str,
+) -> Cost:  # fmt: skip
+    """Estimate what n images cost, on a backend that need not be the sampler's."""
+    from fastdiff.backends.native import cost
+    from fastdiff.sampler.choice import resolve
+    from fastdiff.sampler.options import Options
+    from fastdiff.sampler.request import check
+
+    labels = None if sampler.info.classes is None else 0
+    options = Options(
+        solver=solver or "ddim", steps=steps, guidance=guidance, batch_size=batch_size, labels=labels, size=size
+    )
+    options, _ = resolve(options, sampler.schedule, None)
+    r = check(n, options, sampler.info, sampler.schedule, sampler.prediction, sampler.scheduler_config, backend)
+    return cost.estimate(
+        sampler.unet, size, n, r.nfe, r.batch_size, dtype, guided=r.nfe > len(r.table), backend=backend
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share, and how their values are read."""
+"""Arguments and options that several commands share, and functions that parse their values."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ SpacingOption = Annotated[
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")]
 
-# Where and in what the network runs.
+# Backend, device and dtype of the network.
 BackendOption = Annotated[str, typer.Option(help="auto, native, eager, compiled or triton.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")]
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16, bfloat16-fast (native) or float16 (default: the model's).")
 ]
 
-# What images are measured against, and by.
+# Real images and features that samples are compared by.
 RealOption = Annotated[
     Path | None,
     typer.Option(
@@ -54,12 +54,15 @@ FitOption = Annotated[
     str | None, typer.Option(help="crop or pad real images to the size (default: pad MNIST's files, else crop).")
 ]
 FeaturesOption = Annotated[
-    str, typer.Option(help="Whose: fashion-mnist, a classifier's file, or a .pth of Inception's weights.")
+    str,
+    typer.Option(
+        help="Network that computes features: fashion-mnist, a classifier's file, or a .pth of Inception's weights."
+    ),
 ]
 
 
 def read_numbers(option: str, text: str) -> list[int]:
-    """The whole numbers of a comma-separated list, as "4,10"; `InvalidArgument` names the option."""
+    """Parse a comma-separated list of whole numbers, as "4,10"; `InvalidArgument` names the option."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as e:
@@ -67,7 +70,7 @@ def read_numbers(option: str, text: str) -> list[int]:
 
 
 def read_size(text: str) -> int | tuple[int, int]:
-    """The value of --size: "32" gives 32, "24x40" gives (24, 40); `InvalidArgument` for anything else."""
+    """Parse the value of --size: "32" gives 32, "24x40" gives (24, 40); anything else is an `InvalidArgument`."""
     try:
         sides = [int(part) for part in text.lower().split("x")]
     except ValueError as e:

@@ -31,6 +31,8 @@ from fastdiff.errors import InvalidArgument
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastdiff.sampler import Event, SampleOutput, Sampler
+
 
 def sample(
     model: ModelArgument = "fashion-mnist",
@@ -48,38 +50,45 @@ def sample(
     steps: StepsOption = None,
     eta: EtaOption = 0.0,
     variance: VarianceOption = None,
-    order: Annotated[int | None, typer.Option(help="Of unipc and deis (1-3) and lms (1-4).")] = None,
+    order: Annotated[
+        int | None, typer.Option(help="Evaluations that a step uses: unipc and deis 1-3, lms 1-4.")
+    ] = None,
     spacing: SpacingOption = None,
     compat: Annotated[
         str | None,
-        typer.Option(help="diffusers, openai or ho: what that code base's loop draws, --spacing in its terms."),
+        typer.Option(help="diffusers, openai or ho: draw what that code base's loop draws; --spacing is in its terms."),
     ] = None,
     guidance: GuidanceOption = 1.0,
-    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")] = 0,
-    start_index: Annotated[int, typer.Option(help="The first image's index.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i depends only on (seed, i).")] = 0,
+    start_index: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
     size: Annotated[str | None, typer.Option(help="Height and width, as 32 or 24x40 (default: the model's).")] = None,
     batch_size: BatchSizeOption = None,
     backend: BackendOption = "auto",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     image: Annotated[
-        Path | None, typer.Option(help="Start from this picture, shrunk and cropped to the size, in place of noise.")
+        Path | None,
+        typer.Option(help="Start from this picture, shrunk and cropped to the size, instead of from noise."),
     ] = None,
     strength: Annotated[
         float | None,
         typer.Option(help="Share of the steps that --image goes through (default: 0.8; with --mask: all)."),
     ] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew; what is black stays.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="White where --image is drawn anew, black where it is kept.")
+    ] = None,
     quality: Annotated[
         float | None,
         typer.Option(
-            help="In place of --solver and --steps: 1.1 is the fewest network evaluations within 1.1 times the best "
+            help="Instead of --solver and --steps: 1.1 is the fewest network evaluations within 1.1 times the best "
             "measured distance."
         ),
     ] = None,
     deadline: Annotated[
         float | None,
-        typer.Option(help="In place of --solver and --steps: the best measured setting that takes so many seconds."),
+        typer.Option(
+            help="Instead of --solver and --steps: the best measured setting that takes at most so many seconds."
+        ),
     ] = None,
     animate: Annotated[Path | None, typer.Option(help="Also write the denoising as a .gif or .webp.")] = None,
     as_json: JsonOption = False,
@@ -98,10 +107,47 @@ def sample(
 
     fastdiff sample --n 8 --labels 9 --image in.png --strength 0.6 -o out.png
     """
-    from fastdiff import SampleOutput, Sampler
-    from fastdiff.data.pictures import PICTURES, grid
+    from fastdiff import Sampler
     from fastdiff.data.pictures import animate as write_animation
-    from fastdiff.sampler.request import image_size
+    from fastdiff.data.pictures import grid
+    from fastdiff.sampler.options import Options
+
+    given = locals()
+    options = {name: given[flag.removeprefix("--").replace("-", "_")] for name, flag in Options.flags().items()}
+    _check_files(out, animate, image, mask)
+    options["size"] = None if size is None else read_size(size)
+    sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
+    n, options["labels"] = _labels(sampler, n, options["size"], per_class, labels)
+    options |= _pictures(sampler, n, options["size"], image, mask)
+    frames = []
+
+    def keep(event: Event) -> None:
+        if event.indices.start == start_index:  # the animation shows the first batch
+            frames.append(grid(event.x, per_class))
+
+    progress = sys.stderr.isatty() and not as_json
+    started = time.perf_counter()
+    output = sampler.sample(n, progress=progress, callback=None if animate is None else keep, **options)
+    if animate is not None:
+        write_animation(frames, animate)
+    seconds = time.perf_counter() - started
+    output.save(out, per_class)
+    result = _report(sampler, output, out, seconds)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(
+        "{out}: {images} images, {solver}, {rows} steps, {nfe} network evaluations each, seed {seed}".format(**result)
+    )
+    print(
+        f"{seconds:.1f} s, {n * result['rows'] / seconds:.1f} img-steps/s on {result['device']} "
+        f"({result['backend']}, {result['dtype']})"
+    )
+
+
+def _check_files(out: Path, animate: Path | None, image: Path | None, mask: Path | None) -> None:
+    """Check the files, and make the folders of the written ones, before any work is done."""
+    from fastdiff.data.pictures import PICTURES
 
     if out.suffix.lower() not in (*PICTURES, ".npz", ""):
         raise InvalidArgument(
@@ -109,59 +155,55 @@ def sample(
         )
     if animate is not None and animate.suffix.lower() not in (".gif", ".webp"):
         raise InvalidArgument(f"--animate {animate}: a .gif or .webp file is needed")
-    for path in (out, animate):  # a folder that cannot be made says so before the work
+    for path in (out, animate):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    height_width = None if size is None else read_size(size)
     for path in (image, mask):
         if path is not None and not path.is_file():
             raise InvalidArgument(f"{path}: no such file")
-    sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
-    columns = None
-    chosen: list[int] | None = None
+
+
+def _labels(
+    sampler: Sampler, n: int, size: int | tuple[int, int] | None, per_class: int | None, labels: str | None
+) -> tuple[int, list[int] | None]:
+    """Return the number of images and their labels, by --n, --per-class and --labels."""
+    from fastdiff.sampler.request import image_size
+
     if per_class is not None:
         classes = sampler.info.classes
         if classes is None or per_class < 1:
             raise InvalidArgument(
                 f"--per-class {per_class}: a class-conditional model and a number of at least 1 are needed"
             )
-        n, columns = classes * per_class, per_class
-        image_size(n, height_width, sampler.info)  # too many images are refused before their labels are made
-        chosen = [label for label in range(classes) for _ in range(per_class)]
-    elif labels is not None:
-        given = read_numbers("--labels", labels)
-        image_size(n, height_width, sampler.info)
-        chosen = [given[i % len(given)] for i in range(n)]
-    options: dict[str, Any] = {
-        "solver": solver, "steps": steps, "eta": eta, "variance": variance, "order": order, "spacing": spacing,
-        "compat": compat, "guidance": guidance,
-        "seed": seed, "start_index": start_index, "size": height_width,
-        "batch_size": batch_size, "labels": chosen, "strength": strength,
-        "quality": quality, "deadline_s": deadline,
-    }  # fmt: skip
-    if image is not None or mask is not None:
-        shape = image_size(n, height_width, sampler.info)
-        if image is not None:
-            options["image"] = _picture("--image", image, sampler.info.channels, shape)
-        if mask is not None:
-            options["mask"] = (_picture("--mask", mask, 1, shape) > 0).float()
-    show = sys.stderr.isatty() and not as_json
-    started = time.perf_counter()
-    if animate is None:
-        output: SampleOutput = sampler.sample(n, progress=show, **options)
-    else:
-        frames = []
+        n = classes * per_class
+        image_size(n, size, sampler.info)  # rejects too many images before a list is made of their labels
+        return n, [label for label in range(classes) for _ in range(per_class)]
+    if labels is None:
+        return n, None
+    repeated = read_numbers("--labels", labels)
+    image_size(n, size, sampler.info)
+    return n, [repeated[i % len(repeated)] for i in range(n)]
 
-        def keep(event: Any) -> None:
-            if event.indices.start == start_index:  # the first chunk is shown
-                frames.append(grid(event.x, columns))
 
-        output = sampler.sample(n, progress=show, callback=keep, **options)
-        write_animation(frames, animate)
-    seconds = time.perf_counter() - started
-    output.save(out, columns)
-    rows = len(output.table)
-    result = {
+def _pictures(
+    sampler: Sampler, n: int, size: int | tuple[int, int] | None, image: Path | None, mask: Path | None
+) -> dict[str, Tensor]:
+    """Read --image and --mask, where they are given."""
+    from fastdiff.sampler.request import image_size
+
+    if image is None and mask is None:
+        return {}
+    shape = image_size(n, size, sampler.info)
+    read = {} if image is None else {"image": _picture("--image", image, sampler.info.channels, shape)}
+    if mask is not None:
+        read["mask"] = (_picture("--mask", mask, 1, shape) > 0).float()
+    return read
+
+
+def _report(sampler: Sampler, output: SampleOutput, out: Path, seconds: float) -> dict[str, Any]:
+    """Describe the run, for --json."""
+    n, rows = len(output.images), len(output.table)
+    return {
         "out": str(out),
         "images": n,
         "shape": list(output.images.shape[1:]),
@@ -175,21 +217,10 @@ def sample(
         "seconds": round(seconds, 3),
         "img_steps_per_s": round(n * rows / seconds, 2),
     }
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(
-        f"{out}: {n} images, {output.table.solver}, {rows} steps, {output.nfe} network evaluations each, "
-        f"seed {output.seed}"
-    )
-    print(
-        f"{seconds:.1f} s, {n * rows / seconds:.1f} img-steps/s on {result['device']} "
-        f"({result['backend']}, {result['dtype']})"
-    )
 
 
 def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> Tensor:
-    """A picture file as floats [channels, *size] in [-1, 1], centre-cropped and shrunk where it is larger."""
+    """Read a picture as floats [channels, *size] in [-1, 1]; a larger one is shrunk and cropped at its centre."""
     import torch
 
     from fastdiff.data.pixels import convert, fit_to, misfit, open_image, pixels_of, why
@@ -199,7 +230,7 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
     try:
         with open_image(path) as opened:
             pixels = convert(pixels_of(opened)[None], channels)
-    except Exception as e:  # decoders meet damaged files with whatever they stumble over
+    except Exception as e:  # decoders raise all kinds of errors for damaged files
         raise InvalidArgument(f"{option} {path} cannot be read: {why(e).splitlines()[0]}") from e
     wrong = misfit((pixels.shape[1], pixels.shape[2]), size, "crop")
     if wrong is not None:

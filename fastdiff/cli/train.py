@@ -32,14 +32,14 @@ def train(
     fit: Annotated[
         str, typer.Option(help="crop: centre-crop and shrink larger images; pad: put smaller ones on black.")
     ] = "crop",
-    unconditional: Annotated[bool, typer.Option(help="Ignore the labels that the data has.")] = False,
+    unconditional: Annotated[bool, typer.Option(help="Ignore the labels of the data.")] = False,
     init: Annotated[
         str | None, typer.Option(help="Start from this model's network and weights instead of the options below.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A U-Net config.json (diffusers keys); replaces the network options below.")
     ] = None,
-    channels: Annotated[str, typer.Option(help="Width of each resolution.")] = "64,128,256",
+    channels: Annotated[str, typer.Option(help="Channels at each resolution.")] = "64,128,256",
     layers: Annotated[int, typer.Option(help="Residual blocks per resolution.")] = 2,
     attention: Annotated[
         str, typer.Option(help="Feature-map heights that get attention, as 16,8; empty for none.")
@@ -59,21 +59,21 @@ def train(
     min_snr_gamma: Annotated[
         float | None, typer.Option(help="Min-SNR weighting of the loss, as 5 (default: none).")
     ] = None,
-    label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.1,
-    steps: Annotated[int, typer.Option(help="Updates.")] = 100_000,
+    label_dropout: Annotated[float, typer.Option(help="Share of labels that are dropped, for guidance.")] = 0.1,
+    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 100_000,
     batch_size: Annotated[int, typer.Option(help="Images per update, over all processes.")] = 128,
-    accumulate: Annotated[int, typer.Option(help="Parts in which a batch is run.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Parts that a batch is divided into, to save memory.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
     lr_warmup: Annotated[int, typer.Option(help="Updates of linear warm-up.")] = 500,
     lr_decay: Annotated[str, typer.Option(help="cosine, linear or none.")] = "cosine",
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
-    grad_clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
+    grad_clip: Annotated[float, typer.Option(help="Bound of the gradient norm.")] = 1.0,
     ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights that are sampled.")] = 0.9999,
     hflip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order, noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights, order and noise.")] = 0,
     log_every: Annotated[int, typer.Option(help="Updates between lines of log.jsonl.")] = 50,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 1000,
     sample_every: Annotated[int, typer.Option(help="Updates between sample grids; 0 for none.")] = 1000,
@@ -146,7 +146,7 @@ def _network(
     data: ImageData, channels: list[int], layers: int, attention: list[int], head_dim: int | None, groups: int,
     dropout: float, scale_shift: bool, class_image: str | None, unconditional: bool,
 ) -> UNetConfig:  # fmt: skip
-    """The U-Net that the options describe, for this data."""
+    """Return the configuration of the U-Net that the options describe, for this data."""
     from fastdiff import UNetConfig
 
     heights = [data.size[0] >> level for level in range(len(channels))]

@@ -27,12 +27,14 @@ from fastdiff.errors import InvalidArgument
 def trilemma(
     model: ModelArgument = "fashion-mnist",
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for images, results and picture; a later run goes on there.")
+        Path, typer.Option("--out", "-o", help="Folder for images, results and picture; a later run continues there.")
     ] = Path("out/trilemma"),
     n: Annotated[
         int | None,
         typer.Option(
-            "--n", "-n", help="Most images of a point (default: 5000 of main settings up to 20 evaluations, else 2000)."
+            "--n",
+            "-n",
+            help="Images of a point at most (default: 5000 for main settings up to 20 evaluations, else 2000).",
         ),
     ] = None,
     nfe: Annotated[
@@ -49,7 +51,7 @@ def trilemma(
     data: RealOption = None,
     held_out: Annotated[
         Path | None,
-        typer.Option(help="Real images that the model never saw: the floor (default: MNIST's test files)."),
+        typer.Option(help="Real images that the model never saw: a lower bound (default: MNIST's test files)."),
     ] = None,
     fit: FitOption = None,
     features: FeaturesOption = "fashion-mnist",
@@ -57,22 +59,24 @@ def trilemma(
     backend: BackendOption = "auto",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    no_draw: Annotated[bool, typer.Option("--no-draw", help="Report the images that are there; draw none.")] = False,
+    no_draw: Annotated[bool, typer.Option("--no-draw", help="Report on the images that exist; draw none.")] = False,
     no_time: Annotated[
-        bool, typer.Option("--no-time", help="Time no speeds; those of the last run in OUT stay.")
+        bool, typer.Option("--no-time", help="Measure no speeds; those of the last run in OUT are kept.")
     ] = False,
     peer: Annotated[bool, typer.Option("--peer", help="Also time diffusers' DDPM loop (needs diffusers).")] = False,
     install: Annotated[
         bool,
-        typer.Option("--install", help="Keep the result in MODEL's folder, for solver=auto, quality= and deadline_s=."),
+        typer.Option(
+            "--install", help="Write the result into MODEL's folder, for solver=auto, quality= and deadline_s=."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure quality, diversity and speed of a model's samples, by solver and number of network evaluations.
 
-    Writes OUT/trilemma.json and, with matplotlib, OUT/trilemma.png. Hours of work, told before they begin; Ctrl-C loses
-    minutes at most, and the same command goes on. What OUT/trilemma.json has of a point stands in for its images, if
-    they are gone. Speeds are timed at the end, in turn.
+    Writes OUT/trilemma.json and, with matplotlib, OUT/trilemma.png. It takes hours, and prints an estimate first;
+    Ctrl-C loses minutes at most, and the same command continues. Where images of a point were deleted, its numbers in
+    OUT/trilemma.json are used. Speeds are measured at the end, in turns.
 
     Examples:
 

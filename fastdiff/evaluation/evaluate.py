@@ -32,7 +32,7 @@ from fastdiff.evaluation.metrics import Estimate, Extractor, Reference, features
 from fastdiff.evaluation.reference_images import MIN_IMAGES, Real, Shape, default_fit, find_data, load_images
 from fastdiff.files import atomic_path, write_text
 from fastdiff.sampler import Sampler
-from fastdiff.sampler.sampler import usable_device
+from fastdiff.sampler.runners import usable_device
 
 CHUNK = 1000  # images whose features are kept together
 

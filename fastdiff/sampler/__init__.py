@@ -1,4 +1,4 @@
-"""`Sampler`, the public object that draws images from a U-Net and a noise schedule."""
+"""`Sampler`, which draws images with a U-Net and a noise schedule, and the images and events that it returns."""
 
 from fastdiff.sampler.output import Event, SampleOutput
 from fastdiff.sampler.sampler import Sampler

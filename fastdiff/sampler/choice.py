@@ -1,21 +1,20 @@
-"""The choice of a solver and its steps: by solver="auto", by a wanted quality, or by a deadline."""
+"""Choice of a solver and its steps: by solver="auto", by a quality, or by a deadline."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from typing import Any
 
 import numpy as np
 
 from fastdiff import solvers
-from fastdiff.checks import is_whole
+from fastdiff.checks import is_number, is_whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import measured
 from fastdiff.sampler.measured import Measured, Point
-from fastdiff.sampler.options import Options
-from fastdiff.sampler.request import Request
+from fastdiff.sampler.options import AUTO, DEADLINE, MEASURED, QUALITY, Options
+from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.walk import Schedule
 
@@ -27,42 +26,38 @@ EDM_STEPS = 256  # the most that a deadline is spent on: Karras et al. 2022, tab
 def resolve(o: Options, schedule: Schedule, known: Measured | None) -> tuple[Options, Point | None]:
     """Return the options with a solver by name (or a table) where they ask for "auto" or a quality.
 
-    Where measurements of the model chose, the measured point comes along. Raises `InvalidArgument` where a quality
-    cannot be promised, or where options contradict the choice.
+    The measured point is returned too, where one was chosen. Raises `InvalidArgument` where a quality cannot be
+    promised, or where options contradict the choice.
     """
     point = None
     if o.quality is not None:
         point = _of_quality(o, known)
-    elif isinstance(o.solver, str) and o.solver == "auto" and o.steps is None:
+    elif o.automatic and o.steps is None:
         points, _ = comparable(o, known)
         point = measured.automatic(points) if points else None
     if point is not None:
         log.info("measured: %s, %d network evaluations", point, point.nfe)
         return dataclasses.replace(o, quality=None, **point.options), point
-    if not (isinstance(o.solver, str) and o.solver == "auto"):
+    if not o.automatic:
         return o, None
-    for option in ("order", "compat"):
-        if getattr(o, option) is not None:
-            raise InvalidArgument(f"{option}={getattr(o, option)!r} needs a solver by name; 'auto' chooses all")
+    name = o.excluded_by(AUTO)
+    if name is not None:
+        raise InvalidArgument(f"{name}={getattr(o, name)!r} needs a solver by name; 'auto' chooses all")
     guided = not np.all(np.asarray(o.guidance) == 1.0)
     steps = o.steps if o.spacing is None or isinstance(o.spacing, str) else len(o.spacing)
-    name, length, own = auto(schedule, steps, guided)
-    return dataclasses.replace(o, solver=name, steps=length, **own), None
+    solver, steps, own = auto(schedule, steps, guided)
+    return dataclasses.replace(o, solver=solver, steps=steps, **own), None
 
 
 def comparable(o: Options, known: Measured | None) -> tuple[list[Point], str]:
-    """The measured points that images of these options can be compared with; where there are none, why.
+    """Return the measured points that are valid for a call with these options; if there are none, the reason.
 
-    They were drawn from noise, with the model's own clipping, at one guidance scale throughout.
+    The measured images were drawn from noise, with the model's own clipping, at one guidance scale.
     """
     if known is None:
         return [], "this model has no measurements; `fastdiff trilemma` makes them"
-    names = ("spacing", "variance", "order", "compat", "image", "mask", "repaint", "guide")
-    given = {name: getattr(o, name) is not None for name in names}
-    given |= {"eta": o.eta != 0.0}
-    given |= {"clip": o.clip != FROM_MODEL, "guidance_rescale": o.guidance_rescale != 0.0}
-    given |= {"guidance_interval": o.guidance_interval != (0.0, 1.0)}
-    for name in (name for name, is_given in given.items() if is_given):
+    name = o.excluded_by(MEASURED)
+    if name is not None:
         return [], f"the measurements were made without {name}="
     try:
         scales = np.unique(np.asarray(o.guidance, dtype=np.float64))
@@ -75,51 +70,66 @@ def comparable(o: Options, known: Measured | None) -> tuple[list[Point], str]:
 
 
 def _of_quality(o: Options, known: Measured | None) -> Point:
-    q = o.quality
-    if isinstance(q, bool) or not isinstance(q, (int, float)) or not 1.0 <= q < math.inf:
+    q: Any = o.quality
+    if not is_number(q) or q < 1.0:
         raise InvalidArgument(
             f"quality={q!r}: a number of at least 1 is needed, as 1.1 for at most 1.1 times the best measured distance"
         )
-    alone("quality", o)
+    _check_conflicts(QUALITY, o)
     points, why = comparable(o, known)
     if not points:
         raise InvalidArgument(f"quality={q!r} cannot be promised: {why}")
     return measured.within(points, float(q))
 
 
-def alone(name: str, o: Options) -> None:
-    """quality= and deadline_s= choose what these options would say. solver="ddim", the default, counts as none."""
-    given = {"solver": o.solver not in ("ddim", "auto") if isinstance(o.solver, str) else True}
-    given |= {other: getattr(o, other) is not None for other in ("steps", "variance", "order", "compat")}
-    given |= {"eta": o.eta != 0.0}
-    if name == "deadline_s":  # these make the number of rows, or their cost, their own
-        given |= {other: getattr(o, other) is not None for other in ("repaint", "guide")}
-        given |= {"spacing": not (o.spacing is None or isinstance(o.spacing, str))}
-    given |= {other: getattr(o, other) is not None for other in ("quality", "deadline_s") if other != name}
-    for other in (other for other, is_given in given.items() if is_given):
+def _check_conflicts(name: str, o: Options) -> None:
+    """Reject options that quality= or deadline_s= chooses; solver="auto" asks for the same as they do."""
+    if o.automatic:
+        o = dataclasses.replace(o, solver="ddim")  # the default
+    if isinstance(o.spacing, str) and name == DEADLINE:
+        o = dataclasses.replace(o, spacing=None)  # only a list of timesteps has a number of rows
+    other = o.excluded_by(name)
+    if other is not None:
         raise InvalidArgument(f"{name}= chooses the solver and its steps; leave out {other}=")
 
 
-def check_deadline(o: Options) -> None:
-    """Raises `InvalidArgument` where ``deadline_s`` is none, or what else is given contradicts it."""
-    d = o.deadline_s
-    if isinstance(d, bool) or not isinstance(d, (int, float)) or not 0.0 < d < math.inf:
+def trial(o: Options, schedule: Schedule, prediction: str) -> Options:
+    """Return options for a run of three rows, by whose time `in_time` chooses; an image goes through all of them.
+
+    Raises `InvalidArgument` where ``deadline_s`` is not a time, or other options contradict it.
+    """
+    d: Any = o.deadline_s
+    if not is_number(d) or d <= 0.0:
         raise InvalidArgument(f"deadline_s={d!r}: a positive number of seconds is needed")
-    alone("deadline_s", o)
+    _check_conflicts(DEADLINE, o)
+    table = solvers.ddim(schedule, 3, prediction=prediction)
+    strength = None if o.image is None else 1.0
+    return dataclasses.replace(o, solver=table, deadline_s=None, spacing=None, clip=FROM_MODEL, strength=strength)
 
 
 def in_time(
-    o: Options, r: Request, schedule: Schedule, known: Measured | None, seconds: float, elapsed: float
+    o: Options, schedule: Schedule, known: Measured | None, *, n: int, chunks: int, seconds: float, elapsed: float
 ) -> Options:
-    """The options with the solver and the steps that a deadline leaves time for.
+    """Return the options with the solver and the steps for which a deadline leaves time.
 
-        rows = (deadline - elapsed) / (chunks * seconds),      seconds: of one row of a chunk, as timed
+        rows = (deadline - elapsed) / (chunks * seconds)
 
     The best measured setting of at most so many rows; without measurements the general rule of `auto` for so many
-    steps, at most as many as there are timesteps. ``r`` is the request with any table.
+    steps, at most as many as there are timesteps.
+
+    Args:
+        o: The options, with ``deadline_s``.
+        schedule: The network's noise schedule.
+        known: Measurements of the model, if there are any.
+        n: Number of images.
+        chunks: Number of batches that they are drawn in.
+        seconds: Time of one row of one batch, as measured.
+        elapsed: Seconds of the call that are already over.
+
+    Raises:
+        InvalidArgument: If even the shortest setting takes too long.
     """
     assert o.deadline_s is not None
-    chunks = len(r.chunks)
     rows = (o.deadline_s - elapsed) / (chunks * seconds)
     points, _ = comparable(o, known)
     if points:
@@ -130,8 +140,8 @@ def in_time(
             return dataclasses.replace(o, deadline_s=None, **point.options)
     else:
         shortest = 1
-        if isinstance(schedule, solvers.EDMSchedule):
-            steps = min(int((rows + 1) / 2), EDM_STEPS)  # of heun: two rows each, the last one
+        if isinstance(schedule, EDMSchedule):
+            steps = min(int((rows + 1) / 2), EDM_STEPS)  # a step of heun has two rows, the last one has one
         else:
             steps = min(int(rows), schedule.timesteps)
         if steps >= 1:
@@ -139,28 +149,28 @@ def in_time(
             return dataclasses.replace(o, deadline_s=None, solver="auto", steps=steps)
     raise InvalidArgument(
         f"deadline_s={o.deadline_s!r} cannot be kept here: the shortest setting, of {shortest} rows, takes about "
-        f"{elapsed + shortest * chunks * seconds:.3g} s for {r.n} images"
+        f"{elapsed + shortest * chunks * seconds:.3g} s for {n} images"
     )
 
 
 def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int | None, dict[str, Any]]:
-    """(solver, steps, its options) that solver="auto" means. A static rule, from what the solvers' papers report:
+    """Choose (solver, steps, options of that solver) by a fixed rule, from what the solvers' papers report:
 
         EDM networks        heun, 18 steps                       Karras et al. 2022, table 2
         fewer than 10       unipc, order 3, guided: order 2      Zhao et al. 2023, sections 4.1 and 4.2
         10 to 49            dpmpp_3m, guided: dpmpp_2m           Lu et al. 2022 (DPM-Solver++), sections 4.1 and 7.1
-        50 to 249           dpmpp_2m_sde                         Lu et al. 2022; Karras et al. 2022, figure 4: given
-                                                                 steps enough, noise mends accumulated errors
+        50 to 249           dpmpp_2m_sde                         Lu et al. 2022; Karras et al. 2022, figure 4: in many
+                                                                 steps, added noise corrects accumulated errors
         250 and more        ddpm                                 Song et al. 2021 (DDIM), table 1
 
     20 steps where ``steps`` is None. Guidance makes high orders unstable, hence the lower ones.
 
-    It is for models that were not measured (`comparable`). The measurement of the built-in one, among
-    benchmarks/results/ (trilemma-fashion-mnist.json), agrees on few steps, where unipc has the smallest distance, plain
-    and guided. With more, its distances tell the network's errors, which all solvers share, not the solvers': no
-    ground to change the rule for others.
+    The rule is for models without measurements. Those of the built-in model (benchmarks/results/,
+    trilemma-fashion-mnist.json) agree with it for few steps, where unipc has the smallest distance, plain and guided.
+    With more steps, its distances are dominated by the network's errors, which all solvers share; so they are no reason
+    to change the rule for other models.
     """
-    if isinstance(schedule, solvers.EDMSchedule):
+    if isinstance(schedule, EDMSchedule):
         return "heun", steps, {}
     n = min(20, schedule.timesteps) if steps is None else steps
     if not is_whole(n) or n < 10:

@@ -1,6 +1,7 @@
-"""What acts between `forward` and `update`, or after `update`, on every backend: known pixels, classifiers; and slerp.
+"""Editing on every backend: noised images, known pixels, classifier guidance, interpolation; and checks of their input.
 
-Everything here is a function of a `State`, image by image, so an image does not depend on its batch.
+Known pixels replace drawn ones after `Runner.update`; guides act between `Runner.forward` and `Runner.update`. Both are
+functions of a `State` for each image by itself, so an image does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.backends.eager import EagerRunner
 from fastdiff.core import noise, update
 from fastdiff.core.state import State
 from fastdiff.errors import CallbackError, InvalidArgument
@@ -25,25 +25,33 @@ THROUGH = ("x0", "network")
 
 
 def noised(image: Tensor, abar: float, data_scale: float, z: Tensor | None) -> Tensor:
-    """q(x_t | x_0) (Ho et al. 2020, eq. 4): sqrt(abar) image / data_scale + sqrt(1 - abar) z; z None at abar = 1."""
+    """Return a sample of q(x_t | x_0) (Ho et al. 2020, eq. 4); z may be None where abar is 1.
+
+    x_t = sqrt(abar) image / data_scale + sqrt(1 - abar) z
+    """
     x = image * (abar**0.5 / data_scale)
     return x if z is None else x + (1.0 - abar) ** 0.5 * z
 
 
 @dataclasses.dataclass(frozen=True)
 class Inpainting:
-    """Pixels that are known. image: float32 [B, C, H, W]; anew: bool [B, 1 or C, H, W], True where it is drawn anew."""
+    """Pixels that are known.
+
+    Attributes:
+        image: float32 [B, C, H, W].
+        anew: bool [B, 1 or C, H, W], True where the image is drawn anew.
+    """
 
     image: Tensor
     anew: Tensor
 
     def known(self, state: State) -> Tensor:
-        """The known image at the noise level where the current row ends (Lugmayr et al. 2022, eq. 8a; its algorithm 1
-        has the variance where the deviation belongs):
+        """Return the known image [B, C, H, W] at the noise level where the current row ends.
 
             x_p = sqrt(abar_p) image + sqrt(1 - abar_p) z,     z: Philox's stream MASK of the row
 
-        After the last row it is the image itself, and for an image that idles what it is already. [B, C, H, W]
+        (Lugmayr et al. 2022, eq. 8a; its algorithm 1 has the variance in place of the standard deviation.) After the
+        last row it is the image itself, and for an idle image it is ``state.x``.
         """
         lengths = state.bank.lengths_host[state.table_host]
         scale = np.array([state.bank.tables[table].data_scale for table in state.table_host.tolist()])
@@ -61,25 +69,32 @@ class Inpainting:
         return torch.where(idle, state.x, x)
 
     def put(self, state: State, known: Tensor) -> None:
-        """What is known in the place of what the solver made of it."""
+        """Replace the known pixels of ``state.x`` by those of ``known``."""
         state.x = torch.where(self.anew, state.x, known)
 
 
 def guide(state: State, log_p: Guide, indices: range, x0_of: Tensor | None, row: int, rows: int) -> None:
-    """Classifier guidance (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2), between forward and update. With g
-    the gradient of log p(y | x0) by x_t, a = sqrt(abar) and s = sqrt(1 - abar),
+    """Change ``state.out`` by classifier guidance (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2).
+
+    With g the gradient of log p(y | x0) by x_t, a = sqrt(abar) and s = sqrt(1 - abar),
 
         eps <- eps - s g,    which is    x0 <- x0 + s^2 / a g    and    out <- out + s^2 / (a ko) g
 
-    x0_of
-        None: the network is not differentiated. dx0 / dx_t is taken to be a, as it is for data of unit variance: then
-        s^2 / a g is s^2 times the gradient by x0 (r_t^2 of Song et al. 2023, "Pseudoinverse-guided diffusion models",
-        section 3.2).
-        ``state.x`` with the graph that led to ``state.out``: g goes through the network (Chung et al. 2023, DPS,
-        arXiv:2209.14687, eq. 9). At abar = 0, where nothing leads there, nothing is added.
+    Args:
+        state: The state, between `Runner.forward` and `Runner.update`.
+        log_p: Log-likelihood of x0, the row's with its bounds; the gradient passes the bounds straight through.
+        indices: Global indices of the images that ``log_p`` gets, the first ones of the batch.
+        x0_of: None: the network is not differentiated, and dx0 / dx_t is taken to be a, as it is for data of unit
+            variance: then s^2 / a g is s^2 times the gradient by x0 (r_t^2 of Song et al. 2023, "Pseudoinverse-guided
+            diffusion models", section 3.2). Else the input of the network, with the graph that led to ``state.out``:
+            g is taken through the network (Chung et al. 2023, DPS, arXiv:2209.14687, eq. 9); at abar = 0, where x0 does
+            not depend on x_t, nothing is added.
+        row: Number of the row, for errors.
+        rows: Rows of the table, for errors.
 
-    log_p sees the x0 of the row, bounds and all; they are straight through for the gradient. Its images are the first
-    ones of the batch, ``indices``. Raises `CallbackError` for what it raises, `InvalidArgument` for what it returns.
+    Raises:
+        CallbackError: If ``log_p`` raises.
+        InvalidArgument: If it does not return a tensor [len(indices)] that depends on x0.
     """
     n, where = len(indices), f"at row {row} of {rows}"
     graph = state.out
@@ -111,26 +126,14 @@ def guide(state: State, log_p: Guide, indices: range, x0_of: Tensor | None, row:
     state.out = out
 
 
-def forward_with_gradient(runner: EagerRunner, state: State) -> Tensor:
-    """The runner's `forward`, differentiable by the x that is returned; ``state.x`` itself stays free of a graph."""
-    x = state.x
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        state.x = leaf
-        try:
-            runner.forward_with_gradient(state)
-        finally:
-            state.x = x
-    return leaf
-
-
 def slerp(a: Tensor, b: Tensor, n: int) -> Tensor:
-    """n points on the great arc from a to b, both among them: [n, *a.shape] (Shoemake 1985; for noise as in Song et
-    al. 2021, DDIM, appendix D.5). With theta the angle between a and b,
+    """Interpolate n points [n, *a.shape] on the great arc from a to b, both included (Shoemake 1985).
+
+    With theta the angle between a and b (for noise as in Song et al. 2021, DDIM, appendix D.5),
 
         z = sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b,     w = 0 .. 1
 
-    so z stays as long as a and b are, as noise must. On a line through the origin: (1 - w) a + w b.
+    so the norm of z stays that of a and b, as noise needs. Where a and b are parallel, z = (1 - w) a + w b.
     """
     a, b = a.double(), b.double()
     cosine = ((a * b).sum() / (a.norm() * b.norm())).clamp(-1.0, 1.0)
@@ -141,11 +144,21 @@ def slerp(a: Tensor, b: Tensor, n: int) -> Tensor:
     return ((torch.sin((1.0 - w) * theta) * a + torch.sin(w * theta) * b) / torch.sin(theta)).float()
 
 
-# What the caller gave -------------------------------------------------------------------------------------------------
+def end_noise(end: int | Tensor, index: int, shape: tuple[int, int, int]) -> Tensor:
+    """Return the initial noise (C, H, W) at one end of an interpolation: that of a seed's image, or as given."""
+    if not isinstance(end, Tensor):
+        seed, i = noise.as_int64(noise.check_seed(end)), torch.tensor([index])
+        return noise.normal(torch.full_like(i, seed), i, torch.zeros_like(i), noise.INITIAL, shape)[0]
+    if tuple(end.shape) != shape or not end.is_floating_point() or not torch.isfinite(end).all():
+        raise InvalidArgument(f"between: noise of {end.dtype} {tuple(end.shape)}; finite floats {shape} are needed")
+    return end.detach().cpu()
+
+
+# Checks of the caller's tensors ---------------------------------------------------------------------------------------
 
 
 def check_image(image: Any, n: int, channels: int) -> Tensor:
-    """float32 [n, C, H, W] on the CPU, of a tensor [n, C, H, W], or [C, H, W] for all."""
+    """Return the image as float32 [n, C, H, W] on the CPU; [C, H, W] is for all."""
     if not isinstance(image, Tensor) or not image.is_floating_point():
         got = f"a tensor of {image.dtype}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
         raise InvalidArgument(f"image is {got}; a tensor of floats in [-1, 1] is needed (of uint8: x / 127.5 - 1)")
@@ -161,7 +174,7 @@ def check_image(image: Any, n: int, channels: int) -> Tensor:
 
 
 def check_range(image: Tensor, bound: float) -> None:
-    """Refuse an image whose values no x0 of the table can have, as those from 0 to 255."""
+    """Reject an image with values that no x0 of the table can have, as those from 0 to 255."""
     low, high = float(image.min()), float(image.max())
     if max(-low, high) > bound * (1.0 + 1e-4):
         raise InvalidArgument(
@@ -170,7 +183,7 @@ def check_range(image: Tensor, bound: float) -> None:
 
 
 def check_mask(mask: Any, n: int, shape: tuple[int, int, int]) -> Tensor:
-    """bool [n, 1 or C, H, W] on the CPU, of [H, W], [1 or C, H, W] or [n, 1 or C, H, W] of bools, or of 0 and 1."""
+    """Return the mask, [H, W], [1 or C, H, W] or [n, 1 or C, H, W] of 0 and 1, as bool [n, 1 or C, H, W] on the CPU."""
     C, H, W = shape
     if not isinstance(mask, Tensor):
         raise InvalidArgument(f"mask is a {type(mask).__name__}; a tensor ({H}, {W}), 1 where to draw anew, is needed")

@@ -1,32 +1,38 @@
-"""What a model's samples were measured to be worth, and the choices that follow from it.
+"""Measurements of a model's samples, and the choices of a setting that are made by them.
 
-`fastdiff trilemma` writes ``trilemma.json``; a copy of it in a model's folder is what `Sampler.sample` goes by where it
-is asked for solver="auto", quality= or deadline_s=. Of that file this module reads:
+``fastdiff trilemma`` writes ``trilemma.json``; a copy of it in a model's folder is the basis of solver="auto", quality=
+and deadline_s= in `Sampler.sample`. This module reads from that file:
 
     model       the fingerprint of the state dict that drew the images (`fastdiff.checkpoints.weights_digest`)
     n           the number of images, the same for all points, of the numbers below
-    points      of each setting: ``options`` of `Sampler.sample` (solver, steps, eta, spacing, guidance), ``nfe``,
+    points      for each setting: ``options`` of `Sampler.sample` (solver, steps, eta, spacing, guidance), ``nfe``,
                 and ``at_n``: ``frechet`` {value, low, high} and ``recall`` {value, ...}
 
-A choice is made among points of one guidance scale: how strongly to guide is for the user to say, and the distances of
-guided and plain samples differ by more than any solver makes up for.
+A setting is chosen among points of one guidance scale: how strong the guidance is, is the user's choice, and the
+distances of guided and plain samples differ by more than any solver can make up for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoints.reading import read_json
+from torch import nn
+
+from fastdiff.checkpoints.reading import read_json, weights_digest
+from fastdiff.checks import is_number, is_whole
 from fastdiff.errors import CheckpointError
+
+log = logging.getLogger("fastdiff")
 
 NAME = "trilemma.json"
 FORMAT = 1
 MAX_POINTS = 10_000
-# What a point may say to the sampler, and the types of it.
+# The options that a point may contain, and their types.
 OPTIONS: dict[str, tuple[type, ...]] = {
     "solver": (str,), "steps": (int,), "eta": (int, float), "spacing": (str,), "guidance": (int, float),
 }  # fmt: skip
@@ -34,8 +40,19 @@ OPTIONS: dict[str, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A measured setting: options of `Sampler.sample`, network evaluations an image, the Frechet distance with its
-    95 % interval, and recall.
+    """A measured setting: options of `Sampler.sample`, and what images drawn with them are like.
+
+    Attributes:
+        solver: Name of the solver.
+        steps: Its steps.
+        nfe: Network evaluations per image.
+        distance: Frechet distance to real images.
+        low: Lower end of its 95 % interval.
+        high: Upper end of its 95 % interval.
+        recall: Share of real images that lie among the drawn ones, from 0 to 1.
+        guidance: Scale of classifier-free guidance.
+        eta: Noise of ddim.
+        spacing: Spacing of the timesteps; None: the model's.
     """
 
     solver: str
@@ -51,12 +68,12 @@ class Point:
 
     @property
     def rows(self) -> int:
-        """Rows of its step table; a guided one evaluates the network twice."""
+        """Number of rows of its step table; a guided row evaluates the network twice."""
         return self.nfe if self.guidance == 1.0 else self.nfe // 2
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it says to the sampler, but for the guidance, which the caller said."""
+        """The options of `Sampler.sample` that it sets: all but the guidance, which the caller has given."""
         return {"solver": self.solver, "steps": self.steps, "eta": self.eta, "spacing": self.spacing}
 
     def __str__(self) -> str:
@@ -67,7 +84,14 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model's measured points; ``path`` is the file that they are of, ``model`` the network's fingerprint."""
+    """The measured points of a model.
+
+    Attributes:
+        path: File that they were read from.
+        model: Fingerprint of the network's state dict.
+        n: Number of images that each point was measured with.
+        points: The points.
+    """
 
     path: Path
     model: str
@@ -76,30 +100,37 @@ class Measured:
 
     @property
     def guidances(self) -> list[float]:
-        """The guidance scales that were measured."""
+        """Guidance scales that were measured, in increasing order."""
         return sorted({p.guidance for p in self.points})
 
     def at(self, guidance: float) -> list[Point]:
-        """The points of one guidance scale."""
+        """Return the points of one guidance scale."""
         return [p for p in self.points if p.guidance == guidance]
+
+    def check_rows(self, point: Point, rows: int) -> None:
+        """Raise `CheckpointError` where the step table of a point has another number of rows than the file says."""
+        if rows != point.rows:
+            raise CheckpointError(
+                f"{self.path}: {point} is said to take {point.nfe} network evaluations, but has {rows} rows here"
+            )
 
 
 def best(points: Sequence[Point]) -> Point:
-    """The smallest distance."""
+    """Return the point with the smallest distance."""
     return min(points, key=lambda p: (p.distance, p.nfe))
 
 
 def fewest(points: Sequence[Point], limit: float) -> Point:
-    """The fewest network evaluations whose distance is at most ``limit``.
+    """Return the point with the fewest network evaluations whose distance is at most ``limit``.
 
-    Among equals the smaller distance, then the larger recall; so no other point is better in one of network
-    evaluations, distance and recall without being worse in another: it is on the Pareto front of the three.
+    Among equals it has the smaller distance, then the larger recall; so it is on the Pareto front of the three: no
+    other point is better in one of them without being worse in another.
     """
     return min((p for p in points if p.distance <= limit), key=lambda p: (p.nfe, p.distance, -p.recall))
 
 
 def automatic(points: Sequence[Point]) -> Point:
-    """What solver="auto" means: the fewest network evaluations within the best distance's 95 % interval,
+    """Choose for solver="auto": the fewest network evaluations within the 95 % interval of the smallest distance.
 
     argmin { nfe(p) : d(p) <= high(p*) },      p* = argmin d
     """
@@ -107,18 +138,27 @@ def automatic(points: Sequence[Point]) -> Point:
 
 
 def within(points: Sequence[Point], quality: float) -> Point:
-    """What quality=q means: the fewest network evaluations with d(p) <= q min d, q of at least 1."""
+    """Choose for quality=q, at least 1: the fewest network evaluations with d(p) <= q min d."""
     return fewest(points, quality * best(points).distance)
 
 
 def fitting(points: Sequence[Point], rows: float) -> Point | None:
-    """What a deadline means: the smallest distance of at most so many rows; None where the shortest has more."""
+    """Choose for a deadline: the smallest distance in at most so many rows; None where every point has more."""
     fit = [p for p in points if p.rows <= rows]
     return best(fit) if fit else None
 
 
+def read_for(unet: nn.Module, path: Path) -> Measured | None:
+    """Read the measurements of a network; None, with a warning in the log, where they are of other weights."""
+    found = read(path)
+    if found.model == weights_digest(unet.state_dict()):
+        return found
+    log.warning("%s was measured with other weights, and is left aside", path)
+    return None
+
+
 def read(path: str | Path) -> Measured:
-    """The points of a ``trilemma.json``. Files are untrusted: `CheckpointError` names the file and what is wrong."""
+    """Read a ``trilemma.json``. The file is not trusted: `CheckpointError` says what is wrong with it."""
     path = Path(path)
     data = read_json(path)
 
@@ -163,11 +203,11 @@ def _point(entry: Mapping[str, Any]) -> Point:
     )
 
 
-def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _finite(value: Any) -> float:
+    if not is_number(value):
         raise ValueError(f"{value!r} is not a finite number")
     return float(value)
 
 
-def _whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+def _whole(value: Any, low: int, high: int) -> bool:
+    return is_whole(value) and low <= value <= high

@@ -1,11 +1,14 @@
-"""The options of a call, and what a sampler must know of the network to check them."""
+"""Options of a call of the sampler, each declared once, and the facts about a network that their checks need."""
+
+# ruff: noqa: RUF009  # option() returns a dataclasses.field
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from fastdiff.checks import is_whole
@@ -17,11 +20,110 @@ from fastdiff.solvers.compat.run import FROM_MODEL
 STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
 
 NoiseSource = Callable[[int | None, range], Tensor]
+"""Function (row, indices) -> noise [len(indices), C, H, W]; row is None for the initial noise."""
+
+# What can exclude an option:
+TABLE = "StepTable"  # solver=StepTable: its rows contain the option already
+AUTO = "auto"  # solver="auto": it belongs to one solver, which is not known
+QUALITY = "quality"  # quality= chooses it
+DEADLINE = "deadline_s"  # deadline_s= chooses it, or could not foresee its cost
+MEASURED = "measurements"  # images were measured without it, so the measurements say nothing about a call with it
+
+
+def option(default: Any, flag: str | None = None, *excluded_by: str) -> Any:
+    """Declare an option by its default, its flag in ``fastdiff sample`` (if it has one) and what excludes it."""
+    return dataclasses.field(default=default, metadata={"flag": flag, "excluded_by": excluded_by})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `Sampler.sample`, whose docstring describes them.
+
+    This is their one declaration: the conflicts between options and the options of ``fastdiff sample`` are read from
+    it, and tests/sampler/test_options.py compares the signature and the docstring of `Sampler.sample` with it.
+    """
+
+    solver: str | StepTable = option("ddim", "--solver", QUALITY, DEADLINE)
+    steps: int | None = option(None, "--steps", TABLE, QUALITY, DEADLINE)
+    eta: float = option(0.0, "--eta", TABLE, QUALITY, DEADLINE, MEASURED)
+    variance: str | None = option(None, "--variance", TABLE, QUALITY, DEADLINE, MEASURED)
+    order: int | None = option(None, "--order", TABLE, AUTO, QUALITY, DEADLINE, MEASURED)
+    spacing: str | Sequence[float] | None = option(None, "--spacing", TABLE, DEADLINE, MEASURED)
+    clip: float | str | None = option(FROM_MODEL, None, TABLE, MEASURED)
+    seed: int | None = option(0, "--seed")
+    start_index: int = option(0, "--start-index")
+    labels: int | Sequence[int] | Tensor | None = option(None, "--labels")
+    guidance: float | Sequence[float] = option(1.0, "--guidance")
+    guidance_interval: tuple[float, float] = option((0.0, 1.0), None, MEASURED)
+    guidance_rescale: float = option(0.0, None, MEASURED)
+    size: int | tuple[int, int] | None = option(None, "--size")
+    noise: Tensor | NoiseSource | None = option(None)
+    batch_size: int | None = option(None, "--batch-size")
+    image: Tensor | None = option(None, "--image", MEASURED)
+    strength: float | None = option(None, "--strength")
+    mask: Tensor | None = option(None, "--mask", MEASURED)
+    repaint: tuple[int, int] | None = option(None, None, DEADLINE, MEASURED)
+    guide: Guide | None = option(None, None, DEADLINE, MEASURED)
+    guide_through: str = option("x0")
+    quality: float | None = option(None, "--quality", DEADLINE)
+    deadline_s: float | None = option(None, "--deadline", QUALITY)
+    compat: str | None = option(None, "--compat", TABLE, AUTO, QUALITY, DEADLINE, MEASURED)
+
+    @classmethod
+    def named(cls, method: str, options: Mapping[str, Any]) -> Options:
+        """Make options of keyword arguments; `InvalidArgument` names the method and the ones that do not exist."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not options.keys() <= names:
+            unknown = ", ".join(sorted(options.keys() - names))
+            raise InvalidArgument(f"{method} has no option {unknown}; allowed: {', '.join(sorted(names))}")
+        return cls(**options)
+
+    @classmethod
+    def among(cls, names: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of ``names``, the local variables of a method, that are options."""
+        return {field.name: names[field.name] for field in dataclasses.fields(cls) if field.name in names}
+
+    @classmethod
+    def flags(cls) -> dict[str, str]:
+        """Return the flags of the command line by the names of their options."""
+        return {field.name: field.metadata["flag"] for field in dataclasses.fields(cls) if field.metadata["flag"]}
+
+    def excluded_by(self, other: str) -> str | None:
+        """Return the first option that is given, that is, not its default, and that ``other`` excludes."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            given = value is not None if field.default is None else bool(np.any(value != field.default))
+            if given and other in field.metadata["excluded_by"]:
+                return field.name
+        return None
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the solver is to be chosen here: solver="auto"."""
+        return isinstance(self.solver, str) and self.solver == "auto"
+
+    @property
+    def late(self) -> float | None:
+        """Share of the run that an image goes through; None where the run starts at noise alone."""
+        if self.strength is None and self.image is not None and self.mask is None:
+            return STRENGTH
+        return self.strength
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkInfo:
-    """What a sampler must know of a network: read from a `UNetConfig` or a diffusers config, or given as a shape."""
+    """Facts about a network, read from a `UNetConfig` or a diffusers config, or given as a shape.
+
+    Attributes:
+        channels: Channels of its input.
+        size: Height and width that it was trained for; None where its configuration has none.
+        out_channels: Channels of its output; None where they are unknown.
+        stride: Height and width must be multiples of it.
+        width: Channels of the first block, from which memory is estimated.
+        classes: Number of classes, without the null class; None where it has none, or they are unknown.
+        null_label: Label of the null class; None where it has none, so that it cannot be guided.
+        described: Whether it has a configuration; without one any label is passed on to it.
+    """
 
     channels: int
     size: tuple[int, int] | None
@@ -34,8 +136,10 @@ class NetworkInfo:
 
     @classmethod
     def of(cls, unet: nn.Module, shape: tuple[int, int, int] | None) -> NetworkInfo:
-        """Raises `InvalidArgument` where neither the network nor ``shape`` tells the input, `ConfigError` for class
-        embeddings that are not fed by labels.
+        """Read the facts about a network; ``shape``, the (C, H, W) of its images, counts more than its configuration.
+
+        Raises `InvalidArgument` where neither gives the shape of the input, and `ConfigError` for class embeddings
+        whose input is not a label.
         """
         if shape is not None and not (
             isinstance(shape, tuple) and len(shape) == 3 and all(is_whole(v) and v >= 1 for v in shape)
@@ -69,43 +173,5 @@ class NetworkInfo:
         )
 
     def activation_bytes(self, size: tuple[int, int]) -> int:
-        """A rough size of one image's activations: a dozen float32 maps of the first block's width."""
+        """Estimate the memory of one image's activations: a dozen float32 maps of the first block's width."""
         return 12 * 4 * self.width * size[0] * size[1]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of `Sampler.sample`, which describes them."""
-
-    solver: str | StepTable = "ddim"
-    steps: int | None = None
-    eta: float = 0.0
-    variance: str | None = None
-    order: int | None = None
-    spacing: str | Sequence[float] | None = None
-    clip: float | str | None = FROM_MODEL
-    seed: int | None = 0
-    start_index: int = 0
-    labels: int | Sequence[int] | Tensor | None = None
-    guidance: float | Sequence[float] = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-    size: int | tuple[int, int] | None = None
-    noise: Tensor | NoiseSource | None = None
-    batch_size: int | None = None
-    image: Tensor | None = None
-    strength: float | None = None
-    mask: Tensor | None = None
-    repaint: tuple[int, int] | None = None
-    guide: Guide | None = None
-    guide_through: str = "x0"
-    quality: float | None = None
-    deadline_s: float | None = None
-    compat: str | None = None
-
-    @property
-    def late(self) -> float | None:
-        """How much of the run an image goes through; None: it starts at noise alone."""
-        if self.strength is None and self.image is not None and self.mask is None:
-            return STRENGTH
-        return self.strength

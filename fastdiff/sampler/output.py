@@ -1,4 +1,4 @@
-"""What sampling gives back: the finished images, and the rows on the way to them."""
+"""Results of sampling: the finished images, and events for the rows before them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.data import pictures as images
+from fastdiff.data import pictures
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import atomic_path
 from fastdiff.solvers import StepTable
@@ -18,10 +18,14 @@ from fastdiff.solvers import StepTable
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One finished row of a run, for the images ``indices`` (global numbers) that are in flight.
+    """A finished row of a run, for the images that are in flight.
 
-    row counts from 0, rows is the table's length; x is the state after the row and x0 the denoised image that the row
-    saw, both float32 [len(indices), C, H, W] on the sampler's device.
+    Attributes:
+        row: Number of the row, from 0.
+        rows: Rows of the step table.
+        indices: Global indices of the images.
+        x: State after the row, float32 [len(indices), C, H, W] on the sampler's device.
+        x0: Denoised images that the row computed, likewise.
     """
 
     row: int
@@ -33,10 +37,15 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class SampleOutput:
-    """The images of (seed, start_index .. start_index + n - 1).
+    """The images ``start_index`` to ``start_index + n - 1`` of a seed.
 
-    images: float32 [n, C, H, W] on the CPU, in [-1, 1] where x0 was clipped; nfe: network evaluations per image (a
-    guided row counts two); labels: int64 [n] or None.
+    Attributes:
+        images: float32 [n, C, H, W] on the CPU, in [-1, 1] where x0 was clipped.
+        seed: Seed of the noise.
+        start_index: Global index of the first image.
+        table: Step table that was run.
+        nfe: Network evaluations per image; a guided row counts two.
+        labels: int64 [n], or None for an unconditional network.
     """
 
     images: Tensor
@@ -47,27 +56,43 @@ class SampleOutput:
     labels: Tensor | None
 
     def to_pil(self) -> list[Image.Image]:
-        """One PIL image each: mode L for one channel, RGB for three."""
-        return images.to_pil(self.images)
+        """Convert the images to PIL.
+
+        Returns:
+            One picture for each image: mode L for one channel, RGB for three.
+        """
+        return pictures.to_pil(self.images)
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """All images in one picture, row by row; a square by default."""
-        return images.grid(self.images, columns)
+        """Put all images into one picture, row by row.
+
+        Args:
+            columns: Images in a row; None: as many as make a square.
+
+        Returns:
+            The picture.
+        """
+        return pictures.grid(self.images, columns)
 
     def save(self, path: str | Path, columns: int | None = None) -> None:
-        """Write, atomically. The suffix of ``path`` says what:
+        """Write the images; files are replaced atomically.
 
-        a picture's (.png, .jpg, .webp, .gif): the image, or the grid of several;
-        ``.npz``: arrays images (uint8 [n, H, W, C]), seed, indices and, where there are any, labels;
-        none: a folder with one PNG per image, named by its global index.
+        Args:
+            path: Destination; its suffix selects the format. Suffix of a picture (.png, .jpg, .webp, .gif): the image,
+                or the grid of several. ``.npz``: arrays images (uint8 [n, H, W, C]), seed, indices and, if there are
+                any, labels. No suffix: a folder with a PNG for each image, named by its global index.
+            columns: Images in a row of the grid.
+
+        Raises:
+            InvalidArgument: If the suffix is none of these.
         """
         path = Path(path)
-        if path.suffix.lower() in images.PICTURES:
-            images.save_picture(self.to_pil()[0] if len(self.images) == 1 else self.grid(columns), path)
+        if path.suffix.lower() in pictures.PICTURES:
+            pictures.save_picture(self.to_pil()[0] if len(self.images) == 1 else self.grid(columns), path)
         elif path.suffix.lower() == ".npz":
             indices = np.arange(self.start_index, self.start_index + len(self.images))
             arrays: dict[str, Any] = {
-                "images": images.to_uint8(self.images),
+                "images": pictures.to_uint8(self.images),
                 "seed": np.uint64(self.seed),
                 "indices": indices,
             }
@@ -77,7 +102,7 @@ class SampleOutput:
                 np.savez_compressed(temporary, **arrays)
         elif not path.suffix:
             for i, picture in enumerate(self.to_pil(), start=self.start_index):
-                images.save_picture(picture, path / f"{i:06d}.png")
+                pictures.save_picture(picture, path / f"{i:06d}.png")
         else:
-            allowed = ", ".join((*images.PICTURES, ".npz"))
+            allowed = ", ".join((*pictures.PICTURES, ".npz"))
             raise InvalidArgument(f"{path}: unknown suffix; allowed: {allowed}, or none for a folder of PNGs")

@@ -1,4 +1,4 @@
-"""A call of the sampler, checked: everything that can be wrong with it is found here, before anything heavy runs."""
+"""Checks of a call of the sampler, which find everything that is wrong with it before anything heavy runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdiff.checks import is_whole
+from fastdiff.checks import is_whole, number, one_of, whole
 from fastdiff.core.noise import check_seed
 from fastdiff.errors import BackendError, InvalidArgument
 from fastdiff.sampler import editing
@@ -24,17 +24,32 @@ from fastdiff.solvers import StepTable
 from fastdiff.solvers.paths import repaint
 from fastdiff.solvers.walk import Schedule
 
-# Images are run in chunks whose activations take about this much; larger ones do not make a step faster.
+# Images are drawn in chunks whose activations take about this much; larger ones do not make a step faster.
 CHUNK_BYTES = 2 << 30
 MAX_CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked call: n images of ``shape`` in chunks of at most ``batch_size``.
+    """A checked call of `Sampler.sample`.
 
-    image, mask: float32 [n, C, H, W] and bool [n, 1 or C, H, W] on the CPU, or None; from_image: the run starts at the
-    noised image, not at noise alone.
+    Attributes:
+        n: Number of images.
+        seed: Seed of their noise.
+        start_index: Global index of the first one.
+        shape: (C, H, W) of an image.
+        table: Step table to run.
+        nfe: Network evaluations per image.
+        labels: int64 [n] on the CPU, or None.
+        guidance: Scale of classifier-free guidance for each image, float64 [n].
+        guidance_rescale: From 0 (off) to 1.
+        noise: As given.
+        batch_size: The images are drawn in chunks of at most so many.
+        image: float32 [n, C, H, W] on the CPU, or None.
+        from_image: Whether the run starts at the noised image, not at noise alone.
+        mask: bool [n, 1 or C, H, W] on the CPU, True where the image is drawn anew, or None.
+        guide: As given.
+        guide_through: As given.
     """
 
     n: int
@@ -53,15 +68,14 @@ class Request:
     mask: Tensor | None = None
     guide: Guide | None = None
     guide_through: str = "x0"
-    compat: str | None = None
 
     @property
     def chunks(self) -> list[range]:
-        """Positions 0 .. n-1 in runs of at most ``batch_size``."""
+        """The positions 0 to n - 1, in ranges of at most ``batch_size``."""
         return [range(i, min(i + self.batch_size, self.n)) for i in range(0, self.n, self.batch_size)]
 
     def indices(self, chunk: range) -> range:
-        """Global image indices of a chunk."""
+        """Return the global image indices of a chunk."""
         return range(self.start_index + chunk.start, self.start_index + chunk.stop)
 
 
@@ -76,14 +90,11 @@ def check(
 ) -> Request:
     """Return the checked request. Raises `InvalidArgument` naming the value and what is allowed.
 
-    "auto", a quality and a deadline must be resolved before, by `fastdiff.sampler.choice`.
+    `fastdiff.sampler.choice` must have resolved "auto", a quality and a deadline before.
     """
-    if not is_whole(n) or n < 1:
-        raise InvalidArgument(f"n={n!r}: a whole number of at least 1 is needed")
-    if not is_whole(o.start_index) or not 0 <= o.start_index <= (1 << 63) - int(n):
-        raise InvalidArgument(f"start_index={o.start_index!r}: a whole number from 0 is needed")
-    if o.batch_size is not None and (not is_whole(o.batch_size) or o.batch_size < 1):
-        raise InvalidArgument(f"batch_size={o.batch_size!r}: a whole number of at least 1, or None, is needed")
+    n = whole("n", n, 1)
+    start_index = whole("start_index", o.start_index, 0, (1 << 63) - n)
+    batch_size = None if o.batch_size is None else whole("batch_size", o.batch_size, 1, but="None")
     seed = secrets.randbits(63) if o.seed is None else check_seed(o.seed)
     image = None if o.image is None else editing.check_image(o.image, n, info.channels)
     given = o.size if image is None or o.size is not None else (image.shape[2], image.shape[3])
@@ -113,17 +124,17 @@ def check(
         raise InvalidArgument(f"noise has shape {tuple(o.noise.shape)}, {(n, *shape)} is needed")
     default_batch = max(1, min(MAX_CHUNK, CHUNK_BYTES // info.activation_bytes(size)))
     return Request(
-        n=int(n),
+        n=n,
         seed=seed,
-        start_index=int(o.start_index),
+        start_index=start_index,
         shape=shape,
         table=table,
         nfe=table.nfe(guided=bool((guidance != 1.0).any())),
         labels=_labels(n, o.labels, info),
         guidance=guidance,
-        guidance_rescale=float(o.guidance_rescale),
+        guidance_rescale=number("guidance_rescale", o.guidance_rescale, 0, 1),
         noise=o.noise,
-        batch_size=min(int(n), o.batch_size or default_batch),
+        batch_size=min(n, batch_size or default_batch),
         image=image,
         from_image=o.late is not None,
         mask=mask,
@@ -135,7 +146,7 @@ def check(
 def _mask(n: int, o: Options, shape: tuple[int, int, int]) -> Tensor | None:
     for name in ("strength", "mask"):
         if getattr(o, name) is not None and o.image is None:
-            raise InvalidArgument(f"{name} needs image=, what it is about")
+            raise InvalidArgument(f"{name} needs image=, to which it applies")
     if o.repaint is not None and o.mask is None:
         raise InvalidArgument(f"repaint={o.repaint!r} needs image= and mask=: it makes known and new pixels agree")
     return None if o.mask is None else editing.check_mask(o.mask, n, shape)
@@ -144,8 +155,7 @@ def _mask(n: int, o: Options, shape: tuple[int, int, int]) -> Tensor | None:
 def _check_guide(o: Options, backend: str) -> None:
     if o.guide is not None and not callable(o.guide):
         raise InvalidArgument(f"guide is a {type(o.guide).__name__}; a function (x0, indices) -> log p is needed")
-    if o.guide_through not in editing.THROUGH:
-        raise InvalidArgument(f"guide_through={o.guide_through!r} is unknown; allowed: {', '.join(editing.THROUGH)}")
+    one_of("guide_through", o.guide_through, editing.THROUGH)
     if o.guide_through == "network":
         if o.guide is None:
             raise InvalidArgument("guide_through='network' needs guide=")
@@ -163,7 +173,7 @@ def _repainted(table: StepTable, given: tuple[int, int]) -> StepTable:
 
 
 def image_size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) -> tuple[int, int]:
-    """Height and width of the images; `InvalidArgument` where they, or n of them, cannot be."""
+    """Return the height and width of the images; `InvalidArgument` if the network or the memory excludes them."""
     if size is None:
         if info.size is None:
             raise InvalidArgument("the network's configuration has no sample_size; give size=")
@@ -222,9 +232,6 @@ def _guidance(n: int, o: Options, info: NetworkInfo) -> NDArray[np.float64]:
         raise InvalidArgument(f"guidance={o.guidance!r}: one number, or {n} of them, are needed") from e
     if not np.isfinite(scales).all():
         raise InvalidArgument(f"guidance={o.guidance!r}: finite numbers are needed")
-    rescale = o.guidance_rescale
-    if isinstance(rescale, bool) or not isinstance(rescale, (int, float)) or not 0.0 <= rescale <= 1.0:
-        raise InvalidArgument(f"guidance_rescale={rescale!r}: a number from 0 to 1 is needed")
     if (scales != 1.0).any():
         if info.null_label is None:
             raise InvalidArgument(
@@ -244,7 +251,7 @@ def _guided_between(table: StepTable, interval: tuple[float, float]) -> StepTabl
 
 
 def _memory() -> int | None:
-    """Physical memory in bytes; None where the system does not tell."""
+    """Return the physical memory in bytes; None where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

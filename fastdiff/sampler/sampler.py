@@ -1,15 +1,10 @@
-"""The public object: images from a U-Net and a schedule."""
+"""`Sampler`, which draws images with a U-Net and the schedule that it was trained with."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import itertools
-import logging
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,56 +12,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import backends, solvers
-from fastdiff.backends.eager import EagerRunner
-from fastdiff.checkpoints import load, weights_digest
-from fastdiff.core import noise, update
-from fastdiff.core.state import State, TableBank
-from fastdiff.errors import CallbackError, Cancelled, CheckpointError, InvalidArgument, NumericsError
-from fastdiff.sampler import choice, editing, measured, request
-from fastdiff.sampler.editing import Guide, Inpainting
+from fastdiff import backends, checkpoints, solvers
+from fastdiff.checks import one_of, whole
+from fastdiff.errors import InvalidArgument
+from fastdiff.sampler import choice, editing
+from fastdiff.sampler.editing import Guide
+from fastdiff.sampler.loop import Loop
+from fastdiff.sampler.measured import NAME, Measured, read_for
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
 from fastdiff.sampler.output import Event, SampleOutput
-from fastdiff.sampler.request import Request
+from fastdiff.sampler.request import Request, check
+from fastdiff.sampler.runners import Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.walk import Schedule
 
-__all__ = ["Event", "SampleOutput", "Sampler"]
-
-log = logging.getLogger("fastdiff")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-FAST = "bfloat16-fast"
-
 
 class Sampler:
-    """Samples from a diffusion U-Net.
+    """Draws images with a diffusion U-Net.
 
-    unet
-        A `fastdiff.UNet`, a diffusers ``UNet2DModel``, or any module called as ``unet(x, t)`` or
-        ``unet(x, t, class_labels=labels)`` (then give ``shape``, its (C, H, W)). It is never changed, and its present
-        weights are used, also while it trains.
-    schedule, prediction
-        What it was trained with: a `NoiseSchedule` and "epsilon" (the default), "sample" or "v_prediction"; or a
-        `solvers.EDMSchedule` and "edm", for networks that are the F of EDM's preconditioning.
-    backend
-        "native" (fastdiff's own U-Net on the CPU, in float32 or bfloat16), "eager", "compiled", or "auto": native where
-        it can run, else eager; its choice is logged.
-    device, dtype
-        Where and in what the network runs; None keeps its own. The state is float32 always. "bfloat16-fast" is the
-        native backend's: faster, with more than twice the error of its bfloat16 (which is as exact as PyTorch's).
-    determinism
-        "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": bit for bit, with the backends
-        native and triton.
-    scheduler_config
-        Keys of a diffusers ``scheduler_config.json``: the model's own clipping, spacing and variance, where a call does
-        not give them.
+    A sampler may be used from several threads, whose calls take turns row by row. As a context manager it closes
+    itself.
 
-    It may be called from several threads, which take turns step by step. Raises `InvalidArgument` naming the value
-    and what is allowed, `BackendError` with every reason why a backend cannot run.
+    Args:
+        unet: A `fastdiff.UNet`, a diffusers ``UNet2DModel``, or any module called as ``unet(x, t)`` or ``unet(x, t,
+            class_labels=labels)`` that returns a tensor or an object with ``.sample``. It is never changed, and its
+            present weights are used, also while it is being trained.
+        schedule: Noise schedule that the network was trained with: a `NoiseSchedule`, or a `solvers.EDMSchedule` for
+            networks that are the F of EDM's preconditioning (Karras et al. 2022, eq. 7). None: ``NoiseSchedule()``.
+        prediction: Target that the network was trained to predict: "epsilon", "sample", "v_prediction" or "edm". None:
+            "edm" with an `EDMSchedule`, else "epsilon".
+        backend: "native" (fastdiff's own U-Net for CPUs, in float32 or bfloat16), "triton" (the same for CUDA),
+            "eager", "compiled", or "auto": native where it can run, else eager; the choice is logged.
+        device: Device that the network runs on; None: the one of its parameters.
+        dtype: dtype that the network runs in, or its name: "float32", "bfloat16", "float16" or "float64"; None: the one
+            of its parameters. "bfloat16-fast", for the native backend, is faster than its "bfloat16" and has more than
+            twice the error (that of "bfloat16" is as small as PyTorch's). The state between steps is always float32.
+        determinism: "seed": image (seed, index) is the same in any batch up to rounding; "bitwise": it has the same
+            bits in any batch, with the backends native and triton only.
+        shape: (C, H, W) of the images, for modules without a ``config``.
+        scheduler_config: Keys of a diffusers ``scheduler_config.json``: the clipping, spacing and variance of the
+            model, for calls that do not give theirs.
+        measurements_file: The model's ``trilemma.json``, written by ``fastdiff trilemma --install``, on which
+            solver="auto", quality= and deadline_s= are based; it need not exist yet.
+
+    Attributes:
+        unet: As given.
+        info: Facts about the network: channels, size, classes, null label.
+        schedule: Noise schedule.
+        prediction: Target that the network predicts.
+        backend: Name of the backend, never "auto".
+        device: Device that the network runs on.
+        dtype: dtype that the network runs in.
+        fast: Whether dtype was "bfloat16-fast".
+        determinism: As given.
+        scheduler_config: As given; empty if None was.
+        measurements_file: As given, a `Path` or None.
+
+    Raises:
+        InvalidArgument: If a value is not allowed; the message says what is.
+        ConfigError: If the network has class embeddings whose input is not a label.
+        BackendError: If the backend cannot run the network here, with every reason.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Sampler:
         determinism: str = "seed",
         shape: tuple[int, int, int] | None = None,
         scheduler_config: dict[str, Any] | None = None,
+        measurements_file: str | Path | None = None,
     ):
         if not isinstance(unet, nn.Module):
             raise InvalidArgument(f"unet={unet!r}: a torch module is needed; from_pretrained takes names and paths")
@@ -89,35 +98,22 @@ class Sampler:
         if prediction is None:
             prediction = "edm" if isinstance(schedule, EDMSchedule) else "epsilon"
         check_prediction(prediction)
-        if determinism not in ("seed", "bitwise"):
-            raise InvalidArgument(f"determinism={determinism!r} is unknown; allowed: seed, bitwise")
-        if backend not in ("auto", *backends.BACKENDS):
-            raise InvalidArgument(f"backend={backend!r} is unknown; allowed: auto, {', '.join(backends.BACKENDS)}")
-        parameter = next(unet.parameters(), torch.zeros(()))
+        one_of("determinism", determinism, ("seed", "bitwise"))
+        one_of("backend", backend, ("auto", *backends.BACKENDS))
         self.unet = unet
         self.info = NetworkInfo.of(unet, shape)
         self.schedule: Schedule = schedule or NoiseSchedule()
         self.prediction = prediction
-        self.device = usable_device(device) if device is not None else parameter.device
-        self.fast = dtype == FAST
-        self.dtype = _dtype("bfloat16" if self.fast else dtype) if dtype is not None else parameter.dtype
         self.determinism = determinism
         self.scheduler_config = scheduler_config or {}
-        self._lock = threading.Lock()
-        self._runners: dict[backends.Spec, backends.Runner] = {}
-        self._copy: nn.Module | None = None
-        self._cancellations = 0
+        self.measurements_file = None if measurements_file is None else Path(measurements_file)
+        self._runners = Runners(unet, self.info, backend, device, dtype, determinism)
+        self.backend, self.device = self._runners.backend, self._runners.device
+        self.dtype, self.fast = self._runners.dtype, self._runners.fast
+        self._loop = Loop(unet, self._runners.runner, self.device, self.dtype)
+        self._measured: Measured | None = None
+        self._has_read_measurements = False
         self._closed = False
-        # What `fastdiff trilemma --install` writes and `measurements` reads; None where the model is no folder.
-        self.measurements_file: Path | None = None
-        self._measured: measured.Measured | None = None
-        self._left_aside = False
-        first = self._spec(1, (self.info.channels, *(self.info.size or (self.info.stride,) * 2)))
-        self.backend = backend
-        if backend == "auto":
-            self.backend = backends.choose(unet, first)
-            log.info("backend auto: %s", self.backend)
-        self._runner(first.batch, first.shape)  # what cannot run says so now
 
     @classmethod
     def from_pretrained(
@@ -129,19 +125,33 @@ class Sampler:
         determinism: str = "seed",
         **source: Any,
     ) -> Sampler:
-        """A sampler for a built-in model's name, a diffusers folder, or a checkpoint file (see
-        `fastdiff.checkpoints.loading`).
+        """Make a sampler for a model on disk, or for one that fastdiff contains.
 
-        Schedule, prediction, clipping, spacing and variance are those of its scheduler configuration. device None:
-        CUDA where there is one. source: the options of `checkpoint.load`, which tell what an original file is.
-        A folder's ``trilemma.json``, written by `fastdiff trilemma`, is what "auto", quality= and deadline_s= go by.
+        Schedule, prediction, clipping, spacing and variance are those of the model's scheduler configuration. The
+        ``trilemma.json`` of a folder, if there is one, is its ``measurements_file``.
+
+        Args:
+            model: Name of a built-in model ("fashion-mnist"), a diffusers folder, or a checkpoint file.
+            backend: As for `Sampler`.
+            device: As for `Sampler`; None: CUDA where there is one, else the CPU.
+            dtype: As for `Sampler`.
+            determinism: As for `Sampler`.
+            **source: Options of `fastdiff.checkpoints.load`, which say what an original checkpoint contains.
+
+        Returns:
+            The sampler.
+
+        Raises:
+            CheckpointError: If the model cannot be loaded.
+            InvalidArgument: As for `Sampler`.
+            ConfigError: As for `Sampler`, and for configurations that fastdiff cannot use.
+            BackendError: As for `Sampler`.
         """
-        loaded = load(model, **source)
-        config = loaded.scheduler_config
+        loaded = checkpoints.load(model, **source)
         device = usable_device(device)
-        # Convolutions like NHWC better than NCHW (benchmarks/test_layout.py measures by how much).
+        # Convolutions are faster in NHWC than in NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
-        sampler = cls(
+        return cls(
             loaded.unet.to(device),
             loaded.schedule,
             prediction=loaded.prediction,
@@ -149,10 +159,9 @@ class Sampler:
             device=device,
             dtype=dtype,
             determinism=determinism,
-            scheduler_config=config,
+            scheduler_config=loaded.scheduler_config,
+            measurements_file=loaded.path / NAME if loaded.path.is_dir() else None,
         )
-        sampler.measurements_file = loaded.path / measured.NAME if loaded.path.is_dir() else None
-        return sampler
 
     def sample(
         self,
@@ -188,81 +197,76 @@ class Sampler:
     ) -> SampleOutput:
         """Draw ``n`` images, from noise or from an ``image``.
 
-        solver
-            "ddim", "ddpm", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "euler", "euler_ancestral",
-            "heun", "lms", "deis", "plms", "lcm", "consistency", "auto", or a `StepTable` that a function of
-            `fastdiff.solvers` made. "auto" without steps: what was measured to be indistinguishable from the best, in
-            the fewest network evaluations (`fastdiff.sampler.measured.automatic`); with steps, and for a model without
-            measurements, a general rule by steps and guidance (`fastdiff.sampler.choice.auto`).
-        steps
-            Steps of the solver, each a network evaluation but with heun (two each, the last one) and plms (one more in
-            all). By default 50, every timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with EDM.
-        eta, variance
-            The noise of ddim (0: none) and of ddpm ("posterior", "beta", "none", "learned_range"; None: the model's).
-        order
-            Of unipc and deis (1 to 3, by default 2) and lms (1 to 4, by default 4): how many evaluations a step uses.
-        spacing
-            "trailing", "leading", "linspace", "quadratic", "karras", "exponential" or a falling list of timesteps
-            (`fastdiff.solvers.sigma_timesteps` makes one of sigmas); None: the model's, else trailing.
-        clip
-            The bound of |x0|, None for no bound; by default the model's (which may be dynamic thresholding), else 1.
-        seed, start_index
-            Image i of the result is image start_index + i of the seed, whatever the batch. seed None draws a fresh one.
-        labels
-            A class for all images or one for each; None: the null class, where the network has one.
-        guidance
-            Classifier-free guidance scale for all images or one for each; 1 is off. guidance_interval is the share of
-            the run that is guided (0 is pure noise, 1 the image), guidance_rescale goes from 0 (off) to 1.
-        size
-            Height and width, multiples of the network's stride; by default the network's own.
-        noise
-            The initial noise [n, C, H, W], or a function (row, indices) -> [len(indices), C, H, W] for all noise,
-            called with row None for the initial one. None: Philox noise of (seed, index).
-        batch_size
-            Images in flight; by default what suits the network's size.
-        image, strength
-            An image to start from, floats [n, C, H, W] or [C, H, W] in [-1, 1]: noised, it goes through the last
-            ``strength`` of the steps only (SDEdit), from more than 0 (kept) to 1 (all steps); 0.8 by default.
-        mask
-            1 where ``image`` is drawn anew, 0 where it is known and stays: [H, W], [1, H, W] or [n, 1, H, W]. After
-            every row, what is known replaces what was drawn, at its noise level. Runs start at noise alone, unless
-            ``strength`` is given.
-        repaint
-            (jump_length, resamples), as (10, 10): every so many steps are gone so many times (RePaint), so that new
-            pixels suit the known ones. Multi-step solvers cannot.
-        guide, guide_through
-            A function (x0 [k, C, H, W], indices) -> log p [k], differentiable: images are led towards what it finds
-            likely (classifier guidance; multiply it by a scale). "x0": by its gradient there, on every backend;
-            "network": by that through the network too, eager only, twice the work.
-        quality
-            In place of solver and steps: 1.1 means the fewest network evaluations whose measured Frechet distance is at
-            most 1.1 times the smallest one measured with this guidance. Needs a model with measurements.
-        deadline_s
-            In place of solver and steps: seconds that the whole call may take. Of the settings that are predicted to
-            fit, by a row or two of this batch timed first, the one with the smallest measured distance; without
-            measurements as many steps of "auto" as fit. What callbacks and noise functions take is not foreseen.
-            ``SampleOutput.table`` is the setting that was chosen, here and above: given as ``solver`` it repeats the
-            images.
-        compat
-            None: the right mathematics. "diffusers", "openai", "ho": what that code base's own loop draws with the same
-            noise, quirks included; ``spacing`` then is in its terms (`fastdiff.solvers.compat.run` has both). Runs with
-            ``strength`` need a solver of one step.
-        callback
-            Called with an `Event` after every row; what it raises ends the run as a `CallbackError` naming the row.
-        progress
-            A bar on standard error.
+        Args:
+            n: Number of images, at least 1.
+            solver: "ddim", "ddpm", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "euler",
+                "euler_ancestral", "heun", "lms", "deis", "plms", "lcm", "consistency", "auto", or a `StepTable` made
+                by a function of `fastdiff.solvers`. "auto" without ``steps`` chooses, for a model with measurements,
+                the fewest network evaluations that were indistinguishable from the best setting
+                (`fastdiff.sampler.measured.automatic`); otherwise a general rule chooses by steps and guidance
+                (`fastdiff.sampler.choice.auto`).
+            steps: Steps of the solver, at least 1, at most the timesteps of a `NoiseSchedule`. A step is one network
+                evaluation, except for heun (two, and one in the last step) and plms (one more in all). None: 50; every
+                timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with an `EDMSchedule`.
+            eta: Noise of ddim, from 0 (deterministic) to 1 (as much as ddpm); larger where the schedule allows it.
+            variance: Noise of ddpm: "posterior", "beta", "none" or "learned_range"; None: the model's.
+            order: Number of evaluations that a step of unipc or deis (1 to 3, 2 by default) or of lms (1 to 4, 4 by
+                default) uses.
+            spacing: "trailing", "leading", "linspace", "quadratic", "karras", "exponential", or a decreasing list of
+                timesteps (`fastdiff.solvers.sigma_timesteps` makes one from sigmas). None: the model's, else trailing.
+            clip: Bound of abs(x0), a positive number; None for no bound; "model" for the model's, which may be dynamic
+                thresholding, else 1.
+            seed: Seed of the noise, from 0 to 2^64 - 1; None draws one, which the output names.
+            start_index: Index of the first image. Image i of the result is image ``start_index + i`` of the seed, in
+                whatever batch it is drawn.
+            labels: Class of all images, or of each one, from 0 to the number of classes - 1. None: the null class;
+                networks without one need labels if they have classes.
+            guidance: Scale of classifier-free guidance for all images, or for each one; 1 is off.
+            guidance_interval: (start, end) of the part of the run that is guided, from 0 (noise) to 1 (image).
+            guidance_rescale: Share, from 0 (off) to 1, by which guided outputs are rescaled to the standard deviation
+                of unguided ones.
+            size: Height and width, or one number for both, multiples of the network's stride. None: the network's own.
+            noise: Initial noise [n, C, H, W], or a function (row, indices) -> [len(indices), C, H, W] for all noise,
+                called with row None for the initial one. None: Philox noise of (seed, index).
+            batch_size: Images that are drawn at a time. None: as many as suit the network's size.
+            image: Image to start from, floats [n, C, H, W], or [C, H, W] for all, in [-1, 1]. It is noised and goes
+                through the last ``strength`` of the steps only (SDEdit).
+            strength: Share of the steps that ``image`` goes through, above 0 (unchanged) up to 1 (all steps). None:
+                0.8, and with ``mask`` a run from noise alone.
+            mask: 1 where ``image`` is drawn anew, 0 where it is known and kept: [H, W], [1 or C, H, W] or [n, 1 or C,
+                H, W]. After every row the known pixels, at the row's noise level, replace the drawn ones.
+            repaint: (jump_length, resamples), as (10, 10): every so many steps are repeated so many times (RePaint), so
+                that new pixels fit the known ones. Multi-step solvers cannot repeat steps.
+            guide: Differentiable function (x0 [k, C, H, W], indices) -> log p [k]. Images are changed towards larger
+                log p (classifier guidance); multiply it to make the effect stronger.
+            guide_through: "x0": the gradient of log p is taken by x0, on every backend; "network": it is taken through
+                the network too, on the backend eager only, for twice the work.
+            quality: Replaces solver and steps. 1.1 means the fewest network evaluations whose measured Frechet distance
+                is at most 1.1 times the smallest one measured with this guidance. At least 1; needs measurements.
+            deadline_s: Replaces solver and steps. Seconds that the whole call may take: a few rows of the first batch
+                are timed, and of the settings that are predicted to fit, the one with the smallest measured distance
+                is run; without measurements as many steps of "auto" as fit. The time that callbacks and noise
+                functions take is not foreseen.
+            compat: None for the mathematics of the papers. "diffusers", "openai" or "ho" for the images that the
+                sampling loop of that code base draws from the same noise, quirks included; ``spacing`` is then in its
+                terms (see `fastdiff.solvers.compat`). Runs with ``strength`` need a one-step solver.
+            callback: Function that is called with an `Event` after every row.
+            progress: Whether to show a progress bar on standard error.
 
-        Raises `InvalidArgument` before anything heavy runs; `Cancelled` after `cancel`; `NumericsError` when images
-        became NaN or infinite, with the others in its ``output``.
+        Returns:
+            The images, with their seed, labels and step table. Where "auto", quality or deadline_s chose the setting,
+            giving its ``table`` as ``solver`` repeats the images.
+
+        Raises:
+            InvalidArgument: If an option is not allowed, before anything heavy runs; the message says what is.
+            BackendError: If the backend cannot do what an option asks for.
+            CheckpointError: If measurements are needed and their file is damaged.
+            CallbackError: If the callback or the guide raised; the message names the row.
+            Cancelled: If `cancel` or `close` ended the call.
+            NumericsError: If images became NaN or infinite; its ``output`` has the others.
         """
-        options = Options(
-            solver=solver, steps=steps, eta=eta, variance=variance, order=order, spacing=spacing, clip=clip, seed=seed,
-            start_index=start_index, labels=labels, guidance=guidance, guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale, size=size, noise=noise, batch_size=batch_size, image=image,
-            strength=strength, mask=mask, repaint=repaint, guide=guide, guide_through=guide_through,
-            quality=quality, deadline_s=deadline_s, compat=compat,
-        )  # fmt: skip
-        return self._collect(self._request(n, options), callback, progress)
+        r = self.request(n, **Options.among(locals()))
+        return self._loop.run(r, callback, progress)
 
     def invert(
         self,
@@ -278,15 +282,32 @@ class Sampler:
         callback: Callable[[Event], None] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """The noise that deterministic DDIM turns into ``image``: float32 [n, C, H, W] on the CPU.
+        """Compute the noise from which deterministic DDIM draws ``image``.
 
             noise = sampler.invert(image, steps=50, labels=9)
             sampler.sample(len(image), noise=noise, steps=50, labels=9, clip=None)      # image again, or edited
 
-        It is an approximation, which improves with ``steps``, and with ``iterations`` (network evaluations a step) and
-        a spacing by sigma together: on the built-in model, 50 steps give 25 dB, with 3 iterations 40 and more in
-        "karras" and "exponential" spacing. Trailing steps, too long near the image, gain little by them. The other
-        options are those of `sample`, and must be the same in both calls. Errors as of `sample`.
+        It is an approximation, which improves with ``steps``, and with ``iterations`` and a spacing by sigma together:
+        on the built-in model 50 steps reach 25 dB, and 3 iterations in "karras" or "exponential" spacing more than 40.
+        In "trailing" spacing, whose steps near the image are too long, iterations help little.
+
+        Args:
+            image: Images [n, C, H, W], or one [C, H, W], floats in [-1, 1].
+            steps: Steps of the solver, as for `sample`, where it must be the same; so must the options below.
+            iterations: Network evaluations per step, at least 1: fixed-point iterations of the implicit inverse.
+            spacing: As for `sample`.
+            labels: As for `sample`.
+            guidance: As for `sample`.
+            guidance_rescale: As for `sample`.
+            batch_size: As for `sample`.
+            callback: As for `sample`.
+            progress: As for `sample`.
+
+        Returns:
+            The noise, float32 [n, C, H, W] on the CPU.
+
+        Raises:
+            InvalidArgument: As for `sample`, which lists the other errors too.
         """
         config = self.scheduler_config
         if spacing is None and isinstance(self.schedule, NoiseSchedule):
@@ -296,12 +317,12 @@ class Sampler:
             steps_offset=config.get("steps_offset", 0) if spacing == "leading" else 0,
             set_alpha_to_one=config.get("set_alpha_to_one", True),
         )  # fmt: skip
-        options = Options(
-            solver=table, image=image, strength=1.0, labels=labels, guidance=guidance,
+        n = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 1
+        r = self.request(
+            max(n, 1), solver=table, image=image, strength=1.0, labels=labels, guidance=guidance,
             guidance_rescale=guidance_rescale, batch_size=batch_size,
         )  # fmt: skip
-        n = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 1
-        return self._collect(self._request(max(n, 1), options), callback, progress).images / table.init_scale
+        return self._loop.run(r, callback, progress).images / table.init_scale
 
     def interpolate(
         self,
@@ -312,347 +333,117 @@ class Sampler:
         progress: bool = False,
         **options: Any,
     ) -> SampleOutput:
-        """``n`` images on the way from one image to another, both among them, by `fastdiff.sampler.editing.slerp`.
+        """Draw ``n`` images on the way from one image to another, by spherical interpolation of their initial noise.
 
-        between: two ends, each a seed (for its image ``start_index``) or initial noise [C, H, W], as `invert` gives it.
-        Takes the options of `sample` but ``noise``. A solver that adds noise adds every image's own, of ``seed``.
+        Args:
+            n: Number of images, both ends included.
+            between: Two ends, each a seed (for its image ``start_index``) or initial noise [C, H, W], as `invert`
+                returns it.
+            callback: As for `sample`.
+            progress: As for `sample`.
+            **options: Options of `sample`, except ``noise``. A solver that adds noise adds each image's own, of
+                ``seed``.
+
+        Returns:
+            The images, as `sample` returns them.
+
+        Raises:
+            InvalidArgument: As for `sample`, which lists the other errors too.
         """
         if not isinstance(between, (tuple, list)) or len(between) != 2:
             raise InvalidArgument(f"between={between!r}: two ends are needed, each a seed or noise [C, H, W]")
+        Options.named("interpolate", options)
         if options.get("noise") is not None:
             raise InvalidArgument("noise cannot be given to interpolate: between says what it is")
-        r = self._request(n, self._options("interpolate", options))
-        first, last = (self._end(end, r) for end in between)
-        return self._collect(dataclasses.replace(r, noise=editing.slerp(first, last, r.n)), callback, progress)
-
-    def _end(self, end: int | Tensor, r: Request) -> Tensor:
-        if not isinstance(end, Tensor):
-            seed, i = noise.as_int64(noise.check_seed(end)), torch.tensor([r.start_index])
-            return noise.normal(torch.full_like(i, seed), i, torch.zeros_like(i), noise.INITIAL, r.shape)[0]
-        if tuple(end.shape) != r.shape or not end.is_floating_point() or not torch.isfinite(end).all():
-            raise InvalidArgument(
-                f"between: noise of {end.dtype} {tuple(end.shape)}; finite floats {r.shape} are needed"
-            )
-        return end.detach().cpu()
-
-    def _collect(self, r: Request, callback: Callable[[Event], None] | None, progress: bool) -> SampleOutput:
-        n = r.n
-        parts: list[Tensor] = []
-        rows = self._rows(r, self._cancellations, preview=lambda _: callback is not None, progress=progress)
-        with contextlib.closing(rows):  # else an error's traceback would keep the run alive
-            for event, x in rows:
-                if callback is not None and event is not None:
-                    try:
-                        callback(event)
-                    except Exception as e:
-                        raise CallbackError(
-                            f"the callback raised {type(e).__name__} at row {event.row} of {event.rows}: {e}"
-                        ) from e
-                if x is not None:
-                    parts.append(x.float().cpu())
-        if sum(map(len, parts)) < n:
-            raise Cancelled(f"cancelled with {sum(map(len, parts))} of {n} images finished")
-        output = SampleOutput(torch.cat(parts), r.seed, r.start_index, r.table, r.nfe, r.labels)
-        finite = torch.isfinite(output.images).flatten(1).all(dim=1)
-        if not finite.all():
-            bad = tuple(r.start_index + int(i) for i in torch.nonzero(~finite)[:, 0])
-            raise NumericsError(
-                f"{len(bad)} of {n} images became NaN or infinite in {self.dtype} (index "
-                f"{', '.join(map(str, bad[:20]))}); the others are in this error's .output. "
-                "Try float32, or less guidance",
-                bad,
-                output,
-            )
-        return output
+        r = self.request(n, **options)
+        first, last = (editing.end_noise(end, r.start_index, r.shape) for end in between)
+        return self._loop.run(dataclasses.replace(r, noise=editing.slerp(first, last, r.n)), callback, progress)
 
     def stream(self, n: int, *, every: int = 1, progress: bool = False, **options: Any) -> Iterator[Event]:
-        """The rows of `sample` as they finish: an `Event` for every ``every``-th row and for the last.
+        """Run `sample` row by row; leaving the loop over the events, or `cancel`, ends the run and frees its memory.
 
-        Takes the options of `sample`, checked at the call. Leaving the loop, or `cancel`, ends the run and frees all.
+        Args:
+            n: Number of images.
+            every: Number of rows from one event to the next, at least 1; the last row always has one.
+            progress: As for `sample`.
+            **options: Options of `sample`. They are checked when `stream` is called, not at the first event.
+
+        Returns:
+            An iterator over the events; the last one of each batch has the finished images.
+
+        Raises:
+            InvalidArgument: As for `sample`.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise InvalidArgument(f"every={every!r}: a whole number of at least 1 is needed")
-        r = self._request(n, self._options("stream", options))
+        whole("every", every, 1)
+        Options.named("stream", options)
+        r = self.request(n, **options)
         last = len(r.table) - 1
-
-        def preview(row: int) -> bool:
-            return row % every == every - 1 or row == last
-
-        rows = self._rows(r, self._cancellations, preview, progress)
+        rows = self._loop.rows(r, lambda row: row % every == every - 1 or row == last, progress)
         return (event for event, _ in rows if event is not None)
 
+    def request(self, n: int, **options: Any) -> Request:
+        """Check a call of `sample` without running it.
+
+        Args:
+            n: Number of images.
+            **options: Options of `sample`.
+
+        Returns:
+            The checked call: its step table, network evaluations, batch size, labels and so on. Nothing is drawn,
+            except for the rows that ``deadline_s`` has timed.
+
+        Raises:
+            InvalidArgument: As for `sample`.
+            BackendError: As for `sample`.
+            CheckpointError: As for `sample`.
+            Cancelled: If `cancel` ended the timing for ``deadline_s``.
+        """
+        o = Options.named("sample", options)
+        if self._closed:
+            raise InvalidArgument("this sampler is closed")
+        if o.deadline_s is not None:
+            started = time.perf_counter()
+            trial = self.request(n, **vars(choice.trial(o, self.schedule, self.prediction)))
+            seconds = self._loop.seconds_per_row(trial)
+            o = choice.in_time(
+                o, self.schedule, self.measurements(), n=trial.n, chunks=len(trial.chunks), seconds=seconds,
+                elapsed=time.perf_counter() - started,
+            )  # fmt: skip
+        known = self.measurements() if o.automatic or o.quality is not None else None
+        o, point = choice.resolve(o, self.schedule, known)
+        r = check(n, o, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend)
+        if known is not None and point is not None:
+            known.check_rows(point, len(r.table))
+        return r
+
+    def measurements(self) -> Measured | None:
+        """Return the measurements of this model, from ``measurements_file``.
+
+        Returns:
+            The measurements; None where there is no file, or it was measured with other weights, which is logged.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+        """
+        path = self.measurements_file
+        if not self._has_read_measurements and path is not None and path.exists():
+            self._measured = read_for(self.unet, path)
+            self._has_read_measurements = True
+        return self._measured
+
     def cancel(self) -> None:
-        """End all running calls between two steps: `sample` raises `Cancelled`, `stream` stops. Later calls run."""
-        self._cancellations += 1
+        """End all running calls before their next row: `sample` raises `Cancelled`, `stream` stops. Later calls run."""
+        self._loop.cancel()
 
     def close(self) -> None:
-        """End all running calls and free what was prepared; the sampler cannot be used after."""
+        """End all running calls and free the prepared runners; the sampler cannot be used afterwards."""
         self._closed = True
-        self.cancel()
-        with self._lock:
+        self._loop.cancel()
+        with self._loop.lock:
             self._runners.clear()
-            self._copy = None
 
     def __enter__(self) -> Sampler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-    @staticmethod
-    def _options(method: str, options: dict[str, Any]) -> Options:
-        names = {f.name for f in dataclasses.fields(Options)}
-        if not options.keys() <= names:
-            unknown = ", ".join(sorted(options.keys() - names))
-            raise InvalidArgument(f"{method} has no option {unknown}; allowed: {', '.join(sorted(names))}")
-        return Options(**options)
-
-    def request(self, n: int, **options: Any) -> Request:
-        """The checked call that ``sample(n, **options)`` runs: its step table, network evaluations, batch, labels, ...
-
-        Nothing is drawn, but for the rows that ``deadline_s`` has timed. Raises the `InvalidArgument` of `sample`.
-        """
-        return self._request(n, self._options("sample", options))
-
-    def _request(self, n: int, options: Options) -> Request:
-        if self._closed:
-            raise InvalidArgument("this sampler is closed")
-        if options.deadline_s is not None:
-            options = self._in_time(n, options)
-        asked = options.quality is not None or (isinstance(options.solver, str) and options.solver == "auto")
-        known = self.measurements() if asked else None
-        options, point = choice.resolve(options, self.schedule, known)
-        r = request.check(n, options, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend)
-        if known is not None and point is not None and len(r.table) != point.rows:
-            raise CheckpointError(
-                f"{known.path}: {point} is said to take {point.nfe} network evaluations, but has {len(r.table)} rows "
-                "here"
-            )
-        return r
-
-    def measurements(self) -> measured.Measured | None:
-        """What was measured of this model, from the ``trilemma.json`` of its folder; None where there is none, or where
-        it is of other weights (which is logged). `CheckpointError` says what is wrong with the file.
-        """
-        path = self.measurements_file
-        if self._measured is None and not self._left_aside and path is not None and path.exists():
-            found = measured.read(path)
-            if found.model != weights_digest(self.unet.state_dict()):
-                log.warning("%s was measured with other weights, and is left aside", path)
-                self._left_aside = True
-            else:
-                self._measured = found
-        return self._measured
-
-    def _in_time(self, n: int, o: Options) -> Options:
-        """The options with what a deadline leaves time for: two rows of the first chunk are timed, after one more."""
-        started = time.perf_counter()
-        choice.check_deadline(o)
-        short = dataclasses.replace(o, solver=solvers.ddim(self.schedule, 3, prediction=self.prediction), spacing=None)
-        strength = None if o.image is None else 1.0
-        r = self._request(n, dataclasses.replace(short, deadline_s=None, clip=FROM_MODEL, strength=strength))
-        k = min(r.n, r.batch_size)
-        labels, image, mask = (None if whole is None else whole[:k] for whole in (r.labels, r.image, r.mask))
-        first = dataclasses.replace(r, n=k, guidance=r.guidance[:k], noise=None, labels=labels, image=image, mask=mask)
-        ends = []
-        for _ in self._rows(first, self._cancellations, preview=lambda _: False, progress=False):
-            ends.append(time.perf_counter())
-        if len(ends) < 3:
-            raise Cancelled("cancelled before the first image")
-        seconds = max(after - before for before, after in itertools.pairwise(ends))
-        elapsed = time.perf_counter() - started
-        return choice.in_time(o, r, self.schedule, self.measurements(), seconds, elapsed)
-
-    def _rows(
-        self, r: Request, started: int, preview: Callable[[int], bool], progress: bool
-    ) -> Generator[tuple[Event | None, Tensor | None], None, None]:
-        """The loop. Yields after every row: an event where ``preview(row)`` asks for it, the images where a chunk ends.
-
-        started: the number of cancellations before the call. A short last chunk is padded with images that idle, so
-        that no new batch size has to be prepared.
-        """
-        modules = list(self.unet.modules())  # counted here, not in every step
-        with _bar(progress, len(r.chunks) * len(r.table)) as tick:
-            for chunk in r.chunks:
-                n = len(chunk)
-                state, inpainting = self._start(r, chunk)
-                with self._lock:
-                    if self._cancellations != started:  # a closed sampler prepares nothing
-                        return
-                    runner = self._runner(r.batch_size, r.shape)
-                for row in range(len(r.table)):
-                    if self._cancellations != started:
-                        return
-                    event, images, x0, known, guided = None, None, None, None, r.guide is not None
-                    if guided:
-                        self._guided_forward(runner, state, r, chunk, row, modules)
-                    with self._lock, _evaluating(modules):
-                        if inpainting is not None:
-                            known = inpainting.known(state)
-                        shown = preview(row)
-                        if guided or shown:
-                            if not guided:
-                                runner.forward(state)
-                            if shown:
-                                x0 = update.predict_x0(state)[:n] * r.table.data_scale
-                            runner.update(state)
-                        else:
-                            runner.step(state)
-                        if inpainting is not None and known is not None:
-                            inpainting.put(state, known)
-                        # Copies, before another call's batch takes the runner's buffers.
-                        if x0 is not None:
-                            event = Event(row, len(r.table), r.indices(chunk), state.x[:n].clone(), x0)
-                        if row == len(r.table) - 1:
-                            images = state.x[:n].clone()
-                    tick()
-                    yield event, images
-
-    def _guided_forward(
-        self, runner: backends.Runner, state: State, r: Request, chunk: range, row: int, modules: Sequence[nn.Module]
-    ) -> None:
-        """`forward`, and the user's function, which runs without the lock: it may use the sampler."""
-        assert r.guide is not None
-        leaf = None
-        with self._lock, _evaluating(modules):
-            if r.guide_through == "network":
-                assert isinstance(runner, EagerRunner), "checked with the request"
-                leaf = editing.forward_with_gradient(runner, state)
-            else:
-                runner.forward(state)
-        editing.guide(state, r.guide, r.indices(chunk), leaf, row, len(r.table))
-
-    def _start(self, r: Request, chunk: range) -> tuple[State, Inpainting | None]:
-        """One chunk at row 0, with its initial noise; and what is known of its images."""
-        indices, pad = r.indices(chunk), r.batch_size - len(chunk)
-        index = [*indices, *[0] * pad]
-
-        def padded(z: Tensor) -> Tensor:
-            if not isinstance(z, Tensor) or tuple(z.shape) != (len(chunk), *r.shape):
-                got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-                raise InvalidArgument(f"noise must give a tensor {(len(chunk), *r.shape)}, got {got}")
-            z = z.detach().to(device=self.device, dtype=torch.float32)
-            return torch.cat([z, z.new_zeros(pad, *r.shape)])
-
-        image = None if r.image is None else padded(r.image[chunk.start : chunk.stop])
-        inpainting = None
-        if image is not None and r.mask is not None:
-            anew = r.mask[chunk.start : chunk.stop].to(self.device)
-            inpainting = Inpainting(image, torch.cat([anew, anew.new_zeros(pad, *anew.shape[1:])]))
-        source = r.noise
-        if isinstance(source, Tensor):
-            x = padded(source[chunk.start : chunk.stop])
-        elif source is not None:
-            x = padded(source(None, indices))
-        else:
-            i = torch.tensor(index, dtype=torch.int64, device=self.device)
-            x = noise.normal(torch.full_like(i, noise.as_int64(r.seed)), i, torch.zeros_like(i), noise.INITIAL, r.shape)
-        first = r.table.rows[0].abar
-        if image is not None and r.from_image:
-            x = editing.noised(image, first, r.table.data_scale, x if first < 1.0 else None)
-        else:
-            x = x * r.table.init_scale
-        label = None
-        if r.labels is not None:
-            label = torch.cat([r.labels[chunk.start : chunk.stop], r.labels[:1].expand(pad)])
-        state = State.create(
-            x,
-            TableBank([r.table], self.device),
-            seed=r.seed,
-            index=index,
-            label=label,
-            guidance=[*r.guidance[chunk.start : chunk.stop], *[1.0] * pad],
-            guidance_rescale=r.guidance_rescale,
-            noise=None if source is None or isinstance(source, Tensor) else lambda row: padded(source(row, indices)),
-        )
-        if pad:
-            state.idle(range(len(chunk), r.batch_size))
-        return state, inpainting
-
-    def _spec(self, batch: int, shape: tuple[int, int, int]) -> backends.Spec:
-        return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism, self.fast)
-
-    def _runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
-        """The runner for a batch size, prepared once."""
-        spec = self._spec(batch, shape)
-        network = self._network()
-        if spec not in self._runners:
-            self._runners[spec] = backends.prepare(self.backend, network, spec)
-        return self._runners[spec]
-
-    def _network(self) -> nn.Module:
-        """The module itself, or the one converted copy of it, with the present weights.
-
-        They are copied anew for every chunk: fused optimizers and edits of ``.data`` leave no trace of a change.
-        """
-        # These round for themselves, and better so: what they round are transformed weights.
-        dtype = torch.float32 if self.backend in ("native", "triton") else self.dtype
-        last = torch.channels_last if self.device.type == "cuda" else None  # there it takes kernels of its own
-
-        def fits(p: Tensor) -> bool:
-            laid_out = last is None or p.ndim != 4 or p.is_contiguous(memory_format=last)
-            return p.device == self.device and p.dtype == dtype and laid_out
-
-        if all(map(fits, self.unet.parameters())):
-            if self._copy is not None:  # the module was converted meanwhile
-                self._copy = None
-                self._runners.clear()
-            return self.unet
-        present = [*self.unet.parameters(), *self.unet.buffers()]
-        with torch.inference_mode(False), torch.no_grad():  # weights that can be written again in any mode
-            mine = [] if self._copy is None else [*self._copy.parameters(), *self._copy.buffers()]
-            if self._copy is None or [t.shape for t in mine] != [t.shape for t in present]:
-                self._copy = copy.deepcopy(self.unet).to(device=self.device, dtype=dtype).eval()
-                if last is not None:
-                    self._copy.to(memory_format=last)  # type: ignore[call-overload]  # missing in torch's annotations
-                self._runners.clear()
-            else:
-                for into, now in zip(mine, present, strict=True):
-                    into.copy_(now)
-        return self._copy
-
-
-@contextlib.contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Dropout off for the length of a step, then every module as it was: a network in training can be sampled."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; gives the function that advances it by one row."""
-    if not show:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = ("sampling", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device, as the parameters that lie there call it ("cuda" is "cuda:0"); None: CUDA where there is one.
-
-    `InvalidArgument` says why it cannot be used.
-    """
-    try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError, TypeError) as e:
-        raise InvalidArgument(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from e
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}, {FAST}")
-    return found  # type: ignore[return-value]  # one of DTYPES, as just checked

@@ -117,7 +117,7 @@ def network_errors(config, dtypes: list[str | None], backend: str, seed: int = 0
     for name in dtypes:
         sampler = Sampler(unet, SCHEDULE, backend=backend, dtype=name)
         state = State.create(x.clone(), TableBank([table], CPU), label=labels)
-        runner = sampler._runner(2, tuple(x.shape[1:]))
+        runner = sampler._runners.runner(2, tuple(x.shape[1:]))
         runner.forward(state)
         errors.append(relative_error(state.out, exact))
     return errors
@@ -246,7 +246,7 @@ def test_one_packing_for_all_batch_sizes():
     for n in (1, 2, 3):
         sampler.sample(n, steps=1, batch_size=n)
     weights = packing.Weights.of(unet, extension)
-    assert all(runner.weights is weights for runner in sampler._runners.values())
+    assert all(runner.weights is weights for runner in sampler._runners.prepared.values())
     assert len({key for key in weights.packed if len(key) == 3}) <= 3 * sum(
         isinstance(op, Conv) for op in lower(unet, (8, 8)).ops
     )
@@ -261,7 +261,7 @@ def test_packed_weights_take_at_most_four_times_the_raw_ones():
     for n in (1, 8, 32):
         sampler = Sampler(unet, SCHEDULE, backend="native")
         sampler.sample(n, steps=1, batch_size=n)
-        memory = sampler._runner(n, (3, 32, 32)).memory()
+        memory = sampler._runners.runner(n, (3, 32, 32)).memory()
         sizes.append(memory["weights"])
         assert min(memory.values()) > 0
     assert raw < sizes[0] < sizes[1] <= sizes[2] <= 4 * raw
@@ -301,7 +301,7 @@ def test_large_batches_run_in_equal_parts(monkeypatch):
     options = {"steps": 2, "labels": [0, 1, 2, 3, 0, 1, 2], "guidance": [1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 0.0]}
     expected = Sampler(unet, SCHEDULE, determinism="bitwise").sample(7, **options).images
     sampler = Sampler(unet, SCHEDULE, determinism="bitwise")
-    runner = sampler._runner(7, (3, 8, 8))
+    runner = sampler._runners.runner(7, (3, 8, 8))
     for bytes_, rows in ((1, 1), (5 * runner.row_bytes, 5)):
         monkeypatch.setattr("fastdiff.backends.native.program.CACHE_BYTES", bytes_)
         assert torch.equal(sampler.sample(7, **options).images, expected)

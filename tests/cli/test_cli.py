@@ -1,4 +1,4 @@
-"""The command line, as a shell runs it: what it prints and writes, what it says to bad input; its help is true."""
+"""The command line, as a shell runs it: its output and files, its errors for bad input, its help."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def shell(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def commands() -> dict[str, Callable[..., None]]:
-    """The functions of the commands, by name."""
+    """Return the functions of the commands, by name."""
     return {f.__name__: f for command in cli.app.registered_commands if (f := command.callback) is not None}
 
 
@@ -152,7 +152,7 @@ EXAMPLE = re.compile(r"^ ?((?:fastdiff|torchrun) .*?) *$", re.MULTILINE)
 
 
 def examples(command: str) -> list[str]:
-    """The command lines in the docstring of a command."""
+    """Return the command lines in the docstring of a command."""
     found = re.findall(r"^\s*((?:fastdiff|torchrun) .*)$", str(commands()[command].__doc__), re.MULTILINE)
     assert len(found) >= 2
     return found
@@ -160,13 +160,13 @@ def examples(command: str) -> list[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_can_be_copied_from_the_help(command: str, help_text: Callable[[str], str]) -> None:
-    """They are whole on a terminal of 80 columns, and what the tests below run."""
+    """Compare the examples on a terminal of 80 columns with those that the tests below run."""
     assert EXAMPLE.findall(help_text(command)) == examples(command)
 
 
 @pytest.mark.parametrize("example", examples("sample"))
 def test_sample_examples(example: str, call: Call) -> None:
-    """As they stand but for time: one image per class, two images, two steps."""
+    """Run the examples with fewer images and steps."""
     arguments = shlex.split(re.sub(r"--per-class \d+", "--per-class 1", re.sub(r"--n \d+", "--n 2", example)))[1:]
     if "--steps" in arguments:
         arguments[arguments.index("--steps") + 1] = "2"
@@ -196,7 +196,7 @@ def test_info_examples(example: str, call: Call) -> None:
 
 
 def test_convert_examples(call: Call) -> None:
-    """In their order, as each goes on from the one before; the original is a small one."""
+    """Run the examples in their order, as each uses the result of the one before, on a small original."""
     network = randomize_(oracle.DDPM(32, 3, (1, 1), 1, (8,), 3, 16))
     torch.save(network.state_dict(), "cifar10.ckpt")
     for example in examples("convert"):
@@ -222,7 +222,7 @@ def test_convert_says_what_it_did(model: str, call: Call) -> None:
     torch.save({"ema": song.state_dict(), "net": {"x": torch.ones(1)}}, "edm.pt")
     code, out, err = call("convert", "edm.pt", "b", "--weights", "ema")
     assert (code, err) == (0, "")
-    assert out.splitlines()[1] == "left out, as sampling does not hear them: map_augment.weight"
+    assert out.splitlines()[1] == "left out, as sampling does not need them: map_augment.weight"
     assert (Path("b") / "unet" / "config.json").exists()
 
 
@@ -268,7 +268,7 @@ SMALL = ["--steps", "2", "--batch-size", "4", "--channels", "8,8,16", "--layers"
 
 
 def train_arguments(example: str, folder: Path) -> list[str]:
-    """A train example on data made here, as it stands but for time: a small network, two updates, nothing compiled."""
+    """Change a train example to take less time: data made here, a small network, two updates, nothing compiled."""
     photos(folder / "photos")
     idx(folder / "images.gz", np.arange(8 * 28 * 28).reshape(8, 28, 28) % 256)
     idx(folder / "labels.gz", np.arange(8) % 3)
@@ -611,7 +611,7 @@ def test_unknown_models(call: Call) -> None:
 
 
 def test_files_that_cannot_be_written(model: str, call: Call) -> None:
-    """Said before the work: the folder of a result is made first."""
+    """The error comes before the work, as the folder of a result is made first."""
     Path("file").write_text("in the way")
     assert_refused(call("sample", model, "--steps", "1", "--out", "file/a.png"), ("file",))
     assert_refused(call("sample", model, "--steps", "1", "--animate", "file/a.gif"), ("file",))
@@ -667,9 +667,5 @@ def test_numbers_that_become_nan_are_an_error(model: str, call: Call, monkeypatc
     with torch.no_grad():
         broken.conv_out.bias[0] = torch.nan
     loaded: Any = checkpoint.load(model)
-    monkeypatch.setattr(
-        checkpoint,
-        "load",
-        lambda _: dataclasses.replace(loaded, unet=broken),
-    )
+    monkeypatch.setattr("fastdiff.checkpoints.load", lambda _: dataclasses.replace(loaded, unet=broken))
     assert_refused(call("sample", model, "--n", "2", "--steps", "1"), ("2 of 2 images", "NaN", "index 0, 1"))

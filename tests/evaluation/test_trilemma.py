@@ -449,11 +449,12 @@ def test_auto_quality_and_deadline_go_by_the_measurements(
 def test_what_fits_a_deadline(sampler: Sampler, model: Path, tmp_path: Path) -> None:
     """(deadline - elapsed) / (chunks * seconds) rows."""
     known = measured.read(written(model, tmp_path) / measured.NAME)
-    r = sampler.request(20, labels=0, batch_size=8)  # 3 chunks
+    chunks = len(sampler.request(20, labels=0, batch_size=8).chunks)
+    assert chunks == 3
 
     def chosen(deadline: float, guidance: float = 1.0, known: measured.Measured | None = known) -> tuple[str, int]:
         options = Options(deadline_s=deadline, guidance=guidance, labels=0)
-        got = choice.in_time(options, r, SCHEDULE, known, seconds=0.1, elapsed=1.0)
+        got = choice.in_time(options, SCHEDULE, known, n=20, chunks=chunks, seconds=0.1, elapsed=1.0)
         assert got.deadline_s is None
         return str(got.solver), got.steps or 0
 
@@ -465,7 +466,7 @@ def test_what_fits_a_deadline(sampler: Sampler, model: Path, tmp_path: Path) -> 
     assert chosen(1000.0, known=None) == ("auto", 100)
     with pytest.raises(InvalidArgument, match=r"of 4 rows, takes about 2\.2 s for 20 images"):
         chosen(1.0 + 3 * 0.1 * 3.9)
-    edm = choice.in_time(Options(deadline_s=2.0), r, EDMSchedule(), None, seconds=0.1, elapsed=0.05)
+    edm = choice.in_time(Options(deadline_s=2.0), EDMSchedule(), None, n=20, chunks=chunks, seconds=0.1, elapsed=0.05)
     assert edm.steps == 3  # heun: 5 rows of the 6.5 that fit
 
 

@@ -47,7 +47,7 @@ def philox(n: int, seed: int, row: int, stream: int, shape: tuple[int, int, int]
 
 
 class Gaussian(nn.Module):
-    """The exact epsilon network of data N(mean, covariance) over the elements of one small image."""
+    """Network with the exact epsilon for data N(mean, covariance) over the elements of one small image."""
 
     def __init__(self, mean: Tensor, covariance: Tensor):
         super().__init__()
@@ -67,7 +67,7 @@ class Gaussian(nn.Module):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m", "heun", "unipc", "plms"])
 def test_img2img_is_the_later_part_of_a_run(backend: str, solver: str) -> None:
-    """From the image at its level; a multi-step solver starts anew there."""
+    """The run begins with the noised image; a multi-step solver begins there without history."""
     sampler, image = sampler_of(backend), images()
     out = sampler.sample(3, solver=solver, steps=10, image=image, strength=0.4, seed=4, clip=None)
     full = getattr(solvers, solver)(SCHEDULE, 10, clip=None)
@@ -142,7 +142,7 @@ def test_known_pixels_are_the_images(backend: str, options: dict[str, Any]) -> N
 
 
 def test_masked_replacement_by_hand() -> None:
-    """x after every row: the solver's where the mask is 1, q(x_p | image) with stream 2's noise elsewhere."""
+    """After every row, x is the solver's where the mask is 1, and q(x_p | image) with noise of stream 2 elsewhere."""
     sampler, image, mask = sampler_of(), images(2), (images(2)[:, :1] > 0)
     events = list(sampler.stream(2, solver="ddpm", steps=4, image=image, mask=mask, seed=6))
     table = sampler.sample(1, solver="ddpm", steps=4).table
@@ -159,7 +159,7 @@ def test_masked_replacement_by_hand() -> None:
 
 @pytest.mark.parametrize(("steps", "jump", "times"), [(10, 2, 3), (7, 3, 2), (5, 1, 2), (4, 5, 4), (25, 10, 10)])
 def test_repaint_goes_the_way_of_the_paper(steps: int, jump: int, times: int) -> None:
-    """The timesteps of RePaintScheduler, in pairs; a jump of several steps up is one here, part of the row before."""
+    """Compare timesteps with RePaintScheduler's pairs; here a jump of several steps up is part of the row before."""
     theirs = RePaintScheduler(num_train_timesteps=100)
     theirs.set_timesteps(steps, jump_length=jump, jump_n_sample=times)
     t = [*theirs.timesteps.tolist(), -1]
@@ -173,7 +173,7 @@ def test_repaint_goes_the_way_of_the_paper(steps: int, jump: int, times: int) ->
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_repaint_is_diffusers(monkeypatch: pytest.MonkeyPatch, eta: float) -> None:
-    """A whole run with RePaintScheduler's step and undo_step, in the paper's order (time pairs): diffusers' pipeline
+    """Compare a run with RePaintScheduler's step and undo_step, in the paper's order (time pairs): diffusers' pipeline
     starts every jump a step lower, and undo_step takes the right betas only where every timestep is a step.
 
     Jumps add one noise here and one per timestep there, so the noise is zero: their variance is held to the forward
@@ -203,7 +203,7 @@ def test_repaint_is_diffusers(monkeypatch: pytest.MonkeyPatch, eta: float) -> No
 
 
 def test_a_jump_keeps_the_marginal() -> None:
-    """A row that ends at N(a x_0, s^2 I) ends there after a jump too, at the level of the jump."""
+    """A row after a jump still ends at N(a x_0, s^2 I), with a and s of the level that the jump leads to."""
     table = solvers.ddpm(SCHEDULE, 10, clip=None)
     jumped = solvers.repaint(table, 2, 2)
     i = next(i for i, row in enumerate(jumped.rows) if row.abar_next < row.abar)
@@ -265,7 +265,7 @@ def test_edits_are_bitwise_the_same_in_any_batch(options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("options", EDITS, ids="-".join)
 def test_compiled_and_eager_agree(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled backend's runner with the network left as it is: what edits must know is only that."""
+    """Run the compiled backend with a torch.compile that changes nothing: edits do not depend on the runner."""
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     run = {"steps": 4, "image": images(), **options}
     assert torch.equal(sampler_of("compiled").sample(3, **run).images, sampler_of().sample(3, **run).images)
@@ -293,7 +293,7 @@ def test_events_cancel_and_errors_while_editing() -> None:
 
 
 def test_inversion_is_ddim_upwards() -> None:
-    """On a Gaussian the exact network makes every row a scale; fixed points bring each step's inverse."""
+    """With Gaussian data the exact network scales x in every row, and iterations converge to the inverse of a step."""
     unet = Gaussian(torch.zeros(2), 0.25 * torch.eye(2))
     sampler = Sampler(unet, SCHEDULE, backend="eager", shape=(1, 1, 2))
     x = torch.tensor([[[[0.7, -0.4]]]])
@@ -313,7 +313,7 @@ def test_inversion_is_ddim_upwards() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "edm"])
 def test_inversion_rows_undo_ddims(prediction: str) -> None:
-    """Whatever the network says of x_t, the way up from the x_p that ddim makes of it is x_t again."""
+    """For any output of the network, the inverse row leads from the x_p that ddim makes of x_t back to x_t."""
     schedule = solvers.EDMSchedule() if prediction == "edm" else SCHEDULE
     down = solvers.ddim(schedule, 8, prediction=prediction, clip=None)
     up = solvers.ddim_inversion(schedule, 8, prediction=prediction, iterations=2)
@@ -340,7 +340,7 @@ def test_inversion_follows_the_models_scheduler(config: dict[str, Any]) -> None:
 
 
 def test_inversion_of_the_built_in_model_and_back() -> None:
-    """PSNR of the round trip, in float32, 50 steps: above 45 dB with three evaluations a step, below 30 dB with one."""
+    """The PSNR of the round trip in 50 steps is above 45 dB with three evaluations per step, below 30 dB with one."""
     sampler = fastdiff.Sampler.from_pretrained("fashion-mnist", device="cpu")
     labels = [0, 9]
     image = sampler.sample(2, steps=20, labels=labels, guidance=1.5).images
@@ -356,7 +356,7 @@ def test_inversion_of_the_built_in_model_and_back() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_interpolation(backend: str) -> None:
-    """Up to what a batch of another size rounds otherwise, which the first step's x0 has 13 times, 1 / sqrt(abar_t)."""
+    """The bound allows for rounding by another batch size, multiplied by 1 / sqrt(abar_t) = 13 in the first step."""
     sampler = sampler_of(backend)
     bound = 3e-5
     out = sampler.interpolate(5, (3, 8), steps=4, start_index=2)
@@ -386,7 +386,7 @@ def test_slerp_at_its_ends() -> None:
 
 
 def test_guides_by_hand() -> None:
-    """x0 + s^2 / a g, with g through the network, and with dx0/dx_t = a; of every kind of prediction."""
+    """x0 becomes x0 + s^2 / a g, with g through the network or with dx0/dx_t = a, for every kind of prediction."""
     target = images(2)
 
     def log_p(x0: Tensor, indices: range) -> Tensor:
@@ -486,7 +486,7 @@ def test_a_guide_may_use_the_sampler() -> None:
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc", "heun", "euler", "lms", "deis", "plms", "dpmpp_3m"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_classifier_free_guidance_with_every_solver(backend: str, solver: str) -> None:
-    """Scale, interval and rescale against the eager backend in float64; and they do something."""
+    """Scale, interval and rescale agree with the eager backend in float64, and have an effect."""
     unet = random_unet(TINY_CLASSES)
     run: dict[str, Any] = {"solver": solver, "steps": 6, "labels": [0, 1, 3]}
     guided = {"guidance": [2.0, 1.0, 3.0], "guidance_interval": (0.2, 0.9), "guidance_rescale": 0.7}

@@ -1,0 +1,136 @@
+"""A sampler's network as its backend runs it: converted to a device and dtype, with a runner for each batch size."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from torch import nn
+
+from fastdiff import backends
+from fastdiff.errors import InvalidArgument
+from fastdiff.sampler.options import NetworkInfo
+
+log = logging.getLogger("fastdiff")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FAST = "bfloat16-fast"
+
+
+class Runners:
+    """The runners of one network, which use its present weights.
+
+    Args:
+        unet: The network.
+        info: Facts about it.
+        backend: Name of a backend, or "auto".
+        device: As in `fastdiff.Sampler`; None: where the parameters are.
+        dtype: As in `fastdiff.Sampler`; None: that of the parameters.
+        determinism: "seed" or "bitwise".
+
+    Attributes:
+        backend: Name of the backend that runs the network, never "auto".
+        device: Device on which it runs.
+        dtype: dtype in which it runs.
+        fast: Whether dtype was "bfloat16-fast".
+        prepared: The runners so far.
+        converted: A copy of the network in another dtype, layout or on another device, if one is needed.
+
+    Raises:
+        InvalidArgument: If device or dtype cannot be used.
+        BackendError: If the backend cannot run the network, with every reason.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        info: NetworkInfo,
+        backend: str,
+        device: str | torch.device | None,
+        dtype: torch.dtype | str | None,
+        determinism: str,
+    ):
+        parameter = next(unet.parameters(), torch.zeros(()))
+        self.unet = unet
+        self.info = info
+        self.device = usable_device(device) if device is not None else parameter.device
+        self.fast = dtype == FAST
+        self.dtype = usable_dtype("bfloat16" if self.fast else dtype) if dtype is not None else parameter.dtype
+        self.determinism = determinism
+        self.prepared: dict[backends.Spec, backends.Runner] = {}
+        self.converted: nn.Module | None = None
+        first = self._spec(1, (info.channels, *(info.size or (info.stride,) * 2)))
+        self.backend = backend
+        if backend == "auto":
+            self.backend = backends.choose(unet, first)
+            log.info("backend auto: %s", self.backend)
+        self.runner(first.batch, first.shape)  # raises now where the backend cannot run
+
+    def runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
+        """Return the runner for ``batch`` images of ``shape`` (C, H, W), prepared at the first call, with the present
+        weights.
+        """
+        spec = self._spec(batch, shape)
+        network = self._network()
+        if spec not in self.prepared:
+            self.prepared[spec] = backends.prepare(self.backend, network, spec)
+        return self.prepared[spec]
+
+    def clear(self) -> None:
+        """Free the runners and the converted copy."""
+        self.prepared.clear()
+        self.converted = None
+
+    def _spec(self, batch: int, shape: tuple[int, int, int]) -> backends.Spec:
+        return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism, self.fast)
+
+    def _network(self) -> nn.Module:
+        """Return the module itself where it fits, else its one converted copy, with the present weights.
+
+        The weights are copied at every call: fused optimizers and edits of ``.data`` change them without a trace.
+        """
+        # These two convert for themselves, and with less error: they round transformed weights.
+        dtype = torch.float32 if self.backend in ("native", "triton") else self.dtype
+        # On CUDA this memory layout selects kernels of its own.
+        layout = torch.channels_last if self.device.type == "cuda" else None
+
+        def fits(p: torch.Tensor) -> bool:
+            laid_out = layout is None or p.ndim != 4 or p.is_contiguous(memory_format=layout)
+            return p.device == self.device and p.dtype == dtype and laid_out
+
+        if all(map(fits, self.unet.parameters())):
+            if self.converted is not None:  # the module itself was converted since the last call
+                self.clear()
+            return self.unet
+        present = [*self.unet.parameters(), *self.unet.buffers()]
+        with torch.inference_mode(False), torch.no_grad():  # so that the copy can be written again in any mode
+            mine = [] if self.converted is None else [*self.converted.parameters(), *self.converted.buffers()]
+            if self.converted is None or [t.shape for t in mine] != [t.shape for t in present]:
+                self.converted = copy.deepcopy(self.unet).to(device=self.device, dtype=dtype).eval()
+                if layout is not None:
+                    self.converted.to(memory_format=layout)  # type: ignore[call-overload]  # missing in torch's annotations
+                self.prepared.clear()
+            else:
+                for into, now in zip(mine, present, strict=True):
+                    into.copy_(now)
+        return self.converted
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return the device with its index, as the tensors on it name it ("cuda" gives "cuda:0").
+
+    None gives CUDA where there is one, else the CPU. `InvalidArgument` says why a device cannot be used.
+    """
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError, TypeError) as e:
+        raise InvalidArgument(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from e
+
+
+def usable_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of a name, or a dtype itself; `InvalidArgument` lists the ones that networks can run in."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}, {FAST}")
+    return found  # type: ignore[return-value]  # one of DTYPES, as just checked
