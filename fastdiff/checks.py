@@ -23,7 +23,9 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def whole(name: str, value: Any, low: int | None = None, high: int | None = None, *, but: str = "") -> int:
+def whole(
+    name: str, value: Any, low: int | None = None, high: int | None = None, *, but: str = "", of: str = ""
+) -> int:
     """Return ``value`` as an int.
 
     Args:
@@ -32,13 +34,16 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
         low: The least value that is allowed, if there is one.
         high: The largest value that is allowed, if there is one.
         but: What is allowed besides whole numbers, for the message; as "None".
+        of: What the bound ``high`` is, for the message; as "the schedule's timesteps".
 
     Raises:
         InvalidArgument: If the value is no whole number from ``low`` to ``high``.
     """
     if is_whole(value) and (low is None or value >= low) and (high is None or value <= high):
         return int(value)
-    raise InvalidArgument(f"{name}={value!r}: {_needed('a whole number', low, high)}{but and f', or {but},'} is needed")
+    raise InvalidArgument(
+        f"{name}={value!r}: {_needed('a whole number', low, high)}{of and f', {of},'}{but and f', or {but},'} is needed"
+    )
 
 
 def number(
@@ -82,6 +87,7 @@ def one_of(name: str, value: Any, allowed: Collection[Any], *, but: str = "") ->
 
 
 def _needed(kind: str, low: float | None, high: float | None) -> str:
+    least, most = (f"{bound:g}" if isinstance(bound, float) else str(bound) for bound in (low, high))
     if low is None:
-        return kind if high is None else f"{kind} of at most {high:g}"
-    return f"{kind} of at least {low:g}" if high is None else f"{kind} from {low:g} to {high:g}"
+        return kind if high is None else f"{kind} of at most {most}"
+    return f"{kind} of at least {least}" if high is None else f"{kind} from {least} to {most}"

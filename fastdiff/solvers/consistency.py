@@ -22,7 +22,7 @@ def lcm(
     schedule: NoiseSchedule,
     steps: int | None = None,
     *,
-    original_steps: int = 50,
+    original_steps: int | None = None,
     timestep_scaling: float = 10.0,
     spacing: str | Sequence[float] | None = None,
     prediction: str | None = None,
@@ -47,7 +47,8 @@ def lcm(
     if spacing is None or isinstance(spacing, str):
         if spacing is not None:
             raise InvalidArgument(f"spacing={spacing!r}: lcm has its own spacing (None), or takes a list of timesteps")
-        spacing, steps = lcm_timesteps(schedule.timesteps, 4 if steps is None else steps, original_steps), None
+        original = min(50, schedule.timesteps) if original_steps is None else original_steps
+        spacing, steps = lcm_timesteps(schedule.timesteps, 4 if steps is None else steps, original), None
     if not is_number(timestep_scaling) or not 0.0 < timestep_scaling < math.inf:
         raise InvalidArgument(f"timestep_scaling={timestep_scaling!r}: a positive number is needed")
     walk = Walk.of(schedule, steps, spacing=spacing, prediction=prediction, clip=clip, threshold=threshold)

@@ -11,6 +11,8 @@ from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Schedule, Walk
 
 VARIANCES = ("posterior", "beta", "none", "learned_range")
+# diffusers' variance_type, and the variance here
+VARIANCE_TYPES = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned_range"}
 
 
 def ddpm(

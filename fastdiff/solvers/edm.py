@@ -11,6 +11,8 @@ from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.solvers.spacing import RHO, SIGMA_SPACINGS, spaced_sigmas
 from fastdiff.solvers.table import is_number
 
+STEPS = 18  # steps of a run that gives no number
+
 
 @dataclasses.dataclass(frozen=True)
 class EDMSchedule:
@@ -57,7 +59,7 @@ class EDMSchedule:
                 raise InvalidArgument(
                     f"spacing={spacing!r}: an EDMSchedule has {', '.join(SIGMA_SPACINGS)}, or a list of sigmas"
                 )
-            n = 18 if steps is None else steps
+            n = STEPS if steps is None else steps
             if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1_000_000:
                 raise InvalidArgument(f"steps={steps!r}: a whole number from 1 to 1000000 is needed")
             return [self.time(s) for s in spaced_sigmas(spacing, n, self.sigma_max, self.sigma_min, self.rho).tolist()]

@@ -18,6 +18,7 @@ from fastdiff.solvers.spacing import levels, timesteps
 from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold
 
 Schedule = NoiseSchedule | EDMSchedule
+STEPS = 50  # steps of a run that gives no number, or every timestep of a schedule that has fewer
 
 
 class Common(TypedDict, total=False):
@@ -145,7 +146,7 @@ class Walk:
         else:
             spacing = "trailing" if spacing is None else spacing
             if steps is None and isinstance(spacing, str):
-                steps = min(50, schedule.timesteps)
+                steps = min(STEPS, schedule.timesteps)
             ts = timesteps(schedule, steps, spacing, steps_offset)
             ends = levels(schedule, ts, 1.0 if final == "zero" else float(schedule.alphas_cumprod[0]))
             scale = init_scale = output_scale = 1.0
