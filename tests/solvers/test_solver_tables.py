@@ -1,4 +1,4 @@
-"""What holds for every solver's table: levels, timesteps, exactness; sigma spacings, EDM, thresholds, the sampler."""
+"""Properties of every solver's table: levels, timesteps, exactness; sigma spacings, EDM, thresholds, the sampler."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ from fastdiff.solvers.registry import SOLVERS as REGISTERED
 from fastdiff.solvers.unipc import solve_moments
 from fastdiff.solvers.walk import Schedule
 from tests.core.test_update import network
-from tests.solvers.test_solvers import LINEAR, linear_map, runs
 from tests.support.paths import ROOT
+from tests.support.solver_cases import linear_map, runs
 from tests.support.trajectories import SCHEDULES, SHAPE, denoiser, draw_noise, run
 from tests.support.unets import TINY, random_unet
 
 CPU = torch.device("cpu")
+LINEAR = SCHEDULES["linear"]
 SOLVERS = ("auto", *REGISTERED)
 BUILD = {
     "ddim": solvers.ddim,
