@@ -372,8 +372,8 @@ def test_only_their_own_solvers(mode: str, solver: str) -> None:
         table_of(mode, solver, 10)
 
 
-def test_diffusers_has_every_solver() -> None:
-    assert {name for name, solver in SOLVERS.items() if solver.diffusers} == set(THEIRS) == set(SOLVERS)
+def test_diffusers_has_these_solvers() -> None:
+    assert {name for name, solver in SOLVERS.items() if solver.diffusers} == set(THEIRS)
 
 
 # Late starts, bad input -----------------------------------------------------------------------------------------------
