@@ -39,6 +39,7 @@ def whole(
     high: int | None = None,
     *,
     but: str = "",
+    of: str = "",
     error: Error = InvalidArgument,
 ) -> int:
     """Check that ``value`` is an integer within bounds.
@@ -49,6 +50,7 @@ def whole(
         low: Smallest allowed value; None for no lower bound.
         high: Largest allowed value; None for no upper bound.
         but: Description of what the caller accepts besides integers, for the message; for example "None".
+        of: Description of the bound ``high``, for the message; for example "the timesteps of the schedule".
         error: Type of the error to raise.
 
     Returns:
@@ -59,7 +61,8 @@ def whole(
     """
     if is_whole(value) and (low is None or value >= low) and (high is None or value <= high):
         return int(value)
-    raise error(f"{name}={value!r}: {_needed('a whole number', low, high)}{but and f', or {but},'} is needed")
+    needed = _needed("a whole number", low, high) + (of and f", {of},") + (but and f", or {but},")
+    raise error(f"{name}={value!r}: {needed} is needed")
 
 
 def number(

@@ -1,4 +1,4 @@
-"""Every error fastdiff raises on purpose: what was wrong, where, and what would work."""
+"""The errors that fastdiff raises on purpose; their messages say what was wrong, where, and what would work."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class BackendError(FastdiffError, RuntimeError):
 class NumericsError(FastdiffError, ArithmeticError):
     """Some images became NaN or infinite.
 
-    Attributes: ``images``, the global indices of those images; ``output``, the
-    `SampleOutput` with the other images intact (None where there is none).
+    Attributes:
+        images: Global indices of those images.
+        output: The `SampleOutput` of the run, in which the other images are intact; None where there is none.
     """
 
     def __init__(self, message: str, images: tuple[int, ...] = (), output: Any = None):
@@ -47,8 +48,8 @@ class TrainingError(FastdiffError, RuntimeError):
 
 
 class Cancelled(FastdiffError):
-    """`Sampler.cancel()` ended this call between two steps."""
+    """The call was ended between two steps by `Sampler.cancel`."""
 
 
 class CallbackError(FastdiffError, RuntimeError):
-    """A user's callback raised; the message names the row, the cause is chained."""
+    """A user's callback raised an exception, which is chained; the message names the row."""

@@ -1,4 +1,7 @@
-"""Writing files so that a reader never sees half of one: temporary file, fsync, rename, fsync of the folder."""
+"""Atomic writing of files, so that a reader never sees an incomplete one.
+
+A temporary file is written and synced, then renamed, and the folder is synced.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,20 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block succeeds it becomes ``path``, durably, else it goes."""
+    """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block succeeds, and else deleted.
+
+    Args:
+        path: The file to write; missing folders are created.
+
+    Yields:
+        The temporary path.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask gives; safetensors' own files are for their owner alone
+        mode = temporary.stat().st_mode  # the umask's mode; safetensors writes files that only their owner can read
         temporary.unlink()
         yield temporary
         temporary.chmod(mode)
@@ -29,15 +39,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text to ``path`` atomically."""
+    """Write text to a file atomically.
+
+    Args:
+        path: The file to write; missing folders are created.
+        text: Its text, encoded as UTF-8.
+    """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows has no handle on a folder to sync
+    if os.name == "nt" and path.is_dir():  # Windows cannot sync a folder
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what it may write
+    handle = os.open(
+        path, os.O_RDONLY if path.is_dir() else os.O_RDWR
+    )  # Windows syncs only files that are open for writing
     try:
         os.fsync(handle)
     finally:

@@ -3,8 +3,8 @@
     q(x_t | x_0)          = N(sqrt(abar_t) x_0, (1 - abar_t) I)                   eq. 4
     q(x_{t-1} | x_t, x_0) = N(mu_t(x_t, x_0), betatilde_t I)                      eqs. 6, 7
 
-with alpha_t = 1 - beta_t and abar_t = prod_{s <= t} alpha_s. Timesteps count from 0, as in the code bases of the field:
-abar_0 is one step away from the data, and the data itself (abar = 1) has no index.
+with alpha_t = 1 - beta_t and abar_t = prod_{s <= t} alpha_s. Timesteps count from 0, as is usual in code: abar_0 is one
+step away from the data, and the data itself (abar = 1) has no index.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdiff.checks import is_whole
 from fastdiff.errors import ConfigError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -38,20 +39,27 @@ DIFFUSERS_KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """A discrete variance-preserving noise schedule beta_0 .. beta_{T-1}.
+    """A discrete variance-preserving noise schedule beta_0 .. beta_{T-1}; immutable, hashable, compared by value.
 
-    kind
+    The kinds are
+
         "linear":         beta from ``beta_start`` to ``beta_end`` in equal steps (Ho et al. 2020).
         "scaled_linear":  sqrt(beta) from sqrt(beta_start) to sqrt(beta_end) in equal steps (latent diffusion).
         "cosine":         abar(u) = cos^2((u + 0.008) / 1.008 * pi/2), beta capped at 0.999 (Nichol & Dhariwal 2021).
         "sigmoid":        beta = beta_start + (beta_end - beta_start) * sigmoid(u), u from -6 to 6 (GeoDiff; diffusers).
         "custom":         ``betas`` as given.
-    timesteps
-        T, 1 .. 1,000,000; for "custom" it is the length of ``betas``.
-    rescale_zero_terminal_snr
-        Shift and scale sqrt(abar) so that abar_{T-1} = 0 (Lin et al. 2023, arXiv:2305.08891, algorithm 1).
 
-    Immutable, hashable, compared by value. Raises `ConfigError` naming the value and what is allowed.
+    Attributes:
+        kind: One of the kinds above.
+        timesteps: T, 1 to 1,000,000; for "custom" it is the length of ``betas``.
+        beta_start: First beta of "linear", "scaled_linear" and "sigmoid", in (0, 1).
+        beta_end: Last beta of these, at least ``beta_start``.
+        betas: The betas of "custom", each in (0, 1); None for the other kinds.
+        rescale_zero_terminal_snr: Whether sqrt(abar) is shifted and scaled so that abar_{T-1} = 0 (Lin et al. 2023,
+            arXiv:2305.08891, algorithm 1).
+
+    Raises:
+        ConfigError: If a value is out of range, or the schedule's abar does not fall strictly.
     """
 
     kind: str = "linear"
@@ -77,7 +85,7 @@ class NoiseSchedule:
             object.__setattr__(self, "betas", betas)
             object.__setattr__(self, "timesteps", len(betas))
         T = self.timesteps
-        if not isinstance(T, numbers.Integral) or isinstance(T, bool) or not 1 <= T <= MAX_TIMESTEPS:
+        if not is_whole(T) or not 1 <= T <= MAX_TIMESTEPS:
             raise ConfigError(f"timesteps={T!r}: a whole number from 1 to {MAX_TIMESTEPS} is needed")
         object.__setattr__(self, "timesteps", int(T))
         start, end = _number("beta_start", self.beta_start), _number("beta_end", self.beta_end)
@@ -89,15 +97,25 @@ class NoiseSchedule:
             raise ConfigError(f"rescale_zero_terminal_snr={self.rescale_zero_terminal_snr!r}: True or False is needed")
         if self.rescale_zero_terminal_snr and self.timesteps < 2:
             raise ConfigError("rescale_zero_terminal_snr=True needs at least 2 timesteps")
-        self.alphas_cumprod  # noqa: B018  a schedule that cannot be is refused here, not at its first use
+        self.alphas_cumprod  # noqa: B018  an impossible schedule is refused here, not at its first use
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Copies and pickles are built anew: a copied cache of alphas_cumprod would be writable.
+        # Copies and pickles call the constructor, because a copied cache of alphas_cumprod would be writable.
         return type(self), tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | NDArray[np.float64]) -> NoiseSchedule:
-        """A custom schedule with the given abar (strictly falling, in (0, 1)); beta_t = 1 - abar_t / abar_{t-1}."""
+        """Build a custom schedule from its abar, with beta_t = 1 - abar_t / abar_{t-1}.
+
+        Args:
+            alphas_cumprod: abar_0 .. abar_{T-1}, strictly falling, in (0, 1).
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ConfigError: If abar does not fall strictly, or leaves (0, 1).
+        """
         abar = [_number(f"alphas_cumprod[{i}]", a) for i, a in enumerate(alphas_cumprod)]
         pairs = list(itertools.pairwise([1.0, *abar]))
         for i, (before, a) in enumerate(pairs):
@@ -109,7 +127,17 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Read the schedule part of a diffusers ``scheduler_config.json``; a missing key has diffusers' default."""
+        """Read the noise schedule of a diffusers ``scheduler_config.json``.
+
+        Args:
+            config: The configuration; an absent key has diffusers' default.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ConfigError: If a value is not supported; the message names its key.
+        """
         if not isinstance(config, Mapping):
             raise ConfigError(f"a scheduler configuration is an object with keys, not {type(config).__name__}")
         rescale = config.get("rescale_betas_zero_snr", False)
@@ -127,7 +155,11 @@ class NoiseSchedule:
         )
 
     def to_scheduler_config(self) -> dict[str, Any]:
-        """The schedule as diffusers ``scheduler_config.json`` keys; inverse of `from_scheduler_config`."""
+        """Write the schedule as keys of a diffusers ``scheduler_config.json``; `from_scheduler_config` reads them.
+
+        Returns:
+            The keys and their values.
+        """
         names = {kind: name for name, kind in DIFFUSERS_KINDS.items()}
         return {
             "num_train_timesteps": self.timesteps,
@@ -159,7 +191,17 @@ class NoiseSchedule:
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
     def abar(self, t: float) -> float:
-        """abar at a timestep t in [0, T-1], log abar interpolated between integers; t = -1 is the data, abar = 1."""
+        """Return abar at a timestep; between integers log abar is interpolated.
+
+        Args:
+            t: Timestep in [0, T-1], or -1 for the data.
+
+        Returns:
+            abar_t; 1 for the data.
+
+        Raises:
+            InvalidArgument: If t is out of range.
+        """
         if t == -1:
             return 1.0
         if not 0 <= t <= self.timesteps - 1:
@@ -172,13 +214,23 @@ class NoiseSchedule:
         return float(a ** (1 - w) * b**w)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Draw from the forward process, q(x_t | x_0) (Ho et al. 2020, eq. 4):
+        """Draw from the forward process q(x_t | x_0) (Ho et al. 2020, eq. 4):
 
             x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
 
-        x0, noise: [B, ...] of one dtype, noise ~ N(0, I); t: integer [B], 0 .. T-1. Returns x0's shape and dtype. The
-        coefficients are float64 rounded to float32 (float64 for float64 data): in half precision abar_t itself would
-        round to 1 for the first timesteps, and no noise would be added.
+        The coefficients are computed in float64 and rounded to float32 (not for float64 data). In half precision abar_t
+        would round to 1 for the first timesteps, and no noise would be added.
+
+        Args:
+            x0: Images [B, ...] of a floating-point dtype.
+            noise: Noise ~ N(0, I) of x0's shape and dtype.
+            t: int32 or int64 [B], 0 to T-1.
+
+        Returns:
+            x_t, of x0's shape and dtype.
+
+        Raises:
+            InvalidArgument: If shapes or dtypes differ, or a timestep is out of range.
         """
         import torch
 
@@ -194,9 +246,18 @@ class NoiseSchedule:
         return (a * x0 + s * noise).to(x0.dtype)
 
     def signal_and_noise(self, t: Tensor, ndim: int, dtype: Any) -> tuple[Tensor, Tensor]:
-        """(sqrt(abar_t), sqrt(1 - abar_t)) for integer t [B], each [B, 1, ...] with ``ndim`` dimensions, on t's device.
+        """Return sqrt(abar_t) and sqrt(1 - abar_t) for a batch of timesteps.
 
-        The range of t is checked where that costs no synchronisation with a device: on the CPU.
+        Args:
+            t: int32 or int64 [B]. Its range is checked on the CPU only, where that needs no synchronisation.
+            ndim: Number of dimensions of the result.
+            dtype: dtype of the result.
+
+        Returns:
+            Two tensors [B, 1, ...] on t's device.
+
+        Raises:
+            InvalidArgument: If t is of another shape or dtype, or out of range.
         """
         import torch
 
@@ -212,14 +273,23 @@ class NoiseSchedule:
         return a, s
 
     def posterior(self, t: int, t_prev: int) -> tuple[float, float, float]:
-        """Coefficients of q(x_{t_prev} | x_t, x_0) = N(c0 x_0 + ct x_t, var I), for any t_prev < t (-1: the data).
+        """Return the coefficients of the posterior q(x_{t_prev} | x_t, x_0) = N(c0 x_0 + ct x_t, var I).
 
-            alpha = abar_t / abar_prev,  beta = 1 - alpha
-            c0  = sqrt(abar_prev) beta / (1 - abar_t)                                      (eq. 7)
-            ct  = sqrt(alpha) (1 - abar_prev) / (1 - abar_t)                               (eq. 7)
-            var = beta (1 - abar_prev) / (1 - abar_t)                                      (eq. 7)
+        With alpha = abar_t / abar_prev and beta = 1 - alpha (Ho et al. 2020, eq. 7, for any t_prev < t)
 
-        Returns (c0, ct, var).
+            c0  = sqrt(abar_prev) beta / (1 - abar_t)
+            ct  = sqrt(alpha) (1 - abar_prev) / (1 - abar_t)
+            var = beta (1 - abar_prev) / (1 - abar_t)
+
+        Args:
+            t: Timestep of x_t, 0 to T-1.
+            t_prev: An earlier timestep; -1 is the data.
+
+        Returns:
+            (c0, ct, var).
+
+        Raises:
+            InvalidArgument: If not -1 <= t_prev < t.
         """
         if not -1 <= t_prev < t:
             raise InvalidArgument(f"t_prev={t_prev!r} must be less than t={t!r}, and at least -1")
@@ -227,7 +297,7 @@ class NoiseSchedule:
 
 
 def posterior(abar: float, abar_prev: float) -> tuple[float, float, float]:
-    """(c0, ct, var) of the posterior between two noise levels; see `NoiseSchedule.posterior`."""
+    """Return (c0, ct, var) of the posterior between two noise levels; `NoiseSchedule.posterior` has the formulas."""
     alpha = abar / abar_prev
     beta = 1.0 - alpha
     c0 = math.sqrt(abar_prev) * beta / (1.0 - abar)
@@ -237,12 +307,14 @@ def posterior(abar: float, abar_prev: float) -> tuple[float, float, float]:
 
 
 def _number(key: str, value: Any) -> float:
+    """Return a real number as a float; infinite ones and NaN are refused by the bounds that the caller checks."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ConfigError(f"{key}={value!r}: a number is needed")
     return float(value)
 
 
 def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:
+    """Compute beta_0 .. beta_{T-1} by the formulas in `NoiseSchedule`, before any rescaling."""
     T, start, end = schedule.timesteps, schedule.beta_start, schedule.beta_end
     if schedule.betas is not None:
         return np.asarray(schedule.betas, dtype=np.float64)
@@ -258,13 +330,14 @@ def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:
 
 
 def _alphas_cumprod(schedule: NoiseSchedule) -> NDArray[np.float64]:
+    """Compute abar_0 .. abar_{T-1}, read-only; refuse a schedule whose abar does not fall strictly."""
     abar = np.cumprod(1.0 - _betas(schedule), dtype=np.float64)
     last = abar[-1]
     if schedule.rescale_zero_terminal_snr and last < abar[0]:
         # Lin et al. 2023, algorithm 1: sqrt(abar) is shifted to end at 0 and scaled to keep its first entry.
         root = np.sqrt(abar)
         abar = np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
-    # Betas below rounding leave abar where it was; many large ones drive it to 0.
+    # A beta below rounding leaves abar unchanged, and many large ones drive it to 0.
     if not (abar[0] < 1.0 and np.all(np.diff(abar) < 0.0) and last > 0.0):
         raise ConfigError(
             f"{schedule.kind} schedule of {schedule.timesteps} timesteps: alphas_cumprod must fall strictly from below "

@@ -31,6 +31,7 @@ from fastdiff.checkpoints.reading import TORCH_SUFFIXES, read_json, read_safeten
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule
+from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS
 from fastdiff.solvers.walk import Schedule
 from fastdiff.unet import UNet, UNetConfig
 
@@ -41,7 +42,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 TORCH_WEIGHTS = "diffusion_pytorch_model.bin"
 BUILTIN = Path(__file__).parent.parent / "models"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 # Earlier versions of diffusers named the projections of an attention so.
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -159,11 +159,11 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
         if prediction == "edm":
             raise ConfigError(f"prediction_type 'edm' needs one of the schedulers {', '.join(EDM_SCHEDULERS)}")
         return NoiseSchedule.from_scheduler_config(config), prediction
-    names = {"epsilon": "edm", "v_prediction": "v_prediction"}
-    if prediction not in names:
-        raise ConfigError(f"prediction_type={prediction!r} of an EDM scheduler is unknown; allowed: {', '.join(names)}")
+    if prediction not in EDM_PREDICTIONS:
+        allowed = ", ".join(EDM_PREDICTIONS)
+        raise ConfigError(f"prediction_type={prediction!r} of an EDM scheduler is unknown; allowed: {allowed}")
     levels = {f.name: config[f.name] for f in dataclasses.fields(EDMSchedule) if f.name in config}
-    return EDMSchedule(**levels), names[prediction]
+    return EDMSchedule(**levels), EDM_PREDICTIONS[prediction]
 
 
 def read_model(

@@ -9,11 +9,12 @@ import typer
 
 from fastdiff.errors import InvalidArgument
 
-# fastdiff.sampler.tables.SOLVERS, which must not be imported for --help
+# --help imports neither NumPy nor torch, so these repeat the names in fastdiff.solvers, which a test compares.
 SOLVER_HELP = (
-    "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, lms, deis, "
+    "auto, ddpm, ddim, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, deis, lms, "
     "plms, lcm or consistency."
 )
+SPACING_HELP = "trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."
 
 ModelArgument = Annotated[
     str,
@@ -28,10 +29,7 @@ StepsOption = Annotated[
 ]
 EtaOption = Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")]
 VarianceOption = Annotated[str | None, typer.Option(help="Noise of ddpm: posterior, beta, none, learned_range.")]
-SpacingOption = Annotated[
-    str | None,
-    typer.Option(help="trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."),
-]
+SpacingOption = Annotated[str | None, typer.Option(help=SPACING_HELP)]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Images in flight (default: by the network's size).")]
 

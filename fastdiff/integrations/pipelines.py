@@ -29,16 +29,15 @@ from fastdiff import backends
 from fastdiff.backends import Runner, Spec
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
-from fastdiff.integrations.scheduler import IN_SIGMA, configuration, draws, randn
+from fastdiff.integrations.scheduler import configuration, draws, randn
 from fastdiff.solvers import StepTable, from_config
-from fastdiff.solvers.compat.diffusers import SCHEDULERS, noise_schedule
+from fastdiff.solvers.compat.diffusers import VARIANCE_PRESERVING, noise_schedule
 from fastdiff.solvers.table import Row
 from fastdiff.unet import UNet, UNetConfig
 
 log = logging.getLogger("fastdiff")
 
 Pipeline = TypeVar("Pipeline")
-SUPPORTED = [name for name in SCHEDULERS if not name.startswith(IN_SIGMA)]
 
 
 def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -> Pipeline:
@@ -386,11 +385,11 @@ def _scheduler_config(pipeline: Any) -> dict[str, Any]:
     scheduler, name = pipeline.scheduler, type(pipeline.scheduler).__name__
     config = configuration(scheduler)
     if type(scheduler) is not getattr(diffusers, name) or "step" in vars(scheduler):
-        raise ConfigError(f"scheduler {name} is not diffusers' own; supported: {', '.join(SUPPORTED)}")
-    if name not in SUPPORTED:
+        raise ConfigError(f"scheduler {name} is not diffusers' own; supported: {', '.join(VARIANCE_PRESERVING)}")
+    if name not in VARIANCE_PRESERVING:
         raise ConfigError(
             f"scheduler {name} needs its input scaled, which {type(pipeline).__name__} does not do; supported: "
-            f"{', '.join(SUPPORTED)}"
+            f"{', '.join(VARIANCE_PRESERVING)}"
         )
     if "variance_type" in vars(scheduler):  # what DDPM's step reads
         config["variance_type"] = scheduler.variance_type

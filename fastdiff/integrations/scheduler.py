@@ -29,10 +29,8 @@ from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
-from fastdiff.solvers.compat.diffusers import SCHEDULERS, noise_schedule
-
-IN_SIGMA = ("Euler", "Heun", "LMS", "EDM", "CM")  # how their names begin
-WITHOUT_SCHEDULE = ("EDM", "CM")
+from fastdiff.solvers.compat.diffusers import IN_SIGMA, WITHOUT_SCHEDULE, noise_schedule, scheduler_name
+from fastdiff.solvers.paths import looks_back
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -97,9 +95,7 @@ def configuration(source: Any) -> dict[str, Any]:
         config = {**source.config, "_class_name": type(source).__name__}
     else:
         raise ConfigError(f"a {type(source).__name__} is neither a scheduler nor the configuration of one")
-    name = config.get("_class_name")
-    if name not in SCHEDULERS:
-        raise ConfigError(f"scheduler {name!r} (_class_name) is not supported; supported: {', '.join(SCHEDULERS)}")
+    scheduler_name(config)
     return config
 
 
@@ -117,9 +113,9 @@ class Scheduler:
     def __init__(self, config: Mapping[str, Any]):
         self.config = configuration(config)
         name = str(self.config["_class_name"])
-        self.in_sigma = name.startswith(IN_SIGMA)
+        self.in_sigma = name in IN_SIGMA
         self.schedule: NoiseSchedule | None = None
-        if not name.startswith(WITHOUT_SCHEDULE):
+        if name not in WITHOUT_SCHEDULE:
             self.schedule = noise_schedule(self.config)
         self.order = 2 if name.startswith("Heun") else 1
         self.num_inference_steps: int | None = None
@@ -294,7 +290,7 @@ class Scheduler:
             raise InvalidArgument(
                 f"timestep {t:g} is not one of this run's {len(table)}, {table.rows[0].t:g} .. {table.rows[-1].t:g}"
             )
-        if not _starts(table, known[0]):
+        if looks_back(table, known[0]):
             raise InvalidArgument(
                 f"timestep {t:g} (row {known[0]}) needs the rows before it, as {table.solver} keeps a history; start "
                 f"with timesteps[0], or call the timesteps in turn"
@@ -336,17 +332,6 @@ def _to_state(table: StepTable, row: int) -> float:
 def _from_state(table: StepTable, row: int) -> float:
     """From the state behind a row to sigma space; the last row returns to the data's units itself."""
     return 1.0 / _to_state(table, row + 1) if row < len(table) else 1.0
-
-
-def _starts(table: StepTable, first: int) -> bool:
-    """Whether a run can begin at this row: no row from there reads what an earlier one kept."""
-    kept, saved = 0, False
-    for row in table.rows[first:]:
-        reads = 3 if row.a3 else 2 if row.a2 else 1 if row.a1 else 0
-        if reads > kept or (row.as_ and not saved):
-            return False
-        kept, saved = kept + bool(row.push), saved or bool(row.save)
-    return True
 
 
 def _forgets(table: StepTable) -> bool:

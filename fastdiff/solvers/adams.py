@@ -21,14 +21,29 @@ from fastdiff.solvers.walk import Common, Schedule, Walk
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FEW = 15
+FEW = 15  # a run of fewer steps ends with lower orders
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(20)
 
 
 def lms(schedule: Schedule, steps: int | None = None, *, order: int = 4, **common: Unpack[Common]) -> StepTable:
-    """The linear multi-step method of k-diffusion, polynomials in sigma, ``order`` 1 to 4; it starts with lower orders.
+    """Build the table of k-diffusion's linear multi-step method, Adams-Bashforth with polynomials in sigma.
 
-    Options: `Walk.of`.
+        x_t = x_s + sum_k eps_k integral from sigma_s to sigma_t of L_k(sigma) dsigma
+
+    where eps_k are the last ``order`` values of eps and L_k their Lagrange polynomials. It starts with lower orders.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        order: Number of values of eps in a step, 1 to 4.
+        **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
+            `Walk.of`.
+
+    Returns:
+        A table of one row a step.
+
+    Raises:
+        InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
     if isinstance(order, bool) or order not in (1, 2, 3, 4):
         raise InvalidArgument(f"order={order!r}: 1, 2, 3 or 4 is needed")
@@ -36,7 +51,7 @@ def lms(schedule: Schedule, steps: int | None = None, *, order: int = 4, **commo
 
 
 def lms_table(walk: Walk, order: int) -> StepTable:
-    """The table over a walk."""
+    """Build the rows of `lms` for the levels of a walk."""
     return _table(walk, "lms", [walk.order(i, order) for i in range(len(walk))], by_log=False)
 
 
@@ -48,12 +63,25 @@ def deis(
     lower_order_final: bool = True,
     **common: Unpack[Common],
 ) -> StepTable:
-    """DEIS, log rho AB (Zhang & Chen 2023, arXiv:2204.13902, table 2), polynomials in log sigma, ``order`` 1 to 3.
+    """Build the table of DEIS, its variant log rho AB (Zhang & Chen 2023, arXiv:2204.13902, table 2).
 
-    lower_order_final
-        With fewer than 15 steps the last two are of orders 2 and 1.
+        x_t = x_s + sum_k eps_k integral from sigma_s to sigma_t of L_k(log sigma) dsigma
 
-    Other options: `Walk.of`.
+    where eps_k are the last ``order`` values of eps and L_k their Lagrange polynomials in log sigma.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        order: Number of values of eps in a step, 1 to 3.
+        lower_order_final: Whether a run of fewer than 15 steps ends with orders 2 and 1.
+        **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
+            `Walk.of`.
+
+    Returns:
+        A table of one row a step.
+
+    Raises:
+        InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
     if isinstance(order, bool) or order not in (1, 2, 3):
         raise InvalidArgument(f"order={order!r}: 1, 2 or 3 is needed")
@@ -61,7 +89,7 @@ def deis(
 
 
 def deis_table(walk: Walk, order: int, lower_order_final: bool = True) -> StepTable:
-    """The table over a walk."""
+    """Build the rows of `deis` for the levels of a walk."""
     n = len(walk)
     orders = []
     for i in range(n):
@@ -71,9 +99,10 @@ def deis_table(walk: Walk, order: int, lower_order_final: bool = True) -> StepTa
 
 
 def _table(walk: Walk, name: str, orders: Sequence[int], by_log: bool) -> StepTable:
+    """Build the rows, each of its own order; ``by_log``: polynomials in log sigma."""
     rows = []
     for i, (level, order) in enumerate(zip(walk.levels, orders, strict=True)):
-        if order == 1:  # Euler's step, which needs no finite sigma
+        if order == 1:  # Euler's step, which is also defined at infinite sigma
             rows.append(walk.row(i, x0=level.a_next, eps=level.s_next, keep="eps"))
             continue
         before = walk.levels[i - order + 1 : i + 1][::-1]
@@ -88,18 +117,19 @@ def _table(walk: Walk, name: str, orders: Sequence[int], by_log: bool) -> StepTa
 
 
 def sigma_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """Integrals of the Lagrange polynomials of ``nodes`` from the first node to ``end``; exact, of degree 3 at most."""
+    """Return the integrals from the first node to ``end`` of the Lagrange polynomials of at most 4 nodes, exactly."""
     at = nodes[0] + (end - nodes[0]) * (NODES + 1.0) / 2.0
     half = 0.5 * (end - nodes[0])
     return [float(half * (WEIGHTS * _lagrange(nodes, k, at)).sum()) for k in range(len(nodes))]
 
 
 def log_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """The same for polynomials in u = log sigma, integrals over sigma in units of the first node's sigma:
+    """Return the weights of polynomials in u = log sigma, for integrals over sigma in units of the first node's sigma.
 
-        integral from 0 to U of L_k(u) e^u du,   u = log sigma - log sigma_s,  U <= 0, -inf at the end
+        integral from 0 to U of L_k(u) e^u du,     u = log sigma - log sigma_s,  U <= 0
 
-    in parts short enough for the quadrature to be exact to rounding; e^-60 is nothing beside 1.
+    U is -infinity in a step to zero noise; -60 stands for it, as e^-60 is nothing beside 1. The interval is divided
+    into parts so short that the quadrature is exact up to rounding.
     """
     shifted = [node - nodes[0] for node in nodes]
     total = max(end - nodes[0], -60.0)
@@ -113,6 +143,7 @@ def log_weights(nodes: Sequence[float], end: float) -> list[float]:
 
 
 def _lagrange(nodes: Sequence[float], k: int, at: np.ndarray) -> np.ndarray:
+    """Return the values of L_k, which is 1 at nodes[k] and 0 at the other nodes."""
     value = np.ones_like(at)
     for j, node in enumerate(nodes):
         if j != k:

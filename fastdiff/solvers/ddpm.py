@@ -1,16 +1,18 @@
-"""Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2), over any subset of the timesteps."""
+"""DDPM's ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2), over any subset of the timesteps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from fastdiff.errors import InvalidArgument
+from fastdiff.checks import one_of
 from fastdiff.schedule import NoiseSchedule, posterior
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Schedule, Walk
 
 VARIANCES = ("posterior", "beta", "none", "learned_range")
+# diffusers' variance_type, and the variance here
+VARIANCE_TYPES = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned_range"}
 
 
 def ddpm(
@@ -24,22 +26,38 @@ def ddpm(
     threshold: float | tuple[float, float] | None = None,
     steps_offset: int = 0,
 ) -> StepTable:
-    """DDPM ancestral sampling as a table; ``steps`` None visits every timestep. Between levels abar_t and abar_p (p the
-    next row's timestep, abar_p = 1 at the end), with alpha = abar_t / abar_p and beta = 1 - alpha:
+    """Build the table of DDPM's ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2).
 
-        x_p = sqrt(abar_p) beta / (1 - abar_t) x_0 + sqrt(alpha) (1 - abar_p) / (1 - abar_t) x_t + sigma z      (eq. 7)
+    A step from level abar_t to level abar_p, the level of the next row's timestep p (abar_p = 1 in the last row), draws
+    from the posterior q(x_p | x_t, x_0). With alpha = abar_t / abar_p and beta = 1 - alpha (eq. 7)
 
-        variance "posterior"       sigma^2 = beta (1 - abar_p) / (1 - abar_t)                (diffusers' fixed_small)
-                 "beta"            sigma^2 = beta                                            (fixed_large)
+        x_p = sqrt(abar_p) beta / (1 - abar_t) x_0 + sqrt(alpha) (1 - abar_p) / (1 - abar_t) x_t + sigma z
+
+        variance "posterior"       sigma^2 = beta (1 - abar_p) / (1 - abar_t)          (diffusers' fixed_small)
+                 "beta"            sigma^2 = beta                                      (diffusers' fixed_large)
                  "none"            sigma = 0, the mean alone
-                 "learned_range"   log sigma^2 = (1+v)/2 log beta + (1-v)/2 log posterior    (Nichol & Dhariwal 2021,
-                                                                                              eq. 15)
+                 "learned_range"   log sigma^2 = (1+v)/2 log beta + (1-v)/2 log posterior
+                                   (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15), v from the network
 
-    The last row adds no noise. The other options are those of all solvers (`Walk.of`). Raises `InvalidArgument` naming
-    the value and what is allowed.
+    The last row adds no noise.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is every timestep (18 steps with an `EDMSchedule`).
+        variance: "posterior", "beta", "none" or "learned_range".
+        spacing: How the timesteps are chosen, see `Walk.of`.
+        prediction: What the network predicts, see `Walk.of`.
+        clip: Bound of |x_0|; None for none.
+        threshold: Dynamic thresholding in place of ``clip``, see `Walk.of`.
+        steps_offset: Added to every timestep of "leading" spacing.
+
+    Returns:
+        A table of one row a step.
+
+    Raises:
+        InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    if variance not in VARIANCES:
-        raise InvalidArgument(f"variance={variance!r} is unknown; allowed: {', '.join(VARIANCES)}")
+    one_of("variance", variance, VARIANCES)
     if steps is None and isinstance(schedule, NoiseSchedule) and (spacing is None or isinstance(spacing, str)):
         steps = schedule.timesteps
     walk = Walk.of(
@@ -55,10 +73,12 @@ def ddpm(
 
 
 def ddpm_table(walk: Walk, variance: str, last_beta: bool = False) -> StepTable:
-    """The table of `ddpm` over a walk.
+    """Build the rows of `ddpm` for the levels of a walk.
 
-    last_beta: the last row's noise is that of ``variance`` with the true beta too, where the posterior's is 0 or 1e-20:
-    diffusers' noise on finished images (`fastdiff.solvers.compat`).
+        x_p = c0 x_0 + ct x_t + sigma z                                                                    (eq. 7)
+
+    With ``last_beta`` the last row adds noise too, as diffusers' scheduler does to finished images: of variance beta
+    where ``variance`` is "beta", of variance 1e-20 where it is "posterior".
     """
     rows = []
     for i, level in enumerate(walk.levels):

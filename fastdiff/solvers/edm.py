@@ -1,4 +1,4 @@
-"""The continuous noise levels of EDM (Karras et al. 2022, arXiv:2206.00364): sigma itself, no discrete timesteps."""
+"""Continuous noise levels sigma, without discrete timesteps, as in EDM (Karras et al. 2022, arXiv:2206.00364)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from fastdiff.checks import is_number, whole
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.solvers.spacing import RHO, SIGMA_SPACINGS, spaced_sigmas
-from fastdiff.solvers.table import is_number
+
+STEPS = 18  # steps of a run that gives no number
 
 
 @dataclasses.dataclass(frozen=True)
 class EDMSchedule:
-    """Noise levels sigma_max .. sigma_min of x = x_0 + sigma eps, for networks in EDM's preconditioning.
+    """Noise levels sigma_max .. sigma_min of x = x_0 + sigma eps, for networks with EDM's preconditioning.
 
-    The network is told c_noise = ln(sigma) / 4, times ``time_scale`` (diffusers' consistency models: 1000). Its
-    variance-preserving state is x / sqrt(sigma_data^2 + sigma^2) = c_in x, so with y_0 = x_0 / sigma_data
+    All solvers take an `EDMSchedule` in place of a `NoiseSchedule`. The network's timestep is c_noise = ln(sigma) / 4
+    times ``time_scale``. A table's state is variance-preserving: x / sqrt(sigma_data^2 + sigma^2) = c_in x, so that
 
-        state = sqrt(abar) y_0 + sqrt(1 - abar) eps,     abar = sigma_data^2 / (sigma_data^2 + sigma^2)
+        state = sqrt(abar) x_0 / sigma_data + sqrt(1 - abar) eps,     abar = sigma_data^2 / (sigma_data^2 + sigma^2)
 
-    All solvers take it in place of a `NoiseSchedule`. Raises `ConfigError` naming the value and what is allowed.
+    Attributes:
+        sigma_min: Lowest noise level, above 0.
+        sigma_max: Highest noise level, above ``sigma_min``.
+        sigma_data: Standard deviation of the data.
+        rho: Exponent of Karras' spacing.
+        time_scale: Factor of the network's timestep; 1000 for diffusers' consistency models.
+
+    Raises:
+        ConfigError: If a value is no positive number, or sigma_min is not below sigma_max.
     """
 
     sigma_min: float = 0.002
@@ -33,39 +43,70 @@ class EDMSchedule:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if not is_number(value) or not 0.0 < value < math.inf:
+            if not is_number(value) or value <= 0.0:
                 raise ConfigError(f"{f.name}={value!r}: a positive number is needed")
         if self.sigma_min >= self.sigma_max:
             raise ConfigError(f"sigma_min={self.sigma_min!r} must be less than sigma_max={self.sigma_max!r}")
 
     def time(self, sigma: float) -> float:
-        """What the network is told of a sigma."""
+        """Compute the network's timestep at a noise level: time_scale ln(sigma) / 4.
+
+        Args:
+            sigma: The noise level, above 0.
+
+        Returns:
+            The timestep, which may be negative.
+        """
         return self.time_scale * 0.25 * math.log(sigma)
 
     def sigma(self, time: float) -> float:
-        """The sigma that the network is told as ``time``: the inverse of `time`."""
+        """Compute the noise level at a timestep of the network, the inverse of `time`.
+
+        Args:
+            time: The network's timestep.
+
+        Returns:
+            sigma.
+        """
         return math.exp(4.0 * time / self.time_scale)
 
     def abar(self, time: float) -> float:
-        """abar of the level that the network is told as ``time``."""
+        """Compute abar = sigma_data^2 / (sigma_data^2 + sigma^2) at a timestep of the network.
+
+        Args:
+            time: The network's timestep.
+
+        Returns:
+            abar, between 0 and 1.
+        """
         return 1.0 / (1.0 + (self.sigma(time) / self.sigma_data) ** 2)
 
     def times(self, steps: int | None, spacing: str | Sequence[float]) -> list[float]:
-        """The times of ``steps`` (18 where None) levels from sigma_max to sigma_min (eq. 5), or of a list of sigmas."""
+        """Return the network's timesteps of a run.
+
+        Args:
+            steps: Number of levels from sigma_max to sigma_min; None is 18, or the length of a list.
+            spacing: "karras" (eq. 5), "exponential", or a falling list of sigmas.
+
+        Returns:
+            One timestep for each level, falling.
+
+        Raises:
+            InvalidArgument: If ``steps`` is out of range, or the spacing is unknown or does not fall.
+        """
         if isinstance(spacing, str):
             if spacing not in SIGMA_SPACINGS:
                 raise InvalidArgument(
                     f"spacing={spacing!r}: an EDMSchedule has {', '.join(SIGMA_SPACINGS)}, or a list of sigmas"
                 )
-            n = 18 if steps is None else steps
-            if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1_000_000:
-                raise InvalidArgument(f"steps={steps!r}: a whole number from 1 to 1000000 is needed")
+            n = STEPS if steps is None else steps
+            n = whole("steps", n, 1, 1_000_000)
             return [self.time(s) for s in spaced_sigmas(spacing, n, self.sigma_max, self.sigma_min, self.rho).tolist()]
         sigmas = list(spacing)
         if not sigmas or (steps is not None and steps != len(sigmas)):
             raise InvalidArgument(f"steps={steps!r}, but spacing lists {len(sigmas)} sigmas; at least one is needed")
         for sigma in sigmas:
-            if not is_number(sigma) or not 0.0 < sigma < math.inf:
+            if not is_number(sigma) or sigma <= 0.0:
                 raise InvalidArgument(f"spacing: sigma {sigma!r} is not a positive number")
         for a, b in itertools.pairwise(sigmas):
             if a <= b:

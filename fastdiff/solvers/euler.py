@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fastdiff.errors import InvalidArgument
-from fastdiff.solvers.table import StepTable, is_number
+from fastdiff.checks import number
+from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
 
 if TYPE_CHECKING:
@@ -14,12 +14,25 @@ if TYPE_CHECKING:
 
 
 def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
-    """Euler's method for dx/dsigma = eps, x = x_0 + sigma eps (Karras et al. 2022, algorithm 1 without its correction):
+    """Build the table of Euler's method in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1, first order only).
+
+    For dx/dsigma = eps with x = x_0 + sigma eps, a step from sigma_s to sigma_t is
 
         x_t = x_s + (sigma_t - sigma_s) eps = x_0 + sigma_t eps
 
-    In variance-preserving states, x / sqrt(1 + sigma^2), that is DDIM with eta = 0: a_t x_0 + s_t eps. Options:
-    `Walk.of`.
+    In variance-preserving states, x / sqrt(1 + sigma^2), this is a_t x_0 + s_t eps: DDIM with eta = 0.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
+            `Walk.of`.
+
+    Returns:
+        A table of one row a step.
+
+    Raises:
+        InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
     return euler_table(Walk.of(schedule, steps, **common), "euler", 0.0)
 
@@ -27,20 +40,34 @@ def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]
 def euler_ancestral(
     schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **common: Unpack[Common]
 ) -> StepTable:
-    """Euler's method down to less noise than the next level has, and fresh noise for the rest:
+    """Build the table of Euler's method with fresh noise in every step (k-diffusion's sample_euler_ancestral).
+
+    A step goes down to less noise than the next level has, and adds the rest:
 
         sigma_up = eta sigma_t sqrt(1 - sigma_t^2 / sigma_s^2),  sigma_down = sqrt(sigma_t^2 - sigma_up^2)
         x_t = x_s + (sigma_down - sigma_s) eps + sigma_up z
 
-    eta = 1 draws from the posterior between the levels, as DDPM does. Options: `Walk.of`.
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        eta: Share of fresh noise, 0 to 1; 1 draws from the posterior between the levels, as DDPM does.
+        **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
+            `Walk.of`.
+
+    Returns:
+        A table of one row a step.
+
+    Raises:
+        InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    if not is_number(eta) or not 0.0 <= eta <= 1.0:
-        raise InvalidArgument(f"eta={eta!r}: a number from 0 to 1 is needed")
-    return euler_table(Walk.of(schedule, steps, **common), "euler_ancestral", float(eta))
+    return euler_table(Walk.of(schedule, steps, **common), "euler_ancestral", number("eta", eta, 0, 1))
 
 
 def euler_table(walk: Walk, name: str, eta: float) -> StepTable:
-    """The table over a walk; eta is the share of fresh noise."""
+    """Build the rows of `euler_ancestral` for the levels of a walk; ``eta`` = 0 is `euler`.
+
+    x_t = a_t (x_0 + sigma_down eps + sigma_up z)          a_t sigma_up is ``up``, a_t sigma_down is ``down``
+    """
     rows = []
     for i, level in enumerate(walk.levels):
         up = eta * level.s_next * math.sqrt(max(0.0, 1.0 - (level.sigma_next / level.sigma) ** 2))

@@ -1,4 +1,4 @@
-"""Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithm 1, deterministic)."""
+"""Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithm 1, which is deterministic)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,39 @@ if TYPE_CHECKING:
 
 
 def heun(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
-    """Heun's second-order method for dx/dsigma = eps, x = x_0 + sigma eps:
+    """Build the table of Heun's second-order method (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
 
-        x_e = x_s + (sigma_t - sigma_s) eps_s                         one row, which saves x_s
-        x_t = x_s + (sigma_t - sigma_s) (eps_s + eps_e) / 2           one row, a stage, told the next timestep
+    For dx/dsigma = eps with x = x_0 + sigma eps, a step from sigma_s to sigma_t is two rows:
+
+        x_e = x_s + (sigma_t - sigma_s) eps_s                         the first row, which saves x_s
+        x_t = x_s + (sigma_t - sigma_s) (eps_s + eps_e) / 2           the second, a stage at the next timestep
             = (x_s + x_e + (sigma_t - sigma_s) eps_e) / 2
 
-    A step to zero noise has the first row only, so n steps are 2 n - 1 rows. Options: `Walk.of`. Raises
-    `InvalidArgument` for a schedule that starts at zero SNR, where sigma is infinite.
+    A step to zero noise is the first row only, so n steps are 2 n - 1 rows.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
+            `Walk.of`.
+
+    Returns:
+        A table of two rows a step, one in a last step to zero noise.
+
+    Raises:
+        InvalidArgument: If an option is out of range, or the schedule starts at zero SNR, where sigma is infinite.
     """
     return heun_table(Walk.of(schedule, steps, **common))
 
 
 def heun_table(walk: Walk) -> StepTable:
-    """The table over a walk."""
+    """Build the rows of `heun` for the levels of a walk."""
     if walk.levels[0].abar == 0.0:
         raise InvalidArgument("heun cannot start at zero SNR, where sigma is infinite; ddim, euler and dpmpp_2m can")
     rows = []
     last = len(walk) - 1
     for i, level in enumerate(walk.levels):
-        # The first row's level is s, the second's t; the state x = a (x_0 + sigma eps) goes from a_s to a_t.
+        # The states are variance-preserving, a (x_0 + sigma eps): the first row reads one at level s, the second at t.
         two = level.abar_next < 1.0
         rows.append(walk.row(i, x0=level.a_next, eps=level.s_next, save=float(two)))
         if two:

@@ -1,4 +1,4 @@
-"""The phi functions of exponential integrators, without cancellation (Hochbruck & Ostermann 2010)."""
+"""The phi functions of exponential integrators (Hochbruck & Ostermann 2010), computed without cancellation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import math
 
 
 def phi(k: int, z: float) -> float:
-    """phi_k(z), with phi_0(z) = e^z, phi_k(z) = (phi_{k-1}(z) - 1/(k-1)!) / z = sum_j z^j / (j + k)!.
-
-    Its limit at z = -inf is 0.
-    """
+    """Compute phi_k(z) = (phi_{k-1}(z) - 1/(k-1)!) / z = sum_j z^j / (j + k)!, with phi_0(z) = e^z; phi_k(-inf) = 0."""
     if abs(z) < 1.0:
         return sum(z**j / math.factorial(j + k) for j in range(20))
     if math.isinf(z) and z < 0:

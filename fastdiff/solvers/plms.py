@@ -1,4 +1,4 @@
-"""PLMS: PNDM (Liu et al. 2022, arXiv:2202.09778) without its Runge-Kutta start, as latent diffusion runs it."""
+"""PLMS: PNDM (Liu et al. 2022, arXiv:2202.09778) without its Runge-Kutta start, as in latent diffusion."""
 
 from __future__ import annotations
 
@@ -12,34 +12,50 @@ from fastdiff.solvers.walk import Common, Level, Schedule, Walk
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Adams-Bashforth over equal steps, of eps, m1, m2, m3 (eq. 12)
+# Weights of Adams-Bashforth over equal steps, for eps, m1, m2, m3, by order (eq. 12)
 WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
 def plms(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
-    """PNDM's pseudo linear multi-step method, without its Runge-Kutta start. With e the combination of the last eps,
+    """Build the table of PNDM's pseudo linear multi-step method, without its Runge-Kutta start.
+
+    A step is DDIM's with e, a combination of the last values of eps, in place of eps:
 
         e    = (55 eps - 59 m1 + 37 m2 - 9 m3) / 24                                          (eq. 12)
-        x_t  = phi(x_s, e, s, t): DDIM's step with e for eps                                  (eq. 11)
+        x_t  = a_t / a_s x_s + a_t (sigma_t - sigma_s) e,     sigma = sqrt(1 - abar) / a      (eq. 11)
 
-    and lower orders at the start. The first step is improved Euler: a second row, a stage at the second timestep, goes
-    from the saved x again with the mean of both eps. So n >= 2 steps are n + 1 rows. Options: `Walk.of`. The weights
-    suppose equal steps of the timestep. Raises `InvalidArgument` for a schedule that starts at zero SNR.
+    and lower orders at the start. The weights suppose equal steps of the timestep. The first step is improved Euler: a
+    second row, a stage at the second timestep, starts from the saved x again with the mean of both values of eps.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
+            `Walk.of`.
+
+    Returns:
+        A table of n + 1 rows for n >= 2 steps.
+
+    Raises:
+        InvalidArgument: If an option is out of range, or the schedule starts at zero SNR, where sigma is infinite.
     """
     return plms_table(Walk.of(schedule, steps, **common))
 
 
 def plms_table(walk: Walk, mix_outputs: bool = False, stage: Level | None = None) -> StepTable:
-    """The table over a walk.
+    """Build the rows of `plms` for the levels of a walk.
 
-    mix_outputs: the history holds what the network said, and the combination is converted to eps at the present state
-    (diffusers with v-prediction); stage: the level at which the second row is, and from which it starts there.
+    Args:
+        walk: The levels of the run.
+        mix_outputs: Whether the history holds the network's outputs, whose combination is converted to eps at the
+            present state; diffusers does so with v-prediction.
+        stage: Level at which the second row starts from the saved x, where diffusers takes another than the first.
     """
     if walk.levels[0].abar == 0.0:
         raise InvalidArgument("plms cannot start at zero SNR, where sigma is infinite; ddim, euler and dpmpp_2m can")
     rows = []
     for i, level in enumerate(walk.levels):
-        # Two steps in, the first eps and the stage's are m1 and eps: the stage's own is not kept.
+        # The stage does not push its eps, so in the second step m1 is the first row's.
         order = min(i + 1, 4)
         rows.append(_row(walk, i, level, WEIGHTS[order], mix_outputs, save=float(i == 0 and len(walk) > 1)))
         if i == 0 and len(walk) > 1:
@@ -48,7 +64,7 @@ def plms_table(walk: Walk, mix_outputs: bool = False, stage: Level | None = None
 
 
 def _transfer(level: Level) -> tuple[float, float]:
-    """DDIM's step as coefficients of x and eps: x_t = a_t / a_s x + a_t (sigma_t - sigma_s) eps."""
+    """Return DDIM's step as coefficients of x and eps: x_t = a_t / a_s x + a_t (sigma_t - sigma_s) eps."""
     return level.a_next / level.a, level.a_next * (level.sigma_next - level.sigma)
 
 
@@ -62,7 +78,7 @@ def _row(walk: Walk, i: int, level: Level, weights: tuple[float, ...], mix_outpu
 
 
 def _stage(walk: Walk, start: Level, mix_outputs: bool) -> Row:
-    """From the saved x again, with the mean of the first eps (m1) and the one at the end of the first step."""
+    """Return the row that repeats the first step from the saved x, with the mean of both values of eps."""
     x, e = _transfer(start)
     there = Level(walk.levels[1].t, walk.levels[1].abar, walk.levels[1].abar)
     if not mix_outputs:

@@ -1,4 +1,4 @@
-"""What a network's output says about x_0 and the noise, as coefficients of x_t and out.
+"""Conversion of a network's output ``out`` to x_0 and to the noise eps, as coefficients of x_t and out.
 
 With x_t = a x_0 + s eps, a = sqrt(abar_t), s = sqrt(1 - abar_t) (Ho et al. 2020, eq. 4):
 
@@ -7,9 +7,9 @@ With x_t = a x_0 + s eps, a = sqrt(abar_t), s = sqrt(1 - abar_t) (Ho et al. 2020
     v_prediction   out = a eps - s x_0    x_0 = a x_t - s out          eps = s x_t + a out        (Salimans & Ho 2022)
     edm            out = s x_0 - a eps    x_0 = a x_t + s out          eps = s x_t - a out        (Karras et al. 2022)
 
-"edm" is the F of Karras et al.'s preconditioning (arXiv:2206.00364, eq. 7) in units of sigma_data. With y = x /
-sigma_data and x_t = y / sqrt(1 + (sigma / sigma_data)^2), its c_in x is x_t itself, and D = c_skip x + c_out F is
-sigma_data (a x_t + s F): v-prediction with the other sign.
+"edm" is the F of Karras et al.'s preconditioning (arXiv:2206.00364, eq. 7). With y = x / sigma_data and
+x_t = y / sqrt(1 + (sigma / sigma_data)^2), their network input c_in x is x_t, and their denoiser
+D = c_skip x + c_out F is sigma_data (a x_t + s F): v-prediction with the other sign.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from __future__ import annotations
 import math
 
 from fastdiff import schedule
+from fastdiff.checks import one_of
 from fastdiff.errors import InvalidArgument
 
 PREDICTIONS = (*schedule.PREDICTIONS, "edm")
 
 
 def check_prediction(prediction: str) -> None:
-    if prediction not in PREDICTIONS:
-        raise InvalidArgument(f"prediction={prediction!r} is unknown; allowed: {', '.join(PREDICTIONS)}")
+    """Raise `InvalidArgument` if ``prediction`` is unknown."""
+    one_of("prediction", prediction, PREDICTIONS)
 
 
 def x0_coefficients(prediction: str, abar: float) -> tuple[float, float]:
-    """(kx, ko) with x_0 = kx x_t + ko out."""
+    """Return (kx, ko) with x_0 = kx x_t + ko out at the level ``abar``."""
     a, s = math.sqrt(abar), math.sqrt(1.0 - abar)
     if prediction == "epsilon":
         if a == 0.0:
@@ -43,7 +44,7 @@ def x0_coefficients(prediction: str, abar: float) -> tuple[float, float]:
 
 
 def eps_coefficients(prediction: str, abar: float) -> tuple[float, float]:
-    """(ex, eo) with eps = ex x_t + eo out."""
+    """Return (ex, eo) with eps = ex x_t + eo out at the level ``abar``."""
     a, s = math.sqrt(abar), math.sqrt(1.0 - abar)
     if prediction == "epsilon":
         return 0.0, 1.0

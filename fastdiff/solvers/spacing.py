@@ -1,7 +1,7 @@
-"""Which timesteps a run visits: subsets of [0, T-1], falling, exactly as many as asked for.
+"""Choice of the timesteps that a run visits: a falling subset of [0, T-1], of exactly the number asked for.
 
-Spacings of sigma = sqrt((1 - abar) / abar), the noise per signal, visit fractional timesteps: those at which the
-schedule, interpolated, has these sigmas.
+Spacings by sigma = sqrt((1 - abar) / abar), the noise-to-signal ratio, visit the fractional timesteps at which the
+interpolated schedule has these sigmas.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdiff.checks import is_number, is_whole, one_of, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers.table import is_number
 
 log = logging.getLogger("fastdiff")
 
@@ -28,45 +28,52 @@ RHO = 7.0  # Karras et al. 2022, table 1
 def timesteps(
     schedule: NoiseSchedule, steps: int | None, spacing: str | Sequence[float] = "trailing", steps_offset: int = 0
 ) -> list[float]:
-    """The timesteps of ``steps`` rows, falling. With T = schedule.timesteps and i = 0 .. steps-1:
+    """Choose the timesteps of a run: ``steps`` of the schedule's T, falling.
+
+    With i = 0 .. steps-1, the spacings are
 
         trailing    round(T - i T/steps) - 1                      starts at T-1 (Lin et al. 2023, table 2)
         leading     (steps-1-i) (T div steps) + steps_offset      the DDIM default of diffusers and improved-diffusion
         linspace    round((steps-1-i) (T-1)/(steps-1))            (Lin et al. 2023, table 2)
-        quadratic   floor(((steps-1-i) sqrt(0.8 T)/(steps-1))^2)  (Song et al. 2021, appendix D.2), raised where it
-                    would repeat, to be above the timestep after it
+        quadratic   floor(((steps-1-i) sqrt(0.8 T)/(steps-1))^2)  (Song et al. 2021, appendix D.2); where a timestep
+                    would repeat it is raised above the one after it
         karras      sigma = (sigma_T^(1/7) + i/(steps-1) (sigma_0^(1/7) - sigma_T^(1/7)))^7
                                                                   (Karras et al. 2022, arXiv:2206.00364, eq. 5)
         exponential sigma = sigma_T (sigma_0 / sigma_T)^(i/(steps-1)), equal steps of log-SNR
 
-    with sigma_T, sigma_0 of timesteps T-1 and 0; or ``spacing`` is the list itself: falling numbers in [0, T-1], which
-    may be fractional (``steps`` None or its length). One step always visits T-1: a network shown pure
-    noise must be told so. "leading" can start far below T-1 (501 of 1000 steps start at 500), which is logged as a
-    warning.
+    with sigma_T, sigma_0 of timesteps T-1 and 0. A run of one step always visits T-1, the level of its input, which is
+    pure noise. "leading" can start far below T-1 (501 of 1000 steps start at 500), which is logged as a warning.
 
-    Raises `InvalidArgument` for steps outside 1 .. T and for lists that rise, repeat or leave the range.
+    Args:
+        schedule: The schedule, of T timesteps.
+        steps: Number of timesteps, 1 to T; with a list None or its length.
+        spacing: One of the names above, or a falling list of numbers in [0, T-1], which may be fractional.
+        steps_offset: Added to every timestep of "leading" spacing.
+
+    Returns:
+        The timesteps; those of "karras" and "exponential" are fractional.
+
+    Raises:
+        InvalidArgument: If ``steps`` is out of range, the spacing is unknown, or a list rises, repeats a timestep or
+            leaves the range.
     """
     T = schedule.timesteps
-    if isinstance(spacing, str) and spacing not in (*SPACINGS, *SIGMA_SPACINGS):
-        allowed = ", ".join((*SPACINGS, *SIGMA_SPACINGS))
-        raise InvalidArgument(f"spacing={spacing!r} is unknown; allowed: {allowed}, or a list of timesteps")
+    if isinstance(spacing, str):
+        one_of("spacing", spacing, (*SPACINGS, *SIGMA_SPACINGS), but="a list of timesteps")
     if steps_offset != 0 and not (isinstance(spacing, str) and spacing == "leading"):
         raise InvalidArgument(f"steps_offset={steps_offset!r} goes with spacing='leading', not {spacing!r}")
     if not isinstance(spacing, str):
         return _listed(T, steps, spacing)
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= T:
-        raise InvalidArgument(f"steps={steps!r}: a whole number from 1 to {T}, the schedule's timesteps, is needed")
-    n = int(steps)
+    n = whole("steps", steps, 1, T, of="the schedule's timesteps")
     stride, k = T // n, np.arange(n)
     if spacing == "leading":
         room = T - 1 - (n - 1) * stride
-        whole = isinstance(steps_offset, (int, np.integer)) and not isinstance(steps_offset, bool)
-        if not whole or not 0 <= steps_offset <= room:
+        if not is_whole(steps_offset) or not 0 <= steps_offset <= room:
             raise InvalidArgument(f"steps_offset={steps_offset!r}: 0 to {room} is possible with {n} steps")
     if n == 1:
         return [float(T - 1)]
     if spacing == "trailing":
-        # diffusers' own expression, so that halves round as they do there; it can have one entry too many.
+        # This is diffusers' own expression, so that halves round as they do there. It can have one entry too many.
         t = np.round(np.arange(T, 0, -T / n))[:n] - 1
     elif spacing == "leading":
         t = k[::-1] * stride + steps_offset
@@ -85,7 +92,7 @@ def timesteps(
 
 
 def spaced_sigmas(spacing: str, n: int, largest: float, smallest: float, rho: float = RHO) -> NDArray[np.float64]:
-    """n falling sigmas from the largest to the smallest: "karras" with its rho, or "exponential"."""
+    """Return n falling sigmas from the largest to the smallest, by Karras' spacing with ``rho`` or "exponential"."""
     ramp = np.linspace(0.0, 1.0, n)
     if spacing == "exponential":
         return np.exp(math.log(largest) + ramp * (math.log(smallest) - math.log(largest)))
@@ -94,16 +101,26 @@ def spaced_sigmas(spacing: str, n: int, largest: float, smallest: float, rho: fl
 
 
 def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[np.float64]) -> list[float]:
-    """The timesteps, fractional, at which the schedule has these sigmas = sqrt((1 - abar) / abar): a spacing by sigma.
+    """Compute the timesteps at which the schedule has these noise levels sigma = sqrt((1 - abar) / abar).
+
+    This inverts `NoiseSchedule.abar`, and gives a spacing by sigma:
 
         ddim(schedule, spacing=sigma_timesteps(schedule, [80.0, 20.0, 3.0, 0.2]))
 
-    It inverts `NoiseSchedule.abar`. Raises `InvalidArgument` for sigmas that the schedule does not have.
+    Args:
+        schedule: The schedule.
+        sigmas: Noise levels between the schedule's lowest and highest.
+
+    Returns:
+        One timestep for each sigma, which may be fractional.
+
+    Raises:
+        InvalidArgument: If the schedule does not have a sigma.
     """
     largest, smallest = _sigma_range(schedule, finite=False)
     wanted = []
     for sigma in np.asarray(sigmas).tolist():
-        # A sigma from the range's end may come out of a power or an exponential a rounding off.
+        # A power or an exponential can put an end of the range a rounding error outside it.
         if not is_number(sigma) or not smallest * (1 - 1e-9) <= sigma <= largest * (1 + 1e-9):
             raise InvalidArgument(f"sigma {sigma!r} is not a number from {smallest:g} to {largest:g}, the schedule's")
         wanted.append(-math.log1p(sigma * sigma))
@@ -111,10 +128,11 @@ def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[n
     known = abar[abar > 0.0]
     # log abar = -log(1 + sigma^2) is linear between integer timesteps.
     t = np.interp(wanted, np.log(known[::-1]), np.arange(len(known))[::-1])
-    return [float(round(v)) if abs(v - round(v)) < 1e-9 else float(v) for v in t]  # whole ones are exact
+    return [float(round(v)) if abs(v - round(v)) < 1e-9 else float(v) for v in t]  # integers without rounding error
 
 
 def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, float]:
+    """Return the largest and the smallest sigma; if ``finite``, refuse a schedule whose largest is infinite."""
     first, last = (float(schedule.alphas_cumprod[i]) for i in (0, -1))
     if last == 0.0:
         if finite:
@@ -127,6 +145,7 @@ def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, f
 
 
 def _listed(T: int, steps: int | None, spacing: Sequence[float]) -> list[float]:
+    """Return a list of timesteps as floats, after checking it."""
     try:
         t = list(spacing.tolist() if hasattr(spacing, "tolist") else spacing)
     except TypeError as e:
@@ -147,7 +166,7 @@ def _listed(T: int, steps: int | None, spacing: Sequence[float]) -> list[float]:
 
 
 def levels(schedule: NoiseSchedule, ts: Sequence[float], last: float) -> list[tuple[float, float]]:
-    """(abar, abar_next) of every row: each row ends where the next one starts, the final one at ``last``."""
+    """Return (abar, abar_next) of every row: a row ends where the next one starts, the last one at ``last``."""
     abar = [schedule.abar(t) for t in ts]
     for i in range(1, len(ts)):
         if not abar[i - 1] < abar[i]:

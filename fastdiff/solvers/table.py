@@ -1,18 +1,19 @@
-"""A sampler is a table: one row is one network evaluation and one linear update, all coefficients known beforehand.
+"""Step tables: a sampler is a table whose rows are one network evaluation and one linear update each.
 
-A row turns the state x and the network's output out = network(x, t) into the next state:
+All coefficients are known before the run. A row turns the state x and the network's output out = network(x, t) into
+the next state:
 
     x0 = clip(kx x + ko out, -c, c)
     h  = hx x + ho out + h0 x0
     x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
     save: xs = this row's input x        push: m3, m2, m1 = m2, m1, h
 
-z ~ N(0, I); v is the second half of the output of a network that learned its variance (elsewhere sv = 0). A
-coefficient of zero means that its operand is not read. The state is variance-preserving: x has the variance of
-sqrt(abar) x_0 + sqrt(1 - abar) z.
+m1, m2 and m3 are the last three values of h that were pushed, and xs is the last x that was saved. z ~ N(0, I); v is
+the second half of the output of a network that learned its variance (elsewhere sv = 0). The operand of a coefficient
+that is zero is not read. The state is variance-preserving: x has the variance of sqrt(abar) x_0 + sqrt(1 - abar) z.
 
-A table with dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3) divides each image's x0 by its
-own q before the bound, x0 = clip((kx x + ko out) / q, -c, c): the one number of a row that is known only when it runs.
+With dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3) each image's x0 is divided by its own q
+before the bound, x0 = clip((kx x + ko out) / q, -c, c). This q is the only number that is computed during the run.
 """
 
 from __future__ import annotations
@@ -21,25 +22,44 @@ import dataclasses
 import itertools
 import json
 import math
-import numbers
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdiff.checks import is_number, whole
 from fastdiff.errors import InvalidArgument
 
 FORMAT = 1
-MAX_ROWS = 1 << 24  # the row is 24 bits of a noise counter
+MAX_ROWS = 1 << 24  # a noise counter has 24 bits for the row
 
 
 class Row(NamedTuple):
-    """One network evaluation; see the module's docstring for the formula. Everything is float64.
+    """One network evaluation and update; the module's docstring has the formula. All values are float64.
 
-    t is what the network is told of the noise level: a timestep (may be fractional), or another function of it in a
-    table that is ``continuous``. abar and abar_next are the noise levels before and after the row. The weight of
-    guidance is w = 1 + g (guidance - 1), so g = 0 switches it off. save, push and stage are 0 or 1; a stage is
-    a row inside a step of a multi-stage solver.
+    Attributes:
+        t: The network's timestep, which may be fractional; in a ``continuous`` table another function of the level.
+        abar: Noise level of the row's input x.
+        abar_next: Noise level of its result.
+        kx: Coefficient of x in x_0.
+        ko: Coefficient of the network's output in x_0.
+        c: Bound of |x_0|; may be infinite.
+        hx: Coefficient of x in h, which goes to the history.
+        ho: Coefficient of the output in h.
+        h0: Coefficient of x_0 in h.
+        ax: Coefficient of x in the result.
+        ao: Coefficient of the output in the result.
+        a0: Coefficient of x_0 in the result.
+        a1: Coefficient of m1, the last value of the history.
+        a2: Coefficient of m2.
+        a3: Coefficient of m3.
+        as_: Coefficient of the saved xs.
+        s: Scale of the noise.
+        sv: Coefficient of the learned v in the logarithm of the noise's scale.
+        g: Share of guidance: its weight is 1 + g (guidance - 1), so that 0 switches it off.
+        save: 1 where x is saved as xs, else 0.
+        push: 1 where h is pushed to the history, else 0.
+        stage: 1 for a row inside a step of a multi-stage solver, else 0.
     """
 
     t: float
@@ -71,14 +91,24 @@ COLUMNS = Row._fields
 
 @dataclasses.dataclass(frozen=True)
 class StepTable:
-    """An immutable, hashable table of `Row`; built by the functions in `fastdiff.solvers`.
+    """An immutable, hashable table of `Row`, which the functions of `fastdiff.solvers` build.
 
-    steps: what the user asked for; len(table): rows, one network evaluation each; init_scale: the scale of the initial
-    noise; ascending: timesteps may rise (inversion, resampling); continuous: t is a function of the noise level, not an
-    index of a discrete schedule, so it may be negative (EDM's ln(sigma) / 4); threshold: (ratio, largest) of dynamic
-    thresholding, see `fastdiff.core.update.threshold`; data_scale: x0 within the table is the data divided by it.
-    Raises `InvalidArgument` for values out of range and when a row contradicts its neighbours: levels join, and t falls
-    from step to step, with no t twice but in rows marked as stages.
+    ``len(table)`` is the number of rows. Every row must end at the level where the next one starts, and timesteps must
+    fall from step to step; only stages may repeat a timestep.
+
+    Attributes:
+        solver: Name of the solver.
+        steps: Number of steps that the caller asked for; multi-stage solvers have more rows.
+        rows: The rows, first to last.
+        init_scale: Scale of the initial noise.
+        ascending: Whether timesteps may rise, as in inversion and resampling.
+        continuous: Whether t is a function of the noise level, so that it may be negative (EDM's ln(sigma) / 4), and
+            not an index of a discrete schedule.
+        threshold: (ratio, largest) of dynamic thresholding, see `fastdiff.core.update.threshold`; None for none.
+        data_scale: Number by which the data is divided in x0 and the states.
+
+    Raises:
+        InvalidArgument: If a value is out of range, or rows contradict each other.
     """
 
     solver: str
@@ -93,12 +123,10 @@ class StepTable:
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
             raise InvalidArgument(f"solver={self.solver!r}: a name is needed")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise InvalidArgument(f"steps={self.steps!r}: a whole number of at least 1 is needed")
-        if not is_number(self.init_scale) or not 0.0 < self.init_scale < math.inf:
-            raise InvalidArgument(f"init_scale={self.init_scale!r}: a positive number is needed")
-        if not is_number(self.data_scale) or not 0.0 < self.data_scale < math.inf:
-            raise InvalidArgument(f"data_scale={self.data_scale!r}: a positive number is needed")
+        object.__setattr__(self, "steps", whole("steps", self.steps, 1))
+        for name in ("init_scale", "data_scale"):
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0.0:
+                raise InvalidArgument(f"{name}={getattr(self, name)!r}: a positive number is needed")
         for name in ("ascending", "continuous"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r}: True or False is needed")
@@ -139,33 +167,49 @@ class StepTable:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """The network's timestep of every row."""
+        """The network's timestep in every row."""
         return tuple(row.t for row in self.rows)
 
     @property
     def learned_variance(self) -> bool:
-        """Whether some row reads v, so that the network must have twice the image's channels."""
+        """True if a row reads v, so that the network must have twice the image's channels."""
         return any(row.sv for row in self.rows)
 
     @property
     def stochastic(self) -> bool:
-        """Whether some row adds noise."""
+        """True if a row adds noise."""
         return any(row.s for row in self.rows)
 
     @property
     def history(self) -> int:
-        """How many earlier h (m1, m2, m3) the rows read: 0 to 3."""
+        """Number of earlier values of h (m1, m2, m3) that the rows read, 0 to 3."""
         return max((k for row in self.rows for k, a in ((1, row.a1), (2, row.a2), (3, row.a3)) if a), default=0)
 
     def nfe(self, guided: bool = False) -> int:
-        """Network evaluations for one image; a guided row counts two."""
+        """Count the network evaluations for one image.
+
+        Args:
+            guided: Whether the run is guided, so that a row with guidance counts two.
+
+        Returns:
+            The number of evaluations.
+        """
         return len(self.rows) + (sum(1 for row in self.rows if row.g) if guided else 0)
 
     def with_guidance_interval(self, start: float, end: float) -> StepTable:
-        """Guide only the rows between two shares of the run (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+        """Restrict guidance to an interval of the run (Kynkaanniemi et al. 2024, arXiv:2404.07724).
 
-        Row i of N is guided when start <= i/N and (i+1)/N <= end (0: pure noise, 1: the image), as for diffusers'
-        control_guidance_start and _end.
+        Row i of N is guided if start <= i/N and (i+1)/N <= end, as with diffusers' control_guidance_start and _end.
+
+        Args:
+            start: Share of the run, from pure noise at 0 to the image at 1, at which guidance starts.
+            end: Share of the run at which it ends.
+
+        Returns:
+            The table, with g = 0 in the other rows.
+
+        Raises:
+            InvalidArgument: If not 0 <= start <= end <= 1.
         """
         if not (is_number(start) and is_number(end) and 0.0 <= start <= end <= 1.0):
             raise InvalidArgument(f"guidance_interval=({start!r}, {end!r}): 0 <= start <= end <= 1 is needed")
@@ -177,13 +221,17 @@ class StepTable:
 
     @property
     def coefficients(self) -> NDArray[np.float64]:
-        """float64 [rows + 1, len(COLUMNS)]. The last row is the identity, x' = x, where a finished image idles."""
+        """The rows as float64 [rows + 1, len(COLUMNS)]; the added last row is x' = x, for images that are finished."""
         last = self.rows[-1]
         idle = Row(t=last.t, abar=last.abar_next, abar_next=last.abar_next, kx=0.0, ko=0.0, ax=1.0, g=0.0)
         return np.array([*self.rows, idle], dtype=np.float64)
 
     def to_json(self) -> str:
-        """The table as JSON, exact; an infinite c is null. Inverse of `from_json`."""
+        """Write the table as JSON, exactly; `from_json` reads it.
+
+        Returns:
+            The text; an infinite c is null.
+        """
         rows = [[None if math.isinf(v) else v for v in row] for row in self.rows]
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
         if self.threshold is not None:
@@ -192,7 +240,17 @@ class StepTable:
 
     @classmethod
     def from_json(cls, text: str) -> StepTable:
-        """Read what `to_json` wrote; `InvalidArgument` names what does not fit."""
+        """Read a table that `to_json` wrote.
+
+        Args:
+            text: The JSON text.
+
+        Returns:
+            The table, equal to the one that was written.
+
+        Raises:
+            InvalidArgument: If the text is no table; the message names what does not fit.
+        """
         try:
             data: dict[str, Any] = json.loads(text)
             if data["format"] != FORMAT or tuple(data["columns"]) != COLUMNS:
@@ -223,26 +281,22 @@ class StepTable:
         return "\n".join([head, *lines])
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number; True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_clip(clip: float | None) -> float:
-    """The bound c of x0 as a number; None is no bound."""
-    if clip is None:
+    """Return the bound c of |x_0| as a number; None is no bound."""
+    if clip is None or (isinstance(clip, float) and clip == math.inf):
         return math.inf
-    if not is_number(clip) or not clip > 0:
+    if not is_number(clip) or clip <= 0:
         raise InvalidArgument(f"clip={clip!r}: a positive number or None is needed")
     return float(clip)
 
 
 def check_threshold(threshold: float | tuple[float, float] | None) -> tuple[float, float] | None:
-    """(ratio, largest) of dynamic thresholding; a ratio alone has no largest."""
+    """Return (ratio, largest) of dynamic thresholding; for a ratio alone, ``largest`` is infinite."""
     if threshold is None:
         return None
     pair = tuple(threshold) if isinstance(threshold, (tuple, list)) else (threshold, math.inf)
-    if len(pair) != 2 or not all(is_number(v) for v in pair) or not (0.0 < pair[0] <= 1.0 and pair[1] >= 1.0):
+    numbers = all(is_number(v) or v == math.inf for v in pair)
+    if len(pair) != 2 or not numbers or not (0.0 < pair[0] <= 1.0 and pair[1] >= 1.0):
         raise InvalidArgument(
             f"threshold={threshold!r}: the quantile's share in (0, 1], alone or with the largest divisor (at least 1), "
             "or None is needed"

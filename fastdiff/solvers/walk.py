@@ -1,6 +1,6 @@
-"""What every solver starts from: the noise levels of a run, what the network says there, and how rows are written.
+"""The noise levels of a run, and how rows of a table are written at them: every solver starts from a `Walk`.
 
-With x_t = a x_0 + s eps, a = sqrt(abar), s = sqrt(1 - abar), and sigma = s / a, lambda = -log sigma.
+Notation: x_t = a x_0 + s eps with a = sqrt(abar), s = sqrt(1 - abar); sigma = s / a, lambda = -log sigma.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from fastdiff.errors import InvalidArgument
+from fastdiff.checks import one_of
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
@@ -18,10 +18,11 @@ from fastdiff.solvers.spacing import levels, timesteps
 from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold
 
 Schedule = NoiseSchedule | EDMSchedule
+STEPS = 50  # steps of a run that gives no number, or every timestep of a schedule that has fewer
 
 
 class Common(TypedDict, total=False):
-    """The options that all solvers share; see `Walk.of`."""
+    """Options that all solvers share; `Walk.of` documents them."""
 
     spacing: str | Sequence[float] | None
     prediction: str | None
@@ -32,7 +33,7 @@ class Common(TypedDict, total=False):
 
 
 class Level(NamedTuple):
-    """Where a step starts and ends: the network's t, and abar before and after."""
+    """Noise levels of a step: the network's timestep t, abar before the step, and abar after it."""
 
     t: float
     abar: float
@@ -73,13 +74,21 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The levels of a run, first to last, and what a row needs besides: prediction, clip c, threshold.
+    """The levels of a run, first to last, and what its rows need besides.
 
-    init_scale, data_scale, continuous: the table's. output_scale: what the last row multiplies besides, where that is
-    no image but x_0 + sigma eps. last_time: what the network is told of the level where the last step ends, if that has
-    noise. compat: the coefficients may go to an ``abar_next`` other than where the next row starts, and timesteps may
-    repeat, as diffusers' do in places (`fastdiff.solvers.compat`); the table's labels join all the same, and what
-    repeats is a stage.
+    Attributes:
+        levels: The level of every step.
+        prediction: What the network predicts, see `fastdiff.solvers.prediction`.
+        c: Bound of |x_0|; infinite for none.
+        threshold: (ratio, largest) of dynamic thresholding, or None.
+        init_scale: The table's scale of the initial noise.
+        data_scale: The table's scale of the data.
+        output_scale: Factor of the last row where it ends at x_0 + sigma eps instead of at an image.
+        continuous: Whether the network's timestep is a function of the noise level, not an index.
+        compat: Whether a step may end elsewhere than where the next one starts, and timesteps may repeat, as in
+            diffusers (`fastdiff.solvers.compat`). In the table the levels join all the same, and the row of a repeated
+            timestep is a stage.
+        last_time: The network's timestep where the last step ends, if there is noise.
     """
 
     levels: tuple[Level, ...]
@@ -106,26 +115,25 @@ class Walk:
         steps_offset: int = 0,
         final: str = "zero",
     ) -> Walk:
-        """The walk that a solver's options describe.
+        """Lay out the walk that a solver's options describe.
 
-        steps
-            Steps of the solver; None: 50, or every timestep of a schedule that has fewer.
-        spacing
-            "trailing" (the default), "leading", "linspace", "quadratic", "karras", "exponential", or a falling list of
-            timesteps, then ``steps`` may be None (`sigma_timesteps` makes one of sigmas). An `EDMSchedule` has "karras"
-            (its default), "exponential" and lists of sigmas.
-        prediction
-            What the network says: "epsilon", "sample", "v_prediction" or "edm" (the default with an `EDMSchedule`).
-        clip
-            Bound of |x_0|; None for none.
-        threshold
-            Dynamic thresholding instead: the quantile's share, as 0.995, or (share, largest divisor).
-        steps_offset
-            Added to every timestep of "leading" spacing.
-        final
-            Where the last step ends: at "zero" noise, or at "sigma_min", the schedule's lowest level.
+        Args:
+            schedule: Noise levels that the network was trained with.
+            steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an
+                `EDMSchedule`).
+            spacing: "trailing" (the default), "leading", "linspace", "quadratic", "karras", "exponential", or a falling
+                list of timesteps, with which ``steps`` may be None (`sigma_timesteps` makes one of sigmas); see
+                `timesteps`. An `EDMSchedule` has "karras" (its default), "exponential" and falling lists of sigmas.
+            prediction: What the network predicts: "epsilon" (the default), "sample", "v_prediction" or "edm" (the
+                default with an `EDMSchedule`).
+            clip: Bound of |x_0|; None for none.
+            threshold: Dynamic thresholding in place of ``clip``: the quantile's share, as 0.995, or (share, largest
+                divisor).
+            steps_offset: Added to every timestep of "leading" spacing.
+            final: Where the last step ends: at "zero" noise, or at "sigma_min", the schedule's lowest level.
 
-        Raises `InvalidArgument` naming the value and what is allowed.
+        Raises:
+            InvalidArgument: If an option is out of range; the message names its value and what is allowed.
         """
         if prediction is None and isinstance(schedule, EDMSchedule):
             prediction = "edm"
@@ -133,8 +141,7 @@ class Walk:
         check_prediction(prediction)
         limit = check_threshold(threshold)
         c = 1.0 if limit is not None else check_clip(clip)
-        if final not in ("zero", "sigma_min"):
-            raise InvalidArgument(f"final={final!r} is unknown; allowed: zero, sigma_min")
+        one_of("final", final, ("zero", "sigma_min"))
         if isinstance(schedule, EDMSchedule):
             ts = schedule.times(steps, "karras" if spacing is None else spacing)
             abar = [schedule.abar(t) for t in ts]
@@ -145,7 +152,7 @@ class Walk:
         else:
             spacing = "trailing" if spacing is None else spacing
             if steps is None and isinstance(spacing, str):
-                steps = min(50, schedule.timesteps)
+                steps = min(STEPS, schedule.timesteps)
             ts = timesteps(schedule, steps, spacing, steps_offset)
             ends = levels(schedule, ts, 1.0 if final == "zero" else float(schedule.alphas_cumprod[0]))
             scale = init_scale = output_scale = 1.0
@@ -163,16 +170,16 @@ class Walk:
         )
 
     def at(self, level: Level) -> Walk:
-        """One level that the walk does not have itself: a stage."""
+        """Return a walk of this level alone, for a stage between the walk's own levels."""
         return dataclasses.replace(self, levels=(level,))
 
     def __len__(self) -> int:
         return len(self.levels)
 
     def order(self, i: int, most: int) -> int:
-        """How many of rows i, i-1, ... a multi-step formula may use: at most ``most``, none at infinite sigma.
+        """Return how many of rows i, i-1, ... a multi-step formula can use, at most ``most``.
 
-        At infinite sigma nothing can be extrapolated, so a run from zero SNR starts anew behind its first row.
+        Nothing can be extrapolated from infinite sigma, so after a first row at zero SNR the order is 1 again.
         """
         if self.levels[i].abar == 0.0:
             return 1
@@ -193,10 +200,10 @@ class Walk:
         keep: str | None = None,
         **columns: Any,
     ) -> Row:
-        """Row i as a combination of x, x0, eps, the network's output, the history m1, m2, m3, xs and z.
+        """Return row i, x' = x x + x0 x_0 + eps eps + out out + m (m1, m2, m3) + xs xs + z z: arguments are factors.
 
-        ``keep`` is what goes to the history: "x0", "eps", "out". eps is always the noise that goes with the bounded x0,
-        eps = (x - a x0) / s, so that x = a x0 + s eps still holds; where there is no bound it is what the network says.
+        ``keep`` names what is pushed to the history: "x0", "eps" or "out". eps is the noise that goes with the bounded
+        x_0, eps = (x - a x_0) / s, so that x = a x_0 + s eps still holds; without a bound it is the network's own.
         """
         level = self.levels[i]
         kx, ko = x0_coefficients(self.prediction, level.abar)
@@ -219,7 +226,7 @@ class Walk:
         return Row(**{**given, **history, **columns})
 
     def table(self, solver: str, rows: Sequence[Row], steps: int | None = None) -> StepTable:
-        """The table of these rows. Its last row returns to the data's units; what nobody reads is not kept."""
+        """Return the table of these rows, the last one scaled to the data's units, without history that is not read."""
         rows = list(rows)
         if self.compat:
             rows = _joined(rows)
@@ -241,7 +248,7 @@ class Walk:
 
 
 def _joined(rows: Sequence[Row]) -> list[Row]:
-    """Labels that join, and stages where a timestep repeats: what a `StepTable` needs of rows with quirks."""
+    """Make every row end at the level of the next one, and rows of repeated timesteps stages, as `StepTable` needs."""
     ends = [after.abar for after in rows[1:]] + [rows[-1].abar_next]
     joined, t = [], math.inf
     for row, end in zip(rows, ends, strict=True):

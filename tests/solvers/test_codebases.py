@@ -19,11 +19,11 @@ from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.choice import resolve
 from fastdiff.sampler.options import Options
-from fastdiff.sampler.tables import SOLVERS, step_table
+from fastdiff.sampler.tables import step_table
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat import diffusers as compat
-from fastdiff.solvers.compat import run as codebases
+from fastdiff.solvers.registry import SOLVERS
 from tests.support import loops, oracles
 from tests.support.paths import ROOT
 from tests.support.schedulers import run_scheduler, scheduler_module
@@ -372,8 +372,8 @@ def test_only_their_own_solvers(mode: str, solver: str) -> None:
         table_of(mode, solver, 10)
 
 
-def test_diffusers_has_every_solver() -> None:
-    assert set(codebases.SCHEDULERS) == set(THEIRS) == set(SOLVERS) - {"auto"}
+def test_diffusers_has_these_solvers() -> None:
+    assert {name for name, solver in SOLVERS.items() if solver.diffusers} == set(THEIRS)
 
 
 # Late starts, bad input -----------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_order_of_convergence(name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_predictions_draw_the_same_gaussian(name):
-    """What the network says is no matter: the same moments to rounding, which epsilon and edm amplify by e^6."""
+    """All predictions give the same moments up to rounding, which epsilon and edm amplify by e^6."""
     build = SOLVERS[name][0]
     results = [gaussian_moments(build(walk(16, p)), MU, VAR, p) for p in ("sample", "v_prediction", "epsilon")]
     for mean, var in results[1:]:

@@ -1,4 +1,4 @@
-"""What holds for every solver's table: levels, timesteps, exactness; sigma spacings, EDM, thresholds, the sampler."""
+"""Properties of every solver's table: levels, timesteps, exactness; sigma spacings, EDM, thresholds, the sampler."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastdiff import Sampler, solvers
-from fastdiff.cli.options import SOLVER_HELP
 from fastdiff.core.state import State, TableBank
 from fastdiff.core.update import predict_x0, threshold, update
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.sampler.choice import resolve
 from fastdiff.sampler.options import Options
-from fastdiff.sampler.tables import SOLVERS, TABLES, step_table
+from fastdiff.sampler.tables import step_table
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable, sigma_timesteps, timesteps
 from fastdiff.solvers.adams import log_weights, sigma_weights
 from fastdiff.solvers.phi import phi
+from fastdiff.solvers.registry import SOLVERS as REGISTERED
 from fastdiff.solvers.unipc import solve_moments
 from fastdiff.solvers.walk import Schedule
 from tests.core.test_update import network
-from tests.solvers.test_solvers import LINEAR, linear_map, runs
 from tests.support.paths import ROOT
+from tests.support.solver_cases import linear_map, runs
 from tests.support.trajectories import SCHEDULES, SHAPE, denoiser, draw_noise, run
 from tests.support.unets import TINY, random_unet
 
 CPU = torch.device("cpu")
+LINEAR = SCHEDULES["linear"]
+SOLVERS = ("auto", *REGISTERED)
 BUILD = {
     "ddim": solvers.ddim,
     "ddpm": solvers.ddpm,
@@ -491,7 +493,7 @@ def toy(**options: object) -> Sampler:
     return Sampler(Toy(), NoiseSchedule(), shape=SHAPE, backend="eager", **options)
 
 
-@pytest.mark.parametrize("name", [n for n in TABLES if n not in ("ddim", "ddpm", "lcm", "consistency")])
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n not in ("ddim", "ddpm", "lcm", "consistency")])
 def test_the_sampler_runs_every_solver(name):
     sampler = toy()
     z = draw_noise(1, torch.float32)[0]
@@ -595,11 +597,6 @@ def test_orders_that_nobody_takes():
         toy().sample(1, solver="auto", order=2)
     with pytest.raises(InvalidArgument, match="order=2 cannot change a StepTable"):
         toy().sample(1, solver=solvers.unipc(LINEAR, 4), order=2)
-
-
-def test_the_command_line_names_them_all():
-    named = SOLVER_HELP.rstrip(".").replace(" or ", ", ").replace("\n", " ").split(", ")
-    assert tuple(named) == SOLVERS
 
 
 def test_a_models_thresholding_is_kept():

@@ -1,4 +1,4 @@
-"""Tables of DDPM and DDIM: whole runs against diffusers' schedulers, the distributions they draw, what they refuse.
+"""DDPM and DDIM: timesteps and whole runs against diffusers' schedulers, and the distributions that they draw.
 
 Where diffusers departs from the method, a test says which rows differ and why; with that one thing corrected the whole
 run must agree.
@@ -6,27 +6,24 @@ run must agree.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import pickle
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdiff.core.state import State, TableBank
 from fastdiff.core.update import update
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
-from fastdiff.solvers import COLUMNS, SPACINGS, Row, StepTable, ddim, ddpm, timesteps
+from fastdiff.solvers import COLUMNS, SPACINGS, ddim, ddpm, timesteps
+from tests.support.solver_cases import linear_map, runs
 from tests.support.trajectories import (
     SCHEDULES,
     PairedDDIM,
@@ -419,41 +416,6 @@ def test_levels_that_contradict_are_refused():
 # The posterior --------------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def schedules(draw):
-    kind = draw(st.sampled_from(["linear", "scaled_linear", "cosine", "sigmoid", "custom"]))
-    zero_snr = draw(st.booleans())
-    if kind == "custom":
-        betas = draw(st.lists(st.floats(1e-4, 0.3), min_size=1 + zero_snr, max_size=60))
-        return NoiseSchedule(kind, betas=betas, rescale_zero_terminal_snr=zero_snr)
-    return NoiseSchedule(kind, draw(st.integers(1 + zero_snr, 300)), rescale_zero_terminal_snr=zero_snr)
-
-
-@st.composite
-def runs(draw, clip=None):
-    """(schedule, what `ddim` and `ddpm` both take) for any steps that the schedule has."""
-    schedule = draw(schedules())
-    steps = draw(st.integers(1, schedule.timesteps))
-    options = {"spacing": draw(st.sampled_from(SPACINGS)), "steps": steps, "clip": clip}
-    options["prediction"] = draw(
-        st.sampled_from(PREDICTIONS[1:] if schedule.rescale_zero_terminal_snr else PREDICTIONS)
-    )
-    if draw(st.booleans()):  # any subset, with a fractional timestep
-        subset = draw(st.sets(st.integers(0, schedule.timesteps - 1), min_size=1, max_size=20))
-        options |= {"spacing": sorted(subset, reverse=True), "steps": None}
-        if len(subset) > 1 and 0 in subset and 1 not in subset:
-            options["spacing"][-1] = 0.5
-    elif options["spacing"] == "leading":
-        room = schedule.timesteps - 1 - (steps - 1) * (schedule.timesteps // steps)
-        options["steps_offset"] = draw(st.integers(0, room))
-    return schedule, options
-
-
-def linear_map(row):
-    """(coefficient of x, of out, of z) of a row that does not clip."""
-    return np.array([row.ax + row.a0 * row.kx, row.ao + row.a0 * row.ko, row.s])
-
-
 @given(runs())
 def test_ddpm_rows_are_the_posterior(case):
     """q(x_p | x_t, x_0), here the product of the Gaussians q(x_p | x_0) q(x_t | x_p) over x_p, not equation 7."""
@@ -580,7 +542,7 @@ def test_the_mean_alone_is_no_sampler():
 
 
 def test_a_wrong_coefficient_misses_the_gaussian():
-    """What the helper is worth: 1 % in one of 100 rows moves the mean or the spread by far more than rounding."""
+    """The helper notices 1 % in one of 100 rows: it moves the mean or the spread by far more than rounding."""
     table = ddim(FINE, 100, eta=0.5, clip=None)
     right = np.concatenate(gaussian_moments(table, MU, VAR, "epsilon"))
     for name in ("kx", "ko", "ax", "a0", "s"):
@@ -589,332 +551,3 @@ def test_a_wrong_coefficient_misses_the_gaussian():
             wrong = dataclasses.replace(table, rows=(*table.rows[:i], row, *table.rows[i + 1 :]))
             moments = np.concatenate(gaussian_moments(wrong, MU, VAR, "epsilon"))
             assert np.abs(moments - right).max() > 1e-7, (name, i)
-
-
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def tables(draw):
-    schedule, options = draw(runs(clip=draw(st.sampled_from([None, 1.0, 0.5]))))
-    if draw(st.booleans()):
-        return schedule, options, ddpm(schedule, variance=draw(st.sampled_from(list(VARIANCES))), **options)
-    eps_from = draw(st.sampled_from(["clipped", "output"]))
-    return schedule, options, ddim(schedule, eta=draw(st.floats(0, 1)), eps_from=eps_from, **options)
-
-
-@given(tables())
-def test_tables_hold_together(case):
-    schedule, options, table = case
-    listed = options["steps"] is None
-    assert len(table) == table.steps == (len(options["spacing"]) if listed else options["steps"])
-    ts = table.timesteps
-    assert all(a > b for a, b in itertools.pairwise(ts))
-    assert ts[-1] >= 0
-    last = schedule.timesteps - 1
-    if listed:
-        assert list(ts) == options["spacing"]
-    elif table.steps == 1 or options["spacing"] in ("trailing", "linspace"):
-        assert ts[0] == last
-    elif options["spacing"] == "leading":
-        assert ts[0] == (table.steps - 1) * (schedule.timesteps // table.steps) + options["steps_offset"]
-    else:
-        assert max(math.floor(0.8 * schedule.timesteps) - 1, table.steps - 1) <= ts[0] <= last
-    assert table.init_scale == 1.0
-    for row in table.rows:
-        assert row.abar == schedule.abar(row.t)
-    for row, after in itertools.pairwise(table.rows):
-        assert row.abar_next == after.abar
-    assert table.rows[-1].abar_next == 1.0
-    assert table.rows[-1].s == 0.0
-    assert table.history == 0
-    assert table.nfe() == len(table)
-
-
-@given(tables())
-@settings(max_examples=50)
-def test_tables_are_values(case):
-    _, _, table = case
-    twin = StepTable.from_json(table.to_json())
-    for same in (twin, copy.deepcopy(table), pickle.loads(pickle.dumps(table)), dataclasses.replace(table)):
-        assert same == table
-        assert hash(same) == hash(table)
-        assert same.rows is table.rows or same.coefficients.tobytes() == table.coefficients.tobytes()
-    assert len({table, twin}) == 1
-    other = dataclasses.replace(table, rows=(table.rows[0]._replace(kx=table.rows[0].kx + 1e-9), *table.rows[1:]))
-    assert other != table
-    first, names, *lines = str(table).splitlines()
-    assert f"{table.solver}: {table.steps} steps" in first
-    for i, (row, line) in enumerate(zip(table.rows, lines, strict=True)):
-        shown = dict(zip(names.split(), map(float, line.split()), strict=True))
-        assert shown.pop("row") == i
-        for name in COLUMNS:  # a column of zeros is left out, so is one of infinite bounds
-            value = getattr(row, name)
-            assert shown.get(name.rstrip("_"), 0.0) == pytest.approx(value if math.isfinite(value) else 0.0, rel=1e-5)
-
-
-def test_tables_cannot_be_changed():
-    table = ddim(LINEAR, 5)
-    with pytest.raises(AttributeError):
-        table.steps = 6
-    with pytest.raises(AttributeError):
-        table.rows[0].kx = 1.0
-    before = hash(table)
-    table.coefficients[:] = 0.0
-    assert hash(table) == before
-    assert (table.coefficients[:-1, COLUMNS.index("a0")] != 0).all()
-    assert isinstance(dataclasses.replace(table, rows=list(table.rows)).rows, tuple)
-
-
-def test_the_last_row_of_coefficients_is_the_identity():
-    table = ddim(LINEAR, 5)
-    assert table.coefficients.shape == (6, len(COLUMNS))
-    assert table.coefficients[:5].tolist() == [list(row) for row in table.rows]
-    identity = dict(zip(COLUMNS, table.coefficients[-1], strict=True))
-    assert {name: k for name, k in identity.items() if k} == {
-        "t": table.rows[-1].t,
-        "abar": 1.0,
-        "abar_next": 1.0,
-        "c": math.inf,
-        "ax": 1.0,
-    }
-
-
-ROW = Row(t=10.0, abar=0.5, abar_next=0.9, kx=1.0, ko=1.0, ax=1.0)
-LAST = ROW._replace(t=5.0, abar=0.9, abar_next=1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"rows": ()}, "0 rows"),
-        ({"rows": (tuple(ROW), LAST)}, "not a Row"),
-        ({"rows": (ROW._replace(kx=math.nan), LAST)}, "kx=nan"),
-        ({"rows": (ROW._replace(a1=math.inf), LAST)}, "a1=inf"),
-        ({"rows": (ROW._replace(s="1"), LAST)}, "s='1'"),
-        ({"rows": (ROW._replace(s=None), LAST)}, "s=None"),
-        ({"rows": (ROW._replace(c=math.nan), LAST)}, "c=nan"),
-        ({"rows": (ROW._replace(c=-math.inf), LAST)}, "c=-inf"),
-        ({"rows": (ROW._replace(c=0.0), LAST)}, "c=0.0"),
-        ({"rows": (ROW._replace(c=-1.0), LAST)}, "c=-1.0"),
-        ({"rows": (ROW._replace(abar=1.0), LAST)}, "abar=1.0"),
-        ({"rows": (ROW._replace(abar=-0.1), LAST)}, "abar=-0.1"),
-        ({"rows": (ROW, LAST._replace(abar_next=1.1))}, "1.1"),
-        ({"rows": (ROW, LAST._replace(t=-1.0))}, "t=-1.0"),
-        ({"rows": (ROW, LAST._replace(t=10.0))}, "10.0, 10.0"),
-        ({"rows": (ROW, LAST._replace(t=11.0))}, "10.0, 11.0"),
-        ({"rows": (ROW, LAST._replace(abar=0.8))}, "starts at 0.8"),
-        ({"rows": (ROW._replace(push=0.5), LAST)}, "push=0.5"),
-        ({"rows": (ROW._replace(save=2.0), LAST)}, "save=2.0"),
-        ({"solver": 3}, "solver=3"),
-        ({"steps": 0}, "steps=0"),
-        ({"steps": 2.0}, "steps=2.0"),
-        ({"steps": True}, "steps=True"),
-        ({"init_scale": 0.0}, "init_scale=0.0"),
-        ({"init_scale": math.nan}, "init_scale=nan"),
-        ({"init_scale": "1"}, "init_scale='1'"),
-        ({"ascending": 1}, "ascending=1"),
-    ],
-)
-def test_bad_tables_are_refused(change, said):
-    good = {"solver": "x", "steps": 2, "rows": (ROW, LAST)}
-    assert len(StepTable(**good)) == 2
-    with pytest.raises(InvalidArgument) as caught:
-        StepTable(**{**good, **change})
-    assert said in str(caught.value)
-
-
-def test_stages_and_ascending_tables_are_possible():
-    stage = LAST._replace(t=10.0, abar=0.5, stage=1.0)
-    assert len(StepTable("heun", 1, (ROW, stage))) == 2
-    upward = (LAST._replace(abar_next=0.5), ROW)
-    assert len(StepTable("inversion", 2, upward, ascending=True)) == 2
-    with pytest.raises(InvalidArgument, match="must fall"):
-        StepTable("inversion", 2, upward)
-
-
-def edited(**changes):
-    return json.dumps({**json.loads(StepTable("x", 2, (ROW, LAST)).to_json()), **changes})
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[1, 2]",
-        "null",
-        "{}",
-        "[" * 100_000,
-        edited(format=2),
-        edited(columns=["t"]),
-        edited(rows=[]),
-        edited(rows=[[1.0, 2.0]]),
-        edited(rows=[["a"] * len(COLUMNS)]),
-        edited(rows=[[*ROW[:3], None, *ROW[4:5], None, *ROW[6:]]]),  # null is c's alone
-        edited(rows=[[*ROW[:3], 10**400, *ROW[4:5], None, *ROW[6:]]]),
-        edited(rows=5),
-        edited(steps="2"),
-        edited(steps=[2]),
-        edited(solver=None),
-        edited(init_scale=None),
-        edited(ascending="no"),
-    ],
-    ids=range(18),
-)
-def test_bad_json_is_refused(text):
-    with pytest.raises(InvalidArgument):
-        StepTable.from_json(text)
-
-
-def test_json_is_exact():
-    row = ROW._replace(kx=1 / 3, ko=-2e-17, s=5e-324, sv=-0.0, c=0.1 + 0.2)
-    table = StepTable("x", 2, (row, LAST), init_scale=math.pi, ascending=True)
-    twin = StepTable.from_json(table.to_json())
-    assert twin == table
-    assert twin.coefficients.tobytes() == table.coefficients.tobytes()
-    assert math.isinf(twin.rows[1].c)
-    json.loads(table.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-# Guidance -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("interval", "guided"),
-    [
-        ((0, 1), range(10)),
-        ((0.25, 0.75), range(3, 7)),
-        ((0.3, 0.7), range(3, 7)),
-        ((0.0, 0.05), ()),
-        ((1, 1), ()),
-        ((0, 0.1), [0]),
-    ],
-)
-def test_guidance_interval(interval, guided):
-    """The rows that diffusers' pipelines guide: not i / N < start or (i + 1) / N > end."""
-    table = ddim(LINEAR, 10).with_guidance_interval(*interval)
-    start, end = interval
-    assert [i for i, row in enumerate(table.rows) if row.g] == list(guided)
-    assert list(guided) == [i for i in range(10) if not (i / 10 < start or (i + 1) / 10 > end)]
-    assert {row.g for row in table.rows} <= {0.0, 1.0}
-    assert table.nfe() == 10
-    assert table.nfe(guided=True) == 10 + len(guided)
-    plain = [row._replace(g=1.0) for row in table.rows]
-    assert plain == list(ddim(LINEAR, 10).rows)
-
-
-@pytest.mark.parametrize(
-    "interval", [(-0.1, 1), (0, 1.1), (0.6, 0.4), (math.nan, 1), (0, math.nan), ("0", 1), (0, None), (True, 1)]
-)
-def test_bad_guidance_intervals(interval):
-    with pytest.raises(InvalidArgument, match="0 <= start <= end <= 1") as caught:
-        ddim(LINEAR, 10).with_guidance_interval(*interval)
-    assert repr(interval[0]) in str(caught.value)
-    assert repr(interval[1]) in str(caught.value)
-
-
-# Bad input ------------------------------------------------------------------------------------------------------------
-
-BOTH = [
-    ({"steps": 0}, "steps=0: a whole number from 1 to 1000"),
-    ({"steps": -1}, "steps=-1: a whole number from 1 to 1000"),
-    ({"steps": 1001}, "steps=1001: a whole number from 1 to 1000"),
-    ({"steps": 10**9}, "steps=1000000000: a whole number from 1 to 1000"),
-    ({"steps": 1e9}, "steps=1000000000.0: a whole number"),
-    ({"steps": 2.5}, "steps=2.5: a whole number"),
-    ({"steps": True}, "steps=True: a whole number"),
-    ({"steps": "50"}, "steps='50': a whole number"),
-    ({"steps": math.nan}, "steps=nan: a whole number"),
-    ({"clip": 0}, "clip=0: a positive number or None"),
-    ({"clip": -1.0}, "clip=-1.0: a positive number or None"),
-    ({"clip": math.nan}, "clip=nan: a positive number or None"),
-    ({"clip": "x"}, "clip='x': a positive number or None"),
-    ({"clip": True}, "clip=True: a positive number or None"),
-    ({"spacing": "sine"}, "spacing='sine' is unknown; allowed: trailing, leading, linspace, quadratic, karras, expo"),
-    ({"spacing": 5}, "spacing=5: allowed are trailing"),
-    ({"spacing": []}, "no timesteps; at least one"),
-    ({"spacing": [0, 500]}, "must fall, got 0 before 500"),
-    ({"spacing": [500, 500]}, "must fall, got 500 before 500"),
-    ({"spacing": [1000, 0]}, "timestep 1000 is not a number from 0 to 999"),
-    ({"spacing": [999, -1]}, "timestep -1 is not a number from 0 to 999"),
-    ({"spacing": [999, math.nan]}, "timestep nan is not a number from 0 to 999"),
-    ({"spacing": [math.inf]}, "timestep inf is not a number from 0 to 999"),
-    ({"spacing": ["999"]}, "timestep '999' is not a number"),
-    ({"spacing": [True]}, "timestep True is not a number"),
-    ({"spacing": [[999]]}, "timestep [999] is not a number"),
-    ({"spacing": [999, 0], "steps": 3}, "steps=3, but spacing lists 2"),
-    ({"spacing": [999], "steps": True}, "steps=True, but spacing lists 1"),
-    ({"spacing": np.zeros((2, 2))}, "timestep [0.0, 0.0] is not a number"),
-    ({"spacing": [999, 0], "steps_offset": 1}, "steps_offset=1 goes with spacing='leading'"),
-    ({"spacing": "trailing", "steps_offset": 1}, "steps_offset=1 goes with spacing='leading', not 'trailing'"),
-    ({"spacing": "leading", "steps_offset": 20, "steps": 50}, "steps_offset=20: 0 to 19 is possible with 50 steps"),
-    ({"spacing": "leading", "steps_offset": -1, "steps": 50}, "steps_offset=-1: 0 to 19"),
-    ({"spacing": "leading", "steps_offset": 0.5, "steps": 50}, "steps_offset=0.5: 0 to 19"),
-    ({"spacing": "leading", "steps_offset": True, "steps": 50}, "steps_offset=True: 0 to 19"),
-    ({"spacing": "leading", "steps_offset": 1000, "steps": 1}, "steps_offset=1000: 0 to 999"),
-    ({"prediction": "eps"}, "prediction='eps' is unknown; allowed: epsilon, sample, v_prediction, edm"),
-]
-DDIM_ONLY = [
-    ({"eta": math.nan}, "eta=nan: 0 or a positive number"),
-    ({"eta": -1}, "eta=-1: 0 or a positive number"),
-    ({"eta": -1e-9}, "eta=-1e-09: 0 or a positive number"),
-    ({"eta": math.inf}, "eta=inf: 0 or a positive number"),
-    ({"eta": True}, "eta=True: 0 or a positive number"),
-    ({"eta": "1"}, "eta='1': 0 or a positive number"),
-    ({"eta": None}, "eta=None: 0 or a positive number"),
-    ({"eta": 5.0}, "eta=5.0: more noise than the level"),
-    ({"eps_from": "x0"}, "eps_from='x0' is unknown; allowed: clipped, output"),
-]
-DDPM_ONLY = [
-    ({"variance": "fixed_small"}, "variance='fixed_small' is unknown; allowed: posterior, beta, none, learned_range"),
-    ({"variance": None}, "variance=None is unknown; allowed: posterior"),
-]
-
-
-@pytest.mark.parametrize(
-    ("solver", "options", "said"),
-    [(solver, *case) for solver in (ddim, ddpm) for case in BOTH]
-    + [(ddim, *case) for case in DDIM_ONLY]
-    + [(ddpm, *case) for case in DDPM_ONLY],
-)
-def test_bad_input(solver, options, said):
-    """Refused with the value and what is allowed, before anything is built for it."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(InvalidArgument) as caught:
-            solver(LINEAR, **options)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert said in str(caught.value)
-    assert peak < 1 << 20
-
-
-def test_zero_snr_refuses_epsilon_and_repeated_levels():
-    zero = SCHEDULES["zero_snr"]
-    for solver in (ddim, ddpm):
-        with pytest.raises(InvalidArgument, match=r"prediction='epsilon'.*'v_prediction'"):
-            solver(zero, 10)
-        # Between T-2 and T-1 every level is 0.
-        with pytest.raises(InvalidArgument, match=r"999\.0 and 998\.5 have the same noise level"):
-            solver(zero, spacing=[999, 998.5], prediction="v_prediction")
-        assert solver(zero, spacing=[998, 5]).rows[0].abar > 0
-
-
-def test_what_is_accepted():
-    """Numbers of every kind, lists of every kind, defaults."""
-    assert ddim(LINEAR, np.int64(7), eta=np.float32(0.5), clip=np.float32(2)) == ddim(LINEAR, 7, eta=0.5, clip=2.0)
-    listed = ddim(LINEAR, spacing=[999, 500.5, 0])
-    assert listed.timesteps == (999.0, 500.5, 0.0)
-    for spacing in ((999, 500.5, 0), np.array([999, 500.5, 0]), torch.tensor([999, 500.5, 0])):
-        assert ddim(LINEAR, spacing=spacing) == ddim(LINEAR, 3, spacing=spacing) == listed
-    assert ddim(LINEAR) == ddim(LINEAR, 50)
-    assert ddim(NoiseSchedule(timesteps=20)) == ddim(NoiseSchedule(timesteps=20), 20)
-    assert ddpm(LINEAR) == ddpm(LINEAR, 1000)
-    assert len(ddpm(LINEAR, spacing=[999, 0])) == 2
-    assert ddim(LINEAR, 50, clip=math.inf) == ddim(LINEAR, 50, clip=None)
-    assert ddim(LINEAR, 1, spacing="leading", steps_offset=1).timesteps == (999.0,)
-    # abar_0 is where latent models end: a row at t = 0 then has nothing left to do but to clip.
-    last = ddim(LINEAR, 10, spacing="leading", set_alpha_to_one=False, clip=None).rows[-1]
-    assert last.abar == last.abar_next == LINEAR.alphas_cumprod[0]
-    assert linear_map(last) == pytest.approx([1.0, 0.0, 0.0], abs=1e-12)

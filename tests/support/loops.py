@@ -1,9 +1,9 @@
-"""The original code bases' sampling loops, short and independent of fastdiff: what ``compat=`` is held to.
+"""The sampling loops of the original code bases, short and independent of fastdiff, with which ``compat=`` is compared.
 
-Written from the published arithmetic of openai/improved-diffusion and guided-diffusion (gaussian_diffusion.py,
+They are written from the published arithmetic of openai/improved-diffusion and guided-diffusion (gaussian_diffusion.py,
 respace.py), hojonathanho/diffusion (diffusion_utils_2.py) and ermongroup/ddim (functions/denoising.py,
-runners/diffusion.py), in float64 where they round coefficients to float32. A loop takes the initial noise and every
-row's from ``noise`` [1 + rows, B, C, H, W] and gives the state after every row.
+runners/diffusion.py), in float64 where they round coefficients to float32. A loop takes the initial noise and that of
+every row from ``noise`` [1 + rows, B, C, H, W], and returns the state after every row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 class GaussianDiffusion:
-    """The class of hojonathanho/diffusion and of OpenAI, which took it over; learned_range is OpenAI's."""
+    """The class of hojonathanho/diffusion, which OpenAI took over and extended by learned_range."""
 
     def __init__(self, betas: np.ndarray, mean_type: str, var_type: str, timestep_map: Sequence[float]):
         self.betas, self.mean_type, self.var_type, self.timestep_map = betas, mean_type, var_type, timestep_map
@@ -71,7 +71,7 @@ class GaussianDiffusion:
 
 
 def space_timesteps(T: int, respacing: str) -> list[int]:
-    """OpenAI's, rising. An empty respacing is every timestep."""
+    """Return OpenAI's timesteps of a respacing, rising; an empty one is every timestep."""
     if respacing.startswith("ddim"):
         wanted = int(respacing[4:])
         return next(list(range(0, T, i)) for i in range(1, T) if len(range(0, T, i)) == wanted)
@@ -89,7 +89,7 @@ def space_timesteps(T: int, respacing: str) -> list[int]:
 
 
 def spaced(betas: np.ndarray, use: Sequence[int], mean_type: str, var_type: str) -> GaussianDiffusion:
-    """OpenAI's SpacedDiffusion: new betas from the kept abar."""
+    """Return OpenAI's SpacedDiffusion, which computes new betas from the kept abar."""
     abar, last, new = np.cumprod(1.0 - betas), 1.0, []
     for i in use:
         new.append(1 - abar[i] / last)

@@ -1,4 +1,4 @@
-"""diffusers' schedulers run in float64, and their samples as the variance-preserving states of a `StepTable`."""
+"""Runs of diffusers' schedulers in float64, whose samples are converted to the states of a `StepTable`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODULES = {
 
 
 class Widened:
-    """A module whose float32 is float64: so a scheduler that insists on float32 computes in float64."""
+    """A module whose float32 is float64, so that a scheduler that asks for float32 computes in float64."""
 
     def __init__(self, module: types.ModuleType):
         self._module = module
@@ -42,7 +42,7 @@ class Widened:
 
 
 def _quad(f: Callable[[float], float], a: Any, b: Any, epsrel: float) -> tuple[float, float]:
-    """scipy.integrate.quad, exact for the polynomials of LMSDiscreteScheduler: scipy need not be installed."""
+    """Replace scipy.integrate.quad, which need not be installed; exact for the polynomials of LMSDiscreteScheduler."""
     nodes, weights = np.polynomial.legendre.leggauss(8)
     middle, half = (float(a) + float(b)) / 2, (float(b) - float(a)) / 2
     return half * sum(w * float(f(middle + half * x)) for x, w in zip(nodes, weights, strict=True)), 0.0
@@ -57,7 +57,7 @@ def scheduler_module(name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def float64(module: types.ModuleType, draw: Callable[[], Tensor]) -> Iterator[None]:
-    """The scheduler's module computes in float64 and takes its noise from ``draw``."""
+    """Let the scheduler's module compute in float64 and take its noise from ``draw``."""
     new = {"torch": Widened(torch), "np": Widened(np), "randn_tensor": lambda *_, **__: draw()}
     old = {name: getattr(module, name) for name in new if hasattr(module, name)}
     before = torch.get_default_dtype()
@@ -75,9 +75,9 @@ def float64(module: types.ModuleType, draw: Callable[[], Tensor]) -> Iterator[No
 def run_scheduler(
     config: dict[str, Any], steps: int, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, **options: Any
 ) -> Tensor:
-    """The states after every row, [rows, 1, C, H, W], variance-preserving but for the last, which is the sample itself.
+    """Return the states after every row, [rows, 1, C, H, W], variance-preserving except the last, the sample itself.
 
-    noise: [1 + rows, 1, C, H, W], the initial one and each row's; the network reads the scaled sample and its timestep.
+    ``noise`` [1 + rows, 1, C, H, W] is the initial noise and that of each row.
     """
     module = scheduler_module(config["_class_name"])
     row = 0

@@ -1,7 +1,7 @@
-"""Whole runs of a table and of diffusers' schedulers on the same noise, and the moments that a table gives a Gaussian.
+"""Whole runs of a table and of diffusers' schedulers on the same noise, and the moments of a Gaussian after a run.
 
-A run is driven as the sampler drives it: a solver's `StepTable` in a `TableBank`, a `State` whose noise is handed in,
-and `fastdiff.core.update.update` after every evaluation of the denoiser.
+A run works as in the sampler: a `StepTable` in a `TableBank`, a `State` whose noise is given, and
+`fastdiff.core.update.update` after every evaluation of the denoiser.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPE = (2, 3, 3)
 
 
 def alphas_cumprod(name: str) -> Tensor:
-    """abar of a schedule in `SCHEDULES`, float64 [T], computed without fastdiff."""
+    """Return abar of a schedule in `SCHEDULES`, float64 [T], computed without fastdiff."""
     if name == "cosine":
         u = torch.arange(T + 1, dtype=torch.float64) / T
         abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -46,9 +46,10 @@ def alphas_cumprod(name: str) -> Tensor:
 
 
 def denoiser(prediction: str, schedule: str = "linear", learned: bool = False) -> Denoise:
-    """A fixed smooth network: x_0 = 1.5 tanh(w x + 0.4 sin(t/90 + channel)), w by channel, as ``prediction`` says it.
+    """Return a fixed smooth network that predicts x_0 = 1.5 tanh(w x + 0.4 sin(t/90 + channel)), w by channel.
 
-    It leaves [-1, 1], so that clipping matters at every noise level. ``learned``: a second half v, beyond [-1, 1] too.
+    It leaves [-1, 1], so that clipping matters at every noise level. With ``learned`` its output has a second half v,
+    which leaves [-1, 1] too.
     """
     table = alphas_cumprod(schedule)
 
@@ -67,13 +68,13 @@ def denoiser(prediction: str, schedule: str = "linear", learned: bool = False) -
 
 
 def draw_noise(rows: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """The initial noise and every row's, [1 + rows, 1, C, H, W]."""
+    """Draw the initial noise and that of every row, [1 + rows, 1, C, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((1 + rows, 1, *SHAPE), generator=generator, dtype=torch.float64).to(dtype)
 
 
 def run(tables: Sequence[StepTable], denoise: Denoise, noise: Tensor) -> Tensor:
-    """The states after every row, [rows, B, C, H, W], image b follows tables[b], all share the noise."""
+    """Return the states after every row, [rows, B, C, H, W]; image b runs tables[b], and all share the noise."""
     B = len(tables)
     scale = torch.tensor([table.init_scale for table in tables], dtype=noise.dtype).reshape(-1, 1, 1, 1)
     state = State.create(
@@ -101,7 +102,7 @@ class _Gap(int):
 
 
 class PairedDDIM(DDIMScheduler):
-    """DDIMScheduler with one thing corrected: t_prev is the next entry of ``timesteps``, not t - T // steps."""
+    """DDIMScheduler with one correction: t_prev is the next entry of ``timesteps``, not t - T // steps."""
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, **options: object) -> object:
         following = [*self.timesteps.tolist(), -1]
@@ -124,7 +125,7 @@ def to_float64(scheduler: DDIMScheduler | DDPMScheduler, schedule: str = "linear
 def run_diffusers(
     scheduler: DDIMScheduler | DDPMScheduler, denoise: Denoise, noise: Tensor, **options: object
 ) -> Tensor:
-    """The states after every entry of scheduler.timesteps, [rows, 1, C, H, W]."""
+    """Return the states after every entry of scheduler.timesteps, [rows, 1, C, H, W]."""
     x = noise[0]
     states = []
     original = scheduling_ddpm.randn_tensor
@@ -148,12 +149,15 @@ def run_diffusers(
 def gaussian_moments(
     table: StepTable, mu: np.ndarray, var: np.ndarray, prediction: str, v: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance [K] of the samples that a table draws when the data is N(mu, diag(var)) and the network exact.
+    """Return mean and variance [K] of a table's samples for data N(mu, diag(var)) and the exact network.
 
     The run starts at the data's own marginal at the first row's level, N(a mu, a^2 var + s^2), a = sqrt(abar), s =
-    sqrt(1 - abar). The exact network says the posterior mean, E[x_0 | x] = mu + a var / (a^2 var + s^2) (x - a mu), so
-    every row is affine in y = (x, m1, m2, m3, xs): y' = M y + b + (S z, 0, 0, 0, 0), and the moments of y follow
-    exactly. A row's x is at level row.abar. v is what the network says of a learned variance. Needs c = inf.
+    sqrt(1 - abar). The exact network predicts the posterior mean,
+
+        E[x_0 | x] = mu + a var / (a^2 var + s^2) (x - a mu)
+
+    so every row is affine in y = (x, m1, m2, m3, xs), y' = M y + b + (S z, 0, 0, 0, 0), and the moments of y follow
+    exactly. A row's x is at level row.abar. ``v`` is the network's output for a learned variance. c must be infinite.
     """
     mu, var = np.atleast_1d(np.asarray(mu, np.float64)), np.atleast_1d(np.asarray(var, np.float64))
     K = len(mu)

@@ -10,8 +10,8 @@ import numpy as np
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import Sampler
-from fastdiff.sampler.tables import SOLVERS
-from fastdiff.solvers import StepTable
+from fastdiff.solvers import SIGMA_SPACINGS, SPACINGS, StepTable
+from fastdiff.solvers.registry import SOLVERS
 
 NFES = (4, 5, 8, 10, 15, 20, 50, 100, 250, 1000)
 # Network evaluations of each setting. Long runs are for the ancestral solver, which alone gains by them.
@@ -34,7 +34,6 @@ ASIDE = ("ddpm-g2", "ddim-g2", "dpmpp_2m-g2", "unipc-g2", "dpmpp_3m", "unipc-kar
 MANY = 5000
 SHORT = 20
 QUICK = (("ddpm", "ddim", "unipc"), (4, 10, 50), 500)
-SPACINGS = ("trailing", "leading", "linspace", "quadratic", "karras", "exponential")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +63,12 @@ def options_of(key: str) -> dict[str, Any]:
     """
     solver, *parts = key.split("-")
     options: dict[str, Any] = {"solver": solver}
-    if solver not in SOLVERS or solver == "auto":
-        raise InvalidArgument(f"setting {key!r}: solver {solver!r} is unknown; allowed: {', '.join(SOLVERS[1:])}")
+    if solver not in SOLVERS:
+        raise InvalidArgument(f"setting {key!r}: solver {solver!r} is unknown; allowed: {', '.join(SOLVERS)}")
     value: str | float | None
     for part in parts:
         name, value = "spacing", None
-        if part in SPACINGS:
+        if part in (*SPACINGS, *SIGMA_SPACINGS):
             value = part
         else:
             name, digits = ("eta", part[3:]) if part.startswith("eta") else ("guidance", part[1:])
@@ -80,7 +79,7 @@ def options_of(key: str) -> dict[str, Any]:
         if value is None or name in options:
             raise InvalidArgument(
                 f"setting {key!r}: {part!r} is unknown or said twice; a solver may be followed by -etaX, -gX and a "
-                f"spacing ({', '.join(SPACINGS)}), as ddim-eta1, unipc-g2 or dpmpp_2m-karras"
+                f"spacing ({', '.join((*SPACINGS, *SIGMA_SPACINGS))}), as ddim-eta1, unipc-g2 or dpmpp_2m-karras"
             )
         options[name] = value
     return options

@@ -1,20 +1,22 @@
-"""The table that reproduces a diffusers scheduler, quirks included, from its ``scheduler_config.json``.
+"""The tables of diffusers' schedulers, quirks included: by name of the solver, or by ``scheduler_config.json``.
 
-Everything here was read in diffusers' sources and is held to them by tests/solvers/test_solver_grid.py. Where diffusers
-departs from the method, its own way is taken, so that a model's pictures stay the same; `fastdiff.solvers`' own
-functions have the right mathematics. The quirks:
+`from_config` repeats what a scheduler computes, so that a model's pictures stay the same, while the functions of
+`fastdiff.solvers` follow the papers. tests/solvers/test_solver_grid.py compares whole runs with diffusers' own code.
+Where diffusers departs from the method:
 
 - DDIM and PNDM step to t - T // steps, which is not the next timestep for "linspace", nor for "trailing" where steps do
   not divide T.
 - DDPM adds noise to the finished image where its last timestep is above 0 (fixed_large, learned_range).
-- One step of "leading" or "linspace" visits t = 0.
-- PNDM mixes the outputs of a v-prediction network, not their eps.
-- DPM-Solver++ of order 3 takes half of the second derivative, which makes it of order 2; its SDE has a sign wrong too.
-- Timesteps of sigma spacings are rounded, so that some repeat; those rows are marked as stages.
-- The solvers in sigma compute noise levels in float32 and have abar = 2^-24 for zero terminal SNR. Initial noise has
-  the standard deviation sqrt(1 - abar) with "linspace" and "trailing" (Euler, Heun, LMS), 1 elsewhere.
+- A run of one step with "leading" or "linspace" evaluates the network at t = 0.
+- PNDM combines the outputs of a v-prediction network, not their eps.
+- DPM-Solver++ of order 3 takes half of the second derivative, which makes it of order 2; its SDE form also has a wrong
+  sign.
+- Timesteps of spacings by sigma are rounded, so that some repeat; the rows of a repeated timestep are stages.
+- The solvers in sigma compute noise levels in float32 and have abar = 2^-24 for zero terminal SNR. Their initial noise
+  has the standard deviation sqrt(1 - abar) with "linspace" and "trailing" (Euler, Heun, LMS), 1 elsewhere.
 - UniPC with "bh1" ends in NaN where the last step goes to sigma = 0, as do order 2 (heun) and 3 of DPM-Solver++ where a
-  sigma spacing ends with "sigma_min" behind 15 steps. Not reproduced: the table has the limit, which is finite.
+  spacing by sigma ends at "sigma_min" after 15 or more steps. This is not reproduced: the table has the limit, which is
+  finite.
 """
 
 from __future__ import annotations
@@ -28,24 +30,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdiff import checks
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.solvers.adams import deis_table, lms_table
+from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
 from fastdiff.solvers.consistency import consistency, lcm_table, lcm_timesteps
 from fastdiff.solvers.ddim import ddim_table
-from fastdiff.solvers.ddpm import ddpm_table
+from fastdiff.solvers.ddpm import VARIANCE_TYPES, ddpm_table
 from fastdiff.solvers.dpmpp import dpmpp_table
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.euler import euler_table
 from fastdiff.solvers.heun import heun_table
 from fastdiff.solvers.plms import plms_table
-from fastdiff.solvers.spacing import spaced_sigmas
+from fastdiff.solvers.registry import SOLVERS
+from fastdiff.solvers.spacing import SIGMA_SPACINGS, spaced_sigmas
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.unipc import unipc_table
 from fastdiff.solvers.walk import Level, Walk
 
-ZERO_SNR = 2.0**-24
+ZERO_SNR = 2.0**-24  # abar that diffusers has in place of 0
 PRECISION = "float32"  # of diffusers' noise levels
+TIMESTEP_SPACINGS = ("trailing", "leading", "linspace")
+EDM_PREDICTIONS = {"epsilon": "edm", "v_prediction": "v_prediction"}  # diffusers' names, and those of fastdiff
 
 
 def from_config(
@@ -56,37 +63,109 @@ def from_config(
     eta: float = 0.0,
     use_clipped_model_output: bool = False,
 ) -> StepTable:
-    """The table of the scheduler that ``config`` describes, after its ``set_timesteps(steps)``.
+    """Return the table of the scheduler that ``config`` describes, after its ``set_timesteps(steps)``.
 
-    config
-        A diffusers ``scheduler_config.json``; ``_class_name`` names the scheduler, an absent key has its default.
-    schedule
-        Replaces the configuration's noise schedule.
-    eta, use_clipped_model_output
-        Options of DDIMScheduler's step.
+    Noise N(0, I) times the table's init_scale starts the run that noise times init_noise_sigma starts in diffusers.
+    Where diffusers keeps samples in sigma space, they are sqrt(1 + sigma^2) times the table's states (with EDM
+    schedulers sqrt(sigma_data^2 + sigma^2) times).
 
-    Multiplied by the table's init_scale, N(0, I) noise starts the same run as noise times init_noise_sigma does in
-    diffusers; its sigma-space samples x are sqrt(1 + sigma^2) (EDM: sqrt(sigma_data^2 + sigma^2)) times the states.
+    Args:
+        config: A diffusers ``scheduler_config.json``; ``_class_name`` names the scheduler, and an absent key has
+            diffusers' default.
+        steps: Number of steps, at least 1.
+        schedule: Noise schedule in place of the configuration's.
+        eta: Option of DDIMScheduler's step: 0 is deterministic.
+        use_clipped_model_output: Option of DDIMScheduler's step: take eps from the clipped x_0.
 
-    Raises `ConfigError` naming the scheduler or the option that is not supported, or the number of steps at which
-    diffusers itself fails; `InvalidArgument` for options of other schedulers.
+    Returns:
+        The table, with the quirks that the docstring of `fastdiff.solvers.compat.diffusers` lists.
+
+    Raises:
+        ConfigError: If the scheduler or one of its options is not supported, or if diffusers itself fails with this
+            number of steps.
+        InvalidArgument: If the number of steps is out of range, or an option belongs to another scheduler.
     """
+    name = scheduler_name(config)
+    if name != "DDIMScheduler" and (eta != 0.0 or use_clipped_model_output):
+        raise InvalidArgument(f"eta and use_clipped_model_output are options of DDIMScheduler, not of {name}")
+    source = Source(name, config, checks.whole("steps", steps, 1), schedule, eta, use_clipped_model_output)
+    return SCHEDULERS[name](source)
+
+
+def scheduler_name(config: Mapping[str, Any]) -> str:
+    """Return the ``_class_name`` of a configuration, which must be one of `SCHEDULERS`."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"a scheduler configuration is an object with keys, not {type(config).__name__}")
     name = config.get("_class_name")
     if name not in SCHEDULERS:
         raise ConfigError(f"scheduler {name!r} (_class_name) is not supported; supported: {', '.join(SCHEDULERS)}")
-    if name != "DDIMScheduler" and (eta != 0.0 or use_clipped_model_output):
-        raise InvalidArgument(f"eta and use_clipped_model_output are options of DDIMScheduler, not of {name}")
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise InvalidArgument(f"steps={steps!r}: a whole number of at least 1 is needed")
-    source = Source(name, config, int(steps), schedule, eta, use_clipped_model_output)
-    return SCHEDULERS[name](source)
+    return str(name)
+
+
+def diffusers_table(options: CompatOptions) -> StepTable:
+    """Return the table of the solver's scheduler, configured as the model's is and then by the options."""
+    options.check_solver()
+    scheduler = SOLVERS[options.solver].diffusers
+    assert scheduler is not None
+    name = scheduler.name
+    config: dict[str, Any] = {**options.config, **scheduler.config}
+    if isinstance(options.schedule, EDMSchedule):
+        if scheduler.edm is None:
+            known = ", ".join(n for n, solver in SOLVERS.items() if solver.diffusers and solver.diffusers.edm)
+            raise InvalidArgument(f"diffusers has no {options.solver} for EDM networks; it has {known}")
+        name = scheduler.edm
+        theirs = {ours: name for name, ours in EDM_PREDICTIONS.items()}
+        config |= {"prediction_type": theirs[options.one_of("prediction", options.prediction, tuple(theirs))]}
+        config |= dataclasses.asdict(options.schedule)
+    else:
+        config |= {"prediction_type": options.prediction, **options.schedule.to_scheduler_config()}
+    if options.variance is not None:
+        types = {v: k for k, v in VARIANCE_TYPES.items()}
+        config["variance_type"] = types[options.one_of("variance", options.variance, tuple(types))]
+    if options.order is not None:
+        if options.solver == "lms":
+            options.one_of("order", options.order, (4,))
+        config["solver_order"] = options.order
+    if options.spacing is not None:
+        config |= _spacing(options, scheduler.by_sigma)
+    if options.clip is None:
+        config |= {"clip_sample": False, "clip_denoised": False, "thresholding": False}
+    elif options.clip != FROM_MODEL:
+        config |= {"clip_sample": True, "clip_denoised": True, "clip_sample_range": options.clip, "thresholding": False}
+    steps = options.default_steps() if options.steps is None else options.steps
+    table = from_config({**config, "_class_name": name}, steps, eta=options.eta)
+    if options.clip not in (None, FROM_MODEL) and any(row.c * table.data_scale != options.clip for row in table.rows):
+        raise InvalidArgument(
+            f"clip={options.clip!r}: diffusers' {name} cannot bound x0 so; leave it out, or give None"
+        )
+    return table
+
+
+def _spacing(options: CompatOptions, by_sigma: bool) -> dict[str, Any]:
+    """Return the configuration keys of a spacing; they replace any other spacing of the model's configuration."""
+    edm = isinstance(options.schedule, EDMSchedule)
+    allowed = (*(() if edm else TIMESTEP_SPACINGS), *(SIGMA_SPACINGS if by_sigma else ()))
+    if SOLVERS[options.solver].own_spacing:
+        raise InvalidArgument(f"spacing={options.spacing!r}: {options.solver} has its own spacing; leave it out")
+    spacing = options.one_of("spacing", options.spacing, allowed)
+    if edm:
+        return {"sigma_schedule": spacing}
+    keys: dict[str, Any] = {f"use_{kind}_sigmas": kind == spacing for kind in (*SIGMA_SPACINGS, "beta")}
+    return keys if keys.get(f"use_{spacing}_sigmas") else {**keys, "timestep_spacing": spacing}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A configuration that is being read."""
+    """A scheduler's configuration, and the arguments of `from_config` besides.
+
+    Attributes:
+        name: The scheduler's class.
+        config: Its configuration.
+        steps: Number of steps.
+        given: Noise schedule in place of the configuration's, or None.
+        eta: Option of DDIMScheduler's step.
+        use_clipped: Option of DDIMScheduler's step.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -96,36 +175,41 @@ class Source:
     use_clipped: bool
 
     def get(self, key: str, default: Any) -> Any:
+        """Return a key's value; None counts as absent."""
         value = self.config.get(key, default)
         return default if value is None else value
 
     def refuse(self, key: str, why: str) -> ConfigError:
+        """Return the error that refuses a key's value."""
         return ConfigError(f"{self.name}: {key}={self.config.get(key)!r} is not supported: {why}")
 
     def only(self, **defaults: Any) -> None:
-        """Options of which one value is supported, diffusers' default for most."""
+        """Check keys of which one value is supported, which for most is diffusers' default."""
         for key, default in defaults.items():
             if self.config.get(key, default) not in (default, None):
                 raise self.refuse(key, f"only {default!r} is")
 
     def one_of(self, key: str, default: str, allowed: Sequence[str]) -> str:
+        """Return a key's value if it is one of ``allowed``."""
         value = self.get(key, default)
         if value not in allowed:
             raise self.refuse(key, f"supported are {', '.join(allowed)}")
         return value
 
     def fails(self, why: str) -> ConfigError:
+        """Return the error for a number of steps with which diffusers itself fails."""
         return ConfigError(f"{self.name}: {why}; another number of steps than {self.steps} works")
 
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule."""
+        """Return the noise schedule."""
         return noise_schedule({**self.config, "_class_name": self.name}) if self.given is None else self.given
 
     def prediction(self, allowed: Sequence[str] = PREDICTIONS) -> str:
+        """Return what the network predicts."""
         return self.one_of("prediction_type", "epsilon", allowed)
 
     def bounds(self, clips: bool | None, thresholds: bool = True) -> dict[str, Any]:
-        """c and threshold of the walk; clips: the default of clip_sample, None where the scheduler has none."""
+        """Return c and threshold of the walk; ``clips`` is clip_sample's default, None where there is no such key."""
         if thresholds and self.get("thresholding", False):
             largest = float(self.get("sample_max_value", 1.0))
             if largest < 1.0:
@@ -138,14 +222,18 @@ class Source:
     def timesteps(
         self, T: int, default: str, *, whole: bool = True, skip_last: bool = False, top: int | None = None
     ) -> NDArray[np.float64]:
-        """set_timesteps' integers, or fractions where not ``whole``. skip_last: one more is laid out, and the last, 0,
-        left out; top: what linspace and trailing start from.
+        """Return the timesteps of ``set_timesteps``.
+
+        Args:
+            T: Number of timesteps of the schedule.
+            default: The scheduler's default of timestep_spacing.
+            whole: Whether "linspace" is rounded to integers.
+            skip_last: Whether one timestep more is computed, of which the last, 0, is dropped.
+            top: Number of timesteps that "linspace" and "trailing" spread over; None is T.
         """
-        n = self.steps
-        if n > T:
-            raise InvalidArgument(f"steps={n}: a whole number from 1 to {T}, the schedule's timesteps, is needed")
+        n = checks.whole("steps", self.steps, 1, T, of="the schedule's timesteps")
         top = T if top is None else top
-        spacing = self.one_of("timestep_spacing", default, ("linspace", "leading", "trailing"))
+        spacing = self.one_of("timestep_spacing", default, TIMESTEP_SPACINGS)
         m = n + 1 if skip_last else n
         if spacing == "linspace":
             t = np.linspace(0, top - 1, m)[::-1]
@@ -162,7 +250,7 @@ class Source:
         return t
 
 
-# Schedulers whose betas by default are not DDPM's, and those that know rescale_betas_zero_snr.
+# Schedulers whose default betas are not DDPM's, and those that have the option rescale_betas_zero_snr.
 BETAS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
@@ -174,7 +262,7 @@ ZERO_SNR_SCHEDULERS = (
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule of a scheduler that has one (EDM and consistency models have none)."""
+    """Return the noise schedule of a configuration whose scheduler is not in `WITHOUT_SCHEDULE`."""
     name = config.get("_class_name")
     betas = {**BETAS.get(str(name), {}), **config}
     if name not in ZERO_SNR_SCHEDULERS:
@@ -187,8 +275,7 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 def _ddpm(source: Source) -> StepTable:
     schedule = source.schedule()
-    names = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "beta"}
-    names["learned_range"] = "learned_range"
+    names = {"fixed_small": "posterior", "fixed_small_log": "posterior", **VARIANCE_TYPES}
     variance = names[source.one_of("variance_type", "fixed_small", tuple(names))]
     t = source.timesteps(schedule.timesteps, "leading")
     walk = _discrete(source, schedule, t, [*t[1:], -1], 1.0, source.bounds(True))
@@ -236,7 +323,7 @@ def _discrete(
     final: float,
     bounds: dict[str, Any],
 ) -> Walk:
-    """A walk over whole timesteps; a negative one in ``after`` is the final level."""
+    """Return a walk over whole timesteps ``t`` whose steps end at those of ``after``, or at ``final`` if negative."""
     ends = [final if p < 0 else schedule.abar(float(p)) for p in after]
     levels = tuple(Level(float(v), schedule.abar(float(v)), end) for v, end in zip(t, ends, strict=True))
     return Walk(levels, source.prediction(), compat=True, **bounds)
@@ -246,9 +333,9 @@ def _discrete(
 
 
 def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
-    """sigma of every timestep, rising, in float32 by diffusers' own operations.
+    """Return sigma of every timestep, rising, computed in float32 by the operations that diffusers uses.
 
-    A cosine schedule's smallest sigma is 1.5e-3 off in float32, and timesteps are rounded from these sigmas.
+    In float32 a cosine schedule's smallest sigma is off by 1.5e-3, and timesteps are rounded from these sigmas.
     """
     import torch
 
@@ -272,7 +359,7 @@ def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
 
 
 def _times(sigmas: NDArray[np.float64], train: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Timesteps of sigmas, log sigma interpolated between whole ones; differences of neighbours in float32."""
+    """Return the timesteps of sigmas, by interpolating log sigma; differences of neighbours are taken in float32."""
     logs, wanted = np.log(train), np.log(sigmas)
     low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(train) - 2)
     w = np.clip((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0.0, 1.0)
@@ -280,8 +367,8 @@ def _times(sigmas: NDArray[np.float64], train: NDArray[np.floating[Any]]) -> NDA
 
 
 def _respaced(source: Source, between: NDArray[Any], train: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """(t, sigma) where the configuration asks for a sigma spacing, from between[0] to between[-1]; else None."""
-    kinds = [kind for kind in ("karras", "exponential", "beta") if source.get(f"use_{kind}_sigmas", False)]
+    """Return (t, sigma) of a spacing by sigma from between[0] to between[-1]; None where there is no such key."""
+    kinds = [kind for kind in (*SIGMA_SPACINGS, "beta") if source.get(f"use_{kind}_sigmas", False)]
     if not kinds:
         return None
     if len(kinds) > 1 or kinds == ["beta"]:
@@ -302,7 +389,7 @@ def _sigma_walk(
     prediction: str | None = None,
     **more: Any,
 ) -> Walk:
-    """A walk over sigmas; ``final`` is where the last step ends."""
+    """Return a walk over sigmas, whose last step ends at ``final``."""
     if not (np.diff(sigmas) < 0).all():
         raise source.fails(f"its noise levels for {source.steps} steps repeat")
     abar = [1.0 / (1.0 + s * s) for s in [*sigmas.tolist(), final]]
@@ -311,10 +398,13 @@ def _sigma_walk(
 
 
 def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str, Any]) -> Walk:
-    """The walk of DPMSolverMultistep, UniPC and DEIS: one timestep more is laid out, and t = 0 left out.
+    """Return the walk of DPMSolverMultistep, UniPC and DEIS, which compute one timestep more and drop t = 0.
 
-    final: the default of final_sigmas_type; None: always the last sigma of a sigma spacing, else of timestep 0.
-    floor: a sigma spacing's last level under "sigma_min" is its own last sigma (UniPC), not that of timestep 0.
+    Args:
+        source: The configuration.
+        final: Default of final_sigmas_type; None where the scheduler does not have it and ends as at "sigma_min".
+        floor: Whether a spacing by sigma ends at its own last sigma, instead of that of timestep 0, at "sigma_min".
+        bounds: c and threshold of the walk.
     """
     source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False)
     schedule = source.schedule()
@@ -327,7 +417,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     end = train[0]
     if respaced is not None:
         t, sigmas = respaced
-        # Rounded for Karras' spacing, then cut to int64.
+        # diffusers rounds Karras' timesteps, and cuts all of them to int64.
         cosine = source.name == "DPMSolverMultistepScheduler" and source.config.get("beta_schedule") == COSINE
         t = np.floor(t.round() if source.get("use_karras_sigmas", False) and not cosine else t)
         end = sigmas[-1] if floor else end
@@ -384,7 +474,7 @@ def _deis(source: Source) -> StepTable:
 
 
 def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
-    """The walk of Euler, Euler ancestral, Heun and LMS. final: the scheduler knows final_sigmas_type."""
+    """Return the walk of Euler, Euler ancestral, Heun and LMS; ``final``: whether there is a final_sigmas_type."""
     schedule = source.schedule()
     train = _sigmas(schedule)
     t = source.timesteps(len(train), "linspace", whole=False)
@@ -397,7 +487,7 @@ def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
     respaced = _respaced(source, sigmas, train)
     if respaced is not None:
         t, sigmas = respaced
-    elif len(sigmas) > source.steps:  # log_linear has one sigma more, where the last step ends
+    elif len(sigmas) > source.steps:  # log_linear has one sigma more, at which the last step ends
         sigmas, end = sigmas[:-1], float(sigmas[-1])
     if final and source.get("timestep_type", "discrete") == "continuous" and source.prediction() == "v_prediction":
         t, continuous = 0.25 * np.log(sigmas), True
@@ -420,7 +510,7 @@ def _euler_ancestral(source: Source) -> StepTable:
 
 
 def _without_sigmas(source: Source) -> Source:
-    """Without keys that another scheduler left in the configuration and this one ignores."""
+    """Drop keys that another scheduler left in the configuration and that this one ignores."""
     ignored = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
     return dataclasses.replace(source, config={k: v for k, v in source.config.items() if k not in ignored})
 
@@ -439,16 +529,16 @@ def _lms(source: Source) -> StepTable:
 
 def _edm_walk(source: Source, bounds: dict[str, Any]) -> Walk:
     schedule = _edm_schedule(source)
-    kind = source.one_of("sigma_schedule", "karras", ("karras", "exponential"))
+    kind = source.one_of("sigma_schedule", "karras", SIGMA_SPACINGS)
     if kind == "karras":
         sigmas = spaced_sigmas(kind, source.steps, schedule.sigma_max, schedule.sigma_min, schedule.rho)
-    else:  # one step is the smallest
+    else:  # unlike `spaced_sigmas`, from the smallest on: a run of one step has sigma_min
         ends = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
         sigmas = np.exp(np.linspace(*ends, source.steps))[::-1]
     final = source.one_of("final_sigmas_type", "zero", ("zero", "sigma_min"))
     end = 0.0 if final == "zero" else sigmas[-1] if source.name == "EDMEulerScheduler" else schedule.sigma_min
     data = schedule.sigma_data
-    prediction = {"epsilon": "edm", "v_prediction": "v_prediction"}[source.prediction(("epsilon", "v_prediction"))]
+    prediction = EDM_PREDICTIONS[source.prediction(tuple(EDM_PREDICTIONS))]
     return _sigma_walk(
         source,
         [schedule.time(s) for s in sigmas.tolist()],
@@ -485,7 +575,9 @@ def _consistency(source: Source) -> StepTable:
     return consistency(_edm_schedule(source, time_scale=1000.0), source.steps, train_steps=train, clip=clip)
 
 
-SCHEDULERS: dict[str, Callable[[Source], StepTable]] = {
+Build = Callable[[Source], StepTable]
+# Schedulers whose samples are variance-preserving, as the states of a table are.
+VARIANCE_PRESERVING: dict[str, Build] = {
     "DDPMScheduler": _ddpm,
     "DDIMScheduler": _ddim,
     "PNDMScheduler": _pndm,
@@ -493,11 +585,19 @@ SCHEDULERS: dict[str, Callable[[Source], StepTable]] = {
     "DPMSolverMultistepScheduler": _dpm,
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
+}
+EDM_SCHEDULERS: dict[str, Build] = {
+    "EDMEulerScheduler": _edm_euler,
+    "EDMDPMSolverMultistepScheduler": _edm_dpm,
+}
+# Schedulers of continuous noise levels, which have no `NoiseSchedule`.
+WITHOUT_SCHEDULE: dict[str, Build] = {**EDM_SCHEDULERS, "CMStochasticIterativeScheduler": _consistency}
+# Schedulers whose samples are x_0 + sigma eps.
+IN_SIGMA: dict[str, Build] = {
     "EulerDiscreteScheduler": _euler,
     "EulerAncestralDiscreteScheduler": _euler_ancestral,
     "HeunDiscreteScheduler": _heun,
     "LMSDiscreteScheduler": _lms,
-    "EDMEulerScheduler": _edm_euler,
-    "EDMDPMSolverMultistepScheduler": _edm_dpm,
-    "CMStochasticIterativeScheduler": _consistency,
+    **WITHOUT_SCHEDULE,
 }
+SCHEDULERS = {**VARIANCE_PRESERVING, **IN_SIGMA}

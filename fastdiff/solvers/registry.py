@@ -1,0 +1,193 @@
+"""All solvers by name, for `fastdiff.Sampler`, the command line, ``compat=`` and docs/solvers.md.
+
+docs/adding-a-solver.md describes how to add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers import edm, walk
+from fastdiff.solvers.adams import deis, lms
+from fastdiff.solvers.consistency import consistency, lcm
+from fastdiff.solvers.ddim import ddim
+from fastdiff.solvers.ddpm import VARIANCE_TYPES, ddpm
+from fastdiff.solvers.dpmpp import dpmpp_1, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
+from fastdiff.solvers.euler import euler, euler_ancestral
+from fastdiff.solvers.heun import heun
+from fastdiff.solvers.plms import plms
+from fastdiff.solvers.table import StepTable
+from fastdiff.solvers.unipc import unipc
+
+Config = Mapping[str, Any]  # the model's scheduler_config.json
+
+# Options of `Sampler.sample` that belong to some solvers only. The text ends the message that refuses one elsewhere.
+OPTIONS = {
+    "eta": "; the noise of ddpm is variance",
+    "variance": "; the noise of ddim is eta",
+    "order": "; dpmpp_1 to dpmpp_3m say theirs",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusersScheduler:
+    """The scheduler of diffusers that runs a solver.
+
+    Attributes:
+        name: The scheduler's class.
+        config: Configuration keys that select this solver among those that the class has.
+        by_sigma: Whether the class has the spacings by sigma, "karras" and "exponential".
+        edm: The class that runs the solver with EDM networks; None where diffusers has none.
+    """
+
+    name: str
+    config: Config = dataclasses.field(default_factory=dict)
+    by_sigma: bool = False
+    edm: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How a solver is called, and where other code bases have it.
+
+    Attributes:
+        function: The public function ``(schedule, steps, **options) -> StepTable``.
+        help: One line for users: the method and its source.
+        steps: Steps of a run that gives no number; None is every timestep of the schedule.
+        edm_steps: The same with an `EDMSchedule`.
+        options: The solver's own options among `OPTIONS`, which are passed to ``function`` by these names.
+        shared: The options shared by all solvers that ``function`` takes.
+        own_spacing: Whether the solver chooses its timesteps itself, so that the model's spacing does not apply.
+        from_model: Arguments of ``function`` that the model decides where the caller does not: for each the function
+            that reads it from the model's scheduler configuration.
+        diffusers: The scheduler that runs it in diffusers; None where diffusers does not have the solver.
+        others: The other code bases, "openai" or "ho", that have it.
+    """
+
+    function: Callable[..., StepTable]
+    help: str
+    steps: int | None = walk.STEPS
+    edm_steps: int = edm.STEPS
+    options: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ("spacing", "prediction", "clip", "threshold", "steps_offset")
+    own_spacing: bool = False
+    from_model: Mapping[str, Callable[[Config], Any]] = dataclasses.field(default_factory=dict)
+    diffusers: DiffusersScheduler | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def code_bases(self) -> tuple[str, ...]:
+        """Values of ``compat=`` that have the solver."""
+        return self.others if self.diffusers is None else ("diffusers", *self.others)
+
+    def default_steps(self, schedule: walk.Schedule) -> int:
+        """Return the number of steps of a run that gives none."""
+        if not isinstance(schedule, NoiseSchedule):
+            return self.edm_steps
+        return schedule.timesteps if self.steps is None else min(self.steps, schedule.timesteps)
+
+
+def _variance(config: Config) -> str:
+    name = config.get("variance_type", "fixed_small")
+    if name not in VARIANCE_TYPES:
+        raise InvalidArgument(f"the model's variance_type {name!r} is not supported; give variance=")
+    return VARIANCE_TYPES[name]
+
+
+def _dpm(order: int, algorithm: str = "dpmsolver++") -> DiffusersScheduler:
+    return DiffusersScheduler(
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": algorithm, "solver_order": order},
+        by_sigma=True,
+        edm="EDMDPMSolverMultistepScheduler",
+    )
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddpm": Solver(
+        ddpm,
+        "Ancestral sampling (Ho et al. 2020).",
+        steps=None,
+        options=("variance",),
+        from_model={"variance": _variance},
+        diffusers=DiffusersScheduler("DDPMScheduler"),
+        others=("openai", "ho"),
+    ),
+    "ddim": Solver(
+        ddim,
+        "Denoising diffusion implicit models (Song et al. 2021).",
+        options=("eta",),
+        from_model={"set_alpha_to_one": lambda config: config.get("set_alpha_to_one", True)},
+        diffusers=DiffusersScheduler("DDIMScheduler"),
+        others=("openai", "ho"),
+    ),
+    "dpmpp_1": Solver(dpmpp_1, "DPM-Solver++ of order 1 (Lu et al. 2022).", diffusers=_dpm(1)),
+    "dpmpp_2m": Solver(dpmpp_2m, "DPM-Solver++(2M), multi-step, of order 2 (Lu et al. 2022).", diffusers=_dpm(2)),
+    "dpmpp_3m": Solver(dpmpp_3m, "DPM-Solver++(3M), multi-step, of order 3 (Lu et al. 2022).", diffusers=_dpm(3)),
+    "dpmpp_2m_sde": Solver(
+        dpmpp_2m_sde, "SDE-DPM-Solver++(2M), stochastic (Lu et al. 2022).", diffusers=_dpm(2, "sde-dpmsolver++")
+    ),
+    "unipc": Solver(
+        unipc,
+        "UniPC, a multi-step predictor and corrector (Zhao et al. 2023).",
+        options=("order",),
+        diffusers=DiffusersScheduler("UniPCMultistepScheduler", by_sigma=True),
+    ),
+    "euler": Solver(
+        euler,
+        "Euler's method in sigma (Karras et al. 2022).",
+        diffusers=DiffusersScheduler("EulerDiscreteScheduler", by_sigma=True, edm="EDMEulerScheduler"),
+    ),
+    "euler_ancestral": Solver(
+        euler_ancestral,
+        "Euler's method with fresh noise in every step (k-diffusion).",
+        diffusers=DiffusersScheduler("EulerAncestralDiscreteScheduler"),
+    ),
+    "heun": Solver(
+        heun,
+        "Heun's method of order 2, two evaluations a step (Karras et al. 2022).",
+        diffusers=DiffusersScheduler("HeunDiscreteScheduler", by_sigma=True),
+    ),
+    "deis": Solver(
+        deis,
+        "DEIS, Adams-Bashforth in log sigma (Zhang & Chen 2023).",
+        options=("order",),
+        diffusers=DiffusersScheduler("DEISMultistepScheduler", by_sigma=True),
+    ),
+    "lms": Solver(
+        lms,
+        "Adams-Bashforth in sigma (k-diffusion).",
+        options=("order",),
+        diffusers=DiffusersScheduler("LMSDiscreteScheduler", by_sigma=True),
+    ),
+    "plms": Solver(
+        plms,
+        "PNDM's pseudo linear multi-step method (Liu et al. 2022).",
+        diffusers=DiffusersScheduler("PNDMScheduler", {"skip_prk_steps": True}),
+    ),
+    "lcm": Solver(
+        lcm,
+        "Latent consistency models (Luo et al. 2023).",
+        steps=4,
+        shared=("spacing", "prediction", "clip", "threshold"),
+        own_spacing=True,
+        from_model={
+            "original_steps": lambda config: config.get("original_inference_steps"),
+            "timestep_scaling": lambda config: config.get("timestep_scaling", 10.0),
+        },
+        diffusers=DiffusersScheduler("LCMScheduler"),
+    ),
+    "consistency": Solver(
+        consistency,
+        "Consistency models, of an EDMSchedule (Song et al. 2023).",
+        steps=1,
+        edm_steps=1,
+        shared=("clip",),
+        own_spacing=True,
+        diffusers=DiffusersScheduler("CMStochasticIterativeScheduler", edm="CMStochasticIterativeScheduler"),
+    ),
+}
