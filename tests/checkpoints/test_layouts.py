@@ -562,7 +562,7 @@ def test_options_that_do_not_apply(tmp_path):
             load(tmp_path / "m" / "unet" / WEIGHTS, **option)
 
 
-# The documentation's table -------------------------------------------------------------------------------------------
+# The documentation's table --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
