@@ -1,7 +1,8 @@
-"""The links and paths in the README, in CONTRIBUTING.md and in docs/ exist."""
+"""The links, paths and names in the README, in CONTRIBUTING.md and in docs/ exist."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -42,6 +43,30 @@ def test_paths(page: Path) -> None:
     for path in re.findall(r"`(\.?\w[\w.-]*/[\w./-]*)`", prose(page)):
         if path.split("/")[0] in TOP:
             assert (ROOT / path).exists(), f"{name(page)}: {path}"
+
+
+def resolve(dotted: str) -> object:
+    """Return the object of a dotted name: an attribute of the longest prefix that is a module."""
+    module, *attributes = dotted.split(".")
+    found: object = importlib.import_module(module)
+    while attributes:
+        try:
+            found = importlib.import_module(f"{module}.{attributes[0]}")
+        except ModuleNotFoundError:
+            break
+        module = f"{module}.{attributes.pop(0)}"
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names(page: Path) -> None:
+    """Dotted names of fastdiff in a sentence, a table, a reference or a directive of the API pages exist."""
+    text = prose(page)
+    pattern = r"`(fastdiff(?:\.[a-zA-Z_]\w*)+)(?:\([^`]*\))?`|\]\[(fastdiff[\w.]+)\]|^::: (fastdiff[\w.]+)$"
+    for match in re.finditer(pattern, text, re.MULTILINE):
+        resolve(next(filter(None, match.groups())))
 
 
 def test_every_page_is_in_the_navigation() -> None:
