@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all kernel-check figures gpu sanitize arm-check lint format examples wheel-check clean
+.PHONY: help sample native test test-all kernel-check figures gpu sanitize arm-check lint format docs examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -61,7 +61,7 @@ kernel-check: $(READY)  ## compile every Triton kernel that is shipped for sm_80
 .aot-%:
 	$(BIN)/python -m pytest -p no:cacheprovider -q tests/kernels/test_kernels_aot.py -k $*
 
-figures: $(READY)  ## measure every figure of README.md here, into out/figures: hours, on a machine that does nothing else
+figures: $(READY)  ## measure every figure of the README and docs/ here, into out/figures: hours, on a machine that does nothing else
 	benchmarks/figures.sh
 
 # The Python that has torch for the card, not .venv, whose torch is for CPUs.
@@ -89,6 +89,9 @@ format: $(READY)  ## fix style and formatting where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)  ## build the documentation into build/docs: a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 examples: $(READY)  ## run every script of examples/ in an empty folder
 	tests/examples_check.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures every figure of README.md on this machine, one after another: hours, on two cores mostly the trilemma's.
+# Measures every figure of README.md and docs/ on this machine, one after another: hours, on two cores mostly the trilemma's.
 # Nothing else should run meanwhile. Results lie in the folder $1 (out/figures), named as in benchmarks/results. What
 # is finished is not done again, and most of what was interrupted goes on.
 set -euo pipefail

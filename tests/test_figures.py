@@ -1,4 +1,4 @@
-"""README's figures: one script measures them all, by commands that exist."""
+"""The figures of the README and docs/: one script measures them all, by commands that exist."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastdiff import cli
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "figures.sh"
+RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
 
 
 def commands() -> list[list[str]]:
@@ -27,10 +28,12 @@ def measured() -> set[str]:
     return set(re.findall(r"[\w-]+\.json", SCRIPT.read_text()))
 
 
-def test_every_result_that_the_readme_links_is_measured() -> None:
-    linked = re.findall(r"\(benchmarks/results/(\w+/[\w-]+\.json)\)", (ROOT / "README.md").read_text())
-    assert len(linked) > 5
-    for name in linked:
+def test_every_result_that_the_documentation_names_is_measured() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {n for page in pages for n in re.findall(r"`benchmarks/results/(\w+/[\w-]+\.json)`", page.read_text())}
+    assert len(named) > 5
+    assert named == {path.relative_to(ROOT / "benchmarks" / "results").as_posix() for path in RESULTS}
+    for name in named:
         assert (ROOT / "benchmarks" / "results" / name).is_file()
         assert Path(name).name in measured()
 

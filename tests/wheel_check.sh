@@ -8,15 +8,23 @@ trap 'rm -rf "$scratch"' EXIT
 export FASTDIFF_NATIVE=${FASTDIFF_NATIVE:-ON}
 
 "$repo/.venv/bin/python" -m build --outdir "$scratch/dist" "$repo"
-"$repo/.venv/bin/python" - "$scratch"/dist/*.tar.gz "$scratch"/dist/*.whl <<'PYTHON'
+"$repo/.venv/bin/python" - "$scratch"/dist/*.tar.gz "$scratch"/dist/*.whl "$repo" <<'PYTHON'
 import os
+import pathlib
 import sys
 import tarfile
 import zipfile
 
 sdist = {name.partition("/")[2] for name in tarfile.open(sys.argv[1]).getnames()}
 wheel = set(zipfile.ZipFile(sys.argv[2]).namelist())
-assert {"kernels/launch.py", "csrc/CMakeLists.txt", "csrc/inplace/CMakeLists.txt", "csrc/engine.cpp", "csrc/module.cpp"} <= sdist
+# The Triton kernels are in kernels/; the wheel, which is built from the sdist, has them in fastdiff/kernels/.
+kernels = {path.name for path in pathlib.Path(sys.argv[3], "kernels").glob("*.py")}
+assert {"launch.py", "update.py"} <= kernels
+missing = sorted({f"kernels/{name}" for name in kernels} - sdist)
+assert not missing, f"kernels missing from the sdist: {missing}"
+missing = sorted({f"fastdiff/kernels/{name}" for name in kernels} - wheel)
+assert not missing, f"kernels missing from the wheel: {missing}"
+assert {"csrc/CMakeLists.txt", "csrc/inplace/CMakeLists.txt", "csrc/engine.cpp", "csrc/module.cpp"} <= sdist
 built = [name for name in sorted(sdist) if name.endswith((".so", ".a", ".o", ".pyd", "CMakeCache.txt"))]
 assert not built, f"build products in the sdist: {built}"
 others = [name for name in sorted(wheel) if not name.startswith(("fastdiff/", "fastdiff-"))]
@@ -46,8 +54,6 @@ assert "torch" not in sys.modules, "import fastdiff imports torch"
 assert pathlib.Path(sys.argv[1]) not in package.parents, f"imported from the checkout: {package}"
 assert importlib.metadata.version("fastdiff") == fastdiff.__version__
 assert (package / "py.typed").is_file()
-kernels = {path.name for path in (package / "kernels").glob("*.py")}
-assert {"launch.py", "update.py"} <= kernels, f"kernels in the wheel: {sorted(kernels)}"
 import fastdiff.kernels.launch
 
 if os.environ["FASTDIFF_NATIVE"] == "ON":

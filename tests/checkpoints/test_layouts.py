@@ -559,13 +559,13 @@ def test_options_that_do_not_apply(tmp_path):
             load(tmp_path / "m" / "unet" / WEIGHTS, **option)
 
 
-# The README's table ---------------------------------------------------------------------------------------------------
+# The documentation's table --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_every_line_of_the_readme(tmp_path, monkeypatch):
-    """Run each call of the table on files made here, with presets and flags of small networks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_line_of_the_documentation(tmp_path, monkeypatch):
+    """Run each call of docs/checkpoints.md on files made here; the presets and flags are those of small networks."""
+    text = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\|.*\| `(UNet\.from_pretrained\(.*\))` \|$", text, re.MULTILINE)
     improved, adm, adm512 = (CASES[name][1] for name in ("improved-diffusion", "ADM-64", "ADM-512"))
     monkeypatch.setitem(PRESETS, "adm-imagenet-64", adm)

@@ -625,13 +625,13 @@ else:
     assert result.returncode == 0, result.stderr
 
 
-# The README -----------------------------------------------------------------------------------------------------------
+# The documentation ----------------------------------------------------------------------------------------------------
 
 
-def test_every_line_of_the_readme(tmp_path, monkeypatch):
-    """The drop-in as it stands, and every line of the table of what is supported."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("## Your diffusers pipeline, faster")[1].split("\n## ")[0]
+def test_every_line_of_the_documentation(tmp_path, monkeypatch):
+    """Run the lines of docs/diffusers.md unchanged, and every line of its table of what is supported."""
+    text = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    section = text.split("## Accelerate a pipeline")[1].split("\n## ")[0]
     (drop_in,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len([line for line in drop_in.splitlines() if line.strip()]) == 3
     monkeypatch.chdir(tmp_path)
@@ -642,19 +642,19 @@ def test_every_line_of_the_readme(tmp_path, monkeypatch):
     assert len(names["images"]) == 16
     lines = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)[1:]
     run = {name.replace("`", ""): how for name, how in lines}
-    assert set(run) == set(README), "the table and its tests differ"
+    assert set(run) == set(LINES), "the table and its tests differ"
     for name, how in run.items():
-        README[name](how)
+        LINES[name](how)
 
 
-def readme_whole(how):
+def line_whole(how):
     for cls in (DDPMPipeline, DDIMPipeline):
         pipeline = fastdiff.accelerate(pipeline_of(cls, SCHEDULERS["ddim"]))
         assert pipeline._fastdiff.whole
         assert call(pipeline)[0].shape == (3, 8, 8, 3)
 
 
-def readme_schedulers(how):
+def line_schedulers(how):
     names = re.findall(r"`(\w+)`", how)
     assert len(names) == 7
     for name in names:
@@ -664,7 +664,7 @@ def readme_schedulers(how):
         assert np.isfinite(call(pipeline)[0]).all()
 
 
-def readme_others(how):
+def line_others(how):
     class Other(DDIMPipeline):
         def __call__(self, n):
             return self.unet(torch.zeros(n, 3, 8, 8), 5).sample
@@ -675,7 +675,7 @@ def readme_others(how):
         torch.testing.assert_close(fastdiff.accelerate(pipeline)(2), expected, rtol=1e-4, atol=1e-5)
 
 
-def readme_own_loop(how):
+def line_own_loop(how):
     scheduler = Scheduler.from_config(diffusers.HeunDiscreteScheduler())
     scheduler.set_timesteps(3)
     x = torch.randn(2, 3, 8, 8) * scheduler.init_noise_sigma
@@ -684,7 +684,7 @@ def readme_own_loop(how):
     assert torch.isfinite(x).all()
 
 
-def readme_unsupported(how):
+def line_unsupported(how):
     pipeline = pipeline_of(scheduler=MyScheduler())
     pipeline.scheduler = MyScheduler()
     with pytest.raises(ConfigError, match="MyScheduler"):
@@ -692,18 +692,18 @@ def readme_unsupported(how):
     call(fastdiff.accelerate(pipeline, strict=False))
 
 
-def readme_back(how):
+def line_back(how):
     pipeline = pipeline_of()
     fastdiff.accelerate(pipeline)
     pipeline.unaccelerate()
     assert type(pipeline) is DDIMPipeline
 
 
-README = {
-    "DDPMPipeline, DDIMPipeline, subclasses": readme_whole,
-    "their schedulers": readme_schedulers,
-    "any other pipeline with a UNet2DModel": readme_others,
-    "a loop of your own": readme_own_loop,
-    "anything else": readme_unsupported,
-    "back again": readme_back,
+LINES = {
+    "DDPMPipeline, DDIMPipeline, subclasses": line_whole,
+    "their schedulers": line_schedulers,
+    "any other pipeline with a UNet2DModel": line_others,
+    "a loop of your own": line_own_loop,
+    "anything else": line_unsupported,
+    "back again": line_back,
 }

@@ -498,10 +498,11 @@ def test_classifier_free_guidance_with_every_solver(backend: str, solver: str) -
     assert len(out.table) < out.nfe < 2 * len(out.table)
 
 
-def test_the_example_of_the_readme() -> None:
-    """As it stands, on a sampler that notes what each call gave."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"^Edit:\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+def test_the_examples_of_the_documentation() -> None:
+    """Run the blocks of docs/editing.md after the first, on a sampler that notes what each call returned."""
+    text = (ROOT / "docs" / "editing.md").read_text(encoding="utf-8")
+    _, *examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    code = "\n".join(examples)
     sampler = fastdiff.Sampler.from_pretrained("fashion-mnist", device="cpu")
     given = []
 

@@ -458,14 +458,14 @@ def test_errors_come_before_anything_runs() -> None:
         sampler.stream(1, solver="unipc", compat="ho")
 
 
-def test_the_readme() -> None:
-    """Its lines as they stand, on a network of one multiplication."""
+def test_the_documentation() -> None:
+    """Run the lines of docs/sampling.md unchanged, on a network of one multiplication."""
 
     class Half(torch.nn.Module):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return x / 2
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```python\n(sampler\.sample\(16,[^`]*compat=.*?)```", text, re.DOTALL)
     drawn = []
 

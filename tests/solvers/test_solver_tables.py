@@ -606,8 +606,8 @@ def test_a_models_thresholding_is_kept():
     assert sampler.sample(1, steps=4, clip=1.0).table.threshold is None
 
 
-def test_the_readme_names_them_all():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_names_them_all():
+    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
     for name in (*SOLVERS, *solvers.SPACINGS, *solvers.SIGMA_SPACINGS):
         assert f"`{name}`" in text, name
 
