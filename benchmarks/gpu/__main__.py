@@ -1,4 +1,4 @@
-"""``python benchmarks/gpu``, from any folder: the package is imported from the root of the checkout."""
+"""Entry point of ``python benchmarks/gpu``, which works from any folder: it imports from the root of the checkout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from benchmarks.gpu.call import main  # noqa: E402 - found by the line above
+from benchmarks.gpu.call import main  # noqa: E402 - needs the line above
 
 if __name__ == "__main__":
     sys.exit(main())

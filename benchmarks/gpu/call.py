@@ -1,4 +1,4 @@
-"""The call: parts, each in a process of its own, until the time is up."""
+"""The command: runs parts, each in a process of its own, until the time is up."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def execute(parts: list[str], run: Run) -> None:
-    """In a child process: one part after the other, each result written as soon as it is there."""
+    """Run parts one after the other, and write each result at once; this runs in a child process."""
     for name in parts:
         started = time.time()
         try:
@@ -51,7 +51,7 @@ def execute(parts: list[str], run: Run) -> None:
 
 
 def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> str | None:
-    """Run parts in a process of their own; what went wrong with it as a whole, None where nothing did."""
+    """Run parts in a process of their own, and return the error of the process, or None."""
     command = [sys.executable, str(HERE), "--out", str(arguments.out), "--child", ",".join(parts)]
     command += ["--seconds", str(limit)] + ["--dry-run"] * arguments.dry_run
     command += ["--diffusers", str(arguments.diffusers)] if arguments.diffusers else []
@@ -64,6 +64,7 @@ def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> str 
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the parts that the arguments name, and return the exit code."""
     parser = argparse.ArgumentParser(
         "python benchmarks/gpu", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The parts that check: kernels against their references, graphs, whole networks and runs."""
+"""The parts `kernels`, `graphs` and `parity`, which check kernels, CUDA graphs, and whole networks and runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .run import Failure, Run
 
 
 def small_cases(run: Run) -> dict[str, Any]:
-    """The kernels' cases by name; in a dry run the first of every kind."""
+    """Return the kernels' cases by name; in a dry run the first of every kind."""
     from tests.support.kernel_cases import CASES
 
     first = {name.split()[0].rstrip(","): name for name in reversed(CASES)}
@@ -19,7 +19,7 @@ def small_cases(run: Run) -> dict[str, Any]:
 
 
 def moved(value: Any, device: Any) -> Any:
-    """Tensors, and tuples of them, on the device, strides kept; those on the meta device filled with numbers."""
+    """Copy tensors, and tuples of them, to the device with their strides; those on "meta" get arbitrary numbers."""
     import torch
 
     if isinstance(value, tuple):
@@ -33,7 +33,7 @@ def moved(value: Any, device: Any) -> Any:
 
 
 def kernels(run: Run) -> dict[str, Any]:
-    """Every kernel against its reference in float64, over the small cases of the tests."""
+    """Compare every kernel with its reference in float64 in the small cases of the tests."""
     from tests.support.kernel_harness import check, mend_interpreter
 
     no_tf32()
@@ -63,8 +63,10 @@ def kernels(run: Run) -> dict[str, Any]:
 
 
 def graphs(run: Run) -> dict[str, Any]:
-    """Replays of captured eager steps have the bits of eager steps; batch sizes share one pool. With determinism
-    "bitwise" an image has the same bits in batches of 1 and 5: of `triton`, and in a dry run of `native`.
+    """Check that replays of captured steps have the bits of eager steps, while batch sizes share one memory pool.
+
+    Also check that with determinism "bitwise" an image has the same bits in batches of 1 and 5, with the backend
+    `triton`, or `native` in a dry run.
     """
     import torch
 
@@ -111,7 +113,7 @@ def graphs(run: Run) -> dict[str, Any]:
         runners[runner] = start(n, shape, cases["ddim"][1], run.device, torch.float32)
     graph.capture(runners)
     pooled = 0 if run.dry else torch.cuda.memory_reserved() - before
-    for _ in range(6):  # in turns
+    for _ in range(6):  # the batch sizes take turns
         for runner, state in runners.items():
             runner.step(state)
     for state in runners.values():
@@ -143,7 +145,7 @@ def graphs(run: Run) -> dict[str, Any]:
 
 
 def parity(run: Run) -> dict[str, Any]:
-    """Whole networks (one evaluation) and whole runs against float64, with eager's own error in the same precision."""
+    """Compare one evaluation and whole runs with float64; twice the error of `eager` in the same dtype is allowed."""
     import torch
 
     from fastdiff import NoiseSchedule, UNet, solvers
@@ -164,7 +166,7 @@ def parity(run: Run) -> dict[str, Any]:
     unfinished: list[str] = []
 
     def outcomes(unet: Any, backend: str, dtype: Any, options: dict[str, Any]) -> list[tuple[Any, Any]]:
-        """For every table: the first evaluation's output, and the last x."""
+        """Return the output of the first evaluation and the final x for every table."""
         unet = copy.deepcopy(unet).to(dtype).to(memory_format=torch.channels_last)
         side = unet.config.sample_size
         shape = (unet.config.in_channels, side, side)

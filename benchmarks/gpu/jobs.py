@@ -1,4 +1,4 @@
-"""Whole jobs, from noise to images on the host: a backend's, and the baselines of plain PyTorch and of diffusers."""
+"""Whole jobs, from noise to images on the host: backends, and baselines in plain PyTorch and diffusers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .run import Run
 
 
 def one_graph(run: Run, unet: Any, table: Any, n: int) -> Callable[[], Any]:
-    """The baseline of plain PyTorch: network and DDIM step as one function, compiled by max-autotune, in one graph."""
+    """Build the baseline in plain PyTorch: network and DDIM step, compiled with max-autotune, as one CUDA graph."""
     import torch
 
     from fastdiff.solvers import COLUMNS
@@ -60,6 +60,7 @@ def one_graph(run: Run, unet: Any, table: Any, n: int) -> Callable[[], Any]:
 
 
 def backend_job(run: Run, backend: str, unet: Any, table: Any, n: int, mode: str | None = None) -> Callable[[], Any]:
+    """Build the job of a backend. mode: of torch.compile, for `compiled`."""
     import torch
 
     from fastdiff.backends import Spec
@@ -78,7 +79,7 @@ def backend_job(run: Run, backend: str, unet: Any, table: Any, n: int, mode: str
 
 @contextlib.contextmanager
 def diffusers_from(folder: Path | None) -> Iterator[None]:
-    """diffusers importable, from wheels or unpacked packages in ``folder`` where it is not installed."""
+    """Make diffusers importable from wheels or unpacked packages in ``folder``, if it is not installed."""
     with tempfile.TemporaryDirectory() as place:
         if folder is not None:
             for wheel in folder.glob("*.whl"):
@@ -88,7 +89,7 @@ def diffusers_from(folder: Path | None) -> Iterator[None]:
 
 
 def diffusers_job(run: Run, unet: Any, steps: int, n: int) -> Callable[[], Any]:
-    """The stock pipeline with its U-Net compiled, in channels_last, with the same weights."""
+    """Build the job of diffusers' DDIM pipeline with the same weights, compiled and in channels_last."""
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 

@@ -1,4 +1,4 @@
-"""The part `header`: the machine."""
+"""The part `header`, which describes the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def version(name: str) -> str | None:
 
 
 def header(run: Run) -> dict[str, Any]:
-    """The machine, and its two ceilings as measured: a copy's bytes and a matrix product's FLOPs each second."""
+    """Describe the machine, and measure its limits: bytes per second of a copy, and FLOPS of a matrix product."""
     import torch
 
     result: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The networks that are checked and measured, the images that they start from, and what runs them."""
+"""Networks that are checked and measured, their initial images, and their runners."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from .run import Run
 
 
 def unet_of(config: Any, dtype: Any, device: Any) -> Any:
+    """Build a network with random weights in channels_last."""
     import torch
 
     from fastdiff.bench.networks import random_unet
@@ -16,6 +17,7 @@ def unet_of(config: Any, dtype: Any, device: Any) -> Any:
 
 
 def tiny(**changes: Any) -> Any:
+    """Return the configuration of a tiny network."""
     from fastdiff import UNetConfig
 
     options: dict[str, Any] = {
@@ -30,16 +32,16 @@ CLASSES = {"num_class_embeds": 11, "null_label": 10}
 
 
 def no_tf32() -> None:
-    """TensorFloat-32 would be the largest error of what is called float32."""
+    """Switch TensorFloat-32 off, whose error is much larger than that of float32."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def runner_of(run: Run, backend: str, unet: Any, spec: Any, mode: str | None = None) -> Any:
-    """The backend's runner; in a dry run `compiled` is a graph of eager steps, on the stand-in.
+    """Build the runner of a backend. In a dry run `compiled` is a graph of eager steps on the fake CUDA.
 
-    `triton` has none there: tests/backends/test_triton.py runs its launches.
+    `triton` has no runner in a dry run; tests/backends/test_triton.py runs its launches.
     """
     from fastdiff import backends
     from fastdiff.backends import compiled
@@ -52,13 +54,14 @@ def runner_of(run: Run, backend: str, unet: Any, spec: Any, mode: str | None = N
 
 
 def on_gpu(run: Run) -> list[str]:
+    """List the backends that run on a GPU and, in a dry run, on a CPU."""
     from fastdiff.backends import BACKENDS
 
     return [name for name in BACKENDS if name != "native" and not (name == "triton" and run.dry)]
 
 
 def start(n: int, shape: tuple[int, ...], table: Any, device: Any, dtype: Any, first: int = 0, **options: Any) -> Any:
-    """Images ``first`` to first + n - 1 of seed 0, at row 0."""
+    """Return the state of images ``first`` to first + n - 1 of seed 0 at row 0."""
     import torch
 
     from fastdiff.core import noise
@@ -70,4 +73,5 @@ def start(n: int, shape: tuple[int, ...], table: Any, device: Any, dtype: Any, f
 
 
 def relative(a: Any, b: Any) -> float:
+    """Return |a - b| / |b| in float64."""
     return float((a.double() - b.double()).norm() / b.double().norm())

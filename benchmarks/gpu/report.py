@@ -1,4 +1,4 @@
-"""gpu.json and gpu.md: what the parts found."""
+"""Writes and reads the results of the parts, gpu.json and gpu.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(out: Path, parts: dict[str, Any], dry: bool) -> None:
 
 
 def read(path: Path, dry: bool) -> dict[str, Any]:
-    """The parts of an earlier call; those of a dry run are no start for a real one."""
+    """Read the parts of an earlier call, unless only one of the two calls is a dry run."""
     if not path.is_file():
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def commit() -> str | None:
 
 
 def readable(parts: dict[str, Any], dry: bool) -> str:
-    """The results as markdown: lists of rows become tables."""
+    """Format the results as Markdown, with lists of rows as tables."""
     lines = ["# fastdiff on a GPU" + ", a dry run on a CPU: no figure means anything" * dry, ""]
     for name, part in parts.items():
         lines += [f"## {name}: {part['status']}, {part.get('seconds', 0)} s", ""]

@@ -1,4 +1,4 @@
-"""What a part is given, and how it says that a check is red."""
+"""The arguments of a part, and the exception with which it reports a failed check."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SMALLEST_SHARE = 45.0  # seconds that a part, or a contender, needs to be worth its start
+SMALLEST_SHARE = 45.0  # seconds; a part or contender is not started with less time left
 
 
 @dataclasses.dataclass
 class Run:
-    """What a part knows of its call."""
+    """Arguments of a part.
+
+    Attributes:
+        out: folder of the results.
+        dry: whether this is a dry run.
+        ends: time at which the call ends, as of time.time.
+        diffusers: folder with diffusers.
+        finished: results of earlier parts.
+    """
 
     out: Path
     dry: bool
-    ends: float  # on time.time's clock
+    ends: float
     diffusers: Path | None
-    finished: dict[str, Any]  # earlier parts
+    finished: dict[str, Any]
 
     @property
     def device(self) -> Any:
@@ -29,7 +37,7 @@ class Run:
 
     @property
     def cuda(self) -> Any:
-        """torch.cuda, or its stand-in."""
+        """torch.cuda, or a fake of it in a dry run."""
         import torch
 
         from tests.support.fake_cuda import FakeCuda
@@ -53,7 +61,7 @@ class Run:
 
 
 class Failure(Exception):
-    """A check is red; ``result`` says which, beside what went well."""
+    """Raised if a check fails. ``result`` holds the results of all checks of the part."""
 
     def __init__(self, message: str, result: dict[str, Any]):
         super().__init__(message)

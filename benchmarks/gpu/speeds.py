@@ -1,4 +1,4 @@
-"""The parts that measure speed: the update beside a copy, whole jobs beside the baselines."""
+"""The parts that measure speed: the update compared with a copy, and whole jobs compared with baselines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .timing import microseconds, seconds
 
 
 def update(run: Run) -> dict[str, Any]:
-    """The fused update beside a copy that moves as many bytes, both out of the L2 cache."""
+    """Measure the fused update and a copy that moves as many bytes, neither with operands in the L2 cache."""
     import torch
 
     from fastdiff import NoiseSchedule, solvers
@@ -35,7 +35,7 @@ def update(run: Run) -> dict[str, Any]:
             source = torch.zeros(moves // 2, dtype=torch.uint8, device=run.device)
             target = torch.empty_like(source)
             us = microseconds(run, fused(*tensors))
-            copy = microseconds(run, lambda: target.copy_(source))  # noqa: B023 - it is called in this turn of the loop
+            copy = microseconds(run, lambda: target.copy_(source))  # noqa: B023 - called before the next iteration
             rows.append(
                 {"images": n, "side": side, "solver": table.solver, "us": round(us, 2), "copy_us": round(copy, 2),
                  "times_a_copy": round(us / copy, 2)}
@@ -44,7 +44,7 @@ def update(run: Run) -> dict[str, Any]:
 
 
 def whole_job(network: str, n: int) -> Callable[[Run], dict[str, Any]]:
-    """img-steps/s of n images in 50 DDIM steps, noise to images on the host, in bfloat16; all contenders in turns."""
+    """Return a part that measures img-steps/s of n images in 50 DDIM steps in bfloat16; contenders take turns."""
 
     def measure(run: Run) -> dict[str, Any]:
         import torch
@@ -52,7 +52,7 @@ def whole_job(network: str, n: int) -> Callable[[Run], dict[str, Any]]:
         from fastdiff import NoiseSchedule, solvers
         from fastdiff.bench.networks import PUBLISHED
 
-        torch.backends.cudnn.benchmark = True  # for all alike
+        torch.backends.cudnn.benchmark = True  # for all contenders
         steps, images, rounds = (3, min(n, 2), 1) if run.dry else (50, n, 7)
         config = tiny() if run.dry else PUBLISHED[f"ddpm-{network}"]
         table = solvers.ddim(NoiseSchedule(), steps)
@@ -91,7 +91,7 @@ def whole_job(network: str, n: int) -> Callable[[Run], dict[str, Any]]:
                     rows[name] = {"error": traceback.format_exc()}
                     failed.append(name)
                     continue
-                if "diffusers" in name:  # it draws its own noise
+                if "diffusers" in name:  # its images differ, as it draws its own noise
                     red = not bool(torch.isfinite(result).all())
                 else:
                     row["error"] = relative(result, exact)

@@ -1,4 +1,4 @@
-"""Times: of a call on the device, and of whole jobs that take turns."""
+"""Measures the time of a call on the device, and of whole jobs that take turns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .run import Run
 
 
 def microseconds(run: Run, function: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of a call whose operands are not in the L2 cache, by CUDA events."""
+    """Return the median time of a call whose operands are not in the L2 cache, measured by CUDA events."""
     import torch
 
     if run.dry:
@@ -31,7 +31,7 @@ def microseconds(run: Run, function: Callable[[], Any], repeats: int = 20) -> fl
 
 
 def seconds(run: Run, jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Wall time of every job in rounds in which all take turns."""
+    """Return the wall times of every job, in rounds in which all jobs take turns."""
     taken: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():

@@ -1,4 +1,4 @@
-"""The part `tuning`: the fastest configuration of every launch and convolution."""
+"""The part `tuning`, which finds the fastest configuration of every launch and convolution."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from .timing import microseconds
 
 
 def launches(run: Run) -> list[Any]:
-    """One launch for each operation and shape that fastdiff ships, of operations whose checks are green."""
+    """Return a launch for each operation and shape that fastdiff ships, except operations whose check failed."""
     from fastdiff.kernels.launch import Launch
     from tests.support.kernel_cases import SHIPPED
 
     ops = run.finished.get("kernels", {}).get("result", {}).get("ops", {})
     made = [case().launch() for case in small_cases(run).values()] if run.dry else [make() for make in SHIPPED.values()]
-    # Convolutions are tuned as layers, of one launch or several: `conv_layers`.
+    # `conv_layers` tunes convolutions as layers of one or several launches.
     made = [launch for launch in made if isinstance(launch, Launch) and launch.op not in ("conv.conv", "conv.partial")]
     if not any("failed" not in op for op in ops.values()):
         raise Failure("no kernel's check is green: the part `kernels` comes first", {})
     distinct = {
         (launch.op, launch.key): launch for launch in made if not ops.get(launch.op, {"failed": True}).get("failed")
     }
-    # What heuristics choose is the starting point; a dry run's cases are of shapes that those do not meet.
+    # Heuristics give the starting point, except for the cases of a dry run, whose shapes they do not expect.
     return [launch.remake(None) if launch.remake and not run.dry else launch for launch in distinct.values()]
 
 
 def conv_layers(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...], Callable[[Any], Callable[[], None]]]]:
-    """The published networks' distinct convolutions in bfloat16, as `fastdiff.backends.triton.launches` has them: the
-    key, what heuristics choose, all configurations, and the layer in one of them.
+    """Yield the distinct convolutions of the published networks in bfloat16, as the backend `triton` runs them.
+
+    Each is a tuple of the key, the heuristic's configuration, all configurations, and a function that builds the layer
+    in one of them.
     """
     import torch
 
@@ -64,7 +66,7 @@ def conv_layers(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...], Callable[
 
 
 def tuning(run: Run) -> dict[str, Any]:
-    """The time of every configuration of every launch and convolution, out of the L2 cache; the best become a file."""
+    """Measure all configurations of all launches and convolutions, and write the fastest ones to a file."""
     import torch
 
     from fastdiff.kernels.launch import config_file, save_tuned
@@ -93,7 +95,7 @@ def tuning(run: Run) -> dict[str, Any]:
             except Exception as e:
                 if "CUDA error" in str(e):  # the context is lost
                     raise
-                refused.append(f"{key} {config}: {e}")  # too large for this card
+                refused.append(f"{key} {config}: {e}")  # it needs more memory than this GPU has
         if not times:
             continue
         best[key] = min(times, key=times.__getitem__)
