@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastdiff.core import update as reference
 from fastdiff.core.noise import UPDATE
-from fastdiff.core.state import State
 from fastdiff.kernels import noise
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
 from fastdiff.solvers.table import COLUMNS
@@ -248,53 +247,26 @@ def update(
     )  # fmt: skip
 
 
-@dataclasses.dataclass
-class _Bank:
-    """The part of a `TableBank` that the reference reads."""
-
-    values: Tensor
-    lengths: Tensor
-    thresholds: bool = False
-
-    def __post_init__(self) -> None:
-        self.host, self.lengths_host = self.values.double().cpu().numpy(), self.lengths.cpu().numpy()
-
-
 def update_reference(
     x: Tensor, out: Tensor, bank: Tensor, table: Tensor, row: Tensor, lengths: Tensor, seed: Tensor, index: Tensor,
     xs: Tensor | None, m1: Tensor | None, m2: Tensor | None, m3: Tensor | None, z: Tensor | None,
     x0_scale: Tensor | None, guidance: Tensor | None,
 ) -> None:  # fmt: skip
-    """Apply `fastdiff.core.update.update`; this copies the rows from the device."""
-    values = bank[table].to(x.dtype)  # one table per image, as x0_scale differs between images
+    """Compute the update by `fastdiff.core.update.update_rows`."""
+    values = bank[table, row].to(x.dtype)
     if x0_scale is not None:
         for name in ("kx", "ko"):
-            values[..., COLUMNS.index(name)] *= x0_scale[:, None]
+            values[:, COLUMNS.index(name)] *= x0_scale
     net = wide(out).to(x.dtype)
-    images = torch.arange(len(x), device=x.device)
     if guidance is not None:
-        w = 1.0 + values[images, row, COLUMNS.index("g")] * (guidance - 1.0)
+        w = 1.0 + values[:, COLUMNS.index("g")] * (guidance - 1.0)
         net = reference.guide(net[: len(x)], net[len(x) :], w, x.shape[1], 0.0)
-    if z is None and x.dtype == torch.float64:
+    if z is None:
         z = torch.empty_like(x)
         noise.noise_reference(seed, index, row, z, UPDATE)
-    state = State(
-        x=x,
-        bank=cast(Any, _Bank(values, lengths[table])),
-        table=images,
-        row=row,
-        seed=seed,
-        index=index,
-        label=None,
-        guidance=torch.ones_like(x[:, 0, 0, 0]),
-        table_host=images.cpu().numpy(),
-        row_host=row.cpu().numpy().copy(),
-        guidance_host=images.cpu().numpy(),
-        noise=None if z is None else lambda _: z,
-    )
-    state.out, state.xs, state.m1, state.m2, state.m3 = net, xs, m1, m2, m3
-    reference.update(state)
-    for tensor, result in ((x, state.x), (xs, state.xs), (m1, state.m1), (m2, state.m2), (m3, state.m3)):
+    history = reference.History(xs, m1, m2, m3)
+    new, kept = reference.update_rows(x, net, values, history, z)
+    for tensor, result in zip((x, *history), (new, *kept), strict=True):
         if tensor is not None and result is not None:
             tensor.copy_(result)
-    row.copy_(state.row)
+    row.copy_(torch.minimum(row + 1, lengths[table]))

@@ -176,7 +176,7 @@ def exact(case: Case) -> Tensor:
 
 @functools.cache
 def one_by_one(case: Case, dtype: torch.dtype) -> Tensor:
-    """Every active image in a batch of its own."""
+    """Run every active image in a batch of its own."""
     return torch.cat([run("eager", case, dtype, [i]) for i in case.active], dim=1)
 
 
@@ -205,7 +205,7 @@ def check(backend: str | Prepare, case: Case, rounding: float = 1.0) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_an_image_does_not_depend_on_its_neighbours(case: Case) -> None:
-    """In float64 nothing of the others is left: not their rows, tables, labels, nor the NaN of an idle slot."""
+    """In float64 an image depends on nothing of the others: rows, tables, labels, or the NaN of an idle slot."""
     together, alone = exact(case)[:, case.active], one_by_one(case, torch.float64)
     assert (together - alone).abs().max() <= 1e-11 * alone.abs().max()
     moved = (together[-1] - start(case, torch.float64).x[case.active]).abs().amax(dim=(1, 2, 3))
@@ -264,7 +264,7 @@ def test_compiled_is_one_graph_and_follows_the_weights() -> None:
 
 
 class Convolution(nn.Module):
-    """A network that is soon compiled."""
+    """Return a network that compiles fast."""
 
     def __init__(self) -> None:
         super().__init__()

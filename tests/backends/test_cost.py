@@ -58,7 +58,7 @@ def meta(config) -> UNet:
 
 
 def stepped(unet: UNet, rows: int, dtype: torch.dtype = torch.float32, fast: bool = False) -> native.NativeRunner:
-    """A runner after one step."""
+    """Return a runner after one step."""
     config = unet.config
     x = random_images(config, rows)
     state = State.create(x, TableBank([solvers.ddim(NoiseSchedule(), 2)], CPU), label=random_labels(config, rows))
@@ -243,7 +243,7 @@ def test_ceilings_are_measured_once_and_make_sense(monkeypatch):
 
 @needs_native
 def test_a_neighbours_moment_is_no_ceiling(monkeypatch):
-    """The peak is the best look's, of both threads at once: neither the first look's, nor of threads' best ones."""
+    """The peak is the best measurement of both threads together, not the first, nor each thread's best."""
     looks = itertools.chain([60.0, 50.0, 30.0, 90.0, 100.0, 10.0, 70.0, 30.0], itertools.repeat(40.0))
     measured = SimpleNamespace(isas=lambda: ["x"], bf16_isas=lambda: ["x"], rates=lambda isa: (0.0, next(looks)))
     monkeypatch.setattr(cost, "extension", lambda: measured)

@@ -65,7 +65,7 @@ def graphed(unet: nn.Module, spec: Spec, cuda: FakeCuda | None = None) -> tuple[
 
 
 def same(a: State, b: State) -> None:
-    """Bit for bit, NaN included, in all that a step changes."""
+    """Compare all fields that a step changes bit for bit, NaN included."""
     for name in HELD:
         one, other = getattr(a, name), getattr(b, name)
         assert (one is None) == (other is None), name
@@ -162,7 +162,7 @@ def test_a_network_with_too_few_channels_is_refused() -> None:
 
 
 def test_a_thousand_steps_are_a_thousand_replays() -> None:
-    """One capture behind warm-ups on a side stream; then nothing is issued but replays."""
+    """There is one capture, after warm-ups on a side stream; then only replays are issued."""
     runner, cuda = graphed(Still(), a_spec(2))
     state = a_state(2, solvers.ddim(NoiseSchedule(), 1000))
     evaluations = []
@@ -203,7 +203,7 @@ def test_a_state_moves_in_once_and_its_buffers_stay() -> None:
 
 
 def test_states_may_take_turns() -> None:
-    """As threads on one sampler do: each goes on where it stood."""
+    """Two states that take turns, as threads on one sampler do, each continue from their own row."""
     table = multistep(solvers.ddim(SCHEDULE, 6, eta=1.0))
     unet = Still()
     eager, (runner, cuda) = EagerRunner(unet, a_spec(2)), graphed(unet, a_spec(2))
@@ -220,7 +220,7 @@ def test_states_may_take_turns() -> None:
 
 
 def test_tables_are_data() -> None:
-    """Others of any length come and go in the bank; only one that does not fit has the graph captured again."""
+    """Tables of any length can take turns in the bank; only one that does not fit causes another capture."""
     unet = Still()
     runner, cuda = graphed(unet, a_spec(2, tables=2, rows=20))
     tables = [solvers.ddim(SCHEDULE, 5), solvers.ddim(SCHEDULE, 20, spacing="leading"), solvers.ddim(SCHEDULE, 3)]
@@ -259,7 +259,7 @@ def test_a_bank_may_change_under_a_state() -> None:
 
 
 def test_weights_are_followed() -> None:
-    """In place: the graph sees them. At another address: it is captured again, when the next state moves in."""
+    """A graph reads weights changed in place; weights at another address cause another capture for the next state."""
     unet = Still()
     runner, cuda = graphed(unet, a_spec(2))
 
@@ -365,7 +365,7 @@ def test_inference_mode_and_gradients_outside_change_nothing() -> None:
 
 
 class Forgetful(EagerRunner):
-    """Leaves no ``out`` behind a whole step."""
+    """Eager steps that do not set ``out`` in a whole step."""
 
     def whole(self, state: State, guided: bool, noisy: bool) -> None:
         super().whole(state, guided, noisy)
@@ -425,7 +425,7 @@ def test_previews_and_samples_in_between(on_graphs: FakeCuda) -> None:
 
 
 class OnlyTheDevice(TorchDispatchMode):
-    """Every tensor that an operation takes or gives is on CUDA, and nothing waits."""
+    """Asserts that every tensor of every operation is on CUDA, and that none waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()

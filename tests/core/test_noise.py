@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def exact(counter, key):
-    """The definition in Python's unbounded integers."""
+    """Compute the definition of Philox in Python's unbounded integers."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
@@ -49,7 +49,7 @@ def random_words(count, seed):
 
 
 def draw(seed=0, index=0, row=0, stream=UPDATE, shape=(3, 16, 16), batch=1):
-    """Noise of `batch` images with consecutive indices."""
+    """Draw noise for `batch` images with consecutive indices."""
     return normal(
         torch.full((batch,), as_int64(seed), dtype=torch.int64),
         torch.arange(index, index + batch),
@@ -60,7 +60,7 @@ def draw(seed=0, index=0, row=0, stream=UPDATE, shape=(3, 16, 16), batch=1):
 
 
 def reference(seed, index, row, stream, size):
-    """Normals in float64 from the exact words."""
+    """Compute the normals in float64 from the exact words."""
     values = []
     for k in range((size + 3) // 4):
         counter = (k, row | stream << 24, index % 2**32, index >> 32)
@@ -120,7 +120,7 @@ def test_every_seed_index_and_row_of_a_batch_is_its_own():
 
 
 def test_normals_are_accurate_over_all_words():
-    """Within 2e-6 of float64, with half of the radii in the tail, where an error of the angle weighs most."""
+    """Normals are within 2e-6 of float64, with half of the radii in the tail, where the angle's error counts most."""
     g = np.random.default_rng(3)
     w = g.integers(0, 1 << 32, (2, 1 << 20))
     w[0, ::2] >>= g.integers(8, 24, (1 << 19,))

@@ -42,7 +42,7 @@ def image_size(config):
 
 @torch.no_grad()
 def assert_equals_module(config, size=None, seed=0, batch=3):
-    """In float64, where nothing but a wrong program can make a difference."""
+    """Compare in float64, where only a wrong program can make a difference."""
     unet = random_unet(config, seed).double()
     x, labels = random_images(config, batch, size).double(), random_labels(config, batch)
     if config.class_embed_type in ("identity", "timestep"):
@@ -91,7 +91,7 @@ def test_published_networks(name):
 
 
 def test_every_operation_is_met():
-    """The variants reach every kind of operation and every option of it, or the parity above would be worth less."""
+    """The variants reach every kind of operation and every option of it, so the comparison above covers them all."""
     ops = []
     for changes in (*VARIANTS.values(), *CLASS_IMAGES.values()):
         config = change(TINY_CLASSES if "class_image" in changes else TINY, **changes)
@@ -213,7 +213,7 @@ def test_sizes_that_the_network_cannot_take(size):
 
 
 def assert_sound(program, rows, itemsize=4):
-    """Nothing that lives at the same time overlaps, and everything lives from its birth to its last reader."""
+    """Buffers alive at the same time do not overlap, and each is alive from its writer to its last reader."""
     p = plan(program, rows, itemsize)
     for a, b in itertools.combinations(p.offsets, 2):
         x, y = p.lifetimes[a], p.lifetimes[b]

@@ -28,7 +28,7 @@ TERMS = ("kx", "ko", "hx", "ho", "h0", "ax", "ao", "a0", "a1", "a2", "a3", "as_"
 
 
 def random_table(rows: int, seed: int) -> StepTable:
-    """Every column used: coefficients in +-[0.3, 1], some bounds of x_0 finite, pushes and saves at random."""
+    """Build a table that uses every column: coefficients in +-[0.3, 1], some bounds finite, random pushes and saves."""
     g = np.random.default_rng(seed)
     levels = np.linspace(0.1, 1.0, rows + 1)
     built = []
@@ -44,7 +44,7 @@ def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) ->
 
 
 def random_state(tables: list[StepTable], seed: int, dtype: torch.dtype = torch.float64, **options: object) -> State:
-    """One image for each table, all buffers filled, the output with a second half v."""
+    """Build a state with one image for each table, all buffers filled, and an output with a second half v."""
     B = len(tables)
     state = State.create(
         random_tensor(B, *SHAPE, seed=seed, dtype=dtype),
@@ -70,7 +70,7 @@ def image(state: State, b: int) -> dict[str, np.ndarray]:
 
 
 def expected(row: Row, before: dict[str, np.ndarray], out: np.ndarray, v: np.ndarray, z: np.ndarray) -> dict:
-    """The formula of `fastdiff.solvers.table` for one image, in float64; an operand without a coefficient is unread."""
+    """Compute the formula of `fastdiff.solvers.table` for one image in float64; zero coefficients drop out."""
 
     def term(k, operand):
         return k * operand if k else np.zeros(SHAPE)
@@ -135,7 +135,7 @@ def test_update_rows_needs_no_state_and_changes_no_argument():
 
 @pytest.mark.parametrize("name", [*TERMS, "c", "push", "save"])
 def test_every_column_shows(name):
-    """1 % more of any coefficient, or the flag turned, changes what that column is for, and only that."""
+    """Increasing a coefficient by 1 %, or flipping a flag, changes what the column is for, and nothing else."""
     reaches = {"x"}
     if name in ("hx", "ho", "h0", "push"):
         reaches = {"m1"}
@@ -227,7 +227,7 @@ def test_no_coefficient_no_reading(name, junk):
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_a_broken_image_leaves_its_peers_alone(junk):
-    """NaN in everything that one image holds: the others' bits are those of a batch without it."""
+    """An image full of NaN does not change the bits of the others in its batch."""
     tables = [random_table(6, seed=s) for s in range(4)]
     clean, dirty = (random_state(tables, seed=8, dtype=torch.float32) for _ in range(2))
     for state in (clean, dirty):
@@ -265,7 +265,7 @@ MIXED = [
 
 @pytest.mark.parametrize("philox", [True, False])
 def test_a_mixed_batch_equals_each_image_alone(philox):
-    """Bit for bit, with tables of different lengths, seeds and indices; images that finish early stay as they are."""
+    """Results are equal bit for bit, with different tables, seeds, indices; finished images do not change."""
     seeds, indices = [3, 5, (1 << 64) - 1, 5, 8], [0, 7, 1, 2, 1 << 40]
     x = random_tensor(5, *SHAPE, seed=9, dtype=torch.float32)
     z = random_tensor(13, 5, *SHAPE, seed=10, dtype=torch.float32)
@@ -291,7 +291,7 @@ def test_a_mixed_batch_equals_each_image_alone(philox):
 
 
 def test_rows_of_one_batch_may_differ():
-    """An image that joins later: the batch's other rows change nothing, and each takes the noise of its own row."""
+    """An image that joins later is not affected by the others' rows, and each takes the noise of its own row."""
     z = random_tensor(13, 1, *SHAPE, seed=11, dtype=torch.float32)
     x = random_tensor(2, *SHAPE, seed=12, dtype=torch.float32)
     table = ddpm(SCHEDULE, 12, variance="beta")
@@ -362,7 +362,7 @@ def bits(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("junk", [0.0, math.nan, math.inf])
 def test_finished_images_idle(junk):
-    """Not a bit of x changes, whatever the network says of it; zeros keep their signs."""
+    """No bit of x changes, whatever the network's output; zeros keep their signs."""
     tables = [ddpm(SCHEDULE, 2, variance="learned_range"), random_table(8, seed=2)]
     state = random_state(tables, seed=3, dtype=torch.float32)
     for _ in range(2):
@@ -407,7 +407,7 @@ def test_cancelled_images_idle():
 
 
 def test_mirrors_follow_the_device():
-    """Host and device agree on rows and on every coefficient, of tables with different lengths, up to the padding."""
+    """Host and device have the same rows and coefficients for tables of different lengths, padding included."""
     state = random_state(MIXED, seed=5)
     stand_at(state, [8, 0, 6, 2, 0])
     while not state.done:
@@ -493,7 +493,7 @@ def test_guidance_is_diffusers(rescale):
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_of_1_is_off(rescale):
-    """The conditional output bit for bit, whatever the unconditional one holds; the others are untouched by that."""
+    """An image with w = 1 keeps its conditional output bit for bit, and the other images are not affected."""
     c, u = halves()
     w = torch.tensor([1.0, 3.0, 1.0, 2.0])
     clean = guide(c, u, w, 2, rescale)
