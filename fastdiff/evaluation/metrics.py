@@ -112,17 +112,28 @@ def features(name: str | Path = "fashion-mnist", device: str | torch.device = "c
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean [F] and root R [F, F] of a set's covariance, S = R^T R = sum (x - mean) (x - mean)^T / (n - 1)."""
+    """Mean and covariance of a set of features, the covariance as a root of it.
+
+    Attributes:
+        mean: The mean, float64 [F].
+        root: A matrix R, float64 [min(N, F), F], with R^T R = S = sum (x - mean) (x - mean)^T / (N - 1).
+    """
 
     mean: Tensor
     root: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
+        """Compute the moments of x [N, F].
+
+        R is the triangular factor of the centred features themselves, found block by block. A root of their covariance
+        would have an error of sqrt(eps) |R| where the covariance is singular, this one has an error of eps |R|.
+        """
         mean = sum((b.sum(0) for b in _blocks(x)), torch.zeros((), dtype=torch.float64)) / len(x)
-        covariance = sum(((b - mean).T @ (b - mean) for b in _blocks(x)), torch.zeros((), dtype=torch.float64))
-        values, vectors = torch.linalg.eigh(covariance / (len(x) - 1))
-        return cls(mean, values.clamp(min=0.0).sqrt()[:, None] * vectors.T)
+        root = torch.zeros(0, x.shape[1], dtype=torch.float64)
+        for block in _blocks(x):
+            root = torch.linalg.qr(torch.cat([root, block - mean]), mode="r").R
+        return cls(mean, root / math.sqrt(len(x) - 1))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -172,7 +183,7 @@ def _frechet(a: Moments, b: Moments) -> tuple[float, Tensor, Tensor]:
     """The distance, and the singular values s [F] and right vectors V^T [F, F] of R_a R_b^T."""
     if a.mean.shape != b.mean.shape:
         raise InvalidArgument(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
-    _, s, v = torch.linalg.svd(a.root @ b.root.T)
+    _, s, v = torch.linalg.svd(a.root @ b.root.T, full_matrices=False)
     value = (a.mean - b.mean).square().sum() + a.root.square().sum() + b.root.square().sum() - 2 * s.sum()
     return max(value.item(), 0.0), s, v  # rounding alone makes it negative
 
