@@ -10,7 +10,7 @@ from pathlib import Path
 from fastdiff.bench import job as jobs
 from fastdiff.bench import machine, report
 from fastdiff.bench import profile as profiles
-from fastdiff.bench.engines import ENGINES
+from fastdiff.bench.peers import ENGINES
 from fastdiff.bench.run import Settings, read
 from fastdiff.bench.run import run as measure
 from fastdiff.errors import InvalidArgument

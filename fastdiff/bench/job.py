@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastdiff.bench import machine, networks
-from fastdiff.bench.engines import Inputs, diffusers_twin, import_all, joining, without_class_image
+from fastdiff.bench.peers import Inputs, diffusers_twin, import_all, joining, without_class_image
 from fastdiff.bench.run import Say
 from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import InvalidArgument

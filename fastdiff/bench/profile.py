@@ -9,7 +9,7 @@ import torch
 from fastdiff.backends import Spec
 from fastdiff.backends.native import runner as native
 from fastdiff.bench import networks
-from fastdiff.bench.engines import Inputs
+from fastdiff.bench.peers import Inputs
 from fastdiff.core.program import Conv
 from fastdiff.core.state import State, TableBank
 

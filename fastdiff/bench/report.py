@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.bench import machine
-from fastdiff.bench.engines import ANCHORS
+from fastdiff.bench.peers import ANCHORS
 from fastdiff.bench.run import pairs
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import atomic_path

@@ -24,7 +24,7 @@ import torch
 
 from fastdiff.backends.native import cost
 from fastdiff.bench import machine, networks, timing
-from fastdiff.bench.engines import ANCHORS, ENGINES, Engine, Inputs
+from fastdiff.bench.peers import ANCHORS, ENGINES, Engine, Inputs
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
 from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.core import update

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.bench import networks
-from fastdiff.bench.engines import Engine, Inputs, Steps, import_all
+from fastdiff.bench.peers import Engine, Inputs, Steps, import_all
 from fastdiff.errors import FastdiffError
 
 SETTLING_S = 0.02  # work before a turn is timed: threads wake up, caches fill

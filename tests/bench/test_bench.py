@@ -22,8 +22,8 @@ from PIL import Image
 
 from fastdiff import cli
 from fastdiff.backends.native import runner as native
-from fastdiff.bench import command, engines, job, machine, networks, profile, report, run, timing, worker
-from fastdiff.bench.engines import ENGINES, Engine, GraphSteps, Inputs, PeerSteps
+from fastdiff.bench import command, peers as engines, job, machine, networks, profile, report, run, timing, worker
+from fastdiff.bench.peers import ENGINES, Engine, GraphSteps, Inputs, PeerSteps
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
 from fastdiff.checkpoints import loading as checkpoint
 from fastdiff.errors import BackendError, CheckpointError, InvalidArgument

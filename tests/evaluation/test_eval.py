@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from fastdiff import cli
 from fastdiff.checkpoints import loading as checkpoint
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.evaluation import evaluate as evaluation
+from fastdiff.evaluation import scoring as evaluation
 from fastdiff.evaluation import image_store as parts
 from fastdiff.evaluation import inception
 from fastdiff.evaluation import metrics as quality

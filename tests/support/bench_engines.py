@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.bench.engines import ENGINES, Inputs, RunnerSteps, Steps, backend
+from fastdiff.bench.peers import ENGINES, Inputs, RunnerSteps, Steps, backend
 from fastdiff.checkpoints.loading import Pretrained
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff import __version__
 from fastdiff.checkpoints.reading import fingerprint, read_json
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.evaluation import evaluate as evaluation
+from fastdiff.evaluation import scoring as evaluation
 from fastdiff.evaluation import image_store as parts
 from fastdiff.evaluation.classifier import SIZE, Classifier
 from fastdiff.evaluation.metrics import Extractor, Reference, features, measure
