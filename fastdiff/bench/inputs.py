@@ -2,7 +2,7 @@
 
 A contender is a way to run a U-Net: one of fastdiff's backends (`engines`) or another library (`peers`). It is timed by
 its steps. A step is one network evaluation for every image (two if the image is guided, in one batch) and DDIM's
-update of all images. Work that a contender does only once belongs into its construction or its first call.
+update of all images. Work that a contender does only once belongs in its construction or its first call.
 """
 
 from __future__ import annotations
