@@ -1,13 +1,13 @@
-"""Fits the factors of `fastdiff.backends.native.cost` to profiles of the native engine on this machine.
+"""Fit the factors of `fastdiff.backends.native.cost` to profiles of the native engine on this machine.
 
     python benchmarks/calibrate.py profile p1.json --networks ddpm-cifar10-32    # minutes; nothing else may compute
     python benchmarks/calibrate.py fit p1.json p2.json                           # writes fastdiff/cost.json
 
-profile  the fastest of several times of every operation, where it stands in its network (caches as cold as they are
-         there), for the networks, batches and dtypes below, and of a whole step beside the network's operations
-fit      for each kind of operation the non-negative factors that make the sum of squared relative errors least;
-         operations weigh by their share of the network's time; then one factor for all, by whole steps.
-         Prints predicted over measured, by network.
+profile  measures the fastest of several runs of every operation within its network, so that caches are as cold as in
+         use, for the networks, batches and dtypes below; and the time of whole steps
+fit      finds for each kind of operation the non-negative factors with the least sum of squared relative errors,
+         weighted by the operations' share of the network's time, then one factor for all from whole steps.
+         It prints predicted over measured times by network.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,14 @@ import torch
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
 from fastdiff.backends import Spec, native
 from fastdiff.backends.native import cost
-from fastdiff.bench.machine import header as machine
+from fastdiff.bench import machine
 from fastdiff.bench.networks import PUBLISHED, random_unet
+from fastdiff.bench.timing import mean_seconds
 from fastdiff.core.state import State, TableBank
 from fastdiff.unet import UNetConfig
 
 DTYPES = ("float32", "bfloat16", "bfloat16-fast")
-# Pools, embedded classes and several heads, which the others lack.
+# A network with pools, embedded classes and several heads, which the others lack.
 BLOCKS = UNetConfig(
     sample_size=32,
     block_out_channels=(64, 128, 192),
@@ -72,7 +72,7 @@ def spec_of(unet: UNet, batch: int, dtype: str) -> Spec:
 
 @torch.no_grad()
 def profile(unet: UNet, batch: int, dtype: str, rounds: int) -> dict[str, Any]:
-    """Seconds of each operation, of all of them in a step, and of a step."""
+    """Measure the seconds of each operation, of all operations of a step, and of a step."""
     spec = spec_of(unet, batch, dtype)
     classes = unet.config.num_classes
     bank = TableBank([solvers.ddim(NoiseSchedule(), 1000)], spec.device)
@@ -85,12 +85,8 @@ def profile(unet: UNet, batch: int, dtype: str, rounds: int) -> dict[str, Any]:
     ops = np.array([engine.profile(0, len(engine)) for _ in range(rounds)]).min(axis=0) / 1e9
     steps, runs = [], []
     for _ in range(rounds):
-        started = time.perf_counter()
-        engine.run(0, len(engine))
-        middle = time.perf_counter()
-        runner.step(state)
-        runs.append(middle - started)
-        steps.append(time.perf_counter() - middle)
+        runs.append(mean_seconds(lambda: engine.run(0, len(engine))))
+        steps.append(mean_seconds(lambda: runner.step(state)))
     return {"ops": ops.tolist(), "run": min(runs), "step": float(np.median(steps))}
 
 
@@ -115,20 +111,20 @@ def main() -> None:
     two.add_argument("--dry", action="store_true", help="only print")
     arguments = parser.parse_args()
     if arguments.command == "profile":
-        report: dict[str, Any] = {"machine": machine(), "ceilings": cost.ceilings().to_dict(), "profiles": []}
+        report: dict[str, Any] = {"machine": machine.header(), "ceilings": cost.ceilings().to_dict(), "profiles": []}
         print(json.dumps(report["ceilings"]), flush=True)
         for found in profiles(arguments.networks.split(","), arguments.rounds):
             report["profiles"].append(found)
-            told = ", ".join(f"{k} {1e3 * v:.2f}" for k, v in found.items() if isinstance(v, float))
+            times = ", ".join(f"{k} {1e3 * v:.2f}" for k, v in found.items() if isinstance(v, float))
             ops = 1e3 * sum(found["ops"])
-            print(f"{found['network']} {found['dtype']} {found['batch']}, ms: ops {ops:.2f}, {told}", flush=True)
+            print(f"{found['network']} {found['dtype']} {found['batch']}, ms: ops {ops:.2f}, {times}", flush=True)
             arguments.out.write_text(json.dumps(report) + "\n")
         return
     fit(arguments.profiles, arguments.dry)
 
 
 def nonnegative(A: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """argmin |A x - b| over x >= 0: among all choices of what is not zero, the best whose free solution is positive."""
+    """Solve argmin |A x - b| over x >= 0 by trying every choice of the entries that may be positive."""
     best, least = np.zeros(A.shape[1]), np.linalg.norm(b)
     for chosen in itertools.product((False, True), repeat=A.shape[1]):
         x = np.zeros(A.shape[1])
@@ -144,7 +140,7 @@ def fit(paths: list[Path], dry: bool) -> None:
     samples: dict[str, list[tuple[tuple[float, ...], float, float]]] = {}  # terms, seconds, share of the network's time
     steps = []
     unets: dict[str, UNet] = {}
-    # What a shared machine's memory gives changes by the minute, more than an operation's time does.
+    # On a shared machine the memory bandwidth changes by the minute, more than the time of an operation does.
     bandwidth = float(np.exp(np.mean([np.log(report["ceilings"]["memory_gbs"]) for report in reports])))
     for report in reports:
         found = cost.Ceilings(**{**report["ceilings"], "memory_gbs": bandwidth})
@@ -167,17 +163,17 @@ def fit(paths: list[Path], dry: bool) -> None:
         error = np.average(np.abs(terms @ factors[kind] / seconds - 1), weights=share)
         print(f"{kind:22} {factors[kind]}, mean error {error:.2f} over {len(known)}")
 
-    def predicted(did: list[tuple[float, str, tuple[float, ...]]]) -> float:
+    def seconds_of(did: list[tuple[float, str, tuple[float, ...]]]) -> float:
         return sum(parts * float(np.dot(factors[kind], terms)) for parts, kind, terms in did)
 
-    # The least of an operation's times is less than its usual one: all factors grow until steps take what they take.
-    usual = float(np.median([p["step"] / predicted(did) for p, did in steps]))
+    # The fastest run of an operation is faster than usual, so all factors are scaled up to match whole steps.
+    usual = float(np.median([p["step"] / seconds_of(did) for p, did in steps]))
     factors = {kind: [float(f"{v * usual:.3g}") for v in values] for kind, values in factors.items()}
     print(f"all factors times {usual:.3f}")
     for p, did in steps:
-        said, took = 1e3 * predicted(did), 1e3 * p["step"]
+        predicted, took = 1e3 * seconds_of(did), 1e3 * p["step"]
         which = f"{p['network']:18} {p['dtype']:14} batch {p['batch']:2}"
-        print(f"{which}: predicted {said:7.2f} ms, measured {took:7.2f} ms, ratio {said / took:.2f}")
+        print(f"{which}: predicted {predicted:7.2f} ms, measured {took:7.2f} ms, ratio {predicted / took:.2f}")
     if not dry:
         cost.FACTORS.write_text(
             json.dumps(

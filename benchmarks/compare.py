@@ -1,9 +1,9 @@
-"""What became slower between two runs of the benchmarks, and exit code 1 if anything did.
+"""Compare two runs of the benchmarks, and exit with code 1 if anything became slower.
 
     python benchmarks/compare.py old.json new.json --tolerance 0.2
 
-The two may come from a fast and a slow hour of a machine, or from two machines: compared is each benchmark's share of
-the ceilings that were measured in its own run, as a ratio.
+The runs may come from a fast and a slow hour of a machine, or from two machines. So each benchmark is compared by its
+share of the ceilings that were measured in the same run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 
 def shares(path: Path) -> dict[str, float]:
-    """By benchmark; those that report no share are left out."""
+    """Read the shares by benchmark; benchmarks that report no share are left out."""
     report = json.loads(path.read_text())
     return {b["name"]: b["extra_info"]["share"] for b in report["benchmarks"] if b["extra_info"].get("share")}
 
 
 def compare(old: dict[str, float], new: dict[str, float], tolerance: float) -> tuple[list[str], list[str]]:
-    """Lines to print, and the names of what became slower by more than ``tolerance`` (0.2: to below 1 / 1.2)."""
+    """Return lines to print, and the names of benchmarks slower by more than ``tolerance`` (0.2: below 1 / 1.2)."""
     lines, slower = [], []
     for name in sorted(old.keys() & new.keys(), key=lambda name: new[name] / old[name]):
         ratio = new[name] / old[name]

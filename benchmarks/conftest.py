@@ -1,9 +1,9 @@
-"""What the benchmarks share: which cases run, the machine's ceilings in the report, and a table at the end.
+"""Common parts of the benchmarks: the choice of cases, the machine's ceilings in the report, and a table at the end.
 
 pytest benchmarks/ --benchmark-json=new.json                      # the CIFAR-10 U-Net at 8 rows; whole steps
 pytest benchmarks/ --rows 1,8,32 --networks all                   # the full list: every case that the tests check
 pytest benchmarks/test_operations.py -k conv3 --networks ddpm-cifar10-32
-python benchmarks/compare.py old.json new.json                    # exit code 1 where something became slower
+python benchmarks/compare.py old.json new.json                    # exit code 1 if something became slower
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 
 
 def trim(report: dict[str, Any]) -> None:
-    """Leave what is told, compared or kept in results/: not every round, not the machine's name."""
+    """Remove what is neither printed, compared nor kept in results/, such as every round and the machine's name."""
     machine = report["machine_info"]
     report["machine_info"] = {
         "cpu": machine.get("cpu", {}).get("brand_raw"),
@@ -75,7 +75,7 @@ def trim(report: dict[str, Any]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """A line for each benchmark that reports a share of its ceiling, the lowest first."""
+    """Print a line for each benchmark that reports a share of its ceiling, the lowest first."""
     session = getattr(config, "_benchmarksession", None)
     lines = []
     for b in [] if session is None else session.benchmarks:
@@ -90,5 +90,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{'share':>6} {'ms':>9} {'GFLOP/s':>8} {'GB/s':>7} {'img-steps/s':>11}")
     for share, name, least, extra in sorted(lines, key=lambda line: line[0]):
         columns = (extra.get(key) for key in ("gflops", "gbs", "img_steps_per_s"))
-        told = [f"{'' if v is None else f'{v:.1f}':>{width}}" for v, width in zip(columns, (8, 7, 11), strict=True)]
-        terminalreporter.write_line(f"{share:6.2f} {1e3 * least:9.3f} {' '.join(told)}  {name}")
+        shown = [f"{'' if v is None else f'{v:.1f}':>{width}}" for v, width in zip(columns, (8, 7, 11), strict=True)]
+        terminalreporter.write_line(f"{share:6.2f} {1e3 * least:9.3f} {' '.join(shown)}  {name}")

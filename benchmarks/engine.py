@@ -1,18 +1,18 @@
-"""What else is said of the native engine, beside its speed among its peers (``fastdiff bench``).
+"""Measure properties of the native engine besides its speed relative to peers, which ``fastdiff bench`` measures.
 
     python benchmarks/engine.py --json out.json                 # everything; some minutes
     python benchmarks/engine.py threads bitwise                 # these alone
 
 threads    speed with k threads on k cores over k times one thread's, batch 8
-bitwise    what determinism="bitwise" costs, by batch
-timesteps  a batch whose rows stand at different timesteps, over one whose rows do not, batch 8
+bitwise    the cost of determinism="bitwise", by batch
+timesteps  speed with different timesteps in a batch over speed with equal ones, batch 8
 shipped    the built-in model against torch.compile, by batch
-prepare    seconds from a network in memory to its first step at batch 8; bytes held
+prepare    seconds from a network in memory to its first step at batch 8; bytes in memory
 accuracy   whole runs of the built-in model: PSNR (peak 2) to float64, 50 DDIM steps and 1000 DDPM steps; the share of
-           300 guided samples that its classifier reads as their class
+           300 guided samples that its classifier assigns to their class
 
-The network is the CIFAR-10 U-Net with random weights where none is named. Speeds are img-steps/s, medians over rounds
-in which the ways compared take turns.
+Unless another is named, the network is the CIFAR-10 U-Net with random weights. Speeds are in img-steps/s, medians over
+rounds in which the compared ways take turns.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from torch import Tensor
 
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
 from fastdiff.backends import Runner, Spec, compiled, native
-from fastdiff.bench.machine import header as machine
+from fastdiff.bench import machine
 from fastdiff.bench.networks import PUBLISHED, random_unet
+from fastdiff.bench.timing import in_turn, mean_seconds
 from fastdiff.core.state import State, TableBank
-from fastdiff.evaluation.classifier import Classifier
+from fastdiff.evaluation import Classifier
 
 K = TypeVar("K")
 CPU = torch.device("cpu")
@@ -49,18 +50,13 @@ def cifar_unet() -> UNet:
 
 
 def interleaved(ways: dict[K, Callable[[], Any]], rounds: int) -> dict[K, float]:
-    """Seconds of a call of each: the median over rounds in which all take turns, each for 0.4 s."""
-    seconds: dict[K, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, run in ways.items():
-            run()
-            started = time.perf_counter()
-            calls = 0
-            while calls < 2 or time.perf_counter() - started < 0.4:
-                run()
-                calls += 1
-            seconds[name].append((time.perf_counter() - started) / calls)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    """Return the median seconds of a call of each, over rounds in which all take turns of 0.4 s."""
+
+    def turn(run: Callable[[], Any]) -> float:
+        run()  # the turns of the others have emptied the caches
+        return mean_seconds(run, 0.4, 2)
+
+    return {name: statistics.median(seconds) for name, seconds in in_turn(ways, rounds, turn).items()}
 
 
 def write(report: dict[str, Any], path: Path | None) -> None:
@@ -69,7 +65,7 @@ def write(report: dict[str, Any], path: Path | None) -> None:
 
 
 def forward(runner: Runner, batch: int, shape: tuple[int, int, int], timesteps: list[float], classes: int = 0) -> Any:
-    """The network alone on ``batch`` images, which stand at ``timesteps`` in turn."""
+    """Return a call of the network alone on ``batch`` images, whose timesteps are ``timesteps`` in turn."""
     bank = TableBank([solvers.ddim(NoiseSchedule(), spacing=[t]) for t in timesteps], CPU)
     state = State.create(
         torch.randn(batch, *shape),
@@ -92,7 +88,7 @@ def threads() -> dict[str, Any]:
     for k in (1, most):
         torch.set_num_threads(k)
         ways[k] = cifar(8, [500.0])
-        ways[k]()  # a runner's threads are those of its first step
+        ways[k]()  # a runner keeps the number of threads of its first step
     torch.set_num_threads(most)
     seconds = interleaved(ways, 7)
     return {"threads": most, "ratio": round(seconds[1] / seconds[most] / most, 3)}
@@ -156,8 +152,8 @@ def accuracy() -> dict[str, Any]:
             f"psnr {name}": psnr(sampler.sample(len(o["labels"]), **o).images, truth[name]) for name, o in runs.items()
         }
         images = sampler.sample(300, steps=50, labels=labels, guidance=2.0).images
-        read = classifier.judge(images)[0].argmax(1)
-        found["read as their class"] = round(float((read == torch.tensor(labels)).double().mean()), 3)
+        predicted = classifier.judge(images)[0].argmax(1)
+        found["read as their class"] = round(float((predicted == torch.tensor(labels)).double().mean()), 3)
         result[dtype] = found
     return result
 
@@ -174,7 +170,7 @@ def main() -> None:
     unknown = set(arguments.names) - MEASUREMENTS.keys()
     if unknown:
         parser.error(f"no measurement is named {', '.join(sorted(unknown))}; there are {', '.join(MEASUREMENTS)}")
-    report: dict[str, Any] = {"machine": machine()}
+    report: dict[str, Any] = {"machine": machine.header()}
     print(json.dumps(report["machine"]), flush=True)
     for name in arguments.names or MEASUREMENTS:
         report[name] = MEASUREMENTS[name]()

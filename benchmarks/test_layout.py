@@ -1,17 +1,18 @@
-"""The eager network in NHWC against NCHW: why `Sampler.from_pretrained` converts the weights it loads.
+"""Compare the eager network in NHWC and NCHW: the reason why `Sampler.from_pretrained` converts weights to NHWC.
 
 pytest benchmarks/test_layout.py -s
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from typing import Any
 
 import torch
 
 import fastdiff
+from fastdiff.bench.timing import mean_seconds
 
 BATCH, STEPS, ROUNDS = 32, 4, 7
 
@@ -27,9 +28,8 @@ def test_nhwc_against_nchw(benchmark: Any) -> None:
 
     def interleaved() -> None:
         for name, sampler in samplers.items():
-            started = time.perf_counter()
-            sampler.sample(BATCH, steps=STEPS, labels=1)
-            speed[name].append(BATCH * STEPS / (time.perf_counter() - started))
+            run = functools.partial(sampler.sample, BATCH, steps=STEPS, labels=1)
+            speed[name].append(BATCH * STEPS / mean_seconds(run))
 
     benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
     medians = {name: statistics.median(values[1:]) for name, values in speed.items()}

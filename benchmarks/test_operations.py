@@ -1,8 +1,9 @@
-"""Every operation of the cases alone, each checked against float64 first: what is wrong gets no speed.
+"""Measure every operation of the cases alone, after a check against float64; a wrong one gets no speed.
 
-GFLOP/s are of the algorithm that the engine chose. The ceiling of an operation is the longer of its products at the
-rate of multiply-adds and its weights and activations at the bandwidth of the last-level cache, or of memory where they
-do not fit. The caches are warm: weights of small layers come from the second level, so a share can exceed one.
+GFLOP/s count the operations of the algorithm that the engine chose. The ceiling of an operation is the longer of two
+times: of its multiplications at the machine's peak, and of its weights and activations at the bandwidth of the
+last-level cache, or of memory if they do not fit. As the caches are warm, weights of small layers come from the second
+level, so a share can exceed one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def test_operation(benchmark: Any, case: Case, rows: int, dtype: str) -> None:
 
     benchmark.pedantic(engine.engine.run, (case.index, case.index + 1), rounds=25, iterations=2, warmup_rounds=2)
 
-    seconds = benchmark.stats.stats.min  # as the ceilings are measured: what nothing disturbed
+    seconds = benchmark.stats.stats.min  # the fastest run, as for the ceilings
     _, work = list(cost.work(engine, machine))[case.index]
     flop = rows * program.flops(op) / (cost.SAVING[method] if isinstance(op, Conv) else 1.0)
     moved = 4 * rows * program.traffic(op) + (2 if work.dtype == "bfloat16" else 4) * program.parameters(op)

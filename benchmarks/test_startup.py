@@ -1,4 +1,4 @@
-"""How long the command line takes to answer. Limit: half a second of CPU time for ``fastdiff --help``.
+"""Measure how long the command line takes to answer; half a second of CPU time for ``fastdiff --help`` is the limit.
 
 pytest benchmarks/ --benchmark-json=startup.json
 """
@@ -14,7 +14,7 @@ LIMIT_S = 0.5
 
 
 def _help() -> float:
-    """CPU seconds, user and system, of one ``fastdiff --help`` in a fresh process."""
+    """Return the CPU seconds, user and system, of one ``fastdiff --help`` in a fresh process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "fastdiff", "--help"], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

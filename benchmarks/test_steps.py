@@ -1,13 +1,13 @@
-"""Whole steps, and the update alone, each checked against float64 first: what is wrong gets no speed.
+"""Measure whole steps and the update alone, after a check against float64; a wrong one gets no speed.
 
-The ceiling of a step is its products, Winograd's savings included, at the rate of multiply-adds. That of the update is
-a copy of as many bytes, in this run.
+The ceiling of a step is the time of its multiplications, Winograd's savings included, at the machine's peak. That of
+the update is the time of a copy of as many bytes, measured in the same run.
 """
 
 from __future__ import annotations
 
 import copy
-import time
+import statistics
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from fastdiff import NoiseSchedule, Sampler, UNet, solvers
 from fastdiff.backends import Spec, native
 from fastdiff.backends.native import cost
+from fastdiff.bench.timing import mean_seconds
 from fastdiff.core.state import State, TableBank
 from fastdiff.core.update import update
 from tests.support.unets import PUBLISHED, random_unet, relative_error
@@ -63,21 +64,21 @@ def test_step(benchmark: Any, name: str, batch: int, dtype: str) -> None:
     benchmark.pedantic(runner.step, (state,), rounds=7 if batch < 32 else 4, warmup_rounds=2)
 
     seconds = benchmark.stats.stats.median
-    said = cost.estimate(unet, (side, side), batch, 1, batch, dtype, machine=machine)
-    assert said.products is not None
-    assert said.seconds is not None
+    estimate = cost.estimate(unet, (side, side), batch, 1, batch, dtype, machine=machine)
+    assert estimate.products is not None
+    assert estimate.seconds is not None
     benchmark.extra_info |= {
         "img_steps_per_s": round(batch / seconds, 1),
-        "gflops": round(said.products / seconds / 1e9, 1),
-        "share": round(said.products / seconds / 1e9 / machine.gflops[dtype.removesuffix("-fast")], 3),
-        "predicted_over_measured": round(said.seconds / seconds, 2),
+        "gflops": round(estimate.products / seconds / 1e9, 1),
+        "share": round(estimate.products / seconds / 1e9 / machine.gflops[dtype.removesuffix("-fast")], 3),
+        "predicted_over_measured": round(estimate.seconds / seconds, 2),
     }
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m"])
 @torch.no_grad()
 def test_update(benchmark: Any, solver: str) -> None:
-    """Of 256 images of 3x32x32, on one thread, as `Runner.update` runs it; ddpm draws noise."""
+    """Measure the update of 256 images of 3x32x32 on one thread, as `Runner.update` runs it; ddpm draws noise."""
     assert extension is not None
     batch, shape = 256, (3, 32, 32)
     table = {"ddim": solvers.ddim, "ddpm": solvers.ddpm, "dpmpp_2m": solvers.dpmpp_2m}[solver](NoiseSchedule(), 50)
@@ -106,7 +107,7 @@ def test_update(benchmark: Any, solver: str) -> None:
 
     seconds = benchmark.stats.stats.median
     history = sum(m is not None for m in (mine.m1, mine.m2, mine.m3))
-    moved = 4 * mine.x.numel() * (3 + 2 * history)  # x, out -> x; a history is read and written
+    moved = 4 * mine.x.numel() * (3 + 2 * history)  # x and out are read, x is written; a history is read and written
     copied = measure_copy(moved)
     benchmark.extra_info |= {
         "gbs": round(moved / seconds / 1e9, 1),
@@ -116,15 +117,11 @@ def test_update(benchmark: Any, solver: str) -> None:
 
 
 def measure_copy(moved: int) -> float:
-    """Seconds of a copy on one thread that reads and writes as many bytes together."""
+    """Return the median seconds of a copy on one thread that reads and writes ``moved`` bytes together."""
     source = torch.ones(moved // 8)
-    into, seconds, before = torch.ones_like(source), [], torch.get_num_threads()
+    into, before = torch.ones_like(source), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(30):
-            started = time.perf_counter()
-            into.copy_(source)
-            seconds.append(time.perf_counter() - started)
+        return statistics.median(mean_seconds(lambda: into.copy_(source)) for _ in range(30))
     finally:
         torch.set_num_threads(before)
-    return sorted(seconds)[len(seconds) // 2]

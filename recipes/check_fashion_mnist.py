@@ -1,28 +1,28 @@
-"""Check the Fashion-MNIST model: do its samples show the class that was asked for, and are they new?
+"""Check the Fashion-MNIST model: its samples have to show the class that was asked for, and to be new.
 
     python recipes/check_fashion_mnist.py                             # 1,000 samples of the built-in model
     python recipes/check_fashion_mnist.py --samples samples.npz       # images [N, 1, 32, 32] and labels [N]
 
-Writes report.json, closest.png (the 16 samples that lie closest to a training image, each beside that image) and
-grid.png (a row per class). Ends with 1 when fewer than 85 % of the samples are read as their class, or when more of
-them are near-duplicates of training images than chance explains; with 2 when something cannot be read.
+It writes report.json, closest.png (the 16 samples closest to a training image, each beside that image) and grid.png (a
+row per class). The exit code is 1 if the classifier assigns fewer than 85 % of the samples to their class, or if more
+of them are near-duplicates of training images than chance explains, and 2 if something cannot be read.
 
-The rule. Let d1 be a sample's distance to the nearest training image (root mean square over the pixels) and m the
+The rule: let d1 be a sample's distance to the nearest training image (root mean square over the pixels) and m the
 mean distance to the nearest 50. The sample is a near-duplicate when
 
     d1 < RATIO * m        RATIO = 1/4
 
-Both sides shrink alike where images lie densely (trousers) and grow alike where they do not (bags), so no class needs
-a threshold of its own. A fixed distance would not do: half of the test trousers lie within 0.14 of a training image,
-half of the bags within 0.29. Nor would the smallest distance among a class's test images: one test T-shirt is a
-training T-shirt to within 0.005, and hardly any copy is as close. Measured: 10 of the 10,000 test images are
-near-duplicates, products that the training images show too. So are all of 1,000 training images with Gaussian noise of
-standard deviation 0.02 added, 97 % with 0.05 (6 of 255 gray levels), 24 % when blurred by half a pixel, and none when
-moved by a pixel.
+Both sides are small where images lie densely (trousers) and large where they do not (bags), so no class needs a
+threshold of its own. A fixed distance would not work: half of the test trousers lie within 0.14 of a training image,
+half of the bags within 0.29. Neither would the smallest distance among a class's test images: one test T-shirt equals a
+training T-shirt to within 0.005, closer than almost any copy. Measured: 10 of the 10,000 test images are
+near-duplicates, as the training images show the same products. So are all of 1,000 training images with added Gaussian
+noise of standard deviation 0.02, 97 % with 0.05 (6 of 255 gray levels), 24 % when blurred by half a pixel, and none
+when moved by a pixel.
 
-So some new images are near-duplicates, and a lone one proves nothing. The samples fail when they hold significantly
-more of them than the test images do: Fisher's exact test, one-sided, at 1 %. With 1,000 random test images as samples
-and the others as the test images, 0.2 % of the draws fail. --max-duplicates 0 asks for none; 65 % of the draws fail so.
+So some new images are near-duplicates, and a single one proves nothing. The samples fail if they contain significantly
+more of them than the test images do, by Fisher's exact test, one-sided, at 1 %. With 1,000 random test images as
+samples and the others as test images, 0.2 % of the draws fail. With --max-duplicates 0, 65 % of these draws fail.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ QUANTILES = {"minimum": 0.0, "0.1 %": 0.001, "1 %": 0.01, "median": 0.5}
 
 @dataclass(frozen=True)
 class Images:
-    """`pixels`: float32 [N, 1, 32, 32] in [-1, 1]; `labels`: int64 [N]."""
+    """Images, `pixels`, float32 [N, 1, 32, 32] in [-1, 1], and their classes, `labels`, int64 [N]."""
 
     pixels: Tensor
     labels: Tensor
@@ -65,14 +65,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of each query the k nearest data: `index` int64 [Q, k], `distance` float32 [Q, k], root mean square, rising."""
+    """The k nearest data of each query, nearest first.
+
+    `index`, int64 [Q, k], are their numbers; `distance`, float32 [Q, k], their root mean square distances.
+    """
 
     index: Tensor
     distance: Tensor
 
     @property
     def ratio(self) -> Tensor:
-        """d1 / m [Q]: 0 for a copy, near 1 where the nearest is just one of many; 0 / 0 counts as 0."""
+        """The ratio d1 / m, [Q]: 0 for a copy, near 1 if the nearest is one of many; 0 / 0 counts as 0."""
         return self.distance[:, 0] / self.distance.mean(1).clamp(min=1e-12)
 
 
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_split(folder: Path, name: str) -> Images:
-    """The "train" or "t10k" images."""
+    """Load the "train" or "t10k" images."""
     images, labels = (folder / f"{name}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
     data = load_data(images, labels=labels, size=SIZE, fit="pad")
     pixels, classes = data.__getitems__(range(len(data)))
@@ -127,13 +130,14 @@ def load_split(folder: Path, name: str) -> Images:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 [-1, 1]."""
+    """Convert uint8 from 0 to 255 to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def read_samples(path: Path) -> Images:
-    """An .npz file with ``images`` [N, 1, 32, 32] or, as ``fastdiff sample`` writes them, [N, 32, 32, 1], floats in
-    [-1, 1] or uint8, and ``labels`` [N], 0..9.
+    """Read an .npz file with ``images`` and ``labels`` [N], 0..9.
+
+    The images are [N, 1, 32, 32] or, as ``fastdiff sample`` writes them, [N, 32, 32, 1], floats in [-1, 1] or uint8.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -158,7 +162,7 @@ def read_samples(path: Path) -> Images:
 
 
 def draw(model: str, per_class: int, steps: int, guidance: float, seed: int) -> Images:
-    """DDIM samples, `per_class` of every class in turn."""
+    """Draw DDIM samples, `per_class` of each class, one class after another."""
     labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(per_class)
     with fastdiff.Sampler.from_pretrained(model) as sampler:
         output = sampler.sample(
@@ -173,9 +177,12 @@ def draw(model: str, per_class: int, steps: int, guidance: float, seed: int) -> 
 def check(
     samples: Images, train: Images, test: Images, classifier: Classifier, max_duplicates: int | None = None
 ) -> tuple[dict[str, Any], Nearest]:
-    """The report, JSON-ready, and the samples' nearest training images by pixels.
+    """Return the report, ready for JSON, and the samples' nearest training images by pixels.
 
-    max_duplicates: of the samples; None allows as many as the test images make plausible.
+    Args:
+        samples, train, test: Images to check, training images, and test images.
+        classifier: The judge of the classes.
+        max_duplicates: The number of near-duplicates allowed; None allows as many as the test images make plausible.
     """
     logits, sample_features = classifier.judge(samples.pixels)
     test_logits, test_features = classifier.judge(test.pixels)
@@ -236,10 +243,10 @@ def check(
 
 
 def nearest(queries: Tensor, data: Tensor, k: int = NEIGHBOURS, chunk: int = 250) -> Nearest:
-    """The k nearest of `data` [N, D] to each of `queries` [Q, D]; all of `data` where N < k.
+    """Find the k nearest of `data` [N, D] to each of `queries` [Q, D]; all of `data` if N < k.
 
-    |q - x|^2 = |q|^2 - 2 q.x + |x|^2 selects them; cancellation leaves an error of about 1e-3 in it, enough to hide
-    that a query is a copy, so the distances of the k are then taken from the differences.
+    They are selected by |q - x|^2 = |q|^2 - 2 q.x + |x|^2. Cancellation leaves an error of about 1e-3 there, which
+    could hide that a query is a copy, so the distances of these k are then computed from the differences.
     """
     k = min(k, len(data))
     squares = data.square().sum(1)
@@ -254,9 +261,9 @@ def nearest(queries: Tensor, data: Tensor, k: int = NEIGHBOURS, chunk: int = 250
 
 
 def duplicate_limit(samples: int, test_found: int, test: int) -> int:
-    """The most near-duplicates among `samples` that do not differ significantly from `test_found` among `test`.
+    """Compute the most near-duplicates among `samples` that do not differ significantly from `test_found` among `test`.
 
-    Were both drawn alike, which of the f = found + test_found near-duplicates fall among the samples would be chance:
+    If both were drawn alike, the f = found + test_found near-duplicates would fall among the samples by chance:
     P(found or more) = sum_{i >= found} C(samples, i) C(test, f - i) / C(samples + test, f)
     """
     for found in range(1, samples + 1):
@@ -268,7 +275,7 @@ def duplicate_limit(samples: int, test_found: int, test: int) -> int:
 
 
 def compare(near: Nearest, labels: Tensor, test_near: Nearest, test_labels: Tensor) -> dict[str, Any]:
-    """Quantiles of distance and ratio of the samples and of the test images, overall and per class."""
+    """Compute quantiles of distance and ratio for samples and test images, overall and per class."""
 
     def quantiles(values: Tensor) -> dict[str, float] | None:
         return {name: values.quantile(q).item() for name, q in QUANTILES.items()} if len(values) else None
@@ -297,7 +304,7 @@ def compare(near: Nearest, labels: Tensor, test_near: Nearest, test_labels: Tens
 
 
 def closest_pairs(samples: Images, train: Images, near: Nearest, columns: int = 4, rows: int = 4) -> Image.Image:
-    """The samples with the lowest ratio, each left of its nearest training image, its ratio below."""
+    """Draw the samples with the lowest ratio, each left of its nearest training image, with its ratio below."""
     zoom, gap, text = 3, 8, 14
     width, height = 2 * SIZE * zoom + gap, SIZE * zoom + text + gap
     sheet = Image.new("L", (columns * width + gap, rows * height + gap), 96)
@@ -311,7 +318,7 @@ def closest_pairs(samples: Images, train: Images, near: Nearest, columns: int = 
 
 
 def class_grid(samples: Images, columns: int = 8) -> Image.Image:
-    """A row per class: its first samples."""
+    """Draw the first samples of each class in a row."""
     rows = []
     for label in range(len(CLASS_NAMES)):
         chosen = samples.pixels[samples.labels == label][:columns, 0]
@@ -322,7 +329,7 @@ def class_grid(samples: Images, columns: int = 8) -> Image.Image:
 
 
 def picture(pixels: Tensor) -> Image.Image:
-    """float32 [H, W] in [-1, 1] -> 8 bits of gray."""
+    """Convert float32 [H, W] in [-1, 1] to an image with 8 bits of gray."""
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().numpy())
 
 

@@ -1,10 +1,10 @@
-"""How well a Fashion-MNIST model guesses the image behind noise, timestep by timestep.
+"""Measure how well a Fashion-MNIST model predicts the image from its noisy version, by timestep.
 
     python recipes/denoising_error.py [MODEL]                         # a built-in name, a folder or a checkpoint
 
-Prints the mean squared error of x0 over 400 test images, noise of seed 0. At the last timesteps there is nothing to see
-but noise: the best guess is the mean image of the class, whose error is printed first. A network far above it there
-cannot lay out an image, however well it draws the details.
+It prints the mean squared error of x0 over 400 test images, with noise of seed 0. At the last timesteps the input is
+almost pure noise, so the best prediction is the mean image of the class, whose error is printed first. A network with a
+much larger error there cannot compose an image, however well it draws details.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint
+from fastdiff import checkpoints
+from fastdiff.data.datasets import ArrayData, load_data
 from fastdiff.solvers.prediction import x0_coefficients
-from fastdiff.training import ArrayData, load_data
 
 TIMESTEPS = (999, 980, 950, 900, 850, 800, 700, 600, 500, 300, 100)
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     arguments = parser.parse_args()
 
-    model = checkpoint.load(arguments.model)
+    model = checkpoints.load(arguments.model)
     train, test = split(arguments.data, "train"), split(arguments.data, "t10k")
     assert train.labels is not None
     assert test.labels is not None

@@ -1,8 +1,8 @@
-"""Train the classifier that judges fastdiff's Fashion-MNIST samples, and record how well it reads the test images.
+"""Train the classifier that judges fastdiff's Fashion-MNIST samples, and record its accuracy on the test images.
 
     python recipes/train_classifier.py                # writes classifier.safetensors and classifier.json beside it
 
-Needs no GPU. The data are the four IDX files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist).
+It needs no GPU. The data are the four IDX files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_split(folder: Path, name: str) -> ArrayData:
-    """The "train" or "t10k" images, uint8 [N, 1, 32, 32], and their labels, int64 [N]."""
+    """Load the "train" or "t10k" images, uint8 [N, 1, 32, 32], and their labels, int64 [N]."""
     data = load_data(
         folder / f"{name}-images-idx3-ubyte.gz", labels=folder / f"{name}-labels-idx1-ubyte.gz", size=SIZE, fit="pad"
     )
@@ -82,12 +82,12 @@ def load_split(folder: Path, name: str) -> ArrayData:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 [-1, 1]."""
+    """Convert uint8 from 0 to 255 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def train(data: ArrayData, epochs: int, batch_size: int, precision: str) -> Classifier:
-    """SGD with one cycle of the learning rate. The last, incomplete batch of an epoch is left out."""
+    """Train by SGD with one cycle of the learning rate, without the last, incomplete batch of an epoch."""
     classifier = Classifier().to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
         classifier.parameters(), MAX_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
@@ -116,7 +116,7 @@ def train(data: ArrayData, epochs: int, batch_size: int, precision: str) -> Clas
 def augment(images: Tensor) -> Tensor:
     """Mirror half of the images and shift all by up to SHIFT pixels.
 
-    float32 [B, 1, 32, 32] in [-1, 1], black is -1. Fashion-MNIST's padding is 2 pixels wide: shifts lose nothing.
+    float32 [B, 1, 32, 32] in [-1, 1], black is -1. As Fashion-MNIST's padding is 2 pixels wide, shifts lose nothing.
     """
     n = len(images)
     images = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(3), images)
@@ -126,7 +126,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def predictions(classifier: Classifier, images: Tensor) -> Tensor:
-    """Classes, int64 [N], of images uint8 [N, 1, 32, 32]."""
+    """Predict the classes, int64 [N], of images, uint8 [N, 1, 32, 32]."""
     logits, _ = classifier.judge(to_float(images))
     return logits.argmax(1)
 

@@ -1,4 +1,4 @@
-"""What ``fastdiff bench`` does with its options."""
+"""The command ``fastdiff bench``: from its options to the printed result and the exit code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastdiff.bench import job as jobs
 from fastdiff.bench import machine, report
-from fastdiff.bench import profile as profiles
-from fastdiff.bench.engines import ENGINES
-from fastdiff.bench.run import Settings, read
-from fastdiff.bench.run import run as measure
+from fastdiff.bench.engines import CONTENDERS
+from fastdiff.bench.job import job_text, whole_job
+from fastdiff.bench.profile import native_profile, profile_text
+from fastdiff.bench.run import Settings, measure, read
 from fastdiff.errors import InvalidArgument
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 16)
@@ -24,7 +23,7 @@ def run(
     quick: bool, rounds: int | None, save: Path | None, compare: Path | None, plot: Path | None,
     job: tuple[int, int] | None, profile: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    """Measure, print, and give the exit code: 0; 1 for a red gate or a regression; 130 after Ctrl-C."""
+    """Measure, print, and return the exit code: 0; 1 for a wrong output or a regression; 130 after Ctrl-C."""
     sizes = tuple(batches or (QUICK_BATCHES if quick else BATCHES))
     if job is not None or profile:
         others = (save, compare, plot, engines, network_only, guidance is not None)
@@ -39,17 +38,17 @@ def run(
     chosen = (
         list(engines)
         if engines
-        else [n for n, e in ENGINES.items() if kind in e.where and not (quick and e.slow_start)]
+        else [n for n, e in CONTENDERS.items() if kind in e.where and not (quick and e.slow_start)]
     )
     if engines is None and kind == "cpu" and not machine.multiplies_bfloat16():
-        for name in [n for n in chosen if ENGINES[n].dtype == "bfloat16"]:
+        for name in [n for n in chosen if CONTENDERS[n].dtype == "bfloat16"]:
             chosen.remove(name)
             _say(f"{name} is left out: this processor has no products of bfloat16 (--engines takes it anyway)")
     settings = Settings(
         model, sizes, tuple(chosen), "network" if network_only else "step", guidance, device,
         turn_s=0.2 if quick else 0.4, most_rounds=rounds if rounds is not None else 25 if quick else 40,
     )  # fmt: skip
-    result = measure(settings, save, ENGINES, _say)
+    result = measure(settings, save, CONTENDERS, _say)
     lines, worse = ([], 0) if earlier is None else report.compare(result, earlier)
     if as_json:
         print(json.dumps(result | ({"comparison": lines, "regressions": worse} if earlier is not None else {})))
@@ -65,14 +64,14 @@ def run(
 
 
 def _job(model: str, job: tuple[int, int], quick: bool, as_json: bool) -> int:
-    result = jobs.whole_job(model, *job, rounds=1 if quick else 2, say=_say)
-    print(json.dumps(result) if as_json else jobs.text(result))
+    result = whole_job(model, *job, rounds=1 if quick else 2, say=_say)
+    print(json.dumps(result) if as_json else job_text(result))
     return 0
 
 
 def _profile(model: str, batches: Sequence[int], as_json: bool) -> int:
-    parts = {batch: profiles.profile(model, batch) for batch in batches}
-    print(json.dumps(parts) if as_json else "\n\n".join(profiles.text(batch, ms) for batch, ms in parts.items()))
+    parts = {batch: native_profile(model, batch) for batch in batches}
+    print(json.dumps(parts) if as_json else "\n\n".join(profile_text(batch, ms) for batch, ms in parts.items()))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""A whole sampling job: seconds of n images in DDIM steps, by fastdiff's `Sampler` and by diffusers' own loop.
+"""Whole sampling jobs: the seconds of n images in DDIM steps, by fastdiff's `Sampler` and by diffusers' own loop.
 
 A network without classes is also run as a pipeline: diffusers' DDIMPipeline as it is, in channels_last, and accelerated
-by `fastdiff.accelerate`. One with classes has no pipeline in diffusers, so its loop is the one that its users write:
-UNet2DModel and DDIMScheduler, a label for each image. All in one process, taking turns.
+by `fastdiff.accelerate`. diffusers has no pipeline for networks with classes, so there the loop is the one that users
+write: UNet2DModel and DDIMScheduler, with a label for each image. All take turns in one process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from fastdiff.bench import machine, networks
-from fastdiff.bench.engines import Inputs, diffusers_twin, import_all, joining, without_class_image
+from fastdiff.bench.inputs import Workload, import_all
+from fastdiff.bench.peers import diffusers_twin, joining, without_class_image
 from fastdiff.bench.run import Say
 from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import InvalidArgument
@@ -29,10 +30,18 @@ from fastdiff.schedule import NoiseSchedule
 
 
 def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: None) -> dict[str, Any]:
-    """Medians over rounds. ratio: diffusers' time over fastdiff's (of the pipelines: the accelerated one's), where
-    "first call" has its first, `accelerate` included; psnr: of the two pipelines' images, which start alike.
+    """Measure a job: ``n`` images in ``steps`` DDIM steps, medians over rounds.
 
-    Raises `BackendError` where diffusers is not installed, `InvalidArgument` for an EDM network.
+    There is no warm-up round, as the first call is part of what a user waits for.
+
+    Returns:
+        A result ready for JSON; its "job" holds the seconds of each way and "ratio", diffusers' time over fastdiff's
+        (that of the accelerated pipeline, if there is one). With pipelines it also holds "first", the seconds of the
+        first accelerated call with `accelerate` itself, and "psnr", of the images of the two pipelines in dB.
+
+    Raises:
+        BackendError: If diffusers is not installed.
+        InvalidArgument: If the network is an EDM one.
     """
     import_all(("diffusers",))
     loaded = networks.load(model)
@@ -80,7 +89,8 @@ def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: 
     return result
 
 
-def text(result: dict[str, Any]) -> str:
+def job_text(result: dict[str, Any]) -> str:
+    """Format the result of `whole_job` as lines."""
     lines = [f"{result['model']}: {result['images']} images, {result['steps']} DDIM steps, seconds"]
     return "\n".join([*lines, *(f"  {name:26}{value:8.2f}" for name, value in result["job"].items())])
 
@@ -114,13 +124,13 @@ def _draw(pipeline: Any, n: int, steps: int) -> Any:
 def _loop(loaded: Pretrained, labels: list[int], steps: int, channels_last: bool) -> Callable[[], Any]:
     twin, scheduler = _twin(loaded, channels_last), _scheduler(loaded)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    inputs = dataclasses.replace(Inputs.of(loaded, len(labels)), label=torch.tensor(labels))
-    join = joining(loaded.unet, inputs)
-    classes = None if loaded.unet.class_encoder is not None else inputs.label
+    workload = dataclasses.replace(Workload.of(loaded, len(labels)), label=torch.tensor(labels))
+    join = joining(loaded.unet, workload)
+    classes = None if loaded.unet.class_encoder is not None else workload.label
 
     @torch.no_grad()
     def run() -> Any:
-        x = torch.randn(inputs.x.shape, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(workload.x.shape, generator=torch.Generator().manual_seed(0))
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
             out = twin(join(x).contiguous(memory_format=memory_format), t, class_labels=classes).sample

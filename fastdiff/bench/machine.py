@@ -1,35 +1,48 @@
-"""The header of every result: which machine, which versions, which code."""
+"""The header of every result: the machine, the versions and the code that it was measured with."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastdiff.backends
-from fastdiff.backends import native
+from fastdiff.backends.native import extension
 
-PACKAGES = ("torch", "diffusers", "openvino", "onnxruntime", "zentorch")
+PACKAGES = ("fastdiff", "torch", "diffusers", "openvino", "onnxruntime", "zentorch")
 
 
-def header(device: str = "cpu") -> dict[str, Any]:
-    """What makes two results comparable, or not. ``code`` is a digest of this package, its extension included."""
+def header(device: str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Describe what a result was measured on and with, so that `differences` can say whether two are comparable.
+
+    Args:
+        device: The device, as PyTorch names it.
+        packages: The packages whose versions matter to the result; one that is not installed has the version None.
+
+    Returns:
+        The header, ready for JSON. "cores" are the processors that this process may use; "code" is a digest of this
+        package and its extension.
+    """
     versions: dict[str, str | None] = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    extension = native.extension()
+    native = extension()
     return {
         "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "isas": [] if extension is None else extension.isas(),
+        "isas": [] if native is None else native.isas(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": versions,
         "code": code(),
@@ -37,25 +50,25 @@ def header(device: str = "cpu") -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name; on x86-64 under Linux with family and model, as one name may stand for several generations."""
+    """Return the processor's name, on Linux and x86-64 with family and model, as generations may share a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    told: dict[str, str] = {}
+    info: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
-        told.setdefault(key.strip(), value.strip())
-    name = told.get("model name") or platform.processor() or platform.machine()
-    if {"cpu family", "model"} <= told.keys():
-        name += f" (family {told['cpu family']}, model {told['model']})"
+        info.setdefault(key.strip(), value.strip())
+    name = info.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= info.keys():
+        name += f" (family {info['cpu family']}, model {info['model']})"
     return name
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor does; where it does not, PyTorch makes do with float32, at a fraction of its speed.
+    """Return whether the processor multiplies bfloat16; otherwise PyTorch emulates it at a fraction of float32's speed.
 
-    Of x86-64 and arm64 on Linux; elsewhere nothing is known, and True.
+    This is known on Linux for x86-64 and arm64; elsewhere the answer is True.
     """
     try:
         words = Path("/proc/cpuinfo").read_text().split()
@@ -65,7 +78,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def code() -> str:
-    """Twelve digits of SHA-256 over the package's Python files and its extension."""
+    """Return twelve digits of the SHA-256 over the package's Python files and its extension."""
     folder = Path(fastdiff.backends.__file__).parent.parent
     digest = hashlib.sha256()
     # In a checkout fastdiff/kernels is a link, which rglob does not follow before Python 3.13.
@@ -77,13 +90,13 @@ def code() -> str:
 
 
 def differences(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """What differs between two headers, but for the code."""
+    """List what differs between two headers apart from the code; entries that only one has are not compared."""
     found = []
-    for key in sorted((now.keys() | before.keys()) - {"code", "versions"}):
-        if now.get(key) != before.get(key):
-            found.append(f"{key}: {before.get(key)}, now {now.get(key)}")
+    for key in sorted((now.keys() & before.keys()) - {"code", "versions"}):
+        if now[key] != before[key]:
+            found.append(f"{key}: {before[key]}, now {now[key]}")
     old, new = before.get("versions", {}), now.get("versions", {})
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            found.append(f"{name} {old.get(name)}, now {new.get(name)}")
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name]:
+            found.append(f"{name} {old[name]}, now {new[name]}")
     return found

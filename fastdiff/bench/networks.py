@@ -1,4 +1,4 @@
-"""What is measured: a model with its weights, or a published configuration with random ones."""
+"""Networks to measure: models with their weights, and published configurations with random weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from fastdiff import checkpoints
-from fastdiff.checkpoints import Pretrained
+from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import CheckpointError
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNet, UNetConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# The networks of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, as their config.json on the hub have them.
+# The networks of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, from their config.json on the hub.
 PUBLISHED = {
     "ddpm-cifar10-32": UNetConfig.like(
         "ho",
@@ -37,9 +37,10 @@ PUBLISHED = {
 
 
 def load(model: str) -> Pretrained:
-    """The model of that name or path; or, of a name in `PUBLISHED`, that network with random weights.
+    """Load a model by name or path, or build a network of `PUBLISHED` with random weights.
 
-    Raises as `fastdiff.checkpoints.load`, naming what is published where there is no such model.
+    Raises:
+        CheckpointError: As `fastdiff.checkpoints.load`; if there is no such model, the message lists `PUBLISHED`.
     """
     if model in PUBLISHED and not Path(model).exists():
         return Pretrained(random_unet(PUBLISHED[model]), NoiseSchedule(), "epsilon", {}, Path(model))
@@ -52,16 +53,16 @@ def load(model: str) -> Pretrained:
 
 
 def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
-    """The network with random weights, in evaluation mode."""
-    with torch.device("meta"):  # the initial weights of large networks take seconds
+    """Build a network with random weights, in evaluation mode."""
+    with torch.device("meta"):  # initialising a large network twice would take seconds
         unet = UNet(config)
     return randomize_(unet, seed).eval()
 
 
 def randomize_(module: Module, seed: int = 0) -> Module:
-    """Random weights, none of them zero, scaled so that activations keep their size and every path is heard.
+    """Set random weights, none of them zero, scaled so that activations keep their size and every path contributes.
 
-    A module on the meta device is allocated on the CPU. torch's own random state is left alone.
+    A module on the meta device is allocated on the CPU. PyTorch's global random state is not touched.
     """
     if any(p.is_meta for p in module.parameters()):
         module = module.to_empty(device="cpu")
@@ -69,7 +70,7 @@ def randomize_(module: Module, seed: int = 0) -> Module:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             z = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
+            if parameter.ndim == 1 and name.endswith("weight"):  # the weight of a norm
                 z = 1 + 0.2 * z
             elif parameter.ndim == 1:
                 z = 0.2 * z

@@ -1,4 +1,4 @@
-"""Where the native engine's time goes."""
+"""Profile of the native engine: its time by kind of operation."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import torch
 
 from fastdiff.backends import Spec, native
 from fastdiff.bench import networks
-from fastdiff.bench.engines import Inputs
+from fastdiff.bench.inputs import Workload
 from fastdiff.core.program import Conv
 from fastdiff.core.state import State, TableBank
 
 
 @torch.no_grad()
-def profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
-    """Milliseconds of the native engine in float32 by kind of operation and height of its result, the largest first:
-    medians over rounds. Of a batch that it runs in parts: of a part.
+def native_profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
+    """Measure the native engine in float32 by kind of operation and height of its result.
+
+    Returns:
+        Milliseconds, medians over rounds, the largest first. If the engine runs the batch in parts, they are of a part.
     """
     loaded = networks.load(model)
-    inputs = Inputs.of(loaded, batch)
-    spec = Spec(batch, tuple(inputs.x.shape[1:]), torch.float32, inputs.x.device)  # type: ignore[arg-type]  # three numbers
+    workload = Workload.of(loaded, batch)
+    spec = Spec(batch, tuple(workload.x.shape[1:]), torch.float32, workload.x.device)  # type: ignore[arg-type]  # three numbers
     runner = native.prepare(loaded.unet, spec)
-    runner.forward(State.create(inputs.x, TableBank([inputs.table], inputs.x.device), label=inputs.label))
+    runner.forward(State.create(workload.x, TableBank([workload.table], workload.x.device), label=workload.label))
     (compiled,) = runner.programs.values()
     engine, ops = compiled.engine, compiled.program.ops
     times = torch.tensor([engine.profile(0, len(engine)) for _ in range(rounds)]).median(dim=0).values
@@ -36,7 +38,8 @@ def profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
     return {key: round(ms, 3) for key, ms in sorted(total.items(), key=lambda item: -item[1])}
 
 
-def text(batch: int, parts: dict[str, Any]) -> str:
+def profile_text(batch: int, parts: dict[str, Any]) -> str:
+    """Format a profile as lines, with each kind's share of the total."""
     whole = sum(parts.values())
     lines = [f"batch {batch}: {whole:.2f} ms"]
     return "\n".join([*lines, *(f"  {key:44}{ms:9.3f} ms  {ms / whole:5.1%}" for key, ms in parts.items())])

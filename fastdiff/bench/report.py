@@ -1,4 +1,4 @@
-"""A result as a table, as a picture, and beside an earlier one."""
+"""Results for people: as a table, as a picture, and compared with an earlier result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fastdiff.bench.run import pairs
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import atomic_path
 
-# A ratio that changed by less is no regression, whatever the intervals say: neighbours on the machine, other addresses.
+# A smaller change of a ratio is no regression, whatever the intervals say: other processes and other memory addresses
+# change ratios by a few percent.
 LEAST_CHANGE = 0.05
 WHAT = {
     "step": "an img-step is one image through one network evaluation and one update (1 NFE)",
@@ -24,6 +25,7 @@ WHAT = {
 
 
 def text(result: Mapping[str, Any]) -> str:
+    """Format a result as a table for each batch."""
     header = result["machine"]
     image = " x ".join(map(str, result["image"]))
     lines = [
@@ -38,7 +40,7 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _what(result: Mapping[str, Any]) -> str:
-    w = result.get("guidance")  # earlier results have none
+    w = result.get("guidance")  # results of earlier versions have none
     if w is None:
         return WHAT[result["what"]]
     return f"an img-step is one image through a network evaluation guided by {w:g} and one update (2 NFE)"
@@ -91,19 +93,23 @@ def _limits(record: Mapping[str, Any]) -> str:
     limits = record.get("limits")
     if not limits:
         return ""
-    told = ", ".join(f"{dtype} {_speed(speed)}" for dtype, speed in limits.items())
-    return f"; limit of the products alone, img-steps/s: {told}"
+    speeds = ", ".join(f"{dtype} {_speed(speed)}" for dtype, speed in limits.items())
+    return f"; limit of the products alone, img-steps/s: {speeds}"
 
 
 def _speed(x: float) -> str:
-    """Three digits, or all that stand before the point."""
+    """Format a speed with three digits, or with all digits before the point."""
     return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}"
 
 
 def best(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-    """Of each of native's dtypes: how many times as fast as the best peer of that precision, and which that is.
+    """Find the fastest peer of the same precision for each of the native engines.
 
-    Of bfloat16 the peers whose error is at most 1e-2, the kind that PyTorch has; of bfloat16-fast all of bfloat16.
+    native-bf16 is compared with bfloat16 peers whose error is at most 1e-2, which PyTorch's own arithmetic reaches,
+    native-bf16-fast with all bfloat16 peers.
+
+    Returns:
+        For each engine its name, its speed relative to that peer, and the peer's name.
     """
     worst = {"native": 1e-4, "native-bf16": 1e-2, "native-bf16-fast": 1e-1}
     found = []
@@ -121,18 +127,24 @@ def best(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
 
 
 def red(result: Mapping[str, Any]) -> bool:
+    """Return whether any output was wrong."""
     return any(record["red"] for record in result["batches"])
 
 
-# Beside an earlier one ------------------------------------------------------------------------------------------------
+# Comparison -----------------------------------------------------------------------------------------------------------
 
 
 def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str], int]:
-    """What became of the ratios to a peer that both results have, line by line, and how many of fastdiff's engines are
-    worse beyond the noise.
+    """Compare the ratios of fastdiff's engines to a peer that took part in both results; times are not compared.
 
-    Times are never compared. An engine is worse if its interval now lies below that of before and its ratio fell by 5 %
-    or more, or if its gate has become red. Raises `InvalidArgument` for results of different models or kinds.
+    An engine is worse if its interval lies below the earlier one and its ratio fell by 5 % or more, or if its output
+    has become wrong.
+
+    Returns:
+        Lines to print, and the number of engines that are worse.
+
+    Raises:
+        InvalidArgument: If the results are of different models or kinds.
     """
     for key in ("model", "what", "guidance"):
         if now.get(key) != before.get(key):
@@ -176,7 +188,7 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str
 
 
 def _common_anchor(*records: Mapping[str, Any]) -> str | None:
-    """An engine that all measured by, or could have: it took part in rounds of each."""
+    """Find a contender that took part in rounds of every record, their own anchors first."""
 
     def ran(name: str, record: Mapping[str, Any]) -> bool:
         return any(name in seconds for seconds in record["rounds"])
@@ -190,9 +202,10 @@ def _common_anchor(*records: Mapping[str, Any]) -> str | None:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """A panel for each batch: bars of img-steps/s with their spread, the limits as lines.
+    """Draw a panel for each batch: bars of img-steps/s with their spread, and the limits as lines.
 
-    Raises `InvalidArgument` where matplotlib is not installed, or nothing was measured.
+    Raises:
+        InvalidArgument: If matplotlib is not installed, or nothing was measured.
     """
     check_plot(path)
     from matplotlib.figure import Figure
@@ -231,11 +244,15 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Before the work: can ``path`` be drawn? Raises `InvalidArgument`."""
+    """Check before the work that a picture can be written to ``path``.
+
+    Raises:
+        InvalidArgument: If it is no .png file, or matplotlib is not installed.
+    """
     if path.suffix.lower() != ".png":
         raise InvalidArgument(f"--plot {path}: a .png file is needed")
     try:
-        import matplotlib  # noqa: F401 - whether it is there
+        import matplotlib  # noqa: F401 - only tests that it is installed
     except ImportError as e:
         raise InvalidArgument("--plot needs matplotlib: pip install 'fastdiff[bench]'") from e
 

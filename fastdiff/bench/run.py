@@ -1,6 +1,6 @@
-"""The measurement: every engine is made, checked against float64, and takes its turns; what is finished is kept.
+"""The measurement: every contender is made, checked against float64, and takes its turns; finished results are kept.
 
-A result is a dictionary, as its file has it:
+A result is a dictionary, written as JSON:
 
     {"model", "what", "guidance", "turn_s", "image", "parameters", "machine": {...}, "batches": [
         {"batch", "anchor", "engines": {name: {"dtype", "error", "first_call_s", "peak_mib", "seconds", "spread",
@@ -24,7 +24,8 @@ import torch
 
 from fastdiff.backends.native import cost
 from fastdiff.bench import machine, networks, timing
-from fastdiff.bench.engines import ANCHORS, ENGINES, Engine, Inputs
+from fastdiff.bench.engines import ANCHORS, CONTENDERS
+from fastdiff.bench.inputs import Contender, Workload
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
 from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.core import update
@@ -33,10 +34,10 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.files import write_text
 from fastdiff.unet import UNet
 
-# Against float64, of the network's output. What the update makes of that output is float32's everywhere.
+# The largest error of the network's output, relative to float64. The update is computed in float32 by all contenders.
 ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 1e-1}
 ALLOWED_UPDATE_ERROR = 1e-3
-# Before a turn: thread pools of the engine before wait for more work in a loop, some for tens of milliseconds.
+# The pause before a turn: thread pools of the previous contender spin for up to tens of milliseconds.
 QUIET_S = 0.1
 
 Say = Callable[[str], None]
@@ -44,9 +45,17 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked: see `fastdiff bench --help`. turn_s: how long an engine is timed in a round.
+    """The options of a measurement; see `fastdiff bench --help`.
 
-    guidance: w of a guided step, of two network rows an image; None: unguided.
+    Attributes:
+        model: A name or path that `networks.load` takes.
+        batches: Different batch sizes.
+        engines: Names of contenders; empty for all that run on the device.
+        what: "step", or "network" for the network without the update.
+        guidance: The weight w of guided steps, which have two network rows an image; None for unguided steps.
+        device: "cpu" or "cuda".
+        turn_s: Seconds of a contender's turn.
+        most_rounds: The largest number of rounds.
     """
 
     model: str
@@ -73,19 +82,31 @@ class Settings:
             raise InvalidArgument(f"device {self.device!r}: PyTorch finds no CUDA device here; use cpu")
 
 
-def run(
-    settings: Settings, save: Path | None = None, engines: Mapping[str, Engine] = ENGINES, say: Say = lambda _: None
+def measure(
+    settings: Settings,
+    save: Path | None = None,
+    contenders: Mapping[str, Contender] = CONTENDERS,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """The result, also when Ctrl-C ended it early (then it has "interrupted").
+    """Measure all batches.
 
-    save: a file that keeps what is finished, round by round. If it holds a result of the same model, settings and
-    machine, measured by the same code, that is gone on with; its batches and engines stay in it.
-    Raises `InvalidArgument` where it holds another, ``settings.engines`` names what there is not, or the model is asked
-    for guidance that it does not have.
+    Args:
+        settings: The options.
+        save: A file that keeps what is finished, round by round. If it holds a result of the same model, settings and
+            machine, measured by the same code, that result is continued; its batches and contenders stay in it.
+        contenders: All contenders, by name.
+        say: Called with a line about the progress.
+
+    Returns:
+        The result; if Ctrl-C ended it early, it has the key "interrupted".
+
+    Raises:
+        InvalidArgument: If ``save`` holds another result, ``settings.engines`` has an unknown name, or the model
+            cannot be guided.
     """
-    unknown = [name for name in settings.engines if name not in engines]
+    unknown = [name for name in settings.engines if name not in contenders]
     if unknown:
-        raise InvalidArgument(f"no engine is named {', '.join(unknown)}; there are {', '.join(engines)}")
+        raise InvalidArgument(f"no engine is named {', '.join(unknown)}; there are {', '.join(contenders)}")
     model = networks.load(settings.model)
     result = _begin(settings, model, save)
 
@@ -102,7 +123,7 @@ def run(
                 result["batches"].append(record)
             if settings.device == "cpu":
                 record["limits"], predicted = expected(model, batch, settings.guidance)
-            _measure(settings, record, model, engines, keep, say)
+            _measure_batch(settings, record, model, contenders, keep, say)
             for name, entry in record["engines"].items():
                 if settings.device == "cpu" and name in predicted:
                     entry["predicted"] = predicted[name]
@@ -115,13 +136,13 @@ def run(
 
 
 def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str, Any]:
-    inputs = Inputs.of(model, 1, guidance=settings.guidance)
+    workload = Workload.of(model, 1, guidance=settings.guidance)
     result: dict[str, Any] = {
         "model": settings.model,
         "what": settings.what,
         "guidance": settings.guidance,
         "turn_s": settings.turn_s,
-        "image": list(inputs.x.shape[1:]),
+        "image": list(workload.x.shape[1:]),
         "parameters": sum(p.numel() for p in model.unet.parameters()),
         "machine": machine.header(settings.device),
         "batches": [],
@@ -144,7 +165,11 @@ def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result's file. Raises `InvalidArgument` where it is none."""
+    """Read a result.
+
+    Raises:
+        InvalidArgument: If the file is no result.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if not {"machine", "batches", "model"} <= result.keys():
@@ -157,36 +182,38 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def expected(model: Pretrained, batch: int, guidance: float | None = None) -> tuple[dict[str, float], dict[str, float]]:
-    """img-steps/s: the limit in each dtype, at which the products alone would run at the machine's multiply-add peak
-    (those of the algorithms that the native engine chose, Winograd's savings included), and the native engines' speeds
-    as `fastdiff.backends.native.cost` predicts them; a guided image is two rows. Both empty where there is no native
-    engine.
+    """Compute limits and predictions for the native engine, in img-steps/s; a guided image is two network rows.
+
+    Returns:
+        The limit in each dtype, at which the multiplications alone would run at the machine's peak (those of the chosen
+        algorithms, Winograd's savings included), and the speed of each native engine as
+        `fastdiff.backends.native.cost` predicts it. Both are empty if the native engine is not built.
     """
     with torch.device("meta"):
         unet = UNet(model.unet.config)
-    _, _, height, width = Inputs.of(model, 1).x.shape
+    _, _, height, width = Workload.of(model, 1).x.shape
     guided = guidance is not None
     limits, predicted = {}, {}
     for name, dtype in (("native", "float32"), ("native-bf16", "bfloat16"), ("native-bf16-fast", "bfloat16-fast")):
-        told = cost.estimate(unet, (height, width), batch, 1 + guided, batch, dtype, guided=guided)
-        if told.products is None or told.machine is None or told.img_steps_per_s is None:
+        estimate = cost.estimate(unet, (height, width), batch, 1 + guided, batch, dtype, guided=guided)
+        if estimate.products is None or estimate.machine is None or estimate.img_steps_per_s is None:
             continue
         kind = dtype.removesuffix("-fast")
-        limits[kind] = float(f"{batch * told.machine.gflops[kind] * 1e9 / told.products:.5g}")
-        predicted[name] = float(f"{told.img_steps_per_s:.5g}")
+        limits[kind] = float(f"{batch * estimate.machine.gflops[kind] * 1e9 / estimate.products:.5g}")
+        predicted[name] = float(f"{estimate.img_steps_per_s:.5g}")
     return limits, predicted
 
 
 # A batch --------------------------------------------------------------------------------------------------------------
 
 
-def _measure(
-    settings: Settings, record: dict[str, Any], model: Pretrained, engines: Mapping[str, Engine],
+def _measure_batch(
+    settings: Settings, record: dict[str, Any], model: Pretrained, contenders: Mapping[str, Contender],
     keep: Callable[[], None], say: Say,
 ) -> None:  # fmt: skip
-    """Bring a batch's record to where every engine that was asked for is finished, red or absent."""
+    """Complete a batch's record, so that every contender asked for is finished, red (wrong) or absent."""
     kind = settings.device.split(":")[0]
-    names = settings.engines or tuple(name for name, engine in engines.items() if kind in engine.where)
+    names = settings.engines or tuple(name for name, contender in contenders.items() if kind in contender.where)
     open_ = [name for name in names if not record["engines"].get(name, {}).get("finished")]
     if not open_:
         return
@@ -198,14 +225,14 @@ def _measure(
     workers: dict[str, Worker] = {}
     try:
         for name in open_:
-            engine = engines[name]
+            contender = contenders[name]
             say(f"batch {batch}: preparing {name}")
             for table in (record["red"], record["absent"]):
                 table.pop(name, None)
-            worker = workers[name] = Worker(engine, task)
+            worker = workers[name] = Worker(contender, task)
             ready = worker.start()
-            reason = _enter(record, name, engine, ready, gate, batch)
-            say(f"batch {batch}: {name}: {reason or _told(record['engines'][name])}")
+            reason = _enter(record, name, contender, ready, gate)
+            say(f"batch {batch}: {name}: {reason or _described(record['engines'][name])}")
             if reason is not None:
                 workers.pop(name).stop()
             keep()
@@ -218,19 +245,17 @@ def _measure(
             worker.stop()
 
 
-def _enter(
-    record: dict[str, Any], name: str, engine: Engine, ready: Ready | Absent, gate: Gate, batch: int
-) -> str | None:
-    """Write down an engine that started, or why it is not timed."""
+def _enter(record: dict[str, Any], name: str, contender: Contender, ready: Ready | Absent, gate: Gate) -> str | None:
+    """Record a contender that has started; return the reason if it is not to be timed."""
     if isinstance(ready, Absent):
         record["absent"][name] = ready.reason
         record["engines"].pop(name, None)
         return f"absent: {ready.reason}"
-    error, wrong = gate.check(ready, engine.dtype)
+    error, wrong = gate.check(ready, contender.dtype)
     kept = record["engines"].get(name, {})
     record["engines"][name] = {
-        "dtype": engine.dtype,
-        "own": engine.own,
+        "dtype": contender.dtype,
+        "own": contender.own,
         "error": float(f"{error:.3g}"),
         "first_call_s": kept.get("first_call_s", round(ready.first_call_s, 3)),
         "peak_mib": ready.peak_mib,
@@ -239,19 +264,19 @@ def _enter(
     if wrong is None:
         return None
     record["red"][name] = wrong
-    for seconds in record["rounds"]:  # no speed on a red gate, an earlier one neither
+    for seconds in record["rounds"]:  # a wrong output has no speed, not even one measured earlier
         seconds.pop(name, None)
     return f"red: {wrong}"
 
 
-def _told(entry: Mapping[str, Any]) -> str:
+def _described(entry: Mapping[str, Any]) -> str:
     return f"error {entry['error']:.1e}, first call {entry['first_call_s']:.1f} s"
 
 
 def _rounds(
     settings: Settings, record: dict[str, Any], workers: dict[str, Worker], keep: Callable[[], None], say: Say
 ) -> None:
-    """Rounds until each engine's ratio to the anchor is settled, or has been tried often enough."""
+    """Run rounds until each contender's ratio to the anchor is settled or the limit of rounds is reached."""
     anchor = record["anchor"]
     active = list(workers)
     while active:
@@ -261,7 +286,7 @@ def _rounds(
         record["shares"].append(round(timing.share(torch.get_num_threads()), 4))
         seconds: dict[str, float] = {}
         order = [anchor, *(name for name in active if name != anchor)]
-        # Forth and back in turn, so that a machine that slows down does so for all.
+        # Every other round runs backwards, so that a machine that slows down does so for all alike.
         for name in order if len(record["rounds"]) % 2 == 0 else reversed(order):
             time.sleep(QUIET_S)
             answer = workers[name].turn(settings.turn_s)
@@ -293,7 +318,7 @@ def _rounds(
 
 
 def pairs(record: Mapping[str, Any], anchor: str | None = None) -> dict[str, timing.Ratio]:
-    """The ratio to the anchor of each engine that shared a round with it."""
+    """Compute the ratio to the anchor of each contender that shared a round with it."""
     anchor = anchor or record["anchor"]
     found = {}
     for name in record["engines"]:
@@ -304,10 +329,10 @@ def pairs(record: Mapping[str, Any], anchor: str | None = None) -> dict[str, tim
 
 
 def summarise(record: dict[str, Any]) -> None:
-    """Medians, spreads, ratios and the verdict on noise, from a batch's rounds.
+    """Compute medians, spreads, ratios and the verdict on noise from a batch's rounds.
 
-    An engine's speed is the anchor's median speed times its ratio, so that all are of one moment: engines that settled
-    early sat out the later rounds, in which the machine may have been faster or slower.
+    A speed is the anchor's median speed times the ratio. So all speeds refer to the same rounds, although contenders
+    that settled early take no part in later rounds, in which the machine may be faster or slower.
     """
     anchor = record["anchor"]
     ratios = {} if anchor is None else pairs(record)
@@ -327,18 +352,18 @@ def summarise(record: dict[str, Any]) -> None:
 
 
 class Gate:
-    """What float64 says of the first and the last image of a batch."""
+    """The check of a contender's output against float64, for the first and the last image of a batch."""
 
     def __init__(self, model: Pretrained, batch: int, guidance: float | None = None):
-        inputs = Inputs.of(model, batch, guidance=guidance)
-        self.x, self.table, self.guidance = inputs.x[[0, -1]].double(), inputs.table, guidance
-        self.unet, self.label = model.unet, None if inputs.label is None else inputs.label[[0, -1]]
-        self.null_label = inputs.null_label
+        workload = Workload.of(model, batch, guidance=guidance)
+        self.x, self.table, self.guidance = workload.x[[0, -1]].double(), workload.table, guidance
+        self.unet, self.label = model.unet, None if workload.label is None else workload.label[[0, -1]]
+        self.null_label = workload.null_label
         self._exact: torch.Tensor | None = None
 
     @torch.no_grad()
     def exact(self) -> torch.Tensor:
-        """The network's output at the first row, guided if asked for; computed when it is first asked for."""
+        """Compute the network's output at the first row, with guidance if there is any; later calls reuse it."""
         if self._exact is None:
             self._exact = self._network(self.label)
             if self.guidance is not None and self.label is not None:
@@ -352,10 +377,13 @@ class Gate:
         return unet(self.x, t) if label is None else unet(self.x, t, class_labels=label)
 
     def check(self, ready: Ready, dtype: str) -> tuple[float, str | None]:
-        """||out - exact|| / ||exact||, and what is wrong, None for nothing.
+        """Check a contender's first results.
 
-        The update is judged by itself, as the engine's own ``out`` should have been advanced:
-        ||x - x(out)|| / ||x(out) - x_0||, of what the step changes.
+        The update is judged apart from the network, from the contender's own output ``out``:
+        ||x - x(out)|| / ||x(out) - x_0||, relative to the change that the step makes.
+
+        Returns:
+            The network's error ||out - exact|| / ||exact||, and what is wrong, or None.
         """
         exact = self.exact()
         out, x = torch.from_numpy(ready.out).double(), torch.from_numpy(ready.x).double()

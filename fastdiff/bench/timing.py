@@ -1,14 +1,13 @@
-"""Turns of several engines as ratios with an interval, and whether the machine was quiet enough to believe them.
+"""Timing in turns, ratios of the times with confidence intervals, and a check that the machine was quiet enough.
 
-Absolute times drift with everything that shares a machine, so nothing here judges one. Engines take turns; in every
-round each engine's time is divided by the anchor's of the same round, and what holds for the ratio is what the rounds
-agree on:
+Absolute times drift with everything that shares a machine, so only ratios are judged. Contenders take turns, and in
+every round k the anchor's time is divided by the contender's:
 
-    r_k = seconds of the anchor / seconds of the engine, in round k            how many times as fast as the anchor
+    r_k = seconds of the anchor / seconds of the contender, in round k         how many times as fast as the anchor
     ratio = median r_k,   [low, high] = the middle 95 % of the medians of 1000 resampled series
 
-Series are resampled in blocks of neighbouring rounds (moving blocks: Künsch 1989, Annals of Statistics 17), as what
-disturbs one round often disturbs the next.
+Series are resampled in blocks of neighbouring rounds (moving blocks: Künsch 1989, Annals of Statistics 17), because a
+disturbance of one round often lasts into the next.
 """
 
 from __future__ import annotations
@@ -19,21 +18,76 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-SETTLED = 0.025  # the interval's half width below which two runs agree within 5 %
+K = TypeVar("K")
+
+SETTLED = 0.025  # half width of the interval below which two runs agree within 5 %
 LEAST_ROUNDS = 7
 RESAMPLED = 1000
 LEAST_SHARE = 0.95  # of a processor's time that a busy thread gets on a quiet machine
 
 
+def mean_seconds(
+    run: Callable[[], Any], seconds: float = 0.0, calls: int = 1, *, wait: Callable[[], Any] | None = None
+) -> float:
+    """Time calls of ``run``.
+
+    Args:
+        run: The function to time.
+        seconds: The least time to spend.
+        calls: The least number of calls.
+        wait: Waits until a device has done its work; called once, after the last call.
+
+    Returns:
+        The mean seconds of a call.
+    """
+    started = time.perf_counter()
+    done = 0
+    while done < calls or time.perf_counter() - started < seconds:
+        run()
+        done += 1
+    if wait is not None:
+        wait()
+    return (time.perf_counter() - started) / done
+
+
+def in_turn(
+    ways: Mapping[K, Callable[[], Any]],
+    rounds: int,
+    turn: Callable[[Callable[[], Any]], float] = mean_seconds,
+) -> dict[K, list[float]]:
+    """Time several functions in rounds in which all take turns, after one call of each that is not timed.
+
+    Args:
+        ways: The functions, by name.
+        rounds: The number of rounds.
+        turn: Times one turn of a function; by default the turn is a single call.
+
+    Returns:
+        The seconds of each in every round.
+    """
+    for run in ways.values():
+        run()
+    seconds: dict[K, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            seconds[name].append(turn(run))
+    return seconds
+
+
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the anchor: the median over rounds, its 95 % interval, and how far it moved.
+    """Speed of a contender relative to the anchor.
 
-    moved: the later half's median over the earlier half's.
+    Attributes:
+        median: The median over rounds; 2.0 means twice as fast as the anchor.
+        low, high: Its 95 % interval.
+        moved: The median of the later half of the rounds over that of the earlier half.
+        rounds: The number of rounds.
     """
 
     median: float
@@ -44,22 +98,22 @@ class Ratio:
 
     @property
     def uncertainty(self) -> float:
-        """Half the interval's width: 0.01 is +-1 %."""
+        """Half the relative width of the interval: 0.01 is +-1 %."""
         return math.sqrt(self.high / self.low) - 1.0
 
     @property
     def settled(self) -> bool:
-        """Whether another run would give the same within 5 %, as far as these rounds tell."""
+        """Whether these rounds suggest that another run would agree within 5 %."""
         steady = abs(math.log(self.moved)) <= 2 * SETTLED
         return self.rounds >= LEAST_ROUNDS and self.uncertainty <= SETTLED and steady
 
 
-def ratio(anchor: Sequence[float], engine: Sequence[float]) -> Ratio:
-    """The ratio of two series of seconds, round by round; at least one round."""
-    r = np.log(np.asarray(anchor, dtype=np.float64) / np.asarray(engine, dtype=np.float64))
+def ratio(anchor: Sequence[float], contender: Sequence[float]) -> Ratio:
+    """Compute the ratio of two series of seconds from at least one round."""
+    r = np.log(np.asarray(anchor, dtype=np.float64) / np.asarray(contender, dtype=np.float64))
     n = len(r)
     length = max(1, round(n ** (1 / 3)))
-    # 1000 series, each of blocks that begin anywhere and go on in a circle, cut to n rounds.
+    # 1000 series of n rounds, made of blocks that begin anywhere and wrap around at the end.
     begin = np.random.default_rng(0).integers(n, size=(RESAMPLED, -(-n // length), 1))
     picked = r[(begin + np.arange(length)) % n].reshape(RESAMPLED, -1)[:, :n]
     low, high = np.quantile(np.median(picked, axis=1), [0.025, 0.975])
@@ -71,7 +125,7 @@ def ratio(anchor: Sequence[float], engine: Sequence[float]) -> Ratio:
 
 
 def spread(seconds: Sequence[float]) -> float:
-    """The interquartile range over the median."""
+    """Compute the interquartile range relative to the median."""
     if len(seconds) < 2:
         return 0.0
     first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -79,10 +133,15 @@ def spread(seconds: Sequence[float]) -> float:
 
 
 def noise(ratios: dict[str, Ratio], shares: Sequence[float]) -> list[str]:
-    """Every reason not to believe the ratios; empty on a machine that was quiet enough.
+    """List the reasons not to trust the ratios; none if the machine was quiet enough.
 
-    shares: what `share` found before each round. A process that takes a constant part of the machine widens no
-    interval, but it slows engines unequally (those that wait at barriers most), so it is looked for by itself.
+    Args:
+        ratios: The ratios by contender, without the anchor.
+        shares: The values of `share` before each round. A process that takes a constant part of the machine widens no
+            interval, but it slows contenders unequally (most those that wait at barriers), so it is checked apart.
+
+    Returns:
+        The reasons, each a sentence for people.
     """
     reasons = []
     if shares and statistics.median(shares) < LEAST_SHARE:
@@ -99,14 +158,14 @@ def noise(ratios: dict[str, Ratio], shares: Sequence[float]) -> list[str]:
 
 
 def share(threads: int, seconds: float = 0.03) -> float:
-    """The processor time that so many busy threads get over the time that they are busy: 1.0 on an idle machine."""
+    """Measure the share of processor time that this many busy threads get, 1.0 on an idle machine."""
     block = bytes(1 << 20)
     shares: list[float] = []
 
     def busy() -> None:
         started, used = time.perf_counter(), time.thread_time()
         while time.perf_counter() - started < seconds:
-            hashlib.sha256(block)  # without the interpreter's lock
+            hashlib.sha256(block)  # releases the interpreter's lock
         shares.append((time.thread_time() - used) / (time.perf_counter() - started))
 
     team = [threading.Thread(target=busy) for _ in range(threads)]

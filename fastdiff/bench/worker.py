@@ -1,7 +1,7 @@
-"""An engine in a process of its own, which works when its turn comes and sleeps otherwise.
+"""A process for each contender, which works during its turns and sleeps otherwise.
 
-So an engine's memory and first call are its own, its thread pool is idle (and not spinning) in the turns of others, and
-if it crashes the others go on. Workers are spawned, not forked: they begin with nothing of this process.
+Separate processes keep memory and first calls apart, keep thread pools from spinning during the turns of others, and
+let the others go on if one crashes. Workers are spawned, not forked, so that they inherit no state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.bench import networks
-from fastdiff.bench.engines import Engine, Inputs, Steps, import_all
+from fastdiff.bench import networks, timing
+from fastdiff.bench.inputs import Contender, Stepper, Workload, import_all
 from fastdiff.errors import FastdiffError
 
-SETTLING_S = 0.02  # work before a turn is timed: threads wake up, caches fill
+SETTLING_S = 0.02  # work before a turn is timed, so that threads wake up and caches fill
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all engines of a batch do: ``what`` is "step" or "network" (no update); guidance is w of a guided step."""
+    """The work that all contenders of a batch do.
+
+    Attributes:
+        model: A name or path that `networks.load` takes.
+        batch: The number of images.
+        what: "step", or "network" for the network without the update.
+        threads: Threads of PyTorch.
+        device: The device, as PyTorch names it.
+        guidance: The weight of guided steps; None for unguided ones.
+    """
 
     model: str
     batch: int
@@ -44,10 +52,13 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """An engine that ran: what it made of two images, the first and the last, and what that cost.
+    """The first results of a contender, for the first and the last image, and their cost.
 
-    out: the network's output at the first row [2, ...]; x: after one step. first_call_s: until the first output,
-    without importing libraries and loading weights. peak_mib: see `Worker`.
+    Attributes:
+        out: The network's output at the first row, [2, C or 2C, H, W].
+        x: The images after one step, [2, C, H, W].
+        first_call_s: Seconds until the first output, without importing libraries and loading weights.
+        peak_mib: Peak memory, see `Worker`.
     """
 
     out: np.ndarray
@@ -58,32 +69,32 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """An engine that cannot run here, and why."""
+    """The reason why a contender cannot run here, and whether its process crashed."""
 
     reason: str
     crashed: bool = False
 
 
 class Worker:
-    """A process with an engine. ``start`` makes it ready, ``turn`` times it, ``stop`` ends it.
+    """A process that runs a contender. ``start`` makes it ready, ``turn`` times it, ``stop`` ends it.
 
-    Its peak memory is the most that the process held at a time, over what it held with libraries and weights loaded:
-    resident pages on a CPU (Linux: VmHWM - VmRSS), else what torch.cuda allocated.
+    Its peak memory is the most that the process held, minus its size with libraries and weights loaded: resident pages
+    on a CPU (VmHWM - VmRSS of Linux), memory allocated by torch.cuda on a GPU.
     """
 
-    def __init__(self, engine: Engine, task: Task):
+    def __init__(self, contender: Contender, task: Task):
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, engine, task))
+        self.process = context.Process(target=_work, args=(other, contender, task))
         self.process.start()
         other.close()
 
     def start(self) -> Ready | Absent:
-        """Wait until it has made its first step, or failed to."""
+        """Wait until the contender has taken its first step or failed."""
         return self._receive()
 
     def turn(self, seconds: float) -> tuple[float, float | None] | Absent:
-        """Seconds a step, the mean over at least ``seconds`` and two steps; and its peak memory so far."""
+        """Measure the seconds of a step, a mean over at least ``seconds`` and two steps, and the peak memory so far."""
         try:
             self.pipe.send(seconds)
         except OSError:
@@ -115,60 +126,50 @@ class Worker:
         return Absent(reason, crashed=True)
 
 
-def _work(pipe: Any, engine: Engine, task: Task) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that prints; this one ends with its pipe
+def _work(pipe: Any, contender: Contender, task: Task) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process ends with its pipe
     torch.set_num_threads(task.threads)
-    warnings.simplefilter("ignore")  # what exporters and compilers say of the network is not the user's business,
-    logging.disable(logging.WARNING)  # and would drown the progress
+    # Exporters and compilers warn about details of the network, which would drown the progress.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # a first call is one that finds nothing compiled
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that a first call finds nothing compiled
         try:
-            steps, memory, ready = _prepare(engine, task)
+            stepper, memory, ready = _prepare(contender, task)
         except Exception as e:
             line = (str(e).strip().splitlines() or [""])[0]
             pipe.send(Absent(line if isinstance(e, FastdiffError) else f"{type(e).__name__}: {line}"))
             return
         pipe.send(ready)
-        run = steps.step if task.what == "step" else steps.forward
+        run = stepper.step if task.what == "step" else stepper.forward
+        wait = None if task.device == "cpu" else torch.cuda.synchronize
         while True:
             try:
                 seconds = pipe.recv()
-            except (EOFError, ConnectionResetError):  # the latter where what it was sent before was never read
+            except (EOFError, ConnectionResetError):  # the latter if the previous answer was never read
                 return
-            _time(run, SETTLING_S, 1, task.device)
-            pipe.send((_time(run, seconds, 2, task.device), memory.peak_mib()))
+            timing.mean_seconds(run, SETTLING_S, wait=wait)
+            pipe.send((timing.mean_seconds(run, seconds, 2, wait=wait), memory.peak_mib()))
 
 
-def _prepare(engine: Engine, task: Task) -> tuple[Steps, Memory, Ready]:
-    import_all(engine.needs)
+def _prepare(contender: Contender, task: Task) -> tuple[Stepper, Memory, Ready]:
+    import_all(contender.needs)
     model = networks.load(task.model)
-    inputs = Inputs.of(model, task.batch, task.device, task.guidance)
+    workload = Workload.of(model, task.batch, task.device, task.guidance)
     memory = Memory(task.device)
     started = time.perf_counter()
-    steps = engine.make(model, inputs)
-    out = _picked(steps.forward())
+    stepper = contender.make(model, workload)
+    out = _picked(stepper.forward())
     seconds = time.perf_counter() - started
-    return steps, memory, Ready(out, _picked(steps.step()), seconds, memory.peak_mib())
+    return stepper, memory, Ready(out, _picked(stepper.step()), seconds, memory.peak_mib())
 
 
 def _picked(x: Tensor) -> np.ndarray:
     return np.asarray(x[[0, -1]].detach().float().cpu().contiguous().numpy()).copy()
 
 
-def _time(run: Callable[[], Any], seconds: float, least: int, device: str) -> float:
-    """Seconds of a call: the mean over at least so many calls and seconds."""
-    started = time.perf_counter()
-    calls = 0
-    while calls < least or time.perf_counter() - started < seconds:
-        run()
-        calls += 1
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / calls
-
-
 class Memory:
-    """What a process holds beyond what it held when this was made."""
+    """Memory of this process beyond its size when this object was made."""
 
     def __init__(self, device: str):
         self.device = device
@@ -178,17 +179,17 @@ class Memory:
             self.before = torch.cuda.memory_allocated()
             return
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         self.before = _status("VmRSS")
 
     def peak_mib(self) -> float | None:
-        """The most so far, None where the system does not tell."""
+        """Return the peak so far in MiB; None if the system does not report it."""
         peak = _status("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()
         return None if peak is None or self.before is None else round((peak - self.before) / 2**20, 1)
 
 
 def _status(key: str) -> int | None:
-    """Bytes that Linux's /proc/self/status gives."""
+    """Read a size, in bytes, from Linux's /proc/self/status."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

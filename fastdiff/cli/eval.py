@@ -71,7 +71,8 @@ def eval(
 
     fastdiff eval --samples samples.npz --out out/judged
     """
-    from fastdiff.evaluation.evaluate import evaluate, progress_on_stderr, table
+    from fastdiff.evaluation import evaluate, table
+    from fastdiff.evaluation.scoring import progress_on_stderr
 
     if samples is None:
         sampled = {"batch_size": batch_size, "eta": eta, "guidance": guidance, "seed": seed, "solver": solver,

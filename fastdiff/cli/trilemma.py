@@ -87,7 +87,7 @@ def trilemma(
     from fastdiff import Sampler
     from fastdiff.evaluation.reference_images import MIN_IMAGES
     from fastdiff.evaluation.trilemma import report, run, speed
-    from fastdiff.evaluation.trilemma.grid import QUICK, plan
+    from fastdiff.evaluation.trilemma.grid import QUICK, grid_points
     from fastdiff.evaluation.trilemma.picture import draw_picture, drawable
 
     if quick and (solvers, nfe, n) != (None, None, None):
@@ -100,7 +100,7 @@ def trilemma(
 
     sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
     keys, nfes, most = QUICK if quick else (None, None, n)
-    points = plan(
+    points = grid_points(
         sampler,
         solvers.split(",") if solvers is not None else keys,
         read_numbers("--nfe", nfe) if nfe is not None else nfes,

@@ -1,10 +1,11 @@
-"""A small Fashion-MNIST classifier, the judge of generated samples: is it what was asked for, and how far is it?
+"""A small Fashion-MNIST classifier that judges generated samples: their class, and features to compare sets by.
 
     judge = Classifier.load("fashion-mnist")          # comes with fastdiff; recipes/train_classifier.py made it
     logits, features = judge.judge(images)            # images: float32 [N, 1, 32, 32] in [-1, 1]
     judge.class_names[logits[0].argmax()]             # "Sandal"
 
-`features` are what the last layer sees: distances between them say more about what is worn than distances of pixels.
+`features` are the inputs of the last layer; distances between them reflect the kind of clothing better than distances
+between pixels.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ WIDTHS = (32, 64, 96)  # channels at 16x16, 8x8 and 4x4
 
 
 class Block(nn.Module):
-    """y = relu(x + norm(conv(relu(norm(conv(x)))))), 3x3 convolutions, [B, C, H, W] -> [B, C, H, W]."""
+    """A residual block, relu(x + norm(conv(relu(norm(conv(x)))))) with 3x3 convolutions; it keeps the shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Block(nn.Module):
 
 
 class Down(nn.Module):
-    """relu(norm(conv(x))) with stride 2, [B, C, H, W] -> [B, C', H/2, W/2]."""
+    """A layer that computes relu(norm(conv(x))) with stride 2, [B, C, H, W] -> [B, C', H/2, W/2]."""
 
     def __init__(self, channels: int, out: int, kernel: int) -> None:
         super().__init__()
@@ -65,9 +66,14 @@ class Down(nn.Module):
 
 
 class Classifier(nn.Module):
-    """[B, 1, 32, 32] in [-1, 1] -> logits [B, 10]: three times (halve the image, one residual block), mean, linear.
+    """A classifier of Fashion-MNIST images, [B, 1, 32, 32] in [-1, 1] -> logits [B, 10].
 
-    In eval mode, in which `load` returns it, an image's logits are a function of that image alone.
+    It halves the image and applies a residual block three times, then takes the mean and a linear layer. In eval mode,
+    in which `load` returns it, the logits of an image depend on that image alone.
+
+    Attributes:
+        class_names: The names of the ten classes.
+        width: The number F of features.
     """
 
     class_names = CLASS_NAMES
@@ -82,25 +88,58 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.width, len(CLASS_NAMES))
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, 1, 32, 32] in [-1, 1] -> [B, F], what the last layer sees; never negative."""
+        """Compute the inputs of the last layer.
+
+        Args:
+            x: Images, float32 [B, 1, 32, 32] in [-1, 1].
+
+        Returns:
+            Features [B, F], none negative.
+
+        Raises:
+            InvalidArgument: If the images have another shape.
+        """
         if x.ndim != 4 or x.shape[1:] != (1, SIZE, SIZE):
             raise InvalidArgument(f"images must be [B, 1, {SIZE}, {SIZE}], not {list(x.shape)}")
         return self.body(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits.
+
+        Args:
+            x: Images, float32 [B, 1, 32, 32] in [-1, 1].
+
+        Returns:
+            Logits [B, 10].
+        """
         return self.head(self.features(x))
 
     @torch.no_grad()
     def judge(self, images: Tensor, batch_size: int = 250) -> tuple[Tensor, Tensor]:
-        """Logits [N, 10] and features [N, F] of many images [N, 1, 32, 32], `batch_size` at a time."""
+        """Compute logits and features of many images without gradients.
+
+        Args:
+            images: Images, float32 [N, 1, 32, 32] in [-1, 1].
+            batch_size: The number of images to process at a time.
+
+        Returns:
+            Logits [N, 10] and features [N, F].
+        """
         features = torch.cat([self.features(batch) for batch in images.split(batch_size)])
         return self.head(features), features
 
     @classmethod
     def load(cls, model: str | Path = "fashion-mnist") -> Classifier:
-        """From a ``.safetensors`` file, a folder that holds ``classifier.safetensors``, or a built-in model's name.
+        """Load a classifier in float32 on the CPU, in eval mode.
 
-        In float32 on the CPU, in eval mode. Raises `CheckpointError` naming the file and every mismatch.
+        Args:
+            model: A ``.safetensors`` file, a folder with ``classifier.safetensors``, or a built-in model's name.
+
+        Returns:
+            The classifier.
+
+        Raises:
+            CheckpointError: If the file does not fit; the message names it and every mismatch.
         """
         path = Path(model)
         if not path.exists() and (BUILTIN / str(model) / WEIGHTS).exists():
@@ -128,11 +167,15 @@ class Classifier(nn.Module):
         return classifier.eval()
 
     def save(self, path: str | Path) -> None:
-        """Write the weights as a ``.safetensors`` file, atomically."""
+        """Write the weights as a ``.safetensors`` file, atomically.
+
+        Args:
+            path: The file to write.
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._weights().items()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
 
     def _weights(self) -> dict[str, Tensor]:
-        """What a file holds: all but the batch counters of the norms, which only training could use."""
+        """Return the tensors that are stored: all but the batch counters of the norms."""
         return {name: tensor for name, tensor in self.state_dict().items() if tensor.is_floating_point()}

@@ -1,13 +1,13 @@
-"""Many images of one setting, drawn in parts that survive interruption.
+"""A folder with many images of one setting, drawn in parts so that an interruption loses little.
 
     images = draw(sampler, "work/ddim-10", 5000, solver="ddim", steps=10)      # uint8 [5000, C, H, W]
 
-    work/ddim-10/settings.json      what the images are of: the network's fingerprint, the step table, seed, labels, ...
+    work/ddim-10/settings.json      digests of the network and the step table, seed, labels, ...
     work/ddim-10/000000.npz         ``images``, uint8 [500, H, W] (gray) or [500, H, W, C]: the images 0 to 499
     work/ddim-10/000500.npz         ...
 
-A part appears when it is complete. A later call with the same settings reuses what is there, also for another n: image
-i depends on the settings and on i alone. A folder of other settings is refused, so images of two models never mix.
+A part is written when it is complete. As image i depends only on the settings and on i, a later call with the same
+settings reuses the parts, also for another n. A folder of other settings is refused, so images of two models never mix.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.reading import read_json
+from fastdiff.checks import whole
 from fastdiff.data.arrays import read_npz
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
@@ -32,9 +33,9 @@ from fastdiff.sampler import Sampler
 
 log = logging.getLogger("fastdiff")
 
-PART = 500  # images a file
+PART = 500  # images in a file
 SETTINGS = "settings.json"
-# Options of `Sampler.sample` that cannot be told from a file, or that are this module's own.
+# Options of `Sampler.sample` that cannot be written to settings.json, or that this module sets itself.
 REFUSED = ("noise", "image", "mask", "strength", "repaint", "guide", "guide_through", "start_index", "callback")
 
 
@@ -48,22 +49,31 @@ def draw(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tensor:
-    """The images 0 to n - 1 of the settings, uint8 [n, C, H, W]; what ``folder`` lacks is drawn and kept there.
+    """Draw the images that a folder lacks, and return the images 0 to n - 1.
 
-    labels: "cycle": image i is of class i mod classes (of none, where the network has no classes); else as
-    `Sampler.sample` takes them, for all images. progress: called with (images there are, n) at the start and after
-    every part. options: of `Sampler.sample`; those that cannot be written down (noise=, image=, guide=, ...) are
-    `InvalidArgument`.
+    Args:
+        sampler: The sampler to draw with.
+        folder: The folder of these settings.
+        n: The number of images, at least 1.
+        labels: "cycle" gives image i the class i mod classes, if the network has classes; a class or None is for all
+            images.
+        seed: The seed of the images.
+        progress: Called with the number of images that are there and n, at the start and after every part.
+        options: Options of `Sampler.sample` that can be written as JSON; not noise=, image=, guide=, ...
 
-    Raises `DataError` where the folder's images are of other settings, naming them; `NumericsError` where images
-    became NaN, and then the part is not kept.
+    Returns:
+        The images, uint8 [n, C, H, W].
+
+    Raises:
+        DataError: If the folder holds images of other settings; the message names the differences.
+        InvalidArgument: If an option is wrong or cannot be written as JSON.
+        NumericsError: If images became NaN; their part is not kept.
     """
     folder = Path(folder)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InvalidArgument(f"n={n!r}: a whole number of at least 1 is needed")
+    n = whole("n", n, 1)
     if sampler.info.channels not in (1, 3, 4):
         raise InvalidArgument(f"images of {sampler.info.channels} channels cannot be kept in parts; 1, 3 or 4 can")
-    # Batches change images by rounding alone.
+    # The batch size changes images by rounding only.
     check_settings(folder, settings(sampler, labels=labels, seed=seed, **{**options, "batch_size": None}))
     starts = range(0, n, PART)
     parts = [_read_part(folder / _name(start)) for start in starts]
@@ -88,9 +98,13 @@ def draw(
 
 
 def load(folder: str | Path, n: int | None = None) -> Tensor:
-    """The images 0 to n - 1 that ``folder`` holds (None: all without a gap), uint8 [n, C, H, W].
+    """Read the images 0 to n - 1 of a folder, or all up to the first gap.
 
-    Raises `DataError` where there are fewer.
+    Returns:
+        The images, uint8 [n, C, H, W].
+
+    Raises:
+        DataError: If there are fewer.
     """
     folder, found, count = Path(folder), [], 0
     while n is None or count < n:
@@ -105,13 +119,13 @@ def load(folder: str | Path, n: int | None = None) -> Tensor:
 
 
 def settings(sampler: Sampler, *, labels: int | str | None = "cycle", seed: int = 0, **options: Any) -> dict[str, Any]:
-    """What decides the images, as JSON: equal settings give equal images (up to rounding, with the batch size)."""
+    """Collect everything that decides the images, ready for JSON: equal settings give equal images, up to rounding."""
     given = [name for name in REFUSED if options.get(name) is not None]
     if given:
         raise InvalidArgument(f"{given[0]}= cannot be written down, so its images cannot be kept in parts")
     request = sampler.request(1, **options, seed=seed, labels=_labels(sampler, labels, 0, 1))
     return {
-        "model": fingerprint(sampler.unet),
+        "model": network_digest(sampler.unet),
         "table": hashlib.sha256(request.table.to_json().encode()).hexdigest(),
         "solver": request.table.solver,
         "nfe": request.nfe,
@@ -126,9 +140,10 @@ def settings(sampler: Sampler, *, labels: int | str | None = "cycle", seed: int 
 
 
 def check_settings(folder: str | Path, expected: dict[str, Any]) -> None:
-    """Write ``expected`` beside the parts of a new folder, or hold a folder to it: `DataError` names what differs.
+    """Check a folder's settings, or write them to a new folder.
 
-    A folder with parts but without settings is refused, too: write the settings, if they are known to be theirs.
+    Raises:
+        DataError: If the folder has other settings, which the message lists, or parts without settings.
     """
     path = Path(folder) / SETTINGS
     if path.exists():
@@ -146,8 +161,8 @@ def check_settings(folder: str | Path, expected: dict[str, Any]) -> None:
         write_text(path, json.dumps(expected, indent=2) + "\n")
 
 
-def fingerprint(unet: nn.Module) -> str:
-    """SHA-256 of a network: its class, its configuration, and the names, types, shapes and bytes of its tensors."""
+def network_digest(unet: nn.Module) -> str:
+    """Compute the SHA-256 of a network: of its class, its configuration, and its tensors with their names."""
     digest = hashlib.sha256()
     config = getattr(unet, "config", None)
     to_dict = getattr(config, "to_dict", None)
@@ -173,7 +188,7 @@ def _name(start: int) -> str:
 
 
 def _read_part(path: Path) -> np.ndarray | None:
-    """uint8 [n, H, W, C], n at most `PART`; None where there is no such file, or a damaged one (which is logged)."""
+    """Read a part, uint8 [n, H, W, C], n at most `PART`; None if the file is missing or damaged (which is logged)."""
     if not path.exists():
         return None
     try:
@@ -185,7 +200,7 @@ def _read_part(path: Path) -> np.ndarray | None:
 
 
 def _tensor(parts: list[np.ndarray]) -> Tensor:
-    """Parts [n, H, W, C] as one tensor [N, C, H, W]."""
+    """Join parts [n, H, W, C] to one tensor [N, C, H, W]."""
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) > 1:
         raise DataError(f"parts of different shapes: {sorted(shapes)}")

@@ -1,11 +1,11 @@
-"""Inception-v3 as FID uses it: the network of 2015 with TensorFlow's weights, which a file on disk must hold.
+"""Inception-v3 as FID uses it: the network of 2015 with TensorFlow's weights, which the user supplies as a file.
 
     network = load("weights-inception-2015-12-05-6726825d.pth")   # torch-fidelity's; pytorch-fid's pt_inception-... too
     network(images)                                               # [B, C, H, W] in [-1, 1] -> [B, 2048], "pool3"
 
 Szegedy et al. 2016 describe the network. This one differs from torchvision's as the FID of Heusel et al. 2017 needs:
-averages leave the padding out, the last block takes a maximum instead, and images are enlarged like TensorFlow 1 does.
-The names of its layers are those of the files.
+averages do not count the padding, the last block takes a maximum instead, and images are enlarged as in TensorFlow 1.
+Its layers are named as in the files.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ log = logging.getLogger("fastdiff")
 
 SIZE = 299
 WIDTH = 2048  # F, the number of features
-SHA256 = "6726825d"  # how the published file's begins
+SHA256 = "6726825d"  # first digits for the published file
 PUBLISHED = (
     f"weights-inception-2015-12-05-{SHA256}.pth (torch-fidelity) or pt_inception-2015-12-05-{SHA256}.pth (pytorch-fid)"
 )
 
-# A layer: name, output channels, kernel (height, width or both), stride. One of stride 1 keeps the size.
+# A layer: name, output channels, kernel (one number, or height and width), stride. Stride 1 keeps the size.
 Layer = tuple[str, int, int | tuple[int, int], int]
-# A branch: layers in turn; where its last item is a tuple of layers, they stand side by side.
+# A branch: layers in sequence; if its last item is a tuple of layers, these run side by side.
 Branch = tuple[Layer | tuple[Layer, ...], ...]
 
 
 def _a(pooled: int) -> tuple[Branch, ...]:
-    """Blocks 5b, 5c, 5d, at 35x35."""
+    """Return the branches of blocks 5b, 5c, 5d, at 35x35."""
     return (
         (("branch1x1", 64, 1, 1),),
         (("branch5x5_1", 48, 1, 1), ("branch5x5_2", 64, 5, 1)),
@@ -47,7 +47,7 @@ def _a(pooled: int) -> tuple[Branch, ...]:
 
 
 def _c(width: int) -> tuple[Branch, ...]:
-    """Blocks 6b to 6e, at 17x17."""
+    """Return the branches of blocks 6b to 6e, at 17x17."""
     return (
         (("branch1x1", 192, 1, 1),),
         (("branch7x7_1", width, 1, 1), ("branch7x7_2", width, (1, 7), 1), ("branch7x7_3", 192, (7, 1), 1)),
@@ -90,7 +90,7 @@ _E: tuple[Branch, ...] = (  # blocks 7b, 7c, at 8x8
 
 
 class Conv(nn.Module):
-    """relu(norm(conv(x)))."""
+    """A layer that computes relu(norm(conv(x)))."""
 
     def __init__(
         self, channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1, padding: bool = True
@@ -106,7 +106,7 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, the last of them behind a 3x3 pooling: "average", "maximum", or "halve" (by a maximum)."""
+    """A block of branches side by side; the last one starts with a 3x3 pooling, "average", "maximum" or "halve"."""
 
     def __init__(self, channels: int, branches: tuple[Branch, ...], pool: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """[B, C, H, W] in [-1, 1], C = 1 or 3, any size -> [B, 2048]."""
+    """The network: images [B, C, H, W] in [-1, 1], C = 1 or 3, of any size -> features [B, 2048]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Inception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise InvalidArgument(f"images must be [B, 1 or 3, H, W], not {list(x.shape)}")
-        # TensorFlow's graph takes 0..255 and computes (x - 128) / 128.
+        # TensorFlow's graph has inputs from 0 to 255 and computes (x - 128) / 128.
         x = (enlarge((x + 1.0) * 127.5) - 128.0) / 128.0
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x.expand(-1, 3, -1, -1))))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
@@ -171,17 +171,17 @@ class Inception(nn.Module):
 
 
 def enlarge(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, 299, 299], bilinearly; sizes below and above 299.
+    """Resize images bilinearly as TensorFlow 1's resize_bilinear does, [B, C, H, W] -> [B, C, 299, 299].
 
-    Pixel i takes its value from the point s = i H / 299 of the image, between the pixels floor(s) and floor(s) + 1 (the
-    last one where there is none): the corner of a pixel stands for its centre, as in TensorFlow 1's resize_bilinear.
+    Pixel i has the value at s = i H / 299, interpolated between the pixels floor(s) and floor(s) + 1, or the last one:
+    positions refer to the corners of pixels, not to their centres.
     """
     rows, columns = (_lines(n, x) for n in x.shape[2:])
     return rows @ x @ columns.T
 
 
 def _lines(n: int, like: Tensor) -> Tensor:
-    """[299, n], the weights of n pixels in 299."""
+    """Return the weights of n pixels in 299, [299, n]."""
     at = torch.arange(SIZE, dtype=torch.float64) * n / SIZE
     low = at.floor().long()
     weights = torch.zeros(SIZE, n, dtype=torch.float64)
@@ -192,10 +192,12 @@ def _lines(n: int, like: Tensor) -> Tensor:
 
 
 def load(path: str | Path) -> Inception:
-    """The network with the weights of a PyTorch file, read without running code in it; in eval mode, on the CPU.
+    """Load the network from a PyTorch file, without running code in it; the result is in eval mode, on the CPU.
 
-    Raises `CheckpointError` naming every tensor that is missing, too many, or of another shape. A file that is not the
-    published one is logged: numbers from it cannot be compared with published ones.
+    A file other than the published one is logged, as its distances cannot be compared with published ones.
+
+    Raises:
+        CheckpointError: If the file does not fit; the message lists tensors that are missing, unexpected or misshapen.
     """
     path = Path(path)
     if not path.is_file():
@@ -203,7 +205,7 @@ def load(path: str | Path) -> Inception:
     tensors = read_torch(path)
     network = Inception()
     expected = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
-    # The classifier's head, and counters that only training could use.
+    # The classifier's head and the counters of the norms are not used.
     given = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked") and not k.startswith("fc.")}
     problems = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
     problems += [f"unexpected: {name}" for name in sorted(given.keys() - expected.keys())]

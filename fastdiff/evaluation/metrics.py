@@ -1,12 +1,12 @@
-"""How far apart are two sets of images? Distances of their features, precision and recall, with confidence intervals.
+"""Distances between two sets of images, precision and recall, with confidence intervals.
 
     extract = features("fashion-mnist")                        # images [N, C, H, W] in [-1, 1] -> features [N, F]
-    reference = Reference(extract(real))                       # what is needed of the real images, computed once
+    reference = Reference(extract(real))                       # statistics of the real images, computed once
     measure(extract(generated), reference)                     # {"frechet": Estimate(value, low, high), "kernel": ...}
 
-All sums are over all images, in float64, in blocks. Intervals say what other images of the same generator would give,
-in the same number, against the same real images: draw n images of another seed, and 95 % of the time their expected
-distance lies within. They do not take off the Frechet distance's bias, which falls like 1 / n: compare at equal n.
+All sums run over all images, in float64, block by block. The intervals describe the variation over samples of the
+generator, with the same number of images and the same real images: they contain the expected distance in 95 % of draws.
+They do not correct the bias of the Frechet distance, which falls like 1 / n, so compare at equal n.
 """
 
 from __future__ import annotations
@@ -25,17 +25,25 @@ from fastdiff.errors import InvalidArgument, NumericsError
 from fastdiff.evaluation import inception
 from fastdiff.evaluation.classifier import Classifier
 
-BLOCK = 2048  # rows of a matrix of distances that are in memory at a time
+BLOCK = 2048  # rows that are processed at a time
 GROUPS = 50  # of generated images, for intervals
 SUBSETS = 10  # of generated images, for the interval of recall
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 Z = 1.959963984540054  # P(|N(0, 1)| < Z) = 0.95
-T = Z + (Z**3 + Z) / (4 * (GROUPS - 1))  # the same of Student's distribution with GROUPS - 1 degrees of freedom
+T = Z + (Z**3 + Z) / (
+    4 * (GROUPS - 1)
+)  # the same quantile of Student's distribution with GROUPS - 1 degrees of freedom
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % confidence interval."""
+    """A number with its 95 % confidence interval.
+
+    Attributes:
+        value: The number.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
+    """
 
     value: float
     low: float
@@ -43,18 +51,23 @@ class Estimate:
 
 
 class Reference:
-    """The real images' features, [M, F] floats with M of at least 2, and what is computed of them once."""
+    """Features of the real images, with the statistics that are computed from them once.
+
+    Args:
+        features: Floats [M, F], M at least 2.
+    """
 
     def __init__(self, features: Tensor) -> None:
         self.features = _checked(features, "reference")
 
     @functools.cached_property
     def moments(self) -> Moments:
+        """Mean and covariance, for the Frechet distance."""
         return Moments.of(self.features)
 
     @functools.cached_property
     def cubes(self) -> CubeSums | None:
-        """For the kernel; None where sums over pairs are cheaper."""
+        """Sums for the kernel distance; None if summing over pairs is cheaper."""
         m, f = self.features.shape
         return CubeSums.of(self.features) if f <= 256 and f * f < 2 * m else None
 
@@ -69,7 +82,19 @@ class Reference:
 
 
 def measure(generated: Tensor, reference: Reference | Tensor) -> dict[str, Estimate]:
-    """All that this module measures, "frechet", "kernel", "precision" and "recall", each with its interval."""
+    """Measure generated images against real ones.
+
+    Args:
+        generated: Features of the generated images, floats [N, F], N at least 4.
+        reference: The real images, or their features [M, F].
+
+    Returns:
+        The Frechet distance "frechet", the kernel distance "kernel", "precision" and "recall".
+
+    Raises:
+        InvalidArgument: If the features are no matrices that fit each other.
+        NumericsError: If features are NaN or infinite; the message lists the images.
+    """
     if not isinstance(reference, Reference):
         reference = Reference(reference)
     return {
@@ -84,7 +109,7 @@ def measure(generated: Tensor, reference: Reference | Tensor) -> dict[str, Estim
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """Images, float32 [N, C, H, W] in [-1, 1], to features, float32 [N, F] on the CPU."""
+    """A function from images, float32 [N, C, H, W] in [-1, 1], to features, float32 [N, F] on the CPU."""
 
     network: Classifier | inception.Inception
     device: torch.device
@@ -97,11 +122,19 @@ class Extractor:
 
 
 def features(name: str | Path = "fashion-mnist", device: str | torch.device = "cpu") -> Extractor:
-    """The features of a network: F = 96 of a classifier, by a built-in model's name or its file, for 1x32x32 images; or
-    F = 2048 of Inception-v3, by a PyTorch file (.pth, .pt) of its weights, for any images (see
-    `fastdiff.evaluation.inception`).
+    """Load the network whose features are compared.
 
-    Raises `CheckpointError` naming the file and what is wrong with it.
+    Args:
+        name: A built-in model's name or a classifier's file, which give F = 96 features of 1x32x32 images; or a PyTorch
+            file (.pth, .pt) with the weights of Inception-v3, which gives F = 2048 features of images of any size (see
+            `fastdiff.evaluation.inception`).
+        device: The device to run the network on.
+
+    Returns:
+        The extractor, a function from images to features.
+
+    Raises:
+        CheckpointError: If the file cannot be used; the message says why.
     """
     network = inception.load(name) if Path(name).suffix.lower() in TORCH_SUFFIXES else Classifier.load(name)
     return Extractor(network.to(device), torch.device(device))
@@ -112,32 +145,50 @@ def features(name: str | Path = "fashion-mnist", device: str | torch.device = "c
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean [F] and root R [F, F] of a set's covariance, S = R^T R = sum (x - mean) (x - mean)^T / (n - 1)."""
+    """Mean and covariance of a set of features, the covariance as a root of it.
+
+    Attributes:
+        mean: The mean, float64 [F].
+        root: A matrix R, float64 [min(N, F), F], with R^T R = S = sum (x - mean) (x - mean)^T / (N - 1).
+    """
 
     mean: Tensor
     root: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
+        """Compute the moments of x [N, F].
+
+        R is the triangular factor of the centred features themselves, found block by block. A root of their covariance
+        would have an error of sqrt(eps) |R| where the covariance is singular, this one has an error of eps |R|.
+        """
         mean = sum((b.sum(0) for b in _blocks(x)), torch.zeros((), dtype=torch.float64)) / len(x)
-        covariance = sum(((b - mean).T @ (b - mean) for b in _blocks(x)), torch.zeros((), dtype=torch.float64))
-        values, vectors = torch.linalg.eigh(covariance / (len(x) - 1))
-        return cls(mean, values.clamp(min=0.0).sqrt()[:, None] * vectors.T)
+        root = torch.zeros(0, x.shape[1], dtype=torch.float64)
+        for block in _blocks(x):
+            root = torch.linalg.qr(torch.cat([root, block - mean]), mode="r").R
+        return cls(mean, root / math.sqrt(len(x) - 1))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The squared 2-Wasserstein distance of Gaussians with the sets' means and covariances (FID, on FID's features).
+    """Compute the squared 2-Wasserstein distance of Gaussians with the sets' means and covariances.
 
         d = |mean_a - mean_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)        Heusel et al. 2017, equation 6
 
-    a [N, F], b [M, F] floats; covariances may be singular. With S = R^T R, the last trace is the sum of the singular
-    values of R_a R_b^T: no root of a product is taken, which would lose half of the digits.
+    With S = R^T R, the last trace is the sum of the singular values of R_a R_b^T. So no root of a product is taken,
+    which would lose half of the digits. On Inception's features this is the FID.
+
+    Args:
+        a: Features, floats [N, F]; their covariance may be singular.
+        b: Features, floats [M, F].
+
+    Returns:
+        The distance, at least 0.
     """
     return _frechet(Moments.of(_checked(a, "a")), Moments.of(_checked(b, "b")))[0]
 
 
 def frechet_interval(generated: Tensor, reference: Reference) -> Estimate:
-    """`frechet_distance` and its interval.
+    """Compute `frechet_distance` and its interval.
 
     With W = s^(-1/2) V^T R_b, where R_a R_b^T = U s V^T, the distance's first two derivatives are, for an image x
 
@@ -169,10 +220,10 @@ def frechet_interval(generated: Tensor, reference: Reference) -> Estimate:
 
 
 def _frechet(a: Moments, b: Moments) -> tuple[float, Tensor, Tensor]:
-    """The distance, and the singular values s [F] and right vectors V^T [F, F] of R_a R_b^T."""
+    """Compute the distance, and the singular values s [K] and right singular vectors V^T [K, F] of R_a R_b^T."""
     if a.mean.shape != b.mean.shape:
         raise InvalidArgument(f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared")
-    _, s, v = torch.linalg.svd(a.root @ b.root.T)
+    _, s, v = torch.linalg.svd(a.root @ b.root.T, full_matrices=False)
     value = (a.mean - b.mean).square().sum() + a.root.square().sum() + b.root.square().sum() - 2 * s.sum()
     return max(value.item(), 0.0), s, v  # rounding alone makes it negative
 
@@ -181,19 +232,29 @@ def _frechet(a: Moments, b: Moments) -> tuple[float, Tensor, Tensor]:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """The unbiased squared maximum mean discrepancy with a cubic kernel (KID, on Inception's features).
+    """Compute the unbiased squared maximum mean discrepancy with a cubic kernel.
 
         d = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
         k(x, y) = (x . y / F + 1)^3
 
-    Binkowski et al. 2018, sections 3 and 4. It is about 0, of either sign, where the sets are alike, whatever their
-    sizes. a [N, F], b [M, F], N and M at least 2; over all pairs, where KID is often of random subsets.
+    Binkowski et al. 2018, sections 3 and 4. On Inception's features this is the KID, taken over all pairs, not over
+    random subsets. For sets that are alike it is about 0, of either sign, whatever their sizes.
+
+    Args:
+        a: Features, floats [N, F], N at least 2.
+        b: Features, floats [M, F], M at least 2.
+
+    Returns:
+        The distance.
     """
     return _kernel(_checked(a, "a"), Reference(b), 1)[0]
 
 
 def kernel_interval(generated: Tensor, reference: Reference) -> Estimate:
-    """`kernel_distance` and its interval, with the derivatives L(x) = 2 mean_a k(x, a) - 2 mean_b k(x, b), Q = 2 k."""
+    """Compute `kernel_distance` and its interval.
+
+    The derivatives are L(x) = 2 mean_a k(x, a) - 2 mean_b k(x, b) and Q = 2 k, see `_deviation`.
+    """
     value, pairs, crosses = _kernel(_checked(generated, "generated"), reference, GROUPS)
     g = len(pairs)
     centred = pairs - pairs.mean(0) - pairs.mean(1, keepdim=True) + pairs.mean()
@@ -201,7 +262,7 @@ def kernel_interval(generated: Tensor, reference: Reference) -> Estimate:
 
 
 def _kernel(a: Tensor, reference: Reference, groups: int) -> tuple[float, Tensor, Tensor]:
-    """The distance, and by groups of a: the means of k(a_i, a_j), i != j, [g, g] and of k(a_i, b_j) [g]."""
+    """Compute the distance and, by groups of a, the means of k(a_i, a_j), i != j, [g, g] and of k(a_i, b_j) [g]."""
     b = reference.features
     if a.shape[1] != b.shape[1]:
         raise InvalidArgument(f"features of {a.shape[1]} and {b.shape[1]} numbers cannot be compared")
@@ -217,12 +278,17 @@ def _kernel(a: Tensor, reference: Reference, groups: int) -> tuple[float, Tensor
 
 @dataclasses.dataclass(frozen=True)
 class CubeSums:
-    """The sums of x, x x and x x x (tensor products) over a set, which are all that sums of k over it depend on.
+    """Sums of x, x x and x x x (tensor products) over a set, from which sums of k over the set follow.
 
         (x . y / F + 1)^3 = 1 + 3 x . y / F + 3 (x . y)^2 / F^2 + (x . y)^3 / F^3,    (x . y)^p = (x ... x) . (y ... y)
 
-    The products x_i x_j are kept for i <= j only, those of i < j times sqrt 2: first [F], second [F (F + 1) / 2], third
-    [F (F + 1) / 2, F].
+    As x x is symmetric, only x_i x_j with i <= j are kept, those with i < j times sqrt 2.
+
+    Attributes:
+        count: The size of the set.
+        first: The sum of x, float64 [F].
+        second: The sum of x x, float64 [F (F + 1) / 2].
+        third: The sum of x x x, float64 [F (F + 1) / 2, F].
     """
 
     count: int
@@ -232,6 +298,7 @@ class CubeSums:
 
     @classmethod
     def of(cls, features: Tensor) -> CubeSums:
+        """Compute the sums over features [N, F]."""
         first, second, third = (torch.zeros((), dtype=torch.float64) for _ in range(3))
         for x in _blocks(features, 512):
             squares = _products(x)
@@ -239,40 +306,40 @@ class CubeSums:
         return cls(len(features), first, second, third)
 
     def total(self) -> float:
-        """The sum of k over all pairs of the set, an element and itself among them."""
+        """Sum k over all pairs of the set, including each element with itself."""
         f = len(self.first)
         squares = [t.square().sum().item() for t in (self.first, self.second, self.third)]
         return self.count**2 + 3 * squares[0] / f + 3 * squares[1] / f**2 + squares[2] / f**3
 
     def at(self, x: Tensor) -> Tensor:
-        """The sums of k(x_i, y) over the set, [n], of float64 [n, F]."""
+        """Sum k(x_i, y) over all y of the set: float64 [n, F] -> [n]."""
         f, squares = len(self.first), _products(x)
         cubes = ((squares @ self.third) * x).sum(1)
         return self.count + 3 * (x @ self.first) / f + 3 * (squares @ self.second) / f**2 + cubes / f**3
 
 
 def _products(x: Tensor) -> Tensor:
-    """x_i x_j for i <= j, times sqrt 2 for i < j: [n, F] -> [n, F (F + 1) / 2]."""
+    """Compute x_i x_j for i <= j, times sqrt 2 for i < j: [n, F] -> [n, F (F + 1) / 2]."""
     i, j = torch.triu_indices(x.shape[1], x.shape[1])
     return x[:, i] * x[:, j] * torch.where(i < j, 2.0, 1.0).double().sqrt()
 
 
 def _cubes(x: Tensor, y: Tensor) -> Tensor:
-    """k(x_i, y_j), [n, m]."""
+    """Compute k(x_i, y_j), [n, m]."""
     t = (x @ y.T).div_(x.shape[1]).add_(1.0)
     return t * t * t
 
 
 def _cross_sums(x: Tensor, reference: Reference) -> Tensor:
-    """The sums of k(x_i, y) over the reference, [n]."""
+    """Sum k(x_i, y) over all y of the reference, [n]."""
     if reference.cubes is not None:
         return torch.cat([reference.cubes.at(block) for block in _blocks(x, 512)])
     sums = [sum(_cubes(a, b).sum(1) for b in _blocks(reference.features)) for a in _blocks(x)]
-    return torch.cat(sums)  # type: ignore[arg-type]  # of Tensors: there is a block
+    return torch.cat(sums)  # type: ignore[arg-type]  # there is at least one block, so these are Tensors
 
 
 def _pair_sums(x: Tensor, groups: int) -> Tensor:
-    """The sums of k(x_i, x_j), i != j, by the groups of i and j, [g, g]."""
+    """Sum k(x_i, x_j), i != j, by the groups of i and j, [g, g]."""
     sizes = torch.tensor([len(group) for group in _groups(x, groups)])
     member = torch.nn.functional.one_hot(torch.arange(len(sizes)).repeat_interleave(sizes)).double()
     blocks = list(zip(x.split(BLOCK), member.split(BLOCK), strict=True))
@@ -290,23 +357,31 @@ def _pair_sums(x: Tensor, groups: int) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Shares of the fakes that lie among the reals, and of the reals that lie among the fakes.
+    """Compute the share of the fakes that lie among the reals, and of the reals that lie among the fakes.
 
         x is among Y:  |x - y| <= r(y) for some y in Y,     r(y) = the distance of y to the k-th nearest other one of Y
 
-    Kynkaanniemi et al. 2019, equations 1 and 2: precision sees quality, recall diversity. Both depend on the numbers
-    of images, so the larger set is thinned to the size of the smaller, by a fixed random choice.
+    Kynkaanniemi et al. 2019, equations 1 and 2. Precision measures quality, recall diversity. Both depend on the
+    numbers of images, so the larger set is thinned to the size of the smaller, by a fixed random choice.
+
+    Args:
+        real: Features of the real images, floats [M, F].
+        fake: Features of the generated images, floats [N, F].
+        k: The neighbour whose distance is the radius, from 1 to min(M, N) - 1.
+
+    Returns:
+        Precision and recall, both from 0 to 1.
     """
     precision, recall = precision_recall_intervals(real, fake, k)
     return precision.value, recall.value
 
 
 def precision_recall_intervals(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[Estimate, Estimate]:
-    """`precision_recall` and the intervals of both.
+    """Compute `precision_recall` with intervals.
 
-    A fake is among the reals or not; the intervals of precision are those of a share. Recall is no such mean: how it
-    varies with the fakes is taken from `SUBSETS` disjoint subsets of them, each held against subsets of the reals of
-    its own size. (A jackknife says up to twice too much: whether a real is covered depends on several fakes together.)
+    Precision is a mean over the fakes, so its interval is that of a share. Recall is no such mean. Its variation with
+    the fakes is estimated from `SUBSETS` disjoint subsets of them, each compared with subsets of the reals of the same
+    size. (A jackknife overestimates it up to twice, as several fakes together decide whether a real is covered.)
     """
     real, fake = _checked(real, "real"), _checked(fake, "fake")
     if real.shape[1] != fake.shape[1]:
@@ -315,7 +390,7 @@ def precision_recall_intervals(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) 
     if not 1 <= k < n:
         raise InvalidArgument(f"k={k} of {n} images: precision and recall need k of at least 1 and more images than k")
     real, fake = thinned(real, n).double(), thinned(fake, n).double()
-    centre = real.mean(0)  # distances by products of vectors lose least near 0
+    centre = real.mean(0)  # |x - y|^2 = x^2 + y^2 - 2 x y loses the fewest digits near 0
     real, fake = real - centre, fake - centre
     slack = 1e-13 * max(real.square().sum(1).max().item(), fake.square().sum(1).max().item())
 
@@ -340,14 +415,14 @@ def precision_recall_intervals(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) 
 
 
 def thinned(x: Tensor, n: int) -> Tensor:
-    """n of the rows of x, chosen at random, always the same ones, in their order; all where there are no more."""
+    """Choose n of the rows of x at random, always the same ones, in their order; all rows if there are no more."""
     if len(x) <= n:
         return x
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n].sort().values]
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Of each row of x [n, F] the squared distance to the k-th nearest other row."""
+    """Compute for each row of x [n, F] the squared distance to the k-th nearest other row, [n]."""
     found, start = [], 0
     for block in _rows(x):
         squares, rows = _squares(block, x), torch.arange(len(block))
@@ -358,12 +433,12 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2, [n, m]."""
+    """Compute |x_i - y_j|^2, [n, m]."""
     return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp_(min=0.0)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, ...]:
-    """Blocks of rows that make [rows, len(x)] matrices of 128 MiB at most."""
+    """Split x into blocks of rows for which a matrix [rows, len(x)] has at most 128 MiB."""
     return x.split(max(1, (1 << 24) // len(x)))
 
 
@@ -371,7 +446,7 @@ def _rows(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def share_interval(hits: Tensor) -> Estimate:
-    """The share of true values of bool [n], and its interval."""
+    """Compute the share of true values of bool [n], with its interval."""
     groups = _groups(hits.double())
     sums = torch.stack([group.sum() for group in groups]) * len(groups) / len(hits)
     deviation = (sums.var() / len(groups)).sqrt().item() if len(groups) > 1 else 0.0
@@ -379,7 +454,7 @@ def share_interval(hits: Tensor) -> Estimate:
 
 
 def _share(p: float, deviation: float, n: int) -> Estimate:
-    """Wilson's interval of a share (1927), for as many independent images as would have the deviation.
+    """Compute Wilson's interval of a share (1927) for the number n of independent images with the given deviation.
 
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),      n = p (1 - p) / deviation^2
     """
@@ -392,14 +467,17 @@ def _share(p: float, deviation: float, n: int) -> Estimate:
 
 
 def _deviation(linear: Tensor, pairs: Tensor) -> float:
-    """The standard deviation of a distance d of g groups of images, from its derivatives by groups.
+    """Estimate the standard deviation of a distance d of g groups of images from its derivatives by groups.
 
         d = d_0 + mean_i L_i + mean_ij Q_ij / 2:      var d = var(L) / g - mean_{i != j} (Q_ij - mean Q)^2 / 2 g^2
 
-    linear: L [g], pairs: Q [g, g]. L is taken at the images that were drawn, not at their distribution, so its variance
-    counts that of Q's term twice (Efron and Stein 1981, section 4), which matters where the sets are nearly alike, and
-    d is nearly quadratic. Groups are runs of neighbours: where the classes take turns, their number never varies, and
-    d varies less than with random classes; the groups show that, too.
+    L is taken at the images that were drawn, not at their distribution. So its variance counts that of Q's term twice
+    (Efron and Stein 1981, section 4), which matters if the sets are nearly alike and d is nearly quadratic. Groups are
+    runs of neighbours: if the classes take turns, d varies less than with random classes, and so do the groups.
+
+    Args:
+        linear: L, [g].
+        pairs: Q, [g, g].
     """
     g = len(linear)
     if g < 3:
@@ -411,12 +489,12 @@ def _deviation(linear: Tensor, pairs: Tensor) -> float:
 
 
 def _interval(value: float, deviation: float) -> Estimate:
-    """value +- T deviation."""
+    """Compute value +- T deviation."""
     return Estimate(value, value - T * deviation, value + T * deviation)
 
 
 def _positive_interval(value: float, deviation: float) -> Estimate:
-    """value exp(+- T deviation / value): of a distance that is never negative, and skew where it is nearly 0."""
+    """Compute value exp(+- T deviation / value), for a distance that is never negative and skewed near 0."""
     if value <= 0.0 or math.isinf(deviation):
         return Estimate(value, 0.0, T * deviation)
     factor = math.exp(min(T * deviation / value, 700.0))
@@ -427,6 +505,7 @@ def _positive_interval(value: float, deviation: float) -> Estimate:
 
 
 def _checked(x: Tensor, name: str) -> Tensor:
+    """Check that features are a matrix of finite floats of at least 2 images, and return them on the CPU."""
     if not isinstance(x, Tensor) or x.ndim != 2 or len(x) < 2 or x.shape[1] < 1 or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise InvalidArgument(f"{name}: features must be floats [N, F] of at least 2 images, not {got}")
@@ -438,10 +517,10 @@ def _checked(x: Tensor, name: str) -> Tensor:
 
 
 def _blocks(x: Tensor, rows: int = BLOCK) -> Iterator[Tensor]:
-    """x in float64, some rows at a time."""
+    """Yield x in float64, some rows at a time."""
     return (block.double() for block in x.split(rows))
 
 
 def _groups(x: Tensor, groups: int = GROUPS) -> tuple[Tensor, ...]:
-    """Runs of neighbouring rows, at most ``groups``."""
+    """Split x into at most ``groups`` runs of neighbouring rows."""
     return x.tensor_split(min(groups, len(x)))

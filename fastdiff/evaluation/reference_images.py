@@ -1,4 +1,4 @@
-"""The real images that samples are measured against: which ones, and how they are fitted to the samples' shape."""
+"""Real images that samples are measured against: finding them, and fitting them to the samples' shape."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from torch import Tensor
 from fastdiff.data.datasets import load_data
 from fastdiff.errors import DataError
 
-DATA = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+DATA = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 MIN_IMAGES = 20
 
 Shape = tuple[int, int, int]  # C, H, W
 
 
 @dataclasses.dataclass(frozen=True)
-class Real:
-    """Real images, uint8 [M, C, H, W]; others that the model never saw, or None, and their labels, or None."""
+class RealImages:
+    """Real images.
+
+    Attributes:
+        images: The images to measure against, uint8 [M, C, H, W].
+        held_out: Others that the model was not trained on, or None.
+        labels: The classes of the held-out images, int64, or None.
+    """
 
     images: Tensor
     held_out: Tensor | None
     labels: Tensor | None
 
     @classmethod
-    def load(cls, data: Path, held_out: str | Path | None, shape: Shape, fit: str) -> Real:
-        """Those of ``data``, and of ``held_out``, which by default are the test images of MNIST's four files.
+    def load(cls, data: Path, held_out: str | Path | None, shape: Shape, fit: str) -> RealImages:
+        """Load the images of ``data``, and of ``held_out``, by default the test images of MNIST's four files.
 
-        Both as `load_images` takes them, ``data`` also as a folder with MNIST's four files. `DataError` where there are
-        fewer than `MIN_IMAGES`.
+        Both are anything that `load_images` takes; ``data`` may also be a folder with MNIST's four files.
+
+        Raises:
+            DataError: If there are fewer than `MIN_IMAGES`.
         """
         mnist = _mnist(data)
         images, _ = load_images(data if mnist is None else mnist["train-images-idx3"], shape, fit)
@@ -46,10 +54,14 @@ class Real:
 
 
 def find_data(data: str | Path | None, model: str | Path | None) -> Path:
-    """Where the real images are: ``data``, or for the built-in model what it was trained on, if that is installed.
+    """Find the real images: ``data`` if given, else the training images of the built-in model, if they are installed.
 
-    model: whose samples are measured; None: of no model, which are held against the built-in one's images. `DataError`
-    where ``data`` has to be given.
+    Args:
+        data: Where the images are, or None.
+        model: The model whose samples are measured; None if they are of no model.
+
+    Raises:
+        DataError: If ``data`` has to be given.
     """
     if data is not None:
         return Path(data)
@@ -64,19 +76,22 @@ def find_data(data: str | Path | None, model: str | Path | None) -> Path:
 
 
 def default_fit(data: Path) -> str:
-    """How images of ``data`` get the samples' size: "pad" for MNIST's files, as the built-in model saw them."""
+    """Choose how to fit images: "pad" for MNIST's files, as in the built-in model's training; else "crop"."""
     return "crop" if _mnist(data) is None else "pad"
 
 
 def load_images(path: Path, shape: Shape | None, fit: str, labels: Path | None = None) -> tuple[Tensor, Tensor | None]:
-    """All images of what `load_data` takes, uint8 [N, *shape] (None: of their own shape), and labels, int64 [N]."""
+    """Load all images of a source that `load_data` takes: uint8 [N, *shape] and labels, int64 [N] or None.
+
+    With ``shape`` None, the images keep their own shape.
+    """
     channels, size = (None, None) if shape is None else (shape[0], shape[1:])
     data = load_data(path, labels=labels, size=size, channels=channels, fit=fit)
     return data.__getitems__(range(len(data)))
 
 
 def _mnist(folder: Path) -> dict[str, Path] | None:
-    """MNIST's four files in a folder, gzipped or not; None where it has no training images."""
+    """Find MNIST's four files in a folder, gzipped or not; None if it has no training images."""
     found: dict[str, Path] = {}
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         for path in (folder / f"{name}-ubyte.gz", folder / f"{name}-ubyte"):

@@ -1,4 +1,4 @@
-"""`fastdiff bench`: wrong and slowed kernels are caught, noise is told, what is finished is kept."""
+"""`fastdiff bench` catches wrong and slowed kernels, reports noise, and keeps what is finished."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from PIL import Image
 
 from fastdiff import checkpoint, cli
 from fastdiff.backends import native
-from fastdiff.bench import command, engines, job, machine, networks, profile, report, run, timing, worker
-from fastdiff.bench.engines import ENGINES, Engine, GraphSteps, Inputs, PeerSteps
+from fastdiff.bench import command, engines, job, machine, networks, peers, profile, report, run, timing, worker
+from fastdiff.bench.engines import CONTENDERS
+from fastdiff.bench.inputs import Contender, Make, Workload
+from fastdiff.bench.peers import GraphStepper, PeerStepper
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
 from fastdiff.errors import BackendError, CheckpointError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
@@ -42,26 +44,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds: what they say of the noise is not what is tested."""
+    """Let few rounds suffice, as the verdict on noise is not tested here."""
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 3)
     monkeypatch.setattr(timing, "share", lambda threads: 1.0)
 
 
 class Here(Worker):
-    """A worker in this process: starting another and importing torch there costs seconds."""
+    """A worker in this process, as starting another and importing torch there takes seconds."""
 
-    def __init__(self, engine: Engine, task: Task):
-        self.engine, self.task = engine, task
+    def __init__(self, contender: Contender, task: Task):
+        self.contender, self.task = contender, task
 
     def start(self) -> Ready | Absent:
         try:
-            self.steps, self.memory, ready = worker._prepare(self.engine, self.task)
+            self.stepper, self.memory, ready = worker._prepare(self.contender, self.task)
         except BackendError as e:
             return Absent(str(e))
         return ready
 
     def turn(self, seconds: float) -> tuple[float, float | None] | Absent:
-        return worker._time(self.steps.step, seconds, 2, "cpu"), self.memory.peak_mib()
+        return timing.mean_seconds(self.stepper.step, seconds, 2), self.memory.peak_mib()
 
     def stop(self) -> None:
         pass
@@ -139,7 +141,7 @@ def test_a_rare_burst_does_not_matter() -> None:
 
 @pytest.mark.usefixtures("_whole")
 def test_two_runs_that_are_believed_agree() -> None:
-    """Of 40 pairs of synthetic runs, each as long as it takes to settle: within 5 %, but for one in twenty."""
+    """Compare 40 pairs of synthetic runs that settled: all but one in twenty agree within 5 %."""
 
     def settle(seed: int) -> float:
         for n in range(7, 200):
@@ -186,11 +188,11 @@ timing_share = timing.share  # as it is: the fixture replaces it
     ],
 )
 def test_a_wrong_kernel_gets_no_speed(
-    make: engines.Make, said: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: Make, said: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its output, or what a step makes of that, is 1 % off in one image: the command prints no speed of it, exit 1."""
-    table = {"native": Engine("float32", make, own=True), "eager": ENGINES["eager"]}
-    monkeypatch.setattr(command, "ENGINES", table)
+    table = {"native": Contender("float32", make, own=True), "eager": CONTENDERS["eager"]}
+    monkeypatch.setattr(command, "CONTENDERS", table)
     monkeypatch.setattr(sys, "argv", ["fastdiff", "bench", model, "--quick", "--batches", "2"])
     monkeypatch.setattr(command, "Settings", quickly(command.Settings))
     with pytest.raises(SystemExit) as stop:
@@ -209,8 +211,8 @@ def test_bfloat16_is_left_out_where_it_would_be_emulated(
     processor: bool, expected: set[str], model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command.machine, "multiplies_bfloat16", lambda: processor)
-    half = dataclasses.replace(ENGINES["eager"], dtype="bfloat16")  # float32 by another name
-    monkeypatch.setattr(command, "ENGINES", {"eager": ENGINES["eager"], "half": half})
+    half = dataclasses.replace(CONTENDERS["eager"], dtype="bfloat16")  # float32 by another name
+    monkeypatch.setattr(command, "CONTENDERS", {"eager": CONTENDERS["eager"], "half": half})
     monkeypatch.setattr(command, "Settings", quickly(command.Settings))
     for more, names in (([], expected), (["--engines", "half"], {"half"})):
         monkeypatch.setattr(sys, "argv", ["fastdiff", "bench", model, "--quick", "--batches", "2", "--json", *more])
@@ -236,9 +238,9 @@ def quickly(made: Any) -> Any:
 @pytest.mark.usefixtures("_here")
 def test_guided_steps(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The command measures them, says so in the table and in JSON, and a peer that leaves guidance out has no speed."""
-    table = {"eager": ENGINES["eager"], "diffusers": ENGINES["diffusers"]}
-    table["unguided"] = Engine("float32", bench_engines.unguided)
-    monkeypatch.setattr(command, "ENGINES", table)
+    table = {"eager": CONTENDERS["eager"], "diffusers": CONTENDERS["diffusers"]}
+    table["unguided"] = Contender("float32", bench_engines.unguided)
+    monkeypatch.setattr(command, "CONTENDERS", table)
     monkeypatch.setattr(command, "Settings", quickly(command.Settings))
     arguments = ["fastdiff", "bench", model, "--quick", "--batches", "2", "--guidance", "2.5"]
     for options in ([], ["--json"]):
@@ -279,7 +281,7 @@ def test_guidance_needs_a_null_label(tmp_path: Path) -> None:
     for config in (change(), change(num_class_embeds=5)):
         checkpoint.save_folder(tmp_path / "m", random_unet(config), NoiseSchedule("linear", 100, beta_end=0.1))
         with pytest.raises(InvalidArgument, match="guidance 2 needs a network trained with label dropout"):
-            run.run(settings(str(tmp_path / "m"), "eager", guidance=2.0))
+            run.measure(settings(str(tmp_path / "m"), "eager", guidance=2.0))
 
 
 # Regressions ----------------------------------------------------------------------------------------------------------
@@ -296,9 +298,9 @@ def test_a_slowed_kernel_is_a_regression(
     monkeypatch.setattr(timing, "SETTLED", 0.2)
     before = str(tmp_path / "before.json")
 
-    def bench(make: engines.Make, *options: str) -> tuple[int, str]:
-        table = {"mine": Engine("float32", make, own=True), "diffusers": ENGINES["diffusers"]}
-        monkeypatch.setattr(command, "ENGINES", table)
+    def bench(make: Make, *options: str) -> tuple[int, str]:
+        table = {"mine": Contender("float32", make, own=True), "diffusers": CONTENDERS["diffusers"]}
+        monkeypatch.setattr(command, "CONTENDERS", table)
         monkeypatch.setattr(sys, "argv", ["fastdiff", "bench", model, "--batches", "2", *options])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -393,38 +395,38 @@ def test_finished_engines_are_kept(model: str, tmp_path: Path) -> None:
     """A second call makes only what is missing, and the anchor that it is measured by; a third makes nothing."""
     save = tmp_path / "save.json"
     said: list[str] = []
-    run.run(settings(model, "eager"), save, say=said.append)
+    run.measure(settings(model, "eager"), save, say=said.append)
     first = json.loads(save.read_text())["batches"][0]
     assert first["engines"]["eager"]["finished"]
     said.clear()
-    both = run.run(settings(model, "eager", "eager-bf16"), save, say=said.append)["batches"][0]
+    both = run.measure(settings(model, "eager", "eager-bf16"), save, say=said.append)["batches"][0]
     assert [line for line in said if "preparing" in line] == [
         "batch 2: preparing eager-bf16", "batch 2: preparing eager"
     ]  # fmt: skip
     assert both["rounds"][: len(first["rounds"])] == first["rounds"]
     assert both["engines"]["eager-bf16"]["finished"]
     said.clear()
-    run.run(settings(model, "eager-bf16"), save, say=said.append)
+    run.measure(settings(model, "eager-bf16"), save, say=said.append)
     assert said == []
 
 
 @pytest.mark.usefixtures("_here")
 def test_another_result_is_not_overwritten(model: str, tmp_path: Path) -> None:
     save = tmp_path / "save.json"
-    run.run(settings(model, "eager"), save)
+    run.measure(settings(model, "eager"), save)
     before = save.read_text()
     with pytest.raises(InvalidArgument, match=r"holds another result \(what step, now network"):
-        run.run(settings(model, "eager", what="network"), save)
+        run.measure(settings(model, "eager", what="network"), save)
     with pytest.raises(InvalidArgument, match=r"holds another result \(guidance None, now 2\.0"):
-        run.run(settings(model, "eager", guidance=2.0), save)
+        run.measure(settings(model, "eager", guidance=2.0), save)
     changed = json.loads(before)
     changed["machine"]["code"] = "0"
     save.write_text(json.dumps(changed))
     with pytest.raises(InvalidArgument, match="code has changed"):
-        run.run(settings(model, "eager"), save)
+        run.measure(settings(model, "eager"), save)
     save.write_text("{}")
     with pytest.raises(InvalidArgument, match="no result of"):
-        run.run(settings(model, "eager"), save)
+        run.measure(settings(model, "eager"), save)
 
 
 @pytest.mark.usefixtures("_here")
@@ -448,7 +450,7 @@ def test_interrupted_it_prints_and_goes_on(model: str, tmp_path: Path) -> None:
     kept = json.loads(save.read_text())
     assert kept["interrupted"]
     assert len(kept["batches"][0]["rounds"]) >= 1
-    after = run.run(settings(model, "eager", "diffusers", batches=(2,), turn_s=0.2), save)
+    after = run.measure(settings(model, "eager", "diffusers", batches=(2,), turn_s=0.2), save)
     assert after["batches"][0]["rounds"][0] == kept["batches"][0]["rounds"][0]
     assert after["batches"][0]["engines"]["eager"]["finished"]
     assert "interrupted" not in after
@@ -456,7 +458,7 @@ def test_interrupted_it_prints_and_goes_on(model: str, tmp_path: Path) -> None:
 
 def test_a_worker_ends_with_its_pipe(model: str) -> None:
     """Even where what it answered last is never read, as Ctrl-C in a turn has it: no traceback, exit code 0."""
-    w = Worker(ENGINES["eager"], Task(model, 2, "step", 1, "cpu", None))
+    w = Worker(CONTENDERS["eager"], Task(model, 2, "step", 1, "cpu", None))
     assert isinstance(w.start(), Ready)
     w.pipe.send(0.01)
     assert w.pipe.poll(60)
@@ -484,13 +486,13 @@ def test_the_processor_is_told_by_generation(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_engines_that_fail_are_named_and_the_others_go_on(model: str) -> None:
     table = {
-        "eager": ENGINES["eager"],
-        "crash": Engine("float32", bench_engines.crash),
-        "later": Engine("float32", bench_engines.crash_later),
-        "refuse": Engine("float32", bench_engines.refuse),
-        "missing": Engine("float32", bench_engines.refuse, needs=("a_module_that_is_not_there",)),
+        "eager": CONTENDERS["eager"],
+        "crash": Contender("float32", bench_engines.crash),
+        "later": Contender("float32", bench_engines.crash_later),
+        "refuse": Contender("float32", bench_engines.refuse),
+        "missing": Contender("float32", bench_engines.refuse, needs=("a_module_that_is_not_there",)),
     }
-    record = run.run(settings(model, *table), engines=table)["batches"][0]
+    record = run.measure(settings(model, *table), contenders=table)["batches"][0]
     assert record["absent"] == {
         "crash": "its process ended with exit code 7",
         "later": "its process ended with exit code -9, as where memory runs out: fewer --engines at a time, and "
@@ -518,7 +520,7 @@ def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | N
     """Against float64, over the end of the table: the network's output, and x after each step."""
     if name == "native" and not HAS_NATIVE:
         pytest.skip("the native engine is not built")
-    for module in ENGINES[name].needs:
+    for module in CONTENDERS[name].needs:
         pytest.importorskip(module)
     warnings.simplefilter("ignore")  # the exporters' own, as in a worker
 
@@ -526,10 +528,12 @@ def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | N
         return checkpoint.Pretrained(random_unet(config), NoiseSchedule("linear", 8), "epsilon", {}, Path("m"))
 
     model = model_of()
-    inputs = Inputs.of(model, 3, guidance=guidance)
-    assert len(inputs.table) == 4
-    exact = engines.backend("eager", torch.float64, False, model_of(), dataclasses.replace(inputs, x=inputs.x.double()))
-    steps = ENGINES[name].make(model_of(), inputs)
+    workload = Workload.of(model, 3, guidance=guidance)
+    assert len(workload.table) == 4
+    exact = engines.backend(
+        "eager", torch.float64, False, model_of(), dataclasses.replace(workload, x=workload.x.double())
+    )
+    steps = CONTENDERS[name].make(model_of(), workload)
     assert relative_error(steps.forward(), exact.forward()) < 1e-5
     for _ in range(6):
         assert relative_error(steps.step(), exact.step()) < 1e-5
@@ -538,7 +542,7 @@ def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | N
 def test_openvino_runs_the_built_in_model() -> None:
     """In a process of its own, as its compiler crashes over a scale-shift network that is given as it is."""
     pytest.importorskip("openvino")
-    process = Worker(ENGINES["openvino"], Task("fashion-mnist", 2, "step", 1, "cpu"))
+    process = Worker(CONTENDERS["openvino"], Task("fashion-mnist", 2, "step", 1, "cpu"))
     try:
         ready = process.start()
     finally:
@@ -553,23 +557,23 @@ def test_one_in_the_bias_is_the_same_network() -> None:
     """And the network that it was made of is what it was; one without scale-shift is itself, so its export is too."""
     unet = random_unet(change(TINY_CLASSES, resnet_time_scale_shift="scale_shift"))
     before = {key: value.clone() for key, value in unet.state_dict().items()}
-    folded = engines.one_in_bias(unet)
+    folded = peers.one_in_bias(unet)
     x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
     assert relative_error(folded(x, t, class_labels=label), unet(x, t, class_labels=label)) < 1e-6
     assert all(torch.equal(unet.state_dict()[key], value) for key, value in before.items())
     biases = [k for k, v in folded.state_dict().items() if v.data_ptr() != unet.state_dict()[k].data_ptr()]
     assert biases == [key for key in before if key.endswith("time_emb_proj.bias")]
     plain = random_unet(TINY_CLASSES)
-    assert engines.one_in_bias(plain) is plain
+    assert peers.one_in_bias(plain) is plain
 
 
 @pytest.mark.parametrize("guidance", [None, 2.5])
 def test_what_a_cuda_graph_holds_takes_the_same_steps(guidance: float | None) -> None:
     """On a CPU, without the graph: coefficients by a row index on the device."""
     model = checkpoint.Pretrained(random_unet(TINY_CLASSES), NoiseSchedule("linear", 8), "epsilon", {}, Path("m"))
-    inputs = Inputs.of(model, 3, guidance=guidance)
-    network = engines.plain(model.unet, torch.float32, inputs)
-    plain, graph = PeerSteps(network, model, inputs), GraphSteps(network, model, inputs)
+    workload = Workload.of(model, 3, guidance=guidance)
+    network = peers.plain(model.unet, torch.float32, workload)
+    plain, graph = PeerStepper(network, model, workload), GraphStepper(network, model, workload)
     for _ in range(4):
         graph.device_step()
         assert relative_error(graph.x, plain.step()) < 1e-5
@@ -578,7 +582,7 @@ def test_what_a_cuda_graph_holds_takes_the_same_steps(guidance: float | None) ->
 
 def test_memory_is_the_engines_own(model: str) -> None:
     """It is none of the libraries', and a few thousand parameters need little."""
-    process = Worker(ENGINES["eager"], Task(model, 2, "step", 1, "cpu"))
+    process = Worker(CONTENDERS["eager"], Task(model, 2, "step", 1, "cpu"))
     try:
         ready = process.start()
         assert not isinstance(ready, Absent)
@@ -634,7 +638,7 @@ def test_examples(
     checkpoint.save_folder(unconditional, random_unet(change()), NoiseSchedule("linear", 100, beta_end=0.1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "Settings", quickly(command.Settings))
-    monkeypatch.setattr(command, "ENGINES", {name: ENGINES[name] for name in ("native", "eager", "diffusers")})
+    monkeypatch.setattr(command, "CONTENDERS", {name: CONTENDERS[name] for name in ("native", "eager", "diffusers")})
     found = re.findall(r"^ +(fastdiff bench.*)$", cli.bench.bench.__doc__ or "", re.MULTILINE)
     assert len(found) == 4
     for example in found:
@@ -697,7 +701,7 @@ def test_a_whole_job(config: Any, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native engine is not built")
 def test_a_profile_names_every_kind_of_operation(model: str) -> None:
-    parts = profile.profile(model, 2, 3)
+    parts = profile.native_profile(model, 2, 3)
     assert list(parts.values()) == sorted(parts.values(), reverse=True)
     for kind in ("conv 3x3/1", "conv 3x3/2", "conv 1x1/1", "attention", "input"):
         assert any(key.startswith(kind) for key in parts), kind
@@ -705,4 +709,4 @@ def test_a_profile_names_every_kind_of_operation(model: str) -> None:
 
 def test_foreign_options_are_no_peers() -> None:
     with pytest.raises(BackendError, match="has no resample_shortcut"):
-        engines.diffusers_twin(random_unet(change(resample_shortcut=True)))
+        peers.diffusers_twin(random_unet(change(resample_shortcut=True)))

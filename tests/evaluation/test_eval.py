@@ -19,13 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastdiff import checkpoint, cli
+from fastdiff import checkpoints, cli
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.evaluation import evaluate as evaluation
-from fastdiff.evaluation import image_store as parts
-from fastdiff.evaluation import inception
-from fastdiff.evaluation import metrics as quality
-from fastdiff.evaluation import reference_images as real
+from fastdiff.evaluation import evaluate, image_store, inception, metrics, reference_images, table
 from fastdiff.evaluation.classifier import Classifier
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
@@ -61,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
     config = change(TINY_CLASSES, sample_size=32, in_channels=1, out_channels=1, num_class_embeds=11, null_label=10)
-    checkpoint.save_folder(path, random_unet(config), NoiseSchedule("linear", 100, beta_end=0.1))
+    checkpoints.save_folder(path, random_unet(config), NoiseSchedule("linear", 100, beta_end=0.1))
     return path
 
 
@@ -98,16 +94,16 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
         "solver": "ddim", "nfe": 4, "seed": 3, "guidance": 2.0, "labels": "cycle",
     }  # fmt: skip
     judge = Classifier.load()
-    kept = parts.load(tmp_path / report["images"])
+    kept = image_store.load(tmp_path / report["images"])
     drawn = Sampler.from_pretrained("fashion-mnist", device="cpu").sample(
         20, steps=2, guidance=2.0, seed=3, labels=[i % 10 for i in range(20)]
     )
     assert (kept.float() / 127.5 - 1 - drawn.images.clamp(-1, 1)).abs().max() < 0.02
     logits, features = judge.judge(kept.float() / 127.5 - 1)
     reference = judge.judge(padded(pictures(120, 0)))[1]
-    expected = quality.measure(features, reference)
-    test_logits, test_features = (quality.thinned(t, 20) for t in judge.judge(padded(pictures(40, 1))))
-    floor = quality.measure(test_features, reference)
+    expected = metrics.measure(features, reference)
+    test_logits, test_features = (metrics.thinned(t, 20) for t in judge.judge(padded(pictures(40, 1))))
+    floor = metrics.measure(test_features, reference)
     assert report["metrics"].keys() == expected.keys() == set(NUMBERS)
     for name in NUMBERS:
         for found, wanted in ((report, expected), (report["held_out"], floor)):
@@ -117,7 +113,7 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
             assert values["high"] == pytest.approx(wanted[name].high, rel=1e-3, abs=1e-6)
     read = (logits.argmax(1) == torch.arange(20) % 10).double().mean().item()
     assert report["accuracy"]["value"] == pytest.approx(read)
-    test_read = test_logits.argmax(1) == quality.thinned(torch.arange(40) % 10, 20)
+    test_read = test_logits.argmax(1) == metrics.thinned(torch.arange(40) % 10, 20)
     assert report["held_out"]["accuracy"]["value"] == pytest.approx(test_read.double().mean().item())
     for word in ("images: 20 of 20", "features of the real images: 120 of 120", "distances"):
         assert word in result.stderr
@@ -138,7 +134,7 @@ def test_examples(example: str, mnist: Path, tmp_path: Path) -> None:
     assert all(re.search(r"\S+ \[\S+, \S+\]  +\S+ \[\S+, \S+\]$", line) for line in lines[1:6])
 
 
-@pytest.mark.slow  # half a minute, of processes; test_parts.py interrupts a run within one
+@pytest.mark.slow  # half a minute, of processes; test_image_store.py interrupts a run within one
 def test_a_killed_run_goes_on(model: Path, mnist: Path, tmp_path: Path) -> None:
     """SIGKILL after the first part: that part stays, the rest is drawn, and the report is that of a whole run."""
     arguments = ["--n", 1100, "--steps", 10, "--data", mnist, "--backend", "eager", "--batch-size", 50]
@@ -172,16 +168,16 @@ def test_a_killed_run_goes_on(model: Path, mnist: Path, tmp_path: Path) -> None:
 
 def test_another_model_gets_another_folder(model: Path, mnist: Path, tmp_path: Path) -> None:
     def run(path: Path, **options: Any) -> dict[str, Any]:
-        return evaluation.evaluate(path, n=20, data=mnist, out=tmp_path / "out", options={"steps": 2, **options})
+        return evaluate(path, n=20, data=mnist, out=tmp_path / "out", options={"steps": 2, **options})
 
     first = run(model)
-    changed = checkpoint.load(model)
+    changed = checkpoints.load(model)
     with torch.no_grad():
         next(changed.unet.parameters()).mul_(1.5)
-    checkpoint.save_folder(tmp_path / "changed", changed.unet, changed.schedule)
+    checkpoints.save_folder(tmp_path / "changed", changed.unet, changed.schedule)
     reports = [first, run(tmp_path / "changed"), run(model, seed=1), run(model, eta=1.0)]
     assert len({report["images"] for report in reports}) == 4
-    images = [parts.load(report["images"]) for report in reports]
+    images = [image_store.load(report["images"]) for report in reports]
     assert not any(torch.equal(images[0], other) for other in images[1:])
     assert run(model) == first
 
@@ -198,26 +194,25 @@ def test_given_images(mnist: Path, model: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "d" / "000000.npz", images=np.pad(images, ((0, 0), (2, 2), (2, 2))))
     (tmp_path / "d" / "settings.json").write_text('{"labels": "cycle"}')
     reports = [
-        evaluation.evaluate(samples=tmp_path / name, data=mnist, out=tmp_path / "out")
-        for name in ("a.npz", "b.gz", "c", "d")
+        evaluate(samples=tmp_path / name, data=mnist, out=tmp_path / "out") for name in ("a.npz", "b.gz", "c", "d")
     ]
     for report in reports:
         assert report["metrics"] == reports[0]["metrics"]
         assert report["n"] == 30
     assert [report["accuracy"] is None for report in reports] == [False, True, True, False]
     assert reports[0]["accuracy"] == reports[3]["accuracy"]
-    fewer = evaluation.evaluate(samples=tmp_path / "a.npz", n=20, data=mnist, out=tmp_path / "out")
+    fewer = evaluate(samples=tmp_path / "a.npz", n=20, data=mnist, out=tmp_path / "out")
     assert fewer["n"] == 20
     with pytest.raises(DataError, match="holds 30 images, 40 are needed"):
-        evaluation.evaluate(samples=tmp_path / "a.npz", n=40, data=mnist, out=tmp_path / "out")
+        evaluate(samples=tmp_path / "a.npz", n=40, data=mnist, out=tmp_path / "out")
 
 
 def test_copies_of_the_data_have_no_distance(mnist: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=pictures(120, 0))
-    report = evaluation.evaluate(samples=tmp_path / "a.npz", data=mnist, out=tmp_path / "out")
-    metrics = report["metrics"]
-    assert metrics["frechet"]["value"] < 1e-9 < report["held_out"]["metrics"]["frechet"]["value"]
-    assert metrics["precision"]["value"] == metrics["recall"]["value"] == 1.0
+    report = evaluate(samples=tmp_path / "a.npz", data=mnist, out=tmp_path / "out")
+    found = report["metrics"]
+    assert found["frechet"]["value"] < 1e-9 < report["held_out"]["metrics"]["frechet"]["value"]
+    assert found["precision"]["value"] == found["recall"]["value"] == 1.0
 
 
 def test_folders_of_pictures_and_held_out_ones(tmp_path: Path) -> None:
@@ -226,15 +221,15 @@ def test_folders_of_pictures_and_held_out_ones(tmp_path: Path) -> None:
         for i, image in enumerate(pictures(25, seed)):
             Image.fromarray(image).resize((40, 36)).save(tmp_path / name / f"{i}.png")
     np.savez(tmp_path / "a.npz", images=np.pad(pictures(25, 2), ((0, 0), (2, 2), (2, 2))))
-    report = evaluation.evaluate(
+    report = evaluate(
         samples=tmp_path / "a.npz", data=tmp_path / "real", held_out=tmp_path / "other", out=tmp_path / "out"
     )
     assert report["held_out"]["n"] == 25
     assert report["held_out"]["accuracy"] is None
-    alone = evaluation.evaluate(samples=tmp_path / "a.npz", data=tmp_path / "real", out=tmp_path / "out")
+    alone = evaluate(samples=tmp_path / "a.npz", data=tmp_path / "real", out=tmp_path / "out")
     assert alone["held_out"] is None
     assert alone["metrics"] == report["metrics"]
-    assert "held-out" not in evaluation.table(alone)
+    assert "held-out" not in table(alone)
 
 
 def test_inceptions_features_of_colour_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +240,7 @@ def test_inceptions_features_of_colour_images(tmp_path: Path, monkeypatch: pytes
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
     np.savez(tmp_path / "made.npz", images=rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
-    report = evaluation.evaluate(
+    report = evaluate(
         samples=tmp_path / "made.npz", data=tmp_path / "real.npz", features_of=tmp_path / "weights.pth",
         out=tmp_path / "out",
     )  # fmt: skip
@@ -260,13 +255,13 @@ def test_features_are_kept_and_damaged_ones_made_again(mnist: Path, tmp_path: Pa
     calls = []
 
     def run() -> dict[str, Any]:
-        return evaluation.evaluate(samples=tmp_path / "a.npz", data=mnist, out=tmp_path / "out")
+        return evaluate(samples=tmp_path / "a.npz", data=mnist, out=tmp_path / "out")
 
     first = run()
     files = sorted((tmp_path / "out" / "features").iterdir())
     assert len(files) == 3  # real, made, held-out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality.Extractor, "__call__", lambda self, x: calls.append(len(x)))
+        patch.setattr(metrics.Extractor, "__call__", lambda self, x: calls.append(len(x)))
         assert run() == first
     assert calls == []
     files[0].write_bytes(files[0].read_bytes()[:100])
@@ -275,13 +270,13 @@ def test_features_are_kept_and_damaged_ones_made_again(mnist: Path, tmp_path: Pa
 
 def test_what_is_missing_or_does_not_fit_is_named(mnist: Path, model: Path, tmp_path: Path) -> None:
     colour = tmp_path / "colour"
-    checkpoint.save_folder(colour, random_unet(TINY_CLASSES), NoiseSchedule("linear", 100, beta_end=0.1))
+    checkpoints.save_folder(colour, random_unet(TINY_CLASSES), NoiseSchedule("linear", 100, beta_end=0.1))
     np.savez(tmp_path / "few.npz", images=pictures(5, 0))
     (tmp_path / "none").mkdir()
 
     def run(error: type[Exception], match: str, model: Path | str = model, **options: Any) -> None:
         with pytest.raises(error, match=match):
-            evaluation.evaluate(model, **{"data": mnist, "n": 20, "out": tmp_path / "out", **options})
+            evaluate(model, **{"data": mnist, "n": 20, "out": tmp_path / "out", **options})
 
     run(DataError, f"those that {model} was trained on: give --data", data=None)
     run(DataError, "nowhere", data=tmp_path / "nowhere")
@@ -301,9 +296,9 @@ def test_what_is_missing_or_does_not_fit_is_named(mnist: Path, model: Path, tmp_
 
 
 def test_missing_fashion_mnist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real, "DATA", tmp_path / "datasets" / "fashion-mnist")
+    monkeypatch.setattr(reference_images, "DATA", tmp_path / "datasets" / "fashion-mnist")
     with pytest.raises(DataError, match=r"datasets/fashion-mnist is not there.*dataset-fashion-mnist.*--data"):
-        evaluation.evaluate(out=tmp_path / "out")
+        evaluate(out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import DataError, InvalidArgument, NumericsError
-from fastdiff.evaluation import image_store as parts
+from fastdiff.evaluation import image_store
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNetConfig
@@ -29,7 +29,7 @@ def tiny(config: UNetConfig = TINY_CLASSES, seed: int = 0) -> Sampler:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART", 6)
+    monkeypatch.setattr(image_store, "PART", 6)
 
 
 def names(folder: Path) -> list[str]:
@@ -38,7 +38,7 @@ def names(folder: Path) -> list[str]:
 
 def test_images_are_the_samplers(tmp_path: Path) -> None:
     sampler, seen = tiny(), []
-    images = parts.draw(sampler, tmp_path / "a", 15, steps=3, progress=lambda *done: seen.append(done))
+    images = image_store.draw(sampler, tmp_path / "a", 15, steps=3, progress=lambda *done: seen.append(done))
     expected = sampler.sample(15, steps=3, labels=[i % 4 for i in range(15)], seed=0).images
     difference = images.permute(0, 2, 3, 1).int() - torch.from_numpy(to_uint8(expected)).int()
     assert images.shape == (15, 3, 8, 8)
@@ -49,19 +49,19 @@ def test_images_are_the_samplers(tmp_path: Path) -> None:
     assert names(tmp_path / "a") == ["000000.npz", "000006.npz", "000012.npz", "settings.json"]
     with np.load(tmp_path / "a" / "000006.npz") as file:
         assert file["images"].shape == (6, 8, 8, 3)
-    torch.testing.assert_close(parts.load(tmp_path / "a"), images, rtol=0, atol=0)
+    torch.testing.assert_close(image_store.load(tmp_path / "a"), images, rtol=0, atol=0)
 
 
 def test_gray_images_and_other_labels(tmp_path: Path) -> None:
     gray = tiny(change(TINY_CLASSES, in_channels=1, out_channels=1))
     for labels, expected in (("cycle", [0, 1]), (2, [2, 2]), (None, None)):
         folder = tmp_path / str(labels)
-        images = parts.draw(gray, folder, 2, steps=2, labels=labels)
+        images = image_store.draw(gray, folder, 2, steps=2, labels=labels)
         with np.load(folder / "000000.npz") as file:
             assert file["images"].shape == (2, 8, 8)
         wanted = torch.from_numpy(to_uint8(gray.sample(2, steps=2, labels=expected).images)).permute(0, 3, 1, 2)
         torch.testing.assert_close(images, wanted, rtol=0, atol=0)
-    plain = parts.draw(tiny(TINY), tmp_path / "plain", 2, steps=2)  # no classes: nothing to take turns
+    plain = image_store.draw(tiny(TINY), tmp_path / "plain", 2, steps=2)  # no classes: nothing to take turns
     assert plain.shape == (2, 3, 8, 8)
 
 
@@ -74,16 +74,16 @@ def test_what_is_there_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return sample(self, n, **options)
 
     monkeypatch.setattr(Sampler, "sample", counted)
-    whole = parts.draw(sampler, tmp_path / "whole", 20, steps=2)
+    whole = image_store.draw(sampler, tmp_path / "whole", 20, steps=2)
     assert drawn == [(0, 6), (6, 6), (12, 6), (18, 2)]
     drawn.clear()
     for n, new in ((8, [(0, 6), (6, 2)]), (5, []), (8, []), (20, [(8, 4), (12, 6), (18, 2)]), (20, [])):
-        images = parts.draw(sampler, tmp_path / "grown", n, steps=2)
+        images = image_store.draw(sampler, tmp_path / "grown", n, steps=2)
         assert drawn == new
         drawn.clear()
         assert (images.int() - whole[:n].int()).abs().max() <= 1
     (tmp_path / "grown" / "000006.npz").unlink()
-    parts.draw(sampler, tmp_path / "grown", 20, steps=2, batch_size=3)  # batches change rounding alone
+    image_store.draw(sampler, tmp_path / "grown", 20, steps=2, batch_size=3)  # batches change rounding alone
     assert drawn == [(6, 6)]
 
 
@@ -98,10 +98,10 @@ def test_an_interruption_costs_one_part(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Sampler, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        parts.draw(sampler, tmp_path, 20, steps=2)
+        image_store.draw(sampler, tmp_path, 20, steps=2)
     assert names(tmp_path) == ["000000.npz", "000006.npz", "settings.json"]
     before = (tmp_path / "000006.npz").stat().st_mtime_ns
-    images = parts.draw(sampler, tmp_path, 20, steps=2)
+    images = image_store.draw(sampler, tmp_path, 20, steps=2)
     assert len(calls) == 3 + 2
     assert (tmp_path / "000006.npz").stat().st_mtime_ns == before
     assert len(images) == 20
@@ -109,13 +109,13 @@ def test_an_interruption_costs_one_part(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_images_of_two_models_never_mix(tmp_path: Path) -> None:
     sampler = tiny()
-    parts.draw(sampler, tmp_path, 2, steps=2)
+    image_store.draw(sampler, tmp_path, 2, steps=2)
     before = (tmp_path / "000000.npz").read_bytes()
     with torch.no_grad():
         weight = next(sampler.unet.parameters()).flatten()[:1]
         weight.copy_(torch.nextafter(weight, weight + 1))  # one bit
     with pytest.raises(DataError, match=r"other settings \(model '[0-9a-f]{64}', not '[0-9a-f]{64}'\)"):
-        parts.draw(sampler, tmp_path, 4, steps=2)
+        image_store.draw(sampler, tmp_path, 4, steps=2)
     assert (tmp_path / "000000.npz").read_bytes() == before
 
 
@@ -136,47 +136,47 @@ def test_images_of_two_models_never_mix(tmp_path: Path) -> None:
 )
 def test_other_settings_are_refused(changes: dict, word: str, tmp_path: Path) -> None:
     sampler = tiny()
-    parts.draw(sampler, tmp_path, 2, steps=2)
+    image_store.draw(sampler, tmp_path, 2, steps=2)
     with pytest.raises(DataError, match=word):
-        parts.draw(sampler, tmp_path, 2, **{"steps": 2, **changes})
-    assert len(parts.draw(sampler, tmp_path, 2, steps=2, solver="ddim", eta=0.0, spacing=None)) == 2
+        image_store.draw(sampler, tmp_path, 2, **{"steps": 2, **changes})
+    assert len(image_store.draw(sampler, tmp_path, 2, steps=2, solver="ddim", eta=0.0, spacing=None)) == 2
 
 
 def test_another_dtype_or_backend_is_another_setting(tmp_path: Path) -> None:
-    parts.draw(tiny(), tmp_path, 2, steps=2)
+    image_store.draw(tiny(), tmp_path, 2, steps=2)
     torch.manual_seed(0)
     half = Sampler(random_unet(TINY_CLASSES), SCHEDULE, backend="eager", dtype="bfloat16")
     with pytest.raises(DataError, match="dtype 'float32', not 'bfloat16'"):
-        parts.draw(half, tmp_path, 2, steps=2)
+        image_store.draw(half, tmp_path, 2, steps=2)
 
 
 def test_folders_without_usable_settings(tmp_path: Path) -> None:
     sampler = tiny()
-    parts.draw(sampler, tmp_path, 2, steps=2)
+    image_store.draw(sampler, tmp_path, 2, steps=2)
     settings = tmp_path / "settings.json"
     known = json.loads(settings.read_text())
     settings.unlink()
     with pytest.raises(DataError, match=r"no settings\.json"):
-        parts.draw(sampler, tmp_path, 2, steps=2)
-    parts.check_settings(tmp_path / "elsewhere", known)
+        image_store.draw(sampler, tmp_path, 2, steps=2)
+    image_store.check_settings(tmp_path / "elsewhere", known)
     settings.write_text((tmp_path / "elsewhere" / "settings.json").read_text())
-    assert len(parts.draw(sampler, tmp_path, 2, steps=2)) == 2
+    assert len(image_store.draw(sampler, tmp_path, 2, steps=2)) == 2
     settings.write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
-        parts.draw(sampler, tmp_path, 2, steps=2)
+        image_store.draw(sampler, tmp_path, 2, steps=2)
 
 
 def test_damaged_parts_are_drawn_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sampler = tiny()
-    images = parts.draw(sampler, tmp_path, 8, steps=2)
+    images = image_store.draw(sampler, tmp_path, 8, steps=2)
     path = tmp_path / "000006.npz"
     path.write_bytes(path.read_bytes()[:50])
     with caplog.at_level(logging.WARNING, "fastdiff"):
-        again = parts.draw(sampler, tmp_path, 8, steps=2)
+        again = image_store.draw(sampler, tmp_path, 8, steps=2)
     assert "000006.npz" in caplog.text
     assert torch.equal(images, again)
     np.savez(path, images=np.array([{"a": 1}], dtype=object))  # a pickle: not loaded
-    assert torch.equal(parts.draw(sampler, tmp_path, 8, steps=2), images)
+    assert torch.equal(image_store.draw(sampler, tmp_path, 8, steps=2), images)
 
 
 def test_images_that_became_nan_are_not_kept(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_images_that_became_nan_are_not_kept(tmp_path: Path) -> None:
     with torch.no_grad():
         next(sampler.unet.parameters()).fill_(math.nan)
     with pytest.raises(NumericsError):
-        parts.draw(sampler, tmp_path, 2, steps=2)
+        image_store.draw(sampler, tmp_path, 2, steps=2)
     assert names(tmp_path) == ["settings.json"]
 
 
@@ -192,7 +192,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     sampler = tiny()
     for n in (0, True, 2.0):
         with pytest.raises(InvalidArgument, match=f"n={n}"):
-            parts.draw(sampler, tmp_path, n)
+            image_store.draw(sampler, tmp_path, n)
     for options, word in (
         ({"noise": torch.zeros(2, 3, 8, 8)}, "noise="),
         ({"image": torch.zeros(3, 8, 8)}, "image="),
@@ -203,20 +203,20 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ({"steps": 0}, "steps"),
     ):
         with pytest.raises(InvalidArgument, match=word):
-            parts.draw(sampler, tmp_path, 2, **options)
+            image_store.draw(sampler, tmp_path, 2, **options)
     with pytest.raises(InvalidArgument, match="2 channels"):
-        parts.draw(tiny(change(TINY, in_channels=2, out_channels=2)), tmp_path, 2)
+        image_store.draw(tiny(change(TINY, in_channels=2, out_channels=2)), tmp_path, 2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_load_says_what_is_missing(tmp_path: Path) -> None:
-    parts.draw(tiny(), tmp_path, 14, steps=1)
-    assert len(parts.load(tmp_path, 13)) == 13
+    image_store.draw(tiny(), tmp_path, 14, steps=1)
+    assert len(image_store.load(tmp_path, 13)) == 13
     with pytest.raises(DataError, match=r"holds 14 images.*15 are needed"):
-        parts.load(tmp_path, 15)
+        image_store.load(tmp_path, 15)
     (tmp_path / "000006.npz").unlink()
-    assert len(parts.load(tmp_path)) == 6  # without a gap
+    assert len(image_store.load(tmp_path)) == 6  # without a gap
     with pytest.raises(DataError, match="holds 6 images"):
-        parts.load(tmp_path, 13)
+        image_store.load(tmp_path, 13)
     with pytest.raises(DataError, match="holds 0 images"):
-        parts.load(tmp_path / "nowhere")
+        image_store.load(tmp_path / "nowhere")

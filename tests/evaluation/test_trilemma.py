@@ -22,12 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastdiff import checkpoint, cli, solvers
+from fastdiff import checkpoints, cli, solvers
 from fastdiff.checkpoints.reading import weights_digest
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.evaluation import image_store as parts
-from fastdiff.evaluation.trilemma import grid as plan
-from fastdiff.evaluation.trilemma import picture, report, run, speed
+from fastdiff.evaluation import image_store
+from fastdiff.evaluation.trilemma import grid, picture, report, run, speed
 from fastdiff.sampler import Sampler, choice, measured
 from fastdiff.sampler.choice import resolve
 from fastdiff.sampler.options import Options
@@ -47,7 +46,7 @@ CONFIG = change(
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny network for gray images of 32 x 32, ten classes and the null label."""
     path = tmp_path_factory.mktemp("model") / "tiny"
-    checkpoint.save_folder(path, random_unet(CONFIG), SCHEDULE)
+    checkpoints.save_folder(path, random_unet(CONFIG), SCHEDULE)
     return path
 
 
@@ -71,7 +70,7 @@ def judge(sampler: Sampler, data: list[str]) -> run.Judge:
     return run.Judge.of(sampler, "tiny", Path(data[1]), Path(data[3]), None, "fashion-mnist")
 
 
-def report_of(sampler: Sampler, out: Path, points: list[plan.Planned], data: list[str]) -> dict[str, Any]:
+def report_of(sampler: Sampler, out: Path, points: list[grid.Planned], data: list[str]) -> dict[str, Any]:
     j = judge(sampler, data)
     return run.result(sampler, out, points, j, lambda text: None, model="m", batch=8, timed=False, known={})
 
@@ -96,7 +95,7 @@ def stop_after(command: list[str], text: str, how: signal.Signals) -> tuple[int,
 
 
 def numbers(out: Path) -> dict[str, Any]:
-    """What a result says of the images; not of the machine."""
+    """Return the part of a result that depends on the images, not on the machine."""
     result = json.loads((out / "trilemma.json").read_text())
     return {k: result[k] for k in ("n", "model", "points", "floor", "missing", "nearest", "settings")}
 
@@ -161,11 +160,11 @@ def test_interrupted_and_resumed(
 
 
 def test_images_of_other_settings_are_refused(sampler: Sampler, data: list[str], tmp_path: Path) -> None:
-    points = plan.plan(sampler, ["ddim"], [2], 20)
+    points = grid.grid_points(sampler, ["ddim"], [2], 20)
     run.draw(sampler, tmp_path, points, 8, lambda text: None, {})
     other = Sampler.from_pretrained(checkpoint_of(tmp_path / "other", seed=1), device="cpu", backend="eager")
     with pytest.raises(DataError, match="images of other settings"):
-        run.draw(other, tmp_path, plan.plan(other, ["ddim"], [2], 40), 8, lambda text: None, {})
+        run.draw(other, tmp_path, grid.grid_points(other, ["ddim"], [2], 40), 8, lambda text: None, {})
     with pytest.raises(DataError, match="images of other settings"):
         report_of(other, tmp_path, points, data)
     with pytest.raises(DataError, match="no point has its 20 images yet"):
@@ -176,7 +175,7 @@ def test_a_report_of_something_else_stands_for_nothing(
     sampler: Sampler, data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another network, other real images, another seed, another step table, or damage: its points are drawn anew."""
-    points = plan.plan(sampler, ["ddim"], [2], 20)
+    points = grid.grid_points(sampler, ["ddim"], [2], 20)
     run.draw(sampler, tmp_path, points, 8, lambda text: None, {})
     found = report_of(sampler, tmp_path, points, data)
     j, path = judge(sampler, data), tmp_path / "trilemma.json"
@@ -196,7 +195,7 @@ def test_a_report_of_something_else_stands_for_nothing(
 
 
 def checkpoint_of(path: Path, seed: int) -> Path:
-    checkpoint.save_folder(path, random_unet(CONFIG, seed=seed), SCHEDULE)
+    checkpoints.save_folder(path, random_unet(CONFIG, seed=seed), SCHEDULE)
     return path
 
 
@@ -209,7 +208,7 @@ def test_examples(
     """As they stand but for time: 20 images a point, of 10 evaluations at most, little data, and no timing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(picture, "drawable", lambda: False)
-    monkeypatch.setattr(plan, "QUICK", (plan.QUICK[0], plan.QUICK[1][:2], 20))
+    monkeypatch.setattr(grid, "QUICK", (grid.QUICK[0], grid.QUICK[1][:2], 20))
     example = re.sub(r"--n \d+", "--n 20", example)
     monkeypatch.setattr(sys, "argv", [*shlex.split(example), *data, "--no-time", "--device", "cpu"])
     with pytest.raises(SystemExit) as stop:
@@ -253,15 +252,15 @@ def test_distances_are_compared_at_equal_n(
     sampler: Sampler, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short points have more images than long ones; and the reference, where it has fewer, is compared at its own n."""
-    for module in (plan, run):
+    for module in (grid, run):
         monkeypatch.setattr(module, "FEW", 24)
-    monkeypatch.setattr(plan, "MANY", 40)
-    monkeypatch.setattr(plan, "SHORT", 4)
-    points = plan.plan(sampler, ["ddim", "ddpm"], [2, 8])
+    monkeypatch.setattr(grid, "MANY", 40)
+    monkeypatch.setattr(grid, "SHORT", 4)
+    points = grid.grid_points(sampler, ["ddim", "ddpm"], [2, 8])
     assert {p.name: p.n for p in points} == {"ddim-2": 40, "ddpm-2": 40, "ddim-8": 24, "ddpm-8": 24}
     drawn = [p for p in points if p.name != "ddpm-8"]
     run.draw(sampler, tmp_path, drawn, 8, lambda text: None, {})
-    parts.draw(sampler, tmp_path / "points" / "ddpm-8", 21, seed=0, **points[-1].options)
+    image_store.draw(sampler, tmp_path / "points" / "ddpm-8", 21, seed=0, **points[-1].options)
     monkeypatch.setattr(run, "MIN_REFERENCE", 20)
     j = judge(sampler, data)
     found = report_of(sampler, tmp_path, points, data)
@@ -269,7 +268,7 @@ def test_distances_are_compared_at_equal_n(
     assert found["missing"] == [{"name": "ddpm-8", "images": 21, "of": 24}]
     measurer = run.Measurer(j, tmp_path, lambda text: None, {})
     for entry in found["points"]:
-        images = parts.load(tmp_path / "points" / entry["name"])
+        images = image_store.load(tmp_path / "points" / entry["name"])
         for key, n in (("at_n", 24), ("at_own_n", entry["n"])):
             expected = run.measure(measurer.features(images[:n]), measurer.reference)
             assert entry[key]["frechet"]["value"] == pytest.approx(expected["frechet"].value, rel=1e-9)
@@ -283,7 +282,7 @@ def test_distances_are_compared_at_equal_n(
     assert near["any"]["lowest"]["ratio"] == pytest.approx(frechet(measurer, points, lowest, 21) / goal)
 
 
-def frechet(measurer: run.Measurer, points: list[plan.Planned], name: str, n: int) -> float:
+def frechet(measurer: run.Measurer, points: list[grid.Planned], name: str, n: int) -> float:
     return measurer.point(next(p for p in points if p.name == name), n)["frechet"]["value"]
 
 
@@ -291,25 +290,25 @@ def frechet(measurer: run.Measurer, points: list[plan.Planned], name: str, n: in
 
 
 def test_the_plan_for_a_model(sampler: Sampler) -> None:
-    points = plan.plan(sampler)
+    points = grid.grid_points(sampler)
     for p in points:
         r = sampler.request(1, **p.options, labels=0)
         assert r.nfe == p.nfe
-        assert p.n == (5000 if p.nfe <= 20 and p.key not in plan.ASIDE else 2000)
+        assert p.n == (5000 if p.nfe <= 20 and p.key not in grid.ASIDE else 2000)
     assert max(p.nfe for p in points) == 100  # all timesteps, in place of 250 and 1000
-    assert {p.key for p in points} == set(plan.PLAN)
+    assert {p.key for p in points} == set(grid.PLAN)
     assert all(p.same_as == p.name.replace("ddim-eta1", "ddpm") for p in points if p.key == "ddim-eta1")
     # In two rows a multi-step solver has only one to look back from, and the last step is of first order.
     twins = {p.name: p.same_as for p in points if p.same_as is not None and p.key != "ddim-eta1"}
     assert twins == {"dpmpp_2m-g2-4": "ddim-g2-4", "unipc-g2-4": "ddim-g2-4"}
-    few = plan.plan(sampler, ["heun", "plms"], [5], 7)
+    few = grid.grid_points(sampler, ["heun", "plms"], [5], 7)
     assert [(p.name, p.options["steps"], p.n) for p in few] == [("heun-5", 3, 7), ("plms-5", 4, 7)]
     with pytest.raises(InvalidArgument, match=r"'ddim-g2' has no number of steps with 5"):
-        plan.plan(sampler, ["ddim-g2"], [5])
+        grid.grid_points(sampler, ["ddim-g2"], [5])
     for key, said in (("dim", "'dim' is unknown"), ("ddim-eta", "'eta'"), ("ddim-x", "'x'"), ("ddim-g2-g3", "twice")):
         with pytest.raises(InvalidArgument, match=said):
-            plan.options_of(key)
-    assert plan.options_of("unipc-g1.5-karras") == {"solver": "unipc", "guidance": 1.5, "spacing": "karras"}
+            grid.options_of(key)
+    assert grid.options_of("unipc-g1.5-karras") == {"solver": "unipc", "guidance": 1.5, "spacing": "karras"}
 
 
 # The front ------------------------------------------------------------------------------------------------------------
@@ -342,13 +341,13 @@ def test_the_nearest_in_words() -> None:
 
 def test_speeds_and_the_peer(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "ROUNDS", 1)
-    points = plan.plan(sampler, ["ddim", "ddim-g2"], [4, 20])
+    points = grid.grid_points(sampler, ["ddim", "ddim-g2"], [4, 20])
     lines = speed.speeds(sampler, points, batch=8)
     assert lines.keys() == {"ddim", "ddim-g2"}
     assert lines["ddim"].images_per_s(4) > lines["ddim"].images_per_s(20) > 0
     with monkeypatch.context() as m:  # a call takes 0.5 s and 0.1 s a row; heun's steps have two, the last one
         m.setattr(speed, "in_turn", lambda ways, rounds: {(k, n): [0.5 + 0.1 * (2 * n - 1)] * 3 for k, n in ways})
-        heun = speed.speeds(sampler, plan.plan(sampler, ["heun"], [5]), batch=8)["heun"]
+        heun = speed.speeds(sampler, grid.grid_points(sampler, ["heun"], [5]), batch=8)["heun"]
     assert (heun.a, heun.b) == (pytest.approx(0.5), pytest.approx(0.1))
     line = speed.Speed(64, 0.5, 0.1, 0.0)
     assert line.images_per_s(5) == pytest.approx(64.0)
@@ -388,8 +387,8 @@ POINTS = [
 def written(folder: Path, tmp_path: Path, points: list[dict[str, Any]] = POINTS, **changes: Any) -> Path:
     """A copy of a model with measurements."""
     path = tmp_path / "measured"
-    loaded = checkpoint.load(folder)
-    checkpoint.save_folder(path, loaded.unet, SCHEDULE)
+    loaded = checkpoints.load(folder)
+    checkpoints.save_folder(path, loaded.unet, SCHEDULE)
     content = {"format": 1, "model": weights_digest(loaded.unet.state_dict()), "n": 2000, "points": points, **changes}
     (path / measured.NAME).write_text(json.dumps(content))
     return path
@@ -579,7 +578,7 @@ def test_the_built_in_measurements() -> None:
 def test_install_and_picture(sampler: Sampler, model: Path, data: list[str], tmp_path: Path) -> None:
     """A result, kept with the model, is what auto goes by; the picture is drawn of speeds, too."""
     s = Sampler.from_pretrained(checkpoint_of(tmp_path / "m", seed=3), device="cpu", backend="eager")
-    points = plan.plan(s, ["ddim", "ddpm-g2"], [2, 4], 24)
+    points = grid.grid_points(s, ["ddim", "ddpm-g2"], [2, 4], 24)
     run.draw(s, tmp_path, points, 8, lambda text: None, {})
     found = report_of(s, tmp_path, points, data)
     assert "speed" not in found

@@ -1,4 +1,4 @@
-"""Engines that `fastdiff bench` must catch, in a module that its processes can import."""
+"""Faulty contenders that `fastdiff bench` must catch, in a module that its processes can import."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.bench.engines import ENGINES, Inputs, RunnerSteps, Steps, backend
-from fastdiff.checkpoints import Pretrained
+from fastdiff.bench.engines import CONTENDERS, RunnerStepper, backend
+from fastdiff.bench.inputs import Stepper, Workload
+from fastdiff.checkpoints.loading import Pretrained
 
 
-def _eager(model: Pretrained, inputs: Inputs) -> Steps:
-    return backend("eager", torch.float32, False, model, inputs)
+def _eager(model: Pretrained, workload: Workload) -> Stepper:
+    return backend("eager", torch.float32, False, model, workload)
 
 
 class Wrong:
-    """A kernel that is 1 % off in one image, the last."""
+    """A runner whose network is 1 % off in the last image."""
 
     def __init__(self, runner: Any):
         self.runner = runner
@@ -35,7 +36,7 @@ class Wrong:
 
 
 class WrongUpdate(Wrong):
-    """The network is right, what a step makes of it is not."""
+    """A runner whose network is right, but whose step is not."""
 
     def forward(self, state: Any) -> None:
         self.runner.forward(state)
@@ -45,57 +46,57 @@ class WrongUpdate(Wrong):
         self.runner.update(state)
 
 
-def wrong(model: Pretrained, inputs: Inputs) -> Steps:
-    steps = _eager(model, inputs)
-    assert isinstance(steps, RunnerSteps)
-    steps.runner = Wrong(steps.runner)
-    return steps
+def wrong(model: Pretrained, workload: Workload) -> Stepper:
+    stepper = _eager(model, workload)
+    assert isinstance(stepper, RunnerStepper)
+    stepper.runner = Wrong(stepper.runner)
+    return stepper
 
 
-def wrong_update(model: Pretrained, inputs: Inputs) -> Steps:
-    steps = _eager(model, inputs)
-    assert isinstance(steps, RunnerSteps)
-    steps.runner = WrongUpdate(steps.runner)
-    return steps
+def wrong_update(model: Pretrained, workload: Workload) -> Stepper:
+    stepper = _eager(model, workload)
+    assert isinstance(stepper, RunnerStepper)
+    stepper.runner = WrongUpdate(stepper.runner)
+    return stepper
 
 
-def nan(model: Pretrained, inputs: Inputs) -> Steps:
-    steps = wrong(model, inputs)
-    steps.runner.forward = lambda state: setattr(state, "out", state.x * float("nan"))  # type: ignore[attr-defined]
-    return steps
+def nan(model: Pretrained, workload: Workload) -> Stepper:
+    stepper = wrong(model, workload)
+    stepper.runner.forward = lambda state: setattr(state, "out", state.x * float("nan"))  # type: ignore[attr-defined]
+    return stepper
 
 
-def unguided(model: Pretrained, inputs: Inputs) -> Steps:
+def unguided(model: Pretrained, workload: Workload) -> Stepper:
     """A peer that leaves guidance out."""
-    return ENGINES["diffusers"].make(model, dataclasses.replace(inputs, guidance=None, null_label=None))
+    return CONTENDERS["diffusers"].make(model, dataclasses.replace(workload, guidance=None, null_label=None))
 
 
 class Thrice:
-    """What gives the same numbers with three times the work: two evaluations are for nothing."""
+    """A stepper with the right numbers and three times the work, as it discards two evaluations."""
 
-    def __init__(self, steps: Steps):
-        self.steps = steps
+    def __init__(self, stepper: Stepper):
+        self.stepper = stepper
 
     def forward(self) -> Tensor:
-        return self.steps.forward()
+        return self.stepper.forward()
 
     def step(self) -> Tensor:
-        inner: Any = self.steps
+        inner: Any = self.stepper
         for _ in range(2):
             inner.runner._call(inner.state.x, inner.state.column("t"), inner.state.label)
         return inner.step()
 
 
-def slow(model: Pretrained, inputs: Inputs) -> Steps:
-    return Thrice(_eager(model, inputs))
+def slow(model: Pretrained, workload: Workload) -> Stepper:
+    return Thrice(_eager(model, workload))
 
 
-def crash(model: Pretrained, inputs: Inputs) -> Steps:
+def crash(model: Pretrained, workload: Workload) -> Stepper:
     os._exit(7)
 
 
 class CrashesLater(Thrice):
-    """Runs while it is checked, and is killed in its first turn, as by a system without memory."""
+    """A stepper that passes the check and is killed in its first turn, as if memory had run out."""
 
     calls = 0
 
@@ -103,15 +104,15 @@ class CrashesLater(Thrice):
         self.calls += 1
         if self.calls > 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.steps.step()
+        return self.stepper.step()
 
 
-def crash_later(model: Pretrained, inputs: Inputs) -> Steps:
-    return CrashesLater(_eager(model, inputs))
+def crash_later(model: Pretrained, workload: Workload) -> Stepper:
+    return CrashesLater(_eager(model, workload))
 
 
-def refuse(model: Pretrained, inputs: Inputs) -> Steps:
+def refuse(model: Pretrained, workload: Workload) -> Stepper:
     raise RuntimeError("no such layer\nand a page of details")
 
 
-EAGER = ENGINES["eager"]
+EAGER = CONTENDERS["eager"]

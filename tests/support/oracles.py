@@ -1,11 +1,12 @@
-"""The original code bases' networks, short and independent of fastdiff: what its conversions are held to.
+"""The original code bases' networks, short and independent of fastdiff, as references for its conversions.
 
-Written from the published code of hojonathanho/diffusion and its PyTorch ports (pesser, ermongroup), openai/
+They are written from the published code of hojonathanho/diffusion and its PyTorch ports (pesser, ermongroup), openai/
 improved-diffusion, openai/guided-diffusion and NVlabs/edm, with their names, so that ``state_dict()`` is the layout of
-their files. Where they cast to float32, this keeps float64.
+their files. Where the originals cast to float32, these keep float64.
 
-Frequencies are float32 as there. The order of their operations, which differs between the code bases by a rounding,
-is the same for all here, so that networks can be compared in float64; `test_layouts` compares them with each original.
+Frequencies are float32 as in the originals. The order of their operations, which differs between the code bases by a
+rounding, is the same for all here, so that networks can be compared in float64; `test_layouts` compares them with each
+original.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def angles(t: Tensor, half: int, endpoint: bool) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[..., C, T] each."""
+    """Compute attention of q, k and v, [..., C, T] each."""
     scale = 1 / math.sqrt(math.sqrt(q.shape[-2]))
     weights = torch.softmax((q * scale).transpose(-1, -2) @ (k * scale), dim=-1)
     return v @ weights.transpose(-1, -2)
@@ -135,9 +136,11 @@ class DDPMAttention(nn.Module):
 
 
 class OpenAI(nn.Module):
-    """``UNetModel``. new_order: guided-diffusion's QKVAttention; else QKVAttentionLegacy, which improved-diffusion has.
+    """The ``UNetModel`` of both code bases.
 
-    scale: what its ``_WrappedModel`` multiplies timesteps with (rescale_timesteps).
+    Args:
+        new_order: Whether it has guided-diffusion's QKVAttention, not QKVAttentionLegacy as improved-diffusion.
+        scale: The factor of timesteps in ``_WrappedModel`` (rescale_timesteps).
     """
 
     def __init__(
@@ -328,7 +331,7 @@ class EDMBlock(nn.Module):
 
 
 class SongUNet(nn.Module):
-    """DDPM++. augment_dim: of the training's augmentation labels, which sampling leaves out."""
+    """The DDPM++ network. ``augment_dim`` is the size of the augmentation labels, which only training uses."""
 
     def __init__(
         self, img_resolution, model_channels, channel_mult, num_blocks, attn_resolutions, augment_dim=0, label_dim=0
@@ -370,7 +373,7 @@ class SongUNet(nn.Module):
         self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = EDMConv(cout, 3, 3)
 
     def forward(self, x, t, class_labels=None):
-        """class_labels: [B, label_dim], rows of the identity, or zeros, which are EDMPrecond's class_labels=None."""
+        """Compute the output. ``class_labels`` [B, label_dim] are rows of the identity, or zeros for no class."""
         a = angles(t, self.model_channels // 2, endpoint=True)
         emb = torch.cat([a.cos(), a.sin()], dim=1)
         emb = emb.reshape(len(t), 2, -1).flip(1).reshape(*emb.shape)  # swap sin and cos

@@ -6,14 +6,14 @@ import dataclasses
 import math
 
 import torch
-from diffusers import UNet2DModel
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff.bench.networks import PUBLISHED, random_unet, randomize_
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.bench.peers import diffusers_twin
+from fastdiff.unet import UNetConfig
 
-__all__ = ["PUBLISHED", "random_unet", "randomize_"]  # re-exported, so that tests import all networks from here
+__all__ = ["PUBLISHED", "diffusers_twin", "random_unet", "randomize_"]  # tests import fastdiff.bench's from here
 
 # A network with plain blocks and blocks with attention, a few thousand parameters, and milliseconds per evaluation.
 TINY = UNetConfig(
@@ -141,14 +141,6 @@ def configs(draw):
         class_embed_type=draw(st.sampled_from([None, "timestep", "identity"])),
         num_class_embeds=draw(st.none() | st.integers(1, 5)),
     )
-
-
-def diffusers_twin(unet: UNet) -> UNet2DModel:
-    """Return diffusers' network with the configuration of ``unet`` and its weights, in shared memory."""
-    with torch.device("meta"):
-        twin = UNet2DModel(**unet.config.to_dict())
-    twin.load_state_dict(unet.state_dict(), assign=True)
-    return twin.eval()
 
 
 def random_images(config: UNetConfig, batch: int = 2, size: tuple[int, int] | None = None, seed: int = 1) -> Tensor:

@@ -2,9 +2,11 @@
 
     fastdiff trilemma fashion-mnist --data train.gz --out out/trilemma
 
-draws images of every point of the plan (`plan`), in parts that survive an interruption, measures them against real
-images (`run`), times the settings alone (`speed`), and says which points are on the Pareto front (`report`), in a
-table, a JSON and a picture (`picture`). OUT/points/NAME/ holds the images; NAME is SETTING-NFE.
+`grid` plans the points. `run` draws their images, in parts so that an interruption loses little, and measures them
+against real images. `speed` times the settings. `report` finds the points on the Pareto front and makes the table and
+the JSON; `picture` draws them. The images of a point are in OUT/points/NAME/, where NAME is SETTING-NFE.
 
-Points are compared at equal numbers of images only, since the Frechet distance's bias depends on it.
+Points are compared at equal numbers of images only, as the bias of the Frechet distance depends on that number.
 """
+
+__all__: list[str] = []

@@ -1,4 +1,4 @@
-"""What is drawn: settings of the sampler, each at numbers of network evaluations, in numbers of images."""
+"""The grid of points: settings of the sampler, numbers of network evaluations, and numbers of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdiff.solvers import SIGMA_SPACINGS, SPACINGS, StepTable
 from fastdiff.solvers.registry import SOLVERS
 
 NFES = (4, 5, 8, 10, 15, 20, 50, 100, 250, 1000)
-# Network evaluations of each setting. Long runs are for the ancestral solver, which alone gains by them.
+# Network evaluations of each setting. Only the ancestral solver gains by long runs.
 PLAN: dict[str, tuple[int, ...]] = {
     "ddpm": NFES,
     "ddim-eta1": NFES[:-1],
@@ -29,7 +29,7 @@ PLAN: dict[str, tuple[int, ...]] = {
     "unipc-karras": (5, 10, 20),
     "dpmpp_2m-karras": (5, 10, 20),
 }
-FEW = 2000  # images of a point: above 20 evaluations, and of the settings that are there for comparison alone
+FEW = 2000  # images of a point with more than 20 evaluations, and of the settings in ASIDE
 ASIDE = ("ddpm-g2", "ddim-g2", "dpmpp_2m-g2", "unipc-g2", "dpmpp_3m", "unipc-karras", "dpmpp_2m-karras")
 MANY = 5000
 SHORT = 20
@@ -38,8 +38,14 @@ QUICK = (("ddpm", "ddim", "unipc"), (4, 10, 50), 500)
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One point: ``options`` of `Sampler.sample`, network evaluations an image, images; ``same_as``: the name of an
-    earlier point with the same step table, whose images these are.
+    """A point of the grid.
+
+    Attributes:
+        key: The name of its setting, as "unipc-g2".
+        options: Options of `Sampler.sample`.
+        nfe: Network evaluations for an image.
+        n: The number of images.
+        same_as: The name of an earlier point with the same step table, which has the same images; or None.
     """
 
     key: str
@@ -58,8 +64,10 @@ class Planned:
 
 
 def options_of(key: str) -> dict[str, Any]:
-    """The options that a setting's name says: SOLVER, then any of -etaX, -gX (guidance), -SPACING, as "ddim-eta1",
-    "unipc-g2", "dpmpp_2m-karras".
+    """Parse a setting's name: SOLVER, then any of -etaX, -gX (guidance) and -SPACING, as "ddim-eta1" or "unipc-g2".
+
+    Raises:
+        InvalidArgument: If a part of the name is unknown.
     """
     solver, *parts = key.split("-")
     options: dict[str, Any] = {"solver": solver}
@@ -85,17 +93,26 @@ def options_of(key: str) -> dict[str, Any]:
     return options
 
 
-def plan(
+def grid_points(
     sampler: Sampler,
     settings: Sequence[str] | None = None,
     nfes: Sequence[int] | None = None,
     n: int | None = None,
 ) -> list[Planned]:
-    """The points for a model, in the order in which they are drawn: the first `FEW` images of the shortest ones first.
+    """List the points for a model, sorted by network evaluations.
 
-    settings, nfes: in place of `PLAN`'s; of an NFE that a setting is not planned for, only where both are given. n: the
-    most images of a point. Where the model has no more timesteps, ddpm's last point takes all of them; guided settings
-    are left out where it has no null label. `InvalidArgument` names a point that was asked for and cannot be.
+    If the model has fewer timesteps than ddpm's longest run, that run takes all of them. Guided settings are left out
+    for models without a null label.
+
+    Args:
+        sampler: The model's sampler.
+        settings: Names of settings in place of those of `PLAN`.
+        nfes: Network evaluations in place of those of `PLAN`. If ``settings`` are given too, every combination is made,
+            else only combinations up to the longest of `PLAN`.
+        n: The largest number of images of a point.
+
+    Raises:
+        InvalidArgument: If a combination that was asked for does not exist, or none is left.
     """
     asked = settings is not None and nfes is not None
     points: list[Planned] = []
@@ -122,6 +139,7 @@ def plan(
 
 
 def _lengths(sampler: Sampler, key: str, nfes: Sequence[int] | None, asked: bool) -> Iterator[int]:
+    """Yield the network evaluations of a setting's points."""
     planned = PLAN.get(key, NFES[:8])
     timesteps = getattr(sampler.schedule, "timesteps", NFES[-1])
     for nfe in nfes or planned:
@@ -130,10 +148,10 @@ def _lengths(sampler: Sampler, key: str, nfes: Sequence[int] | None, asked: bool
 
 
 def _steps(sampler: Sampler, options: dict[str, Any], nfe: int) -> tuple[int, StepTable] | None:
-    """The steps, and the table, of a solver with so many network evaluations; None where there are none."""
+    """Find the steps with which a solver takes ``nfe`` network evaluations, and their table; None if there are none."""
     guided = options.get("guidance", 1.0) != 1.0
     rows = nfe // 2 if guided else nfe
-    for steps in (rows, (rows + 1) // 2, rows - 1):  # heun's steps have two rows, plms has one more
+    for steps in (rows, (rows + 1) // 2, rows - 1):  # a step of heun has two rows, and plms has one row more
         if not 1 <= steps <= getattr(sampler.schedule, "timesteps", steps):
             continue
         labels = None if sampler.info.classes is None else 0
@@ -144,8 +162,9 @@ def _steps(sampler: Sampler, options: dict[str, Any], nfe: int) -> tuple[int, St
 
 
 def _same(p: Planned, mine: StepTable, q: Planned, other: StepTable) -> bool:
-    """Whether two points are the same up to rounding. DDIM with eta 1 is DDPM with its posterior's variance (Song et
-    al. 2021, section 4.1), bit for bit here.
+    """Return whether two points have the same table up to rounding.
+
+    An example is DDIM with eta 1, which is DDPM with the variance of its posterior (Song et al. 2021, section 4.1).
     """
     if len(mine) != len(other) or p.options.get("guidance") != q.options.get("guidance") or p.n < q.n:
         return False

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdiff.files import atomic_path
 
-# Colours by solver (Okabe and Ito 2008, told apart by the colour-blind), markers by what else a setting says.
+# Colours by solver (Okabe and Ito 2008, distinguishable for the colour-blind), markers by guidance and spacing.
 COLOURS = {
     "ddpm": "#D55E00",
     "ddim": "#0072B2",
@@ -27,16 +27,16 @@ PANELS = (
 
 
 def drawable() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_picture(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a result (`run.result`). Needs matplotlib.
+    """Draw a result (of `run.result`) into a file; matplotlib has to be installed.
 
-    x: images/s, and network evaluations above; evaluations alone where speeds were not timed.
+    The x axis shows images/s, with network evaluations at the top, or only evaluations if speeds were not timed.
     """
-    from matplotlib.figure import Figure  # without pyplot nothing global changes, and no display is needed
+    from matplotlib.figure import Figure  # pyplot would change global state and need a display
 
     entries = [e for e in result["points"] if not e.get("same_as")]
     timed = all("images_per_s" in e for e in entries)
@@ -110,7 +110,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def _reference(axis: Any, result: Mapping[str, Any], metric: str) -> None:
-    """The reference, and what is within 10 % of its distance."""
+    """Draw the reference's value, and a band of 10 % around its distance."""
     name = result["reference"]
     entry = next((e for e in result["points"] if e["name"] == name), None)
     if entry is None:
@@ -122,8 +122,8 @@ def _reference(axis: Any, result: Mapping[str, Any], metric: str) -> None:
 
 
 def _label(axis: Any, ends: Sequence[tuple[float, float, str, str]], log: bool) -> None:
-    """Each line's name right of its fastest point, moved apart where they would overlap."""
-    axis.figure.canvas.draw()  # limits are known only now
+    """Write each line's name right of its fastest point, moving names apart that would overlap."""
+    axis.figure.canvas.draw()  # determines the limits
     right = max(x for x, *_ in ends) if not axis.xaxis_inverted() else min(x for x, *_ in ends)
     to_pixels, to_data = axis.transData.transform, axis.transData.inverted().transform
     placed: list[float] = []
@@ -140,11 +140,11 @@ def _label(axis: Any, ends: Sequence[tuple[float, float, str, str]], log: bool) 
 
 
 def _evaluations(axis: Any, entries: Sequence[Mapping[str, Any]]) -> None:
-    """The network evaluations of an image above: images/s times them is the same for all points, nearly."""
+    """Add an axis of network evaluations at the top; images/s times evaluations is nearly the same for all points."""
     rates = sorted(e["images_per_s"] * e["nfe"] for e in entries)
     rate = rates[len(rates) // 2]
 
-    def other(x: Any) -> Any:  # matplotlib asks for 0, too
+    def other(x: Any) -> Any:  # matplotlib also passes 0
         with np.errstate(divide="ignore"):
             return rate / np.asarray(x, dtype=float)
 
@@ -154,7 +154,7 @@ def _evaluations(axis: Any, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plain_ticks(axis: Any, decades: bool = True) -> None:
-    """Plain numbers at 1, 2, 5, 10, ..., or, within a decade or two, at even distances."""
+    """Label an axis with plain numbers at 1, 2, 5, 10, ..., or at even distances within a decade or two."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)) if decades else MaxNLocator(7))

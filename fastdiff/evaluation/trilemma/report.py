@@ -1,4 +1,4 @@
-"""What the points say: the Pareto front, the nearest to the reference, the table on standard output."""
+"""Evaluation of the points: the Pareto front, the points nearest to the reference, and the printed table."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 Entry = dict[str, Any]
 
-MOST = 10  # network evaluations of what is held against the reference
-ALLOWED = 1.1  # times its distance
+MOST = 10  # the largest number of network evaluations of points that are compared with the reference
+ALLOWED = 1.1  # the largest ratio to the reference's distance that counts as near
 
 
 def front(points: Sequence[tuple[float, ...]]) -> list[bool]:
-    """Which points no other one dominates: is at most as large in every number, and smaller in one.
+    """Find the points that no other point dominates, that is, is at most as large in every number and smaller in one.
 
-    Of the trilemma: (network evaluations, distance, - recall). Evaluations stand for speed, as solvers of equally many
-    are equally fast but for the noise of timing.
+    The trilemma's numbers are (network evaluations, distance, -recall). Evaluations represent speed, as solvers with
+    equally many differ in speed only by the noise of timing.
     """
     kept = [False] * len(points)
-    for i in sorted(range(len(points)), key=lambda i: points[i]):  # whoever dominates a point comes before it
+    for i in sorted(range(len(points)), key=lambda i: points[i]):  # a point that dominates another one comes before it
         kept[i] = not any(
             kept[j] and points[j] != points[i] and _covers(points[j], points[i]) for j in range(len(points))
         )
@@ -42,10 +42,17 @@ def nearest(
     nfes: Mapping[str, int],
     plain: Collection[str],
 ) -> Entry:
-    """How near points of at most `MOST` network evaluations come to the reference's distance, all at equal n.
+    """Compare points of at most `MOST` network evaluations with the reference, all at equal n.
 
-    goal, distances: {"value", "low", "high"}. Of all points, and of the ``plain`` (unguided) ones alone: the one with
-    the lowest distance, and the shortest within `ALLOWED` times the reference's.
+    Args:
+        goal: The reference's distance, {"value", "low", "high"}.
+        distances: The distances of the points by name, in the same form.
+        nfes: Their network evaluations.
+        plain: The names of unguided points.
+
+    Returns:
+        For "any" points and for "plain" ones the point with the "lowest" distance, and the one with the fewest
+        evaluations within `ALLOWED` times the reference's distance, "shortest_within".
     """
 
     def of(names: list[str]) -> Entry | None:
@@ -71,7 +78,7 @@ def nearest(
 
 
 def say_nearest(found: Entry | None) -> Iterator[str]:
-    """`nearest` in words."""
+    """Yield the result of `nearest` in words."""
     if found is None:
         yield "the reference, the longest run of ddpm, is not there yet, so nothing is compared with it"
         return
@@ -93,7 +100,7 @@ def say_nearest(found: Entry | None) -> Iterator[str]:
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
-    """The points as lines: at the common n, sorted by network evaluations and distance."""
+    """Yield the points as lines, at the common n, sorted by network evaluations and distance."""
     n = result["n"]
     yield (
         f"{'':1} {'setting':18}{'NFE':>5}{'images/s':>10}   {f'Frechet at n={n}':28}{'kernel x 1000':>14}"
@@ -129,7 +136,7 @@ def _interval(e: Mapping[str, float]) -> str:
 
 
 def say_peer(peer: Entry | None) -> Iterator[str]:
-    """The peer and the ratios in words."""
+    """Yield the speed of the peer, and the ratios to it, in words."""
     if peer is None:
         return
     yield (
@@ -141,7 +148,7 @@ def say_peer(peer: Entry | None) -> Iterator[str]:
 
 
 def for_model(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's folder needs of a result: see `fastdiff.sampler.measured`."""
+    """Extract the part of a result that is kept in a model's folder, see `fastdiff.sampler.measured`."""
 
     def brief(value: float) -> float:
         return float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""Drawing and measuring the points, so that nothing finished is done twice."""
+"""Drawing and measuring the points; what is finished is kept and not repeated."""
 
 from __future__ import annotations
 
@@ -15,69 +15,72 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff import __version__
+from fastdiff.bench import machine
 from fastdiff.checkpoints.reading import read_json, weights_digest
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.evaluation import evaluate as evaluation
-from fastdiff.evaluation import image_store as parts
-from fastdiff.evaluation.classifier import SIZE, Classifier
+from fastdiff.evaluation import image_store
 from fastdiff.evaluation.metrics import Extractor, Reference, features, measure
-from fastdiff.evaluation.reference_images import Real, default_fit, find_data
+from fastdiff.evaluation.reference_images import RealImages, default_fit, find_data
+from fastdiff.evaluation.scoring import cached_features, check_shape
 from fastdiff.evaluation.trilemma import report, speed
 from fastdiff.evaluation.trilemma.grid import FEW, Planned
 from fastdiff.files import write_text
-from fastdiff.sampler import Sampler, measured, request
+from fastdiff.sampler import Sampler, measured
+from fastdiff.sampler.request import image_size
 
 log = logging.getLogger("fastdiff")
 
 Say = Callable[[str], None]
 SEED = 0
-MIN_REFERENCE = 500  # images of the reference below which nothing is compared with it
+MIN_REFERENCE = 500  # the least number of images for which points are compared with the reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """What samples are measured by: a network's features, real images, and held-out ones like those, or None.
+    """The features and the real images that samples are measured by.
 
-    images: uint8 [N, C, H, W]. name, data: what the features and the images are, in words.
+    Attributes:
+        extract: Computes the features.
+        name: The name of the features, for the report.
+        real: The real images.
+        data: Where they are from, for the report.
     """
 
     extract: Extractor
     name: str
-    real: Real
+    real: RealImages
     data: str
 
     @classmethod
     def of(
         cls, sampler: Sampler, model: str, data: Path | None, held_out: Path | None, fit: str | None, features_of: str
     ) -> Judge:
-        """As `evaluation.evaluate` takes them; what is missing or does not fit is named by the same errors."""
+        """Load features and real images; arguments and errors are those of `fastdiff.evaluation.evaluate`."""
         found = find_data(data, model)
         extract = features(features_of, sampler.device)
-        height, width = request.image_size(1, None, sampler.info)
+        height, width = image_size(1, None, sampler.info)
         shape = (sampler.info.channels, height, width)
-        if isinstance(extract.network, Classifier) and shape != (1, SIZE, SIZE):
-            raise InvalidArgument(
-                f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {shape[0]}x{height}x{width}; "
-                "give the weights of Inception as --features"
-            )
-        real = Real.load(found, held_out, shape, fit or default_fit(found))
+        check_shape(extract, features_of, model, shape)
+        real = RealImages.load(found, held_out, shape, fit or default_fit(found))
         return cls(extract, features_of, real, str(found))
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides a measurement besides the samples."""
+        """The SHA-256 of the real images and the features' network, which measurements depend on."""
         images = self.real.images.numpy().tobytes()
-        return hashlib.sha256(images + parts.fingerprint(self.extract.network).encode()).hexdigest()
+        return hashlib.sha256(images + image_store.network_digest(self.extract.network).encode()).hexdigest()
 
 
 Earlier = dict[str, dict[int, dict[str, Any]]]
 
 
 def earlier(sampler: Sampler, out: Path, points: Sequence[Planned], judge: Judge) -> Earlier:
-    """What OUT/trilemma.json says of ``points``: by name and by number of images, {"frechet": {"value", ...}, ...}.
+    """Read the measurements of ``points`` in OUT/trilemma.json, so that their images need not be there any more.
 
-    It stands in for images that are not there: those of a point that is whole may be deleted, or lie on the machine
-    that drew them. Only what is of the same network, step table, settings and judge holds; nothing else is used.
+    Only measurements with the same network, step table, settings and judge are used.
+
+    Returns:
+        Measurements by name and by number of images, {"frechet": {"value", ...}, ...}.
     """
     path = out / "trilemma.json"
     try:
@@ -98,7 +101,7 @@ def earlier(sampler: Sampler, out: Path, points: Sequence[Planned], judge: Judge
 
 
 def settings(sampler: Sampler, judge: Judge) -> dict[str, Any]:
-    """What all points of a report have in common, besides the network."""
+    """Collect what all points of a report have in common besides the network."""
     return {
         "seed": SEED,
         "labels": None if sampler.info.classes is None else "image i is of class i mod classes",
@@ -111,21 +114,21 @@ def settings(sampler: Sampler, judge: Judge) -> dict[str, Any]:
 
 
 def table_digest(sampler: Sampler, p: Planned) -> str:
-    """SHA-256 of the coefficients that a point's images come from."""
-    return parts.settings(sampler, seed=SEED, **p.options)["table"]
+    """Return the SHA-256 of a point's step table."""
+    return image_store.settings(sampler, seed=SEED, **p.options)["table"]
 
 
 def images_there(out: Path, p: Planned, n: int, known: Earlier) -> int:
-    """How many images of a point count: those in the folder, or more that an earlier report measured, and n of them."""
+    """Count a point's images: those in its folder, or more if an earlier report has measured them and n of them."""
     counts = known.get(p.name, {})
     return max(drawn(out, p), *(count for count in counts if count <= p.n)) if n in counts else drawn(out, p)
 
 
 def draw(sampler: Sampler, out: Path, points: Sequence[Planned], batch: int | None, say: Say, known: Earlier) -> None:
-    """Draw what the points lack: the first `FEW` images of each, then the others, so that points can soon be compared.
+    """Draw the images that the points lack, first up to `FEW` of each, so that points can soon be compared.
 
-    Those that an earlier report has whole lack nothing. What is to be drawn, and about how long it takes, is said
-    before; every finished part after.
+    Points whose images an earlier report has measured lack nothing. ``say`` is called with the amount of work and an
+    estimate of its time at the start, and after every finished part.
     """
     n = min(p.n for p in points)
     todo = [p for p in points if p.same_as is None and images_there(out, p, n, known) < p.n]
@@ -152,26 +155,27 @@ def draw(sampler: Sampler, out: Path, points: Sequence[Planned], batch: int | No
                 left = (time.monotonic() - started) * (1 - share) / share
                 say(f"{p.name}: {there} of {of} images; {share:.0%} of all, {duration(left)} left")
 
-            parts.draw(
+            image_store.draw(
                 sampler, folder(out, p), min(p.n, most), seed=SEED, progress=progress, batch_size=batch, **p.options
             )
             done += p.nfe * (min(p.n, most) - before)
 
 
 def drawn(out: Path, p: Planned) -> int:
-    """How many images of a point are there, without a gap."""
+    """Count the images in a point's folder up to the first gap."""
     try:
-        return min(len(parts.load(folder(out, p))), p.n)
+        return min(len(image_store.load(folder(out, p))), p.n)
     except DataError:
         return 0
 
 
 def folder(out: Path, p: Planned) -> Path:
+    """Return the folder of a point's images."""
     return out / "points" / p.name
 
 
 def rate(sampler: Sampler, batch: int | None) -> float:
-    """Network evaluations a second, roughly: of one short call after another that warms up."""
+    """Estimate network evaluations per second from one short call after another that warms up."""
     n = batch or 16
     labels = None if sampler.info.classes is None else 0
     for _ in range(2):
@@ -181,38 +185,46 @@ def rate(sampler: Sampler, batch: int | None) -> float:
 
 
 def duration(seconds: float) -> str:
+    """Format a time in s, min or h."""
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 class Measurer:
-    """Measures points once: results lie beside the images, and hold for the same judge only. known: of `earlier`."""
+    """Measures points and keeps the results beside their images, where they are valid for the same judge.
+
+    Args:
+        judge: The features and the real images.
+        out: The folder of the trilemma.
+        say: Called with lines about the progress.
+        known: The result of `earlier`.
+    """
 
     def __init__(self, judge: Judge, out: Path, say: Say, known: Earlier) -> None:
         self.judge, self.out, self.say, self.known = judge, out, say, known
 
     @functools.cached_property
     def reference(self) -> Reference:
-        """The real images' features; it takes a minute, and only points that are not measured yet ask for it."""
+        """The features of the real images, computed when the first point is measured, as this may take a minute."""
         return Reference(self.features(self.judge.real.images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Features of uint8 images, kept in OUT/features."""
+        """Compute the features of uint8 images, or read them from OUT/features."""
 
         def progress(done: int, total: int) -> None:
             if done and not done % 10_000:
                 self.say(f"features of {done} of {total} images")
 
-        return evaluation.cached_features(self.judge.extract, images, self.out / "features", progress)
+        return cached_features(self.judge.extract, images, self.out / "features", progress)
 
     def point(self, p: Planned, n: int) -> dict[str, Any]:
-        """The measurements of a point's first n images: {"frechet": {"value", "low", "high"}, ...}."""
+        """Measure a point's first n images: {"frechet": {"value", "low", "high"}, ...}."""
         if n in self.known.get(p.name, {}):
             return self.known[p.name][n]
-        return self._once(folder(self.out, p) / "measured.json", n, lambda: parts.load(folder(self.out, p), n))
+        return self._once(folder(self.out, p) / "measured.json", n, lambda: image_store.load(folder(self.out, p), n))
 
     def floor(self, n: int) -> dict[str, Any] | None:
-        """The same of the first n held-out images: as near as images get, in this number."""
+        """Measure the first n held-out images, which have the distance of perfect samples; None if there are fewer."""
         held_out = self.judge.real.held_out
         if held_out is None or len(held_out) < n:
             return None
@@ -247,11 +259,25 @@ def result(
     peer: bool = False,
     known: Earlier,
 ) -> dict[str, Any]:
-    """The report of the points that are there, written to OUT/trilemma.json.
+    """Make the report of the points that are there and write it to OUT/trilemma.json.
 
-    Distances are compared at n images, those of the plan's smallest points. A point that neither has n images nor is
-    ``known`` at n is missing. timed, peer: whether speeds are timed now; else those of the last result here are kept,
-    if this is the same machine. `DataError` where no point is there.
+    Distances are compared at n images, the number of the plan's smallest points. A point that neither has n images nor
+    is ``known`` at n is listed as missing.
+
+    Args:
+        sampler: The model's sampler.
+        out: The folder of the trilemma.
+        points: The planned points.
+        judge: The features and the real images.
+        say: Called with lines about the progress.
+        model: The model's name.
+        batch: Images of a timed call.
+        timed: Whether to time the settings; if not, the speeds of the last report are kept if the machine is the same.
+        peer: Whether to time diffusers' loop; if not, the last report's speed is kept likewise.
+        known: The result of `earlier`.
+
+    Raises:
+        DataError: If no point is there.
     """
     measurer = Measurer(judge, out, say, known)
     n = min(p.n for p in points)
@@ -259,32 +285,13 @@ def result(
     counts |= {p.name: counts[p.same_as] for p in points if p.same_as is not None}
     for p in points:
         if p.same_as is None and drawn(out, p):
-            parts.check_settings(folder(out, p), parts.settings(sampler, seed=SEED, **p.options))
+            image_store.check_settings(folder(out, p), image_store.settings(sampler, seed=SEED, **p.options))
     there = [p for p in points if counts[p.name] >= n]
     if not there:
         raise DataError(f"{out}: no point has its {n} images yet")
-    entries = []
-    for p in there:
-        source = p if p.same_as is None else next(q for q in points if q.name == p.same_as)
-        own = counts[p.name]
-        entry: dict[str, Any] = {
-            "name": p.name,
-            "key": p.key,
-            "options": p.options,
-            "table": table_digest(sampler, p),
-            "nfe": p.nfe,
-            "n": own,
-            "at_n": measurer.point(source, n),
-            "at_own_n": measurer.point(source, own),
-            **({} if p.same_as is None else {"same_as": p.same_as}),
-        }
-        say(f"{p.name}: Frechet {entry['at_n']['frechet']['value']:.3f} at {n} images")
-        entries.append(entry)
+    entries = [_entry(measurer, sampler, p, points, n, counts[p.name]) for p in there]
     report.mark_front(entries)
-    # The longest run of ddpm: of all timesteps, where the plan has it.
-    whole = max((p for p in points if p.key == "ddpm"), key=lambda p: p.nfe, default=None)
-    if whole is not None and whole.same_as is not None:
-        whole = next(p for p in points if p.name == whole.same_as)
+    whole = _reference(points)
     found: dict[str, Any] = {
         "format": measured.FORMAT,
         "made_by": f"fastdiff {__version__}, fastdiff trilemma",
@@ -293,7 +300,7 @@ def result(
         "n": n,
         "settings": settings(sampler, judge),
         "reference": None if whole is None else whole.name,
-        "machine": speed.machine(),
+        "machine": machine.header(str(sampler.device), ("fastdiff", "torch")),
         "floor": measurer.floor(n),
         "points": entries,
         "missing": [{"name": p.name, "images": counts[p.name], "of": p.n} for p in points if counts[p.name] < p.n],
@@ -303,17 +310,7 @@ def result(
     if timed:
         say("timing the settings in turn; nothing else should run now")
         lines = speed.speeds(sampler, [p for p in there if p.same_as is None], batch)
-    keys = {p.name: p.key for p in there}
-    for p, entry in zip(there, entries, strict=True):
-        line = lines.get(p.key if p.same_as is None else keys[p.same_as])
-        if line is not None:
-            entry["images_per_s"] = line.images_per_s(p.nfe // 2 if p.guided else p.nfe)
-    if lines:
-        found["speed"] = {key: dataclasses.asdict(line) for key, line in lines.items()}
-        spread = max(line.spread for line in lines.values())
-        found["too_noisy"] = spread > speed.NOISE
-        if found["too_noisy"]:
-            say(f"the machine was too noisy to time: the rounds of a setting spread by up to {spread:.0%}")
+    _add_speeds(found, there, lines, say)
     if peer:
         say("timing diffusers' loop")
         other = speed.peer(sampler)
@@ -323,15 +320,58 @@ def result(
     return found
 
 
-def _kept_speeds(path: Path, machine: dict[str, Any]) -> tuple[dict[str, speed.Speed], dict[str, Any] | None]:
-    """The speeds and the peer of the last result, if they are of this machine and these versions."""
+def _entry(
+    measurer: Measurer, sampler: Sampler, p: Planned, points: Sequence[Planned], n: int, own: int
+) -> dict[str, Any]:
+    """Measure a point at n images and at its own number of images."""
+    source = p if p.same_as is None else next(q for q in points if q.name == p.same_as)
+    entry: dict[str, Any] = {
+        "name": p.name,
+        "key": p.key,
+        "options": p.options,
+        "table": table_digest(sampler, p),
+        "nfe": p.nfe,
+        "n": own,
+        "at_n": measurer.point(source, n),
+        "at_own_n": measurer.point(source, own),
+        **({} if p.same_as is None else {"same_as": p.same_as}),
+    }
+    measurer.say(f"{p.name}: Frechet {entry['at_n']['frechet']['value']:.3f} at {n} images")
+    return entry
+
+
+def _reference(points: Sequence[Planned]) -> Planned | None:
+    """Return the longest run of ddpm, which takes all timesteps if the plan is the usual one; None without ddpm."""
+    longest = max((p for p in points if p.key == "ddpm"), key=lambda p: p.nfe, default=None)
+    if longest is None or longest.same_as is None:
+        return longest
+    return next(p for p in points if p.name == longest.same_as)
+
+
+def _add_speeds(found: dict[str, Any], there: Sequence[Planned], lines: dict[str, speed.Speed], say: Say) -> None:
+    """Add the speeds of the settings, and the images/s of every point, to a report."""
+    keys = {p.name: p.key for p in there}
+    for p, entry in zip(there, found["points"], strict=True):
+        line = lines.get(p.key if p.same_as is None else keys[p.same_as])
+        if line is not None:
+            entry["images_per_s"] = line.images_per_s(p.nfe // 2 if p.guided else p.nfe)
+    if lines:
+        found["speed"] = {key: dataclasses.asdict(line) for key, line in lines.items()}
+        spread = max(line.spread for line in lines.values())
+        found["too_noisy"] = spread > speed.NOISE
+        if found["too_noisy"]:
+            say(f"the machine was too noisy to time: the rounds of a setting spread by up to {spread:.0%}")
+
+
+def _kept_speeds(path: Path, header: dict[str, Any]) -> tuple[dict[str, speed.Speed], dict[str, Any] | None]:
+    """Read the speeds and the peer of the last report if they are of this machine and these versions."""
     try:
         last = read_json(path) if path.exists() else {}
-        if last.get("machine") != machine:
+        if not last.get("machine") or machine.differences(header, last["machine"]):
             return {}, None
         return {key: speed.Speed(**line) for key, line in last.get("speed", {}).items()}, last.get("peer")
     except (CheckpointError, AttributeError, TypeError):
-        return {}, None  # damaged: it is written anew
+        return {}, None  # the file is damaged and will be written again
 
 
 def _nearest(
@@ -342,7 +382,7 @@ def _nearest(
     counts: dict[str, int],
     n: int,
 ) -> dict[str, Any] | None:
-    """`report.nearest`, at as many images as the reference has, if those are fewer than n."""
+    """Apply `report.nearest` at n images, or at the reference's number of images if that is smaller."""
     if whole is None or counts[whole.name] < min(n, MIN_REFERENCE):
         return None
     n = min(n, counts[whole.name])
@@ -358,7 +398,7 @@ def _nearest(
 
 
 def against(other: dict[str, Any], entries: Sequence[dict[str, Any]], nearest: dict[str, Any] | None) -> dict[str, Any]:
-    """The peer with the ratios: images/s of the shortest points within 10 % of the reference's distance, over its."""
+    """Add to the peer the ratios of images/s of the shortest points within 10 % of the reference's distance."""
     ratios = {}
     for what in ("any", "plain"):
         chosen = nearest and nearest[what] and nearest[what]["shortest_within"]
@@ -370,12 +410,16 @@ def against(other: dict[str, Any], entries: Sequence[dict[str, Any]], nearest: d
 
 
 def install(found: dict[str, Any], sampler: Sampler) -> Path:
-    """Write what `Sampler.sample` goes by into the sampler's model folder; `InvalidArgument` where it has none."""
+    """Write the measurements that `Sampler.sample` uses into the model's folder, and return the file.
+
+    Raises:
+        InvalidArgument: If the model has no folder.
+    """
     path = sampler.measurements_file
     if path is None:
         raise InvalidArgument("--install: the model is no folder, so measurements cannot be kept with it")
     brief = report.for_model(found)
-    points = ",\n  ".join(json.dumps(point) for point in brief.pop("points"))  # a line each
+    points = ",\n  ".join(json.dumps(point) for point in brief.pop("points"))  # one line for each point
     head = json.dumps(brief, indent=1).rstrip("\n}")
     write_text(path, f'{head},\n "points": [\n  {points}\n ]\n}}\n')
     return path

@@ -1,7 +1,6 @@
-"""How fast the points are, and diffusers' loop beside them.
+"""The speed of the points, and of diffusers' loop for comparison.
 
-Never timed while images are drawn: that may go on for hours beside other work, be interrupted and resumed, so its clock
-says nothing.
+Speeds are not taken from drawing the images, which may go on for hours beside other work and be interrupted.
 """
 
 from __future__ import annotations
@@ -10,30 +9,32 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
-import itertools
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastdiff.bench.machine import processor
+from fastdiff.bench.timing import in_turn, spread
 from fastdiff.errors import InvalidArgument
 from fastdiff.evaluation.trilemma.grid import Planned
 from fastdiff.sampler import Sampler
 
-STEPS = (4, 12)  # of the calls that are timed
+STEPS = (4, 12)  # steps of the calls that are timed
 ROUNDS = 5
-NOISE = 0.1  # a larger spread of the rounds is a warning
+NOISE = 0.1  # a spread of the rounds above which the machine was too noisy
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Seconds of a call of one batch, a + b rows; spread: of the rounds, the middle half's width over the median."""
+    """The seconds of a call, a + b rows.
+
+    Attributes:
+        batch: Images of the call.
+        a: Seconds of a call without rows.
+        b: Seconds of a row.
+        spread: The interquartile range of the rounds relative to their median.
+    """
 
     batch: int
     a: float
@@ -41,16 +42,17 @@ class Speed:
     spread: float
 
     def images_per_s(self, rows: int) -> float:
+        """Compute the speed of calls with ``rows`` rows."""
         return self.batch / (self.a + self.b * rows)
 
 
 def speeds(sampler: Sampler, points: Sequence[Planned], batch: int) -> dict[str, Speed]:
-    """Of each setting, whole calls of `Sampler.sample` of one batch in 4 and in 12 steps, all taking turns.
+    """Time calls of `Sampler.sample` of one batch for each setting, in 4 and in 12 steps, all taking turns.
 
         seconds(rows) = a + b rows,     through the medians of the rounds
 
-    a is what a call costs besides the network: its table, labels and noise. Rows cost the same in calls of any length,
-    so the line gives the longer points' speed, and that of the points of two rows.
+    a is the cost of a call besides the network: its table, labels and noise. Rows cost the same in calls of any length,
+    so the line also gives the speed of longer and shorter runs.
     """
     ways: dict[tuple[str, int], Callable[[], Any]] = {}
     rows: dict[tuple[str, int], int] = {}
@@ -75,50 +77,35 @@ def speeds(sampler: Sampler, points: Sequence[Planned], batch: int) -> dict[str,
         short, long = (seconds[key, steps] for steps in lengths)
         few, many = (rows[key, steps] for steps in lengths)
         per_row = (statistics.median(long) - statistics.median(short)) / max(many - few, 1)
-        if per_row <= 0:  # one length only, or a machine too noisy for a difference
+        if per_row <= 0:  # if there is one length only, or the machine was too noisy
             per_row = statistics.median(long) / many
         once = max(statistics.median(long) - per_row * many, 0.0)
-        spread = max(_spread(times) for times in (short, long))
-        result[key] = Speed(batch, once, per_row, spread)
+        result[key] = Speed(batch, once, per_row, max(spread(short), spread(long)))
     return result
 
 
-def _spread(seconds: Sequence[float]) -> float:
-    quarter, median, three_quarters = np.quantile(seconds, (0.25, 0.5, 0.75))
-    return float((three_quarters - quarter) / median)
-
-
-def in_turn(ways: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each in every round, after one call of each that is not timed."""
-    seconds: dict[Any, list[float]] = {name: [] for name in ways}
-    for round_, (name, run) in itertools.product(range(rounds + 1), ways.items()):
-        started = time.perf_counter()
-        run()
-        if round_:
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) -> dict[str, Any]:
-    """diffusers' `UNet2DModel` and `DDPMScheduler` in the loop of their pipeline, all timesteps, with labels.
+    """Time diffusers' `UNet2DModel` and `DDPMScheduler` in the loop of their pipeline, with labels.
 
-    A few steps of it are timed, at each batch and in both memory formats, in turn; the fastest is scaled to all
-    timesteps. Weights are random, which costs the same. What diffusers does not have is left out of its network, to its
-    advantage: a class that joins the image becomes a class embedding.
+    A few steps are timed, at each batch and in both memory formats, in turn; the fastest is scaled to all timesteps.
+    Weights are random, which takes the same time. Options that diffusers lacks are left out of its network, which makes
+    it faster: a class that joins the image becomes a class embedding. (`fastdiff.bench.peers.diffusers_twin` refuses
+    such networks, as it has to give the same output.)
 
-    Raises `InvalidArgument` where diffusers is missing.
+    Raises:
+        InvalidArgument: If diffusers is not installed.
     """
     diffusers: Any = need_diffusers()
     network_class: Any = diffusers.UNet2DModel
     config: Any = sampler.unet.config
     own = config.to_dict()
-    heard = inspect.signature(network_class.__init__).parameters
-    left_out = sorted(name for name in own if name not in heard and own[name] is not None)
+    accepted = inspect.signature(network_class.__init__).parameters
+    left_out = sorted(name for name in own if name not in accepted and own[name] is not None)
     classes = config.num_class_embeds
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = network_class(**{k: v for k, v in own.items() if k in heard}).eval().to(sampler.device)
-        last = network_class(**{k: v for k, v in own.items() if k in heard}).eval().to(sampler.device)
+        unet = network_class(**{k: v for k, v in own.items() if k in accepted}).eval().to(sampler.device)
+        last = network_class(**{k: v for k, v in own.items() if k in accepted}).eval().to(sampler.device)
     last.to(memory_format=torch.channels_last)
     scheduler: Any = diffusers.DDPMScheduler(**_scheduler(sampler, diffusers.DDPMScheduler))
     timesteps = scheduler.config.num_train_timesteps
@@ -160,6 +147,11 @@ def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) ->
 
 
 def need_diffusers() -> Any:
+    """Import diffusers.
+
+    Raises:
+        InvalidArgument: If it is not installed.
+    """
     try:
         return importlib.import_module("diffusers")
     except ImportError as e:
@@ -167,32 +159,6 @@ def need_diffusers() -> Any:
 
 
 def _scheduler(sampler: Sampler, scheduler: Any) -> dict[str, Any]:
-    """The model's scheduler configuration, as far as diffusers' DDPMScheduler has it."""
-    heard = inspect.signature(scheduler.__init__).parameters
-    return {k: v for k, v in sampler.scheduler_config.items() if k in heard and not k.startswith("_")}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on and with."""
-    from fastdiff.backends.native import extension
-
-    engine = extension()
-    versions = {name: importlib.metadata.version(name) for name in ("fastdiff", "torch") if _installed(name)}
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "processor": processor(),
-        "cores": affinity,
-        "threads": torch.get_num_threads(),
-        "isas": engine.isas() if engine is not None else [],
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    """Return the part of the model's scheduler configuration that diffusers' DDPMScheduler accepts."""
+    accepted = inspect.signature(scheduler.__init__).parameters
+    return {k: v for k, v in sampler.scheduler_config.items() if k in accepted and not k.startswith("_")}

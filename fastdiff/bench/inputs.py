@@ -1,0 +1,127 @@
+"""The terms of the comparison: what every contender is given, and what it has to provide.
+
+A contender is a way to run a U-Net: one of fastdiff's backends (`engines`) or another library (`peers`). It is timed by
+its steps. A step is one network evaluation for every image (two if the image is guided, in one batch) and DDIM's
+update of all images. Work that a contender does only once belongs in its construction or its first call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.errors import BackendError, InvalidArgument
+from fastdiff.sampler.options import NetworkInfo
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers import StepTable, ddim
+
+ROWS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The inputs of a batch, equal for all contenders.
+
+    Attributes:
+        x: The noisy images, float32 [B, C, H, W].
+        label: Their classes, int64 [B]; None for a network without classes.
+        table: The steps to take.
+        guidance: The weight w of classifier-free guidance, out = u + w (c - u); None for unguided steps.
+        null_label: The label of the unconditional evaluation u, if the steps are guided.
+    """
+
+    x: Tensor
+    label: Tensor | None
+    table: StepTable
+    guidance: float | None = None
+    null_label: int | None = None
+
+    @classmethod
+    def of(cls, model: Pretrained, batch: int, device: str = "cpu", guidance: float | None = None) -> Workload:
+        """Build the workload of a model: standard normal x, the classes in turn, the second half of a DDIM run.
+
+        Raises:
+            InvalidArgument: If guidance is asked of a network without a null label.
+        """
+        info = NetworkInfo.of(model.unet, None)
+        if guidance is not None and info.null_label is None:
+            raise InvalidArgument(
+                f"guidance {guidance:g} needs a network trained with label dropout (config null_label); leave it out"
+            )
+        size = info.size or (info.stride,) * 2
+        generator = torch.Generator().manual_seed(batch)
+        x = torch.randn(batch, info.channels, *size, generator=generator).to(device)
+        label = None if info.classes is None else (torch.arange(batch) % info.classes).to(device)
+        if isinstance(model.schedule, NoiseSchedule):
+            T = model.schedule.timesteps
+            rows = min(ROWS, T // 2)
+            spacing: Any = [float(T * (rows - i) // (2 * rows)) for i in range(rows)]
+            table = ddim(model.schedule, spacing=spacing, prediction=model.prediction)
+        else:
+            table = ddim(model.schedule, ROWS, prediction=model.prediction)
+        return cls(x, label, table, guidance, None if guidance is None else info.null_label)
+
+    def network_rows(self, x: Tensor) -> Tensor:
+        """Return the network's batch for x [B, ...]: x itself, or [2B, ...] (first for c, then for u) with guidance."""
+        return x if self.guidance is None else torch.cat([x, x])
+
+    @property
+    def network_labels(self) -> Tensor | None:
+        """The labels of the network's batch: with guidance, the classes and then as many null labels."""
+        if self.guidance is None or self.label is None:
+            return self.label
+        return torch.cat([self.label, torch.full_like(self.label, self.null_label or 0)])
+
+
+class Stepper(Protocol):
+    """A contender that is ready to run a workload."""
+
+    def forward(self) -> Tensor:
+        """Return the network's output [B, C or 2C, H, W] at the first row of the table."""
+
+    def step(self) -> Tensor:
+        """Advance by one row of the table and return x; after the last row, start again from the first."""
+
+
+Make = Callable[[Pretrained, Workload], Stepper]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way to run a network.
+
+    Attributes:
+        dtype: The type in which it computes, "float32" or "bfloat16".
+        make: Builds its stepper.
+        needs: Modules that it imports besides torch.
+        own: Whether it is one of fastdiff's backends; a comparison reports their speed relative to the others.
+        slow_start: Whether it compiles for tens of seconds, so that ``--quick`` leaves it out.
+        where: Kinds of device on which it runs.
+    """
+
+    dtype: str
+    make: Make
+    needs: tuple[str, ...] = ()
+    own: bool = False
+    slow_start: bool = False
+    where: tuple[str, ...] = ("cpu",)
+
+
+def import_all(names: tuple[str, ...]) -> None:
+    """Import modules by name.
+
+    Raises:
+        BackendError: If one cannot be imported; the message names the first of these and the reason.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as e:  # a package made for another version of torch or processor may raise anything
+            reason = str(e).strip().splitlines()
+            raise BackendError(f"{name} cannot be imported ({reason[0] if reason else type(e).__name__})") from e
