@@ -260,8 +260,8 @@ class Trainer:
 
         Raises:
             TrainingError: If the loss or the gradient is not finite, a file cannot be written, or the checkpoint was
-                written with other settings, another network, schedule or data.
-            CheckpointError: If the checkpoint is damaged or not one of training.
+                written with other settings, or for another network, schedule or data.
+            CheckpointError: If the checkpoint is damaged or is not one of training, or the model cannot be exported.
             DataError: If images cannot be read.
         """
         ours = [self.device] if self.device.type == "cuda" else []
@@ -392,6 +392,9 @@ class Trainer:
 
         Args:
             path: The folder; `fastdiff.Sampler.from_pretrained` and diffusers' pipelines load it.
+
+        Raises:
+            CheckpointError: If the folder cannot be written.
         """
         save_folder(path, self.ema, self.schedule, prediction=self.config.prediction)
 
