@@ -29,7 +29,7 @@ from tests.training.toys import (
 
 
 def test_a_loss_that_stops_being_finite_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault at the fifth step: the checkpoint of the fourth is kept, and a sound run takes it up."""
+    """After a fault at the fifth step, the checkpoint of the fourth is there, and a sound run resumes from it."""
     toy_trainer(tmp_path / "a", log_every=1).fit()
     for value in (math.nan, math.inf, -math.inf):
         out = tmp_path / str(value)
@@ -60,7 +60,7 @@ def test_a_learning_rate_that_is_too_large(tmp_path: Path) -> None:
 
 
 def test_a_gradient_that_stops_being_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sqrt at zero: a finite loss whose gradient is not."""
+    """The square root at zero has a finite value and an infinite gradient."""
     trainer = toy_trainer(tmp_path)
     loss = trainer._loss
     monkeypatch.setattr(trainer, "_loss", lambda *x: (lambda value: value + (value - value).sqrt())(loss(*x)))
@@ -89,7 +89,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, what: str) ->
     assert snapshot(tmp_path) == files
 
 
-# A disk that is full: no file may grow beyond a limit, and the checkpoint would.
+# A full disk is imitated by a limit on the size of files, which the checkpoint exceeds.
 FULL = """
 import json, resource, sys
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_a_full_disk(tmp_path: Path, percent: str, file: str) -> None:
 def test_no_space_left_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError
 
-    def full(tensors: Any, path: Path, metadata: Any) -> None:  # as safetensors says it
+    def full(tensors: Any, path: Path, metadata: Any) -> None:  # with safetensors' message
         path.write_bytes(b"some")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -144,7 +144,7 @@ def test_no_space_left_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_log_that_cannot_be_closed(tmp_path: Path) -> None:
-    """It is an error, but does not hide what ended the run."""
+    """That is an error, but not one that hides the error that ended the run."""
 
     def fail() -> None:
         raise OSError("no more")
@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_unreadable_data_ends_training_with_its_name(tmp_path: Path) -> None:
-    """An error of the reading thread reaches the caller."""
+    """The caller gets the error of the thread that reads the data."""
 
     class Broken(Toys):
         def __getitems__(self, indices: Any) -> Any:

@@ -104,7 +104,7 @@ def test_devices_that_are_not_there(tmp_path: Path, device: str) -> None:
 
 
 def test_grids_that_cannot_be_are_refused_at_once(tmp_path: Path) -> None:
-    """The noise says nothing about the image at zero SNR, where sampling starts."""
+    """An epsilon network cannot start to sample at zero SNR, where the noise determines nothing about the image."""
     schedule = NoiseSchedule("linear", 30, rescale_zero_terminal_snr=True)
     with pytest.raises(InvalidArgument, match="zero SNR"):
         Trainer(toy_unet(), Toys(), tmp_path, TrainConfig(sample_every=5), schedule, device="cpu")

@@ -53,7 +53,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_restored_moments_lie_in_memory_as_their_parameters(tmp_path: Path) -> None:
-    """Fused AdamW does not look at strides: moments in another layout would be those of other weights."""
+    """Fused AdamW ignores strides, so that moments in another layout would be applied to other weights."""
     variant(tmp_path, "plain", steps=3).fit()
     trainer = variant(tmp_path, "plain", steps=3)
     trainer.fit()
@@ -82,7 +82,7 @@ def signal_interrupt() -> Any:
     raise KeyboardInterrupt
 
 
-# Forks runs and kills them: at random moments, and at every point of a save. Prints what it did.
+# Forks runs and kills them, at random moments and at every point of a save, and prints how often.
 KILLER = """
 import json, os, random, shutil, signal, sys, time, traceback
 from pathlib import Path
@@ -107,7 +107,7 @@ def die_in_save(point, count):
         if here == point and "checkpoint" in str(path):
             left[0] -= 1
             if left[0] == 0:
-                if point == "half":  # as safetensors leaves it: a temporary file of its own
+                if point == "half":  # safetensors writes to a temporary file of its own
                     os.truncate(path, os.path.getsize(path) // 2)
                     os.rename(path, path.parent / ".tmpAbC123")
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -162,7 +162,7 @@ for point in POINTS:
     code = finished(run(out / "b", lambda: die_in_save(point, rng.randint(1, 2))))
     report["in_saves"] += code == -signal.SIGKILL
     report["leftovers"] += bool(list((out / "b").glob(".*")))
-    # Steps may have run out before a late point: then the run has ended well.
+    # The run may have finished before it reached a late point.
     assert code in (0, -signal.SIGKILL), code
 for _ in range(4):
     code = finished(run(out / "b"), within=rng.uniform(0.1, 0.9) * usual)
@@ -180,8 +180,8 @@ def test_killed_and_resumed(tmp_path: Path, name: str, seed: int) -> None:
     report = answer_of(python("-c", KILLER, tmp_path, name, str(seed)))
     print(f"seed {seed}: {report}")
     assert report["in_saves"] >= 3
-    assert report["leftovers"] >= 2  # the kills did strike in the middle of saves
-    assert report["hidden"] == []  # and what they left was removed
+    assert report["leftovers"] >= 2  # so some kills were in the middle of a save
+    assert report["hidden"] == []  # and the temporary files were removed
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
     assert [line["step"] for line in log_of(tmp_path / "b")] == [3, 6, 8]
@@ -224,7 +224,7 @@ def test_another_number_of_processes_is_noted(tmp_path: Path, caplog: pytest.Log
 
 
 def test_checkpoints_without_newer_metadata_resume(tmp_path: Path) -> None:
-    """The format of the first release: no losses since the log's last line."""
+    """Checkpoints of the first release lack the losses since the log's last line."""
     toy_trainer(tmp_path / "a", steps=6).fit()
     toy_trainer(tmp_path / "b", steps=4).fit()
     rewrite(tmp_path / "b" / "checkpoint.safetensors", lambda tensors, info: info.pop("losses"))

@@ -29,7 +29,7 @@ SMALL = (
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes; colour, gray, 16-bit and transparent images; files that are no use."""
+    """A folder of two classes, with colour, gray, 16-bit and transparent images, and with files that are unusable."""
     rng, folder = np.random.default_rng(0), tmp_path / "photos"
     for name in ("cats", "dogs"):
         (folder / name).mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_command_line(tmp_path: Path, photos: Path) -> None:
 def command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
 ) -> tuple[int, str]:
-    """Exit code and standard error of the command line, run here."""
+    """Run the command line in this process; return its exit code and standard error."""
     monkeypatch.setattr(sys, "argv", ["fastdiff", *map(str, arguments)])
     with pytest.raises(SystemExit) as leaving:
         cli.main()

@@ -28,11 +28,11 @@ from tests.training.toys import (
     weights_of,
 )
 
-# What a step sees -----------------------------------------------------------------------------------------------------
+# The draws of a step --------------------------------------------------------------------------------------------------
 
 
 def drawn(trainer: Trainer, n: int, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`_batch` for n positions of one image with label 1."""
+    """Call ``_batch`` for n positions, all with the same image and label 1."""
     image = trainer.data.images[:1].expand(n, -1, -1, -1)
     return trainer._batch(image, torch.ones(n, dtype=torch.int64), range(start, start + n))
 
@@ -75,7 +75,7 @@ def test_noise_is_standard_normal_and_independent(tmp_path: Path) -> None:
 
 
 def test_training_noise_is_not_the_noise_of_sampling(tmp_path: Path) -> None:
-    """Position 0 and image 0 of one seed share no draw."""
+    """With equal seeds, position 0 in training and image 0 in sampling get different noise."""
     z = drawn(small(tmp_path, seed=3), 4)[1]
     seed, index = torch.full((4,), 3), torch.arange(4)
     assert (z - normal(seed, index, torch.zeros_like(index), INITIAL, (1, 1, 2))).abs().min() > 1e-6
@@ -152,7 +152,7 @@ def test_flips_are_per_image(tmp_path: Path) -> None:
 
 
 class Formula(nn.Module):
-    """A network that numpy can say too: 0.3 x + 0.02 t - 0.1 label."""
+    """A network simple enough to be written in NumPy: 0.3 x + 0.02 t - 0.1 label."""
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         label = torch.zeros_like(t) if labels is None else labels
@@ -162,7 +162,7 @@ class Formula(nn.Module):
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_loss(tmp_path: Path, prediction: str, gamma: float | None) -> None:
-    """Equation 14 with Hang et al.'s weights, evaluated in float64 from the images on."""
+    """The loss is equation 14 with the weights of Hang et al., computed here in float64 from the images."""
     settings = {"prediction": prediction, "min_snr_gamma": gamma, "label_dropout": 0.3, "hflip": True}
     trainer = toy_trainer(tmp_path, data=Toys(n=16), timesteps=20, **settings)
     images, labels = trainer.data.__getitems__(range(16))
@@ -179,12 +179,12 @@ def test_loss(tmp_path: Path, prediction: str, gamma: float | None) -> None:
         x = x0[i].double().numpy()
         assert np.allclose(x, pixels, atol=1e-6) or np.allclose(x, pixels[..., ::-1], atol=1e-6)
         z, a, s = noise[i].double().numpy(), math.sqrt(abar[t[i]]), math.sqrt(1 - abar[t[i]])
-        said = 0.3 * (a * x + s * z) + 0.02 * int(t[i]) - 0.1 * int(dropped[i])
+        out = 0.3 * (a * x + s * z) + 0.02 * int(t[i]) - 0.1 * int(dropped[i])
         wanted = {"epsilon": z, "sample": x, "v_prediction": a * z - s * x}[prediction]
         snr = abar[t[i]] / (1 - abar[t[i]])
         clipped = snr if gamma is None else min(snr, gamma)
         weight = {"epsilon": clipped / snr, "sample": clipped, "v_prediction": clipped / (snr + 1)}[prediction]
-        total += (1.0 if gamma is None else weight) * np.mean((wanted - said) ** 2)
+        total += (1.0 if gamma is None else weight) * np.mean((wanted - out) ** 2)
     assert float(loss) == pytest.approx(total / 16, rel=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_ema_warms_up() -> None:
 
 
 def test_ema_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ema <- d ema + (1 - d) w, d = min(decay, (1 + i) / (10 + i)); the first update takes the weights."""
+    """ema <- d ema + (1 - d) w, d = min(decay, (1 + i) / (10 + i)); the first update copies the weights."""
     trainer = toy_trainer(tmp_path, steps=6, lr=1e-2, lr_warmup=0, ema_decay=0.3)
     average, expected, errors = trainer._average, np.zeros(()), []
 
@@ -230,7 +230,7 @@ def test_ema_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def adamw_by_hand(trainer: Trainer, steps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
-    """Weights, averages and gradient norms after some steps: Loshchilov & Hutter 2019, algorithm 2, in float64."""
+    """Compute weights, averages and gradient norms after some steps: Loshchilov & Hutter 2019, algorithm 2, float64."""
     c = trainer.config
     unet = toy_unet()
     w = {k: p.detach().double().numpy().copy() for k, p in unet.named_parameters()}
@@ -258,7 +258,7 @@ def adamw_by_hand(trainer: Trainer, steps: int) -> tuple[dict[str, np.ndarray], 
 
 
 def test_steps_by_hand(tmp_path: Path) -> None:
-    """The whole step (clipping, AdamW, warm-up, EMA) against float64, gradients from autograd."""
+    """Compare whole steps (clipping, AdamW, warm-up, EMA) with float64, with gradients from autograd."""
     settings = {"steps": 4, "lr": 5e-3, "lr_warmup": 3, "weight_decay": 0.1, "beta2": 0.9, "ema_decay": 0.25}
     norms = adamw_by_hand(toy_trainer(tmp_path, **settings), 4)[2]
     clip = sorted(norms)[2]  # two steps are clipped
@@ -267,7 +267,7 @@ def test_steps_by_hand(tmp_path: Path) -> None:
     w, ema, norms = adamw_by_hand(trainer, 4)
     assert min(norms) < clip < max(norms)
     start = dict(toy_unet().named_parameters())
-    exact = {k for k in w if "to_k.bias" not in k}  # the softmax cancels it: its gradient is rounding
+    exact = {k for k in w if "to_k.bias" not in k}  # the softmax cancels it, so that its gradient is rounding alone
     for k, p in trainer.unet.named_parameters():
         if k not in exact:
             continue
@@ -282,7 +282,7 @@ def test_steps_by_hand(tmp_path: Path) -> None:
     unclipped.fit()
     pairs = zip(unclipped.unet.parameters(), trainer.unet.parameters(), strict=True)
     difference = max(float((p - q).detach().abs().max()) for p, q in pairs)
-    assert difference > 1e-4  # so the comparison sees clipping
+    assert difference > 1e-4  # so clipping makes a difference that the comparison would detect
 
 
 def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
     whole.fit()
     parts.fit()
     for (name, a), b in zip(weights_of(whole).items(), weights_of(parts).values(), strict=True):
-        # Adam divides by the gradient's size: where a gradient is all rounding, so is the step of at most lr.
+        # Adam divides by the gradient's size, so a gradient that is rounding alone still gives a step of up to lr.
         assert float((a - b).abs().max()) < 1e-4, name
         assert float((a - b).norm()) <= 2e-3 * float(a.norm()) + 1e-6, name
     for a, b in zip(log_of(tmp_path / "1"), log_of(tmp_path / "4"), strict=True):
@@ -298,7 +298,7 @@ def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """Two images, one of each class: the loss falls by far, and the averaged weights draw the two images."""
+    """On two images, one of each class, the loss falls by far, and the averaged weights reproduce both images."""
     pixels = np.full((2, 8, 8, 1), 30, np.uint8)
     pixels[0, 2:6, 2:6] = pixels[1, :, 4:] = 220
     data = ArrayData(Path("two"), pixels, np.arange(2), None, 1, "crop")

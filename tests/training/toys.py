@@ -46,7 +46,7 @@ SHORT = {
 
 
 class Toys(ArrayData):
-    """Noise as images, with labels 0, 1, 2, 0, .."""
+    """Images of random bytes, with labels 0, 1, 2, 0, .."""
 
     def __init__(self, n: int = 10, size: tuple[int, int] = (8, 8), channels: int = 1, classes: int | None = 3):
         rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def toy_trainer(out: Path | str, *, unet: UNet | None = None, data: Any = None, 
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Copies of all that a step changes, in one layout."""
+    """Copy all tensors that a step changes, in one memory layout."""
     state = {f"model.{k}": v for k, v in trainer.unet.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in trainer.ema.state_dict().items()}
     for name, parameter in trainer.unet.named_parameters():
@@ -77,7 +77,7 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def digests(out: Path | str) -> dict[str, str]:
-    """SHA-256 of every tensor of the checkpoint, and of every file of the exported model."""
+    """Compute the SHA-256 of every tensor of the checkpoint, and of every file of the exported model."""
     tensors = load_file(Path(out) / "checkpoint.safetensors")
     found = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in tensors.items()}
     files = sorted(path for path in (Path(out) / "model").rglob("*") if path.is_file())
@@ -85,7 +85,7 @@ def digests(out: Path | str) -> dict[str, str]:
 
 
 def log_of(out: Path | str) -> list[dict[str, float]]:
-    """log.jsonl without what depends on the clock."""
+    """Read log.jsonl, without the values that depend on the clock."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k in ("step", "loss", "lr")} for line in lines]
 
@@ -104,7 +104,7 @@ def rewrite(path: Path, change: Change) -> None:
 
 
 def python(*arguments: str | Path, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run another Python, with one thread (its bits are compared, and processes share a machine)."""
+    """Run another Python, with one thread, as its bits are compared and processes share a machine."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
     return subprocess.run(
@@ -117,7 +117,7 @@ def python(*arguments: str | Path, timeout: float = 600, **environment: str) -> 
 
 
 def answer_of(result: subprocess.CompletedProcess[str]) -> Any:
-    """The JSON on the last line of a process that went well."""
+    """Read the JSON on the last line of a process, which must have succeeded."""
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -130,7 +130,7 @@ VARIANTS = {
 
 
 def variant(out: Path | str, name: str, **settings: Any) -> Trainer:
-    """Two resolutions and attention; log and checkpoints at steps that do not fall together."""
+    """Make a trainer of a network with two resolutions and attention, which logs and saves at different steps."""
     options = {"save_every": 3, "log_every": 4} | VARIANTS[name] | settings
     unet = toy_unet(
         dropout=options.pop("dropout", 0.0),
