@@ -1,6 +1,6 @@
-"""A diffusers pipeline, and the same pipeline run by fastdiff: the same images in less time. Needs diffusers.
+"""Run a diffusers pipeline by fastdiff: the same images in less time. Needs diffusers.
 
-Run it anywhere:  python accelerate_diffusers.py        It writes accelerated.png.
+python accelerate_diffusers.py        # writes accelerated.png
 """
 
 import time
@@ -10,9 +10,9 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import fastdiff
-from fastdiff.data import pictures as images
+from fastdiff.data import grid
 
-# A pipeline of your own comes from DDIMPipeline.from_pretrained("path/to/ddim"). This one has random weights.
+# Your own pipeline comes from DDIMPipeline.from_pretrained("path/to/ddim"). This one has random weights.
 torch.manual_seed(0)
 unet = UNet2DModel(
     sample_size=32,
@@ -24,18 +24,20 @@ pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler())
 pipeline.set_progress_bar_config(disable=True)
 
 
-def draw() -> np.ndarray:
+def sample() -> np.ndarray:
+    """Draw eight images [8, H, W, C] in [0, 1], and print how long it took."""
     started = time.perf_counter()
-    drawn = pipeline(8, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
+    images = pipeline(8, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
     print(f"{time.perf_counter() - started:.2f} s")
-    return drawn
+    return images
 
 
-before = draw()
-fastdiff.accelerate(pipeline)  # the same object: from here on its loop is fastdiff's
-draw()  # the first call packs the weights
-after = draw()
+before = sample()
+fastdiff.accelerate(pipeline)  # the same object; its sampling loop is now run by fastdiff
+sample()  # the first call also prepares the weights
+after = sample()
 
-print(f"PSNR of the two: {-10 * np.log10(np.mean((after - before) ** 2)):.0f} dB")
-images.grid(torch.from_numpy(after).permute(0, 3, 1, 2) * 2 - 1, columns=4).save("accelerated.png")
+print(f"PSNR between diffusers' images and fastdiff's: {-10 * np.log10(np.mean((after - before) ** 2)):.0f} dB")
+images = torch.from_numpy(after).permute(0, 3, 1, 2) * 2 - 1  # [8, C, H, W] in [-1, 1]
+grid(images, columns=4).save("accelerated.png")
 print("accelerated.png: 8 images")

@@ -1,1 +1,20 @@
-"""Image data: data sets in files and folders, arrays, pixel conversion, and writing pictures."""
+"""Image data: data sets from files and folders, and pictures from tensors.
+
+`load_data` opens a folder of images, an ``.npz`` file or an IDX (MNIST) file as a data set of uint8 images. The other
+functions turn tensors of images in [-1, 1] into PIL images, grids, picture files and animations.
+"""
+
+from fastdiff.data.datasets import ArrayData, FolderData, ImageData, load_data
+from fastdiff.data.pictures import animate, grid, save_picture, to_pil, to_uint8
+
+__all__ = [
+    "ArrayData",
+    "FolderData",
+    "ImageData",
+    "animate",
+    "grid",
+    "load_data",
+    "save_picture",
+    "to_pil",
+    "to_uint8",
+]

@@ -1,4 +1,4 @@
-"""Arrays of images and labels from untrusted ``.npz`` and IDX files.
+"""Reading of arrays of images and labels from untrusted ``.npz`` and IDX files.
 
 Sizes are read from headers and checked before anything is allocated or decompressed, and no pickle is ever loaded.
 """
@@ -21,20 +21,21 @@ from numpy.lib import format as npy
 from fastdiff.data.pixels import MAX_PIXELS, why
 from fastdiff.errors import DataError
 
-MAX_BYTES = 16 << 30  # one array in memory; half of the machine's memory where that is less
-MAX_CLASSES = 1 << 20  # a label beyond this is a wrong array, and would become an embedding table of that many rows
+MAX_BYTES = 16 << 30  # of one array in memory; half of the machine's memory is the limit where that is less
+MAX_CLASSES = 1 << 20  # a larger label means a wrong array, and would need an embedding table of as many rows
 
-# Deflate cannot exceed 1032:1, so a larger claim is false. Above BOMB_BYTES a ratio beyond BOMB_RATIO is constant
-# filling, not images (MNIST, mostly black, packs by 5).
+# Deflate compresses by 1032 at most, so a file that claims more is damaged. An array above BOMB_BYTES that was
+# compressed by more than BOMB_RATIO is filled with a constant; MNIST, which is mostly black, is compressed by 5.
 DEFLATE_LIMIT = 1032
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 200
 
-BLOCK = 16 << 20  # bytes handled at a time
+BLOCK = 16 << 20  # bytes that are read or converted at a time
 
 
 def check_bytes(where: str, what: str, size: int) -> None:
+    """Refuse an array of more bytes than this machine should hold, by a `DataError`."""
     limit = MAX_BYTES
-    with suppress(AttributeError, ValueError, OSError):  # not known on every system
+    with suppress(AttributeError, ValueError, OSError):  # some systems do not report their memory
         limit = min(limit, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     if size > limit:
         raise DataError(f"{where}: {what} would take {size} bytes, more than the {limit} allowed here; use a folder")
@@ -59,7 +60,10 @@ def _check_bomb(where: str, size: int, packed: int) -> None:
 
 
 def _read_exactly(where: str, file: IO[bytes], size: int) -> np.ndarray:
-    """`size` bytes and not one more; memory is touched only as far as the file really goes."""
+    """Read exactly ``size`` bytes; it is a `DataError` if the file has fewer or more.
+
+    The array's memory is written, and so really taken, only as far as the file has data.
+    """
     data = np.empty(size, np.uint8)
     view = data.data
     done = 0
@@ -78,7 +82,11 @@ _IDX = {3: "images", 1: "labels"}
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
-    """IDX: 0, 0, type (8 = uint8), number of dimensions, each dimension as big-endian uint32, then the elements."""
+    """Read a uint8 array of ``dims`` dimensions (3: images, 1: labels) from an IDX file, gzipped or not.
+
+    The format: two zero bytes, the type (8 for uint8), the number of dimensions, each dimension as a big-endian uint32,
+    and the elements.
+    """
     magic = bytes((0, 0, 8, dims))
     try:
         packed = path.stat().st_size
@@ -92,7 +100,7 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
             shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
             size = math.prod(shape)
             _check_images(str(path), shape)
-            # What the file can hold at most is known before anything is allocated for it.
+            # The file's size bounds what it can hold, so a false shape is refused before memory is allocated for it.
             if size > (packed * DEFLATE_LIMIT if zipped else packed - len(head)):
                 raise DataError(
                     f"{path} declares shape {shape}, {size} bytes, which a file of {packed} bytes cannot hold"
@@ -111,11 +119,11 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
 def _unzipped(raw: IO[bytes]) -> IO[bytes]:
     zipped = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[return-value]  # it reads like a binary file
+    return gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[return-value]  # it has the methods needed
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images as [N, H, W, C] and labels as [N] or None."""
+    """Read the images [N, H, W, C] and the labels [N], or None, of an ``.npz`` file."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
@@ -128,7 +136,8 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             images = _read_npy(path, archive, key, _check_image_header)
             labels = None if label_key is None else _read_npy(path, archive, label_key, _check_label_header)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RuntimeError, ImportError) as error:
-        # RuntimeError: encrypted, or (NotImplementedError) a compression that Python lacks.
+        # zipfile raises RuntimeError for encrypted members, and its subclass NotImplementedError for methods of
+        # compression that it lacks.
         raise DataError(f"cannot read {path}: {why(error)}") from error
     if images.ndim == 3:
         images = images[..., None]
@@ -155,13 +164,14 @@ def _check_label_header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> 
         raise DataError(f"{where} is {dtype} of shape {shape}; labels must be integers of shape [N]")
 
 
-_NPY_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}  # later: structured types only
+# Later versions of the format are for structured types alone.
+_NPY_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def _read_npy(
     path: Path, archive: zipfile.ZipFile, key: str, check: Callable[[str, tuple[int, ...], np.dtype], None]
 ) -> np.ndarray:
-    """One array of an ``.npz``, after its header and the archive's own record of its size have been checked.
+    """Read one array of an ``.npz``, once its header and the archive's record of its size have been checked.
 
     The bytes are viewed as the declared type: nothing is unpickled.
     """
@@ -172,7 +182,7 @@ def _read_npy(
     with archive.open(member) as file:
         try:
             shape, fortran, dtype = _NPY_HEADERS[npy.read_magic(file)](file)
-        except Exception as error:  # the header is a Python literal: the parser has many ways to fail
+        except Exception as error:  # the header is parsed as a Python literal, which can fail in many ways
             raise DataError(f"{where} has no usable .npy header ({why(error)})") from error
         if dtype.hasobject or dtype.itemsize == 0:
             raise DataError(f"{where} holds Python objects, which are never loaded; save plain uint8 arrays")

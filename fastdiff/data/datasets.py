@@ -1,10 +1,10 @@
-"""Training images: a folder, an ``.npz`` file or an IDX (MNIST) file as a map-style torch dataset of uint8 images.
+"""Data sets of training images: a folder, an ``.npz`` file or an IDX (MNIST) file as a map-style torch `Dataset`.
 
     data = load_data("photos", size=64)                       # sub-folder names are the classes
     images, labels = data.__getitems__([3, 1, 4])             # uint8 [3, C, H, W], int64 [3] or None
 
-Nothing here is random: augmentation and shuffling are the trainer's. Files are untrusted: sizes are read from headers
-and checked before anything is allocated or decompressed, and no pickle is ever loaded.
+Nothing here is random: the trainer shuffles and augments. Files are untrusted: sizes are read from headers and checked
+before anything is allocated or decompressed, and no pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fastdiff.checks import is_whole, one_of
 from fastdiff.data.arrays import BLOCK, check_bytes, read_idx, read_npz
 from fastdiff.data.pixels import MAX_PIXELS, Header, convert, fit_to, header, misfit, open_image, pixels_of, why
 from fastdiff.errors import DataError, InvalidArgument
 
 log = logging.getLogger("fastdiff")
 
-# A file's suffix decides whether it is looked at, its content what it is.
+# The suffix decides whether a file is opened; the format is then read from its content.
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
 
 _FITS = ("crop", "pad")
@@ -38,19 +39,40 @@ Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class ImageData(Dataset[Batch]):
-    """Images of one size and channel count, with or without class labels."""
+    """A data set of images of one size and number of channels, with or without class labels.
+
+    Subclasses define ``__len__`` and ``__getitems__``; a `torch.utils.data.DataLoader` or a `Trainer` uses both.
+
+    Attributes:
+        channels: The number of channels C, 1 (gray) or 3 (RGB).
+        size: Height and width of the images in pixels, (H, W).
+        num_classes: The number of classes; None for data without labels.
+        class_names: The names of the classes, where the data has names.
+    """
 
     channels: int
-    size: tuple[int, int]  # H, W
+    size: tuple[int, int]
     num_classes: int | None
     class_names: tuple[str, ...] | None
 
     def __len__(self) -> int:
-        raise NotImplementedError  # every kind of data has its own
+        """Return the number of images."""
+        raise NotImplementedError
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """uint8 [B, C, H, W] and int64 [B] (None where the data has no labels), in the order of `indices`."""
-        raise NotImplementedError  # every kind of data has its own
+        """Return a batch of images.
+
+        Args:
+            indices: B indices from 0 to ``len(self) - 1``, in any order.
+
+        Returns:
+            The images, uint8 [B, C, H, W], in the order of ``indices``, and their labels, int64 [B], or None for data
+            without labels.
+
+        Raises:
+            IndexError: If an index is out of range.
+        """
+        raise NotImplementedError
 
     def _check(self, indices: Sequence[int]) -> list[int]:
         order = [operator.index(index) for index in indices]
@@ -60,7 +82,7 @@ class ImageData(Dataset[Batch]):
         return order
 
     def __getitem__(self, index: int) -> Batch:
-        """One image [C, H, W] and its label []."""
+        """Return one image, uint8 [C, H, W], and its label, int64 [], or None."""
         images, labels = self.__getitems__([index])
         return images[0], None if labels is None else labels[0]
 
@@ -73,26 +95,36 @@ def load_data(
     channels: int | None = None,
     fit: str = "crop",
 ) -> ArrayData | FolderData:
-    """Open a folder of images, an ``.npz`` file or an IDX file (``.gz`` or not).
+    """Open a folder of images, an ``.npz`` file or an IDX file (``.gz`` or not) as a data set.
 
-    path      folder: searched recursively; where every image lies in a sub-folder, the first-level sub-folders' names,
-              sorted, are the classes. ``.npz``: uint8 [N,H,W], [N,H,W,C] or [N,C,H,W] under ``images``, ``x`` or
-              ``arr_0``, labels under ``labels`` or ``y`` (``arr_1`` beside ``arr_0``). IDX: the MNIST format.
-    labels    the IDX label file of an IDX image file.
-    size      H = W, or (H, W); None keeps the data's own size, which must then be one.
-    channels  1 or 3; None keeps the data's own (a folder with any colour image is colour). Colour becomes luma
-              (ITU-R 601), gray is repeated, and alpha is composited over white.
-    fit       "crop": the centre with the target's aspect, downscaled with Lanczos; smaller images are skipped.
-              "pad": centred in black (0); larger images are skipped.
+    Files of a folder that are unreadable or do not fit are left out, and the "fastdiff" logger names each.
 
-    Skipped and unreadable files are named on the "fastdiff" logger; data without a usable image is a `DataError`.
+    Args:
+        path: The data. A folder is searched recursively; if every image lies in a sub-folder, the sorted names of the
+            first level's sub-folders are the classes. An ``.npz`` file holds uint8 images [N, H, W], [N, H, W, C] or
+            [N, C, H, W] under ``images``, ``x`` or ``arr_0``, and may hold integer labels [N] under ``labels`` or ``y``
+            (or ``arr_1`` beside ``arr_0``). IDX is the format of MNIST.
+        labels: The IDX file of labels that belongs to an IDX file of images.
+        size: The images' size: an int for H = W, or (H, W). None keeps the size of the data, whose images must then
+            all have the same.
+        channels: 1 (gray) or 3 (RGB). None keeps the channels of the data; a folder with one colour image is colour.
+            Colour becomes luma (ITU-R 601), gray is repeated, and alpha is composited over white.
+        fit: How images of another size are fitted. "crop" takes the centre with the aspect of ``size`` and shrinks it
+            by Lanczos resampling; smaller images are left out. "pad" centres the image on black (0); larger images are
+            left out.
+
+    Returns:
+        The data set: a `FolderData` for a folder, else an `ArrayData`.
+
+    Raises:
+        DataError: If the data cannot be read or have no usable image.
+        InvalidArgument: If an argument is out of range, or ``labels`` is given for data other than an IDX file.
     """
     path = Path(path)
     target = _check_size(size)
-    if channels is not None and (isinstance(channels, bool) or channels not in (1, 3)):
+    if channels is not None and not (is_whole(channels) and channels in (1, 3)):
         raise InvalidArgument(f"channels must be 1, 3 or None, not {channels!r}")
-    if fit not in _FITS:
-        raise InvalidArgument(f"fit must be one of {', '.join(map(repr, _FITS))}, not {fit!r}")
+    one_of("fit", fit, _FITS)
     kind = _kind(path)
     if labels is not None and kind != "idx":
         raise InvalidArgument(
@@ -111,7 +143,23 @@ def load_data(
 
 
 class ArrayData(ImageData):
-    """Images held as one uint8 tensor [N, C, H, W], already fitted: `images`, and `labels` (int64 [N] or None)."""
+    """Images in memory, as one tensor, already converted and fitted; made from arrays by `load_data` or directly.
+
+    Args:
+        path: What messages call the data.
+        images: uint8 images [N, H, W, C] with 1, 3 or 4 channels.
+        labels: Integer class labels [N], from 0, or None.
+        size: The size (H, W) to fit the images to; None keeps theirs.
+        channels: The number of channels to convert the images to, 1 or 3; None keeps theirs.
+        fit: "crop" or "pad", as for `load_data`.
+
+    Attributes:
+        images: The images, a uint8 tensor [N, C, H, W].
+        labels: The labels, an int64 tensor [N], or None.
+
+    Raises:
+        DataError: If the images cannot be fitted to ``size``, or would take too much memory.
+    """
 
     def __init__(
         self,
@@ -132,7 +180,7 @@ class ArrayData(ImageData):
         self.images = torch.empty(shape, dtype=torch.uint8)
         view = self.images.numpy()
 
-        def put(start: int) -> None:  # in blocks: what the conversion needs besides source and result stays small
+        def put(start: int) -> None:  # blocks bound the memory that the conversion needs besides source and result
             block = convert(images[start : start + step], self.channels)
             view[start : start + step] = fit_to(block, self.size, fit).transpose(0, 3, 1, 2)
 
@@ -153,11 +201,25 @@ class ArrayData(ImageData):
 
 
 class FolderData(ImageData):
-    """Image files decoded on request by a pool of threads.
+    """Image files in a folder, decoded on request by a pool of threads.
 
-    `files` are the usable files in sorted order, `labels` their classes (int64 [N] or None), `skipped` the files that
-    were left out and why. A file whose pixels turn out unreadable is named once and stands for the next readable
-    file (in the order of `files`, cyclically), so the same index gives the same image in every run.
+    Opening the data reads the headers alone. A file whose pixels turn out to be unreadable is replaced by the next
+    readable file, in the order of ``files``, cyclically, so that an index gives the same image in every run; the
+    "fastdiff" logger names it once.
+
+    Args:
+        root: The folder, searched recursively.
+        size: The size (H, W) to fit the images to; None keeps theirs, which must be one.
+        channels: The number of channels to convert the images to, 1 or 3; None means 3 if any image has colour.
+        fit: "crop" or "pad", as for `load_data`.
+
+    Attributes:
+        files: The usable files, sorted.
+        labels: The classes of ``files``, an int64 tensor [N], or None.
+        skipped: Pairs of a file that was left out and the reason.
+
+    Raises:
+        DataError: If no image can be used, or ``size`` is None and the images have several sizes.
     """
 
     def __init__(self, root: Path, size: tuple[int, int] | None, channels: int | None, fit: str) -> None:
@@ -206,14 +268,14 @@ class FolderData(ImageData):
         return batch, None if self.labels is None else self.labels[torch.tensor(used, dtype=torch.int64)]
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
-        """The first readable image at or after `index`, and its own index."""
+        """Decode the first readable image at or after an index; return its own index and its pixels."""
         for step in range(len(self.files)):
             at = (index + step) % len(self.files)
             if at in self._bad:
                 continue
             try:
                 return at, self._decode(self.files[at])
-            except Exception as error:  # decoders meet damaged files with whatever they stumble over
+            except Exception as error:  # a decoder may raise anything at all for a damaged file
                 with self._lock:
                     new = at not in self._bad
                     self._bad.add(at)
@@ -224,7 +286,7 @@ class FolderData(ImageData):
     def _decode(self, path: Path) -> np.ndarray:
         with open_image(path) as image:
             pixels = pixels_of(image)
-        if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # it changed since the scan
+        if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # it was changed after the scan
             raise DataError(f"it is now {pixels.shape[0]}x{pixels.shape[1]}: {reason}")
         return fit_to(convert(pixels[None], self.channels), self.size, self.fit)[0]
 
@@ -262,7 +324,7 @@ def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def _kind(path: Path) -> str:
-    """What `path` is, by its first bytes: names such as ``train-images-idx3-ubyte`` have no useful suffix."""
+    """Tell the kind of data at ``path``, a key of _KINDS, by its first bytes: files of MNIST have no suffix."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -286,7 +348,7 @@ def _cpus() -> int:
 
 
 def _image_files(root: Path) -> Iterator[Path]:
-    """Regular files with an image's suffix, hidden names left out; links are followed, each folder once."""
+    """Yield the regular files with an image's suffix, except hidden ones; links are followed, each folder once."""
     seen: set[tuple[int, int]] = set()
 
     def failed(error: OSError) -> None:
@@ -307,7 +369,7 @@ def _image_files(root: Path) -> Iterator[Path]:
 
 def _own_size(root: Path, found: list[tuple[Path, Header]]) -> tuple[int, int]:
     if not found:
-        return 1, 1  # nothing is usable, whatever its size
+        return 1, 1  # the caller will raise, as no file is usable
     first, (size, _) = found[0]
     for path, (other, _) in found:
         if other != size:
@@ -319,9 +381,9 @@ def _own_size(root: Path, found: list[tuple[Path, Header]]) -> tuple[int, int]:
 
 
 def _classes(root: Path, paths: list[Path], files: list[Path]) -> tuple[tuple[str, ...] | None, torch.Tensor | None]:
-    """Class names and the class of each of `files`, where every image lies in a sub-folder.
+    """Return the names of the classes and the class of each of ``files``, if every image lies in a sub-folder.
 
-    The names come from all `paths`: that an image is damaged must not renumber the classes.
+    The names come from all ``paths``, so that the classes keep their numbers when an image is damaged.
     """
     loose = sum(path.parent == root for path in paths)
     if loose:

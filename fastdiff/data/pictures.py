@@ -1,4 +1,7 @@
-"""Pictures out of tensors: PIL images, grids, files, animations. Images are in [-1, 1], gray (C = 1) or RGB (C = 3)."""
+"""Conversion of image tensors into pictures: PIL images, grids, files and animations.
+
+Images are tensors [n, C, H, W] with values in [-1, 1], gray (C = 1) or RGB (C = 3).
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,48 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """[n, C, H, W] floats to uint8 [n, H, W, C]: round((clip(x, -1, 1) + 1) 127.5), NaN as 0."""
+    """Convert images to bytes: round((clip(x, -1, 1) + 1) 127.5).
+
+    Args:
+        images: Floating-point images [n, C, H, W] in [-1, 1]; values beyond are clipped, and NaN becomes 0.
+
+    Returns:
+        A uint8 array [n, H, W, C] on the CPU.
+    """
     x = images.detach().float().clamp(-1.0, 1.0).nan_to_num(nan=-1.0)
     return ((x + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """One PIL image per image: mode L for one channel, RGB for three; other counts raise `InvalidArgument`."""
+    """Convert images to PIL images.
+
+    Args:
+        images: Images [n, C, H, W] in [-1, 1].
+
+    Returns:
+        One PIL image for each image, in mode "L" for one channel and "RGB" for three.
+
+    Raises:
+        InvalidArgument: If the images have neither one nor three channels.
+    """
     return [_pil(array) for array in to_uint8(images)]
 
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Image.Image:
-    """All images in one picture, row by row; ``columns`` defaults to a square."""
+    """Arrange images in one picture, row by row, on a white background.
+
+    Args:
+        images: Images [n, C, H, W] in [-1, 1].
+        columns: Images in each row, at least 1; None makes the grid about square, with ceil(sqrt(n)) columns.
+        padding: Pixels between the images and around them, at least 0.
+
+    Returns:
+        The picture, in mode "L" for one channel and "RGB" for three.
+
+    Raises:
+        InvalidArgument: If there are no images, ``columns`` or ``padding`` is too small, or the images have neither
+            one nor three channels.
+    """
     return _grid(to_uint8(images), columns, padding)
 
 
@@ -57,7 +90,17 @@ def _grid(array: NDArray[np.uint8], columns: int | None, padding: int) -> Image.
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write one picture, atomically; the suffix names the format."""
+    """Write a picture to a file, atomically: a failed write leaves an earlier file as it was.
+
+    Args:
+        picture: The picture to write.
+        path: The file to write; its suffix names the format: .png, .jpg, .jpeg, .webp or .gif. Missing folders are
+            created.
+
+    Raises:
+        InvalidArgument: If the suffix is another one.
+        OSError: If the file cannot be written.
+    """
     if Path(path).suffix.lower() not in PICTURES:
         raise InvalidArgument(f"{path}: unknown picture suffix; allowed: {', '.join(PICTURES)}")
     with atomic_path(path) as temporary:
@@ -65,7 +108,18 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 
 def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.0) -> None:
-    """Write frames as an animated .gif or .webp of about ``seconds``; the last frame stays as long again."""
+    """Write frames as an animation that repeats for ever, atomically.
+
+    Args:
+        frames: The pictures to show, at least one, all of one size.
+        path: The file to write, a .gif or .webp. Missing folders are created.
+        seconds: How long the frames take together, in seconds, though each takes 20 ms at least; the last frame then
+            stays for as long again.
+
+    Raises:
+        InvalidArgument: If there are no frames or the suffix is another one.
+        OSError: If the file cannot be written.
+    """
     if Path(path).suffix.lower() not in (".gif", ".webp"):
         raise InvalidArgument(f"{path}: an animation is a .gif or .webp file")
     if not frames:
@@ -75,4 +129,4 @@ def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.
     with atomic_path(path) as temporary:
         frames[0].save(
             temporary, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0, lossless=True
-        )  # noise is the worst case of lossy WebP; GIF has no such choice
+        )  # lossless matters for WebP alone, whose lossy compression is at its worst on noise

@@ -1,17 +1,17 @@
-"""One image file to uint8 pixels, and pixels to the size and channels that are asked for."""
+"""Decoding of one image file to uint8 pixels, and conversion of pixels to a given size and number of channels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fastdiff.errors import DataError
 
-# Only these decoders run, whatever a file is called: Pillow also knows formats (EPS) that start other programs.
+# Only these decoders run, whatever a file's suffix is: for some formats (EPS) Pillow would start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 MAX_PIXELS = 1 << 26  # one image: 8192 x 8192, 256 MiB as RGBA; a decoder thread holds a few copies
@@ -20,12 +20,12 @@ Header = tuple[tuple[int, int], int]  # (height, width), 1 or 3 channels
 
 
 def why(error: BaseException) -> str:
-    """An exception in one line."""
+    """Describe an exception in one line."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def misfit(own: tuple[int, int], size: tuple[int, int], fit: str) -> str | None:
-    """Why an image of size `own` cannot become `size`, or None."""
+    """Say why an image of size ``own`` cannot be fitted to ``size``; None if it can."""
     (h, w), (H, W) = own, size
     if fit == "crop" and (h < H or w < W):
         return f'smaller than {H}x{W}, and images are not enlarged (fit="pad" would pad it)'
@@ -35,10 +35,12 @@ def misfit(own: tuple[int, int], size: tuple[int, int], fit: str) -> str | None:
 
 
 def convert(images: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 [n, h, w, 1 | 3 | 4] -> [n, h, w, channels]; alpha over white, luma as in ITU-R 601.
+    """Convert uint8 images [n, h, w, 1 | 3 | 4] to [n, h, w, channels], for 1 or 3 channels.
 
-    over white:  c' = round((c a + 255 (255 - a)) / 255)
-    luma:        y = (19595 r + 38470 g + 7471 b + 2^15) / 2^16
+    Alpha is composited over white, and colour becomes luma with the weights of ITU-R 601:
+
+        c' = round((c a + 255 (255 - a)) / 255)
+        y = (19595 r + 38470 g + 7471 b + 2^15) / 2^16
     """
     if images.shape[3] == 4:
         a = images[..., 3:].astype(np.uint16)
@@ -50,14 +52,17 @@ def convert(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def fit_to(images: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
-    """uint8 [n, h, w, c] -> [n, H, W, c]; `misfit` has said that it can be done."""
+    """Fit uint8 images [n, h, w, c] to [n, H, W, c], by cropping and shrinking or by padding.
+
+    The sizes must be ones for which `misfit` returns None.
+    """
     (h, w), (H, W) = images.shape[1:3], size
     if (h, w) == (H, W):
         return images
     if fit == "pad":
         top, left = (H - h) // 2, (W - w) // 2
         return np.pad(images, ((0, 0), (top, H - h - top), (left, W - w - left), (0, 0)))
-    # Whole pixels are cropped, so that an image that only loses its margin is not resampled.
+    # The margin is cropped in whole pixels, so that an image that needs no scaling is not resampled.
     scale = min(h / H, w / W)
     ch, cw = min(h, round(H * scale)), min(w, round(W * scale))
     top, left = (h - ch) // 2, (w - cw) // 2
@@ -73,7 +78,7 @@ def fit_to(images: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image whose header is read and whose pixels are not; bombs are refused here."""
+    """Open an image without decoding its pixels; one that claims more than MAX_PIXELS raises `DataError`."""
     with Image.open(path, formats=FORMATS) as image:
         w, h = image.size
         if w * h > MAX_PIXELS:
@@ -82,48 +87,40 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 
 def header(path: Path) -> Header | str:
-    """What the file's header says, or why the file cannot be used."""
+    """Read an image's size and channels from its header, or say why the file cannot be used."""
     try:
         with open_image(path) as image:
             if image.mode == "F":
                 return "floating-point pixels, whose range is unknown"
             w, h = image.size
-            turned = _orientation(image) >= 5
+            turned = 5 <= _orientation(image) <= 8
             return ((w, h) if turned else (h, w)), 1 if image.mode in _GRAY else 3
-    except Exception as error:  # decoders meet damaged files with whatever they stumble over
+    except Exception as error:  # a decoder may raise anything at all for a damaged file
         return "not a readable image" if isinstance(error, UnidentifiedImageError) else why(error)
 
 
 _GRAY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
-# What undoes each EXIF orientation.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info:  # TIFF is turned by Pillow itself; PNG would have to be decoded to look further
+    """Return the EXIF orientation, 1 to 8 where it is sound, as far as the header has it; 1 is upright."""
+    if "exif" not in image.info:  # Pillow turns TIFF by itself; to find EXIF elsewhere a PNG would have to be decoded
         return 1
     try:
-        return int(image.getexif().get(0x0112, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata does not make the pixels unusable
         return 1
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """uint8 [h, w, 1 | 3 | 4], upright; 16-bit gray is v' = round(v 255 / 65535).
+    """Decode an image to uint8 [h, w, 1 | 3 | 4], turned as its EXIF orientation says.
 
-    16-bit colour arrives from Pillow as its high bytes. Colour profiles are ignored.
+    16-bit gray becomes round(v 255 / 65535). Of 16-bit colour Pillow gives the high bytes. Colour profiles are ignored.
     """
-    turn = _TURNS.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
+    image.load()
+    if _orientation(image) != 1:
+        with suppress(Exception):  # the pixels are turned by the time that damaged metadata can fail to be rewritten
+            ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         v = np.asarray(image).astype(np.int64)
         if v.min() < 0 or v.max() > 65535:

@@ -1,4 +1,4 @@
-"""Integrations with diffusers: `accelerate` for its pipelines and `Scheduler` for loops written for its schedulers."""
+"""Use of fastdiff from diffusers: `accelerate` for its pipelines, `Scheduler` for loops written for its schedulers."""
 
 from fastdiff.integrations.pipelines import accelerate
 from fastdiff.integrations.scheduler import Scheduler

@@ -1,4 +1,4 @@
-"""`Scheduler`: diffusers' scheduler interface over a `StepTable`, for people with their own sampling loops.
+"""`Scheduler`: the interface of diffusers' schedulers over a `StepTable`, for sampling loops of one's own.
 
     scheduler = fastdiff.Scheduler.from_config(pipeline.scheduler)      # or a scheduler_config.json, read
     scheduler.set_timesteps(50)
@@ -7,8 +7,9 @@
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, generator=generator).prev_sample
 
-What diffusers keeps in sigma space (Euler, Heun, LMS, EDM, consistency models) is in sigma space here as well: the
-sample is x_0 + sigma eps, and the table's state, which is variance-preserving, sample * sqrt(abar) / sigma_data.
+The samples of schedulers that diffusers runs in sigma space (Euler, Heun, LMS, EDM, consistency models) are in sigma
+space here as well: the sample is x_0 + sigma eps. The table's state, which is variance-preserving, is then
+sample * sqrt(abar) / sigma_data.
 """
 
 from __future__ import annotations
@@ -37,16 +38,21 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclasses.dataclass
 class StepOutput:
-    """What `Scheduler.step` returns: the next sample, and the image that the network sees in this one."""
+    """Result of `Scheduler.step`.
+
+    Attributes:
+        prev_sample: The next sample, [B, C, H, W].
+        pred_original_sample: The image x_0 that the network predicts from the present sample, [B, C, H, W].
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor
 
 
 def randn(shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Normals as diffusers' ``randn_tensor`` draws them: one generator for all images, or a list, one for each image.
+    """Draw normals as diffusers' ``randn_tensor`` does, from one generator or from a list with one for each image.
 
-    Those of a CPU generator are drawn there and moved, so that they are the same on every device.
+    A CPU generator draws on the CPU, and the normals are moved, so that they are the same on every device.
     """
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         generator = generator[0]
@@ -68,8 +74,11 @@ def randn(shape: tuple[int, ...], generator: Generators, device: torch.device, d
     return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
-def draws(config: Mapping[str, Any], table: StepTable, row: int, eta: float = 0.0) -> bool:
-    """Whether diffusers' scheduler draws noise in this row, be it multiplied by zero: that moves the generator."""
+def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: float = 0.0) -> bool:
+    """Return whether diffusers' scheduler draws noise in this row.
+
+    Noise that is then multiplied by zero counts, as drawing it advances the generator.
+    """
     name = config["_class_name"]
     if name == "DDPMScheduler":
         return table.rows[row].t > 0
@@ -85,9 +94,9 @@ def draws(config: Mapping[str, Any], table: StepTable, row: int, eta: float = 0.
 
 
 def configuration(source: Any) -> dict[str, Any]:
-    """The configuration of a diffusers scheduler, or a configuration itself, with its ``_class_name``.
+    """Return the configuration of a diffusers scheduler, or a given one, as a dictionary with ``_class_name``.
 
-    Raises `ConfigError` naming the scheduler and what is supported.
+    A scheduler that is not supported raises `ConfigError`.
     """
     if isinstance(source, Mapping):
         config = dict(source)
@@ -100,14 +109,26 @@ def configuration(source: Any) -> dict[str, Any]:
 
 
 class Scheduler:
-    """A scheduler of diffusers, by its configuration, run as a `StepTable`.
+    """A scheduler with the interface of diffusers' schedulers, which a `StepTable` runs.
 
-    config
-        A ``scheduler_config.json`` as a dictionary; ``_class_name`` names one of the schedulers in docs/solvers.md.
+    Methods and attributes mean what they mean in diffusers. Beyond diffusers, `step` takes a tensor with a timestep for
+    each image, so that the images of a batch may be at different steps, each with its own history, and gradients flow
+    through `step`.
 
-    Attributes: ``config``; ``timesteps``, one for each network evaluation; ``num_inference_steps``; ``order``. Beyond
-    diffusers: ``step`` takes a tensor of timesteps, one for each image, each of which stands at its own row, with its
-    own history; and it may be differentiated. Raises `ConfigError` naming the scheduler or option that cannot be had.
+    Args:
+        config: The content of a ``scheduler_config.json``; its ``_class_name`` must be one of the schedulers that
+            docs/solvers.md lists.
+
+    Attributes:
+        config: The configuration, a dictionary.
+        timesteps: The timesteps of a run after `set_timesteps`, one for each evaluation of the network: an int64 tensor
+            [N], or float32 for a scheduler in sigma space.
+        num_inference_steps: The number of steps of a run; None before `set_timesteps`.
+        order: Evaluations of the network in a step: 2 for Heun, else 1.
+        schedule: The `NoiseSchedule`; None for EDM and consistency models, which have none.
+
+    Raises:
+        ConfigError: If the scheduler or one of its options is not supported.
     """
 
     def __init__(self, config: Mapping[str, Any]):
@@ -125,12 +146,34 @@ class Scheduler:
 
     @classmethod
     def from_config(cls, config: Any) -> Scheduler:
-        """From a configuration, a diffusers scheduler or another `Scheduler`."""
+        """Make a scheduler from a configuration, a diffusers scheduler or another `Scheduler`.
+
+        Args:
+            config: The configuration or the scheduler to take it from.
+
+        Returns:
+            The scheduler, without timesteps yet.
+
+        Raises:
+            ConfigError: If the scheduler or one of its options is not supported.
+        """
         return cls(configuration(config.config if isinstance(config, Scheduler) else config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, subfolder: str | None = None) -> Scheduler:
-        """From a pipeline's folder, or a folder with a ``scheduler_config.json``. Nothing is downloaded."""
+        """Make a scheduler from a folder on disk; nothing is downloaded.
+
+        Args:
+            path: The folder of a pipeline, or one with a ``scheduler_config.json``.
+            subfolder: A folder within ``path`` to look in instead.
+
+        Returns:
+            The scheduler, without timesteps yet.
+
+        Raises:
+            CheckpointError: If there is no ``scheduler_config.json``, or it cannot be read.
+            ConfigError: If the scheduler or one of its options is not supported.
+        """
         folder = Path(path) / (subfolder or "")
         config = read_scheduler(folder)
         if not config:
@@ -138,11 +181,20 @@ class Scheduler:
         return cls(config)
 
     def __len__(self) -> int:
-        """How many timesteps the network was trained with."""
+        """Return the number of timesteps that the network was trained with."""
         return int(self.config.get("num_train_timesteps", 1000)) if self.schedule is None else self.schedule.timesteps
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Lay out a run, and forget the one before."""
+        """Choose the timesteps of a run, which start anew: the history of an earlier run is dropped.
+
+        Args:
+            num_inference_steps: The number of steps, from 1 to the number of training timesteps.
+            device: The device of ``timesteps``; None means the CPU.
+
+        Raises:
+            InvalidArgument: If the number of steps is out of range.
+            ConfigError: If the configuration does not support this number of steps.
+        """
         self._tables = {}
         self._state = None
         table = from_config(self.config, num_inference_steps)
@@ -153,14 +205,25 @@ class Scheduler:
 
     @property
     def init_noise_sigma(self) -> float:
-        """The standard deviation of the initial noise."""
+        """The standard deviation of the initial noise, by which standard normals are multiplied."""
         if not self.in_sigma:
             return 1.0
         table = self._table()
         return table.init_scale * table.data_scale / math.sqrt(table.rows[0].abar)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input: the sample itself, or divided by sqrt(sigma^2 + sigma_data^2) in sigma space."""
+        """Scale a sample to the network's input: in sigma space by 1 / sqrt(sigma^2 + sigma_data^2), else not at all.
+
+        Args:
+            sample: The sample, [B, C, H, W].
+            timestep: As for `step`.
+
+        Returns:
+            The network's input, of the sample's shape.
+
+        Raises:
+            InvalidArgument: If a timestep is not one of this run, or needs a history that is missing.
+        """
         if not self.in_sigma:
             return sample
         table = self._table()
@@ -179,22 +242,30 @@ class Scheduler:
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> StepOutput | tuple[Tensor, Tensor]:
-        """One row of the table for every image.
+        """Compute the next sample from the network's output, by one row of the table for every image.
 
-        model_output
-            [B, C or 2 C (learned variance), H, W], what the network said of ``scale_model_input(sample, timestep)``.
-        timestep
-            Of ``timesteps``: the next one, for all images or one for each [B]. The first one starts an image anew; a
-            solver without a history takes any. -1 leaves an image as it is (not with EDM and consistency models, whose
-            timesteps may be negative).
-        eta, use_clipped_model_output
-            Options of DDIM's.
-        generator
-            Draws the noise, as and when diffusers draws it; variance_noise [B, C, H, W] is used instead.
+        The step is computed in float32, or in float64 for float64 samples.
 
-        Returns the next sample and the predicted image (return_dict=False: both in a tuple), in the sample's dtype;
-        what lies between is computed in float32, or float64 for such samples. Raises `InvalidArgument` for a timestep
-        that is not of this run or would need a history that is not there.
+        Args:
+            model_output: The network's output for ``scale_model_input(sample, timestep)``, [B, C, H, W], or
+                [B, 2 C, H, W] if the variance is learned.
+            timestep: The next of ``timesteps``: a number for all images, or a tensor [B] with one for each. The first
+                of ``timesteps`` starts an image anew; a solver without a history can start at any of them. -1 leaves
+                an image as it is (except with EDM and consistency models, whose timesteps may be negative).
+            sample: The present sample, [B, C, H, W].
+            eta: For DDIM: the share of fresh noise, 0 for none to 1 for as much as DDPM.
+            use_clipped_model_output: For DDIM: whether the predicted noise is derived from the clipped x_0.
+            generator: The source of noise: a generator, a list with one for each image, or None for torch's default.
+                Noise is drawn when diffusers draws it.
+            variance_noise: The noise to use instead, [B, C, H, W].
+            return_dict: Whether the result is a `StepOutput`.
+
+        Returns:
+            The next sample and the predicted image, as a `StepOutput` or a tuple, in the sample's dtype.
+
+        Raises:
+            InvalidArgument: If a timestep is not one of this run or needs a history that is missing, or if shapes,
+                options or generators do not fit.
         """
         table = self._table(eta, bool(use_clipped_model_output))
         if sample.ndim != 4 or model_output.shape[:1] + model_output.shape[2:] != sample.shape[:1] + sample.shape[2:]:
@@ -204,7 +275,7 @@ class Scheduler:
             )
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         rows = self._rows(table, timestep, sample)
-        state = self._at(table, sample, dtype)
+        state = self._state_for(table, sample, dtype)
         state.row_host = np.array(rows)
         state.row = torch.from_numpy(state.row_host.copy()).to(sample.device)
         state.x = sample.to(dtype) * self._spread(
@@ -212,7 +283,7 @@ class Scheduler:
         )
         state.out = model_output.to(dtype)
         moving = [row for row in rows if row < len(table)]
-        if any(draws(self.config, table, row, eta) for row in moving):
+        if any(draws_noise(self.config, table, row, eta) for row in moving):
             z = variance_noise
             if z is None:
                 z = randn(tuple(sample.shape), generator, sample.device, model_output.dtype)
@@ -232,9 +303,19 @@ class Scheduler:
         return output if return_dict else (output.prev_sample, output.pred_original_sample)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """x_0 at each image's level: sqrt(abar) x_0 + sqrt(1 - abar) eps, or x_0 + sigma eps in sigma space.
+        """Add noise to images: sqrt(abar) x_0 + sqrt(1 - abar) eps, or x_0 + sigma eps in sigma space.
 
-        timesteps: of this run, or whole ones of the noise schedule; one for all images or one for each.
+        Args:
+            original_samples: The images x_0, [B, C, H, W].
+            noise: Standard normals eps, of the images' shape.
+            timesteps: The timestep that gives abar, of this run or a whole one of the noise schedule: a number for all
+                images, or a tensor [B] with one for each.
+
+        Returns:
+            The noisy images, in the dtype of ``original_samples``.
+
+        Raises:
+            InvalidArgument: If a timestep is neither.
         """
         abar = np.array([self._abar(t) for t in _listed(timesteps, len(original_samples))])
         a, s = np.sqrt(abar), np.sqrt(1.0 - abar)
@@ -246,9 +327,20 @@ class Scheduler:
         return (self._spread(a, x0) * x0 + self._spread(s, x0) * eps).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """v = sqrt(abar) eps - sqrt(1 - abar) x_0, what a v-prediction network learns (Salimans & Ho 2022).
+        """Compute v = sqrt(abar) eps - sqrt(1 - abar) x_0, the target of v-prediction (Salimans & Ho 2022).
 
-        diffusers' EulerDiscreteScheduler takes abar of the step's number instead of its timestep; not so here.
+        diffusers' EulerDiscreteScheduler looks up abar by the number of the step; here the timestep decides.
+
+        Args:
+            sample: The images x_0, [B, C, H, W].
+            noise: Standard normals eps, of the images' shape.
+            timesteps: As for `add_noise`.
+
+        Returns:
+            v, in the dtype of ``sample``.
+
+        Raises:
+            InvalidArgument: If a timestep is neither of this run nor a whole one of the noise schedule.
         """
         abar = np.array([self._abar(t) for t in _listed(timesteps, len(sample))])
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
@@ -267,13 +359,13 @@ class Scheduler:
         return self._tables[key]
 
     def _rows(self, table: StepTable, timestep: Any, sample: Tensor) -> list[int]:
-        """Each image's row: the next one where it has the image's timestep, else the one where a run can start."""
+        """Find each image's row: the next one if it has the image's timestep, else one at which a run can start."""
         ts = _listed(timestep, len(sample))
         state = self._state
         following = [-1] * len(ts)
         if state is not None and len(state.x) == len(ts):
             following = state.row_host.tolist()
-        elif state is not None and not _forgets(table) and not all(_same(t, table.rows[0].t) for t in ts):
+        elif state is not None and _keeps_history(table) and not all(_same(t, table.rows[0].t) for t in ts):
             raise InvalidArgument(
                 f"{len(ts)} images, but the history is of {len(state.x)}: a run of {table.solver} keeps its batch"
             )
@@ -297,8 +389,8 @@ class Scheduler:
             )
         return known[0]
 
-    def _at(self, table: StepTable, sample: Tensor, dtype: torch.dtype) -> State:
-        """The state that holds this run's history."""
+    def _state_for(self, table: StepTable, sample: Tensor, dtype: torch.dtype) -> State:
+        """Return the state with this run's history, or a new one if the table, shape, device or dtype changed."""
         state = self._state
         if (
             state is None
@@ -310,6 +402,7 @@ class Scheduler:
         return state
 
     def _abar(self, t: float) -> float:
+        """Return abar at a timestep of this run, or else of the noise schedule."""
         if self._tables:
             for row in self._table().rows:
                 if _same(t, row.t):
@@ -320,27 +413,27 @@ class Scheduler:
 
     @staticmethod
     def _spread(factors: Any, x: Tensor) -> Tensor:
-        """One factor for each image, [B, 1, 1, 1]."""
+        """Make a tensor [B, 1, 1, 1] of one factor for each image."""
         return torch.tensor(np.asarray(factors), dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 def _to_state(table: StepTable, row: int) -> float:
-    """From sigma space to the state: sqrt(abar) / sigma_data. A finished image is as it is."""
+    """Return the factor from sigma space to the row's state, sqrt(abar) / sigma_data; 1 for a finished image."""
     return math.sqrt(table.rows[row].abar) / table.data_scale if row < len(table) else 1.0
 
 
 def _from_state(table: StepTable, row: int) -> float:
-    """From the state behind a row to sigma space; the last row returns to the data's units itself."""
+    """Return the factor from the state after a row to sigma space; the last row ends in the data's units itself."""
     return 1.0 / _to_state(table, row + 1) if row < len(table) else 1.0
 
 
-def _forgets(table: StepTable) -> bool:
-    """Whether every row stands alone."""
-    return table.history == 0 and not any(row.as_ for row in table.rows)
+def _keeps_history(table: StepTable) -> bool:
+    """Return whether a row reads what an earlier one kept."""
+    return table.history > 0 or any(row.as_ for row in table.rows)
 
 
 def _listed(timestep: Any, B: int) -> list[float]:
-    """One timestep for each of B images, from a number or a tensor of one or of B."""
+    """List a timestep for each of B images, from a number or a tensor of one or of B."""
     values = timestep.detach().flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist()
     if len(values) not in (1, B) or any(isinstance(v, (bool, str)) or v is None for v in values):
         raise InvalidArgument(f"timestep={timestep!r}: a number, or one for each of {B} images, is needed")
@@ -348,5 +441,5 @@ def _listed(timestep: Any, B: int) -> list[float]:
 
 
 def _same(a: float, b: float) -> bool:
-    """Timesteps are float32 outside, float64 in the table."""
+    """Return whether two timesteps are equal up to rounding: callers have them in float32, tables in float64."""
     return abs(a - b) <= 1e-6 * max(1.0, abs(b))

@@ -1,6 +1,6 @@
-"""Training: data, loss, checkpoints and the loop."""
+"""Training of U-Nets on images: `Trainer`, its settings `TrainConfig`, and the data sets of `fastdiff.data`."""
 
-from fastdiff.data.datasets import ArrayData, FolderData, ImageData, load_data
+from fastdiff.data import ArrayData, FolderData, ImageData, load_data
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.trainer import Trainer
 

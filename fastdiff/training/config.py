@@ -1,10 +1,11 @@
-"""What a training run is told, checked before anything heavy runs."""
+"""`TrainConfig`: the settings of a training run, checked when they are made."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
+from fastdiff.checks import is_number, whole
 from fastdiff.core.noise import check_seed
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import PREDICTIONS
@@ -12,24 +13,42 @@ from fastdiff.schedule import PREDICTIONS
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Settings of a `Trainer`. Batch sizes and steps are global: they do not change with the number of processes.
+    """Settings of a `Trainer`.
 
-    prediction
-        What the network is trained to say: "epsilon", "sample" or "v_prediction".
-    min_snr_gamma
-        None for the simple loss.
-    label_dropout
-        Share of labels replaced by the network's null label, for guidance.
-    lr_decay
-        After ``lr_warmup`` steps: "none", or "cosine" / "linear" down to 0 at ``steps``.
-    accumulate
-        A batch is run in this many parts.
-    precision
-        "fp32" or "bf16" (autocast).
-    log_every, save_every, sample_every
-        Steps between lines of the log, checkpoints, and sample grids (0: none); each also follows the last step.
+    Steps and batch sizes are global: they do not change with the number of processes.
 
-    Raises `InvalidArgument` naming the setting, its value and what is allowed.
+    Attributes:
+        steps: Updates of the weights in all, at least 1.
+        batch_size: Images in each update, over all processes; at least 1 and a multiple of ``accumulate``.
+        accumulate: Parts into which each process divides its share of a batch, to save memory; at least 1.
+        prediction: What the network learns to predict: "epsilon" (the noise), "sample" (the image x_0) or
+            "v_prediction" (Salimans & Ho 2022).
+        min_snr_gamma: Gamma of the min-SNR weights of the loss (Hang et al. 2023), above 0; 5 is usual. None, the
+            default, weighs every timestep by 1, as the simple loss of Ho et al. (2020) does.
+        label_dropout: Share of labels that are replaced by the network's null label, for classifier-free guidance;
+            from 0 to just under 1. It has no effect on a network without a null label.
+        hflip: Whether each image is mirrored left to right with probability 1/2.
+        lr: Learning rate of AdamW after the warm-up, above 0.
+        lr_warmup: Updates over which the learning rate rises linearly, at least 0.
+        lr_decay: Course of the learning rate after the warm-up: "none", or "cosine" or "linear" down to 0 at ``steps``.
+        weight_decay: Weight decay of AdamW, at least 0.
+        beta1: Decay rate of AdamW's first moment, from 0 to just under 1.
+        beta2: Decay rate of AdamW's second moment, from 0 to just under 1.
+        grad_clip: Largest norm of the gradient of all weights, above 0; larger gradients are scaled down to it, and
+            `math.inf` switches clipping off.
+        ema_decay: Decay rate of the weights' exponential moving average after its warm-up (see `ema_at`), from 0 to
+            just under 1.
+        precision: Precision of the network's evaluation, "fp32" or "bf16" (autocast). Weights, loss and update are
+            float32 in both.
+        compile: Whether the network is compiled by ``torch.compile``.
+        seed: Seed of everything that is random, from 0 to 2^64 - 1.
+        log_every: Updates between lines of the log, at least 1.
+        save_every: Updates between checkpoints, at least 1.
+        sample_every: Updates between grids of samples; 0, which is allowed, draws none. Log, checkpoint and grid also
+            follow the last update.
+
+    Raises:
+        InvalidArgument: If a setting is out of range; the message names it, its value and what is allowed.
     """
 
     steps: int = 100_000
@@ -55,34 +74,46 @@ class TrainConfig:
     sample_every: int = 1000
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        # NumPy's numbers become Python's, as the settings are saved as JSON.
+        object.__setattr__(self, "seed", check_seed(self.seed))
         for key in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
-            self._need(key, _whole(getattr(self, key)) and getattr(self, key) >= 1, "a whole number of at least 1")
+            object.__setattr__(self, key, whole(key, getattr(self, key), 1))
         for key in ("lr_warmup", "sample_every"):
-            self._need(key, _whole(getattr(self, key)) and getattr(self, key) >= 0, "a whole number of at least 0")
+            object.__setattr__(self, key, whole(key, getattr(self, key), 0))
         self._need("batch_size", self.batch_size % self.accumulate == 0, f"a multiple of accumulate={self.accumulate}")
         self._need("prediction", self.prediction in PREDICTIONS, " or ".join(map(repr, PREDICTIONS)))
         self._need("lr_decay", self.lr_decay in ("none", "cosine", "linear"), "'none', 'cosine' or 'linear'")
         self._need("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
         for key in ("hflip", "compile"):
             self._need(key, isinstance(getattr(self, key), bool), "True or False")
-        self._need("lr", _number(self.lr) and 0 < self.lr < math.inf, "a positive number")
-        self._need("grad_clip", _number(self.grad_clip) and self.grad_clip > 0, "a positive number (inf: no clipping)")
-        self._need("weight_decay", _number(self.weight_decay) and 0 <= self.weight_decay < math.inf, "a number from 0")
+        self._need_number("lr", "a positive number", above=True)
+        if self.grad_clip != math.inf:
+            self._need_number("grad_clip", "a positive number (inf: no clipping)", above=True)
+        self._need_number("weight_decay", "a number from 0")
         for key in ("label_dropout", "beta1", "beta2", "ema_decay"):
-            value = getattr(self, key)
-            self._need(key, _number(value) and 0 <= value < 1, "a number from 0 to just under 1")
-        gamma = self.min_snr_gamma
-        self._need(
-            "min_snr_gamma", gamma is None or (_number(gamma) and 0 < gamma < math.inf), "None or a positive number"
-        )
+            self._need_number(key, "a number from 0 to just under 1", below=1.0)
+        if self.min_snr_gamma is not None:
+            self._need_number("min_snr_gamma", "None or a positive number", above=True)
 
     def _need(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise InvalidArgument(f"{key}={getattr(self, key)!r}: {allowed} is needed")
 
+    def _need_number(self, key: str, allowed: str, above: bool = False, below: float = math.inf) -> None:
+        """Check a finite number from 0 (above: greater than 0) to just under ``below``, and store it as a float."""
+        value = getattr(self, key)
+        self._need(key, is_number(value) and 0 <= value < below and (value > 0 or not above), allowed)
+        object.__setattr__(self, key, float(value))
+
     def lr_at(self, step: int) -> float:
-        """The learning rate of update ``step`` (0, 1, ..): linear warm-up, then the decay."""
+        """Return the learning rate of an update: linear warm-up, then the decay.
+
+        Args:
+            step: The number of the update, 0 for the first.
+
+        Returns:
+            The learning rate.
+        """
         if step < self.lr_warmup:
             return self.lr * (step + 1) / self.lr_warmup
         progress = (step - self.lr_warmup) / max(self.steps - self.lr_warmup, 1)
@@ -91,13 +122,14 @@ class TrainConfig:
         return self.lr * (1 - min(progress, 1.0)) if self.lr_decay == "linear" else self.lr
 
     def ema_at(self, i: int) -> float:
-        """EMA decay of update i: min(ema_decay, (1 + i) / (10 + i)), so that the first weights are soon forgotten."""
+        """Return the decay rate of the moving average in update i: d = min(ema_decay, (1 + i) / (10 + i)).
+
+        The warm-up makes the average forget the initial weights soon.
+
+        Args:
+            i: The number of the update, 0 for the first.
+
+        Returns:
+            The decay rate d of ema <- d ema + (1 - d) weights.
+        """
         return min(self.ema_decay, (1 + i) / (10 + i))
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

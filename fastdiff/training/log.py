@@ -1,4 +1,4 @@
-"""What a training run reports: ``log.jsonl`` always, a progress bar, TensorBoard where it is installed."""
+"""The log of a training run: ``log.jsonl``, a progress bar, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ from fastdiff.training.resume import writing
 
 
 class TrainingLog:
-    """One line every ``log_every`` steps: step, loss (their mean), lr, images_per_s, seconds since the start.
+    """A log with a line every ``log_every`` steps: step, mean loss since the last line, lr, images_per_s, seconds.
 
-    The file tells one story: a resumed run drops the lines past its checkpoint's step, takes the ``losses`` since the
-    last line from it, and counts seconds on. images_per_s includes waiting for data, but no checkpoints and samples.
+    images_per_s counts the time of waiting for data, but not that of checkpoints and samples; seconds count from the
+    start of training. A resumed run continues the log of the interrupted one: lines beyond the checkpoint's step are
+    removed, and the losses since the last line are taken from the checkpoint.
+
+    Args:
+        out: The folder of the run.
+        config: Its settings.
+        step: The step of the checkpoint from which the run resumes, 0 for a new run.
+        losses: The losses of the steps since the last line; the list is kept up to date, as checkpoints save it.
+        enabled: Whether anything is written: in one process of several.
     """
 
     def __init__(self, out: Path, config: TrainConfig, step: int, losses: list[float], enabled: bool):
@@ -40,14 +48,14 @@ class TrainingLog:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
-                # Events from purge_step on are hidden.
+                # TensorBoard hides the events of an earlier part of the run from purge_step on.
                 self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
                 self._open.callback(self.board.close)
         self.bar = _Bar(config.steps, step)
         self._open.callback(self.bar.close)
 
     def step(self, step: int, *, loss: float, lr: float, seconds: float) -> None:
-        """Report one update, which took ``seconds``."""
+        """Report an update, which took ``seconds``, and write a line if it is time for one."""
         if not self.enabled:
             return
         self.losses.append(loss)
@@ -84,13 +92,13 @@ class TrainingLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        # What ended the run is the news, not that a full disk also keeps the log from being closed.
+        # The error that ended the run must not be hidden by one of closing the log, as on a full disk.
         with writing(self.path) if error is None else contextlib.suppress(OSError):
             self._open.close()
 
 
 def _records(text: str, step: int) -> Iterator[dict[str, Any]]:
-    """The log's lines up to ``step``, without any that a crash cut short."""
+    """Yield the log's lines up to ``step``, except damaged ones, such as a last line that a crash cut short."""
     for line in text.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
@@ -99,7 +107,7 @@ def _records(text: str, step: int) -> Iterator[dict[str, Any]]:
 
 
 class _Bar:
-    """A progress bar on a terminal; elsewhere a line now and then, so that a log file stays readable."""
+    """A progress bar on a terminal; elsewhere a line every 30 seconds, so that a file of the output stays short."""
 
     def __init__(self, total: int, step: int):
         from rich.console import Console

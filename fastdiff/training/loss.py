@@ -9,7 +9,7 @@ from fastdiff.schedule import NoiseSchedule
 
 
 def target(prediction: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """What the network should say about x_t = a x_0 + s noise (a = sqrt(abar_t), s = sqrt(1 - abar_t)).
+    """Return what the network should predict from x_t = a x_0 + s noise, a = sqrt(abar_t), s = sqrt(1 - abar_t).
 
     epsilon: noise        sample: x_0        v_prediction: a noise - s x_0        (Salimans & Ho 2022, arXiv:2202.00512)
     """
@@ -21,12 +21,12 @@ def target(prediction: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> 
 
 
 def loss_weights(schedule: NoiseSchedule, prediction: str, min_snr_gamma: float | None) -> Tensor:
-    """w_t, float32 [T], for the mean squared error at timestep t (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+    """Compute the weight w_t of the squared error at every timestep t, float32 [T]: min-SNR weighting.
 
         epsilon: min(SNR, gamma) / SNR      sample: min(SNR, gamma)      v_prediction: min(SNR, gamma) / (SNR + 1)
 
-    gamma None: w_t = 1, the simple loss of Ho et al. for the prediction at hand. At SNR = 0 (zero-terminal-SNR
-    schedules) the epsilon weight is 1, its limit.
+    (Hang et al. 2023, arXiv:2303.09556, section 3.4). Without gamma, w_t = 1: the simple loss of Ho et al. for the
+    prediction at hand. At SNR = 0 (schedules of zero terminal SNR) the weight for epsilon is 1, its limit.
     """
     snr = torch.from_numpy(schedule.snr.copy())
     if min_snr_gamma is None:

@@ -1,8 +1,8 @@
 """Training checkpoints: one safetensors file, written atomically, that resumes a run bit for bit.
 
-Tensors: ``model.*`` and ``ema.*`` (diffusers keys), ``optimizer.<moment>.*``. Metadata: JSON under "fastdiff": the
-step, the configurations, what the data was, the losses since the log's last line. There is no random state to save:
-every draw is a function of (seed, step).
+The tensors are ``model.*``, ``ema.*`` (with diffusers' keys) and ``optimizer.<moment>.*``. The metadata has JSON under
+"fastdiff": the step, the configurations, the number, size and channels of the images, and the losses since the last
+line of the log. There is no random state to save, as every draw is a function of the seed and the step.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from fastdiff.errors import CheckpointError, TrainingError
 from fastdiff.files import atomic_path
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-LEFTOVERS = (f".*-[0-9]*-{'[0-9a-f]' * 8}.tmp.*", ".tmp??????")  # atomic_path's files and, within, safetensors'
+# Temporary files of atomic_path and, while it writes to those, of safetensors.
+LEFTOVERS = (f".*-[0-9]*-{'[0-9a-f]' * 8}.tmp.*", ".tmp??????")
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write of ``path`` into a `TrainingError`; files are replaced whole, so what was there is intact."""
+    """Turn a failed write of ``path`` into a `TrainingError`; as files are replaced whole, the old one is intact."""
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -42,7 +43,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, info: dict[str, Any]) -> None:
-    """Write a checkpoint; `TrainingError`, and the old file intact, when a weight is not finite or the disk is full."""
+    """Write a checkpoint.
+
+    Raises `TrainingError`, and leaves the old file as it is, if a tensor is not finite or the file cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("model", model), ("ema", ema)):
         for name, tensor in module.state_dict().items():
@@ -70,7 +74,7 @@ def sweep(out: Path) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` wrote: tensors and info. `CheckpointError` names the file."""
+    """Read the tensors and the info that `save` wrote; a file that is none of its kind raises `CheckpointError`."""
     tensors, metadata = read_safetensors(path)
     try:
         info = json.loads(metadata.get(METADATA_KEY, "{}"))
@@ -87,12 +91,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore(
     path: Path, tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Copy a checkpoint's tensors into place. Nothing is changed unless every one fits."""
+    """Copy a checkpoint's tensors into place; nothing is changed unless all of them fit."""
     parameters = dict(model.named_parameters())
     expected = {
         f"{prefix}.{k}": v.shape for prefix, m in (("model", model), ("ema", ema)) for k, v in m.state_dict().items()
     }
-    started = any(name.startswith("optimizer.") for name in tensors)  # before the first update there are no moments
+    started = any(name.startswith("optimizer.") for name in tensors)  # without an update yet there are no moments
     for name, parameter in parameters.items() if started else ():
         expected |= {f"optimizer.{m}.{name}": torch.Size() if m == "step" else parameter.shape for m in MOMENTS}
     bad = sorted(k for k in expected.keys() | tensors.keys() if k not in tensors or tensors[k].shape != expected.get(k))
@@ -103,7 +107,8 @@ def restore(
             {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
         )
     for name, parameter in parameters.items() if started else ():
-        # Moments take their parameter's layout in memory: fused AdamW walks through both without looking at strides.
+        # Fused AdamW pairs elements by their place in memory, not by strides, so the moments need their parameter's
+        # layout.
         moments = {m: torch.empty_like(parameter, requires_grad=False) for m in MOMENTS if m != "step"}
         moments["step"] = torch.empty((), device=parameter.device)
         optimizer.state[parameter] = {m: t.copy_(tensors[f"optimizer.{m}.{name}"]) for m, t in moments.items()}

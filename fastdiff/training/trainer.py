@@ -1,9 +1,9 @@
 """The training loop of DDPM (Ho et al. 2020, algorithm 1).
 
-Training, like sampling, is a pure function: of the data, the initial weights and the seed. Which images a step sees,
-their timesteps, noise, flips and dropped labels are functions of (seed, position in the stream of images), so a resumed
-run continues bit for bit (on CUDA as far as its kernels are deterministic), and the number of processes changes results
-by rounding only (and, in networks with dropout, by which units are dropped).
+Training, like sampling, is a pure function: of the data, the initial weights and the seed. The images of a step, their
+timesteps, noise, flips and dropped labels are functions of the seed and the position in the stream of images. So a
+resumed run continues bit for bit (on CUDA as far as its kernels are deterministic), and the number of processes changes
+results by rounding only (and, in networks with dropout, by the units that are dropped).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastdiff import solvers
 from fastdiff.checkpoints import save_folder
-from fastdiff.core import noise as fd_noise
-from fastdiff.data.datasets import ImageData
-from fastdiff.data.pictures import save_picture
+from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
+from fastdiff.data import ImageData, save_picture
 from fastdiff.errors import CheckpointError, InvalidArgument, TrainingError
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.training import resume as state
+from fastdiff.training import resume
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.log import TrainingLog
 from fastdiff.training.loss import loss_weights, target
@@ -41,22 +41,36 @@ from fastdiff.unet import UNet
 
 log = logging.getLogger("fastdiff")
 
-GRID_STEPS = 25  # of the sample grids
-MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile")  # between the parts of a run
+GRID_STEPS = 25  # DDIM steps of the sample grids
+MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile")  # settings that a resumed run may change
 
-Part = tuple[range, Tensor, Tensor | None]  # positions in the stream of images, their images (uint8) and labels
+Part = tuple[range, Tensor, Tensor | None]  # positions in the stream of images, the images there (uint8), their labels
 
 
 class Trainer:
-    """Train a U-Net; `fit` runs until ``config.steps`` and resumes what an earlier, interrupted run left in ``out``.
+    """Training of a U-Net: `fit` trains it, and resumes the run that an earlier, interrupted `fit` left in ``out``.
 
-    ``unet`` itself is trained (in float32); ``ema`` holds its averaged weights, which are sampled and exported. ``out``
-    receives ``checkpoint.safetensors`` (everything; `fastdiff.Sampler.from_pretrained` samples its EMA weights),
-    ``log.jsonl``, ``samples/step-*.png`` and, at the end, ``model/``, the EMA weights as a diffusers folder. A run may
-    be interrupted at any moment, by Ctrl-C, a kill or a power cut; it loses the steps since its last checkpoint.
+    The folder ``out`` receives ``checkpoint.safetensors`` (the whole state of the run;
+    `fastdiff.Sampler.from_pretrained` samples from its EMA weights), ``log.jsonl``, ``samples/step-*.png`` and, at the
+    end, ``model/``, a diffusers folder with the EMA weights. A run may be interrupted at any moment, by Ctrl-C, a kill
+    or a power cut; it loses the steps since its last checkpoint. Under torchrun every process makes the same Trainer,
+    and the first one writes the files.
 
-    Under torchrun every process builds the same Trainer; rank 0 writes. Raises `InvalidArgument` where data, network
-    and config do not fit together, `TrainingError` when the loss stops being finite or a file cannot be written.
+    Args:
+        unet: The network, which is itself trained, in float32.
+        data: The images and labels.
+        out: The folder of the run.
+        config: The settings; None means ``TrainConfig()``.
+        schedule: The noise schedule; None means ``NoiseSchedule()``.
+        device: The device to train on; None means CUDA where it is available, else the CPU.
+
+    Attributes:
+        unet: The network in training.
+        ema: A copy of the network with the exponential moving average of the weights, which is sampled and exported.
+        step: The number of updates so far.
+
+    Raises:
+        InvalidArgument: If data, network, settings and device do not fit together.
     """
 
     def __init__(
@@ -74,7 +88,7 @@ class Trainer:
         self.out = Path(out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._check(unet)
-        if self.config.sample_every:  # a grid that cannot be is refused now, not at its first step
+        if self.config.sample_every:  # now rather than at the first grid, as it may raise
             self._table = solvers.ddim(
                 self.schedule, min(GRID_STEPS, self.schedule.timesteps), prediction=self.config.prediction
             )
@@ -91,7 +105,7 @@ class Trainer:
         )
         self.step = 0
         self._epoch, self._order = -1, torch.empty(0)
-        self._losses: list[float] = []  # since the last line of log.jsonl
+        self._losses: list[float] = []  # of the steps since the last line of log.jsonl
         self._weights = loss_weights(self.schedule, self.config.prediction, self.config.min_snr_gamma).to(self.device)
 
     def _check(self, unet: UNet) -> None:
@@ -128,10 +142,10 @@ class Trainer:
                 "needed"
             )
 
-    # ---- what a step sees: functions of (seed, position) -------------------------------------------------------------
+    # ---- the draws of a step: functions of the seed and the position in the stream of images -------------------------
 
     def _positions(self, step: int) -> Iterator[range]:
-        """This process's parts of batch ``step``, as positions in the stream of images: one range per accumulation."""
+        """Yield this process's parts of the batch of a step, as positions in the stream of images."""
         c = self.config
         part = c.batch_size // (c.accumulate * self.world)
         for micro in range(c.accumulate):
@@ -139,7 +153,7 @@ class Trainer:
             yield range(start, start + part)
 
     def _indices(self, positions: range) -> list[int]:
-        """Epoch e shows the images in the order of a permutation drawn from (seed, e)."""
+        """Return the images at these positions; epoch e goes through a permutation drawn from (seed, e)."""
         n = len(self.data)
         return [int(self._permutation(p // n)[p % n]) for p in positions]
 
@@ -158,16 +172,17 @@ class Trainer:
     def _batch(
         self, images: Tensor, labels: Tensor | None, positions: range
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x_0 in [-1, 1], noise ~ N(0, I), t ~ Uniform{0..T-1} and labels of some positions (algorithm 1, lines 2-4).
+        """Draw x_0 in [-1, 1], noise ~ N(0, I), t ~ Uniform{0..T-1} and labels (algorithm 1, lines 2 to 4).
 
-        One Philox block per image decides: t = floor(w0 T / 2^32), flipped if w1 is odd, label dropped if w2 < p 2^32.
+        The words w0, w1, w2 of one Philox block for each image decide: t = floor(w0 T / 2^32); the image is flipped if
+        w1 is odd; the label is dropped if w2 < p 2^32, p being ``label_dropout``.
         """
         c = self.config
         x0 = images.to(self.device).float() / 127.5 - 1.0
         index = torch.arange(positions.start, positions.stop, dtype=torch.int64, device=self.device)
-        seed = torch.full_like(index, fd_noise.as_int64(c.seed))
+        seed = torch.full_like(index, as_int64(c.seed))
         row = torch.zeros_like(index)
-        w0, w1, w2, _ = (w[:, 0] for w in fd_noise.words(seed, index, row, fd_noise.TRAIN_CHOICE, 1))
+        w0, w1, w2, _ = (w[:, 0] for w in words(seed, index, row, TRAIN_CHOICE, 1))
         t = w0 * self.schedule.timesteps >> 32
         if c.hflip:
             x0 = torch.where((w1 & 1).bool()[:, None, None, None], x0.flip(-1), x0)
@@ -177,13 +192,13 @@ class Trainer:
             labels = labels.to(self.device)
             if self.unet.config.null_label is not None:
                 labels = torch.where(w2 < int(c.label_dropout * 2**32), self.unet.config.null_label, labels)
-        noise = fd_noise.normal(seed, index, row, fd_noise.TRAIN_NOISE, tuple(x0.shape[1:]))
+        noise = normal(seed, index, row, TRAIN_NOISE, tuple(x0.shape[1:]))
         return x0, noise, t, labels
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def _loss(self, network: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """w_t ||target - network(x_t, t)||^2, the mean over images and elements (algorithm 1, line 5)."""
+        """Compute w_t ||target - network(x_t, t)||^2, the mean over images and elements (algorithm 1, line 5)."""
         a, s = self.schedule.signal_and_noise(t, x0.ndim, torch.float32)
         x_t = (a * x0 + s * noise).to(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -191,14 +206,17 @@ class Trainer:
         error = (out.float() - target(self.config.prediction, x0, noise, a, s)) ** 2
         return (self._weights[t] * error.mean(dim=(1, 2, 3))).mean()
 
-    @torch.no_grad()
     def _average(self) -> None:
-        """ema <- d ema + (1 - d) w, with d warmed up (`TrainConfig.ema_at`); the first update takes the weights."""
+        """Update the average, ema <- d ema + (1 - d) w with d = `TrainConfig.ema_at`; the first update copies w.
+
+        torch's AveragedModel would keep a count of its own, which every resumed run would have to set, and its decay
+        cannot follow the step; its function for one update is used instead.
+        """
         d = self.config.ema_at(self.step) if self.step else 0.0
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1.0 - d)
+        get_ema_multi_avg_fn(d)(list(self.ema.parameters()), list(self.unet.parameters()), self.step)
 
     def _update(self, network: nn.Module, parts: list[Part]) -> float:
-        """One step of AdamW on a batch; its loss."""
+        """Take one step of AdamW on a batch, and return the batch's loss."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step)
@@ -206,8 +224,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for i, (positions, images, labels) in enumerate(parts):
-            hold = isinstance(network, nn.parallel.DistributedDataParallel) and i < len(parts) - 1
-            with network.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]  # a DDP module
+            more = isinstance(network, nn.parallel.DistributedDataParallel) and i < len(parts) - 1
+            with network.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]  # a DDP module
                 loss = self._loss(network, *self._batch(images, labels, positions)) / config.accumulate
                 loss.backward()
             total += loss.detach()
@@ -215,7 +233,8 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(total)
             total /= self.world
-        # The one synchronisation of a step: a network must not be updated, averaged or saved once it is broken.
+        # This is the only synchronisation of a step. It comes before the update, so that a loss that is not finite
+        # cannot reach the weights, the average or a checkpoint.
         value, size = torch.stack((total, norm)).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
             what = f"the loss became {value}" if not math.isfinite(value) else f"the gradient's norm became {size}"
@@ -229,17 +248,26 @@ class Trainer:
 
     def _seed_dropout(self) -> None:
         seed = self._hash("dropout", self.step, self.rank)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed devices that are not ours
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every CUDA device
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed)
 
     def fit(self) -> None:
-        """Train to ``config.steps``, resuming from ``out`` where a checkpoint lies there."""
+        """Train to ``config.steps``, from the checkpoint in ``out`` if there is one, and export the EMA weights.
+
+        The caller's random state is left as it is, and does not matter.
+
+        Raises:
+            TrainingError: If the loss or the gradient is not finite, a file cannot be written, or the checkpoint was
+                written with other settings, or for another network, schedule or data.
+            CheckpointError: If the checkpoint is damaged or is not one of training, or the model cannot be exported.
+            DataError: If images cannot be read.
+        """
         ours = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(ours), self._processes():
             self._resume()
-            network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # a module in, a module out
+            network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # it returns a module
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
                 network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
@@ -264,7 +292,7 @@ class Trainer:
                     self.save()
 
     def _stream(self) -> Generator[Part, None, None]:
-        """This process's parts of batches from the current step on; a thread reads one ahead."""
+        """Yield this process's parts of the batches from the current step on; a thread reads one part ahead."""
 
         def read(positions: range) -> Part:
             return positions, *self.data.__getitems__(self._indices(positions))
@@ -294,6 +322,7 @@ class Trainer:
 
     @property
     def checkpoint_path(self) -> Path:
+        """The file of the run's checkpoint, ``checkpoint.safetensors`` in ``out``."""
         return self.out / "checkpoint.safetensors"
 
     def _info(self) -> dict[str, Any]:
@@ -309,26 +338,28 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write ``checkpoint.safetensors`` now, atomically."""
-        state.save(self.checkpoint_path, self.unet, self.ema, self.optimizer, self._info())
+        """Write ``checkpoint.safetensors`` now, atomically.
+
+        Raises:
+            TrainingError: If a weight, an average or a moment is not finite, or the file cannot be written; the old
+                file is left as it is.
+        """
+        resume.save(self.checkpoint_path, self.unet, self.ema, self.optimizer, self._info())
 
     def _resume(self) -> None:
-        """Take up the checkpoint, where there is one. One that does not fit is refused, and then nothing is changed."""
+        """Continue from the checkpoint, if there is one; one that does not fit raises, and nothing is changed."""
         if self.rank == 0:
-            state.sweep(self.out)
+            resume.sweep(self.out)
         if not self.checkpoint_path.exists():
             return
-        tensors, info = state.load(self.checkpoint_path)
+        tensors, info = resume.load(self.checkpoint_path)
         mine = self._info()
         try:
             kept = mine["train"].keys() - set(MAY_CHANGE)
             changed = {f"train.{key}" for key in kept if info["train"].get(key) != mine["train"][key]}
             changed |= {key for key in ("unet", "scheduler", "data") if info[key] != mine[key]}
-            step, losses, world = (
-                int(info["step"]),
-                [float(loss) for loss in info.get("losses", [])],
-                info["world_size"],
-            )
+            step, world = int(info["step"]), info["world_size"]
+            losses = [float(loss) for loss in info.get("losses", [])]
         except (TypeError, ValueError, AttributeError) as e:
             raise CheckpointError(f"{self.checkpoint_path}: its fastdiff metadata cannot be read ({e})") from e
         if changed:
@@ -336,7 +367,7 @@ class Trainer:
                 f"{self.checkpoint_path} was written with other settings ({', '.join(sorted(changed))}); use those, or "
                 "another folder"
             )
-        state.restore(self.checkpoint_path, tensors, self.unet, self.ema, self.optimizer)
+        resume.restore(self.checkpoint_path, tensors, self.unet, self.ema, self.optimizer)
         self.step, self._losses = step, losses
         if self.rank == 0:
             log.info("resuming %s at step %d", self.checkpoint_path, step)
@@ -344,7 +375,7 @@ class Trainer:
                 log.warning("resuming with %d processes instead of %s: same batches, other rounding", self.world, world)
 
     def _sample_grid(self, logger: TrainingLog) -> None:
-        """Eight images of each of the first ten classes (or sixty-four), of the EMA weights: ``samples/step-*.png``."""
+        """Sample the EMA weights to ``samples/step-*.png``: 8 images of each of the first 10 classes, or 64 without."""
         sampler = Sampler(self.ema, self.schedule, prediction=self.config.prediction)
         classes = sampler.info.classes
         labels = None if classes is None else [label for label in range(min(classes, 10)) for _ in range(8)]
@@ -352,17 +383,24 @@ class Trainer:
         output = sampler.sample(n, solver=self._table, seed=self.config.seed, labels=labels, size=self.data.size)
         picture = output.grid(columns=8)
         path = self.out / "samples" / f"step-{self.step:07d}.png"
-        with state.writing(path):
+        with resume.writing(path):
             save_picture(picture, path)
         logger.image(self.step, picture)
 
     def export(self, path: str | Path) -> None:
-        """Write the EMA weights, network and schedule as a diffusers folder."""
+        """Write the EMA weights, the network's configuration and the schedule as a diffusers folder.
+
+        Args:
+            path: The folder; `fastdiff.Sampler.from_pretrained` and diffusers' pipelines load it.
+
+        Raises:
+            CheckpointError: If the folder cannot be written.
+        """
         save_folder(path, self.ema, self.schedule, prediction=self.config.prediction)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    """The device to train on; under torchrun each process has the CUDA device of its local rank."""
+    """Choose the device to train on; under torchrun each process has the CUDA device of its local rank."""
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if found.type == "cuda" and found.index is None:

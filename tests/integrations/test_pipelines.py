@@ -1,4 +1,4 @@
-"""`fastdiff.accelerate`: the same object, the same images, the same generators afterwards; and what it refuses."""
+"""`fastdiff.accelerate` keeps the object, the images and the generators' states; unsupported parts are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 
 import fastdiff
-from fastdiff.backends import native
+from fastdiff.backends.native import extension
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.integrations.scheduler import Scheduler
 from tests.support.paths import ROOT
@@ -37,7 +37,7 @@ from tests.support.unets import TINY, VARIANTS, change, diffusers_twin, random_u
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler"
 )
-needs_native = pytest.mark.skipif(native.extension() is None, reason="the native engine is not built")
+needs_native = pytest.mark.skipif(extension() is None, reason="the native engine is not built")
 BACKENDS = ["eager", pytest.param("native", marks=needs_native)]
 SCHEDULERS = {
     "ddpm": DDPMScheduler(),
@@ -66,7 +66,7 @@ def pipeline_of(cls=DDIMPipeline, scheduler=None, config=TINY, unet=None):
 
 
 def call(pipeline, generator=None, **arguments):
-    """Images [n, H, W, C], and where the generators stand behind them."""
+    """Call the pipeline; return images [n, H, W, C] and the states of the generators afterwards."""
     torch.manual_seed(1)
     made = CALLS[generator]() if isinstance(generator, str) else generator
     arguments = {"batch_size": 3, "output_type": "np", "num_inference_steps": 5, **arguments}
@@ -80,12 +80,12 @@ def psnr(a, b):
     return 10 * np.log10(1 / max(error, 1e-20))
 
 
-def said(caplog):
+def logged(caplog):
     return [record.message for record in caplog.records if record.name == "fastdiff"]
 
 
 def assert_same(pipeline, *, backend="auto", least=80.0, **arguments):
-    """The call gives diffusers' images and leaves every generator where diffusers leaves it."""
+    """Check that a call gives diffusers' images and leaves every generator in the state in which diffusers does."""
     expected, theirs = call(pipeline, **arguments)
     fastdiff.accelerate(pipeline, backend)
     images, ours = call(pipeline, **arguments)
@@ -135,7 +135,7 @@ def test_networks(name):
 
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
 def test_schedulers_that_diffusers_cannot_call_from_ddpm_pipeline(scheduler):
-    """Their step takes no generator: here they run all the same, as in a loop that gives none."""
+    """The step of these takes no generator, but fastdiff runs them as a loop that gives none does."""
     theirs = getattr(diffusers, scheduler)(**({"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}))
     pipeline = pipeline_of(DDPMPipeline, theirs)
     with pytest.raises(TypeError, match="generator"):
@@ -166,7 +166,7 @@ def test_every_form_of_the_result():
 
 @needs_native
 def test_any_other_pipeline_keeps_its_loop():
-    """A class of one's own, guided by labels: its network is the engine's while it runs, and no longer."""
+    """A user's class, guided by labels: a backend runs its network during a call, and not afterwards."""
 
     class Guided(DiffusionPipeline):
         def __init__(self, unet, scheduler):
@@ -191,21 +191,21 @@ def test_any_other_pipeline_keeps_its_loop():
     fastdiff.accelerate(pipeline, "native")
     got = pipeline(labels, CALLS["one generator"]())
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert type(pipeline.forward).__module__ == "fastdiff.integrations.pipelines"
+    assert type(pipeline.forward).__module__ == "fastdiff.integrations.network"
     assert "forward" not in vars(unet)
-    with pytest.raises(IndexError):  # diffusers' own error for a label that is not there
+    with pytest.raises(IndexError):  # raised by diffusers for an unknown label
         pipeline(torch.tensor([0, 5, 1]), None)
     assert "forward" not in vars(unet)
 
 
 @needs_native
 def test_the_forward_of_a_call_does_what_diffusers_does():
-    from fastdiff.integrations.pipelines import _Network
+    from fastdiff.integrations.network import BackendUNet
 
     unet = diffusers_twin(random_unet(TINY))
-    network = _Network(unet, "native")
-    assert not network.altered()
-    assert not network.against()
+    network = BackendUNet(unet, "native")
+    assert not network.unsupported_changes()
+    assert not network.reasons_against()
     x = torch.randn(2, 3, 8, 8)
     ts = [7, 7.9, torch.tensor(7), torch.tensor([7.5]), torch.tensor([3, 800])]
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_the_forward_of_a_call_does_what_diffusers_does():
         with torch.no_grad():
             for t, theirs in zip(ts, expected, strict=True):
                 torch.testing.assert_close(unet(x, t).sample, theirs, rtol=1e-4, atol=1e-5)
-            with pytest.raises(RuntimeError):  # sizes that the network does not have
+            with pytest.raises(RuntimeError):  # a size that the network cannot process
                 unet(x[..., :7], 3)
         with torch.inference_mode():
             torch.testing.assert_close(unet(x, ts[-1]).sample, expected[-1], rtol=1e-4, atol=1e-5)
@@ -226,7 +226,7 @@ def test_the_forward_of_a_call_does_what_diffusers_does():
 
 
 class MyDDIMPipeline(DDIMPipeline):
-    """A user's subclass that keeps the loop."""
+    """A user's subclass that does not change the loop."""
 
 
 def test_it_is_the_same_object_and_comes_back():
@@ -322,12 +322,12 @@ def test_changes_are_noticed(edit, backend):
 
 
 def test_another_dtype_is_left_to_diffusers_where_the_engine_has_none(caplog):
-    """float64 gives the very bits of diffusers, and the log says once who ran it."""
+    """In float64 the images have diffusers' bits, and the log says once that diffusers runs the pipeline."""
     pipeline = fastdiff.accelerate(pipeline_of()).to(torch.float64)
     with caplog.at_level(logging.WARNING, "fastdiff"):
         images = [call(pipeline, "one generator")[0] for _ in range(2)]
-    if native.extension() is not None:
-        (record,) = said(caplog)
+    if extension() is not None:
+        (record,) = logged(caplog)
         assert "run by diffusers; the native engine cannot: it computes in float32" in record
     pipeline.unaccelerate()
     assert np.array_equal(images[0], call(pipeline, "one generator")[0])
@@ -338,7 +338,10 @@ def test_another_dtype_is_left_to_diffusers_where_the_engine_has_none(caplog):
 @pytest.mark.parametrize("cls", [DDIMPipeline, DDPMPipeline])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_eager_in_another_dtype_gives_diffusers_kind_of_images(dtype, cls):
-    """Its state is float32 at least, where diffusers rounds that to half precision too; numpy has no bfloat16."""
+    """The images are close, as diffusers rounds the state to half precision too, where eager keeps float32.
+
+    NumPy has no bfloat16, so diffusers gives no array of such images, and eager gives one of float32.
+    """
     pipeline = pipeline_of(cls, SCHEDULERS["ddim"]).to(dtype)
     theirs, _ = call(pipeline, "one generator", output_type="pt")
     images = None if dtype == torch.bfloat16 else call(pipeline, "one generator")[0]
@@ -365,7 +368,7 @@ def test_compiled():
     with torch.no_grad():
         pipeline.unet.conv_in.weight.mul_(1.5)
     after, _ = call(pipeline, "one generator")
-    assert psnr(after, before) < 60, "the weights' change is not heard"
+    assert psnr(after, before) < 60, "the change of the weights had no effect"
     pipeline.unaccelerate()
     assert psnr(after, call(pipeline, "one generator")[0]) >= 80
 
@@ -376,7 +379,7 @@ def test_autocast_is_left_to_diffusers():
         expected, _ = call(pipeline, "one generator")
         images, _ = call(fastdiff.accelerate(pipeline), "one generator")
     assert np.array_equal(images, expected)
-    assert psnr(call(pipeline, "one generator")[0], expected) < 80  # outside it is the engine's, or float32 at least
+    assert psnr(call(pipeline, "one generator")[0], expected) < 80  # outside of autocast it runs in float32
 
 
 @needs_native
@@ -389,7 +392,7 @@ def test_compiled_networks_are_refused():
 
 @needs_native
 def test_a_call_within_a_call():
-    """A progress bar that draws with the same pipeline: neither run disturbs the other."""
+    """A progress bar that calls the same pipeline: neither call disturbs the other."""
     pipeline = pipeline_of()
     expected, _ = call(pipeline, "one generator")
     fastdiff.accelerate(pipeline)
@@ -415,7 +418,7 @@ def test_the_state_of_the_network_is_left_alone():
 
 
 def test_errors_leave_nothing_behind():
-    """An interrupt in the middle of the loop: the next call is as if there had been none."""
+    """After an interrupt in the middle of the loop, the next call gives the same images as before."""
     pipeline = fastdiff.accelerate(pipeline_of())
     expected, _ = call(pipeline, "one generator")
     bar = pipeline.progress_bar
@@ -512,7 +515,7 @@ REFUSED = [
 @needs_native
 @pytest.mark.parametrize(("edit", "part", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", ""))
 def test_what_is_not_supported(edit, part, words, caplog):
-    """strict: an error at once, or in the call where it came later; else diffusers' own code, said once."""
+    """It raises, in `accelerate` or in the next call; with strict=False diffusers runs that part, and a log says so."""
     pipeline = fastdiff.accelerate(pipeline_of(DDPMPipeline))
     edit(pipeline)
     for attempt in (lambda: call(pipeline), lambda: fastdiff.accelerate(pipeline)):
@@ -525,7 +528,7 @@ def test_what_is_not_supported(edit, part, words, caplog):
     with caplog.at_level(logging.WARNING, "fastdiff"):
         fastdiff.accelerate(pipeline, strict=False)
         images, _ = call(pipeline, "one generator")
-    (record,) = said(caplog)
+    (record,) = logged(caplog)
     assert record.startswith(f"the {part} is left to diffusers: ")
     assert words in record
     if part == "network":
@@ -548,13 +551,13 @@ def test_options_that_no_table_has_are_refused_at_once(scheduler, words):
 
 
 @needs_native
-def test_left_to_diffusers_is_said_once(caplog):
+def test_left_to_diffusers_is_logged_once(caplog):
     pipeline = pipeline_of(DDPMPipeline, MyScheduler())
     with caplog.at_level(logging.WARNING, "fastdiff"):
         fastdiff.accelerate(pipeline, strict=False)
         for _ in range(3):
             call(pipeline)
-    (record,) = said(caplog)
+    (record,) = logged(caplog)
     assert record.startswith("the scheduler is left to diffusers: scheduler 'MyScheduler'")
 
 
@@ -650,7 +653,7 @@ def test_every_line_of_the_documentation(tmp_path, monkeypatch):
 def line_whole(how):
     for cls in (DDPMPipeline, DDIMPipeline):
         pipeline = fastdiff.accelerate(pipeline_of(cls, SCHEDULERS["ddim"]))
-        assert pipeline._fastdiff.whole
+        assert pipeline._fastdiff.whole_loop
         assert call(pipeline)[0].shape == (3, 8, 8, 3)
 
 

@@ -1,4 +1,4 @@
-"""`fastdiff.Scheduler` beside diffusers' schedulers in plain loops: the same generator, every step compared."""
+"""`fastdiff.Scheduler` against diffusers' schedulers in plain loops, step by step, from equal generators."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def difference(a, b):
 
 @pytest.mark.parametrize("solver", GRID, ids=lambda solver: solver.name)
 def test_every_step_is_diffusers(solver):
-    """In float32, as people run it, so up to diffusers' own rounding; tests/test_solver_grid.py compares in float64."""
+    """Compare every step in float32, as it is used, up to diffusers' own rounding.
+
+    tests/solvers/test_solver_grid.py compares in float64.
+    """
     z = torch.randn(SHAPE, generator=seeded(0))
     for spacing in solver.spacings:
         for steps in (s for s, why in solver.runs(spacing) if not why and s in (1, 5, 10)):
@@ -55,12 +58,12 @@ def test_every_step_is_diffusers(solver):
             for t, u in zip(theirs.timesteps, ours.timesteps, strict=True):
                 a, b = theirs.scale_model_input(x, t), ours.scale_model_input(y, u)
                 assert difference(b, a) < 2e-3, (spacing, steps, t)
-                told = theirs.step(denoise(a, t.reshape(1)), t, x, **given)
+                expected = theirs.step(denoise(a, t.reshape(1)), t, x, **given)
                 out = ours.step(denoise(b, u.reshape(1)), u, y, generator=ours_from)
-                x, y = told.prev_sample, out.prev_sample
+                x, y = expected.prev_sample, out.prev_sample
                 assert difference(y, x) < 2e-3, (spacing, steps, t)
                 if solver.name in ("ddpm", "ddim", "euler"):
-                    assert difference(out.pred_original_sample, told.pred_original_sample) < 2e-3
+                    assert difference(out.pred_original_sample, expected.pred_original_sample) < 2e-3
             assert torch.equal(ours_from.get_state(), theirs_from.get_state())
 
 
@@ -88,13 +91,13 @@ def run(scheduler, x, ts, denoise, generator):
 
 
 def like(solver, x, t):
-    """A network that hears each image's timestep."""
+    """Evaluate a network whose output depends on each image's timestep."""
     return torch.sin(2 * x + t.double().reshape(-1, 1, 1, 1).to(x.dtype) / 300)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_3m", "unipc", "plms", "heun", "euler_ancestral", "lms"])
 def test_images_at_timesteps_of_their_own(name):
-    """Two images, one three rows behind the other, give what each gives alone."""
+    """Two images, one of them three rows behind the other, become what each becomes alone."""
     solver = next(s for s in GRID if s.name == name)
     config = solver.config("epsilon", "linspace")
     z = torch.randn(SHAPE, generator=seeded(0), dtype=torch.float64)
@@ -132,7 +135,7 @@ def test_images_at_timesteps_of_their_own(name):
 
 
 def test_an_image_can_start_anew_while_others_go_on():
-    """Continuous batching: slot 0 finishes and takes another image; a multi-step history does not leak into it."""
+    """In continuous batching slot 0 finishes and takes another image, which the old history must not affect."""
     made = Scheduler.from_config(UniPCMultistepScheduler())
     made.set_timesteps(4)
     z = torch.randn(SHAPE, generator=seeded(0), dtype=torch.float64)
@@ -163,7 +166,7 @@ def test_noise_and_velocity(name):
 
 
 def test_noise_in_half_precision_is_added_all_the_same():
-    """diffusers rounds abar to half first, which leaves none for the first timesteps."""
+    """diffusers rounds abar to half precision first, so that the first timesteps get no noise; fastdiff does not."""
     ours = Scheduler.from_config(DDIMScheduler())
     x0, z = torch.full(SHAPE, 0.125).half(), torch.ones(SHAPE).half()
     noisy = ours.add_noise(x0, z, torch.tensor([0, 1]))
@@ -172,7 +175,7 @@ def test_noise_in_half_precision_is_added_all_the_same():
 
 
 def test_start_in_the_middle():
-    """img2img: a solver without a history starts anywhere, as Heun does between steps; others need what came before."""
+    """For img2img, solvers without a history, and Heun between steps, start anywhere; others need earlier rows."""
     for theirs in (DDIMScheduler(), HeunDiscreteScheduler(), EulerDiscreteScheduler()):
         ours = Scheduler.from_config(theirs)
         theirs.set_timesteps(8)
@@ -276,7 +279,7 @@ def test_a_history_keeps_its_batch():
 
 
 def test_the_table_is_what_steps():
-    """One coefficient changed by 1 % changes the sample: there is no other arithmetic."""
+    """A coefficient that is changed by 1 % changes the sample, so the table really computes it."""
     scheduler = Scheduler.from_config(DDIMScheduler())
     scheduler.set_timesteps(5)
     x = torch.randn(SHAPE, generator=seeded())

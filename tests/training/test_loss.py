@@ -1,4 +1,4 @@
-"""The training objective against the papers' formulas, written out in float64 numpy."""
+"""The training objective against the formulas of the papers, written out in float64 with NumPy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def signal_and_noise(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_abar_is_that_of_the_papers() -> None:
-    """What the other tests take as given: abar_t = prod (1 - beta_s), beta from 1e-4 to 0.02 (Ho et al., section 4)."""
+    """The other tests rely on abar_t = prod (1 - beta_s) with beta from 1e-4 to 0.02 (Ho et al., section 4)."""
     assert LINEAR.alphas_cumprod == pytest.approx(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), rel=1e-12)
     assert ZERO_TERMINAL.alphas_cumprod[-1] == 0
 
@@ -29,21 +29,21 @@ def test_abar_is_that_of_the_papers() -> None:
 @SCHEDULES
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_target(schedule: NoiseSchedule, prediction: str) -> None:
-    """x_t and what is to be said about it, at every timestep; the two together give x_0 and the noise back."""
+    """At every timestep x_t and the target are those of the papers, and together they determine x_0 and the noise."""
     rng = np.random.default_rng(0)
     t = np.arange(schedule.timesteps)
     x0, noise = rng.normal(size=(2, len(t), 3, 2, 2))
     a64, s64 = (c[:, None, None, None] for c in signal_and_noise(schedule))
     a, s = schedule.signal_and_noise(torch.from_numpy(t), 4, torch.float32)
     x_t = (a * torch.from_numpy(x0).float() + s * torch.from_numpy(noise).float()).numpy()
-    said = target(prediction, torch.from_numpy(x0).float(), torch.from_numpy(noise).float(), a, s).numpy()
+    got = target(prediction, torch.from_numpy(x0).float(), torch.from_numpy(noise).float(), a, s).numpy()
 
     assert x_t == pytest.approx(a64 * x0 + s64 * noise, abs=1e-6)
     expected = {"epsilon": noise, "sample": x0, "v_prediction": a64 * noise - s64 * x0}[prediction]
-    assert said == pytest.approx(expected, abs=1e-6)
+    assert got == pytest.approx(expected, abs=1e-6)
     if prediction == "v_prediction":  # Salimans & Ho 2022, appendix D
-        assert a64 * x_t - s64 * said == pytest.approx(x0, abs=1e-6)
-        assert s64 * x_t + a64 * said == pytest.approx(noise, abs=1e-6)
+        assert a64 * x_t - s64 * got == pytest.approx(x0, abs=1e-6)
+        assert s64 * x_t + a64 * got == pytest.approx(noise, abs=1e-6)
 
 
 @SCHEDULES
@@ -71,9 +71,9 @@ def test_min_snr_weights(schedule: NoiseSchedule, prediction: str, gamma: float)
 
 @SCHEDULES
 def test_min_snr_is_one_loss_on_x0(schedule: NoiseSchedule) -> None:
-    """The three weights are one: the same x_0 error costs the same, whatever the network predicts."""
+    """The three weights agree: an error of x_0 costs the same, whatever the network predicts."""
     a, s = signal_and_noise(schedule)
-    rows = a > 0  # the noise says nothing about x_0 at zero SNR
+    rows = a > 0  # at zero SNR x_t does not depend on x_0
     a, s = a[rows], s[rows]
     costs = {"epsilon": (a / s) ** 2, "sample": np.ones_like(a), "v_prediction": s**-2.0}  # error^2 per x_0 error^2
     x0_loss = [loss_weights(schedule, p, 5.0).double().numpy()[rows] * costs[p] for p in PREDICTIONS]
@@ -88,6 +88,6 @@ def test_without_gamma_every_timestep_weighs_one(schedule: NoiseSchedule, predic
 
 
 def test_zero_snr() -> None:
-    """At zero SNR the image is pure noise: x_0 and v weigh nothing, the noise itself is known."""
+    """At zero SNR x_t is the noise, so predicting the noise keeps its weight, and x_0 and v get none."""
     last = {p: float(loss_weights(ZERO_TERMINAL, p, 5.0)[-1]) for p in PREDICTIONS}
     assert last == {"epsilon": 1.0, "sample": 0.0, "v_prediction": 0.0}

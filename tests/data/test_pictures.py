@@ -1,4 +1,4 @@
-"""Pictures out of tensors: rounding, where a grid puts its images, animations, files that are whole or not there."""
+"""Pictures from tensors: rounding, places in a grid, animations, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from fastdiff import solvers
-from fastdiff.data import pictures as images
+from fastdiff.data import pictures
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler.output import SampleOutput
 from fastdiff.schedule import NoiseSchedule
 
 
 def levels(*values: int, channels: int = 1, size: tuple[int, int] = (2, 3)) -> torch.Tensor:
-    """Images [n, C, H, W] that are one gray level each."""
+    """Make images [n, C, H, W], each filled with one gray level."""
     x = torch.tensor(values, dtype=torch.float32) / 127.5 - 1.0
     return x.view(-1, 1, 1, 1).expand(-1, channels, *size)
 
@@ -27,44 +27,44 @@ def levels(*values: int, channels: int = 1, size: tuple[int, int] = (2, 3)) -> t
 def test_every_gray_level_is_met() -> None:
     k = torch.arange(256, dtype=torch.float64)
     exact = (k / 127.5 - 1.0).float().view(1, 1, 16, 16)
-    assert images.to_uint8(exact).reshape(-1).tolist() == list(range(256))
-    # Just above the middle between two levels is the upper one, just below it the lower one.
+    assert pictures.to_uint8(exact).reshape(-1).tolist() == list(range(256))
+    # Values just above the middle between two levels become the upper level, and those just below it the lower.
     middle = (k[:-1] + 0.5) / 127.5 - 1.0
     above, below = ((middle + side).float().view(1, 1, 1, 255) for side in (1e-5, -1e-5))
-    assert images.to_uint8(above).reshape(-1).tolist() == list(range(1, 256))
-    assert images.to_uint8(below).reshape(-1).tolist() == list(range(255))
+    assert pictures.to_uint8(above).reshape(-1).tolist() == list(range(1, 256))
+    assert pictures.to_uint8(below).reshape(-1).tolist() == list(range(255))
 
 
 def test_values_out_of_range() -> None:
     x = torch.tensor([-math.inf, -7.0, -1.0, -0.0, 0.0, 1.0, 1.001, math.inf, math.nan]).view(1, 1, 1, 9)
-    assert images.to_uint8(x).reshape(-1).tolist() == [0, 0, 0, 128, 128, 255, 255, 255, 0]
+    assert pictures.to_uint8(x).reshape(-1).tolist() == [0, 0, 0, 128, 128, 255, 255, 255, 0]
 
 
 def test_layout_and_dtypes() -> None:
     x = torch.rand((2, 3, 4, 5), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    array = images.to_uint8(x.clone().requires_grad_())
+    array = pictures.to_uint8(x.clone().requires_grad_())
     assert (array.dtype, array.shape) == (np.uint8, (2, 4, 5, 3))
     for b, c, y, z in np.ndindex(2, 3, 4, 5):
         assert array[b, y, z, c] == round((float(x[b, c, y, z]) + 1.0) * 127.5)
-    assert np.array_equal(images.to_uint8(x.double()), array)
+    assert np.array_equal(pictures.to_uint8(x.double()), array)
     half = x.bfloat16()
-    assert np.array_equal(images.to_uint8(half), images.to_uint8(half.float()))
+    assert np.array_equal(pictures.to_uint8(half), pictures.to_uint8(half.float()))
     strided = x.to(memory_format=torch.channels_last)
-    assert np.array_equal(images.to_uint8(strided), array)
+    assert np.array_equal(pictures.to_uint8(strided), array)
 
 
 def test_pil() -> None:
-    gray, color = images.to_pil(levels(7, 250)), images.to_pil(levels(9, channels=3))
+    gray, color = pictures.to_pil(levels(7, 250)), pictures.to_pil(levels(9, channels=3))
     assert [(p.mode, p.size) for p in gray + color] == [("L", (3, 2)), ("L", (3, 2)), ("RGB", (3, 2))]
     assert gray[1].getpixel((2, 1)) == 250
     x = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1)
-    assert images.to_pil(x)[0].getpixel((0, 0)) == (255, 0, 128)
+    assert pictures.to_pil(x)[0].getpixel((0, 0)) == (255, 0, 128)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 6])
 def test_other_channel_counts_are_no_pictures(channels: int) -> None:
     x = torch.zeros(2, channels, 4, 4)
-    for make in (images.to_pil, images.grid):
+    for make in (pictures.to_pil, pictures.grid):
         with pytest.raises(InvalidArgument, match=rf"{channels} channels .* 1 \(gray\) or 3 \(RGB\)"):
             make(x)
 
@@ -85,7 +85,7 @@ def test_grid(
     n: int, columns: int | None, padding: int, places: list[tuple[int, int]], size: tuple[int, int], channels: int
 ) -> None:
     H, W = 2, 3
-    picture = images.grid(levels(*range(10, 10 + n), channels=channels), columns, padding)
+    picture = pictures.grid(levels(*range(10, 10 + n), channels=channels), columns, padding)
     assert picture.mode == ("L" if channels == 1 else "RGB")
     expected = np.full((size[0] * (H + padding) + padding, size[1] * (W + padding) + padding), 255)
     for i, (row, column) in enumerate(places):
@@ -100,18 +100,18 @@ def test_grid(
 @pytest.mark.parametrize(("columns", "padding"), [(0, 2), (-1, 2), (2, -1)])
 def test_impossible_grids(columns: int, padding: int) -> None:
     with pytest.raises(InvalidArgument, match=f"columns={columns}, padding={padding}"):
-        images.grid(levels(1, 2), columns, padding)
+        pictures.grid(levels(1, 2), columns, padding)
 
 
 def test_no_images_make_no_grid() -> None:
     with pytest.raises(InvalidArgument, match="at least 1"):
-        images.grid(torch.zeros(0, 1, 2, 2))
+        pictures.grid(torch.zeros(0, 1, 2, 2))
 
 
 def test_nan_is_black() -> None:
     x = levels(200, 200).clone()
     x[1, 0, 1, 1] = math.nan
-    first, second = images.to_pil(x)
+    first, second = pictures.to_pil(x)
     assert first.getextrema() == (200, 200)
     assert second.getpixel((1, 1)) == 0
     assert second.getpixel((0, 1)) == 200
@@ -125,7 +125,7 @@ def test_nan_is_black() -> None:
 def test_animation(tmp_path: Path, suffix: str, channels: int) -> None:
     grays = list(range(0, 240, 40))
     path = tmp_path / "deep" / f"film{suffix}"
-    images.animate(images.to_pil(levels(*grays, channels=channels, size=(16, 24))), path, seconds=1.2)
+    pictures.animate(pictures.to_pil(levels(*grays, channels=channels, size=(16, 24))), path, seconds=1.2)
     with Image.open(path) as film:
         assert film.n_frames == len(grays)
         assert film.size == (24, 16)
@@ -142,28 +142,28 @@ def test_animation(tmp_path: Path, suffix: str, channels: int) -> None:
 
 
 def test_an_animation_of_one_frame(tmp_path: Path) -> None:
-    images.animate(images.to_pil(levels(77)), tmp_path / "one.gif")
+    pictures.animate(pictures.to_pil(levels(77)), tmp_path / "one.gif")
     with Image.open(tmp_path / "one.gif") as film:
         assert film.n_frames == 1
         assert film.convert("L").getpixel((0, 0)) == 77
 
 
 def test_animations_that_cannot_be(tmp_path: Path) -> None:
-    frames = images.to_pil(levels(1, 2))
+    frames = pictures.to_pil(levels(1, 2))
     with pytest.raises(InvalidArgument, match=r"film\.mp4: an animation is a \.gif or \.webp"):
-        images.animate(frames, tmp_path / "film.mp4")
+        pictures.animate(frames, tmp_path / "film.mp4")
     with pytest.raises(InvalidArgument, match="at least one frame"):
-        images.animate([], tmp_path / "film.gif")
+        pictures.animate([], tmp_path / "film.gif")
     assert not list(tmp_path.iterdir())
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", images.PICTURES)
+@pytest.mark.parametrize("suffix", pictures.PICTURES)
 def test_save_picture(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "a" / "b" / f"p{suffix}"
-    images.save_picture(images.to_pil(levels(128, size=(16, 16)))[0], path)
+    pictures.save_picture(pictures.to_pil(levels(128, size=(16, 16)))[0], path)
     with Image.open(path) as picture:
         assert picture.size == (16, 16)
         assert abs(int(np.asarray(picture.convert("L"))[3, 5]) - 128) <= 2
@@ -173,7 +173,7 @@ def test_save_picture(tmp_path: Path, suffix: str) -> None:
 def test_unknown_picture_suffixes(tmp_path: Path) -> None:
     for name in ("p.xyz", "p", "p.npz"):
         with pytest.raises(InvalidArgument, match=rf"{name}: unknown picture suffix; allowed: \.png, \.jpg"):
-            images.save_picture(images.to_pil(levels(1))[0], tmp_path / name)
+            pictures.save_picture(pictures.to_pil(levels(1))[0], tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -183,11 +183,11 @@ def output(n: int = 3) -> SampleOutput:
 
 
 def write_picture(path: Path) -> None:
-    images.save_picture(images.to_pil(levels(200))[0], path)
+    pictures.save_picture(pictures.to_pil(levels(200))[0], path)
 
 
 def write_animation(path: Path) -> None:
-    images.animate(images.to_pil(levels(1, 2)), path)
+    pictures.animate(pictures.to_pil(levels(1, 2)), path)
 
 
 def write_output(path: Path) -> None:

@@ -1,0 +1,141 @@
+"""`PipelineLoop`: the loop of diffusers' DDPMPipeline and DDIMPipeline, run by a `StepTable`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import whole
+from fastdiff.core.state import State, TableBank
+from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.integrations.network import BackendUNet
+from fastdiff.integrations.scheduler import configuration, draws_noise, randn
+from fastdiff.solvers import StepTable, from_config
+from fastdiff.solvers.compat.diffusers import VARIANCE_PRESERVING, noise_schedule
+
+
+def check_scheduler(pipeline: Any) -> None:
+    """Raise `ConfigError` if the pipeline's scheduler has no table for any number of steps."""
+    config = _scheduler_config(pipeline)
+    refused: ConfigError | None = None
+    for steps in (1, 10):
+        try:
+            from_config(config, steps)
+        except InvalidArgument:  # the schedule has fewer timesteps
+            continue
+        except ConfigError as e:
+            refused = e
+        else:
+            return
+    if refused is not None:
+        raise refused
+
+
+def _scheduler_config(pipeline: Any) -> dict[str, Any]:
+    """Return the configuration of the pipeline's scheduler; raise `ConfigError` if it does not say all that it does."""
+    import diffusers
+
+    scheduler, name = pipeline.scheduler, type(pipeline.scheduler).__name__
+    config = configuration(scheduler)
+    if type(scheduler) is not getattr(diffusers, name) or "step" in vars(scheduler):
+        raise ConfigError(f"scheduler {name} is not diffusers' own; supported: {', '.join(VARIANCE_PRESERVING)}")
+    if name not in VARIANCE_PRESERVING:
+        raise ConfigError(
+            f"scheduler {name} needs its input scaled, which {type(pipeline).__name__} does not do; supported: "
+            f"{', '.join(VARIANCE_PRESERVING)}"
+        )
+    if "variance_type" in vars(scheduler):  # DDPMScheduler.step reads this attribute instead of the configuration
+        config["variance_type"] = scheduler.variance_type
+    expected = torch.from_numpy(noise_schedule(config).alphas_cumprod.copy())
+    actual = scheduler.alphas_cumprod.double().cpu()
+    if actual.shape != expected.shape or float((actual - expected).abs().max()) > 1e-4:
+        raise ConfigError(f"the alphas_cumprod of {name} are not those of its configuration")
+    return config
+
+
+@dataclasses.dataclass
+class PipelineLoop:
+    """One call of a DDPMPipeline or DDIMPipeline.
+
+    Attributes:
+        pipeline: The pipeline.
+        network: Its network.
+        arguments: The arguments of the call, with defaults for those that were not given.
+        table: The table of the run; None until `prepare` has succeeded.
+    """
+
+    pipeline: Any
+    network: BackendUNet
+    arguments: dict[str, Any]
+    table: StepTable | None = None
+
+    def prepare(self) -> None:
+        """Make the table.
+
+        Raises `ConfigError` if the scheduler is not supported, and `InvalidArgument` for the caller's mistakes.
+        """
+        a, scheduler = self.arguments, self.pipeline.scheduler
+        B = a["batch_size"] = whole("batch_size", a["batch_size"], 1)
+        generator = a["generator"]
+        if isinstance(generator, list):
+            if len(generator) < B and (len(generator) != 1 or "eta" in a):
+                raise InvalidArgument(f"{len(generator)} generators for batch_size={B}: one for each image is needed")
+            a["generator"] = generator[:B]
+        self.eta = a.get("eta", 0.0)
+        self.config = _scheduler_config(self.pipeline)
+        clipped = bool(a.get("use_clipped_model_output"))
+        table = from_config(self.config, a["num_inference_steps"], eta=self.eta, use_clipped_model_output=clipped)
+        scheduler.set_timesteps(a["num_inference_steps"])
+        if [row.t for row in table.rows] != scheduler.timesteps.tolist():
+            raise ConfigError(f"{type(scheduler).__name__} has timesteps that its configuration does not describe")
+        self.table = table
+
+    def run(self) -> Any:
+        """Sample, and return what the pipeline's own ``__call__`` would return."""
+        a, pipeline, unet = self.arguments, self.pipeline, self.pipeline.unet
+        images: Any = self._sample()
+        images = (images / 2 + 0.5).clamp(0, 1).to(unet.dtype)
+        if a["output_type"] != "pt":
+            images = images.cpu().permute(0, 2, 3, 1)
+            # NumPy has no bfloat16, for which diffusers itself fails.
+            images = (images.float() if images.dtype == torch.bfloat16 else images).numpy()
+            if a["output_type"] == "pil":
+                images = pipeline.numpy_to_pil(images)
+        pipeline.maybe_free_model_hooks()
+        if not a["return_dict"]:
+            return (images,)
+        from diffusers import ImagePipelineOutput
+
+        return ImagePipelineOutput(images=images)
+
+    @torch.no_grad()
+    def _sample(self) -> Tensor:
+        """Run the table's rows from initial noise; noise is drawn in the order in which diffusers draws it."""
+        assert self.table is not None
+        unet, size = self.network.unet, self.network.unet.config.sample_size
+        H, W = (size, size) if isinstance(size, int) else size
+        B, generator = self.arguments["batch_size"], self.arguments["generator"]
+        device, dtype = self.pipeline._execution_device, unet.dtype
+
+        def draw() -> Tensor:
+            return randn((B, unet.config.in_channels, H, W), generator, device, dtype)
+
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x = draw().to(wide)
+        state = State.create(x * self.table.init_scale, TableBank([self.table], device, wide))
+        runner = self.network.runner(x.shape)
+        for row, _ in enumerate(self.pipeline.progress_bar(self.pipeline.scheduler.timesteps)):
+            state.noise = None
+            if draws_noise(self.config, self.table, row, self.eta):
+                state.noise = _constant(draw().to(wide))
+            runner.step(state)
+        return state.x
+
+
+def _constant(z: Tensor) -> Callable[[int], Tensor]:
+    """Make a source of noise that gives z in every row."""
+    return lambda row: z

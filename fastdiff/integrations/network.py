@@ -1,0 +1,202 @@
+"""`BackendUNet`: a diffusers ``UNet2DModel`` that a backend of fastdiff runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import backends
+from fastdiff.backends import Runner, Spec
+from fastdiff.core.state import State, TableBank
+from fastdiff.solvers import StepTable
+from fastdiff.solvers.table import Row
+from fastdiff.unet import UNet, UNetConfig
+
+
+class BackendUNet:
+    """A pipeline's ``UNet2DModel``, run by a backend.
+
+    `eager` runs the module itself. `native` and `compiled` run fastdiff's own U-Net, whose parameters are those of the
+    diffusers module, not copies.
+
+    Args:
+        unet: The ``UNet2DModel``.
+        backend: The name of the backend; "auto" means `native`.
+    """
+
+    def __init__(self, unet: Any, backend: str):
+        self.unet = unet
+        self.backend = "native" if backend == "auto" else backend
+        self.module: nn.Module = unet
+        self.structure: list[tuple[str, type]] = []
+        self.runners: dict[Spec, Runner] = {}
+        self.conditional = unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None
+        if self.backend != "eager":
+            self.module, self.structure = _from_configuration(unet)
+
+    def unsupported_changes(self) -> list[str]:
+        """List what the module does beyond its configuration; then only its own code can run it."""
+        from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+        if self.backend == "eager":
+            return []
+        reasons, modules = [], list(self.unet.modules())
+        replaced = [vars(m)["forward"] for m in modules if "forward" in vars(m)]
+        if any(type(f) is not BackendForward for f in replaced) or type(self.unet).forward is not _diffusers_forward():
+            reasons.append("a forward was replaced (by a subclass, by offloading, ...)")
+        if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+            reasons.append("modules have forward hooks, which would not be called")
+        if any(m._compiled_call_impl is not None for m in modules):
+            reasons.append("it was compiled")
+        structure = [(name, type(m)) for name, m in self.unet.named_modules() if name]
+        if structure != self.structure or not self._share_parameters():
+            reasons.append("modules were replaced or added (LoRA, quantisation, ...)")
+        plain = (AttnProcessor, AttnProcessor2_0)
+        if any(type(m.processor) not in plain for m in modules if hasattr(m, "processor")):
+            reasons.append("it has attention processors other than diffusers' own")
+        if self.unet.config.dropout and any(m.training for m in modules):
+            reasons.append("it is in training, with dropout (call unet.eval())")
+        return reasons
+
+    def _share_parameters(self) -> bool:
+        """Give fastdiff's module the parameters that the diffusers module has now; return whether they fit."""
+        theirs = dict(self.unet.named_parameters())
+        own = dict(self.module.named_parameters())
+        if theirs.keys() != own.keys() or any(p.shape != own[name].shape for name, p in theirs.items()):
+            return False
+        if any(p is not own[name] for name, p in theirs.items()):
+            for name, p in theirs.items():
+                path, _, leaf = name.rpartition(".")
+                self.module.get_submodule(path)._parameters[leaf] = p
+            self.runners.clear()
+        return True
+
+    def reasons_against(self) -> list[str]:
+        """List every reason why the backend cannot run the network on this machine, in its present dtype and device."""
+        p = next(self.unet.parameters())
+        if self.backend == "native":
+            from fastdiff.backends.native import reasons_against
+
+            reasons = reasons_against(self.module, self._spec(1, 1, 1))
+            if any(p.dtype != torch.float32 for p in self.unet.parameters()) and p.dtype == torch.bfloat16:
+                reasons.append("weights in bfloat16 are not repacked; pipeline.to(torch.float32)")
+            if torch.is_autocast_enabled("cpu"):
+                reasons.append("autocast is on, which it would not follow")
+            return reasons
+        return [] if p.device.type != "meta" else ["its weights are on the meta device"]
+
+    def _spec(self, batch: int, height: int, width: int) -> Spec:
+        p = next(self.unet.parameters())
+        return Spec(batch, (self.unet.config.in_channels, height, width), p.dtype, p.device)
+
+    def accepts(self, labels: Tensor | None, size: Any) -> bool:
+        """Return whether a backend can run images of this size (one number or two) with these labels."""
+        config = self.unet.config
+        height, width = (size, size) if isinstance(size, int) else size
+        stride = 1 << (len(config.block_out_channels) - 1)
+        if height % stride or width % stride or (labels is not None) != self.conditional:
+            return False
+        if labels is None:
+            return True
+        if config.class_embed_type is not None or labels.ndim != 1 or labels.is_floating_point():
+            return False
+        return bool(((labels >= 0) & (labels < config.num_class_embeds)).all())
+
+    def runner(self, shape: torch.Size) -> Runner:
+        """Return the runner for batches of this shape, prepared at the first call; those of other shapes are freed."""
+        B, _, H, W = shape
+        spec = self._spec(B, H, W)
+        if spec not in self.runners:
+            self.runners.clear()
+            self.runners[spec] = backends.prepare(self.backend, self.module, spec)
+        return self.runners[spec]
+
+    @contextlib.contextmanager
+    def as_forward(self) -> Iterator[None]:
+        """Make ``unet.forward`` a `BackendForward` within this context."""
+        if self.backend == "eager":
+            yield
+            return
+        outer = vars(self.unet).get("forward")  # set if this call is made within another one
+        self.unet.forward = BackendForward(self)
+        try:
+            yield
+        finally:
+            del self.unet.forward
+            if outer is not None:
+                self.unet.forward = outer
+
+
+class BackendForward:
+    """A replacement of ``UNet2DModel.forward`` that a backend runs, for the length of one call of a pipeline.
+
+    It leaves to diffusers' own method what it cannot do in the same way: gradients, unusual labels and other dtypes.
+    """
+
+    def __init__(self, network: BackendUNet):
+        self.network = network
+        self.state: State | None = None
+
+    def __call__(
+        self, sample: Tensor, timestep: Any, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> Any:
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+
+        network, config = self.network, self.network.unet.config
+        p = next(network.unet.parameters())
+        learns = torch.is_grad_enabled()
+        learns = learns and (sample.requires_grad or any(w.requires_grad for w in network.unet.parameters()))
+        fits = sample.ndim == 4 and sample.shape[1] == config.in_channels and len(sample) > 0
+        fits = fits and sample.dtype == p.dtype and sample.device == p.device
+        if learns or not fits or not network.accepts(class_labels, sample.shape[2:]):
+            return _diffusers_forward()(network.unet, sample, timestep, class_labels, return_dict)
+        # As in diffusers, a number is rounded down to a whole one, while a tensor keeps its fraction.
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], dtype=torch.long)
+        out = self._run(sample, t.flatten().expand(len(sample)).tolist(), class_labels).to(sample.dtype)
+        return UNet2DOutput(sample=out) if return_dict else (out,)
+
+    def _run(self, x: Tensor, t: list[float], labels: Tensor | None) -> Tensor:
+        """Evaluate the network once: the timestep of each image comes from a table of one row."""
+        distinct = sorted(set(t))
+        tables = [StepTable("forward", 1, (_evaluation_at(float(v)),), continuous=True) for v in distinct]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        bank = TableBank(tables, x.device, dtype)
+        table = [distinct.index(v) for v in t]
+        state = self.state
+        if state is None or state.x.shape != x.shape or not _equal(state.label, labels):
+            state = self.state = State.create(x.to(dtype), bank, table=table, label=labels)
+        state.x, state.bank = x.to(dtype), bank
+        state.table = torch.tensor(table, dtype=torch.int64, device=x.device)
+        state.table_host = state.table.cpu().numpy()
+        self.network.runner(x.shape).forward(state)
+        assert state.out is not None
+        return state.out.clone()  # the next call may overwrite its memory
+
+
+def _diffusers_forward() -> Callable[..., Any]:
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.forward
+
+
+def _from_configuration(unet: Any) -> tuple[UNet, list[tuple[str, type]]]:
+    """Make fastdiff's U-Net of a module's configuration, without weights, and list the modules that diffusers makes."""
+    from diffusers import UNet2DModel
+
+    config = UNetConfig.from_dict(unet.config)
+    with torch.device("meta"):
+        own, theirs = UNet(config), UNet2DModel.from_config(unet.config)
+    return own.eval(), [(name, type(m)) for name, m in theirs.named_modules() if name]
+
+
+def _evaluation_at(t: float) -> Row:
+    """Make a row that evaluates the network at timestep t; the rest of the row has no effect, as no update follows."""
+    return Row(t=t, abar=0.5, abar_next=1.0, kx=0.0, ko=1.0, a0=1.0)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
