@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdiff.errors import InvalidArgument
-from fastdiff.sampler.options import Options
+from fastdiff.sampler.options import TABLE, Options
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.compat import FROM_MODEL, CompatOptions, compat_table
@@ -68,10 +68,9 @@ def step_table(
 
 def _given_table(o: Options, table: StepTable) -> StepTable:
     """Return the table that the caller gave, from its late start on; the other options must not contradict it."""
-    given = {"eta": o.eta != 0.0, "variance": o.variance is not None, "spacing": o.spacing is not None}
-    given |= {"steps": o.steps not in (None, table.steps), "clip": o.clip != FROM_MODEL}
-    given |= {"order": o.order is not None, "compat": o.compat is not None}
-    for name in (name for name, is_given in given.items() if is_given):
+    same = dataclasses.replace(o, steps=None) if o.steps == table.steps else o
+    name = same.excluded_by(TABLE)
+    if name is not None:
         raise InvalidArgument(f"{name}={getattr(o, name)!r} cannot change a StepTable; leave it out")
     return table if o.late is None else starting_at(table, late_start(table, o.late))
 
