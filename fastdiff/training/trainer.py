@@ -209,8 +209,8 @@ class Trainer:
     def _average(self) -> None:
         """Update the average, ema <- d ema + (1 - d) w with d = `TrainConfig.ema_at`; the first update copies w.
 
-        torch's AveragedModel would keep a count of its own, which every resumed run would have to set, and its decay
-        cannot follow the step; its function for one update is used instead.
+        torch's AveragedModel keeps a count of updates of its own, on the device, from which it would have to compute d,
+        and which checkpoints do not have. So its function for one update is used alone.
         """
         d = self.config.ema_at(self.step) if self.step else 0.0
         get_ema_multi_avg_fn(d)(list(self.ema.parameters()), list(self.unet.parameters()), self.step)
