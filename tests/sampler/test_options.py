@@ -113,21 +113,21 @@ def message(call: Any, *arguments: Any) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", FIELDS.keys() - {"solver"})
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"solver"}))
 def test_options_beside_a_table(name: str) -> None:
     o = Options(**{"solver": solvers.ddim(SCHEDULE, 4), name: VALUES[name]})
     refused = f"{name}={VALUES[name]!r} cannot change a StepTable; leave it out"
     assert message(step_table, o, SCHEDULE, "epsilon", {}) == (refused if excluded(name, options.TABLE) else "")
 
 
-@pytest.mark.parametrize("name", FIELDS.keys() - {"solver", "quality"})
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"solver", "quality"}))
 def test_options_beside_auto(name: str) -> None:
     o = Options(**{"solver": "auto", name: VALUES[name]})
     refused = f"{name}={VALUES[name]!r} needs a solver by name; 'auto' chooses all"
     assert message(choice.resolve, o, SCHEDULE, None) == (refused if excluded(name, options.AUTO) else "")
 
 
-@pytest.mark.parametrize("name", FIELDS.keys() - {"quality"})
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"quality"}))
 def test_options_beside_a_quality(name: str) -> None:
     o = Options(**{"quality": 1.1, name: VALUES[name]})
     said = message(choice.resolve, o, SCHEDULE, None)
@@ -137,14 +137,14 @@ def test_options_beside_a_quality(name: str) -> None:
         assert "no measurements" in said
 
 
-@pytest.mark.parametrize("name", FIELDS.keys() - {"deadline_s"})
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"deadline_s"}))
 def test_options_beside_a_deadline(name: str) -> None:
     o = Options(**{"deadline_s": 3.0, name: VALUES[name]})
     refused = f"deadline_s= chooses the solver and its steps; leave out {name}="
     assert message(choice.trial, o, SCHEDULE, "epsilon") == (refused if excluded(name, options.DEADLINE) else "")
 
 
-@pytest.mark.parametrize("name", FIELDS.keys() - {"guidance"})
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"guidance"}))
 def test_options_beside_measurements(name: str) -> None:
     known = Measured(Path("trilemma.json"), "", 100, (Point("ddim", 4, 4, 1.0, 0.9, 1.1, 0.5),))
     points, why = choice.comparable(Options(**{name: VALUES[name]}), known)
