@@ -69,7 +69,9 @@ def evaluate(
         fit: "crop" or "pad" real images to the size of the judged ones; None pads MNIST's files and crops others.
         features_of: The network whose features are compared, as `features` takes it.
         out: The folder for images, features and ``report.json``.
-        backend, device, dtype: As `Sampler.from_pretrained` takes them.
+        backend: As `Sampler.from_pretrained` takes it.
+        device: As `Sampler.from_pretrained` takes it.
+        dtype: As `Sampler.from_pretrained` takes it.
         options: Options of `Sampler.sample`; ``labels`` may also be "cycle", the default: the classes take turns.
         progress: Called with what is being done, how much of it is done, and how much there is.
 
