@@ -35,11 +35,7 @@ def run(
         report.check_plot(plot)
     earlier = None if compare is None else read(compare)
     kind = device.split(":")[0]
-    chosen = (
-        list(engines)
-        if engines
-        else [n for n, e in CONTENDERS.items() if kind in e.where and not (quick and e.slow_start)]
-    )
+    chosen = list(engines or (n for n, e in CONTENDERS.items() if kind in e.where and not (quick and e.slow_start)))
     if engines is None and kind == "cpu" and not machine.multiplies_bfloat16():
         for name in [n for n in chosen if CONTENDERS[n].dtype == "bfloat16"]:
             chosen.remove(name)

@@ -26,29 +26,17 @@ ROWS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The inputs of a batch, equal for all contenders.
+    """The inputs of a batch, equal for all contenders."""
 
-    Attributes:
-        x: The noisy images, float32 [B, C, H, W].
-        label: Their classes, int64 [B]; None for a network without classes.
-        table: The steps to take.
-        guidance: The weight w of classifier-free guidance, out = u + w (c - u); None for unguided steps.
-        null_label: The label of the unconditional evaluation u, if the steps are guided.
-    """
-
-    x: Tensor
-    label: Tensor | None
+    x: Tensor  # the noisy images, float32 [B, C, H, W]
+    label: Tensor | None  # their classes, int64 [B]; None for a network without classes
     table: StepTable
-    guidance: float | None = None
-    null_label: int | None = None
+    guidance: float | None = None  # the weight w of classifier-free guidance, out = u + w (c - u); None: unguided steps
+    null_label: int | None = None  # the label of the unconditional evaluation u, if the steps are guided
 
     @classmethod
     def of(cls, model: Pretrained, batch: int, device: str = "cpu", guidance: float | None = None) -> Workload:
-        """Build the workload of a model: standard normal x, the classes in turn, the second half of a DDIM run.
-
-        Raises:
-            InvalidArgument: If guidance is asked of a network without a null label.
-        """
+        """Build the workload of a model: standard normal x, the classes in turn, the second half of a DDIM run."""
         info = NetworkInfo.of(model.unet, None)
         if guidance is not None and info.null_label is None:
             raise InvalidArgument(
@@ -94,31 +82,18 @@ Make = Callable[[Pretrained, Workload], Stepper]
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A way to run a network.
+    """A way to run a network."""
 
-    Attributes:
-        dtype: The type in which it computes, "float32" or "bfloat16".
-        make: Builds its stepper.
-        needs: Modules that it imports besides torch.
-        own: Whether it is one of fastdiff's backends; a comparison reports their speed relative to the others.
-        slow_start: Whether it compiles for tens of seconds, so that ``--quick`` leaves it out.
-        where: Kinds of device on which it runs.
-    """
-
-    dtype: str
+    dtype: str  # the type in which it computes, "float32" or "bfloat16"
     make: Make
-    needs: tuple[str, ...] = ()
-    own: bool = False
-    slow_start: bool = False
-    where: tuple[str, ...] = ("cpu",)
+    needs: tuple[str, ...] = ()  # modules that it imports besides torch
+    own: bool = False  # whether it is one of fastdiff's backends, whose speeds a comparison judges
+    slow_start: bool = False  # whether it compiles for tens of seconds, so that --quick leaves it out
+    where: tuple[str, ...] = ("cpu",)  # kinds of device on which it runs
 
 
 def import_all(names: tuple[str, ...]) -> None:
-    """Import modules by name.
-
-    Raises:
-        BackendError: If one cannot be imported; the message names the first of these and the reason.
-    """
+    """Import modules by name; a `BackendError` names the first that cannot be imported, and the reason."""
     for name in names:
         try:
             importlib.import_module(name)

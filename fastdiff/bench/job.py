@@ -32,16 +32,10 @@ from fastdiff.schedule import NoiseSchedule
 def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: None) -> dict[str, Any]:
     """Measure a job: ``n`` images in ``steps`` DDIM steps, medians over rounds.
 
-    There is no warm-up round, as the first call is part of what a user waits for.
-
-    Returns:
-        A result ready for JSON; its "job" holds the seconds of each way and "ratio", diffusers' time over fastdiff's
-        (that of the accelerated pipeline, if there is one). With pipelines it also holds "first", the seconds of the
-        first accelerated call with `accelerate` itself, and "psnr", of the images of the two pipelines in dB.
-
-    Raises:
-        BackendError: If diffusers is not installed.
-        InvalidArgument: If the network is an EDM one.
+    There is no warm-up round, as the first call is part of what a user waits for. "job" of the result holds the seconds
+    of each way and "ratio", diffusers' time over fastdiff's (that of the accelerated pipeline, if there is one). With
+    pipelines it also holds "first", the seconds of the first accelerated call with `accelerate` itself, and "psnr", in
+    dB, of the two pipelines' images.
     """
     import_all(("diffusers",))
     loaded = networks.load(model)
@@ -54,9 +48,10 @@ def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: 
         sampler.backend: lambda: sampler.sample(n, steps=steps, labels=labels, batch_size=n)
     }
     result: dict[str, Any] = {"model": model, "machine": machine.header(), "images": n, "steps": steps, "job": {}}
+    contiguous, channels_last = torch.contiguous_format, torch.channels_last
     first = images = None
     if labels is None:
-        plain, last, fast = (_pipeline(loaded, f) for f in (False, True, False))
+        plain, last, fast = (_pipeline(loaded, f) for f in (contiguous, channels_last, contiguous))
         started = time.perf_counter()
         images = _draw(pipelines.accelerate(fast), n, steps)
         first = time.perf_counter() - started
@@ -64,8 +59,8 @@ def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: 
         jobs["diffusers"] = lambda: _draw(plain, n, steps)
         jobs["diffusers, channels_last"] = lambda: _draw(last, n, steps)
     else:
-        for name, channels_last in (("diffusers", False), ("diffusers, channels_last", True)):
-            jobs[name] = _loop(loaded, labels, steps, channels_last)
+        jobs["diffusers"] = _loop(loaded, labels, steps, contiguous)
+        jobs["diffusers, channels_last"] = _loop(loaded, labels, steps, channels_last)
     seconds: dict[str, list[float]] = {job: [] for job in jobs}
     error = 0.0
     for i in range(rounds):
@@ -95,8 +90,7 @@ def job_text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"  {name:26}{value:8.2f}" for name, value in result["job"].items())])
 
 
-def _twin(loaded: Pretrained, channels_last: bool) -> Any:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+def _twin(loaded: Pretrained, memory_format: torch.memory_format) -> Any:
     return diffusers_twin(without_class_image(copy.deepcopy(loaded.unet))).to(memory_format=memory_format)
 
 
@@ -109,10 +103,10 @@ def _scheduler(loaded: Pretrained) -> Any:
     )
 
 
-def _pipeline(loaded: Pretrained, channels_last: bool) -> Any:
+def _pipeline(loaded: Pretrained, memory_format: torch.memory_format) -> Any:
     from diffusers import DDIMPipeline
 
-    pipeline: Any = DDIMPipeline(unet=_twin(loaded, channels_last), scheduler=_scheduler(loaded))
+    pipeline: Any = DDIMPipeline(unet=_twin(loaded, memory_format), scheduler=_scheduler(loaded))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -121,9 +115,8 @@ def _draw(pipeline: Any, n: int, steps: int) -> Any:
     return pipeline(n, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
 
 
-def _loop(loaded: Pretrained, labels: list[int], steps: int, channels_last: bool) -> Callable[[], Any]:
-    twin, scheduler = _twin(loaded, channels_last), _scheduler(loaded)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+def _loop(loaded: Pretrained, labels: list[int], steps: int, memory_format: torch.memory_format) -> Callable[[], Any]:
+    twin, scheduler = _twin(loaded, memory_format), _scheduler(loaded)
     workload = dataclasses.replace(Workload.of(loaded, len(labels)), label=torch.tensor(labels))
     join = joining(loaded.unet, workload)
     classes = None if loaded.unet.class_encoder is not None else workload.label

@@ -21,13 +21,8 @@ PACKAGES = ("fastdiff", "torch", "diffusers", "openvino", "onnxruntime", "zentor
 def header(device: str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Describe what a result was measured on and with, so that `differences` can say whether two are comparable.
 
-    Args:
-        device: The device, as PyTorch names it.
-        packages: The packages whose versions matter to the result; one that is not installed has the version None.
-
-    Returns:
-        The header, ready for JSON. "cores" are the processors that this process may use; "code" is a digest of this
-        package and its extension.
+    "cores" are the processors that this process may use; "code" is a digest of this package and its extension. The
+    version of a package that is not installed is None.
     """
     versions: dict[str, str | None] = {}
     for name in packages:

@@ -37,11 +37,7 @@ PUBLISHED = {
 
 
 def load(model: str) -> Pretrained:
-    """Load a model by name or path, or build a network of `PUBLISHED` with random weights.
-
-    Raises:
-        CheckpointError: As `fastdiff.checkpoints.load`; if there is no such model, the message lists `PUBLISHED`.
-    """
+    """Load a model by name or path, or build a network of `PUBLISHED` with random weights."""
     if model in PUBLISHED and not Path(model).exists():
         return Pretrained(random_unet(PUBLISHED[model]), NoiseSchedule(), "epsilon", {}, Path(model))
     try:

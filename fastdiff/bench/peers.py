@@ -84,17 +84,14 @@ def compiled(compiler: str, dtype: torch.dtype, model: Pretrained, workload: Wor
     import torch._inductor.config as inductor
 
     inductor.freezing = True
-    network = torch.compile(
-        plain(without_class_image(model.unet), dtype, workload), backend=compiler, fullgraph=True, dynamic=False
-    )
-    return PeerStepper(network, model, workload)
+    network = plain(without_class_image(model.unet), dtype, workload)
+    return PeerStepper(torch.compile(network, backend=compiler, fullgraph=True, dynamic=False), model, workload)
 
 
 def diffusers(dtype: torch.dtype, channels_last: bool, model: Pretrained, workload: Workload) -> Stepper:
     """Run diffusers' own UNet2DModel with the same weights."""
-    twin = diffusers_twin(without_class_image(model.unet)).to(dtype).to(workload.x.device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    twin = twin.to(memory_format=memory_format)
+    twin = diffusers_twin(without_class_image(model.unet)).to(dtype).to(workload.x.device, memory_format=memory_format)
 
     def network(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         x = x.to(dtype).contiguous(memory_format=memory_format)
@@ -104,11 +101,7 @@ def diffusers(dtype: torch.dtype, channels_last: bool, model: Pretrained, worklo
 
 
 def diffusers_twin(unet: UNet) -> Any:
-    """Build diffusers' UNet2DModel with the configuration of ``unet`` and its weights, which share memory.
-
-    Raises:
-        BackendError: If the configuration has options that diffusers lacks.
-    """
+    """Build diffusers' UNet2DModel with the configuration of ``unet`` and its weights, which share memory."""
     from diffusers import UNet2DModel
 
     config = unet.config.to_dict()
@@ -252,11 +245,8 @@ class _Positional(torch.nn.Module):
 def _example(model: Pretrained, workload: Workload) -> tuple[Tensor, ...]:
     x = joining(model.unet, workload)(workload.network_rows(workload.x))
     t = torch.full((len(x),), workload.table.rows[0].t)
-    return (
-        (x, t)
-        if workload.network_labels is None or model.unet.class_encoder is not None
-        else (x, t, workload.network_labels)
-    )
+    label = None if model.unet.class_encoder is not None else workload.network_labels
+    return (x, t) if label is None else (x, t, label)
 
 
 # On CUDA --------------------------------------------------------------------------------------------------------------
@@ -308,10 +298,6 @@ class GraphStepper(PeerStepper):
 
 def cuda_graph(dtype: torch.dtype, model: Pretrained, workload: Workload) -> Stepper:
     """Compile by torch.compile(max-autotune) in channels_last, and capture the whole step in one CUDA graph."""
-    network = torch.compile(
-        plain(without_class_image(model.unet), dtype, workload),
-        mode="max-autotune-no-cudagraphs",
-        fullgraph=True,
-        dynamic=False,
-    )
+    network = plain(without_class_image(model.unet), dtype, workload)
+    network = torch.compile(network, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
     return GraphStepper(network, model, workload)

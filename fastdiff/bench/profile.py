@@ -15,10 +15,9 @@ from fastdiff.core.state import State, TableBank
 
 @torch.no_grad()
 def native_profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
-    """Measure the native engine in float32 by kind of operation and height of its result.
+    """Measure the milliseconds of the native engine in float32 by kind of operation and height of its result.
 
-    Returns:
-        Milliseconds, medians over rounds, the largest first. If the engine runs the batch in parts, they are of a part.
+    They are medians over rounds, the largest first. If the engine runs the batch in parts, they are those of one part.
     """
     loaded = networks.load(model)
     workload = Workload.of(loaded, batch)

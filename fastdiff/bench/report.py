@@ -70,7 +70,8 @@ def _batch(record: Mapping[str, Any]) -> list[str]:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [f"batch {record['batch']}" + _limits(record)]
+    limits = ", ".join(f"{dtype} {_speed(speed)}" for dtype, speed in record.get("limits", {}).items())
+    lines = [f"batch {record['batch']}" + (f"; limit of the products alone, img-steps/s: {limits}" if limits else "")]
     lines += [
         "  "
         + "  ".join(
@@ -89,27 +90,16 @@ def _batch(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _limits(record: Mapping[str, Any]) -> str:
-    limits = record.get("limits")
-    if not limits:
-        return ""
-    speeds = ", ".join(f"{dtype} {_speed(speed)}" for dtype, speed in limits.items())
-    return f"; limit of the products alone, img-steps/s: {speeds}"
-
-
 def _speed(x: float) -> str:
     """Format a speed with three digits, or with all digits before the point."""
     return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}"
 
 
 def best(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-    """Find the fastest peer of the same precision for each of the native engines.
+    """Find for each native engine the fastest peer of its precision: (engine, relative speed, peer).
 
     native-bf16 is compared with bfloat16 peers whose error is at most 1e-2, which PyTorch's own arithmetic reaches,
     native-bf16-fast with all bfloat16 peers.
-
-    Returns:
-        For each engine its name, its speed relative to that peer, and the peer's name.
     """
     worst = {"native": 1e-4, "native-bf16": 1e-2, "native-bf16-fast": 1e-1}
     found = []
@@ -137,14 +127,8 @@ def red(result: Mapping[str, Any]) -> bool:
 def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[list[str], int]:
     """Compare the ratios of fastdiff's engines to a peer that took part in both results; times are not compared.
 
-    An engine is worse if its interval lies below the earlier one and its ratio fell by 5 % or more, or if its output
-    has become wrong.
-
-    Returns:
-        Lines to print, and the number of engines that are worse.
-
-    Raises:
-        InvalidArgument: If the results are of different models or kinds.
+    The result is lines to print, and the number of engines that are worse: whose interval lies below the earlier one
+    and whose ratio fell by 5 % or more, or whose output has become wrong.
     """
     for key in ("model", "what", "guidance"):
         if now.get(key) != before.get(key):
@@ -202,11 +186,7 @@ def _common_anchor(*records: Mapping[str, Any]) -> str | None:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel for each batch: bars of img-steps/s with their spread, and the limits as lines.
-
-    Raises:
-        InvalidArgument: If matplotlib is not installed, or nothing was measured.
-    """
+    """Draw a panel for each batch: bars of img-steps/s with their spread, and the limits as lines."""
     check_plot(path)
     from matplotlib.figure import Figure
 
@@ -244,11 +224,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Check before the work that a picture can be written to ``path``.
-
-    Raises:
-        InvalidArgument: If it is no .png file, or matplotlib is not installed.
-    """
+    """Check before the work that a picture can be written to ``path``: that it is a .png, and matplotlib is there."""
     if path.suffix.lower() != ".png":
         raise InvalidArgument(f"--plot {path}: a .png file is needed")
     try:

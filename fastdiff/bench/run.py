@@ -45,26 +45,15 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options of a measurement; see `fastdiff bench --help`.
+    """The options of a measurement; see `fastdiff bench --help`."""
 
-    Attributes:
-        model: A name or path that `networks.load` takes.
-        batches: Different batch sizes.
-        engines: Names of contenders; empty for all that run on the device.
-        what: "step", or "network" for the network without the update.
-        guidance: The weight w of guided steps, which have two network rows an image; None for unguided steps.
-        device: "cpu" or "cuda".
-        turn_s: Seconds of a contender's turn.
-        most_rounds: The largest number of rounds.
-    """
-
-    model: str
+    model: str  # a name or path that `networks.load` takes
     batches: tuple[int, ...] = (1, 8, 32)
-    engines: tuple[str, ...] = ()
-    what: str = "step"
-    guidance: float | None = None
+    engines: tuple[str, ...] = ()  # names of contenders; empty for all that run on the device
+    what: str = "step"  # or "network" for the network without the update
+    guidance: float | None = None  # the weight w of guided steps, which have two network rows an image
     device: str = "cpu"
-    turn_s: float = 0.4
+    turn_s: float = 0.4  # seconds of a contender's turn
     most_rounds: int = 40
 
     def __post_init__(self) -> None:
@@ -88,21 +77,11 @@ def measure(
     contenders: Mapping[str, Contender] = CONTENDERS,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure all batches.
+    """Measure all batches; if Ctrl-C ends it early, the result has the key "interrupted".
 
-    Args:
-        settings: The options.
-        save: A file that keeps what is finished, round by round. If it holds a result of the same model, settings and
-            machine, measured by the same code, that result is continued; its batches and contenders stay in it.
-        contenders: All contenders, by name.
-        say: Called with a line about the progress.
-
-    Returns:
-        The result; if Ctrl-C ended it early, it has the key "interrupted".
-
-    Raises:
-        InvalidArgument: If ``save`` holds another result, ``settings.engines`` has an unknown name, or the model
-            cannot be guided.
+    The file ``save`` keeps what is finished, round by round. If it holds a result of the same model, settings and
+    machine, measured by the same code, that result is continued; its batches and contenders stay in it. If it holds
+    another result, this raises `InvalidArgument`.
     """
     unknown = [name for name in settings.engines if name not in contenders]
     if unknown:
@@ -150,11 +129,8 @@ def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str
     if save is None or not save.exists():
         return result
     kept = read(save)
-    other = [
-        f"{key} {kept.get(key)}, now {result[key]}"
-        for key in ("model", "what", "guidance", "turn_s", "image", "parameters")
-        if kept.get(key) != result[key]
-    ]
+    keys = [key for key in result if key not in ("machine", "batches") and kept.get(key) != result[key]]
+    other = [f"{key} {kept.get(key)}, now {result[key]}" for key in keys]
     other += machine.differences(result["machine"], kept["machine"])
     if kept["machine"].get("code") != result["machine"]["code"]:
         other.append("fastdiff's code has changed")
@@ -165,11 +141,7 @@ def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a result.
-
-    Raises:
-        InvalidArgument: If the file is no result.
-    """
+    """Read a result; a file that holds none raises `InvalidArgument`."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if not {"machine", "batches", "model"} <= result.keys():
@@ -184,10 +156,9 @@ def read(path: Path) -> dict[str, Any]:
 def expected(model: Pretrained, batch: int, guidance: float | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """Compute limits and predictions for the native engine, in img-steps/s; a guided image is two network rows.
 
-    Returns:
-        The limit in each dtype, at which the multiplications alone would run at the machine's peak (those of the chosen
-        algorithms, Winograd's savings included), and the speed of each native engine as
-        `fastdiff.backends.native.cost` predicts it. Both are empty if the native engine is not built.
+    At the limit of a dtype the multiplications alone (those of the chosen algorithms, Winograd's savings included)
+    would run at the machine's peak. The speed of each native engine is predicted by `fastdiff.backends.native.cost`.
+    Both results are empty if the native engine is not built.
     """
     with torch.device("meta"):
         unet = UNet(model.unet.config)
@@ -336,15 +307,13 @@ def summarise(record: dict[str, Any]) -> None:
     """
     anchor = record["anchor"]
     ratios = {} if anchor is None else pairs(record)
-    for name, entry in record["engines"].items():
-        own = [s[name] for s in record["rounds"] if name in s]
-        if name not in ratios:
-            continue
-        seconds = statistics.median(s[anchor] for s in record["rounds"] if anchor in s) / ratios[name].median
+    for name, ratio in ratios.items():
+        entry = record["engines"][name]
+        seconds = statistics.median(s[anchor] for s in record["rounds"] if anchor in s) / ratio.median
         entry["seconds"] = float(f"{seconds:.6g}")
-        entry["spread"] = round(timing.spread(own), 4)
+        entry["spread"] = round(timing.spread([s[name] for s in record["rounds"] if name in s]), 4)
         entry["img_steps_per_s"] = float(f"{record['batch'] / seconds:.5g}")
-        entry["ratio"] = {k: round(v, 4) for k, v in dataclasses.asdict(ratios[name]).items()}
+        entry["ratio"] = {k: round(v, 4) for k, v in dataclasses.asdict(ratio).items()}
     record["noise"] = timing.noise({n: r for n, r in ratios.items() if n != anchor}, record["shares"])
 
 
@@ -377,13 +346,10 @@ class Gate:
         return unet(self.x, t) if label is None else unet(self.x, t, class_labels=label)
 
     def check(self, ready: Ready, dtype: str) -> tuple[float, str | None]:
-        """Check a contender's first results.
+        """Return the network's error ||out - exact|| / ||exact||, and a description of what is wrong, or None.
 
         The update is judged apart from the network, from the contender's own output ``out``:
         ||x - x(out)|| / ||x(out) - x_0||, relative to the change that the step makes.
-
-        Returns:
-            The network's error ||out - exact|| / ||exact||, and what is wrong, or None.
         """
         exact = self.exact()
         out, x = torch.from_numpy(ready.out).double(), torch.from_numpy(ready.x).double()

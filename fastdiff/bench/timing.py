@@ -34,16 +34,9 @@ LEAST_SHARE = 0.95  # of a processor's time that a busy thread gets on a quiet m
 def mean_seconds(
     run: Callable[[], Any], seconds: float = 0.0, calls: int = 1, *, wait: Callable[[], Any] | None = None
 ) -> float:
-    """Time calls of ``run``.
+    """Return the mean seconds of a call of ``run``, over at least ``calls`` calls that take at least ``seconds``.
 
-    Args:
-        run: The function to time.
-        seconds: The least time to spend.
-        calls: The least number of calls.
-        wait: Waits until a device has done its work; called once, after the last call.
-
-    Returns:
-        The mean seconds of a call.
+    ``wait`` is called once, after the last call, to wait until a device has done its work.
     """
     started = time.perf_counter()
     done = 0
@@ -56,19 +49,11 @@ def mean_seconds(
 
 
 def in_turn(
-    ways: Mapping[K, Callable[[], Any]],
-    rounds: int,
-    turn: Callable[[Callable[[], Any]], float] = mean_seconds,
+    ways: Mapping[K, Callable[[], Any]], rounds: int, turn: Callable[[Callable[[], Any]], float] = mean_seconds
 ) -> dict[K, list[float]]:
     """Time several functions in rounds in which all take turns, after one call of each that is not timed.
 
-    Args:
-        ways: The functions, by name.
-        rounds: The number of rounds.
-        turn: Times one turn of a function; by default the turn is a single call.
-
-    Returns:
-        The seconds of each in every round.
+    ``turn`` times one turn of a function, by default a single call. The result has the seconds of each in every round.
     """
     for run in ways.values():
         run()
@@ -81,19 +66,12 @@ def in_turn(
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Speed of a contender relative to the anchor.
-
-    Attributes:
-        median: The median over rounds; 2.0 means twice as fast as the anchor.
-        low, high: Its 95 % interval.
-        moved: The median of the later half of the rounds over that of the earlier half.
-        rounds: The number of rounds.
-    """
+    """Speed of a contender relative to the anchor, with a 95 % interval; 2.0 means twice as fast as the anchor."""
 
     median: float
     low: float
     high: float
-    moved: float
+    moved: float  # the median of the later half of the rounds over that of the earlier half
     rounds: int
 
     @property
@@ -133,15 +111,10 @@ def spread(seconds: Sequence[float]) -> float:
 
 
 def noise(ratios: dict[str, Ratio], shares: Sequence[float]) -> list[str]:
-    """List the reasons not to trust the ratios; none if the machine was quiet enough.
+    """List the reasons not to trust the ratios (without the anchor's); none if the machine was quiet enough.
 
-    Args:
-        ratios: The ratios by contender, without the anchor.
-        shares: The values of `share` before each round. A process that takes a constant part of the machine widens no
-            interval, but it slows contenders unequally (most those that wait at barriers), so it is checked apart.
-
-    Returns:
-        The reasons, each a sentence for people.
+    ``shares`` are the values of `share` before each round: a process that takes a constant part of the machine widens
+    no interval, but it slows contenders unequally (most those that wait at barriers), so it is checked apart.
     """
     reasons = []
     if shares and statistics.median(shares) < LEAST_SHARE:

@@ -31,40 +31,24 @@ SETTLING_S = 0.02  # work before a turn is timed, so that threads wake up and ca
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The work that all contenders of a batch do.
+    """The work that all contenders of a batch do."""
 
-    Attributes:
-        model: A name or path that `networks.load` takes.
-        batch: The number of images.
-        what: "step", or "network" for the network without the update.
-        threads: Threads of PyTorch.
-        device: The device, as PyTorch names it.
-        guidance: The weight of guided steps; None for unguided ones.
-    """
-
-    model: str
-    batch: int
-    what: str
-    threads: int
+    model: str  # a name or path that `networks.load` takes
+    batch: int  # the number of images
+    what: str  # "step", or "network" for the network without the update
+    threads: int  # of PyTorch
     device: str
     guidance: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """The first results of a contender, for the first and the last image, and their cost.
+    """The first results of a contender, for the first and the last image, and their cost."""
 
-    Attributes:
-        out: The network's output at the first row, [2, C or 2C, H, W].
-        x: The images after one step, [2, C, H, W].
-        first_call_s: Seconds until the first output, without importing libraries and loading weights.
-        peak_mib: Peak memory, see `Worker`.
-    """
-
-    out: np.ndarray
-    x: np.ndarray
-    first_call_s: float
-    peak_mib: float | None
+    out: np.ndarray  # the network's output at the first row, [2, C or 2C, H, W]
+    x: np.ndarray  # the images after one step, [2, C, H, W]
+    first_call_s: float  # until the first output, without importing libraries and loading weights
+    peak_mib: float | None  # peak memory, see `Worker`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,7 @@ from fastdiff.cli.options import JsonOption
 
 
 def convert(
-    src: Annotated[
-        str,
-        typer.Argument(metavar="SRC", help="A model: a folder, a file, or a built-in name."),
-    ],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A model: a folder, a file, or a built-in name.")],
     dst: Annotated[
         Path, typer.Argument(metavar="DST", help="A folder (diffusers), or a file: .safetensors, .pt, .ckpt.")
     ],

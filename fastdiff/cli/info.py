@@ -84,9 +84,7 @@ def info(
     operations = layout.to_dict(methods)
     table = None if solver is None else _table(sampler, solver, steps)
     result = _describe(sampler, model, size, operations["flops"] / rows)
-    job = None
-    if n is not None:
-        job = _cost(sampler, n, solver, steps, size, guidance, batch_size, dtype, backend)
+    job = None if n is None else _cost(sampler, n, solver, steps, size, guidance, batch_size, dtype, backend)
     if as_json:
         result |= {} if table is None else {"table": json.loads(table.to_json())}
         result |= {} if job is None else {"cost": job.to_dict()}
@@ -144,6 +142,5 @@ def _cost(
     )
     options, _ = resolve(options, sampler.schedule, None)
     r = check(n, options, sampler.info, sampler.schedule, sampler.prediction, sampler.scheduler_config, backend)
-    return cost.estimate(
-        sampler.unet, size, n, r.nfe, r.batch_size, dtype, guided=r.nfe > len(r.table), backend=backend
-    )  # fmt: skip
+    guided = r.nfe > len(r.table)
+    return cost.estimate(sampler.unet, size, n, r.nfe, r.batch_size, dtype, guided=guided, backend=backend)

@@ -70,9 +70,9 @@ def read_numbers(option: str, text: str) -> list[int]:
 def read_size(text: str) -> int | tuple[int, int]:
     """Parse the value of --size: "32" gives 32, "24x40" gives (24, 40); anything else is an `InvalidArgument`."""
     try:
-        sides = [int(part) for part in text.lower().split("x")]
+        height, *width = (int(part) for part in text.lower().split("x"))
+        if len(width) > 1:
+            raise ValueError
     except ValueError as e:
         raise InvalidArgument(f"--size {text}: a number, or height x width as in 24x40, is needed") from e
-    if len(sides) not in (1, 2):
-        raise InvalidArgument(f"--size {text}: a number, or height x width as in 24x40, is needed")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    return (height, width[0]) if width else height

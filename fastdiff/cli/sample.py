@@ -149,10 +149,9 @@ def _check_files(out: Path, animate: Path | None, image: Path | None, mask: Path
     """Check the files, and make the folders of the written ones, before any work is done."""
     from fastdiff.data.pictures import PICTURES
 
-    if out.suffix.lower() not in (*PICTURES, ".npz", ""):
-        raise InvalidArgument(
-            f"--out {out}: unknown suffix; allowed: {', '.join((*PICTURES, '.npz'))}, or none for a folder"
-        )
+    suffixes = (*PICTURES, ".npz")
+    if out.suffix.lower() not in (*suffixes, ""):
+        raise InvalidArgument(f"--out {out}: unknown suffix; allowed: {', '.join(suffixes)}, or none for a folder")
     if animate is not None and animate.suffix.lower() not in (".gif", ".webp"):
         raise InvalidArgument(f"--animate {animate}: a .gif or .webp file is needed")
     for path in (out, animate):
@@ -232,10 +231,8 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
             pixels = convert(pixels_of(opened)[None], channels)
     except Exception as e:  # decoders raise all kinds of errors for damaged files
         raise InvalidArgument(f"{option} {path} cannot be read: {why(e).splitlines()[0]}") from e
-    wrong = misfit((pixels.shape[1], pixels.shape[2]), size, "crop")
-    if wrong is not None:
-        raise InvalidArgument(
-            f"{option} {path} is {pixels.shape[1]}x{pixels.shape[2]}, smaller than {size[0]}x{size[1]}"
-        )
+    h, w = pixels.shape[1:3]
+    if misfit((h, w), size, "crop") is not None:
+        raise InvalidArgument(f"{option} {path} is {h}x{w}, smaller than {size[0]}x{size[1]}")
     fitted = torch.from_numpy(fit_to(pixels, size, "crop").copy())
     return fitted[0].permute(2, 0, 1).float() / 127.5 - 1.0

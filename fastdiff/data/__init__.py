@@ -7,14 +7,4 @@ functions turn tensors of images in [-1, 1] into PIL images, grids, picture file
 from fastdiff.data.datasets import ArrayData, FolderData, ImageData, load_data
 from fastdiff.data.pictures import animate, grid, save_picture, to_pil, to_uint8
 
-__all__ = [
-    "ArrayData",
-    "FolderData",
-    "ImageData",
-    "animate",
-    "grid",
-    "load_data",
-    "save_picture",
-    "to_pil",
-    "to_uint8",
-]
+__all__ = ["ArrayData", "FolderData", "ImageData", "animate", "grid", "load_data", "save_picture", "to_pil", "to_uint8"]

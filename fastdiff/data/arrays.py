@@ -78,9 +78,6 @@ def _read_exactly(where: str, file: IO[bytes], size: int) -> np.ndarray:
     return data
 
 
-_IDX = {3: "images", 1: "labels"}
-
-
 def read_idx(path: Path, dims: int) -> np.ndarray:
     """Read a uint8 array of ``dims`` dimensions (3: images, 1: labels) from an IDX file, gzipped or not.
 
@@ -94,8 +91,9 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
             zipped = isinstance(file, gzip.GzipFile)
             head = file.read(4 + 4 * dims)
             if head[:4] != magic or len(head) < 4 + 4 * dims:
+                kind = "images" if dims == 3 else "labels"
                 raise DataError(
-                    f"{path}: not an IDX file of uint8 {_IDX[dims]}: it begins with {head[:4].hex()}, not {magic.hex()}"
+                    f"{path}: not an IDX file of uint8 {kind}: it begins with {head[:4].hex()}, not {magic.hex()}"
                 )
             shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
             size = math.prod(shape)

@@ -34,7 +34,6 @@ log = logging.getLogger("fastdiff")
 # The suffix decides whether a file is opened; the format is then read from its content.
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
 
-_FITS = ("crop", "pad")
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -124,7 +123,7 @@ def load_data(
     target = _check_size(size)
     if channels is not None and not (is_whole(channels) and channels in (1, 3)):
         raise InvalidArgument(f"channels must be 1, 3 or None, not {channels!r}")
-    one_of("fit", fit, _FITS)
+    one_of("fit", fit, ("crop", "pad"))
     kind = _kind(path)
     if labels is not None and kind != "idx":
         raise InvalidArgument(
@@ -310,10 +309,8 @@ def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     try:
-        if isinstance(size, (str, bytes)):
-            raise TypeError
         pair = (size, size) if not isinstance(size, Iterable) else tuple(size)
-        if len(pair) != 2 or any(isinstance(side, bool) for side in pair):
+        if isinstance(size, (str, bytes)) or len(pair) != 2 or any(isinstance(side, bool) for side in pair):
             raise TypeError
         h, w = (operator.index(side) for side in pair)
     except TypeError:

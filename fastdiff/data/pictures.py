@@ -63,16 +63,7 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Image.
         InvalidArgument: If there are no images, ``columns`` or ``padding`` is too small, or the images have neither
             one nor three channels.
     """
-    return _grid(to_uint8(images), columns, padding)
-
-
-def _pil(array: NDArray[np.uint8]) -> Image.Image:
-    if array.shape[-1] not in (1, 3):
-        raise InvalidArgument(f"images of {array.shape[-1]} channels are not pictures; 1 (gray) or 3 (RGB) are")
-    return Image.fromarray(array[:, :, 0] if array.shape[-1] == 1 else array)
-
-
-def _grid(array: NDArray[np.uint8], columns: int | None, padding: int) -> Image.Image:
+    array = to_uint8(images)
     n, height, width, channels = array.shape
     columns = math.ceil(math.sqrt(n)) if columns is None else columns
     if columns < 1 or padding < 0:
@@ -87,6 +78,12 @@ def _grid(array: NDArray[np.uint8], columns: int | None, padding: int) -> Image.
         y, x = padding + i // columns * (height + padding), padding + i % columns * (width + padding)
         canvas[y : y + height, x : x + width] = image
     return _pil(canvas)
+
+
+def _pil(array: NDArray[np.uint8]) -> Image.Image:
+    if array.shape[-1] not in (1, 3):
+        raise InvalidArgument(f"images of {array.shape[-1]} channels are not pictures; 1 (gray) or 3 (RGB) are")
+    return Image.fromarray(array[:, :, 0] if array.shape[-1] == 1 else array)
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:

@@ -21,18 +21,7 @@ from fastdiff.checkpoints.reading import read_safetensors
 from fastdiff.errors import CheckpointError, InvalidArgument
 from fastdiff.files import atomic_path
 
-CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 WEIGHTS = "classifier.safetensors"
 SIZE = 32  # H = W of its images: Fashion-MNIST's 28x28, zero-padded
 WIDTHS = (32, 64, 96)  # channels at 16x16, 8x8 and 4x4

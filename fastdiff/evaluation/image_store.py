@@ -49,25 +49,12 @@ def draw(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Draw the images that a folder lacks, and return the images 0 to n - 1.
+    """Draw the images that a folder lacks, and return the images 0 to n - 1, uint8 [n, C, H, W].
 
-    Args:
-        sampler: The sampler to draw with.
-        folder: The folder of these settings.
-        n: The number of images, at least 1.
-        labels: "cycle" gives image i the class i mod classes, if the network has classes; a class or None is for all
-            images.
-        seed: The seed of the images.
-        progress: Called with the number of images that are there and n, at the start and after every part.
-        options: Options of `Sampler.sample` that can be written as JSON; not noise=, image=, guide=, ...
-
-    Returns:
-        The images, uint8 [n, C, H, W].
-
-    Raises:
-        DataError: If the folder holds images of other settings; the message names the differences.
-        InvalidArgument: If an option is wrong or cannot be written as JSON.
-        NumericsError: If images became NaN; their part is not kept.
+    The labels "cycle" give image i the class i mod classes, if the network has classes; a class or None is for all
+    images. ``options`` are those of `Sampler.sample` that can be written as JSON; not noise=, image=, guide=, ...
+    ``progress`` is called with the number of images that are there and n, at the start and after every part. If images
+    become NaN, their part is not kept.
     """
     folder = Path(folder)
     n = whole("n", n, 1)
@@ -78,34 +65,24 @@ def draw(
     starts = range(0, n, PART)
     parts = [_read_part(folder / _name(start)) for start in starts]
     there = [0 if part is None else min(len(part), n - start) for start, part in zip(starts, parts, strict=True)]
-    if progress is not None:
-        progress(sum(there), n)
+    progress = progress or (lambda done, total: None)
+    progress(sum(there), n)
     for i, start in enumerate(starts):
         need, part = min(PART, n - start) - there[i], parts[i]
         if need > 0:
             first = start + there[i]
-            output = sampler.sample(
-                need, seed=seed, start_index=first, labels=_labels(sampler, labels, first, need), **options
-            )
-            new = to_uint8(output.images)
+            classes = _labels(sampler, labels, first, need)
+            new = to_uint8(sampler.sample(need, seed=seed, start_index=first, labels=classes, **options).images)
             part = parts[i] = new if part is None else np.concatenate([part, new])
             with atomic_path(folder / _name(start)) as temporary:
                 np.savez_compressed(temporary, images=part[..., 0] if part.shape[-1] == 1 else part)
             there[i] += need
-            if progress is not None:
-                progress(sum(there), n)
+            progress(sum(there), n)
     return _tensor([part for part in parts if part is not None])[:n]
 
 
 def load(folder: str | Path, n: int | None = None) -> Tensor:
-    """Read the images 0 to n - 1 of a folder, or all up to the first gap.
-
-    Returns:
-        The images, uint8 [n, C, H, W].
-
-    Raises:
-        DataError: If there are fewer.
-    """
+    """Read the images 0 to n - 1 of a folder, or all up to the first gap, uint8 [n, C, H, W]."""
     folder, found, count = Path(folder), [], 0
     while n is None or count < n:
         part = _read_part(folder / _name(count)) if count % PART == 0 else None
@@ -140,11 +117,7 @@ def settings(sampler: Sampler, *, labels: int | str | None = "cycle", seed: int 
 
 
 def check_settings(folder: str | Path, expected: dict[str, Any]) -> None:
-    """Check a folder's settings, or write them to a new folder.
-
-    Raises:
-        DataError: If the folder has other settings, which the message lists, or parts without settings.
-    """
+    """Check a folder's settings, or write them to a new folder; other settings raise a `DataError` that lists them."""
     path = Path(folder) / SETTINGS
     if path.exists():
         try:

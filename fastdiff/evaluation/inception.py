@@ -194,10 +194,8 @@ def _lines(n: int, like: Tensor) -> Tensor:
 def load(path: str | Path) -> Inception:
     """Load the network from a PyTorch file, without running code in it; the result is in eval mode, on the CPU.
 
-    A file other than the published one is logged, as its distances cannot be compared with published ones.
-
-    Raises:
-        CheckpointError: If the file does not fit; the message lists tensors that are missing, unexpected or misshapen.
+    A file other than the published one is logged, as its distances cannot be compared with published ones. A file that
+    does not fit raises `CheckpointError`, which lists tensors that are missing, unexpected or misshapen.
     """
     path = Path(path)
     if not path.is_file():

@@ -30,9 +30,7 @@ GROUPS = 50  # of generated images, for intervals
 SUBSETS = 10  # of generated images, for the interval of recall
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 Z = 1.959963984540054  # P(|N(0, 1)| < Z) = 0.95
-T = Z + (Z**3 + Z) / (
-    4 * (GROUPS - 1)
-)  # the same quantile of Student's distribution with GROUPS - 1 degrees of freedom
+T = Z + (Z**3 + Z) / (4 * (GROUPS - 1))  # the same quantile of Student's distribution, GROUPS - 1 degrees of freedom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +143,10 @@ def features(name: str | Path = "fashion-mnist", device: str | torch.device = "c
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of a set of features, the covariance as a root of it.
+    """Mean and covariance of a set of features, the covariance as a root of it."""
 
-    Attributes:
-        mean: The mean, float64 [F].
-        root: A matrix R, float64 [min(N, F), F], with R^T R = S = sum (x - mean) (x - mean)^T / (N - 1).
-    """
-
-    mean: Tensor
-    root: Tensor
+    mean: Tensor  # float64 [F]
+    root: Tensor  # R, float64 [min(N, F), F], with R^T R = S = sum (x - mean) (x - mean)^T / (N - 1)
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
@@ -258,7 +251,8 @@ def kernel_interval(generated: Tensor, reference: Reference) -> Estimate:
     value, pairs, crosses = _kernel(_checked(generated, "generated"), reference, GROUPS)
     g = len(pairs)
     centred = pairs - pairs.mean(0) - pairs.mean(1, keepdim=True) + pairs.mean()
-    return _interval(value, _deviation(2 * pairs.sum(1) / g - 2 * crosses, 2 * centred))
+    half = T * _deviation(2 * pairs.sum(1) / g - 2 * crosses, 2 * centred)
+    return Estimate(value, value - half, value + half)
 
 
 def _kernel(a: Tensor, reference: Reference, groups: int) -> tuple[float, Tensor, Tensor]:
@@ -283,18 +277,12 @@ class CubeSums:
         (x . y / F + 1)^3 = 1 + 3 x . y / F + 3 (x . y)^2 / F^2 + (x . y)^3 / F^3,    (x . y)^p = (x ... x) . (y ... y)
 
     As x x is symmetric, only x_i x_j with i <= j are kept, those with i < j times sqrt 2.
-
-    Attributes:
-        count: The size of the set.
-        first: The sum of x, float64 [F].
-        second: The sum of x x, float64 [F (F + 1) / 2].
-        third: The sum of x x x, float64 [F (F + 1) / 2, F].
     """
 
-    count: int
-    first: Tensor
-    second: Tensor
-    third: Tensor
+    count: int  # the size of the set
+    first: Tensor  # the sum of x, float64 [F]
+    second: Tensor  # of x x, float64 [F (F + 1) / 2]
+    third: Tensor  # of x x x, float64 [F (F + 1) / 2, F]
 
     @classmethod
     def of(cls, features: Tensor) -> CubeSums:
@@ -467,17 +455,13 @@ def _share(p: float, deviation: float, n: int) -> Estimate:
 
 
 def _deviation(linear: Tensor, pairs: Tensor) -> float:
-    """Estimate the standard deviation of a distance d of g groups of images from its derivatives by groups.
+    """Estimate the standard deviation of a distance d from its derivatives L [g] and Q [g, g] by g groups of images.
 
         d = d_0 + mean_i L_i + mean_ij Q_ij / 2:      var d = var(L) / g - mean_{i != j} (Q_ij - mean Q)^2 / 2 g^2
 
     L is taken at the images that were drawn, not at their distribution. So its variance counts that of Q's term twice
     (Efron and Stein 1981, section 4), which matters if the sets are nearly alike and d is nearly quadratic. Groups are
     runs of neighbours: if the classes take turns, d varies less than with random classes, and so do the groups.
-
-    Args:
-        linear: L, [g].
-        pairs: Q, [g, g].
     """
     g = len(linear)
     if g < 3:
@@ -486,11 +470,6 @@ def _deviation(linear: Tensor, pairs: Tensor) -> float:
     off = pairs[~torch.eye(g, dtype=torch.bool)]
     second = (off - off.mean()).square().mean() / (2 * g * g)
     return torch.maximum(first - second, first / 2).sqrt().item()
-
-
-def _interval(value: float, deviation: float) -> Estimate:
-    """Compute value +- T deviation."""
-    return Estimate(value, value - T * deviation, value + T * deviation)
 
 
 def _positive_interval(value: float, deviation: float) -> Estimate:

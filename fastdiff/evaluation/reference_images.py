@@ -18,26 +18,17 @@ Shape = tuple[int, int, int]  # C, H, W
 
 @dataclasses.dataclass(frozen=True)
 class RealImages:
-    """Real images.
+    """Real images."""
 
-    Attributes:
-        images: The images to measure against, uint8 [M, C, H, W].
-        held_out: Others that the model was not trained on, or None.
-        labels: The classes of the held-out images, int64, or None.
-    """
-
-    images: Tensor
-    held_out: Tensor | None
-    labels: Tensor | None
+    images: Tensor  # to measure against, uint8 [M, C, H, W]
+    held_out: Tensor | None  # others that the model was not trained on
+    labels: Tensor | None  # the classes of the held-out images, int64
 
     @classmethod
     def load(cls, data: Path, held_out: str | Path | None, shape: Shape, fit: str) -> RealImages:
         """Load the images of ``data``, and of ``held_out``, by default the test images of MNIST's four files.
 
         Both are anything that `load_images` takes; ``data`` may also be a folder with MNIST's four files.
-
-        Raises:
-            DataError: If there are fewer than `MIN_IMAGES`.
         """
         mnist = _mnist(data)
         images, _ = load_images(data if mnist is None else mnist["train-images-idx3"], shape, fit)
@@ -56,12 +47,7 @@ class RealImages:
 def find_data(data: str | Path | None, model: str | Path | None) -> Path:
     """Find the real images: ``data`` if given, else the training images of the built-in model, if they are installed.
 
-    Args:
-        data: Where the images are, or None.
-        model: The model whose samples are measured; None if they are of no model.
-
-    Raises:
-        DataError: If ``data`` has to be given.
+    ``model`` is the model whose samples are measured; None if they are of no model.
     """
     if data is not None:
         return Path(data)

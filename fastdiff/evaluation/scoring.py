@@ -115,22 +115,14 @@ def evaluate(
         images, labels = images[:n], None if labels is None else labels[:n]
         real = RealImages.load(data, held_out, (images.shape[1], images.shape[2], images.shape[3]), fit)
         source = {"samples": str(samples)}
-    report = {
-        **source,
-        "features": str(features_of),
-        "data": str(data),
-        **_scores(extract, images, labels, real, out, say),
-    }
+    scores = _scores(extract, images, labels, real, out, say)
+    report = {**source, "features": str(features_of), "data": str(data), **scores}
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
 def check_shape(extract: Extractor, features_of: str, model: str, shape: Shape) -> None:
-    """Refuse images of a shape that the network of the features does not take.
-
-    Raises:
-        InvalidArgument: If it is the classifier, and the shape is not 1x32x32.
-    """
+    """Refuse images of a shape that the network of the features does not take: the classifier needs 1x32x32."""
     if isinstance(extract.network, Classifier) and shape != (1, SIZE, SIZE):
         raise InvalidArgument(
             f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {'x'.join(map(str, shape))}; "

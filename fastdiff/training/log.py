@@ -23,12 +23,8 @@ class TrainingLog:
     start of training. A resumed run continues the log of the interrupted one: lines beyond the checkpoint's step are
     removed, and the losses since the last line are taken from the checkpoint.
 
-    Args:
-        out: The folder of the run.
-        config: Its settings.
-        step: The step of the checkpoint from which the run resumes, 0 for a new run.
-        losses: The losses of the steps since the last line; the list is kept up to date, as checkpoints save it.
-        enabled: Whether anything is written: in one process of several.
+    ``step`` is that of the checkpoint from which the run resumes, 0 for a new run. ``losses``, those of the steps since
+    the last line, is kept up to date, as checkpoints save it. ``enabled`` is False in all processes but one.
     """
 
     def __init__(self, out: Path, config: TrainConfig, step: int, losses: list[float], enabled: bool):

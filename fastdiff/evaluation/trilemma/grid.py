@@ -38,21 +38,13 @@ QUICK = (("ddpm", "ddim", "unipc"), (4, 10, 50), 500)
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A point of the grid.
+    """A point of the grid."""
 
-    Attributes:
-        key: The name of its setting, as "unipc-g2".
-        options: Options of `Sampler.sample`.
-        nfe: Network evaluations for an image.
-        n: The number of images.
-        same_as: The name of an earlier point with the same step table, which has the same images; or None.
-    """
-
-    key: str
-    options: dict[str, Any]
-    nfe: int
-    n: int
-    same_as: str | None = None
+    key: str  # the name of its setting, as "unipc-g2"
+    options: dict[str, Any]  # options of `Sampler.sample`
+    nfe: int  # network evaluations for an image
+    n: int  # the number of images
+    same_as: str | None = None  # the name of an earlier point with the same step table, which has the same images
 
     @property
     def name(self) -> str:
@@ -64,11 +56,7 @@ class Planned:
 
 
 def options_of(key: str) -> dict[str, Any]:
-    """Parse a setting's name: SOLVER, then any of -etaX, -gX (guidance) and -SPACING, as "ddim-eta1" or "unipc-g2".
-
-    Raises:
-        InvalidArgument: If a part of the name is unknown.
-    """
+    """Parse a setting's name: SOLVER, then any of -etaX, -gX (guidance) and -SPACING, as "ddim-eta1" or "unipc-g2"."""
     solver, *parts = key.split("-")
     options: dict[str, Any] = {"solver": solver}
     if solver not in SOLVERS:
@@ -94,25 +82,14 @@ def options_of(key: str) -> dict[str, Any]:
 
 
 def grid_points(
-    sampler: Sampler,
-    settings: Sequence[str] | None = None,
-    nfes: Sequence[int] | None = None,
-    n: int | None = None,
+    sampler: Sampler, settings: Sequence[str] | None = None, nfes: Sequence[int] | None = None, n: int | None = None
 ) -> list[Planned]:
     """List the points for a model, sorted by network evaluations.
 
-    If the model has fewer timesteps than ddpm's longest run, that run takes all of them. Guided settings are left out
-    for models without a null label.
-
-    Args:
-        sampler: The model's sampler.
-        settings: Names of settings in place of those of `PLAN`.
-        nfes: Network evaluations in place of those of `PLAN`. If ``settings`` are given too, every combination is made,
-            else only combinations up to the longest of `PLAN`.
-        n: The largest number of images of a point.
-
-    Raises:
-        InvalidArgument: If a combination that was asked for does not exist, or none is left.
+    ``settings`` and ``nfes`` replace those of `PLAN`. With both, every combination is made, and one that does not exist
+    raises `InvalidArgument`; with ``nfes`` alone, only combinations up to the longest of a setting in `PLAN` are made.
+    ``n`` is the largest number of images of a point. If the model has fewer timesteps than ddpm's longest run, that run
+    takes all of them. Guided settings of `PLAN` are left out for models without a null label.
     """
     asked = settings is not None and nfes is not None
     points: list[Planned] = []

@@ -12,13 +12,7 @@ import numpy as np
 from fastdiff.files import atomic_path
 
 # Colours by solver (Okabe and Ito 2008, distinguishable for the colour-blind), markers by guidance and spacing.
-COLOURS = {
-    "ddpm": "#D55E00",
-    "ddim": "#0072B2",
-    "dpmpp_2m": "#009E73",
-    "unipc": "#AA4499",
-    "dpmpp_3m": "#56B4E9",
-}
+COLOURS = {"ddpm": "#D55E00", "ddim": "#0072B2", "dpmpp_2m": "#009E73", "unipc": "#AA4499", "dpmpp_3m": "#56B4E9"}
 OTHERS = ("#E69F00", "#666666", "#A6761D", "#332288")
 PANELS = (
     ("frechet", "Fréchet distance  (quality: lower is better)", True),
@@ -86,7 +80,11 @@ def draw_picture(result: Mapping[str, Any], path: Path) -> None:
     if timed:
         for axis in axes:
             _evaluations(axis, entries)
-    figure.suptitle(_title(result), fontsize=11.5, x=0.01, ha="left")
+    text = (
+        f"{result['model_name']}: {result['n']} images a point, 95 % intervals, features of "
+        f"{result['settings']['features']};  rings: on the Pareto front of speed, quality and diversity"
+    )
+    figure.suptitle(text, fontsize=11.5, x=0.01, ha="left")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -100,13 +98,6 @@ def _part(part: str) -> str:
 
 def _x(entry: Mapping[str, Any], timed: bool) -> float:
     return entry["images_per_s"] if timed else entry["nfe"]
-
-
-def _title(result: Mapping[str, Any]) -> str:
-    return (
-        f"{result['model_name']}: {result['n']} images a point, 95 % intervals, features of "
-        f"{result['settings']['features']};  rings: on the Pareto front of speed, quality and diversity"
-    )
 
 
 def _reference(axis: Any, result: Mapping[str, Any], metric: str) -> None:

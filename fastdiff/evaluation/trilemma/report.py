@@ -20,13 +20,10 @@ def front(points: Sequence[tuple[float, ...]]) -> list[bool]:
     kept = [False] * len(points)
     for i in sorted(range(len(points)), key=lambda i: points[i]):  # a point that dominates another one comes before it
         kept[i] = not any(
-            kept[j] and points[j] != points[i] and _covers(points[j], points[i]) for j in range(len(points))
+            kept[j] and p != points[i] and all(a <= b for a, b in zip(p, points[i], strict=True))
+            for j, p in enumerate(points)
         )
     return kept
-
-
-def _covers(p: tuple[float, ...], q: tuple[float, ...]) -> bool:
-    return all(a <= b for a, b in zip(p, q, strict=True))
 
 
 def mark_front(entries: Sequence[Entry]) -> None:
@@ -44,15 +41,9 @@ def nearest(
 ) -> Entry:
     """Compare points of at most `MOST` network evaluations with the reference, all at equal n.
 
-    Args:
-        goal: The reference's distance, {"value", "low", "high"}.
-        distances: The distances of the points by name, in the same form.
-        nfes: Their network evaluations.
-        plain: The names of unguided points.
-
-    Returns:
-        For "any" points and for "plain" ones the point with the "lowest" distance, and the one with the fewest
-        evaluations within `ALLOWED` times the reference's distance, "shortest_within".
+    ``goal`` is the reference's distance, {"value", "low", "high"}; ``plain`` are the names of unguided points. The
+    result has for "any" points and for "plain" ones the point with the "lowest" distance, and the one with the fewest
+    evaluations within `ALLOWED` times the reference's distance, "shortest_within".
     """
 
     def of(names: list[str]) -> Entry | None:

@@ -37,19 +37,12 @@ MIN_REFERENCE = 500  # the least number of images for which points are compared 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """The features and the real images that samples are measured by.
-
-    Attributes:
-        extract: Computes the features.
-        name: The name of the features, for the report.
-        real: The real images.
-        data: Where they are from, for the report.
-    """
+    """The features and the real images that samples are measured by."""
 
     extract: Extractor
-    name: str
+    name: str  # of the features, for the report
     real: RealImages
-    data: str
+    data: str  # where the real images are from, for the report
 
     @classmethod
     def of(
@@ -71,23 +64,20 @@ class Judge:
         return hashlib.sha256(images + image_store.network_digest(self.extract.network).encode()).hexdigest()
 
 
-Earlier = dict[str, dict[int, dict[str, Any]]]
+Earlier = dict[str, dict[int, dict[str, Any]]]  # by name and n: {"frechet": {"value", "low", "high"}, ...}
 
 
 def earlier(sampler: Sampler, out: Path, points: Sequence[Planned], judge: Judge) -> Earlier:
     """Read the measurements of ``points`` in OUT/trilemma.json, so that their images need not be there any more.
 
-    Only measurements with the same network, step table, settings and judge are used.
-
-    Returns:
-        Measurements by name and by number of images, {"frechet": {"value", ...}, ...}.
+    Only measurements with the same network, step table, settings and judge are used. The result has them by name and by
+    number of images.
     """
     path = out / "trilemma.json"
     try:
         last = read_json(path) if path.exists() else {}
-        if last.get("model") != weights_digest(sampler.unet.state_dict()) or last["settings"] != settings(
-            sampler, judge
-        ):
+        same_model = last.get("model") == weights_digest(sampler.unet.state_dict())
+        if not same_model or last["settings"] != settings(sampler, judge):
             return {}
         tables = {p.name: table_digest(sampler, p) for p in points}
         return {
@@ -170,7 +160,6 @@ def drawn(out: Path, p: Planned) -> int:
 
 
 def folder(out: Path, p: Planned) -> Path:
-    """Return the folder of a point's images."""
     return out / "points" / p.name
 
 
@@ -193,11 +182,7 @@ def duration(seconds: float) -> str:
 class Measurer:
     """Measures points and keeps the results beside their images, where they are valid for the same judge.
 
-    Args:
-        judge: The features and the real images.
-        out: The folder of the trilemma.
-        say: Called with lines about the progress.
-        known: The result of `earlier`.
+    ``known`` is the result of `earlier`.
     """
 
     def __init__(self, judge: Judge, out: Path, say: Say, known: Earlier) -> None:
@@ -262,22 +247,8 @@ def result(
     """Make the report of the points that are there and write it to OUT/trilemma.json.
 
     Distances are compared at n images, the number of the plan's smallest points. A point that neither has n images nor
-    is ``known`` at n is listed as missing.
-
-    Args:
-        sampler: The model's sampler.
-        out: The folder of the trilemma.
-        points: The planned points.
-        judge: The features and the real images.
-        say: Called with lines about the progress.
-        model: The model's name.
-        batch: Images of a timed call.
-        timed: Whether to time the settings; if not, the speeds of the last report are kept if the machine is the same.
-        peer: Whether to time diffusers' loop; if not, the last report's speed is kept likewise.
-        known: The result of `earlier`.
-
-    Raises:
-        DataError: If no point is there.
+    is ``known`` at n (see `earlier`) is listed as missing. ``timed`` times the settings in calls of ``batch`` images,
+    ``peer`` diffusers' loop; speeds that are not timed are those of the last report, if the machine is the same.
     """
     measurer = Measurer(judge, out, say, known)
     n = min(p.n for p in points)
@@ -410,11 +381,7 @@ def against(other: dict[str, Any], entries: Sequence[dict[str, Any]], nearest: d
 
 
 def install(found: dict[str, Any], sampler: Sampler) -> Path:
-    """Write the measurements that `Sampler.sample` uses into the model's folder, and return the file.
-
-    Raises:
-        InvalidArgument: If the model has no folder.
-    """
+    """Write the measurements that `Sampler.sample` uses into the model's folder, and return the file."""
     path = sampler.measurements_file
     if path is None:
         raise InvalidArgument("--install: the model is no folder, so measurements cannot be kept with it")

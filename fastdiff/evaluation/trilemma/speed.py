@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +27,12 @@ NOISE = 0.1  # a spread of the rounds above which the machine was too noisy
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """The seconds of a call, a + b rows.
-
-    Attributes:
-        batch: Images of the call.
-        a: Seconds of a call without rows.
-        b: Seconds of a row.
-        spread: The interquartile range of the rounds relative to their median.
-    """
+    """The seconds of a call of ``batch`` images, a + b rows."""
 
     batch: int
     a: float
     b: float
-    spread: float
+    spread: float  # the interquartile range of the rounds relative to their median
 
     def images_per_s(self, rows: int) -> float:
         """Compute the speed of calls with ``rows`` rows."""
@@ -91,23 +84,20 @@ def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) ->
     Weights are random, which takes the same time. Options that diffusers lacks are left out of its network, which makes
     it faster: a class that joins the image becomes a class embedding. (`fastdiff.bench.peers.diffusers_twin` refuses
     such networks, as it has to give the same output.)
-
-    Raises:
-        InvalidArgument: If diffusers is not installed.
     """
     diffusers: Any = need_diffusers()
     network_class: Any = diffusers.UNet2DModel
     config: Any = sampler.unet.config
     own = config.to_dict()
-    accepted = inspect.signature(network_class.__init__).parameters
-    left_out = sorted(name for name in own if name not in accepted and own[name] is not None)
+    given = _accepted(network_class, own)
+    left_out = sorted(name for name in own.keys() - given.keys() if own[name] is not None)
     classes = config.num_class_embeds
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = network_class(**{k: v for k, v in own.items() if k in accepted}).eval().to(sampler.device)
-        last = network_class(**{k: v for k, v in own.items() if k in accepted}).eval().to(sampler.device)
+        unet = network_class(**given).eval().to(sampler.device)
+        last = network_class(**given).eval().to(sampler.device)
     last.to(memory_format=torch.channels_last)
-    scheduler: Any = diffusers.DDPMScheduler(**_scheduler(sampler, diffusers.DDPMScheduler))
+    scheduler: Any = diffusers.DDPMScheduler(**_accepted(diffusers.DDPMScheduler, sampler.scheduler_config))
     timesteps = scheduler.config.num_train_timesteps
     scheduler.set_timesteps(timesteps)
 
@@ -147,18 +137,14 @@ def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) ->
 
 
 def need_diffusers() -> Any:
-    """Import diffusers.
-
-    Raises:
-        InvalidArgument: If it is not installed.
-    """
+    """Import diffusers; `InvalidArgument` says how to install it."""
     try:
         return importlib.import_module("diffusers")
     except ImportError as e:
         raise InvalidArgument("--peer needs diffusers: pip install 'fastdiff[diffusers]'") from e
 
 
-def _scheduler(sampler: Sampler, scheduler: Any) -> dict[str, Any]:
-    """Return the part of the model's scheduler configuration that diffusers' DDPMScheduler accepts."""
-    accepted = inspect.signature(scheduler.__init__).parameters
-    return {k: v for k, v in sampler.scheduler_config.items() if k in accepted and not k.startswith("_")}
+def _accepted(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that a class of diffusers accepts."""
+    accepted = inspect.signature(cls.__init__).parameters
+    return {k: v for k, v in config.items() if k in accepted and not k.startswith("_")}
