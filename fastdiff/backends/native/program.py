@@ -40,11 +40,7 @@ def part_rows(rows: int, row_bytes: int) -> int:
 
 
 def aligned(nbytes: int) -> Tensor:
-    """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes].
-
-    Raises:
-        BackendError: If the machine does not have so much memory free.
-    """
+    """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes]."""
     try:
         raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
     except RuntimeError as e:
@@ -57,43 +53,22 @@ def aligned(nbytes: int) -> Tensor:
 
 @dataclasses.dataclass
 class ProgramInputs:
-    """External buffers of a program, at fixed addresses; the engine copies each step's values into them.
+    """External buffers of a program, at fixed addresses; the engine copies each step's values into them."""
 
-    Attributes:
-        x: Noisy images, float32 [rows, C, H, W].
-        timestep: Row of ``times`` for each row, int64 [rows].
-        label: Row of ``classes`` for each row, int64 [rows].
-        times: Embeddings of timesteps, float32 [timesteps, features].
-        classes: Embeddings of labels, float32 [labels, features], where the network has them.
-        class_images: Class images, float32 [rows, H, W, C], where the network has them.
-    """
-
-    x: Tensor
-    timestep: Tensor
-    label: Tensor
-    times: Tensor
-    classes: Tensor | None
-    class_images: Tensor | None
+    x: Tensor  # noisy images, float32 [rows, C, H, W]
+    timestep: Tensor  # row of ``times`` for each row, int64 [rows]
+    label: Tensor  # row of ``classes`` for each row, int64 [rows]
+    times: Tensor  # embeddings of timesteps, float32 [timesteps, features]
+    classes: Tensor | None  # embeddings of labels, float32 [labels, features], where the network has them
+    class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
 
 
 class NativeProgram:
-    """A program for a fixed number of rows whose every operation the engine holds, with its addresses.
+    """A program for a fixed number of rows, that of ``layout``, whose operations ``engine`` holds with their addresses.
 
-    Args:
-        native: The compiled module.
-        program: The program.
-        layout: Plan of the arena; also says the number of rows.
-        arena: uint8, at least ``layout.size`` bytes at a multiple of `ALIGNMENT`.
-        weights: Packed weights of the network.
-        inputs: External buffers.
-        isa: Instruction set, empty for the best.
-        team: Threads of the engine.
-        spec: Precision and determinism; with "bitwise" the number of rows does not affect the choice of algorithms.
-
-    Attributes:
-        engine: The engine that holds the operations.
-        methods: Algorithm of each convolution, by the buffer that it writes.
-        out: The network's output, float32 [rows, H, W, padded C].
+    ``arena`` has at least ``layout.size`` bytes at a multiple of `ALIGNMENT`; an empty ``isa`` is the best available
+    one. ``methods`` has the algorithm of each convolution by the buffer that it writes; with determinism "bitwise" the
+    number of rows does not affect them. ``out`` is the network's output, float32 [rows, H, W, padded C].
     """
 
     def __init__(
