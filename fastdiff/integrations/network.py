@@ -18,14 +18,10 @@ from fastdiff.unet import UNet, UNetConfig
 
 
 class BackendUNet:
-    """A pipeline's ``UNet2DModel``, run by a backend.
+    """A pipeline's ``UNet2DModel``, run by a backend; "auto" means `native`.
 
     `eager` runs the module itself. `native` and `compiled` run fastdiff's own U-Net, whose parameters are those of the
     diffusers module, not copies.
-
-    Args:
-        unet: The ``UNet2DModel``.
-        backend: The name of the backend; "auto" means `native`.
     """
 
     def __init__(self, unet: Any, backend: str):
