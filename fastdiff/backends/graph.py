@@ -154,16 +154,13 @@ class GraphRunner:
 
     def _replay(self, part: str, state: State) -> None:
         variant = Variant.of(part, state)
-        if self.attached is None or self.attached() is not state or self.bank is not state.bank:
+        known = variant in self.graphs and self.bank is state.bank
+        if not known or self.attached is None or self.attached() is not state:
             self.capture(state, part)
-        graph = self.graphs.get(variant)
-        if graph is None:
-            self.capture(state, part)
-            graph = self.graphs[variant]
         self._attach(state)
         if part != "forward" and state.bank.learned:
             update.split_output(state)  # checks the number of channels
-        self.pool.replay(graph, self.spec.device)
+        self.pool.replay(self.graphs[variant], self.spec.device)
         if part != "forward":
             state.advance_host()
 

@@ -120,13 +120,15 @@ class NativeProgram:
 
     def _projections(self, offset: int) -> Any:
         """Return the vectors that start at ``offset`` in each row's projections."""
-        width = self.program.buffers["projections"].shape[2]
-        if self.program.buffers["projections"].external:
-            times = self.inputs.times
-            return self.native.RowVectors(
-                times.data_ptr() + 4 * offset, self.inputs.timestep.data_ptr(), times.shape[1]
-            )
-        return self.native.RowVectors(self._at("projections") + 4 * offset, 0, self._padded(width))
+        buffer = self.program.buffers["projections"]
+        if buffer.external:
+            return self._times(offset)
+        return self.native.RowVectors(self._at("projections") + 4 * offset, 0, self._padded(buffer.shape[2]))
+
+    def _times(self, offset: int = 0) -> Any:
+        """Return the vectors that start at ``offset`` in each row's embedded timestep."""
+        times = self.inputs.times
+        return self.native.RowVectors(times.data_ptr() + 4 * offset, self.inputs.timestep.data_ptr(), times.shape[1])
 
     def _norm(self, op: Conv | Pool) -> dict[str, Any]:
         if op.norm is None:
@@ -172,10 +174,10 @@ class NativeProgram:
                 self.native.RowVectors(self._at(op.src[0]), 0, channels),
                 self.native.RowVectors(self.zeros.data_ptr(), 0, 0),
             )
-        times, classes = self.inputs.times, self.inputs.classes
+        classes = self.inputs.classes
         assert classes is not None
         return (
-            self.native.RowVectors(times.data_ptr(), self.inputs.timestep.data_ptr(), times.shape[1]),
+            self._times(),
             self.native.RowVectors(classes.data_ptr(), self.inputs.label.data_ptr(), classes.shape[1]),
         )
 
