@@ -23,20 +23,13 @@ class AttentionConfig(Config):
 
     A head with more than ``width`` channels is split into parts. Each part is computed by a program of its own, which
     computes all weights again, ``depth`` channels at a time. The same loop runs if ``depth`` is less than ``width``.
-
-    Attributes:
-        queries: queries per program.
-        keys: keys per iteration.
-        width: channels of the result per program.
-        depth: channels per product of queries and keys.
-        single: whether the configuration is for float32, whose operands take twice the shared memory.
     """
 
-    queries: int
-    keys: int
-    width: int
-    depth: int
-    single: bool = False
+    queries: int  # per program
+    keys: int  # per iteration
+    width: int  # channels of the result per program
+    depth: int  # channels per product of queries and keys
+    single: bool = False  # whether it is for float32, whose operands take twice the shared memory
 
 
 # The float32 sums [queries, width] are in registers, all other operands in shared memory. Larger tiles come first.
@@ -126,12 +119,8 @@ def attention(
     """Compute dst = softmax(q k^T / sqrt(head_dim)) v, head by head, over the pixels of a row.
 
     Scores are relative to the largest one so far, so that no exponential overflows. In bfloat16 and float16 the weights
-    are rounded to that dtype before they are multiplied by v.
-
-    Args:
-        q, k, v, dst: [rows, H, W, heads head_dim], contiguous or slices of wider pixels. v None: v is k.
-        heads, head_dim: number of heads, and channels of each.
-        chosen_for: see `fastdiff.kernels.launch.operation`.
+    are rounded to that dtype before they are multiplied by v. All tensors are [rows, H, W, heads head_dim], contiguous
+    or slices of wider pixels; without v, v is k.
     """
     rows, H, W, inner = dst.shape
     assert inner == heads * head_dim

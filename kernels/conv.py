@@ -36,12 +36,6 @@ def pack(weight: Tensor, channels: Sequence[int], dtype: torch.dtype, upsample: 
     phase:
 
         p = 0: tap 0 at i - 1, taps 1 + 2 at i        p = 1: taps 0 + 1 at i, tap 2 at i + 1        (q likewise)
-
-    Args:
-        weight: [N, C, k, k].
-        channels: C_i of each source.
-        dtype: dtype of the result.
-        upsample: whether the sources are doubled first.
     """
     N, _, k, _ = weight.shape
     W = weight.double().permute(2, 3, 1, 0)[None]  # [1, ky, kx, C, N]
@@ -65,18 +59,12 @@ def unpack(weight: Sequence[Tensor], N: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class ConvConfig(Config):
-    """Tile sizes of a convolution.
-
-    Attributes:
-        pixels, channels: size of the tile that a program computes.
-        depth: products per iteration.
-        splits: number of programs that share the products of a tile. If there are several, each stores its own sum.
-    """
+    """Tile sizes of a convolution: a program computes a tile of ``pixels`` by ``channels``."""
 
     pixels: int
     channels: int
-    depth: int
-    splits: int = 1
+    depth: int  # products per iteration
+    splits: int = 1  # programs that share the products of a tile. If there are several, each stores its own sum.
 
     def __str__(self) -> str:
         return f"{self.pixels}x{self.channels}x{self.depth}/{self.splits} w{self.num_warps} s{self.num_stages}"
@@ -225,30 +213,18 @@ def candidates(dtype: torch.dtype) -> tuple[tuple[ConvConfig, ...], tuple[ConvCo
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Shape of a convolution.
+    """Shape of a convolution."""
 
-    Attributes:
-        rows: rows of the batch.
-        source: (height, width) of the sources.
-        H, W: size of dst or, if it has phases, of one of them.
-        channels: channels of both sources; 0: there is no second one.
-        N: output channels.
-        kernel, stride: size of the kernel, of one phase if there are several, and stride.
-        phases: 1, or 4 if the sources are upsampled.
-        dtype: dtype of the operands.
-        device: the GPU.
-    """
-
-    rows: int
-    source: tuple[int, int]
-    H: int
+    rows: int  # of the batch
+    source: tuple[int, int]  # height and width of the sources
+    H: int  # height of dst or, if it has phases, of one of them; W likewise
     W: int
-    channels: tuple[int, int]
-    N: int
-    kernel: int
+    channels: tuple[int, int]  # of both sources; 0: there is no second one
+    N: int  # output channels
+    kernel: int  # size of the kernel, of one phase if there are several
     stride: int
-    phases: int
-    dtype: torch.dtype
+    phases: int  # 1, or 4 if the sources are upsampled
+    dtype: torch.dtype  # of the operands
     device: Device
 
     @classmethod
@@ -405,7 +381,6 @@ def conv(
         dst: [rows, H', W', N], or [rows, N, H', W'] if ``nchw``.
         stride: 1 or 2.
         padding: zeros above and to the left; below and to the right there are as many as the size of dst requires.
-        nchw: whether dst is NCHW.
         table, entry, offset: row i adds N numbers of table [entries, width], from column ``offset`` of entry[i] on
             (entry None: of entry i). table None: nothing is added.
         residual: [rows, H', W', N], or a map of half that size, which is doubled.
@@ -448,11 +423,7 @@ def partial(
 ) -> Launch:
     """Compute sums[i] = the i-th share of the products of W src, which `epilogue.finish` adds in order.
 
-    This keeps all multiprocessors busy if maps are small and weights are not.
-
-    Args:
-        src, weight, stride, padding: as for `conv`.
-        sums: float32 [splits, rows, H', W', N].
+    This keeps all multiprocessors busy if maps are small and weights are not. sums: float32 [splits, rows, H', W', N].
     """
     shape = sums.shape[1:]
     problem = Problem.of(src, weight, shape, stride)
@@ -530,17 +501,11 @@ def layer(
 ) -> tuple[Launch, ...]:
     """Compute a convolution, as `conv` describes it, by one to three launches.
 
-    Products may be split among programs or computed by the library. Statistics are those of whole strips.
-
-    Args:
-        src, weight, bias, dst, stride, padding, nchw: as for `conv`. With `LIBRARY`, weights are those of
-            `library.pack`, and the padding is on all sides.
-        workspace: flat float32 of the size that `workspace` returns, or None if that is 0. Its contents are not needed
-            after the launches.
-        statistics: float32 [rows, strips, 2, N].
-        chosen_for: see `fastdiff.kernels.launch.operation`.
-        config: None: a configuration of this module's kernel is chosen.
-        finish: ``table``, ``entry``, ``offset``, ``residual`` and ``divide``, as for `conv`.
+    Products may be split among programs or, with `LIBRARY`, computed by the library; then weights are those of
+    `library.pack`, and the padding is on all sides. Without ``config``, one of this module's kernel is chosen.
+    ``statistics``, float32 [rows, strips, 2, N], are those of whole strips. ``workspace`` is flat float32 of the size
+    that `workspace` returns, or None if that is 0; its contents are not needed after the launches. ``finish`` has the
+    other arguments of `conv`.
     """
     shape = _nhwc(dst, nchw)
     problem = Problem.of(src, weight, shape, stride)

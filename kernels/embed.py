@@ -52,12 +52,10 @@ def embed(
     *,
     config: EmbedConfig | None = None,
 ) -> Launch:
-    """Compute dst = silu(time[timestep] + classes[label]).
+    """Compute dst = silu(time[timestep] + classes[label]), [rows, features].
 
-    Args:
-        time, classes: tables [entries, features].
-        timestep, label: int64 [rows], the entry of each row; None: row i reads entry i.
-        dst: [rows, features].
+    The tables are [entries, features]. timestep and label are int64 [rows], the entry of each row; None: row i reads
+    entry i.
     """
     rows, features = dst.shape
     assert time.shape[1] == classes.shape[1] == features

@@ -14,18 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels import tiles
-from fastdiff.kernels.launch import (
-    Config,
-    Launch,
-    cdiv,
-    choose,
-    device_of,
-    fill,
-    name_of,
-    operation,
-    power_of_two,
-    wide,
-)
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation, power_of_two, wide
 from fastdiff.kernels.tiles import Blocks
 
 # Finish ---------------------------------------------------------------------------------------------------------------
@@ -88,15 +77,11 @@ def finish(
 ) -> Launch:
     """Compute dst = (sum of sums + bias + table[entry, offset:] + residual) / divide.
 
-    Args:
-        sums: [n, rows, H, W, N], which are added in order; dst may be the first of them.
-        bias, dst, nchw, table, entry, offset, residual, divide: as for `fastdiff.kernels.conv.conv`.
-        statistics: [rows, strips, parts, 2, N] of the `Blocks` of the configuration. If no configuration is given, one
-            is chosen that has as many parts.
-        chosen_for: see `fastdiff.kernels.launch.operation`.
+    sums [n, rows, H, W, N] are added in order; dst may be the first of them. statistics are [rows, strips, parts, 2, N]
+    of the `Blocks` of the configuration; without one, a configuration is chosen that has as many parts. The other
+    arguments are those of `fastdiff.kernels.conv.conv`.
     """
     splits, rows, H, W, N = sums.shape
-    device = device_of(sums)
     parts = None if statistics is None else statistics.shape[2]
     candidates = tuple(c for c in FINISH_CANDIDATES if parts in (None, Blocks.of(H, W, c.pixels).parts))
     like = chosen_for or rows
@@ -106,7 +91,7 @@ def finish(
         blocks = Blocks.of(H, W, config.pixels)
         return cdiv(blocks.count(like), config.pixels // blocks.pixels) * cdiv(N, config.channels)
 
-    config = config or choose("epilogue.finish", key, device, candidates, lambda: fill(candidates, programs, device))
+    config = config or choose_filling("epilogue.finish", key, sums, candidates, programs)
     blocks = Blocks.of(H, W, config.pixels)
     assert statistics is None or statistics.shape == (rows, blocks.strips, blocks.parts, 2, N)
     return Launch(
@@ -184,24 +169,15 @@ def combine(
     chosen_for: int | None = None,
     config: CombineConfig | None = None,
 ) -> Launch:
-    """Merge the parts of every strip's statistics.
-
-    Args:
-        parts: float32 [rows, strips, n, 2, C].
-        statistics: float32 [rows, strips, 2, C].
-        blocks: the blocks whose statistics the parts are.
-        chosen_for: see `fastdiff.kernels.launch.operation`.
-    """
+    """Merge the parts [rows, strips, n, 2, C] of ``blocks`` into every strip's statistics [rows, strips, 2, C]."""
     rows, strips, number, _, C = parts.shape
     assert statistics.shape == (rows, strips, 2, C)
     assert (strips, number) == (blocks.strips, blocks.parts)
-    device = device_of(parts)
     like = chosen_for or rows
     key = f"{like}x{strips}x{number}x{C}"
-    config = config or choose(
-        "epilogue.combine", key, device, COMBINE_CANDIDATES,
-        lambda: fill(COMBINE_CANDIDATES, lambda config: like * strips * cdiv(C, config.channels), device),
-    )  # fmt: skip
+    config = config or choose_filling(
+        "epilogue.combine", key, parts, COMBINE_CANDIDATES, lambda config: like * strips * cdiv(C, config.channels)
+    )
     return Launch(
         op="epilogue.combine",
         key=key,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff.core import update as reference
 from fastdiff.kernels import update
-from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation, wide
 from fastdiff.solvers.table import COLUMNS
 
 
@@ -73,28 +73,21 @@ def guide(
 ) -> Launch:
     """Compute out = u + w (c - u), w = 1 + g (guidance - 1); c and u are conditional and unconditional rows of net.
 
-    Where w = 1, out is c, and u is not read.
-
-    Args:
-        net: [rows, C, H, W] in any dtype, NCHW or NHWC in memory: the rows c of all images, then their rows u. Without
-            guidance there are only the rows c.
-        out: float32 [images, C, H, W].
-        bank, table, row, guidance: as for `fastdiff.kernels.update.update`.
-        channels: number of channels to which guidance applies; the others, a learned variance, are copied from c.
-        chosen_for: a number of images; see `fastdiff.kernels.launch.operation`.
+    Where w = 1, out is c, and u is not read. net, [rows, C, H, W] in any dtype, NCHW or NHWC in memory, has the rows c
+    of all images, then their rows u; without guidance only the rows c. Guidance applies to ``channels`` channels; the
+    others, a learned variance, are copied from c. bank, table, row and guidance are those of
+    `fastdiff.kernels.update.update`.
     """
     images, C, H, W = out.shape
     assert net.shape == (images * (1 if guidance is None else 2), C, H, W)
     assert net.stride(2) == W * net.stride(3)
     assert out.is_contiguous()
     size = C * H * W
-    device = device_of(out)
     like = chosen_for or images
     key = f"{like}x{size} {name_of(net.dtype)}"
-    config = config or choose(
-        "guidance", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: like * cdiv(size, config.elements), device),
-    )  # fmt: skip
+    config = config or choose_filling(
+        "guidance", key, out, CANDIDATES, lambda config: like * cdiv(size, config.elements)
+    )
     tensors: dict[str, Any] = {"net": net, "out": out, "bank": bank, "table": table, "row": row, "guidance": guidance}
     return Launch(
         op="guidance",

@@ -10,18 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.launch import (
-    Config,
-    Launch,
-    cdiv,
-    choose,
-    device_of,
-    fill,
-    name_of,
-    operation,
-    power_of_two,
-    wide,
-)
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation, power_of_two, wide
 
 COMBINE = (None, "add", "multiply", "concat")
 
@@ -98,20 +87,15 @@ def input(
         table, row: int64 [images], the table of each image and its row of it.
         entries: int64 [tables, rows], the index of each row's timestep in the table of embeddings.
         timestep: int64 [rows], set to entries[table, row] of each row's image; None: not wanted.
-        chosen_for: see `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = x.shape
     rows, _, _, padded = dst.shape
     assert x.is_contiguous()
     assert dst.shape[1:3] == (H, W)
     assert padded >= C * (2 if combine == "concat" else 1)
-    device = device_of(x)
     like = chosen_for or rows
     key = f"{like}x{H}x{W}x{padded} {name_of(dst.dtype)}"
-    config = config or choose(
-        "input", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: like * cdiv(H * W, config.pixels), device),
-    )  # fmt: skip
+    config = config or choose_filling("input", key, x, CANDIDATES, lambda config: like * cdiv(H * W, config.pixels))
     return Launch(
         op="input",
         key=key,

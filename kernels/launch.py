@@ -35,29 +35,17 @@ C = TypeVar("C", bound=Config)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
-    """One run of a kernel on given tensors.
+    """One run of a kernel on given tensors."""
 
-    Attributes:
-        op: name of the operation, "module.function".
-        key: shapes and dtypes on which the configuration may depend.
-        kernel: the function decorated with ``triton.jit``.
-        grid: number of programs along each axis.
-        arguments: arguments of the kernel by name, including constexprs.
-        config: configuration of this launch.
-        candidates: all configurations that may be chosen for the operation.
-        reference: computes the same result into the same tensors in torch.
-        remake: builds the same launch with another configuration, for tuning and tests.
-    """
-
-    op: str
-    key: str
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    op: str  # name of the operation, "module.function"
+    key: str  # shapes and dtypes on which the configuration may depend
+    kernel: Any  # the function decorated with ``triton.jit``
+    grid: tuple[int, ...]  # number of programs along each axis
+    arguments: dict[str, Any]  # arguments of the kernel by name, including constexprs
     config: Config
-    candidates: tuple[Config, ...]
-    reference: Callable[[], None]
-    remake: Callable[[Any], Launch] | None = None
+    candidates: tuple[Config, ...]  # all configurations that may be chosen for the operation
+    reference: Callable[[], None]  # computes the same result into the same tensors in torch
+    remake: Callable[[Any], Launch] | None = None  # builds the launch with another configuration, for tuning and tests
 
     def __call__(self) -> None:
         """Run the kernel on the current stream."""
@@ -66,8 +54,7 @@ class Launch:
     def compile(self) -> None:
         """Compile and load the kernel without running it.
 
-        Raises:
-            BackendError: if the compiler fails or its cache cannot be used. ``reference`` still works then.
+        Raises `BackendError` if the compiler fails or its cache cannot be used. ``reference`` still works then.
         """
         try:
             self.kernel.warmup(
@@ -127,11 +114,7 @@ def config_file(name: str, folder: Path = CONFIGS) -> Path:
 
 @functools.cache
 def tuned(path: Path) -> dict[str, dict[str, int]]:
-    """Read the configurations of a file by "op key"; a file that does not exist has none.
-
-    Raises:
-        BackendError: if `save_tuned` did not write the file.
-    """
+    """Read the configurations of a file by "op key"; a file that does not exist has none."""
     if not path.is_file():
         return {}
     try:
@@ -150,11 +133,7 @@ def save_tuned(path: Path, gpu: str, configs: dict[str, Config]) -> None:
 
 
 def choose(op: str, key: str, device: Device, candidates: tuple[C, ...], heuristic: Callable[[], C]) -> C:
-    """Return the tuned configuration of an operation for a shape, or that of the heuristic if there is none.
-
-    Raises:
-        BackendError: if the file names a configuration that is not a candidate.
-    """
+    """Return the tuned configuration of an operation for a shape, or that of the heuristic if there is none."""
     path = config_file(device.name)
     fields = tuned(path).get(f"{op} {key}") if device.name else None
     if fields is None:
@@ -163,6 +142,12 @@ def choose(op: str, key: str, device: Device, candidates: tuple[C, ...], heurist
         if dataclasses.asdict(candidate) == fields:
             return candidate
     raise BackendError(f"{path}: {op} {key}: {fields} is no candidate any more; tune again")
+
+
+def choose_filling(op: str, key: str, tensor: Tensor, candidates: tuple[C, ...], programs: Callable[[C], int]) -> C:
+    """Choose as `choose` does for the GPU that holds ``tensor``, with `fill` as the heuristic."""
+    device = device_of(tensor)
+    return choose(op, key, device, candidates, lambda: fill(candidates, programs, device))
 
 
 def fill(candidates: tuple[C, ...], programs: Callable[[C], int], device: Device) -> C:

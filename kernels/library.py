@@ -40,13 +40,9 @@ def pack(
 
     The axes are those of `fastdiff.kernels.conv.pack`, but memory is laid out as the library reads it: [N, k, k, C_i].
 
-    Args:
-        weight: [N, C, k, k].
-        channels: C_i of each source.
-        dtype: dtype of the result.
-        padding: zeros (before, after) the rows and columns of the source, with after >= before. The library adds
-            equally many on both sides. If ``after`` is larger, the kernel gets rows and columns of zeros in front, and
-            is then equivalent to the original with ``after`` on all sides.
+    ``padding`` is the number of zeros (before, after) the rows and columns of the source. The library adds equally many
+    on both sides. If ``after`` is larger, the kernel gets rows and columns of zeros in front, and is then equivalent to
+    the original with ``after`` on all sides.
     """
     before, after = padding
     assert after >= before
@@ -87,12 +83,8 @@ def products(
     Sums are accumulated in float32 without TensorFloat-32. In bfloat16 and float16 the library rounds each sum before
     `fastdiff.kernels.epilogue.finish` reads it: one rounding per source more than in `fastdiff.kernels.conv.conv`.
 
-    Args:
-        src: maps [rows, H, W, C_i].
-        weight: weights of `pack`.
-        sums: [sources, rows, H', W', N] in the dtype of the sources.
-        stride: 1 or 2.
-        padding: zeros on all sides.
+    src are maps [rows, H, W, C_i], sums [sources, rows, H', W', N] in the same dtype, weight those of `pack`; the
+    padding is on all sides.
     """
     _, rows, H, W, N = sums.shape
     k = math.isqrt(weight[0].shape[1])

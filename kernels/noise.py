@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.core import noise as reference
-from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, operation
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, operation
 
 M0, M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 W0, W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
@@ -162,21 +162,16 @@ def _noise(
 def noise(
     seed: Tensor, index: Tensor, row: Tensor, dst: Tensor, *, stream: int, config: NoiseConfig | None = None
 ) -> Launch:
-    """Fill dst with noise: standard normals if it is float32, the bits of Philox's words if it is int32.
+    """Fill dst [images, ...] with noise: standard normals if it is float32, the bits of Philox's words if it is int32.
 
-    Args:
-        seed, index, row: int64 [images], as for `fastdiff.core.noise.normal`.
-        dst: [images, ...].
-        stream: number of the stream, as for `fastdiff.core.noise.normal`.
+    The other arguments are those of `fastdiff.core.noise.normal`.
     """
     images, size = len(dst), math.prod(dst.shape[1:])
     assert dst.is_contiguous()
-    device = device_of(dst)
     key = f"{images}x{size}"
-    config = config or choose(
-        "noise", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: images * cdiv(size, config.elements), device),
-    )  # fmt: skip
+    config = config or choose_filling(
+        "noise", key, dst, CANDIDATES, lambda config: images * cdiv(size, config.elements)
+    )
     return Launch(
         op="noise",
         key=key,

@@ -22,8 +22,8 @@ from fastdiff.kernels.launch import (
     Launch,
     cdiv,
     choose,
+    choose_filling,
     device_of,
-    fill,
     name_of,
     operation,
     power_of_two,
@@ -132,17 +132,11 @@ def finalise(
 ) -> Launch:
     """Compute norm = (mean, gamma / sqrt(var + eps) (1 + m), beta (1 + m) + b) of every channel.
 
-    mean and var are those of the channel's group, which may span both sources. m and b are the modulation of the row.
+    mean and var are those of the channel's group, which may span both sources of ``height`` by ``width`` pixels, from
+    their statistics, float32 [rows, strips, 2, C_i]. norm is float32 [rows, 3, C].
 
-    Args:
-        statistics: float32 [rows, strips, 2, C_i] of one or two sources.
-        gamma, beta: float32 [C].
-        norm: float32 [rows, 3, C].
-        height, width: size of the sources.
-        groups: number of groups, which divides C.
-        eps: a positive number.
-        table: [entries, width], whose columns from ``offset`` on hold m and then b, C numbers each; None: both are 0.
-        entry: int64 [rows], the entry of each row; None: row i reads entry i.
+    m and b are the modulation of the row: in table [entries, width] the columns from ``offset`` on have m and then b, C
+    numbers each; without a table, both are 0. entry, int64 [rows], is the entry of each row; None: row i reads entry i.
     """
     rows, _, C = norm.shape
     C0 = statistics[0].shape[3]
@@ -250,25 +244,17 @@ def apply(
 ) -> Launch:
     """Compute dst = (x - centre) scale + shift, or silu of that, where x is the concatenation of the sources.
 
-    Args:
-        src: one or two sources [rows, H, W, C_i].
-        norm: (centre, scale, shift), float32 [rows, 3, C] of `finalise`.
-        dst: [rows, H, W, C].
-        silu: whether silu follows the norm.
-        chosen_for: see `fastdiff.kernels.launch.operation`.
+    There are one or two sources [rows, H, W, C_i]; norm is (centre, scale, shift), float32 [rows, 3, C] of `finalise`.
     """
     rows, H, W, C = dst.shape
     C0, C1 = src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0
     assert C == C0 + C1
     assert norm.shape == (rows, 3, C)
-    device = device_of(dst)
     like = chosen_for or rows
     key = f"{like}x{H}x{W}x{C0}+{C1} {name_of(src[0].dtype)} {name_of(dst.dtype)}"
-    config = config or choose(
-        "norm.apply", key, device, APPLY_CANDIDATES,
-        lambda: fill(
-            APPLY_CANDIDATES, lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels), device
-        ),
+    config = config or choose_filling(
+        "norm.apply", key, dst, APPLY_CANDIDATES,
+        lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels),
     )  # fmt: skip
     return Launch(
         op="norm.apply",

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels import sources
-from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +65,19 @@ def pool(
 ) -> Launch:
     """Compute dst = means over 2 x 2 pixels of the sources, which are normalised before.
 
-    Args:
-        src: one or two sources [rows, 2 H, 2 W, C_i], which are concatenated.
-        dst: [rows, H, W, C].
-        norm: float32 [rows, 3, C] of `fastdiff.kernels.norm.finalise`; None: no norm.
-        silu: whether silu follows the norm.
-        chosen_for: see `fastdiff.kernels.launch.operation`.
+    One or two sources [rows, 2 H, 2 W, C_i] are concatenated. norm is float32 [rows, 3, C] of
+    `fastdiff.kernels.norm.finalise`; None: no norm.
     """
     rows, H, W, C = dst.shape
     C0, C1 = src[0].shape[3], src[1].shape[3] if len(src) == 2 else 0
     assert C == C0 + C1
     assert all(s.shape[1:3] == (2 * H, 2 * W) for s in src)
     assert norm is not None or not silu
-    device = device_of(dst)
     like = chosen_for or rows
     key = f"{like}x{H}x{W}x{C0}+{C1} {name_of(src[0].dtype)} {name_of(dst.dtype)}"
-    config = config or choose(
-        "pool", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels), device),
-    )  # fmt: skip
+    config = config or choose_filling(
+        "pool", key, dst, CANDIDATES, lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels)
+    )
     return Launch(
         op="pool",
         key=key,

@@ -24,19 +24,13 @@ PHASES = 4  # combinations of even and odd rows and columns of an upsampled map
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Division of a map into blocks; each phase of an upsampled map is divided by itself.
+    """Division of a map into blocks; each phase of an upsampled map is divided by itself."""
 
-    Attributes:
-        H, W: size of the map, or of one of its phases.
-        height, width: size of a block.
-        phases: 1, or PHASES of an upsampled map.
-    """
-
-    H: int
+    H: int  # size of the map, or of one of its phases
     W: int
-    height: int
+    height: int  # size of a block
     width: int
-    phases: int
+    phases: int  # 1, or PHASES of an upsampled map
 
     @classmethod
     def of(cls, H: int, W: int, pixels: int, upsample: bool = False) -> Blocks:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdiff.core import update as reference
 from fastdiff.core.noise import UPDATE
 from fastdiff.kernels import noise
-from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
+from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation, wide
 from fastdiff.solvers.table import COLUMNS
 
 # Positions of the coefficients in a row; COLUMNS in fastdiff/solvers/table.py explains them.
@@ -212,7 +212,6 @@ def update(
         z: noise given by the caller, float32 [images, C, H, W]; None: Philox noise.
         x0_scale: float32 [images], 1/q of dynamic thresholding; None: 1.
         guidance: float32 [images]; None: there are no unconditional rows.
-        chosen_for: a number of images; see `fastdiff.kernels.launch.operation`.
     """
     images, C, H, W = x.shape
     assert out.shape[0] == images * (1 if guidance is None else 2)
@@ -220,13 +219,9 @@ def update(
     assert out.stride(2) == W * out.stride(3)
     assert all(v.is_contiguous() for v in (x, xs, m1, m2, m3, z, bank) if v is not None)
     size = C * H * W
-    device = device_of(x)
     like = chosen_for or images
     key = f"{like}x{size} {name_of(out.dtype)}"
-    config = config or choose(
-        "update", key, device, CANDIDATES,
-        lambda: fill(CANDIDATES, lambda config: like * cdiv(size, config.elements), device),
-    )  # fmt: skip
+    config = config or choose_filling("update", key, x, CANDIDATES, lambda config: like * cdiv(size, config.elements))
     tensors: dict[str, Any] = {
         "x": x, "out": out, "bank": bank, "table": table, "row": row, "lengths": lengths, "seed": seed, "index": index,
         "xs": xs, "m1": m1, "m2": m2, "m3": m3, "z": z, "x0_scale": x0_scale, "guidance": guidance,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from fastdiff.core.state import State
+from fastdiff.errors import BackendError
 
 BACKENDS = ("eager", "compiled", "native", "triton")
 # Batch size for which algorithms and launch configurations are chosen where results must not depend on the batch.
@@ -40,6 +42,12 @@ class Spec:
     fast: bool = False
     tables: int = 8
     rows: int = 1024
+
+
+def refuse(backend: str, reasons: Sequence[str]) -> None:
+    """Raise one `BackendError` that lists all reasons why a backend cannot run, if there are any."""
+    if reasons:
+        raise BackendError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
 
 class Runner(Protocol):

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends.base import Runner, Spec
-from fastdiff.backends.eager import EagerRunner, refuse
+from fastdiff.backends.base import Runner, Spec, refuse
+from fastdiff.backends.eager import EagerRunner, check_guarantees
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.core.state import State
-from fastdiff.errors import BackendError
 
 _count = itertools.count()
 
@@ -39,9 +38,7 @@ def compile_copy(function: Any, **options: Any) -> Callable[..., Any]:
 class CompiledStep:
     """The step of an `EagerRunner`, compiled once for each kind of step (see `fastdiff.backends.graph.DeviceStep`).
 
-    Args:
-        eager: The runner.
-        mode: Mode of torch.compile for the network.
+    ``mode`` is the mode of torch.compile for the network.
     """
 
     def __init__(self, eager: EagerRunner, mode: str | None = None):
@@ -67,29 +64,16 @@ class CompiledStep:
 
 
 def prepare(unet: nn.Module, spec: Spec, mode: str | None = None) -> Runner:
-    """Prepare a network to be compiled by torch.compile.
+    """Prepare a network that torch.compile can trace whole; ``mode`` is its mode on CUDA.
 
     The first step of each batch size compiles: tens of seconds on a CPU, less where Inductor's cache has the result.
-
-    Args:
-        unet: Any network with the signature of `EagerRunner` that torch.compile can trace whole.
-        spec: What to prepare for.
-        mode: Mode of torch.compile, on CUDA.
-
-    Returns:
-        The runner.
-
-    Raises:
-        BackendError: If torch.compile cannot run here, or ``spec`` asks for what PyTorch cannot give.
     """
-    refuse("compiled", spec)
+    check_guarantees("compiled", spec)
     if spec.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise BackendError(
-            "backend 'compiled' cannot run here: torch.compile on a CPU needs a C++ compiler on the PATH"
-        )
+        refuse("compiled", ["torch.compile on a CPU needs a C++ compiler on the PATH"])
     if spec.device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            raise BackendError("backend 'compiled' cannot run here: torch.compile on CUDA needs triton")
+            refuse("compiled", ["torch.compile on CUDA needs triton"])
         return GraphRunner(CompiledStep(EagerRunner(unet, spec), mode), unet, spec)
 
     def network(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:

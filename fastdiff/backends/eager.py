@@ -17,10 +17,8 @@ from fastdiff.errors import BackendError
 class EagerRunner:
     """Runner that calls the network in ``spec.dtype`` and computes everything else in the state's float32.
 
-    Args:
-        network: Called as ``network(x, t)`` or ``network(x, t, class_labels=label)``; returns a tensor, or an object
-            with ``.sample`` as diffusers' networks do.
-        spec: What the runner is prepared for.
+    It calls ``network(x, t)`` or ``network(x, t, class_labels=label)``, which returns a tensor, or an object with
+    ``.sample`` as diffusers' networks do.
     """
 
     def __init__(self, network: Callable[..., Any], spec: Spec):
@@ -86,7 +84,7 @@ class EagerRunner:
         self.update(state)
 
 
-def refuse(name: str, spec: Spec) -> None:
+def check_guarantees(name: str, spec: Spec) -> None:
     """Refuse what backends on PyTorch's kernels cannot give: bitwise determinism and a faster bfloat16.
 
     PyTorch chooses kernels by batch size and number of threads.
@@ -101,17 +99,6 @@ def refuse(name: str, spec: Spec) -> None:
 
 
 def prepare(unet: nn.Module, spec: Spec) -> EagerRunner:
-    """Prepare a network to run eagerly.
-
-    Args:
-        unet: Any network with the signature of `EagerRunner`.
-        spec: What to prepare for.
-
-    Returns:
-        The runner.
-
-    Raises:
-        BackendError: If ``spec`` asks for bitwise determinism or the faster bfloat16.
-    """
-    refuse("eager", spec)
+    """Prepare any network that `EagerRunner` can call."""
+    check_guarantees("eager", spec)
     return EagerRunner(unet, spec)

@@ -52,25 +52,15 @@ class DeviceStep(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Properties that need a graph of their own; everything else is data.
+    """Properties of a step that need a graph of their own; everything else is data."""
 
-    Attributes:
-        part: "step", "forward" or "update".
-        guided: Whether the network runs on 2B rows.
-        rescaled: Whether guidance is rescaled.
-        labelled: Whether the network has labels.
-        noisy: Whether a table has rows that add noise.
-        history: Number of history buffers in use.
-        saves: Whether a table has rows that save x.
-    """
-
-    part: str
-    guided: bool = False
-    rescaled: bool = False
-    labelled: bool = False
-    noisy: bool = False
-    history: int = 0
-    saves: bool = False
+    part: str  # "step", "forward" or "update"
+    guided: bool = False  # the network runs on 2B rows
+    rescaled: bool = False  # guidance is rescaled
+    labelled: bool = False  # the network has labels
+    noisy: bool = False  # a table has rows that add noise
+    history: int = 0  # number of history buffers in use
+    saves: bool = False  # a table has rows that save x
 
     @classmethod
     def of(cls, part: str, state: State) -> Variant:
@@ -111,15 +101,9 @@ _pools: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
 
 class GraphRunner:
-    """Runner that replays CUDA graphs.
+    """Runner that replays CUDA graphs of ``device_step``, the operations that run ``network``.
 
-    A variant is captured at its first step, and again when weights have moved.
-
-    Args:
-        device_step: The operations to capture.
-        network: The network that they run.
-        spec: What the runner is prepared for.
-        cuda: `torch.cuda`, or a substitute in tests.
+    A variant is captured at its first step, and again when weights have moved. Tests replace ``cuda`` by a substitute.
     """
 
     def __init__(self, device_step: DeviceStep, network: nn.Module, spec: Spec, cuda: Any = torch.cuda):
@@ -170,16 +154,13 @@ class GraphRunner:
 
     def _replay(self, part: str, state: State) -> None:
         variant = Variant.of(part, state)
-        if self.attached is None or self.attached() is not state or self.bank is not state.bank:
+        known = variant in self.graphs and self.bank is state.bank
+        if not known or self.attached is None or self.attached() is not state:
             self.capture(state, part)
-        graph = self.graphs.get(variant)
-        if graph is None:
-            self.capture(state, part)
-            graph = self.graphs[variant]
         self._attach(state)
         if part != "forward" and state.bank.learned:
             update.split_output(state)  # checks the number of channels
-        self.pool.replay(graph, self.spec.device)
+        self.pool.replay(self.graphs[variant], self.spec.device)
         if part != "forward":
             state.advance_host()
 

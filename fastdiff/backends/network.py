@@ -72,11 +72,7 @@ def checksum(unet: UNet) -> tuple[int, ...]:
 
 
 def merged_layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute the weights of a convolution in float64 from a state dict, its layers stacked or merged (see `Conv`).
-
-    Returns:
-        W [N, C, k, k] and b [N].
-    """
+    """Return W [N, C, k, k] and b [N], float64, of a convolution whose layers are stacked or merged (see `Conv`)."""
     W, b = ([state[f"{key}.{kind}"].double() for key in op.weights] for kind in ("weight", "bias"))
     if op.merged == "first transposed":
         return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
@@ -93,20 +89,10 @@ def embedding_width(program: Program) -> int:
 class EmbeddingTables:
     """Embeddings of timesteps and of class labels, computed once for all steps.
 
-    Every distinct timestep has one row, whichever step table it comes from.
-
-    Args:
-        unet: The network.
-        program: The program lowered from it.
-        device: Device of the tables and of the network.
-        room: Number of timesteps that fit before ``times`` must grow.
-        most: Number of timesteps beyond which the rows are given to others.
-
-    Attributes:
-        times: float32 [room, features], one row per timestep. Another, larger tensor takes its place when it grows.
-        places: Row of each timestep. Another dict takes its place when rows are given to other timesteps; results of
-            `entries` from before then no longer hold.
-        classes: float32 [labels, features]; None where the network has no table of classes.
+    ``times``, float32 [room, features], has one row for every distinct timestep, whichever step table it comes from; a
+    larger tensor takes its place when more than ``room`` timesteps are needed. ``places`` has the row of each timestep.
+    Beyond ``most`` timesteps the rows are given to others: then another dict takes its place, and earlier results of
+    `entries` no longer hold. ``classes`` is float32 [labels, features], or None where the network has no such table.
     """
 
     @torch.inference_mode(False)

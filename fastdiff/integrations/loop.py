@@ -59,25 +59,15 @@ def _scheduler_config(pipeline: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class PipelineLoop:
-    """One call of a DDPMPipeline or DDIMPipeline.
-
-    Attributes:
-        pipeline: The pipeline.
-        network: Its network.
-        arguments: The arguments of the call, with defaults for those that were not given.
-        table: The table of the run; None until `prepare` has succeeded.
-    """
+    """One call of a DDPMPipeline or DDIMPipeline."""
 
     pipeline: Any
     network: BackendUNet
-    arguments: dict[str, Any]
-    table: StepTable | None = None
+    arguments: dict[str, Any]  # of the call, with defaults for those that were not given
+    table: StepTable | None = None  # None until `prepare` has succeeded
 
     def prepare(self) -> None:
-        """Make the table.
-
-        Raises `ConfigError` if the scheduler is not supported, and `InvalidArgument` for the caller's mistakes.
-        """
+        """Make the table; raise `ConfigError` or, for the caller's mistakes, `InvalidArgument` if there is none."""
         a, scheduler = self.arguments, self.pipeline.scheduler
         B = a["batch_size"] = whole("batch_size", a["batch_size"], 1)
         generator = a["generator"]

@@ -18,14 +18,10 @@ from fastdiff.unet import UNet, UNetConfig
 
 
 class BackendUNet:
-    """A pipeline's ``UNet2DModel``, run by a backend.
+    """A pipeline's ``UNet2DModel``, run by a backend; "auto" means `native`.
 
     `eager` runs the module itself. `native` and `compiled` run fastdiff's own U-Net, whose parameters are those of the
     diffusers module, not copies.
-
-    Args:
-        unet: The ``UNet2DModel``.
-        backend: The name of the backend; "auto" means `native`.
     """
 
     def __init__(self, unet: Any, backend: str):
@@ -162,7 +158,9 @@ class BackendForward:
     def _run(self, x: Tensor, t: list[float], labels: Tensor | None) -> Tensor:
         """Evaluate the network once: the timestep of each image comes from a table of one row."""
         distinct = sorted(set(t))
-        tables = [StepTable("forward", 1, (_evaluation_at(float(v)),), continuous=True) for v in distinct]
+        # Only t has an effect, as no update follows.
+        rows = [Row(t=float(v), abar=0.5, abar_next=1.0, kx=0.0, ko=1.0, a0=1.0) for v in distinct]
+        tables = [StepTable("forward", 1, (row,), continuous=True) for row in rows]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         bank = TableBank(tables, x.device, dtype)
         table = [distinct.index(v) for v in t]
@@ -191,11 +189,6 @@ def _from_configuration(unet: Any) -> tuple[UNet, list[tuple[str, type]]]:
     with torch.device("meta"):
         own, theirs = UNet(config), UNet2DModel.from_config(unet.config)
     return own.eval(), [(name, type(m)) for name, m in theirs.named_modules() if name]
-
-
-def _evaluation_at(t: float) -> Row:
-    """Make a row that evaluates the network at timestep t; the rest of the row has no effect, as no update follows."""
-    return Row(t=t, abar=0.5, abar_next=1.0, kx=0.0, ko=1.0, a0=1.0)
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from fastdiff import backends
+from fastdiff.backends.base import refuse
 from fastdiff.checks import one_of
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
@@ -116,13 +117,7 @@ def _rebuild(base: Any, backend: str, strict: bool) -> Any:
 
 
 class PipelineCalls:
-    """The calls of one accelerated pipeline.
-
-    Args:
-        base: The pipeline's own class.
-        backend: As for `accelerate`.
-        strict: As for `accelerate`.
-    """
+    """The calls of one accelerated pipeline, whose own class is ``base``."""
 
     def __init__(self, base: Any, backend: str, strict: bool):
         self.base = base
@@ -181,7 +176,7 @@ class PipelineCalls:
             if not missing:
                 return self.network
             if self.backend != "auto":
-                raise BackendError(f"backend {self.backend!r} cannot run here: {'; '.join(missing)}")
+                refuse(self.backend, missing)
             self.warn_once(f"{self.base.__name__} is run by diffusers; the native engine cannot: {'; '.join(missing)}")
         return None
 

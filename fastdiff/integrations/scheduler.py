@@ -365,7 +365,11 @@ class Scheduler:
         following = [-1] * len(ts)
         if state is not None and len(state.x) == len(ts):
             following = state.row_host.tolist()
-        elif state is not None and _keeps_history(table) and not all(_same(t, table.rows[0].t) for t in ts):
+        elif (
+            state is not None
+            and (table.history > 0 or any(row.as_ for row in table.rows))  # some row reads what an earlier one kept
+            and not all(_same(t, table.rows[0].t) for t in ts)
+        ):
             raise InvalidArgument(
                 f"{len(ts)} images, but the history is of {len(state.x)}: a run of {table.solver} keeps its batch"
             )
@@ -425,11 +429,6 @@ def _to_state(table: StepTable, row: int) -> float:
 def _from_state(table: StepTable, row: int) -> float:
     """Return the factor from the state after a row to sigma space; the last row ends in the data's units itself."""
     return 1.0 / _to_state(table, row + 1) if row < len(table) else 1.0
-
-
-def _keeps_history(table: StepTable) -> bool:
-    """Return whether a row reads what an earlier one kept."""
-    return table.history > 0 or any(row.as_ for row in table.rows)
 
 
 def _listed(timestep: Any, B: int) -> list[float]:

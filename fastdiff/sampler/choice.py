@@ -114,20 +114,10 @@ def in_time(
 
         rows = (deadline - elapsed) / (chunks * seconds)
 
-    The best measured setting of at most so many rows; without measurements the general rule of `auto` for so many
-    steps, at most as many as there are timesteps.
-
-    Args:
-        o: The options, with ``deadline_s``.
-        schedule: The network's noise schedule.
-        known: Measurements of the model, if there are any.
-        n: Number of images.
-        chunks: Number of batches that they are drawn in.
-        seconds: Time of one row of one batch, as measured.
-        elapsed: Seconds of the call that are already over.
-
-    Raises:
-        InvalidArgument: If even the shortest setting takes too long.
+    It is the best measured setting of at most so many rows; without measurements, that of `auto` for so many steps, but
+    not more than there are timesteps. The n images are drawn in ``chunks`` batches, one row of a batch takes
+    ``seconds``, and ``elapsed`` seconds of the call are over. Raises `InvalidArgument` if even the shortest setting
+    takes too long.
     """
     assert o.deadline_s is not None
     rows = (o.deadline_s - elapsed) / (chunks * seconds)

@@ -35,15 +35,10 @@ def noised(image: Tensor, abar: float, data_scale: float, z: Tensor | None) -> T
 
 @dataclasses.dataclass(frozen=True)
 class Inpainting:
-    """Pixels that are known.
+    """Pixels that are known."""
 
-    Attributes:
-        image: float32 [B, C, H, W].
-        anew: bool [B, 1 or C, H, W], True where the image is drawn anew.
-    """
-
-    image: Tensor
-    anew: Tensor
+    image: Tensor  # float32 [B, C, H, W]
+    anew: Tensor  # bool [B, 1 or C, H, W], True where the image is drawn anew
 
     def known(self, state: State) -> Tensor:
         """Return the known image [B, C, H, W] at the noise level where the current row ends.
@@ -80,21 +75,14 @@ def guide(state: State, log_p: Guide, indices: range, x0_of: Tensor | None, row:
 
         eps <- eps - s g,    which is    x0 <- x0 + s^2 / a g    and    out <- out + s^2 / (a ko) g
 
-    Args:
-        state: The state, between `Runner.forward` and `Runner.update`.
-        log_p: Log-likelihood of x0, the row's with its bounds; the gradient passes the bounds straight through.
-        indices: Global indices of the images that ``log_p`` gets, the first ones of the batch.
-        x0_of: None: the network is not differentiated, and dx0 / dx_t is taken to be a, as it is for data of unit
-            variance: then s^2 / a g is s^2 times the gradient by x0 (r_t^2 of Song et al. 2023, "Pseudoinverse-guided
-            diffusion models", section 3.2). Else the input of the network, with the graph that led to ``state.out``:
-            g is taken through the network (Chung et al. 2023, DPS, arXiv:2209.14687, eq. 9); at abar = 0, where x0 does
-            not depend on x_t, nothing is added.
-        row: Number of the row, for errors.
-        rows: Rows of the table, for errors.
+    ``log_p`` gets the row's x0, with its bounds, of the first images of the batch, whose global indices are
+    ``indices``; the gradient passes the bounds straight through.
 
-    Raises:
-        CallbackError: If ``log_p`` raises.
-        InvalidArgument: If it does not return a tensor [len(indices)] that depends on x0.
+    If ``x0_of`` is None, the network is not differentiated, and dx0 / dx_t is taken to be a, as it is for data of unit
+    variance: then s^2 / a g is s^2 times the gradient by x0 (r_t^2 of Song et al. 2023, "Pseudoinverse-guided diffusion
+    models", section 3.2). Else it is the input of the network, with the graph that led to ``state.out``: g is taken
+    through the network (Chung et al. 2023, DPS, arXiv:2209.14687, eq. 9); at abar = 0, where x0 does not depend on x_t,
+    nothing is added.
     """
     n, where = len(indices), f"at row {row} of {rows}"
     graph = state.out

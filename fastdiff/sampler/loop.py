@@ -27,16 +27,10 @@ Rows = Generator[tuple[Event | None, Tensor | None], None, None]
 
 
 class Loop:
-    """Runs requests on one network; calls from several threads take turns, row by row.
+    """Runs requests on one network; calls from several threads take turns, row by row, by ``lock``.
 
-    Args:
-        unet: The network, which is put into evaluation mode while a row runs, and back after it.
-        runner: Function (batch, shape) that returns the runner; called under ``lock`` at the start of every chunk.
-        device: Device of the state.
-        dtype: dtype of the network, which `NumericsError` names.
-
-    Attributes:
-        lock: Held while a row runs.
+    The network is in evaluation mode while a row runs. ``runner(batch, shape)`` returns the runner; it is called under
+    the lock at the start of every chunk. ``device`` is that of the state, ``dtype`` that of the network.
     """
 
     def __init__(

@@ -40,31 +40,18 @@ OPTIONS: dict[str, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A measured setting: options of `Sampler.sample`, and what images drawn with them are like.
-
-    Attributes:
-        solver: Name of the solver.
-        steps: Its steps.
-        nfe: Network evaluations per image.
-        distance: Frechet distance to real images.
-        low: Lower end of its 95 % interval.
-        high: Upper end of its 95 % interval.
-        recall: Share of real images that lie among the drawn ones, from 0 to 1.
-        guidance: Scale of classifier-free guidance.
-        eta: Noise of ddim.
-        spacing: Spacing of the timesteps; None: the model's.
-    """
+    """A measured setting: options of `Sampler.sample`, and what images drawn with them are like."""
 
     solver: str
     steps: int
-    nfe: int
-    distance: float
-    low: float
-    high: float
-    recall: float
+    nfe: int  # network evaluations per image
+    distance: float  # Frechet distance to real images
+    low: float  # lower end of its 95 % interval
+    high: float  # upper end of its 95 % interval
+    recall: float  # share of real images that lie among the drawn ones, from 0 to 1
     guidance: float = 1.0
     eta: float = 0.0
-    spacing: str | None = None
+    spacing: str | None = None  # None: the model's
 
     @property
     def rows(self) -> int:
@@ -84,18 +71,11 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The measured points of a model.
+    """The measured points of a model."""
 
-    Attributes:
-        path: File that they were read from.
-        model: Fingerprint of the network's state dict.
-        n: Number of images that each point was measured with.
-        points: The points.
-    """
-
-    path: Path
-    model: str
-    n: int
+    path: Path  # file that they were read from
+    model: str  # fingerprint of the network's state dict
+    n: int  # number of images that each point was measured with
     points: tuple[Point, ...]
 
     @property

@@ -112,27 +112,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkInfo:
-    """Facts about a network, read from a `UNetConfig` or a diffusers config, or given as a shape.
+    """Facts about a network, read from a `UNetConfig` or a diffusers config, or given as a shape."""
 
-    Attributes:
-        channels: Channels of its input.
-        size: Height and width that it was trained for; None where its configuration has none.
-        out_channels: Channels of its output; None where they are unknown.
-        stride: Height and width must be multiples of it.
-        width: Channels of the first block, from which memory is estimated.
-        classes: Number of classes, without the null class; None where it has none, or they are unknown.
-        null_label: Label of the null class; None where it has none, so that it cannot be guided.
-        described: Whether it has a configuration; without one any label is passed on to it.
-    """
-
-    channels: int
-    size: tuple[int, int] | None
-    out_channels: int | None = None
-    stride: int = 1
-    width: int = 64
-    classes: int | None = None
-    null_label: int | None = None
-    described: bool = False
+    channels: int  # of its input
+    size: tuple[int, int] | None  # height and width that it was trained for; None where its configuration has none
+    out_channels: int | None = None  # None where they are unknown
+    stride: int = 1  # height and width must be multiples of it
+    width: int = 64  # channels of the first block, from which memory is estimated
+    classes: int | None = None  # number of classes without the null class; None where it has none, or they are unknown
+    null_label: int | None = None  # None where it has no null class, so that it cannot be guided
+    described: bool = False  # whether it has a configuration; without one any label is passed on to it
 
     @classmethod
     def of(cls, unet: nn.Module, shape: tuple[int, int, int] | None) -> NetworkInfo:

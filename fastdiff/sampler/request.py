@@ -31,41 +31,22 @@ MAX_CHUNK = 64
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked call of `Sampler.sample`.
+    """A checked call of `Sampler.sample`. Tensors are on the CPU."""
 
-    Attributes:
-        n: Number of images.
-        seed: Seed of their noise.
-        start_index: Global index of the first one.
-        shape: (C, H, W) of an image.
-        table: Step table to run.
-        nfe: Network evaluations per image.
-        labels: int64 [n] on the CPU, or None.
-        guidance: Scale of classifier-free guidance for each image, float64 [n].
-        guidance_rescale: From 0 (off) to 1.
-        noise: As given.
-        batch_size: The images are drawn in chunks of at most so many.
-        image: float32 [n, C, H, W] on the CPU, or None.
-        from_image: Whether the run starts at the noised image, not at noise alone.
-        mask: bool [n, 1 or C, H, W] on the CPU, True where the image is drawn anew, or None.
-        guide: As given.
-        guide_through: As given.
-    """
-
-    n: int
+    n: int  # number of images
     seed: int
-    start_index: int
-    shape: tuple[int, int, int]
+    start_index: int  # global index of the first image
+    shape: tuple[int, int, int]  # (C, H, W) of an image
     table: StepTable
-    nfe: int
-    labels: Tensor | None
-    guidance: NDArray[np.float64]
-    guidance_rescale: float
-    noise: Tensor | NoiseSource | None
-    batch_size: int
-    image: Tensor | None = None
-    from_image: bool = False
-    mask: Tensor | None = None
+    nfe: int  # network evaluations per image
+    labels: Tensor | None  # int64 [n]
+    guidance: NDArray[np.float64]  # scale of classifier-free guidance for each image, [n]
+    guidance_rescale: float  # from 0 (off) to 1
+    noise: Tensor | NoiseSource | None  # as given
+    batch_size: int  # the images are drawn in chunks of at most so many
+    image: Tensor | None = None  # float32 [n, C, H, W]
+    from_image: bool = False  # whether the run starts at the noised image, not at noise alone
+    mask: Tensor | None = None  # bool [n, 1 or C, H, W], True where the image is drawn anew
     guide: Guide | None = None
     guide_through: str = "x0"
 

@@ -19,27 +19,11 @@ FAST = "bfloat16-fast"
 
 
 class Runners:
-    """The runners of one network, which use its present weights.
+    """The runners of one network, which use its present weights. The arguments are as in `fastdiff.Sampler`.
 
-    Args:
-        unet: The network.
-        info: Facts about it.
-        backend: Name of a backend, or "auto".
-        device: As in `fastdiff.Sampler`; None: where the parameters are.
-        dtype: As in `fastdiff.Sampler`; None: that of the parameters.
-        determinism: "seed" or "bitwise".
-
-    Attributes:
-        backend: Name of the backend that runs the network, never "auto".
-        device: Device on which it runs.
-        dtype: dtype in which it runs.
-        fast: Whether dtype was "bfloat16-fast".
-        prepared: The runners so far.
-        converted: A copy of the network in another dtype, layout or on another device, if one is needed.
-
-    Raises:
-        InvalidArgument: If device or dtype cannot be used.
-        BackendError: If the backend cannot run the network, with every reason.
+    ``backend`` is the name of the backend that runs the network, never "auto"; ``fast`` whether dtype was
+    "bfloat16-fast"; ``converted`` a copy of the network in another dtype, layout or on another device, if one is
+    needed.
     """
 
     def __init__(
@@ -68,9 +52,7 @@ class Runners:
         self.runner(first.batch, first.shape)  # raises now where the backend cannot run
 
     def runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
-        """Return the runner for ``batch`` images of ``shape`` (C, H, W), prepared at the first call, with the present
-        weights.
-        """
+        """Return the runner for ``batch`` images of ``shape`` (C, H, W), with the present weights."""
         spec = self._spec(batch, shape)
         network = self._network()
         if spec not in self.prepared:

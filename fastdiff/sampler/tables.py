@@ -18,24 +18,11 @@ from fastdiff.solvers.walk import Schedule
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
 
 
-def step_table(
-    o: Options,
-    schedule: Schedule,
-    prediction: str,
-    scheduler_config: Mapping[str, Any],
-) -> StepTable:
-    """Return the table that the options ask for.
+def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config: Mapping[str, Any]) -> StepTable:
+    """Return the table that the options ask for; the model's scheduler configuration decides what they leave open.
 
-    Args:
-        o: The options. ``solver`` is a name or a table: `fastdiff.sampler.choice.resolve` replaces "auto" and quality=
-            before.
-        schedule: The noise levels that the network was trained with.
-        prediction: What the network predicts.
-        scheduler_config: The model's scheduler configuration, which decides what the options leave open.
-
-    Raises:
-        InvalidArgument: If an option is out of range, belongs to another solver, or is one that compat= does not have.
-        ConfigError: If compat="diffusers" does not support the model's scheduler configuration.
+    `fastdiff.sampler.choice.resolve` must have replaced solver="auto" and quality= before. Raises `InvalidArgument`
+    for a wrong option, and `ConfigError` if compat="diffusers" does not support the scheduler configuration.
     """
     if isinstance(o.solver, StepTable):
         return _given_table(o, o.solver)

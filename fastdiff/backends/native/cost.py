@@ -56,27 +56,18 @@ SAVING = {"direct": 1.0, "winograd2": 9 * 4 / 16, "winograd4": 9 * 16 / 36}
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Peak rates of this machine, all threads together.
-
-    Attributes:
-        isa: Instruction set.
-        threads: Number of threads.
-        gflops: 10^9 multiplications and additions per second, by dtype. float32 is measured, as multiply-adds on
-            registers alone. bfloat16 is not measured but twice that: a dot product does two per lane, and no processor
-            issues more of them. It is absent where the instruction set has none.
-        memory_gbs: Measured GB/s of reading a buffer eight times as large as the last-level cache.
-        cache_gbs: Measured GB/s of reading a buffer half as large as the cache.
-        copy_gbs: Measured GB/s, read and written together, of copying one half of the first buffer to the other.
-        cache_bytes: Size of the last-level cache, as the system reports it.
-    """
+    """Peak rates of this machine, all threads together."""
 
     isa: str
     threads: int
+    # 10^9 multiplications and additions per second, by dtype. float32 is measured, as multiply-adds on registers alone.
+    # bfloat16 is not measured but twice that: a dot product does two per lane, and no processor issues more of them. It
+    # is absent where the instruction set has none.
     gflops: dict[str, float]
-    memory_gbs: float
-    cache_gbs: float
-    copy_gbs: float
-    cache_bytes: int
+    memory_gbs: float  # GB/s of reading a buffer eight times as large as the last-level cache
+    cache_gbs: float  # GB/s of reading a buffer half as large as the cache
+    copy_gbs: float  # GB/s, read and written together, of copying one half of the first buffer to the other
+    cache_bytes: int  # size of the last-level cache, as the system reports it
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, JSON-serialisable."""
@@ -91,9 +82,6 @@ def ceilings() -> Ceilings:
     return _measured(isa(), threads.number())
 
 
-LOOKS = 30  # measurements of the multiply-add peak, about 12 ms each
-
-
 @functools.cache
 def _measured(isa: str, number: int) -> Ceilings:
     native = extension()
@@ -101,8 +89,8 @@ def _measured(isa: str, number: int) -> Ceilings:
     if native is not None and native.isas():
         isa = isa or native.isas()[0]
         with ThreadPoolExecutor(number) as pool:  # all at once: cores that share units or a clock slow each other
-            # The best of many, since another process can slow down a single measurement, to 0.6 of the peak once.
-            fma = max(sum(rates[1] for rates in pool.map(native.rates, [isa] * number)) for _ in range(LOOKS))
+            # The best of 30, each of about 12 ms: another process can slow down a single one, to 0.6 of the peak once.
+            fma = max(sum(rates[1] for rates in pool.map(native.rates, [isa] * number)) for _ in range(30))
         gflops["float32"] = fma
         if isa in native.bf16_isas():
             gflops["bfloat16"] = 2 * fma
@@ -149,26 +137,17 @@ def _cache_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Work of the native engine for one operation and all rows of a part, padding included.
+    """Work of the native engine for one operation and all rows of a part, padding included."""
 
-    Attributes:
-        kind: Kind of operation, a key of `FACTORS`.
-        dtype: Precision of the products.
-        products: Number of multiplications and additions.
-        loaded: Number of values that are normalised, transformed and laid out before the products.
-        stored: Number of values that are transformed back and finished after them.
-        weights: Bytes of weights read.
-        activations: Bytes of activations read and written, where the last-level cache cannot hold all that the
-            operation touches; else 0.
-    """
-
-    kind: str
-    dtype: str
-    products: float = 0.0
-    loaded: float = 0.0
-    stored: float = 0.0
-    weights: float = 0.0
-    activations: float = 0.0
+    kind: str  # a key of `factors`
+    dtype: str  # precision of the products
+    products: float = 0.0  # number of multiplications and additions
+    loaded: float = 0.0  # number of values that are normalised, transformed and laid out before the products
+    stored: float = 0.0  # number of values that are transformed back and finished after them
+    weights: float = 0.0  # bytes of weights read
+    activations: float = (
+        0.0  # bytes of activations read and written, if the cache cannot hold what the operation touches
+    )
 
     def terms(self, machine: Ceilings) -> tuple[float, ...]:
         """Return the seconds that each part takes at the machine's ceiling, which `factors` weighs."""

@@ -14,17 +14,8 @@ def choose_method(op: Conv, program: Program, rows: int | None, allowed: tuple[s
     """Choose the algorithm for a convolution: Winograd's where the kernel is 3x3 at stride 1 and there are many tiles.
 
     A tile costs 36 (F4) or 16 (F2) products per pair of channels for 16 or 4 pixels, against 9 products per pixel. But
-    the transformed weights are 4 or 16/9 times as large, and few tiles cannot hide the time of reading them.
-
-    Args:
-        op: The convolution.
-        program: Its program.
-        rows: Number of rows of the batch; None to choose by the layer's shape alone.
-        allowed: Algorithms to choose among. F4 is never taken for a map that is a single F4 tile: such layers could
-            need three packings of their weights, for a small part of the time of a large batch.
-
-    Returns:
-        One of `METHODS`.
+    the transformed weights are 4 or 16/9 times as large, and few tiles cannot hide the time of reading them. If
+    ``rows``, the number of rows of the batch, is None, the layer's shape alone decides.
     """
     if op.kernel != 3 or op.stride != 1 or op.padding != (1, 1):
         return "direct"
@@ -37,4 +28,6 @@ def choose_method(op: Conv, program: Program, rows: int | None, allowed: tuple[s
         # In products: reading a weight takes about as long as multiplying it by a dozen items.
         return positions * (items + 12)
 
+    # F4 is never taken for a map that is a single F4 tile: such layers could need three packings of their weights, for
+    # a small part of the time of a large batch.
     return min((m for m in allowed if m != "winograd4" or H * W > 16), key=cost)

@@ -35,25 +35,15 @@ def winograd_g(points: tuple[float, ...]) -> Tensor:
 def pack(
     weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Pack the weights of a convolution for the engine.
+    """Pack the weights [N, C, k, k] of a convolution as [panels, positions, depth, panel].
 
-    Args:
-        weight: [N, C, k, k].
-        channels: Number of channels of each source; each is padded to a multiple of ``group`` with zeros.
-        method: "direct", "winograd2" or "winograd4".
-        group: Number of channels that the engine reads at a time.
-        panel: Number of output channels in a panel.
-        dtype: torch.float32 or torch.bfloat16.
-
-    Returns:
-        [panels, positions, depth, panel], or [panels, positions, depth / 2, panel, 2] in bfloat16. The depth is the
-        number of padded channels, k^2 times that where the method is "direct"; N is padded to whole panels.
+    In bfloat16 it is [panels, positions, depth / 2, panel, 2]. The channels of each source are padded with zeros to a
+    multiple of ``group``, the number that the engine reads at a time, and N to whole panels of ``panel`` output
+    channels. The depth is the number of padded channels, k^2 times that where the method is "direct".
     """
     N, _, k, _ = weight.shape
-    parts = []
-    for part in weight.split(channels, dim=1):
-        parts.append(F.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % group)))
-    W = torch.cat(parts, dim=1)
+    parts = weight.split(channels, dim=1)
+    W = torch.cat([F.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % group)) for part in parts], dim=1)
     if method == "direct":
         U = W.permute(2, 3, 1, 0).reshape(1, k * k * W.shape[1], N)
     else:
@@ -69,10 +59,7 @@ def pack(
 class Weights:
     """Packed weights of a network; each packing is made once and shared by all batch sizes.
 
-    Args:
-        unet: The network.
-        native: The compiled module.
-        made_from: Checksum of the network's weights, by which `of` notices changes.
+    ``made_from`` is the checksum of the network's weights, by which `of` notices changes.
     """
 
     def __init__(self, unet: UNet, native: ModuleType, made_from: tuple[int, ...]):
@@ -103,10 +90,8 @@ class Weights:
         def kernel() -> Tensor:
             return pack(merged_layer(op, self.state)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
 
-        def bias() -> Tensor:
-            return self._padded(merged_layer(op, self.state)[1])
-
-        return self._once((op.weights, channels, method, dtype), kernel), self._once((op.weights, "bias"), bias)
+        bias = self._once((op.weights, "bias"), lambda: self._padded(merged_layer(op, self.state)[1]))
+        return self._once((op.weights, channels, method, dtype), kernel), bias
 
     def _padded(self, v: Tensor) -> Tensor:
         return F.pad(v.float(), (0, -len(v) % self.native.GROUP)).contiguous()

@@ -40,11 +40,7 @@ def part_rows(rows: int, row_bytes: int) -> int:
 
 
 def aligned(nbytes: int) -> Tensor:
-    """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes].
-
-    Raises:
-        BackendError: If the machine does not have so much memory free.
-    """
+    """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes]."""
     try:
         raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
     except RuntimeError as e:
@@ -57,43 +53,22 @@ def aligned(nbytes: int) -> Tensor:
 
 @dataclasses.dataclass
 class ProgramInputs:
-    """External buffers of a program, at fixed addresses; the engine copies each step's values into them.
+    """External buffers of a program, at fixed addresses; the engine copies each step's values into them."""
 
-    Attributes:
-        x: Noisy images, float32 [rows, C, H, W].
-        timestep: Row of ``times`` for each row, int64 [rows].
-        label: Row of ``classes`` for each row, int64 [rows].
-        times: Embeddings of timesteps, float32 [timesteps, features].
-        classes: Embeddings of labels, float32 [labels, features], where the network has them.
-        class_images: Class images, float32 [rows, H, W, C], where the network has them.
-    """
-
-    x: Tensor
-    timestep: Tensor
-    label: Tensor
-    times: Tensor
-    classes: Tensor | None
-    class_images: Tensor | None
+    x: Tensor  # noisy images, float32 [rows, C, H, W]
+    timestep: Tensor  # row of ``times`` for each row, int64 [rows]
+    label: Tensor  # row of ``classes`` for each row, int64 [rows]
+    times: Tensor  # embeddings of timesteps, float32 [timesteps, features]
+    classes: Tensor | None  # embeddings of labels, float32 [labels, features], where the network has them
+    class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
 
 
 class NativeProgram:
-    """A program for a fixed number of rows whose every operation the engine holds, with its addresses.
+    """A program for a fixed number of rows, that of ``layout``, whose operations ``engine`` holds with their addresses.
 
-    Args:
-        native: The compiled module.
-        program: The program.
-        layout: Plan of the arena; also says the number of rows.
-        arena: uint8, at least ``layout.size`` bytes at a multiple of `ALIGNMENT`.
-        weights: Packed weights of the network.
-        inputs: External buffers.
-        isa: Instruction set, empty for the best.
-        team: Threads of the engine.
-        spec: Precision and determinism; with "bitwise" the number of rows does not affect the choice of algorithms.
-
-    Attributes:
-        engine: The engine that holds the operations.
-        methods: Algorithm of each convolution, by the buffer that it writes.
-        out: The network's output, float32 [rows, H, W, padded C].
+    ``arena`` has at least ``layout.size`` bytes at a multiple of `ALIGNMENT`; an empty ``isa`` is the best available
+    one. ``methods`` has the algorithm of each convolution by the buffer that it writes; with determinism "bitwise" the
+    number of rows does not affect them. ``out`` is the network's output, float32 [rows, H, W, padded C].
     """
 
     def __init__(
@@ -145,13 +120,15 @@ class NativeProgram:
 
     def _projections(self, offset: int) -> Any:
         """Return the vectors that start at ``offset`` in each row's projections."""
-        width = self.program.buffers["projections"].shape[2]
-        if self.program.buffers["projections"].external:
-            times = self.inputs.times
-            return self.native.RowVectors(
-                times.data_ptr() + 4 * offset, self.inputs.timestep.data_ptr(), times.shape[1]
-            )
-        return self.native.RowVectors(self._at("projections") + 4 * offset, 0, self._padded(width))
+        buffer = self.program.buffers["projections"]
+        if buffer.external:
+            return self._times(offset)
+        return self.native.RowVectors(self._at("projections") + 4 * offset, 0, self._padded(buffer.shape[2]))
+
+    def _times(self, offset: int = 0) -> Any:
+        """Return the vectors that start at ``offset`` in each row's embedded timestep."""
+        times = self.inputs.times
+        return self.native.RowVectors(times.data_ptr() + 4 * offset, self.inputs.timestep.data_ptr(), times.shape[1])
 
     def _norm(self, op: Conv | Pool) -> dict[str, Any]:
         if op.norm is None:
@@ -197,10 +174,10 @@ class NativeProgram:
                 self.native.RowVectors(self._at(op.src[0]), 0, channels),
                 self.native.RowVectors(self.zeros.data_ptr(), 0, 0),
             )
-        times, classes = self.inputs.times, self.inputs.classes
+        classes = self.inputs.classes
         assert classes is not None
         return (
-            self.native.RowVectors(times.data_ptr(), self.inputs.timestep.data_ptr(), times.shape[1]),
+            self._times(),
             self.native.RowVectors(classes.data_ptr(), self.inputs.label.data_ptr(), classes.shape[1]),
         )
 

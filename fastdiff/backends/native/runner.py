@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends.base import Spec
+from fastdiff.backends.base import Spec, refuse
 from fastdiff.backends.native import threads
 from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.packing import Weights
@@ -23,7 +23,6 @@ from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import BackendError
 from fastdiff.solvers.table import StepTable
 from fastdiff.unet import UNet
 
@@ -31,50 +30,25 @@ MOST_TIMES = 4096  # timesteps whose embeddings are kept, about 100 MB
 
 
 def prepare(unet: nn.Module, spec: Spec) -> NativeRunner:
-    """Prepare a network to run on the native engine.
-
-    Args:
-        unet: A `fastdiff.UNet`.
-        spec: What to prepare for.
-
-    Returns:
-        The runner. Weights are packed at its first step.
-
-    Raises:
-        BackendError: If it cannot run here; the message lists every reason.
-    """
-    _refuse(unet, spec)
+    """Prepare a `fastdiff.UNet` to run on the native engine. Weights are packed at the runner's first step."""
+    refuse("native", reasons_against(unet, spec))
     assert isinstance(unet, UNet)
     return NativeRunner(unet, spec)
 
 
-def _refuse(unet: nn.Module, spec: Spec) -> None:
-    reasons = reasons_against(unet, spec)
-    if reasons:
-        raise BackendError("backend 'native' cannot run here: " + "; ".join(reasons))
-
-
 @dataclasses.dataclass
 class StateCache:
-    """Lookups that hold for all steps of a `State`.
+    """Lookups that hold for all steps of a `State`."""
 
-    Attributes:
-        tables: The tables for which ``entries`` was made.
-        entries: Row of the embedded timesteps for each row of each table, int64 [tables, rows].
-        labels: Labels and class images of the network's rows, by whether the pass is guided.
-    """
-
-    tables: tuple[StepTable, ...]
-    entries: Tensor
-    labels: dict[bool, tuple[Tensor, Tensor | None]]
+    tables: tuple[StepTable, ...]  # those for which ``entries`` was made
+    entries: Tensor  # row of the embedded timesteps for each row of each table, int64 [tables, rows]
+    labels: dict[bool, tuple[Tensor, Tensor | None]]  # labels and class images of the rows, by whether they are guided
 
 
 class NativeRunner:
     """Runner that evaluates a batch in parts whose activations stay in the cache, a guided image as two rows.
 
-    Args:
-        unet: The network. Changed weights are noticed when a state takes its first step.
-        spec: What the runner is prepared for.
+    Changed weights are noticed when a state takes its first step.
     """
 
     def __init__(self, unet: UNet, spec: Spec):
@@ -174,7 +148,7 @@ class NativeRunner:
             self._reset()
         cache = self.states.get(state)
         if cache is None:
-            _refuse(self.unet, self.spec)
+            refuse("native", reasons_against(self.unet, self.spec))
             if self.weights is not Weights.of(self.unet, self.native):
                 self._reset()
         if cache is None or cache.tables is not state.bank.tables:
@@ -191,11 +165,8 @@ class NativeRunner:
         return entries
 
     def _program(self, rows: int) -> NativeProgram:
-        if rows not in self.programs:
-            self.programs[rows] = self._build(rows)
-        return self.programs[rows]
-
-    def _build(self, rows: int) -> NativeProgram:
+        if rows in self.programs:
+            return self.programs[rows]
         layout = plan(self.program, rows, group=self.native.GROUP)
         if len(self.arena) < layout.size:
             self.arena = aligned(layout.size)
@@ -209,9 +180,10 @@ class NativeRunner:
             classes=self.embeddings.classes,
             class_images=None if self.unet.class_encoder is None else torch.zeros(rows, H, W, C),
         )
-        return NativeProgram(
+        program = self.programs[rows] = NativeProgram(
             self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec
         )
+        return program
 
 
 # Teams that a fork inherited. Their threads exist in the parent only, so ending them would wait forever.

@@ -24,9 +24,7 @@ def number() -> int:
 def quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
     """Return the processor quotas of this process's control groups, in processors, one for each group with a limit.
 
-    Args:
-        mounted: Folder of the control groups.
-        own: File that names the process's groups, one line per hierarchy. In a container, only part of a path exists.
+    The file ``own`` names the groups, one line per hierarchy. In a container, only part of a path exists.
     """
     try:
         lines = own.read_text().splitlines()

@@ -28,12 +28,7 @@ from fastdiff.unet import UNet
 
 
 class Weights:
-    """Packed weights of a network, which keep their addresses when the network's weights change, as graphs hold them.
-
-    Args:
-        unet: The network.
-        device: Device of the packed weights.
-    """
+    """Packed weights of a network, whose addresses stay when the network's weights change, as graphs hold them."""
 
     def __init__(self, unet: UNet, device: torch.device):
         self.unet = unet
@@ -56,10 +51,7 @@ class Weights:
     def conv(
         self, op: Conv, channels: Sequence[int], dtype: torch.dtype, config: conv.LayerConfig
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return a convolution's kernel for each source, in ``dtype`` and ``config``'s layout, and its float32 bias.
-
-        ``channels`` are those of each source.
-        """
+        """Return a convolution's kernel for each source, in ``dtype`` and ``config``'s layout, and its float32 bias."""
 
         def kernels() -> Sequence[Tensor]:
             W = merged_layer(op, self.tensors)[0]
@@ -90,19 +82,10 @@ def _tensors(unet: UNet) -> dict[str, Tensor]:
 
 
 class Buffers:
-    """Buffers that a program's operations read and write.
+    """Buffers that a program's operations read and write, with activations in ``dtype``.
 
-    Args:
-        program: The program.
-        rows: Number of rows.
-        dtype: Precision of the activations.
-        device: Device of the buffers.
-
-    Attributes:
-        timestep: Row of the embedded timesteps for each row, int64 [rows].
-        label: Label of each row, int64 [rows].
-        net: The network's output where guidance follows, float32 [rows, C, H, W].
-        space: Scratch memory by purpose, each used by one operation at a time.
+    ``timestep``, int64 [rows], is the row of the embedded timesteps for each row, ``net``, float32 [rows, C, H, W], the
+    network's output where guidance follows, ``space`` scratch memory by purpose, for one operation at a time.
     """
 
     def __init__(self, program: Program, rows: int, dtype: torch.dtype, device: torch.device):
@@ -152,18 +135,11 @@ class Buffers:
 
 
 class Launches:
-    """The launches of a program's operations, in order.
+    """The launches of a program's operations, in order, from the images of ``state`` to ``out`` [rows, C, H, W].
 
-    Args:
-        buffers: Buffers for the number of rows. Rows beyond the number of images are the images again, with other
-            labels.
-        weights: Packed weights.
-        state: The batch, whose images are the input.
-        out: The output, float32 [rows, C, H, W].
-        entries: Row of the embedded timesteps for each row of each table, int64 [tables, rows].
-        embeddings: Embeddings of timesteps and labels.
-        class_images: Class images, float32 [rows, H, W, C], where the network has them.
-        chosen_for: Number of rows for which configurations are chosen; None for that of ``buffers``.
+    Rows of ``buffers`` beyond the number of images are the images again, with other labels. ``entries`` is the row of
+    the embedded timesteps for each row of each table, int64 [tables, rows]; ``class_images`` is float32 [rows, H, W,
+    C], where the network has them. Configurations are chosen for ``chosen_for`` rows; None: for those of ``buffers``.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends.base import BITWISE_ROWS, Runner, Spec
+from fastdiff.backends.base import BITWISE_ROWS, Runner, Spec, refuse
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.backends.network import EmbeddingTables, network_reasons
@@ -68,26 +68,9 @@ def _has_kernels() -> bool:
         return False
 
 
-def _refuse(unet: nn.Module, spec: Spec) -> None:
-    reasons = reasons_against(unet, spec)
-    if reasons:
-        raise BackendError("backend 'triton' cannot run here: " + "; ".join(reasons))
-
-
 def prepare(unet: nn.Module, spec: Spec) -> TritonRunner:
-    """Prepare a network to run on Triton kernels, which are compiled at the first step.
-
-    Args:
-        unet: A `fastdiff.UNet`.
-        spec: What to prepare for.
-
-    Returns:
-        The runner.
-
-    Raises:
-        BackendError: If it cannot run here; the message lists every reason.
-    """
-    _refuse(unet, spec)
+    """Prepare a `fastdiff.UNet` to run on Triton kernels, which are compiled at the first step."""
+    refuse("triton", reasons_against(unet, spec))
     assert isinstance(unet, UNet)
     return TritonRunner(unet, spec)
 
@@ -95,10 +78,7 @@ def prepare(unet: nn.Module, spec: Spec) -> TritonRunner:
 class TritonStep:
     """A step and its halves as launches (see `fastdiff.backends.graph.DeviceStep`).
 
-    Args:
-        unet: The network.
-        spec: What the step is prepared for.
-        run: Runs a launch; tests compute its reference instead.
+    ``run`` runs a launch; tests compute its reference instead.
     """
 
     def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
@@ -119,8 +99,7 @@ class TritonStep:
     def follow(self, bank: TableBank, fresh: bool) -> bool:
         """Take over the tables of ``bank`` and, if a state is ``fresh``, changed weights.
 
-        Returns:
-            Whether tensors have moved whose addresses graphs may hold.
+        Return whether tensors have moved whose addresses graphs may hold.
         """
         changed = fresh and self.weights.follow()
         if self.bank is bank and not changed:
@@ -227,13 +206,8 @@ class TritonRunner:
     """Runner that replays graphs of a `TritonStep`, after changes of tables and weights have been taken over.
 
     Where a kernel cannot be compiled, or triton's cache cannot be used, PyTorch runs the network instead, in float32,
-    and one warning says so. With determinism "bitwise", which PyTorch cannot give, a `BackendError` is raised.
-
-    Args:
-        unet: The network.
-        spec: What the runner is prepared for.
-        cuda: `torch.cuda`, or a substitute in tests.
-        run: Runs a launch; tests compute its reference instead.
+    and one warning says so. With determinism "bitwise", which PyTorch cannot give, a `BackendError` is raised. Tests
+    replace ``cuda``, and compute a launch's reference by ``run``.
     """
 
     def __init__(
@@ -266,7 +240,7 @@ class TritonRunner:
         if self.instead is None:
             fresh = state not in self.known
             if fresh:
-                _refuse(self.unet, self.spec)
+                refuse("triton", reasons_against(self.unet, self.spec))
                 self.known.add(state)
             if self.device_step.follow(state.bank, fresh):
                 self.graphs.graphs.clear()
