@@ -44,8 +44,8 @@ def whole(
 ) -> int:
     """Return ``value`` as an int, or raise ``error`` if it is no integer from ``low`` to ``high``.
 
-    For the message, ``but`` describes what the caller accepts besides integers, such as "None", and ``of`` describes the
-    bound ``high``, such as "the timesteps of the schedule".
+    For the message, ``but`` describes what the caller accepts besides integers, such as "None", and ``of`` what the
+    bound ``high`` is, such as "the timesteps of the schedule".
     """
     if is_whole(value) and (low is None or value >= low) and (high is None or value <= high):
         return int(value)
@@ -56,7 +56,7 @@ def whole(
 def number(
     name: str, value: Any, low: Bound = None, high: Bound = None, *, above: Bound = None, error: Error = InvalidArgument
 ) -> float:
-    """Return ``value`` as a float, or raise ``error`` if it is not finite, from ``low`` to ``high``, and > ``above``."""
+    """Return ``value`` as a float, or raise ``error`` if it is not finite, from ``low`` to ``high`` and > ``above``."""
     within = is_number(value) and (low is None or value >= low) and (high is None or value <= high)
     if within and (above is None or value > above):
         return float(value)
