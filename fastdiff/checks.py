@@ -42,22 +42,10 @@ def whole(
     of: str = "",
     error: Error = InvalidArgument,
 ) -> int:
-    """Check that ``value`` is an integer within bounds.
+    """Return ``value`` as an int, or raise ``error`` if it is no integer from ``low`` to ``high``.
 
-    Args:
-        name: Name of the argument, for the message.
-        value: The value to check.
-        low: Smallest allowed value; None for no lower bound.
-        high: Largest allowed value; None for no upper bound.
-        but: Description of what the caller accepts besides integers, for the message; for example "None".
-        of: Description of the bound ``high``, for the message; for example "the timesteps of the schedule".
-        error: Type of the error to raise.
-
-    Returns:
-        The value as an ``int``.
-
-    Raises:
-        InvalidArgument: If ``value`` is not an integer from ``low`` to ``high`` (or another type, see ``error``).
+    For the message, ``but`` describes what the caller accepts besides integers, such as "None", and ``of`` what the
+    bound ``high`` is, such as "the timesteps of the schedule".
     """
     if is_whole(value) and (low is None or value >= low) and (high is None or value <= high):
         return int(value)
@@ -68,22 +56,7 @@ def whole(
 def number(
     name: str, value: Any, low: Bound = None, high: Bound = None, *, above: Bound = None, error: Error = InvalidArgument
 ) -> float:
-    """Check that ``value`` is a finite real number within bounds.
-
-    Args:
-        name: Name of the argument, for the message.
-        value: The value to check.
-        low: Smallest allowed value; None for no lower bound.
-        high: Largest allowed value; None for no upper bound.
-        above: Bound that the value must exceed; None for no such bound.
-        error: Type of the error to raise.
-
-    Returns:
-        The value as a ``float``.
-
-    Raises:
-        InvalidArgument: If ``value`` is not a finite number within the bounds (or another type, see ``error``).
-    """
+    """Return ``value`` as a float, or raise ``error`` if it is not finite, from ``low`` to ``high`` and > ``above``."""
     within = is_number(value) and (low is None or value >= low) and (high is None or value <= high)
     if within and (above is None or value > above):
         return float(value)
@@ -92,20 +65,10 @@ def number(
 
 
 def one_of(name: str, value: Any, allowed: Collection[Any], *, but: str = "", error: Error = InvalidArgument) -> Any:
-    """Check that ``value`` is one of the allowed values. True and 1 are different values, as are False and 0.
+    """Return ``value``, or raise ``error`` if it is none of the allowed strings, numbers, booleans or None.
 
-    Args:
-        name: Name of the argument, for the message.
-        value: The value to check.
-        allowed: The allowed values: strings, numbers, booleans or None.
-        but: Description of what the caller accepts besides them, for the message; for example "a StepTable".
-        error: Type of the error to raise.
-
-    Returns:
-        The value itself.
-
-    Raises:
-        InvalidArgument: If ``value`` is none of ``allowed`` (or another type, see ``error``).
+    True and 1 are different values, as are False and 0. For the message, ``but`` describes what the caller accepts
+    besides them, for example "a StepTable".
     """
     if isinstance(value, (str, int, float, type(None))):
         same_kind = (a for a in allowed if isinstance(a, bool) == isinstance(value, bool))

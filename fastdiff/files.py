@@ -16,11 +16,7 @@ from pathlib import Path
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block succeeds, and else deleted.
 
-    Args:
-        path: The file to write; missing folders are created.
-
-    Yields:
-        The temporary path.
+    Missing folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,12 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text to a file atomically.
-
-    Args:
-        path: The file to write; missing folders are created.
-        text: Its text, encoded as UTF-8.
-    """
+    """Write text to a file atomically, in UTF-8; missing folders are created."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -52,9 +43,8 @@ def write_text(path: str | Path, text: str) -> None:
 def _fsync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows cannot sync a folder
         return
-    handle = os.open(
-        path, os.O_RDONLY if path.is_dir() else os.O_RDWR
-    )  # Windows syncs only files that are open for writing
+    # Windows syncs only files that are open for writing.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

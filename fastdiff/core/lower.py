@@ -23,18 +23,7 @@ CHUNK = 64  # timesteps embedded at a time; fixed, so that an embedding's bits d
 
 
 def lower(unet: UNet, size: tuple[int, int]) -> Program:
-    """Lower a U-Net to a program.
-
-    Args:
-        unet: The network. Only shapes are read, so its weights may be on "meta".
-        size: Height and width of the images.
-
-    Returns:
-        The program, for any number of rows.
-
-    Raises:
-        InvalidArgument: If the network cannot take images of this size.
-    """
+    """Lower a U-Net to a program for images of ``size`` (height, width); its weights may be on "meta"."""
     stride = unet.config.stride
     if any(v < 1 or v % stride for v in size):
         raise InvalidArgument(f"size={size}: height and width must be multiples of {stride} for this U-Net")
@@ -48,14 +37,10 @@ def projection_keys(unet: UNet) -> list[str]:
 
 @torch.no_grad()
 def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
-    """Compute the part of the network that depends on the timestep alone; once per table, not once per step.
+    """Compute the part of the network that depends on the timesteps t [n] alone; once per table, not once per step.
 
-    Args:
-        unet: The network.
-        t: Timesteps, [n].
-
-    Returns:
-        Rows of the external buffer ``time`` where classes are embedded, else of ``projections``: [n, features].
+    The result [n, features] has the rows of the external buffer ``time`` where classes are embedded, else of
+    ``projections``.
     """
     padded = F.pad(t, (0, -len(t) % CHUNK))
     parts = []
@@ -216,13 +201,8 @@ class _Emitter:
         h = src
         if block.resample == "down":
             h, norm, src = (self._pool(f"{key}.pool1", src, norm),), None, (self._pool(f"{key}.pool", src, None),)
-        first = self._conv(
-            f"{key}.conv1",
-            h,
-            upsample=block.resample == "up",
-            norm=norm,
-            emb=None if block.scale_shift else emb,
-        )
+        upsample = block.resample == "up"
+        first = self._conv(f"{key}.conv1", h, upsample=upsample, norm=norm, emb=None if block.scale_shift else emb)
         # Only concatenations, which always have a shortcut, come from two sources.
         residual = src[0] if block.conv_shortcut is None else self._conv(f"{key}.conv_shortcut", src)
         norm = self._norm(f"{key}.norm2", silu=True, modulation=emb if block.scale_shift else None)

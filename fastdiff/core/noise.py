@@ -33,11 +33,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def check_seed(seed: Any) -> int:
-    """Return ``seed`` as an int.
-
-    Raises:
-        InvalidArgument: If it is no integer in [0, 2^64). It is never wrapped.
-    """
+    """Return ``seed`` as an int; it is refused, never wrapped, if it is no integer in [0, 2^64)."""
     if not is_whole(seed):
         raise InvalidArgument(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r} ({type(seed).__name__})")
     value = int(seed)
@@ -57,12 +53,7 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         (hi0, lo0) = M0 c0;  (hi1, lo1) = M1 c2
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
 
-    Args:
-        counter: Words c0..c3, int64 tensors with values in [0, 2^32). All tensors broadcast against each other.
-        key: Words k0 and k1, likewise.
-
-    Returns:
-        Words w0..w3, int64 with values in [0, 2^32).
+    All words are int64 tensors with values in [0, 2^32), which broadcast against each other.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -95,20 +86,10 @@ def words(seed: Tensor, index: Tensor, row: Tensor, stream: int, blocks: int) ->
 
 
 def normal(seed: Tensor, index: Tensor, row: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    """Draw standard normals. An image's do not depend on the rest of its batch.
+    """Draw standard normals, float32 [B, *shape]. Those of an image do not depend on the rest of its batch.
 
-    Args:
-        seed: Each image's seed, int64 [B], the two's complement of an unsigned 64-bit number (`as_int64`).
-        index: Each image's global number, int64 [B].
-        row: Each image's row of its table, int64 [B], below 2^24. That is not checked, as values may be on a device.
-        stream: UPDATE, INITIAL or MASK, or another number below 256.
-        shape: Shape of an image.
-
-    Returns:
-        float32 [B, *shape].
-
-    Raises:
-        InvalidArgument: If the stream is out of range, or the tensors do not have one value per image.
+    seed (see `as_int64`), index (the image's global number) and row are int64 [B]. Rows must be below 2^24; that is not
+    checked, because the values may be on a device. The stream is a number below 256.
     """
     if not 0 <= stream < 256:
         raise InvalidArgument(f"stream must be from 0 to 255, not {stream}")

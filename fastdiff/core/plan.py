@@ -14,13 +14,7 @@ STATISTICS = ".statistics"
 
 @dataclasses.dataclass(frozen=True)
 class Lifetime:
-    """Lifetime of ``size`` bytes.
-
-    Attributes:
-        first: Index of the operation that writes them.
-        last: Index of the last operation that reads them.
-        size: Number of bytes.
-    """
+    """Lifetime of ``size`` bytes, from the operation that writes them to the last one that reads them, by index."""
 
     first: int
     last: int
@@ -35,18 +29,13 @@ class Lifetime:
 class Plan:
     """Placement of a program's buffers in an arena.
 
-    Attributes:
-        program: The program.
-        rows: Number of rows.
-        itemsize: Bytes of an activation.
-        lifetimes: Lifetime of each buffer.
-        offsets: Offset in bytes of each buffer [rows, H, W, C], and of its statistics [rows, strips, 2, C], named
-            ``<name>.statistics``, which are float32 or wider. C is padded to the group of the plan.
+    ``lifetimes`` and ``offsets`` (in bytes) have an entry for each buffer [rows, H, W, C], and one for its statistics
+    [rows, strips, 2, C], named ``<name>.statistics``, which are float32 or wider. C is padded to the group of `plan`.
     """
 
     program: Program
     rows: int
-    itemsize: int
+    itemsize: int  # bytes of an activation
     lifetimes: dict[str, Lifetime]
     offsets: dict[str, int]
 
@@ -65,13 +54,9 @@ class Plan:
         return max(alive, default=0)
 
     def to_dict(self, methods: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Describe every operation with its shapes, cost and offset, and their sums over all rows.
+        """Describe every operation with its shapes, cost and offset, and the sums over all rows, as JSON can hold them.
 
-        Args:
-            methods: A backend's algorithm for an operation, by the buffer that it writes.
-
-        Returns:
-            JSON-serialisable.
+        ``methods`` gives a backend's algorithm for an operation by the buffer that it writes.
         """
         program = self.program
         ops = []
@@ -150,19 +135,10 @@ def lifetimes(program: Program, rows: int, itemsize: int = 4, group: int = 1) ->
 
 
 def plan(program: Program, rows: int, itemsize: int = 4, group: int = 1) -> Plan:
-    """Place the buffers of a program in an arena.
+    """Place the buffers of a program in an arena, at multiples of `ALIGNMENT`.
 
     The largest buffers come first, each at the lowest offset that is free during its lifetime (greedy by size:
-    Pisarchyk & Lee 2020, arXiv:2001.03288, section 5).
-
-    Args:
-        program: The program.
-        rows: Number of rows.
-        itemsize: Bytes of an activation.
-        group: Channels are padded to a multiple of this.
-
-    Returns:
-        The plan; offsets and sizes are multiples of `ALIGNMENT`.
+    Pisarchyk & Lee 2020, arXiv:2001.03288, section 5). Channels are padded to a multiple of ``group``.
     """
     lives = lifetimes(program, rows, itemsize, group)
     placed: list[tuple[int, Lifetime]] = []

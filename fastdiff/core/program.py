@@ -8,6 +8,7 @@ described per row. Operations name their weights by state-dict key, and each bac
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -18,26 +19,21 @@ STRIP = 4  # pixel rows that an operation computes at a time, and over which its
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Buffer:
-    """Named buffer of a program.
+    """Named buffer of a program; its shape (H, W, C) is that of a row, (1, 1, C) for a vector.
 
-    Attributes:
-        name: The name.
-        shape: Shape (H, W, C) of a row, channels last; (1, 1, C) for a vector.
-        external: Whether the caller provides it, outside the arena (`Program` lists these buffers).
-        statistics: Whether the operation that writes it also writes the mean and the sum of squared deviations, per
-            row, strip of `STRIP` pixel rows and channel. A `Norm` that reads the buffer combines them into its groups.
+    With ``statistics`` the operation that writes it also writes the mean and the sum of squared deviations, per row,
+    strip of `STRIP` pixel rows and channel. A `Norm` that reads the buffer combines them into its groups.
     """
 
     name: str
     shape: Shape
-    external: bool = False
+    external: bool = False  # provided by the caller, outside the arena; `Program` lists these buffers
     statistics: bool = False
 
     @property
     def elements(self) -> int:
         """Number of elements in a row."""
-        H, W, C = self.shape
-        return H * W * C
+        return math.prod(self.shape)
 
     @property
     def strips(self) -> int:
@@ -49,21 +45,14 @@ class Buffer:
 class Norm:
     """GroupNorm over the concatenated sources, applied while they are read:
 
-        y = (x - mean) / sqrt(var + eps) * gamma + beta,    then y (1 + scale) + shift,    then silu(y)
-
-    Attributes:
-        weights: Key prefix of gamma and beta.
-        groups: Number of groups.
-        eps: Added to the variance.
-        silu: Whether silu follows.
-        modulation: Offset of [scale, shift] in the projections; None if there are none.
+    y = (x - mean) / sqrt(var + eps) * gamma + beta,    then y (1 + scale) + shift,    then silu(y)
     """
 
-    weights: str
+    weights: str  # key prefix of gamma and beta
     groups: int
     eps: float
     silu: bool
-    modulation: int | None = None
+    modulation: int | None = None  # offset of [scale, shift] in the projections; None if there are none
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,32 +87,20 @@ class Conv:
         h   = norm(concatenate(src)),  nearest-doubled where ``upsample``,  zero-padded by (before, after) on each side
         dst = (W h + b + projections[emb : emb + C] + residual) / divide
 
-    Attributes:
-        dst: The buffer written.
-        src: The buffers read, concatenated.
-        weights: Key prefixes of the layers, whose weights are stacked along the output channels.
-        kernel: Size k of the kernel k x k.
-        stride: The stride.
-        padding: Zeros (before, after) on each side.
-        upsample: Whether h is nearest-doubled.
-        norm: The norm of the sources.
-        emb: Offset of the time projection; None without.
-        residual: The buffer added; nearest-doubled where it is half as large as dst.
-        divide: The divisor.
-        merged: For a W and b that are products of the two layers at ``weights``, computed once (see `Attention`):
-            "first transposed", W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
+    ``merged`` is for a W and b that are products of the two layers at ``weights``, computed once (see `Attention`):
+    "first transposed", W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
     """
 
     dst: str
     src: tuple[str, ...]
-    weights: tuple[str, ...]
+    weights: tuple[str, ...]  # key prefixes of the layers, whose weights are stacked along the output channels
     kernel: int = 3
     stride: int = 1
     padding: tuple[int, int] = (1, 1)
     upsample: bool = False
     norm: Norm | None = None
     emb: int | None = None
-    residual: str | None = None
+    residual: str | None = None  # nearest-doubled where it is half as large as dst
     divide: float = 1.0
     merged: str | None = None
 
@@ -171,10 +148,6 @@ class Program:
                   class_before_mlp they are the output of the time MLP's first layer
     projections   elsewhere: every block's projection of the time embedding, concatenated
     out           the network's output (NCHW in memory)
-
-    Attributes:
-        ops: The operations, in order.
-        buffers: Every buffer that they name.
     """
 
     ops: tuple[Op, ...]

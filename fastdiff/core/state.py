@@ -13,26 +13,14 @@ from fastdiff.core.noise import as_int64
 from fastdiff.errors import InvalidArgument
 from fastdiff.solvers.table import COLUMNS, StepTable
 
+# A caller's source of update noise, row -> [B, C, H, W]. Called once for each row at which an image needs some.
 Noise = Callable[[int], Tensor]
-"""A caller's source of update noise, row -> [B, C, H, W]. Called once for each row at which an image needs some."""
 
 
 class TableBank:
-    """The coefficients of several tables on a device. Short tables are padded with identity rows.
+    """Coefficients of several tables, float64 [tables, rows + 1, columns] in ``host``, and on a device in ``values``.
 
-    Args:
-        tables: The tables.
-        device: Device of ``values`` and ``lengths``.
-        dtype: Precision of ``values``.
-
-    Attributes:
-        host: Coefficients, float64 [tables, rows + 1, columns]; the last row of each table is the identity.
-        values: The same on the device, in ``dtype``.
-        lengths_host: Number of rows of each table, int64 [tables].
-        lengths: The same on the device.
-        thresholds: Whether a table has dynamic thresholding.
-        noisy: Whether a table has rows that add noise.
-        learned: Whether a table needs a learned variance.
+    The last row of each table is the identity; short tables are padded with it.
     """
 
     def __init__(self, tables: Sequence[StepTable], device: torch.device, dtype: torch.dtype = torch.float32):
@@ -52,48 +40,29 @@ class TableBank:
 class State:
     """A batch of B images during sampling, each at its own row of its own table.
 
-    Fields that end in ``_host`` mirror those on the device, so that no step has to read from it.
-
-    Attributes:
-        x: The noisy images, float32 [B, C, H, W].
-        bank: The tables.
-        table: Each image's table, int64 [B].
-        row: Each image's row, int64 [B]; a finished image is at the identity row.
-        seed: Each image's seed as the two's complement of an unsigned number, int64 [B].
-        index: Each image's global number, int64 [B].
-        label: Each image's label, int64 [B]; None for an unconditional network.
-        guidance: Each image's guidance, float32 [B]; 1 is off.
-        table_host: Mirror of ``table``.
-        row_host: Mirror of ``row``.
-        guidance_host: Guidance in float64.
-        guidance_rescale: phi of `fastdiff.core.update.guide`, or the tensor that it takes instead.
-        noise: The caller's source of update noise; None for Philox.
-        out: The network's output after guidance, [B, C or 2C, H, W], set by `Runner.forward` and read by
-            `Runner.update`; undefined after a whole step.
-        x0_scale: 1/q of dynamic thresholding, float32 [B], set between forward and update; None without.
-        xs: The saved x, float32 [B, C, H, W]; None where no table saves.
-        m1: Latest entry of the history, float32 [B, C, H, W]; None where no table has so many. m2 and m3 likewise.
-        m2: The entry before m1.
-        m3: The entry before m2.
+    Fields that end in ``_host`` mirror those on the device, so that no step has to read from it. Images are float32
+    [B, C, H, W], and values per image are [B], int64 or float32.
     """
 
-    x: Tensor
+    x: Tensor  # the noisy images
     bank: TableBank
     table: Tensor
-    row: Tensor
-    seed: Tensor
-    index: Tensor
-    label: Tensor | None
-    guidance: Tensor
+    row: Tensor  # a finished image is at the identity row
+    seed: Tensor  # the two's complement of an unsigned number
+    index: Tensor  # the images' global numbers
+    label: Tensor | None  # None for an unconditional network
+    guidance: Tensor  # 1 is off
     table_host: np.ndarray
     row_host: np.ndarray
-    guidance_host: np.ndarray
-    guidance_rescale: float | Tensor = 0.0
-    noise: Noise | None = None
+    guidance_host: np.ndarray  # float64
+    guidance_rescale: float | Tensor = 0.0  # phi of `fastdiff.core.update.guide`, or the tensor that it takes instead
+    noise: Noise | None = None  # None for Philox
+    # The network's output after guidance, [B, C or 2C, H, W], set by `Runner.forward` and read by `Runner.update`;
+    # undefined after a whole step.
     out: Tensor | None = None
-    x0_scale: Tensor | None = None
-    xs: Tensor | None = None
-    m1: Tensor | None = None
+    x0_scale: Tensor | None = None  # 1/q of dynamic thresholding, set between forward and update
+    xs: Tensor | None = None  # the saved x; None where no table saves
+    m1: Tensor | None = None  # the history, latest first; None where no table has so many entries
     m2: Tensor | None = None
     m3: Tensor | None = None
 
@@ -111,24 +80,10 @@ class State:
         guidance_rescale: float = 0.0,
         noise: Noise | None = None,
     ) -> State:
-        """Create a batch at row 0.
+        """Create a batch at row 0 from the initial noise x, with zeroed buffers for the history that its tables use.
 
-        Args:
-            x: The initial noise, scaled as the tables ask, float32 [B, C, H, W].
-            bank: The tables.
-            seed: Seed of all images or of each, in [0, 2^64).
-            index: Each image's global number; 0 to B - 1 if not given.
-            table: Each image's table; the first if not given.
-            label: Each image's label; None for an unconditional network.
-            guidance: Guidance of all images or of each; 1 is off.
-            guidance_rescale: phi of `fastdiff.core.update.guide`.
-            noise: The caller's source of update noise; None for Philox.
-
-        Returns:
-            The batch, with zeroed buffers for the history that its tables use.
-
-        Raises:
-            InvalidArgument: If a list has another length than B.
+        A seed or guidance is that of all images, or a list has one for each. Without ``index`` the images are numbered
+        from 0; without ``table`` they all have the first.
         """
         B, device = len(x), x.device
 

@@ -21,14 +21,7 @@ from fastdiff.solvers.table import COLUMNS
 
 
 class History(NamedTuple):
-    """Tensors that an update keeps for later rows, each [B, C, H, W], or None where no table uses it.
-
-    Attributes:
-        xs: The saved x.
-        m1: What the last row with ``push`` kept.
-        m2: What the one before it kept.
-        m3: What the one before that kept.
-    """
+    """The saved x and the last three values of h that were pushed, [B, C, H, W] each; None where no table uses it."""
 
     xs: Tensor | None = None
     m1: Tensor | None = None
@@ -51,19 +44,10 @@ def update_rows(
         x' = ax x + ao out + a0 x0 + a1 m1 + a2 m2 + a3 m3 + as xs + s exp(sv v) z
         save: xs = x        push: m3, m2, m1 = m2, m1, h
 
-    `fastdiff.solvers.table` defines the columns.
-
-    Args:
-        x: The images, [B, C, H, W].
-        out: The network's output after guidance, [B, C, H, W], or [B, 2C, H, W] with v behind it where the variance
-            is learned.
-        coefficients: Each image's row, [B, columns] in the order of `COLUMNS`; see `State.coefficients`.
-        history: What earlier rows kept.
-        z: Standard normal noise, [B, C, H, W]; None where no row adds noise.
-        x0_scale: 1/q of dynamic thresholding, [B]; None for q = 1.
-
-    Returns:
-        x' and the new history. No argument is changed.
+    `fastdiff.solvers.table` defines the columns. x and the noise z (None where no row adds noise) are [B, C, H, W]. The
+    network's output after guidance is of the same shape, or [B, 2C, H, W] with v behind it where the variance is
+    learned. ``coefficients`` are `State.coefficients`; ``x0_scale`` is 1/q, [B], or None for q = 1. No argument is
+    changed.
     """
     C = x.shape[1]
     out, v = out[:, :C], out[:, C:] if out.shape[1] > C else None
@@ -112,14 +96,7 @@ def _x0(x: Tensor, out: Tensor, coefficients: Tensor, x0_scale: Tensor | None) -
 
 
 def update(state: State) -> None:
-    """Apply one row of the table to every image, by `update_rows`, then increment its row.
-
-    Args:
-        state: The batch, with ``out`` set; its images, history and rows are replaced.
-
-    Raises:
-        InvalidArgument: If ``out`` has neither C nor, where the variance is learned, 2C channels.
-    """
+    """Apply one row of the table to every image, by `update_rows`, then increment its row; ``out`` must be set."""
     split_output(state)
     threshold(state)
     apply(state, update_noise(state))
@@ -135,11 +112,7 @@ def apply(state: State, z: Tensor | None) -> None:
 
 
 def split_output(state: State) -> tuple[Tensor, Tensor | None]:
-    """Split ``state.out`` into the prediction and v, the variance's share, which is None for C channels.
-
-    Raises:
-        InvalidArgument: If the network gave neither C nor, where the variance is learned, 2C channels.
-    """
+    """Split ``state.out`` into the prediction and v, the variance's share, which is None for C channels."""
     assert state.out is not None, "forward comes before update"
     C = state.x.shape[1]
     if state.out.shape[1] == C and not state.column_host("sv").any():
@@ -214,15 +187,9 @@ def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, 
 
         out = u + w (c - u);    out <- phi out std(c) / std(out) + (1 - phi) out,   std over an image's elements
 
-    Args:
-        conditional: The network's output c with labels, [B, C or 2C, H, W].
-        unconditional: Its output u without, of the same shape.
-        w: Guidance weights, [B]. An image with w = 1 keeps c bit for bit.
-        channels: C. Channels beyond it, of a learned variance, are those of c.
-        rescale: phi, 0 for off; or the tensor [phi, 1 - phi] on the device.
-
-    Returns:
-        The guided output, [B, C or 2C, H, W].
+    c and u are the network's outputs with and without labels, [B, C or 2C, H, W]; channels beyond C, of a learned
+    variance, are those of c. An image whose weight w [B] is 1 keeps c bit for bit. ``rescale`` is phi, 0 for off, or
+    the tensor [phi, 1 - phi] on the device.
     """
     c, u = conditional[:, :channels], unconditional[:, :channels]
     w = w.view(-1, 1, 1, 1)

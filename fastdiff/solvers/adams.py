@@ -91,10 +91,8 @@ def deis(
 def deis_table(walk: Walk, order: int, lower_order_final: bool = True) -> StepTable:
     """Build the rows of `deis` for the levels of a walk."""
     n = len(walk)
-    orders = []
-    for i in range(n):
-        most = min(order, n - i) if lower_order_final and n < FEW else order
-        orders.append(walk.order(i, most))
+    lower = lower_order_final and n < FEW
+    orders = [walk.order(i, min(order, n - i) if lower else order) for i in range(n)]
     return _table(walk, "deis", orders, by_log=True)
 
 

@@ -71,8 +71,8 @@ def lcm(
 
 def lcm_timesteps(T: int, steps: int, original_steps: int) -> list[float]:
     """Return LCM's timesteps: entries floor(i original_steps / steps) of T // original_steps k - 1, from the top."""
-    for name, value, most in (("original_steps", original_steps, T), ("steps", steps, original_steps)):
-        whole(name, value, 1, most)
+    whole("original_steps", original_steps, 1, T)
+    whole("steps", steps, 1, original_steps)
     origin = (np.arange(1, original_steps + 1) * (T // original_steps) - 1)[::-1]
     chosen = np.floor(np.linspace(0, original_steps, num=steps, endpoint=False)).astype(np.int64)
     return [float(t) for t in origin[chosen]]
@@ -118,9 +118,8 @@ def consistency(
     schedule = EDMSchedule(time_scale=1000.0) if schedule is None else schedule
     if not isinstance(schedule, EDMSchedule):
         raise InvalidArgument(f"consistency needs an EDMSchedule, not a {type(schedule).__name__}")
-    n = 1 if steps is None else steps
-    for name, value, least, most in (("train_steps", train_steps, 2, 100_000), ("steps", n, 1, train_steps)):
-        whole(name, value, least, most)
+    whole("train_steps", train_steps, 2, 100_000)
+    n = whole("steps", 1 if steps is None else steps, 1, train_steps)
     data, lowest = schedule.sigma_data, schedule.sigma_min
     every = spaced_sigmas("karras", train_steps, schedule.sigma_max, lowest, schedule.rho)
     sigmas = every[np.arange(n) * (train_steps // n)].tolist()

@@ -57,15 +57,9 @@ def ddim(
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
     walk = Walk.of(
-        schedule,
-        steps,
-        spacing=spacing,
-        prediction=prediction,
-        clip=clip,
-        threshold=threshold,
-        steps_offset=steps_offset,
-        final="zero" if set_alpha_to_one else "sigma_min",
-    )
+        schedule, steps, spacing=spacing, prediction=prediction, clip=clip, threshold=threshold,
+        steps_offset=steps_offset, final="zero" if set_alpha_to_one else "sigma_min",
+    )  # fmt: skip
     return ddim_table(walk, eta, eps_from)
 
 

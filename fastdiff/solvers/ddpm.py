@@ -61,14 +61,9 @@ def ddpm(
     if steps is None and isinstance(schedule, NoiseSchedule) and (spacing is None or isinstance(spacing, str)):
         steps = schedule.timesteps
     walk = Walk.of(
-        schedule,
-        steps,
-        spacing=spacing,
-        prediction=prediction,
-        clip=clip,
-        threshold=threshold,
+        schedule, steps, spacing=spacing, prediction=prediction, clip=clip, threshold=threshold,
         steps_offset=steps_offset,
-    )
+    )  # fmt: skip
     return ddpm_table(walk, variance)
 
 

@@ -165,17 +165,9 @@ def dpmpp_table(
     sde: bool = False,
     authors: bool = False,
 ) -> StepTable:
-    """Build the rows of any DPM-Solver++ for the levels of a walk.
+    """Build the rows of any DPM-Solver++ for the levels of a walk; the options are those of the public functions.
 
-    Args:
-        walk: The levels of the run.
-        name: The table's name.
-        order: 1, 2 or 3.
-        solver_type: "midpoint" or "heun".
-        lower_order_final: Whether a run of fewer than 15 steps ends with orders 2 and 1.
-        euler_at_final: Whether the last step is of order 1.
-        sde: Whether the reverse SDE is solved.
-        authors: Whether order 3 has half of D_2, and for the SDE diffusers' wrong sign in its coefficient.
+    With ``authors``, order 3 has half of D_2, and for the SDE diffusers' wrong sign in its coefficient.
     """
     one_of("solver_type", solver_type, SOLVER_TYPES)
     n = len(walk)

@@ -26,9 +26,6 @@ def late_start(table: StepTable, strength: float) -> int:
 
     As in SDEdit (Meng et al. 2022, arXiv:2108.01073, algorithm 1, t_0 = strength) and diffusers' img2img pipelines this
     is the first row of step N - floor(strength N).
-
-    Raises:
-        InvalidArgument: If ``strength`` is outside (0, 1], or is less than one step.
     """
     if not is_number(strength) or not 0.0 < strength <= 1.0:
         raise InvalidArgument(f"strength={strength!r}: a number above 0, at most 1, is needed")
@@ -189,14 +186,9 @@ def ddim_inversion(
         rows = [row._replace(save=0.0) for row in rows]
     rows[0] = rows[0]._replace(abar=1.0)  # the first row reads the image itself
     return StepTable(
-        "ddim_inversion",
-        len(walk),
-        tuple(rows),
-        init_scale=walk.init_scale,
-        ascending=True,
-        continuous=edm,
-        data_scale=walk.data_scale,
-    )
+        "ddim_inversion", len(walk), tuple(rows),
+        init_scale=walk.init_scale, ascending=True, continuous=edm, data_scale=walk.data_scale,
+    )  # fmt: skip
 
 
 def _up(level: Level, abar: float, ex: float, eo: float, **columns: float) -> Row:

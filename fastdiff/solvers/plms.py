@@ -43,13 +43,11 @@ def plms(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
 
 
 def plms_table(walk: Walk, mix_outputs: bool = False, stage: Level | None = None) -> StepTable:
-    """Build the rows of `plms` for the levels of a walk.
+    """Build the rows of `plms` for the levels of a walk, or of diffusers' variant of it.
 
-    Args:
-        walk: The levels of the run.
-        mix_outputs: Whether the history holds the network's outputs, whose combination is converted to eps at the
-            present state; diffusers does so with v-prediction.
-        stage: Level at which the second row starts from the saved x, where diffusers takes another than the first.
+    With ``mix_outputs`` the history holds the network's outputs, whose combination is converted to eps at the present
+    state, as in diffusers with v-prediction. ``stage`` is the level at which the second row starts from the saved x,
+    where diffusers takes another than the first.
     """
     if walk.levels[0].abar == 0.0:
         raise InvalidArgument("plms cannot start at zero SNR, where sigma is infinite; ddim, euler and dpmpp_2m can")

@@ -35,49 +35,30 @@ OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class DiffusersScheduler:
-    """The scheduler of diffusers that runs a solver.
+    """The scheduler of diffusers that runs a solver."""
 
-    Attributes:
-        name: The scheduler's class.
-        config: Configuration keys that select this solver among those that the class has.
-        by_sigma: Whether the class has the spacings by sigma, "karras" and "exponential".
-        edm: The class that runs the solver with EDM networks; None where diffusers has none.
-    """
-
-    name: str
-    config: Config = dataclasses.field(default_factory=dict)
-    by_sigma: bool = False
-    edm: str | None = None
+    name: str  # of the scheduler's class
+    config: Config = dataclasses.field(default_factory=dict)  # keys that select this solver among those of the class
+    by_sigma: bool = False  # whether the class has the spacings by sigma, "karras" and "exponential"
+    edm: str | None = None  # the class that runs the solver with EDM networks; None where diffusers has none
 
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How a solver is called, and where other code bases have it.
+    """A solver: the function that builds its table, its options, and the other code bases that have it."""
 
-    Attributes:
-        function: The public function ``(schedule, steps, **options) -> StepTable``.
-        help: One line for users: the method and its source.
-        steps: Steps of a run that gives no number; None is every timestep of the schedule.
-        edm_steps: The same with an `EDMSchedule`.
-        options: The solver's own options among `OPTIONS`, which are passed to ``function`` by these names.
-        shared: The options shared by all solvers that ``function`` takes.
-        own_spacing: Whether the solver chooses its timesteps itself, so that the model's spacing does not apply.
-        from_model: Arguments of ``function`` that the model decides where the caller does not: for each the function
-            that reads it from the model's scheduler configuration.
-        diffusers: The scheduler that runs it in diffusers; None where diffusers does not have the solver.
-        others: The other code bases, "openai" or "ho", that have it.
-    """
-
-    function: Callable[..., StepTable]
-    help: str
-    steps: int | None = walk.STEPS
-    edm_steps: int = edm.STEPS
-    options: tuple[str, ...] = ()
+    function: Callable[..., StepTable]  # public, (schedule, steps, **options)
+    help: str  # one line for users: the method and its source
+    steps: int | None = walk.STEPS  # of a run that gives no number; None is every timestep of the schedule
+    edm_steps: int = edm.STEPS  # the same with an `EDMSchedule`
+    options: tuple[str, ...] = ()  # the solver's own among `OPTIONS`, which are passed to ``function`` by these names
+    # The options shared by all solvers that ``function`` takes.
     shared: tuple[str, ...] = ("spacing", "prediction", "clip", "threshold", "steps_offset")
-    own_spacing: bool = False
+    own_spacing: bool = False  # whether it chooses its timesteps itself, so that the model's spacing does not apply
+    # Arguments of ``function`` that the model's scheduler configuration decides where the caller does not.
     from_model: Mapping[str, Callable[[Config], Any]] = dataclasses.field(default_factory=dict)
-    diffusers: DiffusersScheduler | None = None
-    others: tuple[str, ...] = ()
+    diffusers: DiffusersScheduler | None = None  # None where diffusers does not have the solver
+    others: tuple[str, ...] = ()  # the other code bases, "openai" or "ho", that have it
 
     @property
     def code_bases(self) -> tuple[str, ...]:

@@ -74,33 +74,20 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The levels of a run, first to last, and what its rows need besides.
-
-    Attributes:
-        levels: The level of every step.
-        prediction: What the network predicts, see `fastdiff.solvers.prediction`.
-        c: Bound of |x_0|; infinite for none.
-        threshold: (ratio, largest) of dynamic thresholding, or None.
-        init_scale: The table's scale of the initial noise.
-        data_scale: The table's scale of the data.
-        output_scale: Factor of the last row where it ends at x_0 + sigma eps instead of at an image.
-        continuous: Whether the network's timestep is a function of the noise level, not an index.
-        compat: Whether a step may end elsewhere than where the next one starts, and timesteps may repeat, as in
-            diffusers (`fastdiff.solvers.compat`). In the table the levels join all the same, and the row of a repeated
-            timestep is a stage.
-        last_time: The network's timestep where the last step ends, if there is noise.
-    """
+    """The level of every step of a run, first to last, and what the rows and the `StepTable` need besides."""
 
     levels: tuple[Level, ...]
-    prediction: str
-    c: float = 1.0
+    prediction: str  # what the network predicts, see `fastdiff.solvers.prediction`
+    c: float = 1.0  # bound of |x_0|; infinite for none
     threshold: tuple[float, float] | None = None
     init_scale: float = 1.0
     data_scale: float = 1.0
-    output_scale: float = 1.0
+    output_scale: float = 1.0  # factor of the last row where it ends at x_0 + sigma eps instead of at an image
     continuous: bool = False
+    # Whether a step may end elsewhere than where the next one starts, and timesteps may repeat, as in diffusers. In the
+    # table the levels join all the same, and the row of a repeated timestep is a stage.
     compat: bool = False
-    last_time: float = 0.0
+    last_time: float = 0.0  # the network's timestep where the last step ends, if there is noise
 
     @classmethod
     def of(

@@ -32,14 +32,10 @@ CODE_BASES: dict[str, Callable[[CompatOptions], StepTable]] = {
 
 
 def compat_table(options: CompatOptions) -> StepTable:
-    """Return the table of a code base's own loop.
+    """Return the table of the own loop of ``options.code_base``.
 
-    Args:
-        options: The options of the call; ``options.code_base`` names the code base.
-
-    Raises:
-        InvalidArgument: If the code base has no such solver or option; the message lists what it has.
-        ConfigError: If diffusers' own scheduler fails, or an option of the model's scheduler is not supported.
+    `InvalidArgument` says that the code base has no such solver or option, `ConfigError` that diffusers' own scheduler
+    fails, or that an option of the model's scheduler is not supported.
     """
     base = options.code_base
     if not isinstance(base, str) or base not in CODE_BASES:

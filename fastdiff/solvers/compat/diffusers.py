@@ -156,21 +156,12 @@ def _spacing(options: CompatOptions, by_sigma: bool) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A scheduler's configuration, and the arguments of `from_config` besides.
+    """A scheduler's configuration, and the arguments of `from_config` besides."""
 
-    Attributes:
-        name: The scheduler's class.
-        config: Its configuration.
-        steps: Number of steps.
-        given: Noise schedule in place of the configuration's, or None.
-        eta: Option of DDIMScheduler's step.
-        use_clipped: Option of DDIMScheduler's step.
-    """
-
-    name: str
+    name: str  # of the scheduler's class
     config: Mapping[str, Any]
     steps: int
-    given: NoiseSchedule | None
+    given: NoiseSchedule | None  # in place of the configuration's
     eta: float
     use_clipped: bool
 
@@ -222,14 +213,10 @@ class Source:
     def timesteps(
         self, T: int, default: str, *, whole: bool = True, skip_last: bool = False, top: int | None = None
     ) -> NDArray[np.float64]:
-        """Return the timesteps of ``set_timesteps``.
+        """Return the timesteps of ``set_timesteps``; ``default`` is the scheduler's default of timestep_spacing.
 
-        Args:
-            T: Number of timesteps of the schedule.
-            default: The scheduler's default of timestep_spacing.
-            whole: Whether "linspace" is rounded to integers.
-            skip_last: Whether one timestep more is computed, of which the last, 0, is dropped.
-            top: Number of timesteps that "linspace" and "trailing" spread over; None is T.
+        ``whole``: "linspace" is rounded to integers. ``skip_last``: one timestep more is computed, and the last, 0,
+        dropped. ``top``: number of timesteps that "linspace" and "trailing" spread over, by default all T.
         """
         n = checks.whole("steps", self.steps, 1, T, of="the schedule's timesteps")
         top = T if top is None else top
@@ -373,9 +360,7 @@ def _respaced(source: Source, between: NDArray[Any], train: NDArray[Any]) -> tup
         return None
     if len(kinds) > 1 or kinds == ["beta"]:
         raise source.refuse(f"use_{kinds[-1]}_sigmas", "one of karras and exponential is")
-    largest, smallest = (
-        source.get(key, float(v)) for key, v in (("sigma_max", between[0]), ("sigma_min", between[-1]))
-    )
+    largest, smallest = source.get("sigma_max", float(between[0])), source.get("sigma_min", float(between[-1]))
     sigmas = spaced_sigmas(kinds[0], source.steps, largest, smallest)
     return _times(sigmas, train), sigmas
 
@@ -400,16 +385,14 @@ def _sigma_walk(
 def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str, Any]) -> Walk:
     """Return the walk of DPMSolverMultistep, UniPC and DEIS, which compute one timestep more and drop t = 0.
 
-    Args:
-        source: The configuration.
-        final: Default of final_sigmas_type; None where the scheduler does not have it and ends as at "sigma_min".
-        floor: Whether a spacing by sigma ends at its own last sigma, instead of that of timestep 0, at "sigma_min".
-        bounds: c and threshold of the walk.
+    ``final`` is the default of final_sigmas_type; None where the scheduler does not have it and ends as at "sigma_min".
+    ``floor``: at "sigma_min" a spacing by sigma ends at its own last sigma, instead of that of timestep 0.
     """
     source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False)
     schedule = source.schedule()
     train = _sigmas(schedule)
-    lowest = source.get("lambda_min_clipped", -math.inf) if source.name == "DPMSolverMultistepScheduler" else -math.inf
+    dpm = source.name == "DPMSolverMultistepScheduler"
+    lowest = source.get("lambda_min_clipped", -math.inf) if dpm else -math.inf
     top = len(train) - int(np.searchsorted(-np.log(train)[::-1], lowest))
     t = source.timesteps(len(train), "linspace", skip_last=True, top=top)
     respaced = _respaced(source, train[::-1], train)
@@ -418,15 +401,12 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     if respaced is not None:
         t, sigmas = respaced
         # diffusers rounds Karras' timesteps, and cuts all of them to int64.
-        cosine = source.name == "DPMSolverMultistepScheduler" and source.config.get("beta_schedule") == COSINE
+        cosine = dpm and source.config.get("beta_schedule") == "squaredcos_cap_v2"
         t = np.floor(t.round() if source.get("use_karras_sigmas", False) and not cosine else t)
         end = sigmas[-1] if floor else end
     if final is not None and source.one_of("final_sigmas_type", final, ("zero", "sigma_min")) == "zero":
         end = 0.0
     return _sigma_walk(source, t, sigmas, float(end), bounds)
-
-
-COSINE = "squaredcos_cap_v2"
 
 
 def _order(source: Source, default: int = 2) -> int:
@@ -437,8 +417,7 @@ def _order(source: Source, default: int = 2) -> int:
 
 
 def _dpm(source: Source) -> StepTable:
-    walk = _multistep(source, final="zero", floor=False, bounds=source.bounds(None))
-    return _dpm_table(source, walk)
+    return _dpm_table(source, _multistep(source, final="zero", floor=False, bounds=source.bounds(None)))
 
 
 def _dpm_table(source: Source, walk: Walk) -> StepTable:
@@ -506,18 +485,14 @@ def _euler(source: Source) -> StepTable:
 
 def _euler_ancestral(source: Source) -> StepTable:
     source.prediction(("epsilon", "v_prediction"))
-    return euler_table(_single(_without_sigmas(source), {"c": math.inf}, final=False), "euler_ancestral", 1.0)
-
-
-def _without_sigmas(source: Source) -> Source:
-    """Drop keys that another scheduler left in the configuration and that this one ignores."""
+    # This scheduler ignores these keys, which another one may have left in the configuration.
     ignored = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
-    return dataclasses.replace(source, config={k: v for k, v in source.config.items() if k not in ignored})
+    source = dataclasses.replace(source, config={k: v for k, v in source.config.items() if k not in ignored})
+    return euler_table(_single(source, {"c": math.inf}, final=False), "euler_ancestral", 1.0)
 
 
 def _heun(source: Source) -> StepTable:
-    bounds = source.bounds(False, thresholds=False)
-    return heun_table(_single(source, bounds, final=False))
+    return heun_table(_single(source, source.bounds(False, thresholds=False), final=False))
 
 
 def _lms(source: Source) -> StepTable:

@@ -18,33 +18,19 @@ FROM_MODEL = "model"  # the value of clip that takes the model's own
 
 @dataclasses.dataclass(frozen=True)
 class CompatOptions:
-    """Options of a run that repeats another code base's loop.
+    """Options of a run that repeats another code base's loop."""
 
-    Attributes:
-        code_base: One of `fastdiff.solvers.compat.CODE_BASES`.
-        solver: A name in `fastdiff.solvers.registry.SOLVERS`.
-        schedule: The noise levels that the network was trained with.
-        prediction: What the network predicts, as in `Walk.of`.
-        config: The model's scheduler configuration.
-        steps: Number of steps; None is the solver's default.
-        eta: Noise of DDIM.
-        variance: Noise of DDPM; None is the model's.
-        order: Order of a multi-step solver; None is the code base's.
-        spacing: Spacing of the timesteps in the code base's terms; None is its default.
-        clip: Bound of x_0, None for none, or `FROM_MODEL`.
-    """
-
-    code_base: str
+    code_base: str  # one of `fastdiff.solvers.compat.CODE_BASES`
     solver: str
     schedule: Schedule
     prediction: str
-    config: Mapping[str, Any]
-    steps: int | None = None
+    config: Mapping[str, Any]  # the model's scheduler configuration
+    steps: int | None = None  # None is the solver's default
     eta: float = 0.0
-    variance: str | None = None
-    order: int | None = None
-    spacing: str | Sequence[float] | None = None
-    clip: float | str | None = FROM_MODEL
+    variance: str | None = None  # None is the model's
+    order: int | None = None  # None is the code base's
+    spacing: str | Sequence[float] | None = None  # in the code base's terms; None is its default
+    clip: float | str | None = FROM_MODEL  # bound of x_0; None for none
 
     def one_of(self, name: str, value: Any, allowed: Sequence[Any]) -> Any:
         """Return ``value`` if the code base has it."""
