@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checks import is_whole
+from fastdiff.checks import whole
 from fastdiff.errors import ConfigError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
 KINDS = ("linear", "scaled_linear", "cosine", "sigmoid", "custom")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 MAX_TIMESTEPS = 1_000_000
+# diffusers' beta_schedule, and the kind here
 DIFFUSERS_KINDS = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "squaredcos_cap_v2": "cosine",
-    "sigmoid": "sigmoid",
-}
+    "linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +82,8 @@ class NoiseSchedule:
                     raise ConfigError(f"betas[{i}]={beta!r}: every beta must lie in (0, 1)")
             object.__setattr__(self, "betas", betas)
             object.__setattr__(self, "timesteps", len(betas))
-        T = self.timesteps
-        if not is_whole(T) or not 1 <= T <= MAX_TIMESTEPS:
-            raise ConfigError(f"timesteps={T!r}: a whole number from 1 to {MAX_TIMESTEPS} is needed")
-        object.__setattr__(self, "timesteps", int(T))
+        T = whole("timesteps", self.timesteps, 1, MAX_TIMESTEPS, error=ConfigError)
+        object.__setattr__(self, "timesteps", T)
         start, end = _number("beta_start", self.beta_start), _number("beta_end", self.beta_end)
         if not 0.0 < start <= end < 1.0:
             raise ConfigError(f"beta_start={start!r}, beta_end={end!r}: 0 < beta_start <= beta_end < 1 is needed")
@@ -95,7 +91,7 @@ class NoiseSchedule:
         object.__setattr__(self, "beta_end", end)
         if not isinstance(self.rescale_zero_terminal_snr, bool):
             raise ConfigError(f"rescale_zero_terminal_snr={self.rescale_zero_terminal_snr!r}: True or False is needed")
-        if self.rescale_zero_terminal_snr and self.timesteps < 2:
+        if self.rescale_zero_terminal_snr and T < 2:
             raise ConfigError("rescale_zero_terminal_snr=True needs at least 2 timesteps")
         self.alphas_cumprod  # noqa: B018  an impossible schedule is refused here, not at its first use
 

@@ -48,28 +48,23 @@ RESAMPLE_FILTER = 0.25  # edm saves its averaging filter, 2x2 of this value, wit
 class Piece:
     """One tensor of a layout's file, and the tensors of `UNet` that it consists of.
 
-    Attributes:
-        theirs: Name of the tensor in the file.
-        ours: Names in `UNet`'s state dict: one tensor, which is reshaped; three, the q, k and v that are stacked; or
-            none, for a constant tensor of the value RESAMPLE_FILTER.
-        shape: Shape of the tensor in the file.
-        heads: Number of attention heads, for stacked tensors.
-        axis: Position of q|k|v among the axes (q|k|v, heads, channels) that order the rows, for stacked tensors.
+    They are one tensor, which is reshaped; three, the q, k and v that are stacked; or none, for a constant tensor of
+    the value RESAMPLE_FILTER.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
-    shape: tuple[int, ...]
-    heads: int = 1
-    axis: int | None = None
+    theirs: str  # name in the file
+    ours: tuple[str, ...]  # names in `UNet`'s state dict
+    shape: tuple[int, ...]  # in the file
+    heads: int = 1  # of a stacked tensor
+    axis: int | None = None  # for a stacked tensor, that of q|k|v among the three that order its rows
 
 
 def pieces(unet: UNet, layout: str) -> list[Piece]:
     """List the tensors of a layout's file for this network, whose weights may be on "meta"."""
     found: list[Piece] = []
+    family = layout.partition("-")[0]
     for ours, theirs in _places(unet, layout):
         module = unet.get_submodule(ours)
-        family = layout.partition("-")[0]
         if isinstance(module, ResnetBlock):
             for mine, name in zip(OURS, RESNET[family], strict=True):
                 if getattr(module, mine) is not None:
@@ -233,7 +228,9 @@ def to_ours(parts: list[Piece], theirs: Mapping[str, Tensor], unet: UNet) -> dic
             for name in part.ours:
                 result[name] = tensor.reshape(shapes[name])
             continue
-        split = tensor.reshape(_stacked(part)).unbind(part.axis)
+        order = [part.heads, part.shape[0] // 3 // part.heads]
+        order.insert(part.axis, 3)  # q|k|v
+        split = tensor.reshape(*order, *part.shape[1:]).unbind(part.axis)
         for name, rows in zip(part.ours, split, strict=True):
             result[name] = rows.reshape(shapes[name])
     return result
@@ -253,13 +250,6 @@ def to_theirs(parts: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tenso
             rows = [ours[name].reshape(H, d, *part.shape[1:]) for name in part.ours]
             result[part.theirs] = torch.stack(rows, dim=part.axis).reshape(part.shape)
     return result
-
-
-def _stacked(part: Piece) -> tuple[int, ...]:
-    """Return the shape of a stacked tensor with its rows unflattened to q|k|v, heads and channels in their order."""
-    rows = [part.heads, part.shape[0] // 3 // part.heads]
-    rows.insert(part.axis or 0, 3)
-    return (*rows, *part.shape[1:])
 
 
 # Limits of a layout ---------------------------------------------------------------------------------------------------

@@ -68,25 +68,15 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """The contents of a model's files, before a network is built from them.
+    """The contents of a model's files, before a network is built from them."""
 
-    Attributes:
-        tensors: The weights in their own dtypes, under the names of ``layout``.
-        layout: One of `layouts.LAYOUTS`; None for diffusers' names.
-        config: The configuration of the network.
-        scheduler: The diffusers scheduler configuration; {} if the model has none.
-        path: The folder or file of the model.
-        weights_path: The file that holds or lists the tensors.
-        left_out: Names of the file's tensors that sampling does not need; ``tensors`` lacks them.
-    """
-
-    tensors: dict[str, Tensor]
-    layout: str | None
+    tensors: dict[str, Tensor]  # the weights in their own dtypes, under the names of ``layout``
+    layout: str | None  # one of `layouts.LAYOUTS`; None for diffusers' names
     config: UNetConfig
-    scheduler: dict[str, Any]
-    path: Path
-    weights_path: Path
-    left_out: tuple[str, ...] = ()
+    scheduler: dict[str, Any]  # the diffusers scheduler configuration; {} if the model has none
+    path: Path  # the folder or file of the model
+    weights_path: Path  # the file that holds or lists the tensors
+    left_out: tuple[str, ...] = ()  # the file's tensors that sampling does not need; ``tensors`` lacks them
 
 
 def builtin_models() -> list[str]:
@@ -363,20 +353,10 @@ def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -
 def fit(
     unet: UNet, tensors: Mapping[str, Tensor], where: str | Path, layout: str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Convert the tensors of a file to the names and shapes of a network's state dict.
+    """Convert the tensors of a file to the names and shapes of the state dict of ``unet``, which may be on "meta".
 
-    Args:
-        unet: The network, which may be on "meta".
-        tensors: The tensors of the file.
-        where: Origin of the tensors, for the message.
-        layout: The layout of the file, one of `layouts.LAYOUTS`; None for diffusers' names.
-        dtype: The dtype of the result; None keeps that of each tensor.
-
-    Returns:
-        The state dict.
-
-    Raises:
-        CheckpointError: As in `load_weights`; the message has the names of the file.
+    ``layout`` None stands for diffusers' names; ``dtype`` None keeps that of each tensor. Errors are those of
+    `load_weights`, with the names of the file.
     """
     parts = None if layout is None else layouts.pieces(unet, layout)
     if parts is None:

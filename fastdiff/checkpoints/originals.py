@@ -65,31 +65,18 @@ UNUSED = ("map_augment.weight",)
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """Description of a file of an original code base.
+    """Description of a file of an original code base."""
 
-    Attributes:
-        layout: One of `layouts.LAYOUTS`.
-        config: The configuration of the network.
-        scheduler: A diffusers scheduler configuration.
-        left_out: Names of the file's tensors that do not affect samples.
-    """
-
-    layout: str
+    layout: str  # one of `layouts.LAYOUTS`
     config: UNetConfig
-    scheduler: dict[str, Any]
-    left_out: tuple[str, ...] = ()
+    scheduler: dict[str, Any]  # a diffusers scheduler configuration
+    left_out: tuple[str, ...] = ()  # names of the file's tensors that do not affect samples
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> str | None:
     """Recognise the family of layouts by the tensors' names: "ddpm", "openai", "edm", or None for any other names."""
-    for family, name in (
-        ("ddpm", "temb.dense.0.weight"),
-        ("openai", "time_embed.0.weight"),
-        ("edm", "map_layer0.weight"),
-    ):
-        if name in tensors:
-            return family
-    return None
+    names = {"ddpm": "temb.dense.0.weight", "openai": "time_embed.0.weight", "edm": "map_layer0.weight"}
+    return next((family for family, name in names.items() if name in tensors), None)
 
 
 def describe(

@@ -77,11 +77,7 @@ def save_pipeline(
     path = Path(path)
     save_tensors(config, state, path / "unet")
     name = scheduler.get("_class_name", "DDPMScheduler")
-    index = {
-        "_class_name": "DDPMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", name],
-    }
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", name]}
     with writing(path):
         text = json.dumps({"_class_name": name, **scheduler}, indent=2) + "\n"
         write_text(path / "scheduler" / "scheduler_config.json", text)

@@ -99,8 +99,7 @@ class EDMSchedule:
                 raise InvalidArgument(
                     f"spacing={spacing!r}: an EDMSchedule has {', '.join(SIGMA_SPACINGS)}, or a list of sigmas"
                 )
-            n = STEPS if steps is None else steps
-            n = whole("steps", n, 1, 1_000_000)
+            n = whole("steps", STEPS if steps is None else steps, 1, 1_000_000)
             return [self.time(s) for s in spaced_sigmas(spacing, n, self.sigma_max, self.sigma_min, self.rho).tolist()]
         sigmas = list(spacing)
         if not sigmas or (steps is not None and steps != len(sigmas)):

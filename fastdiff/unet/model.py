@@ -214,14 +214,10 @@ class DownBlock(nn.Module):
         # As in diffusers, downsample_type concerns only blocks with attention; the other two types imply the kind.
         resnet = kind == "ResnetDownsampleBlock2D" or (attention and config.downsample_type == "resnet")
         self.downsamplers = None
-        if downsample:
-            self.downsamplers = nn.ModuleList(
-                [
-                    ResnetBlock(config, out_channels, out_channels, resample="down")
-                    if resnet
-                    else Downsample(out_channels, config.downsample_padding)
-                ]
-            )
+        if downsample and resnet:
+            self.downsamplers = nn.ModuleList([ResnetBlock(config, out_channels, out_channels, resample="down")])
+        elif downsample:
+            self.downsamplers = nn.ModuleList([Downsample(out_channels, config.downsample_padding)])
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -260,10 +256,10 @@ class UpBlock(nn.Module):
         self.attentions = _attentions(config, out_channels, behind) if attention else None
         resnet = kind == "ResnetUpsampleBlock2D" or (attention and config.upsample_type == "resnet")
         self.upsamplers = None
-        if upsample:
-            self.upsamplers = nn.ModuleList(
-                [ResnetBlock(config, out_channels, out_channels, resample="up") if resnet else Upsample(out_channels)]
-            )
+        if upsample and resnet:
+            self.upsamplers = nn.ModuleList([ResnetBlock(config, out_channels, out_channels, resample="up")])
+        elif upsample:
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
         bare = len(self.resnets) - len(self.attentions or ())
