@@ -11,7 +11,7 @@ from fastdiff.errors import InvalidArgument
 
 # --help imports neither NumPy nor torch, so these repeat the names in fastdiff.solvers, which a test compares.
 SOLVER_HELP = (
-    "auto, ddpm, ddim, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, deis, lms, "
+    "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, deis, lms, "
     "plms, lcm or consistency."
 )
 SPACING_HELP = "trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."

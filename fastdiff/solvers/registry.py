@@ -89,6 +89,14 @@ def _dpm(order: int, algorithm: str = "dpmsolver++") -> DiffusersScheduler:
 
 
 SOLVERS: dict[str, Solver] = {
+    "ddim": Solver(
+        ddim,
+        "Denoising diffusion implicit models (Song et al. 2021).",
+        options=("eta",),
+        from_model={"set_alpha_to_one": lambda config: config.get("set_alpha_to_one", True)},
+        diffusers=DiffusersScheduler("DDIMScheduler"),
+        others=("openai", "ho"),
+    ),
     "ddpm": Solver(
         ddpm,
         "Ancestral sampling (Ho et al. 2020).",
@@ -96,14 +104,6 @@ SOLVERS: dict[str, Solver] = {
         options=("variance",),
         from_model={"variance": _variance},
         diffusers=DiffusersScheduler("DDPMScheduler"),
-        others=("openai", "ho"),
-    ),
-    "ddim": Solver(
-        ddim,
-        "Denoising diffusion implicit models (Song et al. 2021).",
-        options=("eta",),
-        from_model={"set_alpha_to_one": lambda config: config.get("set_alpha_to_one", True)},
-        diffusers=DiffusersScheduler("DDIMScheduler"),
         others=("openai", "ho"),
     ),
     "dpmpp_1": Solver(dpmpp_1, "DPM-Solver++ of order 1 (Lu et al. 2022).", diffusers=_dpm(1)),

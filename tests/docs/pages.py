@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 # Names that the guides of docs/ add as an example; files and solvers called so do not exist.
-EXAMPLES = ("toy_euler",)
+EXAMPLES = ("toy_euler", "kernels/scale.")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -124,5 +124,5 @@ def test_a_new_solver_on_the_command_line(with_toy: None, tmp_path):
 
 @pytest.mark.parametrize("code_base", ["diffusers", "openai", "ho"])
 def test_other_code_bases_refuse_a_new_solver(with_toy: None, sampler: Sampler, code_base: str):
-    with pytest.raises(InvalidArgument, match=f"compat='{code_base}' has no solver='toy'; it has ddpm, ddim"):
+    with pytest.raises(InvalidArgument, match=f"compat='{code_base}' has no solver='toy'; it has ddim, ddpm"):
         sampler.sample(1, solver="toy", compat=code_base)
