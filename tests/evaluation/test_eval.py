@@ -285,7 +285,7 @@ def test_what_is_missing_or_does_not_fit_is_named(mnist: Path, model: Path, tmp_
     run(DataError, "few.npz holds 5 images, 20 are needed", samples=tmp_path / "few.npz")
     run(DataError, "no image files", samples=tmp_path / "none")
     run(InvalidArgument, "n=19: at least 20", n=19)
-    run(InvalidArgument, "fit must be one of", fit="stretch")
+    run(InvalidArgument, "fit='stretch' is unknown; allowed: crop, pad", fit="stretch")
     run(InvalidArgument, "steps=0", options={"steps": 0})
     run(InvalidArgument, "judges images of 1x32x32, those of .* are 3x8x8; give the weights of Inception", model=colour)
     run(CheckpointError, r"inception\.pth: no such file; Inception's weights", features_of="inception.pth")
