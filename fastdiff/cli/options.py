@@ -11,8 +11,9 @@ from fastdiff.errors import InvalidArgument
 
 # --help imports neither NumPy nor torch, so these repeat the names in fastdiff.solvers, which a test compares.
 SOLVER_HELP = (
-    "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, euler, euler_ancestral, heun, deis, lms, "
-    "plms, lcm or consistency."
+    "auto, ddim, ddpm, dpmpp_1, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_2s, dpmpp_3s, dpmpp_sde, "
+    "dpmpp_2s_ancestral, unipc, euler, euler_ancestral, heun, dpm2, dpm2_ancestral, deis, lms, plms, lcm, tcd or "
+    "consistency."
 )
 SPACING_HELP = "trailing, leading, linspace, quadratic, karras or exponential (default: the model's)."
 

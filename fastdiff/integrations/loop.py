@@ -75,7 +75,7 @@ class PipelineLoop:
             if len(generator) < B and (len(generator) != 1 or "eta" in a):
                 raise InvalidArgument(f"{len(generator)} generators for batch_size={B}: one for each image is needed")
             a["generator"] = generator[:B]
-        self.eta = a.get("eta", 0.0)
+        self.eta = a.get("eta")
         self.config = _scheduler_config(self.pipeline)
         clipped = bool(a.get("use_clipped_model_output"))
         table = from_config(self.config, a["num_inference_steps"], eta=self.eta, use_clipped_model_output=clipped)

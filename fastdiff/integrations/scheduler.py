@@ -7,7 +7,7 @@
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, generator=generator).prev_sample
 
-The samples of schedulers that diffusers runs in sigma space (Euler, Heun, LMS, EDM, consistency models) are in sigma
+The samples of schedulers that diffusers runs in sigma space (Euler, Heun, DPM2, DPM++ SDE, LMS, EDM, consistency models) are in sigma
 space here as well: the sample is x_0 + sigma eps. The table's state, which is variance-preserving, is then
 sample * sqrt(abar) / sigma_data.
 """
@@ -30,7 +30,7 @@ from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
-from fastdiff.solvers.compat.diffusers import IN_SIGMA, WITHOUT_SCHEDULE, noise_schedule, scheduler_name
+from fastdiff.solvers.compat.diffusers import ETA, IN_SIGMA, WITHOUT_SCHEDULE, noise_schedule, scheduler_name
 from fastdiff.solvers.paths import looks_back
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -74,7 +74,7 @@ def randn(shape: tuple[int, ...], generator: Generators, device: torch.device, d
     return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
-def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: float = 0.0) -> bool:
+def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: float | None = None) -> bool:
     """Return whether diffusers' scheduler draws noise in this row.
 
     Noise that is then multiplied by zero counts, as drawing it advances the generator.
@@ -82,14 +82,17 @@ def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: floa
     name = config["_class_name"]
     if name == "DDPMScheduler":
         return table.rows[row].t > 0
-    if name == "DDIMScheduler":
-        return eta > 0
+    if name in ETA:
+        eta = ETA[name] if eta is None else eta
+        return eta > 0 and (name == "DDIMScheduler" or row < len(table) - 1)
     if name == "LCMScheduler":
         return row < len(table) - 1
     if name == "CMStochasticIterativeScheduler":
         return len(table) > 1
     if name in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"):
         return str(config.get("algorithm_type")).startswith("sde")
+    if name in ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
+        return table.rows[row].s > 0.0
     return name == "EulerAncestralDiscreteScheduler"
 
 
@@ -124,7 +127,7 @@ class Scheduler:
         timesteps: The timesteps of a run after `set_timesteps`, one for each evaluation of the network: an int64 tensor
             [N], or float32 for a scheduler in sigma space.
         num_inference_steps: The number of steps of a run; None before `set_timesteps`.
-        order: Evaluations of the network in a step: 2 for Heun, else 1.
+        order: Evaluations of the network in a step: 2 for Heun, DPM2 and DPM++ SDE, else 1.
         schedule: The `NoiseSchedule`; None for EDM and consistency models, which have none.
 
     Raises:
@@ -138,10 +141,10 @@ class Scheduler:
         self.schedule: NoiseSchedule | None = None
         if name not in WITHOUT_SCHEDULE:
             self.schedule = noise_schedule(self.config)
-        self.order = 2 if name.startswith("Heun") else 1
+        self.order = 2 if name.startswith(("Heun", "KDPM2", "DPMSolverSDE")) else 1
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
-        self._tables: dict[tuple[float, bool], StepTable] = {}
+        self._tables: dict[tuple[float | None, bool], StepTable] = {}
         self._state: State | None = None
 
     @classmethod
@@ -198,7 +201,7 @@ class Scheduler:
         self._tables = {}
         self._state = None
         table = from_config(self.config, num_inference_steps)
-        self._tables[0.0, False] = table
+        self._tables[None, False] = table
         self.num_inference_steps = num_inference_steps
         dtype = torch.float32 if self.in_sigma else torch.int64
         self.timesteps = torch.tensor([row.t for row in table.rows], device=device).to(dtype)
@@ -236,7 +239,7 @@ class Scheduler:
         timestep: Any,
         sample: Tensor,
         *,
-        eta: float = 0.0,
+        eta: float | None = None,
         use_clipped_model_output: bool | None = None,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
@@ -253,7 +256,7 @@ class Scheduler:
                 of ``timesteps`` starts an image anew; a solver without a history can start at any of them. -1 leaves
                 an image as it is (except with EDM and consistency models, whose timesteps may be negative).
             sample: The present sample, [B, C, H, W].
-            eta: For DDIM: the share of fresh noise, 0 for none to 1 for as much as DDPM.
+            eta: The share of fresh noise, 0 to 1: for DDIM (by default 0) and TCD (by default 0.3).
             use_clipped_model_output: For DDIM: whether the predicted noise is derived from the clipped x_0.
             generator: The source of noise: a generator, a list with one for each image, or None for torch's default.
                 Noise is drawn when diffusers draws it.
@@ -348,7 +351,7 @@ class Scheduler:
         v = self._spread(np.sqrt(abar), x0) * eps - self._spread(np.sqrt(1.0 - abar), x0) * x0
         return v.to(sample.dtype)
 
-    def _table(self, eta: float = 0.0, clipped: bool = False) -> StepTable:
+    def _table(self, eta: float | None = None, clipped: bool = False) -> StepTable:
         if self.num_inference_steps is None:
             raise InvalidArgument("the scheduler has no timesteps yet: call set_timesteps(num_inference_steps)")
         key = (eta, clipped)

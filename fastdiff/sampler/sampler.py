@@ -199,15 +199,15 @@ class Sampler:
 
         Args:
             n: Number of images, at least 1.
-            solver: "ddim", "ddpm", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "euler",
-                "euler_ancestral", "heun", "lms", "deis", "plms", "lcm", "consistency", "auto", or a `StepTable` made
-                by a function of `fastdiff.solvers`. "auto" without ``steps`` chooses, for a model with measurements,
+            solver: A name of `fastdiff.solvers.registry.SOLVERS` (docs/solvers.md lists them), "auto", or a `StepTable`
+                made by a function of `fastdiff.solvers`. "auto" without ``steps`` chooses, for a model with measurements,
                 the fewest network evaluations that were indistinguishable from the best setting
                 (`fastdiff.sampler.measured.automatic`); otherwise a general rule chooses by steps and guidance
                 (`fastdiff.sampler.choice.auto`).
             steps: Steps of the solver, at least 1, at most the timesteps of a `NoiseSchedule`. A step is one network
-                evaluation, except for heun (two, and one in the last step) and plms (one more in all). None: 50; every
-                timestep for ddpm, 20 for auto, 4 for lcm, 1 for consistency, 18 with an `EDMSchedule`.
+                evaluation, except for heun, dpm2, dpm2_ancestral, dpmpp_sde and dpmpp_2s_ancestral (two, and one in the
+                last step) and plms (one more in all). None: 50; every timestep for ddpm, 20 for auto, 4 for lcm and
+                tcd, 1 for consistency, 18 with an `EDMSchedule`.
             eta: Noise of ddim, from 0 (deterministic) to 1 (as much as ddpm); larger where the schedule allows it.
             variance: Noise of ddpm: "posterior", "beta", "none" or "learned_range"; None: the model's.
             order: Number of evaluations that a step of unipc or deis (1 to 3, 2 by default) or of lms (1 to 4, 4 by

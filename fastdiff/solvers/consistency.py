@@ -1,4 +1,4 @@
-"""Few-step samplers of distilled networks: consistency models (Song et al. 2023) and latent ones (Luo et al. 2023).
+"""Few-step samplers of distilled networks: consistency models (Song et al. 2023), latent ones, and trajectory ones.
 
 Each row predicts the image, and adds fresh noise up to the next level.
 """
@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdiff.checks import is_number, whole
+from fastdiff.checks import is_number, number, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.spacing import spaced_sigmas
 from fastdiff.solvers.table import Row, StepTable, check_clip
 from fastdiff.solvers.walk import Walk
+
+TCD_ETA = 0.3  # eta of a run of `tcd` that gives none, as in its authors' code
 
 
 def lcm(
@@ -56,17 +58,33 @@ def lcm(
     Raises:
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    if isinstance(schedule, EDMSchedule):
-        raise InvalidArgument("lcm needs a discrete NoiseSchedule; consistency runs an EDMSchedule")
-    if spacing is None or isinstance(spacing, str):
-        if spacing is not None:
-            raise InvalidArgument(f"spacing={spacing!r}: lcm has its own spacing (None), or takes a list of timesteps")
-        original = min(50, schedule.timesteps) if original_steps is None else original_steps
-        spacing, steps = lcm_timesteps(schedule.timesteps, 4 if steps is None else steps, original), None
     if not is_number(timestep_scaling) or timestep_scaling <= 0.0:
         raise InvalidArgument(f"timestep_scaling={timestep_scaling!r}: a positive number is needed")
-    walk = Walk.of(schedule, steps, spacing=spacing, prediction=prediction, clip=clip, threshold=threshold)
+    walk = _distilled("lcm", schedule, steps, original_steps, spacing, prediction, clip, threshold)
     return lcm_table(walk, timestep_scaling)
+
+
+def _distilled(
+    name: str,
+    schedule: NoiseSchedule,
+    steps: int | None,
+    original_steps: int | None,
+    spacing: str | Sequence[float] | None,
+    prediction: str | None,
+    clip: float | None,
+    threshold: float | tuple[float, float] | None,
+) -> Walk:
+    """Return the walk of `lcm` and `tcd`, whose options these are."""
+    if isinstance(schedule, EDMSchedule):
+        raise InvalidArgument(f"{name} needs a discrete NoiseSchedule; consistency runs an EDMSchedule")
+    if spacing is None or isinstance(spacing, str):
+        if spacing is not None:
+            raise InvalidArgument(
+                f"spacing={spacing!r}: {name} has its own spacing (None), or takes a list of timesteps"
+            )
+        original = min(50, schedule.timesteps) if original_steps is None else original_steps
+        spacing, steps = lcm_timesteps(schedule.timesteps, 4 if steps is None else steps, original), None
+    return Walk.of(schedule, steps, spacing=spacing, prediction=prediction, clip=clip, threshold=threshold)
 
 
 def lcm_timesteps(T: int, steps: int, original_steps: int) -> list[float]:
@@ -86,6 +104,59 @@ def lcm_table(walk: Walk, timestep_scaling: float) -> StepTable:
         skip, out = 0.25 / (tau * tau + 0.25), tau / math.sqrt(tau * tau + 0.25)
         rows.append(walk.row(i, x=level.a_next * skip, x0=level.a_next * out, z=level.s_next))
     return walk.table("lcm", rows)
+
+
+def tcd(
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    eta: float = TCD_ETA,
+    original_steps: int | None = None,
+    spacing: str | Sequence[float] | None = None,
+    prediction: str | None = None,
+    clip: float | None = None,
+    threshold: float | tuple[float, float] | None = None,
+) -> StepTable:
+    """Build the table of trajectory consistency distillation's sampling (Zheng et al. 2024, arXiv:2402.19159, alg. 4).
+
+    A step from t to p goes down to s = floor((1 - eta) p) by DDIM and adds noise up to p (strategic stochastic
+    sampling; eta is the paper's gamma):
+
+        x_s = a_s x_0 + s_s eps
+        x_p = a_p / a_s x_s + sqrt(1 - abar_p / abar_s) z          and x_0 at the end
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 4.
+        eta: Share of fresh noise, 0 to 1.
+        original_steps: Number of timesteps, evenly spaced, at which the network was distilled; None is 50, or every
+            timestep of a schedule that has fewer.
+        spacing: A falling list of timesteps; None takes those of `lcm`.
+        prediction: What the network predicts, see `Walk.of`.
+        clip: Bound of |x_0|; None for none.
+        threshold: Dynamic thresholding in place of ``clip``, see `Walk.of`.
+
+    Returns:
+        A table of one row a step.
+
+    Raises:
+        InvalidArgument: If an option is out of range; the message names its value and what is allowed.
+    """
+    walk = _distilled("tcd", schedule, steps, original_steps, spacing, prediction, clip, threshold)
+    number("eta", eta, 0, 1)
+    # Nothing lies below the level at which the last step ends.
+    lower = [schedule.abar(math.floor((1.0 - eta) * level.t)) for level in walk.levels[1:]]
+    return tcd_table(walk, eta, [*lower, 1.0])
+
+
+def tcd_table(walk: Walk, eta: float, lower: Sequence[float]) -> StepTable:
+    """Build the rows of `tcd` for the levels of a walk; ``lower`` is abar at timestep s of every step."""
+    rows = []
+    for i, (level, abar) in enumerate(zip(walk.levels, lower, strict=True)):
+        z = math.sqrt(max(0.0, 1.0 - level.abar_next / abar)) if eta > 0.0 else 0.0
+        eps = level.a_next * math.sqrt((1.0 - abar) / abar)
+        rows.append(walk.row(i, x0=level.a_next, eps=eps, z=z))
+    return walk.table("tcd", rows)
 
 
 def consistency(

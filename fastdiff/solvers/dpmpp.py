@@ -155,6 +155,42 @@ def dpmpp_2m_sde(
     return dpmpp_table(walk, "dpmpp_2m_sde", 2, solver_type, lower_order_final, euler_at_final, sde=True)
 
 
+def dpmpp_3m_sde(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    **common: Unpack[Common],
+) -> StepTable:
+    """Build the table of SDE-DPM-Solver++(3M), k-diffusion's sample_dpmpp_3m_sde with eta = 1.
+
+    With D_1 and D_2 as in `dpmpp_3m` and g = 2 h
+
+        x_t = sigma_t / sigma_s e^-h x + a_t (1 - e^-g) x_0 + a_t ((e^-g - 1) / g + 1) D_1
+              - a_t ((e^-g - 1 + g) / g^2 - 1/2) D_2 + sigma_t sqrt(1 - e^-g) z
+
+    k-diffusion takes half of D_2, as the authors of `dpmpp_3m` do.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        lower_order_final: Whether the last step of a run of fewer than 15 steps is of order 1, and the one
+            before it of order 2. A step to zero noise always is of order 1.
+        euler_at_final: Whether the last step is of order 1 whatever the number of steps.
+        **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
+            `Walk.of`.
+
+    Returns:
+        A table of one row a step.
+
+    Raises:
+        InvalidArgument: If an option is out of range; the message names its value and what is allowed.
+    """
+    walk = Walk.of(schedule, steps, **common)
+    return dpmpp_table(walk, "dpmpp_3m_sde", 3, "heun", lower_order_final, euler_at_final, sde=True)
+
+
 def dpmpp_table(
     walk: Walk,
     name: str,
@@ -164,10 +200,11 @@ def dpmpp_table(
     euler_at_final: bool = False,
     sde: bool = False,
     authors: bool = False,
+    sign: bool = False,
 ) -> StepTable:
     """Build the rows of any DPM-Solver++ for the levels of a walk; the options are those of the public functions.
 
-    With ``authors``, order 3 has half of D_2, and for the SDE diffusers' wrong sign in its coefficient.
+    With ``authors``, order 3 has half of D_2; with ``sign``, that of the SDE has diffusers' wrong sign in its coefficient.
     """
     one_of("solver_type", solver_type, SOLVER_TYPES)
     n = len(walk)
@@ -178,11 +215,11 @@ def dpmpp_table(
             k = 1
         elif i == n - 2 and lower_order_final and n < FEW:
             k = min(k, 2)
-        rows.append(_row(walk, i, k, solver_type, sde, authors))
+        rows.append(_row(walk, i, k, solver_type, sde, authors, sign))
     return walk.table(name, rows)
 
 
-def _row(walk: Walk, i: int, order: int, solver_type: str, sde: bool, authors: bool) -> Row:
+def _row(walk: Walk, i: int, order: int, solver_type: str, sde: bool, authors: bool, sign: bool) -> Row:
     """Return row i, a step of the given order: the formulas are those of the public functions above."""
     level = walk.levels[i]
     # e^-h = (s_t / a_t) / (s_s / a_s), computed without h, which is infinite in a step to zero noise.
@@ -208,7 +245,7 @@ def _row(walk: Walk, i: int, order: int, solver_type: str, sde: bool, authors: b
     r0, r1 = h0 / h, h1 / h
     second = 2.0 * level.a_next * g * phi(3, -g)
     if authors:
-        second = 0.5 * second - (level.a_next if sde else 0.0)
+        second = 0.5 * second - (level.a_next if sde and sign else 0.0)
     # first D_1 + second D_2 / 2 as d10 D_10 + d11 D_11
     d10 = first * (1.0 + r0 / (r0 + r1)) + second / (r0 + r1)
     d11 = -first * r0 / (r0 + r1) - second / (r0 + r1)

@@ -24,7 +24,8 @@ def plms(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
         e    = (55 eps - 59 m1 + 37 m2 - 9 m3) / 24                                          (eq. 12)
         x_t  = a_t / a_s x_s + a_t (sigma_t - sigma_s) e,     sigma = sqrt(1 - abar) / a      (eq. 11)
 
-    and lower orders at the start. The weights suppose equal steps of the timestep. The first step is improved Euler: a
+    and lower orders at the start. A step to zero noise is of order 1, e = eps, as the weights, which suppose equal steps
+    of the timestep, extrapolate too far there. The first step is improved Euler: a
     second row, a stage at the second timestep, starts from the saved x again with the mean of both values of eps.
 
     Args:
@@ -54,7 +55,7 @@ def plms_table(walk: Walk, mix_outputs: bool = False, stage: Level | None = None
     rows = []
     for i, level in enumerate(walk.levels):
         # The stage does not push its eps, so in the second step m1 is the first row's.
-        order = min(i + 1, 4)
+        order = 1 if level.abar_next == 1.0 and not walk.compat else min(i + 1, 4)
         rows.append(_row(walk, i, level, WEIGHTS[order], mix_outputs, save=float(i == 0 and len(walk) > 1)))
         if i == 0 and len(walk) > 1:
             rows.append(_stage(walk, level if stage is None else stage, mix_outputs))

@@ -13,13 +13,16 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import edm, walk
 from fastdiff.solvers.adams import deis, lms
-from fastdiff.solvers.consistency import consistency, lcm
+from fastdiff.solvers.consistency import consistency, lcm, tcd
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import VARIANCE_TYPES, ddpm
-from fastdiff.solvers.dpmpp import dpmpp_1, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
+from fastdiff.solvers.dpm2 import dpm2, dpm2_ancestral
+from fastdiff.solvers.dpmpp import dpmpp_1, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
+from fastdiff.solvers.dpmpp_stages import dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.plms import plms
+from fastdiff.solvers.singlestep import dpmpp_2s, dpmpp_3s
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.unipc import unipc
 
@@ -88,6 +91,10 @@ def _dpm(order: int, algorithm: str = "dpmsolver++") -> DiffusersScheduler:
     )
 
 
+def _dpm_singlestep(order: int, **more: str) -> DiffusersScheduler:
+    return DiffusersScheduler("DPMSolverSinglestepScheduler", {"solver_order": order, **more}, by_sigma=True)
+
+
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(
         ddim,
@@ -112,6 +119,23 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2m_sde": Solver(
         dpmpp_2m_sde, "SDE-DPM-Solver++(2M), stochastic (Lu et al. 2022).", diffusers=_dpm(2, "sde-dpmsolver++")
     ),
+    "dpmpp_3m_sde": Solver(dpmpp_3m_sde, "SDE-DPM-Solver++(3M), stochastic (k-diffusion)."),
+    "dpmpp_2s": Solver(
+        dpmpp_2s, "DPM-Solver++(2S), single-step, of order 2 (Lu et al. 2022).", diffusers=_dpm_singlestep(2)
+    ),
+    "dpmpp_3s": Solver(
+        dpmpp_3s,
+        "DPM-Solver++(3S), single-step, of order 3 (Lu et al. 2022).",
+        diffusers=_dpm_singlestep(3, solver_type="heun"),
+    ),
+    "dpmpp_sde": Solver(
+        dpmpp_sde,
+        "DPM++ SDE, stochastic, two evaluations a step (k-diffusion).",
+        diffusers=DiffusersScheduler("DPMSolverSDEScheduler", by_sigma=True),
+    ),
+    "dpmpp_2s_ancestral": Solver(
+        dpmpp_2s_ancestral, "DPM++ 2S ancestral, stochastic, two evaluations a step (k-diffusion)."
+    ),
     "unipc": Solver(
         unipc,
         "UniPC, a multi-step predictor and corrector (Zhao et al. 2023).",
@@ -132,6 +156,16 @@ SOLVERS: dict[str, Solver] = {
         heun,
         "Heun's method of order 2, two evaluations a step (Karras et al. 2022).",
         diffusers=DiffusersScheduler("HeunDiscreteScheduler", by_sigma=True),
+    ),
+    "dpm2": Solver(
+        dpm2,
+        "The midpoint rule in sigma, two evaluations a step (k-diffusion).",
+        diffusers=DiffusersScheduler("KDPM2DiscreteScheduler", by_sigma=True),
+    ),
+    "dpm2_ancestral": Solver(
+        dpm2_ancestral,
+        "The midpoint rule with fresh noise in every step (k-diffusion).",
+        diffusers=DiffusersScheduler("KDPM2AncestralDiscreteScheduler", by_sigma=True),
     ),
     "deis": Solver(
         deis,
@@ -161,6 +195,15 @@ SOLVERS: dict[str, Solver] = {
             "timestep_scaling": lambda config: config.get("timestep_scaling", 10.0),
         },
         diffusers=DiffusersScheduler("LCMScheduler"),
+    ),
+    "tcd": Solver(
+        tcd,
+        "Trajectory consistency distillation (Zheng et al. 2024).",
+        steps=4,
+        shared=("spacing", "prediction", "clip", "threshold"),
+        own_spacing=True,
+        from_model={"original_steps": lambda config: config.get("original_inference_steps")},
+        diffusers=DiffusersScheduler("TCDScheduler"),
     ),
     "consistency": Solver(
         consistency,

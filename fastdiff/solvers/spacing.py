@@ -131,6 +131,12 @@ def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[n
     return [float(round(v)) if abs(v - round(v)) < 1e-9 else float(v) for v in t]  # integers without rounding error
 
 
+def nearest_timestep(schedule: NoiseSchedule, sigma: float) -> float:
+    """Return the timestep at which the schedule has ``sigma``, or the end of its range that is nearest."""
+    largest, smallest = _sigma_range(schedule, finite=False)
+    return sigma_timesteps(schedule, [min(max(sigma, smallest), largest)])[0]
+
+
 def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, float]:
     """Return the largest and the smallest sigma; if ``finite``, refuse a schedule whose largest is infinite."""
     first, last = (float(schedule.alphas_cumprod[i]) for i in (0, -1))

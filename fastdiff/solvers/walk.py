@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 from fastdiff.checks import one_of
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
-from fastdiff.solvers.spacing import levels, timesteps
+from fastdiff.solvers.spacing import levels, nearest_timestep, timesteps
 from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold
 
 Schedule = NoiseSchedule | EDMSchedule
@@ -88,6 +89,8 @@ class Walk:
     # table the levels join all the same, and the row of a repeated timestep is a stage.
     compat: bool = False
     last_time: float = 0.0  # the network's timestep where the last step ends, if there is noise
+    # The network's timestep at a sigma between two levels, and abar there, for solvers with a stage in between.
+    between: Callable[[float], tuple[float, float]] | None = None
 
     @classmethod
     def of(
@@ -154,6 +157,7 @@ class Walk:
             output_scale=output_scale,
             continuous=isinstance(schedule, EDMSchedule),
             last_time=last_time,
+            between=partial(_between, schedule),
         )
 
     def at(self, level: Level) -> Walk:
@@ -232,6 +236,15 @@ class Walk:
             threshold=self.threshold,
             data_scale=self.data_scale,
         )
+
+
+def _between(schedule: Schedule, sigma: float) -> tuple[float, float]:
+    """Return the network's timestep at a sigma of a walk, and abar there."""
+    if isinstance(schedule, EDMSchedule):
+        t = schedule.time(sigma * schedule.sigma_data)
+    else:
+        t = nearest_timestep(schedule, sigma)
+    return t, schedule.abar(t)
 
 
 def _joined(rows: Sequence[Row]) -> list[Row]:

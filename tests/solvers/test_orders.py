@@ -15,10 +15,13 @@ import pytest
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.adams import deis_table, lms_table
 from fastdiff.solvers.ddim import ddim_table
+from fastdiff.solvers.dpm2 import dpm2_table
 from fastdiff.solvers.dpmpp import dpmpp_table
+from fastdiff.solvers.dpmpp_stages import dpmpp_2s_ancestral_table, dpmpp_sde_table
 from fastdiff.solvers.euler import euler_table
 from fastdiff.solvers.heun import heun_table
 from fastdiff.solvers.plms import plms_table
+from fastdiff.solvers.singlestep import orders, singlestep_table
 from fastdiff.solvers.unipc import unipc_table
 from fastdiff.solvers.walk import Level, Walk
 from tests.support.solver_grid import ORDERS
@@ -31,7 +34,8 @@ ALL = range(10_000)
 def walk(steps: int, prediction: str = "v_prediction") -> Walk:
     """Equal steps of lambda from -6 to 1.5; abar = 1 / (1 + e^(-2 lambda))."""
     abar = (1 / (1 + np.exp(-2 * np.linspace(-6, 1.5, steps + 1)))).tolist()
-    return Walk(tuple(Level(float(steps - i), abar[i], abar[i + 1]) for i in range(steps)), prediction, math.inf)
+    levels = tuple(Level(float(steps - i), abar[i], abar[i + 1]) for i in range(steps))
+    return Walk(levels, prediction, math.inf, between=lambda sigma: (0.5, 1 / (1 + sigma * sigma)))
 
 
 def multistep(order: int, **options: object):
@@ -53,6 +57,15 @@ SOLVERS = {
     "dpmpp_2m_sde": (multistep(2, sde=True), 2, 0.1),
     "dpmpp_3m": (multistep(3), 3, 0.2),
     "dpmpp_3m as its authors have it": (multistep(3, authors=True), 2, 0.15),
+    "dpmpp_3m_sde": (multistep(3, sde=True), 2, 0.3),
+    "dpmpp_3m_sde as k-diffusion has it": (multistep(3, sde=True, authors=True), 2, 0.25),
+    "dpmpp_2s": (lambda w: singlestep_table(w, "dpmpp_2s", orders(w, 2), "midpoint"), 2, 0.1),
+    "dpmpp_2s, heun": (lambda w: singlestep_table(w, "dpmpp_2s", orders(w, 2), "heun"), 2, 0.1),
+    "dpmpp_3s": (lambda w: singlestep_table(w, "dpmpp_3s", orders(w, 3), "heun"), 3, 0.2),
+    "dpmpp_sde": (lambda w: dpmpp_sde_table(w, 1.0), 2, 0.25),
+    "dpmpp_2s_ancestral": (lambda w: dpmpp_2s_ancestral_table(w, 1.0), 2, 0.1),
+    "dpm2": (lambda w: dpm2_table(w, "dpm2", 0.0), 2, 0.1),
+    "dpm2_ancestral": (lambda w: dpm2_table(w, "dpm2_ancestral", 1.0), 2, 0.1),
     "unipc 1": (unipc(1), 2, 0.1),
     "unipc 2": (unipc(2), 3, 0.1),
     "unipc 3": (unipc(3), 4, 0.2),
@@ -82,7 +95,9 @@ def error(table: StepTable, prediction: str = "v_prediction") -> float:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_order_of_convergence(name):
     build, order, band = SOLVERS[name]
-    errors = [error(build(walk(n))) for n in (64, 128, 256)]
+    errors = [
+        error(build(walk(n))) for n in (66, 132, 264)
+    ]  # multiples of 2 and 3, for the groups of single-step solvers
     slopes = np.log2(np.array(errors[:-1]) / errors[1:])
     assert np.abs(slopes - order).max() < band, (errors, slopes)
     assert errors[-1] < 0.02

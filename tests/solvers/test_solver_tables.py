@@ -55,6 +55,14 @@ BUILD = {
     "dpmpp_2m heun": functools.partial(solvers.dpmpp_2m, solver_type="heun"),
     "dpmpp_3m": solvers.dpmpp_3m,
     "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
+    "dpmpp_3m_sde": solvers.dpmpp_3m_sde,
+    "dpmpp_2s": solvers.dpmpp_2s,
+    "dpmpp_2s heun": functools.partial(solvers.dpmpp_2s, solver_type="heun"),
+    "dpmpp_3s": solvers.dpmpp_3s,
+    "dpmpp_sde": solvers.dpmpp_sde,
+    "dpmpp_2s_ancestral": solvers.dpmpp_2s_ancestral,
+    "dpm2": solvers.dpm2,
+    "dpm2_ancestral": functools.partial(solvers.dpm2_ancestral, eta=0.7),
     "unipc 1": functools.partial(solvers.unipc, order=1),
     "unipc": solvers.unipc,
     "unipc 3": functools.partial(solvers.unipc, order=3, lower_order_final=False),
@@ -68,7 +76,8 @@ BUILD = {
     "plms": solvers.plms,
 }
 FINAL = [name for name in BUILD if not name.startswith("dd")]  # these take ``final``
-NEED_FINITE = ("heun", "plms")
+STAGES = ("heun", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm2", "dpm2_ancestral")  # two rows a step
+NEED_FINITE = (*STAGES, "plms")
 
 
 # Every table ----------------------------------------------------------------------------------------------------------
@@ -95,7 +104,7 @@ def table_of(options: Options, schedule: Schedule, prediction: str = "epsilon") 
 
 
 def rows_of(name: str, steps: int, final: str) -> int:
-    if name == "heun":
+    if name in STAGES:
         return 2 * steps - (final == "zero")
     return steps + (name == "plms" and steps > 1)
 

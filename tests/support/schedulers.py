@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastdiff.solvers.compat.diffusers import IN_SIGMA
 
 MODULES = {
     "DDPMScheduler": "ddpm",
@@ -28,6 +31,11 @@ MODULES = {
     "EDMEulerScheduler": "edm_euler",
     "EDMDPMSolverMultistepScheduler": "edm_dpmsolver_multistep",
     "CMStochasticIterativeScheduler": "consistency_models",
+    "DPMSolverSinglestepScheduler": "dpmsolver_singlestep",
+    "KDPM2DiscreteScheduler": "k_dpm_2_discrete",
+    "KDPM2AncestralDiscreteScheduler": "k_dpm_2_ancestral_discrete",
+    "DPMSolverSDEScheduler": "dpmsolver_sde",
+    "TCDScheduler": "tcd",
 }
 
 
@@ -49,16 +57,36 @@ def _quad(f: Callable[[float], float], a: Any, b: Any, epsrel: float) -> tuple[f
 
 
 def scheduler_module(name: str) -> types.ModuleType:
+    if name == "DPMSolverSDEScheduler":  # it imports torchsde for the tree that `Brownian` replaces
+        sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
     if name == "LMSDiscreteScheduler" and not hasattr(module, "integrate"):
         module.integrate = types.SimpleNamespace(quad=_quad)  # type: ignore[attr-defined]  # a module takes any
     return module
 
 
+class Brownian:
+    """Increments of a Brownian motion in sigma, in place of DPMSolverSDEScheduler's tree: a stage's, then the step's."""
+
+    def __init__(self, draw: Callable[[], Tensor]):
+        self.draw = draw
+        self.stage: tuple[float, float, Tensor] | None = None  # sigma at its start and its end, and its increment
+
+    def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        start, end, z = float(sigma), float(sigma_next), self.draw()
+        if self.stage is not None and self.stage[0] == start:
+            share = (start - self.stage[1]) / (start - end)
+            z, self.stage = math.sqrt(share) * self.stage[2] + math.sqrt(1.0 - share) * z, None
+        else:
+            self.stage = start, end, z
+        return z
+
+
 @contextlib.contextmanager
 def float64(module: types.ModuleType, draw: Callable[[], Tensor]) -> Iterator[None]:
     """Let the scheduler's module compute in float64 and take its noise from ``draw``."""
     new = {"torch": Widened(torch), "np": Widened(np), "randn_tensor": lambda *_, **__: draw()}
+    new["BrownianTreeNoiseSampler"] = lambda *_: Brownian(draw)
     old = {name: getattr(module, name) for name in new if hasattr(module, name)}
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -84,14 +112,13 @@ def run_scheduler(
     with float64(module, lambda: noise[1 + row]):
         scheduler = getattr(module, config["_class_name"])(**{k: v for k, v in config.items() if k[0] != "_"})
         scheduler.set_timesteps(steps)
-        data = getattr(scheduler.config, "sigma_data", 1.0)
-        in_sigma = config["_class_name"].startswith(("Euler", "Heun", "LMS", "EDM", "CM"))
+        in_sigma = config["_class_name"] in IN_SIGMA
         x = noise[0] * scheduler.init_noise_sigma
         states = []
         for row, t in enumerate(scheduler.timesteps):
             out = denoise(scheduler.scale_model_input(x, t), t.double().reshape(1))
             x = scheduler.step(out, t, x, **options).prev_sample
             last = row == len(scheduler.timesteps) - 1
-            sigma = float(scheduler.sigmas[scheduler.step_index]) if in_sigma and not last else 0.0
-            states.append(x if last or not in_sigma else x / math.hypot(sigma, data))
+            # What the network reads next is variance-preserving.
+            states.append(x if last or not in_sigma else scheduler.scale_model_input(x, scheduler.timesteps[row + 1]))
     return torch.stack(states)

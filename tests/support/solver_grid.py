@@ -43,8 +43,10 @@ class Solver:
             return EDM
         if self.scheduler.startswith("CM"):
             return ("karras",)
-        if self.scheduler.startswith("LCM"):
+        if self.scheduler.startswith(("LCM", "TCD")):
             return ("leading",)
+        if self.scheduler == SINGLE:
+            return ("linspace", *SIGMAS)
         return (*TIMESTEPS, *(SIGMAS if self.sigmas else ()))
 
     def config(self, prediction: str, spacing: str) -> dict[str, Any]:
@@ -54,6 +56,8 @@ class Solver:
         config["prediction_type"] = prediction
         if self.scheduler.startswith("EDM"):
             return {**config, "sigma_schedule": spacing}
+        if self.scheduler == SINGLE:  # "linspace" is its only spacing by timestep
+            return {**config, **SIGMAS.get(spacing, {})}
         return {**config, **SIGMAS.get(spacing, {"timestep_spacing": spacing})}
 
     def runs(self, spacing: str) -> Iterator[tuple[int, str]]:
@@ -71,9 +75,12 @@ def _bind(build: Callable[..., StepTable], **options: Any) -> Callable[..., Step
     return functools.partial(build, **options)
 
 
+SINGLE = "DPMSolverSinglestepScheduler"
 DPM, UNIPC, DEIS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
 LOW = ("final_sigmas_type", "sigma_min")
 SDE = ("algorithm_type", "sde-dpmsolver++")
+DDPM_BETAS = (("beta_start", 1e-4), ("beta_end", 0.02))
+BETWEEN = "the timestep of a level between two others"
 NO_SAMPLE = ("epsilon", "v_prediction")
 GRID = [
     Solver("ddpm", _bind(solvers.ddpm, clip=1.0), "DDPMScheduler", sigmas=False),
@@ -98,6 +105,17 @@ GRID = [
     Solver("dpmpp_3m", solvers.dpmpp_3m, DPM, (("solver_order", 3),), differs="the whole second derivative"),
     Solver("dpmpp_2m_sde", solvers.dpmpp_2m_sde, DPM, (SDE,)),
     Solver("dpmpp_2m_sde, heun", _bind(solvers.dpmpp_2m_sde, solver_type="heun"), DPM, (SDE, ("solver_type", "heun"))),
+    Solver("dpmpp_2s", solvers.dpmpp_2s, SINGLE),
+    Solver("dpmpp_2s, heun", _bind(solvers.dpmpp_2s, solver_type="heun"), SINGLE, (("solver_type", "heun"),)),
+    Solver("dpmpp_3s", solvers.dpmpp_3s, SINGLE, (("solver_order", 3), ("solver_type", "heun"))),
+    Solver(
+        "dpmpp_3s, midpoint",
+        solvers.dpmpp_3s,
+        SINGLE,
+        (("solver_order", 3),),
+        differs="the slope of the last value alone",
+    ),
+    Solver("dpmpp_sde", solvers.dpmpp_sde, "DPMSolverSDEScheduler", DDPM_BETAS, NO_SAMPLE, differs=BETWEEN),
     Solver("unipc, order 1", _bind(solvers.unipc, order=1), UNIPC, (("solver_order", 1),)),
     Solver("unipc", solvers.unipc, UNIPC),
     Solver("unipc, order 3", _bind(solvers.unipc, order=3), UNIPC, (("solver_order", 3),)),
@@ -118,8 +136,17 @@ GRID = [
         predictions=NO_SAMPLE,
         sigmas=False,
     ),
-    Solver("heun", solvers.heun, "HeunDiscreteScheduler", (("beta_start", 1e-4), ("beta_end", 0.02))),
-    Solver("lms", solvers.lms, "LMSDiscreteScheduler"),
+    Solver("heun", solvers.heun, "HeunDiscreteScheduler", DDPM_BETAS),
+    Solver("lms", solvers.lms, "LMSDiscreteScheduler", differs="a step to zero noise is of order 1"),
+    Solver("dpm2", solvers.dpm2, "KDPM2DiscreteScheduler", DDPM_BETAS, NO_SAMPLE, differs=BETWEEN),
+    Solver(
+        "dpm2_ancestral",
+        solvers.dpm2_ancestral,
+        "KDPM2AncestralDiscreteScheduler",
+        DDPM_BETAS,
+        NO_SAMPLE,
+        differs=BETWEEN,
+    ),
     Solver(
         "plms",
         _bind(solvers.plms, final="sigma_min"),
@@ -141,7 +168,14 @@ GRID = [
         "lcm",
         solvers.lcm,
         "LCMScheduler",
-        (("beta_schedule", "linear"), ("beta_start", 1e-4), ("beta_end", 0.02)),
+        (("beta_schedule", "linear"), *DDPM_BETAS),
+    ),
+    Solver(
+        "tcd",
+        solvers.tcd,
+        "TCDScheduler",
+        (("beta_schedule", "linear"), *DDPM_BETAS),
+        differs="the last step ends at zero noise",
     ),
     Solver("euler, EDM", solvers.euler, "EDMEulerScheduler", predictions=NO_SAMPLE),
     Solver("dpmpp_2m, EDM", solvers.dpmpp_2m, "EDMDPMSolverMultistepScheduler", predictions=NO_SAMPLE),
@@ -186,14 +220,20 @@ points:
   rounds or cuts them for DPM-Solver++, UniPC and DEIS.
 - `init_scale` is 1, as the state is variance-preserving; diffusers starts Euler, Heun and LMS at sqrt(1 - abar) with
   `linspace` and `trailing`.
-- The last step ends at zero noise (`final="zero"`); diffusers' DEIS and PNDM end at the schedule's lowest level.
+- The last step ends at zero noise (`final="zero"`); diffusers' DEIS, PNDM and TCD end at the schedule's lowest level.
+- The network's timestep at a level between two others is where the schedule, linear in log abar between timesteps, has
+  that level; diffusers' DPM2 and DPM++ SDE interpolate log sigma.
+- A step to zero noise is of order 1 in every multi-step solver; k-diffusion and diffusers keep the full order of LMS
+  there.
+- diffusers draws the noise of DPM++ SDE from a Brownian tree with a seed of its own (torchsde); the same increments of
+  the same Brownian motion give the same run.
 
 Faults of diffusers: DPM-Solver++(3M) takes half of the second derivative, as in the authors' code, which makes it of
-order 2; the SDE form of order 3 has a wrong sign; UniPC with `bh1` ends in NaN at sigma = 0; DDPM with `fixed_large` or
+order 2 (the whole one wins at many steps, the half at 15 to 20); the SDE form of order 3 has a wrong sign; UniPC with `bh1` ends in NaN at sigma = 0; DDPM with `fixed_large` or
 `learned_range` leaves noise on the image where its last timestep is above 0.
 
 Not supported, and refused by name: `skip_prk_steps=false`, `use_beta_sigmas`, `use_lu_lambdas`, `use_flow_sigmas`,
-`algorithm_type` `dpmsolver` and `sde-dpmsolver` (noise prediction), `predict_x0=false`, `solver_p`, and every scheduler
+`algorithm_type` `dpmsolver` and `sde-dpmsolver` (noise prediction), single-step `sde-dpmsolver++`, `predict_x0=false`, `solver_p`, and every scheduler
 that the table does not name.
 
 ## Sampling as other code bases do
@@ -223,6 +263,8 @@ standard deviation falls with the number of steps to the power below (`tests/sol
 ORDERS = {
     "ddim, euler, dpmpp_1, euler_ancestral": "1",
     "dpmpp_2m (midpoint, heun), heun, plms, dpmpp_2m_sde": "2",
+    "dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, dpmpp_2s_ancestral, dpm2, dpm2_ancestral": "2",
+    "dpmpp_3s": "3",
     "dpmpp_3m": "3 (the authors' and diffusers' coefficients: 2)",
     "unipc of order 1, 2, 3": "2, 3, 4: the corrector adds one; without it 1, 2, 3",
     "deis of order 1, 2, 3": "1, 2, 3",

@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,18 @@ from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.solvers.adams import deis_table, lms_table
 from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
-from fastdiff.solvers.consistency import consistency, lcm_table, lcm_timesteps
+from fastdiff.solvers.consistency import TCD_ETA, consistency, lcm_table, lcm_timesteps, tcd_table
 from fastdiff.solvers.ddim import ddim_table
 from fastdiff.solvers.ddpm import VARIANCE_TYPES, ddpm_table
+from fastdiff.solvers.dpm2 import dpm2_table
 from fastdiff.solvers.dpmpp import dpmpp_table
+from fastdiff.solvers.dpmpp_stages import dpmpp_sde_table
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.euler import euler_table
 from fastdiff.solvers.heun import heun_table
 from fastdiff.solvers.plms import plms_table
 from fastdiff.solvers.registry import SOLVERS
+from fastdiff.solvers.singlestep import singlestep_table
 from fastdiff.solvers.spacing import SIGMA_SPACINGS, spaced_sigmas
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.unipc import unipc_table
@@ -52,6 +56,7 @@ from fastdiff.solvers.walk import Level, Walk
 ZERO_SNR = 2.0**-24  # abar that diffusers has in place of 0
 PRECISION = "float32"  # of diffusers' noise levels
 TIMESTEP_SPACINGS = ("trailing", "leading", "linspace")
+ETA = {"DDIMScheduler": 0.0, "TCDScheduler": TCD_ETA}  # schedulers whose step has the option eta, and its default
 EDM_PREDICTIONS = {"epsilon": "edm", "v_prediction": "v_prediction"}  # diffusers' names, and those of fastdiff
 
 
@@ -60,7 +65,7 @@ def from_config(
     steps: int,
     schedule: NoiseSchedule | None = None,
     *,
-    eta: float = 0.0,
+    eta: float | None = None,
     use_clipped_model_output: bool = False,
 ) -> StepTable:
     """Return the table of the scheduler that ``config`` describes, after its ``set_timesteps(steps)``.
@@ -74,7 +79,8 @@ def from_config(
             diffusers' default.
         steps: Number of steps, at least 1.
         schedule: Noise schedule in place of the configuration's.
-        eta: Option of DDIMScheduler's step: 0 is deterministic.
+        eta: Option of the step of DDIMScheduler (0, the default, is deterministic) and of TCDScheduler (by default
+            0.3).
         use_clipped_model_output: Option of DDIMScheduler's step: take eps from the clipped x_0.
 
     Returns:
@@ -86,8 +92,11 @@ def from_config(
         InvalidArgument: If the number of steps is out of range, or an option belongs to another scheduler.
     """
     name = scheduler_name(config)
-    if name != "DDIMScheduler" and (eta != 0.0 or use_clipped_model_output):
-        raise InvalidArgument(f"eta and use_clipped_model_output are options of DDIMScheduler, not of {name}")
+    if name not in ETA and eta not in (None, 0.0):
+        raise InvalidArgument(f"eta is an option of {' and '.join(ETA)}, not of {name}")
+    if name != "DDIMScheduler" and use_clipped_model_output:
+        raise InvalidArgument(f"use_clipped_model_output is an option of DDIMScheduler, not of {name}")
+    eta = ETA.get(name, 0.0) if eta is None else eta
     source = Source(name, config, checks.whole("steps", steps, 1), schedule, eta, use_clipped_model_output)
     return SCHEDULERS[name](source)
 
@@ -133,7 +142,8 @@ def diffusers_table(options: CompatOptions) -> StepTable:
     elif options.clip != FROM_MODEL:
         config |= {"clip_sample": True, "clip_denoised": True, "clip_sample_range": options.clip, "thresholding": False}
     steps = options.default_steps() if options.steps is None else options.steps
-    table = from_config({**config, "_class_name": name}, steps, eta=options.eta)
+    eta = options.eta if name == "DDIMScheduler" else None
+    table = from_config({**config, "_class_name": name}, steps, eta=eta)
     if options.clip not in (None, FROM_MODEL) and any(row.c * table.data_scale != options.clip for row in table.rows):
         raise InvalidArgument(
             f"clip={options.clip!r}: diffusers' {name} cannot bound x0 so; leave it out, or give None"
@@ -239,11 +249,22 @@ class Source:
 
 # Schedulers whose default betas are not DDPM's, and those that have the option rescale_betas_zero_snr.
 BETAS: dict[str, dict[str, Any]] = {
-    "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+    **dict.fromkeys(
+        ("LCMScheduler", "TCDScheduler"),
+        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    ),
+    **dict.fromkeys(
+        (
+            "HeunDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "DPMSolverSDEScheduler",
+        ),
+        {"beta_start": 0.00085, "beta_end": 0.012},
+    ),
 }
 ZERO_SNR_SCHEDULERS = (
-    "DDPMScheduler", "DDIMScheduler", "LCMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+    "DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
 )  # fmt: skip
 
@@ -300,6 +321,13 @@ def _lcm(source: Source) -> StepTable:
     t = np.array(lcm_timesteps(schedule.timesteps, source.steps, source.get("original_inference_steps", 50)))
     walk = _discrete(source, schedule, t, [*t[1:], -1], 1.0, source.bounds(False))
     return lcm_table(walk, float(source.get("timestep_scaling", 10.0)))
+
+
+def _tcd(source: Source) -> StepTable:
+    schedule = source.schedule()
+    t = np.array(lcm_timesteps(schedule.timesteps, source.steps, source.get("original_inference_steps", 50)))
+    walk = _discrete(source, schedule, t, [*t[1:], 0], 1.0, {"c": math.inf})
+    return tcd_table(walk, source.eta, [schedule.abar(math.floor((1.0 - source.eta) * p)) for p in [*t[1:], 0]])
 
 
 def _discrete(
@@ -382,6 +410,11 @@ def _sigma_walk(
     return Walk(levels, prediction or source.prediction(), compat=True, **bounds, **more)
 
 
+def _between(train: NDArray[Any], sigma: float) -> tuple[float, float]:
+    """Return the timestep at a sigma between two levels, and abar there."""
+    return float(_times(np.array([sigma]), train)[0]), 1.0 / (1.0 + sigma * sigma)
+
+
 def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str, Any]) -> Walk:
     """Return the walk of DPMSolverMultistep, UniPC and DEIS, which compute one timestep more and drop t = 0.
 
@@ -391,7 +424,10 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False)
     schedule = source.schedule()
     train = _sigmas(schedule)
-    dpm = source.name == "DPMSolverMultistepScheduler"
+    single = source.name == "DPMSolverSinglestepScheduler"  # which has no other timesteps than "linspace"
+    dpm = single or source.name == "DPMSolverMultistepScheduler"
+    if single:
+        source = dataclasses.replace(source, config={**source.config, "timestep_spacing": "linspace"})
     lowest = source.get("lambda_min_clipped", -math.inf) if dpm else -math.inf
     top = len(train) - int(np.searchsorted(-np.log(train)[::-1], lowest))
     t = source.timesteps(len(train), "linspace", skip_last=True, top=top)
@@ -401,7 +437,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     if respaced is not None:
         t, sigmas = respaced
         # diffusers rounds Karras' timesteps, and cuts all of them to int64.
-        cosine = dpm and source.config.get("beta_schedule") == "squaredcos_cap_v2"
+        cosine = dpm and not single and source.config.get("beta_schedule") == "squaredcos_cap_v2"
         t = np.floor(t.round() if source.get("use_karras_sigmas", False) and not cosine else t)
         end = sigmas[-1] if floor else end
     if final is not None and source.one_of("final_sigmas_type", final, ("zero", "sigma_min")) == "zero":
@@ -433,6 +469,7 @@ def _dpm_table(source: Source, walk: Walk) -> StepTable:
         source.get("euler_at_final", False),
         sde,
         authors=True,
+        sign=True,
     )
 
 
@@ -452,8 +489,25 @@ def _deis(source: Source) -> StepTable:
     return deis_table(walk, _order(source), source.get("lower_order_final", True))
 
 
+def _dpm_singlestep(source: Source) -> StepTable:
+    source.only(use_flow_sigmas=False, use_dynamic_shifting=False)
+    source.one_of("algorithm_type", "dpmsolver++", ("dpmsolver++", "deis"))
+    walk = _multistep(source, final="zero", floor=False, bounds=source.bounds(None))
+    order, n = _order(source), source.steps
+    lower = source.get("lower_order_final", False) or n % order > 0 or walk.levels[-1].abar_next == 1.0
+    orders = [i % order + 1 for i in range(n)]
+    if lower and order == 3:
+        orders = [*orders[: n - n % 3 - (0 if n % 3 else 3)], *{0: (1, 2, 1), 1: (1,), 2: (1, 2)}[n % 3]]
+    elif lower and order == 2:
+        orders[-1] = 1
+    if walk.levels[-1].abar_next == 1.0:
+        orders[-1] = 1
+    kind = source.get("solver_type", "midpoint")
+    return singlestep_table(walk, f"dpmpp_{order}s", orders, "midpoint" if kind in ("logrho", "bh1", "bh2") else kind)
+
+
 def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
-    """Return the walk of Euler, Euler ancestral, Heun and LMS; ``final``: whether there is a final_sigmas_type."""
+    """Return the walk of the schedulers in sigma; ``final``: whether there is a final_sigmas_type."""
     schedule = source.schedule()
     train = _sigmas(schedule)
     t = source.timesteps(len(train), "linspace", whole=False)
@@ -466,6 +520,7 @@ def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
     respaced = _respaced(source, sigmas, train)
     if respaced is not None:
         t, sigmas = respaced
+        t = t.round() if source.name.startswith("KDPM2") and source.get("use_karras_sigmas", False) else t
     elif len(sigmas) > source.steps:  # log_linear has one sigma more, at which the last step ends
         sigmas, end = sigmas[:-1], float(sigmas[-1])
     if final and source.get("timestep_type", "discrete") == "continuous" and source.prediction() == "v_prediction":
@@ -473,7 +528,15 @@ def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
     abar = 1.0 / (1.0 + float(sigmas[0]) ** 2)
     scale = 1.0 if source.get("timestep_spacing", "linspace") == "leading" else math.sqrt(1.0 - abar)
     return _sigma_walk(
-        source, t, sigmas, end, bounds, init_scale=scale, output_scale=math.hypot(end, 1.0), continuous=continuous
+        source,
+        t,
+        sigmas,
+        end,
+        bounds,
+        init_scale=scale,
+        output_scale=math.hypot(end, 1.0),
+        continuous=continuous,
+        between=partial(_between, train),
     )
 
 
@@ -497,6 +560,23 @@ def _heun(source: Source) -> StepTable:
 
 def _lms(source: Source) -> StepTable:
     return lms_table(_single(source, {"c": math.inf}, final=False), 4)
+
+
+def _two_stages(source: Source) -> Walk:
+    source.prediction(("epsilon", "v_prediction"))
+    return _single(source, {"c": math.inf}, final=False)
+
+
+def _dpm2(source: Source) -> StepTable:
+    return dpm2_table(_two_stages(source), "dpm2", 0.0)
+
+
+def _dpm2_ancestral(source: Source) -> StepTable:
+    return dpm2_table(_two_stages(source), "dpm2_ancestral", 1.0)
+
+
+def _dpm_sde(source: Source) -> StepTable:
+    return dpmpp_sde_table(_two_stages(source), 1.0)
 
 
 # EDM ------------------------------------------------------------------------------------------------------------------
@@ -557,7 +637,9 @@ VARIANCE_PRESERVING: dict[str, Build] = {
     "DDIMScheduler": _ddim,
     "PNDMScheduler": _pndm,
     "LCMScheduler": _lcm,
+    "TCDScheduler": _tcd,
     "DPMSolverMultistepScheduler": _dpm,
+    "DPMSolverSinglestepScheduler": _dpm_singlestep,
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
 }
@@ -573,6 +655,9 @@ IN_SIGMA: dict[str, Build] = {
     "EulerAncestralDiscreteScheduler": _euler_ancestral,
     "HeunDiscreteScheduler": _heun,
     "LMSDiscreteScheduler": _lms,
+    "KDPM2DiscreteScheduler": _dpm2,
+    "KDPM2AncestralDiscreteScheduler": _dpm2_ancestral,
+    "DPMSolverSDEScheduler": _dpm_sde,
     **WITHOUT_SCHEDULE,
 }
 SCHEDULERS = {**VARIANCE_PRESERVING, **IN_SIGMA}
