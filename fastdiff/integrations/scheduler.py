@@ -7,9 +7,9 @@
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, generator=generator).prev_sample
 
-The samples of schedulers that diffusers runs in sigma space (Euler, Heun, DPM2, DPM++ SDE, LMS, EDM, consistency models) are in sigma
-space here as well: the sample is x_0 + sigma eps. The table's state, which is variance-preserving, is then
-sample * sqrt(abar) / sigma_data.
+The samples of schedulers that diffusers runs in sigma space (Euler, Heun, DPM2, DPM++ SDE, LMS, EDM, consistency
+models) are in sigma space here as well: the sample is x_0 + sigma eps. The table's state, which is
+variance-preserving, is then sample * sqrt(abar) / sigma_data.
 """
 
 from __future__ import annotations

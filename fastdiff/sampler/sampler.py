@@ -199,9 +199,9 @@ class Sampler:
 
         Args:
             n: Number of images, at least 1.
-            solver: A name of `fastdiff.solvers.registry.SOLVERS` (docs/solvers.md lists them), "auto", or a `StepTable`
-                made by a function of `fastdiff.solvers`. "auto" without ``steps`` chooses, for a model with measurements,
-                the fewest network evaluations that were indistinguishable from the best setting
+            solver: A name of `fastdiff.solvers.registry.SOLVERS` (docs/solvers.md lists them), "auto", or a
+                `StepTable` made by a function of `fastdiff.solvers`. "auto" without ``steps`` chooses, for a model with
+                measurements, the fewest network evaluations that were indistinguishable from the best setting
                 (`fastdiff.sampler.measured.automatic`); otherwise a general rule chooses by steps and guidance
                 (`fastdiff.sampler.choice.auto`).
             steps: Steps of the solver, at least 1, at most the timesteps of a `NoiseSchedule`. A step is one network

@@ -30,9 +30,9 @@ def lms(schedule: Schedule, steps: int | None = None, *, order: int = 4, **commo
 
         x_t = x_s + sum_k eps_k integral from sigma_s to sigma_t of L_k(sigma) dsigma
 
-    where eps_k are the last ``order`` values of eps and L_k their Lagrange polynomials. It starts with lower orders, and
-    a step to zero noise is of order 1, which k-diffusion takes with the full order: on a mixture of Gaussians with exact
-    scores and 20 steps that nearly doubles the error (tests/solvers/test_last_steps.py).
+    where eps_k are the last ``order`` values of eps and L_k their Lagrange polynomials. It starts with lower orders;
+    a step to zero noise is of order 1; k-diffusion takes that step with the full order, which nearly doubles the error
+    of 20 steps on a mixture of Gaussians (tests/solvers/test_last_steps.py).
 
     Args:
         schedule: Noise levels that the network was trained with.

@@ -96,6 +96,6 @@ def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float
 
 
 def stage(walk: Walk, level: Level, sigma: float) -> Level:
-    """Return the level at ``sigma`` between the ends of a step, which a second evaluation reads and which ends there."""
+    """Return the level of a second evaluation, at ``sigma`` between the ends of a step; it goes to the step's end."""
     assert walk.between is not None
     return Level(*walk.between(sigma), level.abar_next)

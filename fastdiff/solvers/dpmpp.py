@@ -204,7 +204,7 @@ def dpmpp_table(
 ) -> StepTable:
     """Build the rows of any DPM-Solver++ for the levels of a walk; the options are those of the public functions.
 
-    With ``authors``, order 3 has half of D_2; with ``sign``, that of the SDE has diffusers' wrong sign in its coefficient.
+    With ``authors``, order 3 has half of D_2; with ``sign``, diffusers' wrong sign in its coefficient for the SDE too.
     """
     one_of("solver_type", solver_type, SOLVER_TYPES)
     n = len(walk)

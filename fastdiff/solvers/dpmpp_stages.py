@@ -107,7 +107,8 @@ def dpmpp_sde_table(walk: Walk, eta: float) -> StepTable:
         rows.append(first.row(0, x=x, x0=x0, z=z, keep="x0", save=1.0))
         up, down = ancestral(level.sigma, level.sigma_next, eta)
         a, keep = level.a_next, down / level.sigma
-        q = (level.sigma - middle.sigma) / (level.sigma - level.sigma_next)
+        span = level.sigma - level.sigma_next  # 0 where two levels differ by less than their roots' rounding
+        q = min(1.0, max(0.0, (level.sigma - middle.sigma) / span)) if span > 0.0 else 0.5
         again = a * up * math.sqrt(q) / z if z > 0.0 else 0.0  # the factor of (x_m - x x_s - x0 m1), which is z z_m
         rows.append(
             walk.at(middle).row(

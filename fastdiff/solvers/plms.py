@@ -24,9 +24,9 @@ def plms(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
         e    = (55 eps - 59 m1 + 37 m2 - 9 m3) / 24                                          (eq. 12)
         x_t  = a_t / a_s x_s + a_t (sigma_t - sigma_s) e,     sigma = sqrt(1 - abar) / a      (eq. 11)
 
-    and lower orders at the start. A step to zero noise is of order 1, e = eps, as the weights, which suppose equal steps
-    of the timestep, extrapolate too far there. The first step is improved Euler: a
-    second row, a stage at the second timestep, starts from the saved x again with the mean of both values of eps.
+    and lower orders at the start. A step to zero noise is of order 1, e = eps: the weights, which suppose equal steps
+    of the timestep, extrapolate too far there. The first step is improved Euler: a second row, a stage at the second
+    timestep, starts from the saved x again with the mean of both values of eps.
 
     Args:
         schedule: Noise levels that the network was trained with.

@@ -95,9 +95,7 @@ def error(table: StepTable, prediction: str = "v_prediction") -> float:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_order_of_convergence(name):
     build, order, band = SOLVERS[name]
-    errors = [
-        error(build(walk(n))) for n in (66, 132, 264)
-    ]  # multiples of 2 and 3, for the groups of single-step solvers
+    errors = [error(build(walk(n))) for n in (66, 132, 264)]  # groups of dpmpp_2s and dpmpp_3s
     slopes = np.log2(np.array(errors[:-1]) / errors[1:])
     assert np.abs(slopes - order).max() < band, (errors, slopes)
     assert errors[-1] < 0.02

@@ -6,6 +6,7 @@ one for every evaluation as the rows of a `StepTable` have them, whether it is u
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,7 +23,7 @@ def get_ancestral_step(sigma: float, sigma_to: float, eta: float) -> tuple[float
 
 def sample_dpm_2_ancestral(model: Model, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float) -> Tensor:
     """Run DPM-Solver-2, which is deterministic with eta = 0."""
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         down, up = get_ancestral_step(sigma, sigma_next, eta)
         d = (x - model(x, sigma)) / sigma
         noise()
@@ -37,7 +38,7 @@ def sample_dpm_2_ancestral(model: Model, x: Tensor, sigmas: Sequence[float], noi
 
 
 def sample_dpmpp_2s_ancestral(model: Model, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float) -> Tensor:
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = model(x, sigma)
         down, up = get_ancestral_step(sigma, sigma_next, eta)
         noise()
@@ -55,7 +56,7 @@ def sample_dpmpp_2s_ancestral(model: Model, x: Tensor, sigmas: Sequence[float], 
 
 def sample_dpmpp_sde(model: Model, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float) -> Tensor:
     """Run DPM++ SDE with r = 1/2; increments of one Brownian motion W(sigma) stand in for its tree."""
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = model(x, sigma)
         w_1 = noise()
         if sigma_next == 0:
@@ -76,7 +77,7 @@ def sample_dpmpp_sde(model: Model, x: Tensor, sigmas: Sequence[float], noise: No
 def sample_dpmpp_3m_sde(model: Model, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float = 1.0) -> Tensor:
     denoised_1 = denoised_2 = None
     h_1 = h_2 = 0.0
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised, z = model(x, sigma), noise()
         if sigma_next == 0:
             return denoised

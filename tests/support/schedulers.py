@@ -66,7 +66,7 @@ def scheduler_module(name: str) -> types.ModuleType:
 
 
 class Brownian:
-    """Increments of a Brownian motion in sigma, in place of DPMSolverSDEScheduler's tree: a stage's, then the step's."""
+    """Increments of a Brownian motion in sigma, in place of the tree: a stage's, then the step's."""
 
     def __init__(self, draw: Callable[[], Tensor]):
         self.draw = draw

@@ -229,12 +229,13 @@ points:
   the same Brownian motion give the same run.
 
 Faults of diffusers: DPM-Solver++(3M) takes half of the second derivative, as in the authors' code, which makes it of
-order 2 (the whole one wins at many steps, the half at 15 to 20); the SDE form of order 3 has a wrong sign; UniPC with `bh1` ends in NaN at sigma = 0; DDPM with `fixed_large` or
-`learned_range` leaves noise on the image where its last timestep is above 0.
+order 2 (the whole one wins at many steps, the half at 15 to 20); the SDE form of order 3 has a wrong sign; UniPC with
+`bh1` ends in NaN at sigma = 0; DDPM with `fixed_large` or `learned_range` leaves noise on the image where its last
+timestep is above 0.
 
 Not supported, and refused by name: `skip_prk_steps=false`, `use_beta_sigmas`, `use_lu_lambdas`, `use_flow_sigmas`,
-`algorithm_type` `dpmsolver` and `sde-dpmsolver` (noise prediction), single-step `sde-dpmsolver++`, `predict_x0=false`, `solver_p`, and every scheduler
-that the table does not name.
+`algorithm_type` `dpmsolver` and `sde-dpmsolver` (noise prediction), single-step `sde-dpmsolver++`, `predict_x0=false`,
+`solver_p`, and every scheduler that the table does not name.
 
 ## Sampling as other code bases do
 

@@ -248,24 +248,18 @@ class Source:
 
 
 # Schedulers whose default betas are not DDPM's, and those that have the option rescale_betas_zero_snr.
+LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 BETAS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("LCMScheduler", "TCDScheduler"),
-        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    ),
-    **dict.fromkeys(
-        (
-            "HeunDiscreteScheduler",
-            "KDPM2DiscreteScheduler",
-            "KDPM2AncestralDiscreteScheduler",
-            "DPMSolverSDEScheduler",
-        ),
-        {"beta_start": 0.00085, "beta_end": 0.012},
-    ),
+    "LCMScheduler": {**LATENT_BETAS, "beta_schedule": "scaled_linear"},
+    "TCDScheduler": {**LATENT_BETAS, "beta_schedule": "scaled_linear"},
+    "HeunDiscreteScheduler": LATENT_BETAS,
+    "KDPM2DiscreteScheduler": LATENT_BETAS,
+    "KDPM2AncestralDiscreteScheduler": LATENT_BETAS,
+    "DPMSolverSDEScheduler": LATENT_BETAS,
 }
 ZERO_SNR_SCHEDULERS = (
-    "DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
 )  # fmt: skip
 
 
