@@ -49,6 +49,8 @@ SCHEDULERS = {
     "sde": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
     "dpm": DPMSolverMultistepScheduler(),
     "lcm": diffusers.LCMScheduler(),
+    "tcd": diffusers.TCDScheduler(),
+    "dpm_singlestep": diffusers.DPMSolverSinglestepScheduler(),
 }
 CALLS = {
     "one generator": lambda: torch.Generator().manual_seed(5),

@@ -190,14 +190,20 @@ THEIRS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmpp_2m": (DPM, {**ODE, "solver_order": 2}),
     "dpmpp_3m": (DPM, {**ODE, "solver_order": 3}),
     "dpmpp_2m_sde": (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpmpp_2s": (diffusers.DPMSolverSinglestepScheduler, {"solver_order": 2}),
+    "dpmpp_3s": (diffusers.DPMSolverSinglestepScheduler, {"solver_order": 3, "solver_type": "heun"}),
+    "dpmpp_sde": (scheduler_module("DPMSolverSDEScheduler").DPMSolverSDEScheduler, {}),  # torchsde need not be there
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "lms": (scheduler_module("LMSDiscreteScheduler").LMSDiscreteScheduler, {}),  # scipy need not be there
+    "dpm2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "dpm2_ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
     "deis": (diffusers.DEISMultistepScheduler, {}),
     "plms": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
     "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
     "consistency": (diffusers.CMStochasticIterativeScheduler, {}),
 }
 MODELS: dict[str, dict[str, Any]] = {  # scheduler configurations that models have, keys of other schedulers too
@@ -254,7 +260,7 @@ def test_schedulers_of_diffusers(solver: str, model: str, wide: None) -> None:
         changed = {**config, "_class_name": "CMStochasticIterativeScheduler", "num_train_timesteps": 40}
         deviation, _ = compare(changed, solver, 4, {}, network)
     else:
-        deviation, _ = compare(config, solver, 4 if solver == "lcm" else 7, {})
+        deviation, _ = compare(config, solver, 4 if solver in ("lcm", "tcd") else 7, {})
     assert deviation < TOLERANCE
 
 

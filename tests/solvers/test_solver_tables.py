@@ -509,7 +509,7 @@ def toy(**options: object) -> Sampler:
     return Sampler(Toy(), NoiseSchedule(), shape=SHAPE, backend="eager", **options)
 
 
-@pytest.mark.parametrize("name", [n for n in REGISTERED if n not in ("ddim", "ddpm", "lcm", "consistency")])
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n not in ("ddim", "ddpm", "lcm", "tcd", "consistency")])
 def test_the_sampler_runs_every_solver(name):
     sampler = toy()
     z = draw_noise(1, torch.float32)[0]
@@ -529,6 +529,7 @@ def test_the_sampler_runs_every_solver(name):
 
 def test_few_step_solvers():
     assert toy().sample(1, solver="lcm").table == solvers.lcm(LINEAR, 4, clip=1.0)
+    assert toy().sample(1, solver="tcd").table == solvers.tcd(LINEAR, 4, clip=1.0)
     edm = Sampler(Toy(), EDMSchedule(time_scale=1000.0), shape=SHAPE, backend="eager")
     assert edm.prediction == "edm"
     # The toy network knows timesteps only, so its t is bounded here.
