@@ -193,8 +193,8 @@ grid that `tests/solvers/test_solver_grid.py` runs; a test fails where the page 
 """
 COMPARED = """
 `solver="auto"` chooses one by the number of steps. Every solver also takes `spacing`, `clip` and `steps`, except that
-`lcm`, `tcd` and `consistency` have their own spacing. `consistency` needs an `EDMSchedule`; the others, except `lcm` and
-`tcd`, take one too, with 18 steps by default.
+`lcm`, `tcd` and `consistency` have their own spacing. `consistency` needs an `EDMSchedule`; the others, except `lcm`
+and `tcd`, take one too, with 18 steps by default.
 
 ## Compared with diffusers
 
