@@ -491,8 +491,8 @@ def with_my_scheduler(pipeline):
     pipeline.scheduler = MyScheduler()
 
 
-def with_ipndm(pipeline):
-    pipeline.scheduler = diffusers.IPNDMScheduler()
+def with_parallel(pipeline):
+    pipeline.scheduler = diffusers.DDPMParallelScheduler()
 
 
 def with_other_betas(pipeline):
@@ -509,7 +509,7 @@ REFUSED = [
     (with_fourier_times, "network", "time_embedding_type='fourier' is not supported"),
     (with_euler, "scheduler", "scheduler EulerDiscreteScheduler needs its input scaled, which"),
     (with_my_scheduler, "scheduler", "'MyScheduler' (_class_name) is not supported; supported: DDPMScheduler"),
-    (with_ipndm, "scheduler", "'IPNDMScheduler' (_class_name) is not supported"),
+    (with_parallel, "scheduler", "'DDPMParallelScheduler' (_class_name) is not supported"),
     (with_other_betas, "scheduler", "the alphas_cumprod of DDIMScheduler are not those of its configuration"),
 ]
 
