@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints.reading import read_json
 from fastdiff.checks import whole
-from fastdiff.data.arrays import read_npz
+from fastdiff.data.arrays import OWN, read_npz
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.files import atomic_path, write_text
@@ -165,7 +165,7 @@ def _read_part(path: Path) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        images, _ = read_npz(path)
+        images = read_npz(path, layout=OWN).images
     except DataError as e:
         log.warning("%s; its images are drawn anew", e)
         return None

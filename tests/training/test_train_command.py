@@ -55,7 +55,7 @@ def test_command_line(tmp_path: Path, photos: Path) -> None:
     assert "Traceback" not in result.stderr
     for name in ("small.png", "noise.png", "torn.png"):
         assert name in result.stderr, name
-    for name in ("colour0", "gray", "deep", "clear"):
+    for name in ("colour0", "gray.png", "deep", "clear"):
         assert name not in result.stderr
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4]
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
