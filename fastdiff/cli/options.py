@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastdiff.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from fastdiff.sampler.options import NetworkInfo
 
 # --help imports neither NumPy nor torch, so these repeat the names in fastdiff.solvers, which a test compares.
 SOLVER_HELP = (
@@ -65,6 +68,25 @@ def read_numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as e:
         raise InvalidArgument(f"{option} {text}: whole numbers separated by commas are needed") from e
+
+
+def read_labels(text: str, info: NetworkInfo) -> list[int]:
+    """Parse the value of --labels, as "4,10" or "dog,cat" or, where classes are named by numbers, "#4"."""
+    from fastdiff.sampler.request import class_of
+
+    names, found = info.class_names or (), []
+    for part in (part.strip() for part in text.split(",")):
+        number = int(part.removeprefix("#")) if part.removeprefix("#").isdecimal() else None
+        if part in names and number not in (None, names.index(part)):
+            raise InvalidArgument(
+                f"--labels {part}: is it the class named {part}, #{names.index(part)}, or the class of this number, "
+                f"#{number}? Write one of them with its #"
+            )
+        if number is not None:
+            found.append(number)
+        else:
+            found += [class_of(part, info)] if names else read_numbers("--labels", part)
+    return found
 
 
 def read_size(text: str) -> int | tuple[int, int]:

@@ -23,7 +23,7 @@ from fastdiff.cli.options import (
     SpacingOption,
     StepsOption,
     VarianceOption,
-    read_numbers,
+    read_labels,
     read_size,
 )
 from fastdiff.errors import InvalidArgument
@@ -44,7 +44,8 @@ def sample(
         int | None, typer.Option(help="This many images of every class, a row each; replaces --n and --labels.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="A class for all images, or a comma-separated list that is repeated.")
+        str | None,
+        typer.Option(help="A class, its number or name, for all images; or a comma-separated list that is repeated."),
     ] = None,
     solver: SolverOption = "ddim",
     steps: StepsOption = None,
@@ -179,7 +180,7 @@ def _labels(
         return n, [label for label in range(classes) for _ in range(per_class)]
     if labels is None:
         return n, None
-    repeated = read_numbers("--labels", labels)
+    repeated = read_labels(labels, sampler.info)
     image_size(n, size, sampler.info)
     return n, [repeated[i % len(repeated)] for i in range(n)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -181,7 +182,22 @@ def image_size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) ->
     return height, width
 
 
-def _labels(n: int, labels: int | Sequence[int] | Tensor | None, info: NetworkInfo) -> Tensor | None:
+def class_of(name: str, info: NetworkInfo) -> int:
+    """Return the number of the class of this name; `InvalidArgument` lists the names that are like it."""
+    names = info.class_names or ()
+    if name in names:
+        return names.index(name)
+    if not names:
+        raise InvalidArgument(f"label {name!r}: this model has no names of classes; give numbers")
+    close = difflib.get_close_matches(name, names, 5) or [*names[:10], *(["..."] if len(names) > 10 else [])]
+    raise InvalidArgument(f"label {name!r} is unknown; the model's classes are {', '.join(close)}")
+
+
+def _labels(n: int, labels: int | str | Sequence[int | str] | Tensor | None, info: NetworkInfo) -> Tensor | None:
+    if isinstance(labels, str):
+        labels = class_of(labels, info)
+    elif isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
+        labels = [class_of(label, info) if isinstance(label, str) else label for label in labels]
     if labels is None:
         if info.null_label is not None:
             return torch.full((n,), info.null_label, dtype=torch.int64)

@@ -35,6 +35,7 @@ from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import resume
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.lock import locked
 from fastdiff.training.log import TrainingLog
 from fastdiff.training.loss import loss_weights, target
 from fastdiff.unet import UNet
@@ -65,6 +66,7 @@ class Trainer:
         device: The device to train on; None means CUDA where it is available, else the CPU.
 
     Attributes:
+        class_names: The names of the classes, as the data has them; they are saved with the model. None without names.
         unet: The network in training.
         ema: A copy of the network with the exponential moving average of the weights, which is sampled and exported.
         step: The number of updates so far.
@@ -85,6 +87,7 @@ class Trainer:
         self.config = config or TrainConfig()
         self.schedule = schedule or NoiseSchedule()
         self.data = data
+        self.class_names: tuple[str, ...] | None = None if unet.config.num_classes is None else data.class_names
         self.out = Path(out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._check(unet)
@@ -93,6 +96,9 @@ class Trainer:
                 self.schedule, min(GRID_STEPS, self.schedule.timesteps), prediction=self.config.prediction
             )
         self.device = _device(device)
+        # The size of samples is that of the images, also in a network made or trained for another.
+        side = data.size[0] if data.size[0] == data.size[1] else data.size
+        unet.config = dataclasses.replace(unet.config, sample_size=side)
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         self.unet = unet.to(self.device, torch.float32).train()
         self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False)
@@ -259,13 +265,17 @@ class Trainer:
         The caller's random state is left as it is, and does not matter.
 
         Raises:
-            TrainingError: If the loss or the gradient is not finite, a file cannot be written, or the checkpoint was
-                written with other settings, or for another network, schedule or data.
+            TrainingError: If the loss or the gradient is not finite, a file cannot be written, another process is
+                training in ``out``, or the checkpoint was written with other settings, or for another network,
+                schedule or data.
             CheckpointError: If the checkpoint is damaged or is not one of training, or the model cannot be exported.
             DataError: If images cannot be read.
         """
         ours = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(ours), self._processes():
+        # The old checkpoint stays until the new one, of weights, average and two moments, is complete.
+        need = 4 * 4 * sum(p.numel() for p in self.unet.parameters())
+        lock = locked(self.out, need) if self.rank == 0 else contextlib.nullcontext()
+        with torch.random.fork_rng(ours), lock, self._processes():
             self._resume()
             network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # it returns a module
             if self.world > 1:
@@ -332,7 +342,13 @@ class Trainer:
             "train": dataclasses.asdict(self.config),
             "unet": self.unet.config.to_dict(),
             "scheduler": self.schedule.to_scheduler_config() | {"prediction_type": self.config.prediction},
-            "data": {"images": len(self.data), "size": list(self.data.size), "channels": self.data.channels},
+            "data": {
+                "images": len(self.data),
+                "size": list(self.data.size),
+                "channels": self.data.channels,
+                "options": dict(self.data.options),
+            },
+            "class_names": self.class_names and list(self.class_names),
             "world_size": self.world,
             "losses": self._losses,
         }
@@ -357,7 +373,11 @@ class Trainer:
         try:
             kept = mine["train"].keys() - set(MAY_CHANGE)
             changed = {f"train.{key}" for key in kept if info["train"].get(key) != mine["train"][key]}
+            # Checkpoints of earlier versions have fewer of these keys, and the network's own sample_size.
+            info["unet"]["sample_size"] = mine["unet"]["sample_size"]
+            mine["data"] = {key: value for key, value in mine["data"].items() if key in info["data"]}
             changed |= {key for key in ("unet", "scheduler", "data") if info[key] != mine[key]}
+            changed |= {"class_names"} if info.get("class_names", mine["class_names"]) != mine["class_names"] else set()
             step, world = int(info["step"]), info["world_size"]
             losses = [float(loss) for loss in info.get("losses", [])]
         except (TypeError, ValueError, AttributeError) as e:
@@ -396,7 +416,8 @@ class Trainer:
         Raises:
             CheckpointError: If the folder cannot be written.
         """
-        save_folder(path, self.ema, self.schedule, prediction=self.config.prediction)
+        names = self.class_names
+        save_folder(path, self.ema, self.schedule, prediction=self.config.prediction, class_names=names)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
