@@ -420,6 +420,11 @@ class FolderData(ImageData):
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def unreadable(self) -> frozenset[int]:
+        """The indices, so far, of images that could not be decoded and for which others stand."""
+        return frozenset(self._bad)
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         order = self._check(indices)
         batch = torch.empty((len(order), self.channels, *self.size), dtype=torch.uint8)

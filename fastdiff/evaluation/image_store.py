@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdiff.backends.native import cost
 from fastdiff.checkpoints.reading import read_json
 from fastdiff.checks import whole
 from fastdiff.data.arrays import OWN, read_npz
@@ -30,6 +31,7 @@ from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.files import atomic_path, write_text
 from fastdiff.sampler import Sampler
+from fastdiff.unet import UNet
 
 log = logging.getLogger("fastdiff")
 
@@ -114,6 +116,18 @@ def settings(sampler: Sampler, *, labels: int | str | None = "cycle", seed: int 
         "backend": sampler.backend,
         "dtype": "bfloat16-fast" if sampler.fast else str(sampler.dtype).removeprefix("torch."),
     }
+
+
+def expected_seconds(
+    sampler: Sampler, n: int, *, labels: int | str | None = "cycle", seed: int = 0, **options: Any
+) -> float | None:
+    """Predict the time of drawing n images; None for backends whose time cannot be predicted."""
+    if sampler.backend != "native" or not isinstance(sampler.unet, UNet):
+        return None
+    r = sampler.request(n, **options, seed=seed, labels=_labels(sampler, labels, 0, n))
+    dtype = "bfloat16-fast" if sampler.fast else sampler.dtype
+    guided = r.nfe > len(r.table)
+    return cost.estimate(sampler.unet, r.shape[1:], n, r.nfe, r.batch_size, dtype, guided=guided).seconds
 
 
 def check_settings(folder: str | Path, expected: dict[str, Any]) -> None:

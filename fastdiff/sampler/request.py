@@ -41,6 +41,7 @@ class Request:
     table: StepTable
     nfe: int  # network evaluations per image
     labels: Tensor | None  # int64 [n]
+    class_names: tuple[str, ...] | None
     guidance: NDArray[np.float64]  # scale of classifier-free guidance for each image, [n]
     guidance_rescale: float  # from 0 (off) to 1
     noise: Tensor | NoiseSource | None  # as given
@@ -113,6 +114,7 @@ def check(
         table=table,
         nfe=table.nfe(guided=bool((guidance != 1.0).any())),
         labels=_labels(n, o.labels, info),
+        class_names=info.class_names,
         guidance=guidance,
         guidance_rescale=number("guidance_rescale", o.guidance_rescale, 0, 1),
         noise=o.noise,

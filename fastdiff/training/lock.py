@@ -81,7 +81,9 @@ def _lock(handle: int, path: Path) -> None:
             return
         number = os.read(handle, 20).decode("ascii", "replace")
         who = f"process {number}" if number.isdigit() else "another process"
-        raise TrainingError(f"{path.parent}: {who} is training there; wait for its end, or choose another folder") from e
+        raise TrainingError(
+            f"{path.parent}: {who} is training there; wait for its end, or choose another folder"
+        ) from e
 
 
 def _same(handle: int, path: Path) -> bool:

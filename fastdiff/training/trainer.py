@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,27 @@ class Trainer:
         noise = normal(seed, index, row, TRAIN_NOISE, tuple(x0.shape[1:]))
         return x0, noise, t, labels
 
+    def seconds_per_update(self) -> float:
+        """Time an update: its images, loss and gradient, without a change of weights.
+
+        Returns:
+            The seconds of an update of all processes, if each has a device of its own.
+
+        Raises:
+            DataError: If images cannot be read.
+        """
+        seconds = []
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for _ in range(2):  # the first one allocates memory and chooses algorithms
+                started = time.perf_counter()
+                positions = next(self._positions(0))
+                images, labels = self.data.__getitems__(self._indices(positions))
+                self._loss(self.unet, *self._batch(images, labels, positions)).backward()
+                float(next(self.unet.parameters()).grad.sum())  # type: ignore[union-attr]  # waits for the device
+                seconds.append(time.perf_counter() - started)
+        self.optimizer.zero_grad(set_to_none=True)
+        return min(seconds) * self.config.accumulate
+
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def _loss(self, network: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -259,10 +280,14 @@ class Trainer:
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed)
 
-    def fit(self) -> None:
+    def fit(self, on_start: Callable[[], None] | None = None) -> None:
         """Train to ``config.steps``, from the checkpoint in ``out`` if there is one, and export the EMA weights.
 
         The caller's random state is left as it is, and does not matter.
+
+        Args:
+            on_start: Called in the first process before the first update, when the folder is locked and ``step`` is
+                that of the checkpoint.
 
         Raises:
             TrainingError: If the loss or the gradient is not finite, a file cannot be written, another process is
@@ -277,6 +302,8 @@ class Trainer:
         lock = locked(self.out, need) if self.rank == 0 else contextlib.nullcontext()
         with torch.random.fork_rng(ours), lock, self._processes():
             self._resume()
+            if on_start is not None and self.rank == 0:
+                on_start()
             network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # it returns a module
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
