@@ -233,6 +233,7 @@ def _summary(trainer: Trainer, data: Path, initial_names: tuple[str, ...] | None
         },
         "device": str(trainer.device),
         "precision": config.precision,
+        "compiled": config.compile,
         "processes": trainer.world,
         "updates": left,
         "batch_size": config.batch_size,
@@ -257,7 +258,8 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         line(
             "time",
             f"about {duration(summary['seconds'])} for {summary['updates']:,} updates of {summary['batch_size']} "
-            f"images ({summary['epochs']:g} times all images, {duration(each)} each), without samples and checkpoints",
+            f"images ({summary['epochs']:g} times all images, {duration(each)} each), without samples and checkpoints"
+            + (" and before compilation" if summary["compiled"] else ""),
         ),
         *warning_lines(summary["warnings"]),
     ]

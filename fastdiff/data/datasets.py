@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageFile
 from torch.utils.data import Dataset
 
 from fastdiff.checks import is_whole, one_of, whole
@@ -83,6 +84,7 @@ class ImageData(Dataset[Batch]):
         facts: Sentences about what was done with the images.
         look: The values of the images that were looked at, where the data was looked at.
         options: The arguments of `load_data` that change pixels, ready for JSON.
+        digest: A digest by which other data are told apart: of the names of files, or of labels and some images.
     """
 
     channels: int
@@ -95,6 +97,7 @@ class ImageData(Dataset[Batch]):
     facts: Sequence[str] = ()
     look: Look | None = None
     options: Mapping[str, Any] = MappingProxyType({})
+    digest: str = ""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -320,8 +323,11 @@ class ArrayData(ImageData):
                 raise DataError(f"{path}: label {self.num_classes - 1} has no name; there are {len(class_names)} names")
         self.look, self.options = Look(), options_of(reading, fit)
         self.look.add(str(images.dtype), min(low for low, _ in extremes), max(high for _, high in extremes))
-        for i in range(min(n, LOOKS)):
-            self.look.add_digest(digest_of(view[i * n // min(n, LOOKS)]))
+        digests = [digest_of(view[i * n // min(n, LOOKS)]) for i in range(min(n, LOOKS))]
+        for digest in digests:
+            self.look.add_digest(digest)
+        numbers = b"" if self.labels is None else self.labels.numpy().tobytes()
+        self.digest = digest_of(np.frombuffer(numbers + b"".join(digests), np.uint8)).hex()
         self.doubts = (
             *self.look.doubts(reading),
             *(["an alpha channel " + ALPHA_DOUBT] if c == 4 and reading.alpha is None else []),
@@ -376,6 +382,10 @@ class FolderData(ImageData):
         class_depth: int | None = None,
         class_names: tuple[str, ...] | None = None,
     ) -> None:
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise DataError(
+                f"{root}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which makes damaged images look whole; unset it"
+            )
         scan = Scan.of(root)
         paths = scan.images
         if not paths:
@@ -409,6 +419,8 @@ class FolderData(ImageData):
         self._frames = tuple(frame for _, frame, _ in used)
         self.class_names, self.labels, doubts = find_classes(root, scan, self.files, class_depth, class_names)
         self.num_classes = None if self.class_names is None else len(self.class_names)
+        places = "\n".join(f"{path.relative_to(root).as_posix()} {frame}" for path, frame, _ in used)
+        self.digest = digest_of(np.frombuffer(places.encode(errors="surrogateescape"), np.uint8)).hex()
         heads = [(path, head) for path, _, head in used]
         self.doubts = (*header_doubts(heads, reading, channels), *self.look.doubts(reading), *doubts)
         self.facts, self.options = [*header_facts(heads, self.size, fit), *scan.facts()], options_of(reading, fit)

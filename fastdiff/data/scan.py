@@ -40,7 +40,12 @@ class Scan:
 
         for folder, subfolders, names in os.walk(root, followlinks=True, onerror=failed):
             here = Path(folder)
-            info = os.stat(folder)
+            try:
+                info = os.stat(folder)
+            except OSError as error:
+                failed(error)
+                subfolders.clear()
+                continue
             key = (info.st_dev, info.st_ino)
             if os.name != "nt" and key in seen:  # a link back to a parent would never end
                 scan.skipped.append((here, f"a link to {seen[key]}, whose images are there already"))
@@ -61,12 +66,16 @@ class Scan:
     def _add(self, path: Path) -> None:
         if path.suffix.lower() not in SUFFIXES:
             self.others[path.suffix.lower()] += 1
-        elif path.is_file():
+            return
+        try:
+            regular, link = path.is_file(), path.is_symlink()
+        except OSError as error:
+            self.skipped.append((path, why(error)))
+            return
+        if regular:
             self.images.append(path)
-        elif path.is_symlink():
-            self.skipped.append((path, "a link to nothing, or to no regular file"))
         else:
-            self.skipped.append((path, "not a regular file"))
+            self.skipped.append((path, "a link to nothing, or to no regular file" if link else "not a regular file"))
 
     def facts(self) -> list[str]:
         """Return sentences about the files that are not named one by one."""

@@ -161,9 +161,9 @@ def network_digest(unet: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _labels(sampler: Sampler, labels: int | str | None, start: int, n: int) -> int | list[int] | None:
+def _labels(sampler: Sampler, labels: int | str | None, start: int, n: int) -> int | str | list[int] | None:
     if labels != "cycle":
-        if isinstance(labels, str):
+        if isinstance(labels, str) and labels not in (sampler.info.class_names or ()):
             raise InvalidArgument(f"labels={labels!r}: 'cycle', a class, or None is needed")
         return labels
     classes = sampler.info.classes

@@ -30,7 +30,7 @@ from fastdiff import solvers
 from fastdiff.checkpoints import save_folder
 from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
 from fastdiff.data import ImageData, save_picture
-from fastdiff.errors import CheckpointError, InvalidArgument, TrainingError
+from fastdiff.errors import CheckpointError, DataError, InvalidArgument, TrainingError
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import resume
@@ -175,6 +175,24 @@ class Trainer:
         text = "/".join(map(str, (self.config.seed, *what)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
+    def _read(self, positions: range) -> tuple[Tensor, Tensor | None]:
+        """Read images and labels, and check what a caller's own data set may get wrong."""
+        data, classes = self.data, self.unet.config.num_classes
+        images, labels = data.__getitems__(self._indices(positions))
+        shape = (len(positions), data.channels, *data.size)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or tuple(images.shape) != shape:
+            kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise DataError(f"the data gave images {kind}; uint8 {list(shape)}, from 0 to 255, are needed")
+        if classes is None:
+            return images, labels  # which are not used
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
+            kind = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise DataError(f"the data gave labels {kind}; int64 [{shape[0]}] are needed")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise DataError(f"the data gave labels from {low} to {high}; the U-Net takes 0 to {classes - 1}")
+        return images, labels
+
     def _batch(
         self, images: Tensor, labels: Tensor | None, positions: range
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -215,7 +233,7 @@ class Trainer:
             for _ in range(2):  # the first one allocates memory and chooses algorithms
                 started = time.perf_counter()
                 positions = next(self._positions(0))
-                images, labels = self.data.__getitems__(self._indices(positions))
+                images, labels = self._read(positions)
                 self._loss(self.unet, *self._batch(images, labels, positions)).backward()
                 float(next(self.unet.parameters()).grad.sum())  # type: ignore[union-attr]  # waits for the device
                 seconds.append(time.perf_counter() - started)
@@ -332,7 +350,7 @@ class Trainer:
         """Yield this process's parts of the batches from the current step on; a thread reads one part ahead."""
 
         def read(positions: range) -> Part:
-            return positions, *self.data.__getitems__(self._indices(positions))
+            return positions, *self._read(positions)
 
         ahead: Future[Part] | None = None
         with ThreadPoolExecutor(1, "fastdiff-data") as reader:
@@ -374,6 +392,7 @@ class Trainer:
                 "size": list(self.data.size),
                 "channels": self.data.channels,
                 "options": dict(self.data.options),
+                "digest": self.data.digest,
             },
             "class_names": self.class_names and list(self.class_names),
             "world_size": self.world,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from fastdiff.data.datasets import load_data
 from fastdiff.data.doubts import shown
@@ -298,6 +299,47 @@ def test_every_file_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     (tmp_path / "sub" / "a.heic").touch()
     with pytest.raises(DataError, match=r"no image files \(.*\); it holds 1 \.heic"):
         load_data(tmp_path / "sub")
+
+
+def test_files_that_the_system_refuses_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is imitated: tests may run as root, who may read every folder."""
+    pictures(tmp_path, 2)
+    pictures(tmp_path / "closed", 1)
+    real = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("1.png") or Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    data = load_data(tmp_path, class_depth=0)
+    monkeypatch.undo()
+    assert [path.name for path in data.files] == ["0.png"]
+    assert sorted(path.name for path, reason in data.skipped if "PermissionError" in reason) == ["1.png", "closed"]
+
+
+def test_truncated_images_never_look_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path, 2)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(
+        DataError, match="LOAD_TRUNCATED_IMAGES is set, which makes .* look whole; unset it"
+    ):
+        load_data(tmp_path)
+
+
+def test_other_data_have_another_digest(tmp_path: Path) -> None:
+    pictures(tmp_path / "a" / "x", 2)
+    pictures(tmp_path / "b" / "x", 2)
+    pictures(tmp_path / "b" / "y", 1)
+    a, b = load_data(tmp_path / "a").digest, load_data(tmp_path / "b").digest
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert load_data(tmp_path / "moved").digest == a != b
+    digests = set()
+    for labels, seed in (([0, 1, 0], 0), ([1, 0, 0], 0), ([0, 1, 0], 1)):
+        np.savez(tmp_path / "a.npz", images=random_pixels(3, 6, 6, seed=seed), labels=labels)
+        digests.add(load_data(tmp_path / "a.npz").digest)
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a.pbm", "a.apng"])

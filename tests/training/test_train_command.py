@@ -130,7 +130,7 @@ def test_the_summary(tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pyt
         "values      16-bit: ", "8-bit: 0 to 255", "classes     2: 0 cats: 4, 1 dogs: 2", "skipped     4:",
         "1 .txt: files whose names do not end as those of images do", "torn.png: OSError: image file is truncated",
         "small.png: it is 4x8: smaller than 8x8, and images are not enlarged (--fit pad would pad it)",
-        "images of 8x8, 2 classes", "device      cpu, fp32, 1 processes", "for 4 updates of 64 images (42.7 times all",
+        "images of 8x8, 2 classes", "device      cpu, fp32, 1 processes", "for 4 updates of 64 images (42.67 times all",
         "WARNING     1 of 6 images have an alpha channel", "--alpha white accepts that",
         "WARNING     3 of 6 images have colour",
         "--image-channels 3 accepts that", "WARNING     no image in the sub-folder birds",
