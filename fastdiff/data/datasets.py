@@ -409,7 +409,7 @@ class FolderData(ImageData):
                 used.append((path, frame, head))
         self.channels = channels or max((head.channels for _, _, head in used), default=1)
         self.look = Look()
-        bad = self._look_at(used)
+        bad = self._look_at(used, self.look)
         skipped += [(used[at][0], reason) for at, reason in sorted(bad.items())]
         used = [entry for at, entry in enumerate(used) if at not in bad]
         if not used:
@@ -447,7 +447,7 @@ class FolderData(ImageData):
             used.append(index)
         return batch, None if self.labels is None else self.labels[torch.tensor(used, dtype=torch.int64)]
 
-    def _look_at(self, entries: list[tuple[Path, int, Header]]) -> dict[int, str]:
+    def _look_at(self, entries: list[tuple[Path, int, Header]], found: Look) -> dict[int, str]:
         """Decode some images, evenly spread, for their values; return the reasons of those that cannot be decoded."""
         pixels = sum(math.prod(head.size) for _, _, head in entries)
         looks = min(len(entries), LOOKS, max(MIN_LOOKS, LOOK_PIXELS * len(entries) // max(pixels, 1)))
@@ -470,8 +470,8 @@ class FolderData(ImageData):
                 if isinstance(seen, str):
                     bad[at] = seen
                 else:
-                    self.look.add(entries[at][2].depth, seen[0], seen[1])
-                    self.look.add_digest(seen[2])
+                    found.add(entries[at][2].depth, seen[0], seen[1])
+                    found.add_digest(seen[2])
         return bad
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:

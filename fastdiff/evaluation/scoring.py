@@ -46,6 +46,7 @@ from fastdiff.sampler.runners import usable_device
 
 log = logging.getLogger("fastdiff")
 
+DRAWN = 5000  # images of a model, by default
 CHUNK = 1000  # images whose features are stored in one file
 
 Progress = Callable[[str, int, int], None]
@@ -125,7 +126,7 @@ def evaluate(
         real = RealImages.load(data, held_out, (channels, height, width), fit, data_options)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         folder = out / f"{settings['solver']}-{settings['nfe']}-{digest}"
-        n = n or 5000
+        n = n or DRAWN
         known = judge.knows(sampler.info.class_names, sampler.info.classes)
         cycle = settings["labels"] == "cycle" and sampler.info.classes == len(CLASS_NAMES) and known
         labels = torch.arange(n) % len(CLASS_NAMES) if cycle else None
@@ -154,7 +155,7 @@ def evaluate(
         announce({**summary, "seconds": seconds})
     if samples is None:
         images = image_store.draw(
-            sampler, folder, n, progress=lambda done, total: say("images", done, total), **options
+            sampler, folder, n or DRAWN, progress=lambda done, total: say("images", done, total), **options
         )
     scores = _scores(extract, images, labels, real, out, say)
     report = {**source, "features": str(features_of), "data": str(data), **scores, "summary": summary}

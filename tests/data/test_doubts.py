@@ -322,9 +322,7 @@ def test_files_that_the_system_refuses_are_named(tmp_path: Path, monkeypatch: py
 def test_truncated_images_never_look_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path, 2)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(
-        DataError, match="LOAD_TRUNCATED_IMAGES is set, which makes .* look whole; unset it"
-    ):
+    with pytest.raises(DataError, match="LOAD_TRUNCATED_IMAGES is set, which makes damaged images look whole"):
         load_data(tmp_path)
 
 
