@@ -190,7 +190,7 @@ def class_of(name: str, info: NetworkInfo) -> int:
     if name in names:
         return names.index(name)
     if not names:
-        raise InvalidArgument(f"label {name!r}: this model has no names of classes; give numbers")
+        raise InvalidArgument(f"labels={name!r}: the model has no names of classes; whole numbers are needed")
     close = difflib.get_close_matches(name, names, 5) or [*names[:10], *(["..."] if len(names) > 10 else [])]
     raise InvalidArgument(f"label {name!r} is unknown; the model's classes are {', '.join(close)}")
 
