@@ -189,14 +189,14 @@ def class_of(name: str, info: NetworkInfo) -> int:
     names = info.class_names or ()
     if name in names:
         return names.index(name)
-    if not names:
-        raise InvalidArgument(f"labels={name!r}: the model has no names of classes; whole numbers are needed")
     close = difflib.get_close_matches(name, names, 5) or [*names[:10], *(["..."] if len(names) > 10 else [])]
     raise InvalidArgument(f"label {name!r} is unknown; the model's classes are {', '.join(close)}")
 
 
 def _labels(n: int, labels: int | str | Sequence[int | str] | Tensor | None, info: NetworkInfo) -> Tensor | None:
-    if isinstance(labels, str):
+    if info.class_names is None:
+        pass  # a name is refused below, like everything that is no whole number
+    elif isinstance(labels, str):
         labels = class_of(labels, info)
     elif isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
         labels = [class_of(label, info) if isinstance(label, str) else label for label in labels]

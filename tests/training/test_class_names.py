@@ -81,7 +81,7 @@ def test_names_are_labels(run: Path) -> None:
     ):
         with pytest.raises(InvalidArgument, match=words):
             labels(unknown)
-    with pytest.raises(InvalidArgument, match="labels='cat': the model has no names of classes; whole numbers"):
+    with pytest.raises(InvalidArgument, match="labels='cat': one whole number"):
         Sampler(toy_unet()).request(1, labels="cat", steps=1)
     with pytest.raises(InvalidArgument, match="labels="):
         labels(["cat", None, 1])
