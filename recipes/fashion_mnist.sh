@@ -12,7 +12,7 @@ run=${2:-runs/fashion-mnist}
 recipes=$(dirname "$0")
 
 fastdiff train "$data/train-images-idx3-ubyte.gz" --labels "$data/train-labels-idx1-ubyte.gz" --size 32 --fit pad \
-    --out "$run" \
+    --class-names "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot" --out "$run" \
     --channels 32,64,128 --layers 1 --attention 8 --groups 8 --scale-shift --class-image concat \
     --prediction v_prediction --schedule cosine \
     --lr 1e-3 --lr-warmup 200 --ema-decay 0.9995 --label-dropout 0.1 \

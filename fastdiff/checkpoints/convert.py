@@ -64,7 +64,7 @@ def convert(
     unet = empty(stored.config)
     state = fit(unet, stored.tensors, stored.weights_path, stored.layout, dtype=None)
     if to == "diffusers":
-        save_pipeline(dst, stored.config, state, stored.scheduler)
+        save_pipeline(dst, stored.config, state, stored.scheduler, stored.class_names)
     else:
         if to in layouts.LAYOUTS:
             reasons = layouts.reasons_against(unet, to)
@@ -73,6 +73,7 @@ def convert(
             state = layouts.to_theirs(layouts.pieces(unet, to), state)
         layout = to if to in layouts.LAYOUTS else "diffusers"
         info = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler, "layout": layout}
+        info |= {} if stored.class_names is None else {"class_names": list(stored.class_names)}
         with writing(dst), atomic_path(dst) as temporary:
             if dst.suffix.lower() == ".safetensors":
                 save_file(plain(state), temporary, metadata={METADATA_KEY: json.dumps(info)})

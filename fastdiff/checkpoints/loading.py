@@ -37,6 +37,7 @@ from fastdiff.unet import UNet, UNetConfig
 
 log = logging.getLogger("fastdiff")
 
+NAMES_KEY = "_class_names"  # of a network's config.json: the name of each class, a key that diffusers ignores
 METADATA_KEY = "fastdiff"  # of a safetensors file's metadata: a JSON object that describes the model in the file
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TORCH_WEIGHTS = "diffusion_pytorch_model.bin"
@@ -57,6 +58,7 @@ class Pretrained:
             2022, equation 7).
         scheduler_config: The diffusers scheduler configuration; {} if the model has none.
         path: The folder or file that was loaded.
+        class_names: The name of each class from 0 on; None if the model has no names.
     """
 
     unet: UNet
@@ -64,6 +66,7 @@ class Pretrained:
     prediction: str
     scheduler_config: dict[str, Any]
     path: Path
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class StoredModel:
     path: Path  # the folder or file of the model
     weights_path: Path  # the file that holds or lists the tensors
     left_out: tuple[str, ...] = ()  # the file's tensors that sampling does not need; ``tensors`` lacks them
+    class_names: tuple[str, ...] | None = None
 
 
 def builtin_models() -> list[str]:
@@ -126,7 +130,7 @@ def load(
     config = dict(stored.scheduler)
     if isinstance(schedule, EDMSchedule):
         config.setdefault("clip_sample", False)  # neither Karras et al. nor diffusers' EDM schedulers clip x0
-    return Pretrained(unet, schedule, prediction, config, stored.path)
+    return Pretrained(unet, schedule, prediction, config, stored.path, stored.class_names)
 
 
 def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
@@ -198,7 +202,9 @@ def _read_folder(path: Path, variant: str | None) -> StoredModel:
     scheduler = read_scheduler(path)
     tensors, weights_path = _read_weights(folder, variant)
     layout = "ddpm" if originals.layout_of(tensors) == "ddpm" else None  # diffusers 0.0.x used the names of DDPM
-    return StoredModel(tensors, layout, config, scheduler, path, weights_path)
+    with _naming(folder / "config.json"):
+        names = _class_names(read_json(folder / "config.json").get(NAMES_KEY), config)
+    return StoredModel(tensors, layout, config, scheduler, path, weights_path, class_names=names)
 
 
 def read_scheduler(folder: str | Path) -> dict[str, Any]:
@@ -288,9 +294,23 @@ def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> StoredModel:
         if not isinstance(scheduler, dict):
             raise ConfigError(f"a scheduler configuration is an object with keys, not {type(scheduler).__name__}")
         schedule_of(scheduler)
+        names = _class_names(info.get("class_names"), config)
     if layout == "checkpoint":
         tensors = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-    return StoredModel(tensors, layout if layout in layouts.LAYOUTS else None, config, scheduler, path, path)
+    layout = layout if layout in layouts.LAYOUTS else None
+    return StoredModel(tensors, layout, config, scheduler, path, path, class_names=names)
+
+
+def _class_names(names: Any, config: UNetConfig) -> tuple[str, ...] | None:
+    """Check the names of classes that a file has: different strings, at most one for each class."""
+    if names is None:
+        return None
+    limit = config.num_classes or 0
+    if not isinstance(names, list) or not all(isinstance(name, str) and 0 < len(name) <= 1000 for name in names):
+        raise ConfigError("the names of the classes are not a list of strings, none of them empty")
+    if len(names) > limit or len(set(names)) < len(names):
+        raise ConfigError(f"{len(names)} names of classes, {len(set(names))} of them different, for {limit} classes")
+    return tuple(names) or None
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.loading import NAMES_KEY, WEIGHTS
 from fastdiff.errors import CheckpointError
 from fastdiff.files import atomic_path, write_text
 from fastdiff.schedule import NoiseSchedule
@@ -32,7 +32,13 @@ def save_unet(unet: UNet, path: str | Path) -> None:
     save_tensors(unet.config, unet.state_dict(), path)
 
 
-def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, prediction: str = "epsilon") -> None:
+def save_folder(
+    path: str | Path,
+    unet: UNet,
+    schedule: NoiseSchedule,
+    prediction: str = "epsilon",
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Write a diffusers pipeline folder: ``unet/``, ``scheduler/`` and ``model_index.json``.
 
     The scheduler is a ``DDPMScheduler`` with trailing spacing, which clips x0 to [-1, 1]. For a network that diffusers'
@@ -44,6 +50,7 @@ def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, predictio
         unet: The network.
         schedule: The noise schedule with which it was trained.
         prediction: What the network predicts: "epsilon", "sample" or "v_prediction".
+        class_names: The name of each class from 0 on, which `fastdiff.Sampler` takes as labels; None for no names.
 
     Raises:
         CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
@@ -57,11 +64,15 @@ def save_folder(path: str | Path, unet: UNet, schedule: NoiseSchedule, predictio
         "clip_sample": True,
         "clip_sample_range": 1.0,
     }
-    save_pipeline(path, unet.config, unet.state_dict(), scheduler)
+    save_pipeline(path, unet.config, unet.state_dict(), scheduler, class_names)
 
 
 def save_pipeline(
-    path: str | Path, config: UNetConfig, state: Mapping[str, Tensor], scheduler: Mapping[str, Any]
+    path: str | Path,
+    config: UNetConfig,
+    state: Mapping[str, Tensor],
+    scheduler: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write a diffusers pipeline folder from a state dict and a scheduler configuration; see `save_folder`.
 
@@ -70,12 +81,13 @@ def save_pipeline(
         config: The network's configuration.
         state: The network's state dict, which is written in its own dtypes.
         scheduler: The whole contents of ``scheduler_config.json``; ``_class_name`` defaults to "DDPMScheduler".
+        class_names: As for `save_folder`.
 
     Raises:
         CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
     """
     path = Path(path)
-    save_tensors(config, state, path / "unet")
+    save_tensors(config, state, path / "unet", class_names)
     name = scheduler.get("_class_name", "DDPMScheduler")
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", name]}
     with writing(path):
@@ -85,14 +97,19 @@ def save_pipeline(
             write_text(path / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
-def save_tensors(config: UNetConfig, state: Mapping[str, Tensor], path: str | Path) -> None:
+def save_tensors(
+    config: UNetConfig, state: Mapping[str, Tensor], path: str | Path, class_names: Sequence[str] | None = None
+) -> None:
     """Write a configuration and a state dict as `save_unet` does, without building the network."""
     path = Path(path)
     name = "UNet2DModel" if config.diffusers_can_run else "fastdiff.UNet"
     with writing(path):
         with atomic_path(path / WEIGHTS) as temporary:
             save_file(plain(state), temporary, metadata={"format": "pt"})
-        write_text(path / "config.json", json.dumps({"_class_name": name, **config.to_dict()}, indent=2) + "\n")
+        # diffusers ignores keys that begin with an underscore.
+        names = {} if class_names is None else {NAMES_KEY: list(class_names)}
+        text = json.dumps({"_class_name": name, **config.to_dict(), **names}, indent=2) + "\n"
+        write_text(path / "config.json", text)
 
 
 def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fastdiff.cli.options import (
+    AlphaOption,
     BackendOption,
     BatchSizeOption,
     DeviceOption,
@@ -16,14 +18,22 @@ from fastdiff.cli.options import (
     EtaOption,
     FeaturesOption,
     FitOption,
+    FramesOption,
     GuidanceOption,
+    ImageChannelsOption,
     JsonOption,
+    LayoutOption,
     ModelArgument,
+    ProfileOption,
     RealOption,
     SolverOption,
     SpacingOption,
     StepsOption,
+    ValueRangeOption,
     VarianceOption,
+    flags_in_errors,
+    in_flags,
+    read_range,
 )
 
 
@@ -42,6 +52,16 @@ def eval(
         Path | None, typer.Option(help="Judge these images instead of MODEL's: an .npz, or a folder.")
     ] = None,
     features: FeaturesOption = "fashion-mnist",
+    labels_of: Annotated[
+        str | None,
+        typer.Option(help="The same as --features: images and labels without names of classes are of its data set."),
+    ] = None,
+    value_range: ValueRangeOption = None,
+    frames: FramesOption = None,
+    alpha: AlphaOption = None,
+    profile: ProfileOption = None,
+    layout: LayoutOption = None,
+    image_channels: ImageChannelsOption = None,
     solver: SolverOption = "ddim",
     steps: StepsOption = None,
     eta: EtaOption = 0.0,
@@ -71,16 +91,25 @@ def eval(
 
     fastdiff eval --samples samples.npz --out out/judged
     """
+    from fastdiff.data.summary import warning_lines
     from fastdiff.evaluation import evaluate, table
-    from fastdiff.evaluation.scoring import progress_on_stderr
+    from fastdiff.evaluation.scoring import progress_on_stderr, summary_lines
 
+    def announce(summary: dict[str, Any]) -> None:
+        warnings = warning_lines(in_flags(text) for text in summary["warnings"])
+        print("\n".join([*map(in_flags, summary_lines(summary)), *warnings]), file=sys.stderr, flush=True)
+
+    reading = {"value_range": read_range(value_range), "frames": frames, "alpha": alpha, "profile": profile,
+               "layout": layout, "channels": image_channels}  # fmt: skip
     if samples is None:
         sampled = {"batch_size": batch_size, "eta": eta, "guidance": guidance, "seed": seed, "solver": solver,
                    "spacing": spacing, "steps": steps, "variance": variance}  # fmt: skip
     else:
         sampled = {}
-    report = evaluate(
-        model, samples=samples, n=n, data=data, held_out=held_out, fit=fit, features_of=features, out=out,
-        backend=backend, device=device, dtype=dtype, options=sampled, progress=progress_on_stderr(),
-    )  # fmt: skip
+    with flags_in_errors():
+        report = evaluate(
+            model, samples=samples, n=n, data=data, held_out=held_out, fit=fit, features_of=features, out=out,
+            backend=backend, device=device, dtype=dtype, options=sampled, data_options=reading, labels_of=labels_of,
+            progress=progress_on_stderr(), announce=announce,
+        )  # fmt: skip
     print(json.dumps(report) if as_json else table(report))

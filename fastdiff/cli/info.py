@@ -91,7 +91,8 @@ def info(
         print(json.dumps(result | ({"program": operations} if program else {})))
         return
     for key, value in result.items():
-        print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
+        if value is not None or key != "class_names":
+            print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
     for part in (table, job, layout.text(methods) if program else None):
         if part is not None:
             print(f"\n{part}")
@@ -108,6 +109,7 @@ def _describe(sampler: Sampler, model: str, size: tuple[int, int], flops: float)
         "parameters": sum(p.numel() for p in sampler.unet.parameters()),
         "image": [sampler.info.channels, *size],
         "classes": sampler.info.classes,
+        "class_names": sampler.info.class_names and list(sampler.info.class_names),
         "null_label": sampler.info.null_label,
         "gflop_per_image_step": round(flops / 1e9, 4),
         "prediction": sampler.prediction,

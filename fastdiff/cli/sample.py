@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastdiff.cli.options import (
     SpacingOption,
     StepsOption,
     VarianceOption,
-    read_numbers,
+    read_labels,
     read_size,
 )
 from fastdiff.errors import InvalidArgument
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastdiff.sampler import Event, SampleOutput, Sampler
+
+log = logging.getLogger("fastdiff")
 
 
 def sample(
@@ -44,7 +47,8 @@ def sample(
         int | None, typer.Option(help="This many images of every class, a row each; replaces --n and --labels.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="A class for all images, or a comma-separated list that is repeated.")
+        str | None,
+        typer.Option(help="A class, its number or name, for all images; or a comma-separated list that is repeated."),
     ] = None,
     solver: SolverOption = "ddim",
     steps: StepsOption = None,
@@ -179,7 +183,7 @@ def _labels(
         return n, [label for label in range(classes) for _ in range(per_class)]
     if labels is None:
         return n, None
-    repeated = read_numbers("--labels", labels)
+    repeated = read_labels(labels, sampler.info)
     image_size(n, size, sampler.info)
     return n, [repeated[i % len(repeated)] for i in range(n)]
 
@@ -222,15 +226,24 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
     """Read a picture as floats [channels, *size] in [-1, 1]; a larger one is shrunk and cropped at its centre."""
     import torch
 
-    from fastdiff.data.pixels import convert, fit_to, misfit, open_image, pixels_of, why
+    from fastdiff.data.doubts import picture_doubts
+    from fastdiff.data.pixels import convert, fit_to, headers, misfit, open_image, scaled, values_of, why
 
     if channels not in (1, 3):
         raise InvalidArgument(f"{option} {path}: this model's images have {channels} channels, so they are no pictures")
     try:
+        heads = headers(path)
+        if isinstance(heads, str):
+            raise InvalidArgument(f"{option} {path} cannot be read: {heads}")
         with open_image(path) as opened:
-            pixels = convert(pixels_of(opened)[None], channels)
+            values = values_of(opened)
+            pixels = convert(scaled(values)[None], channels)
+    except InvalidArgument:
+        raise
     except Exception as e:  # decoders raise all kinds of errors for damaged files
         raise InvalidArgument(f"{option} {path} cannot be read: {why(e).splitlines()[0]}") from e
+    for doubt in picture_doubts(heads[0], values, channels):
+        log.warning("%s %s: %s", option, path, doubt)
     h, w = pixels.shape[1:3]
     if misfit((h, w), size, "crop") is not None:
         raise InvalidArgument(f"{option} {path} is {h}x{w}, smaller than {size[0]}x{size[1]}")

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdiff.cli.options import JsonOption, read_numbers, read_size
+from fastdiff.cli.options import (
+    AlphaOption,
+    FramesOption,
+    ImageChannelsOption,
+    JsonOption,
+    LayoutOption,
+    ProfileOption,
+    ValueRangeOption,
+    flags_in_errors,
+    in_flags,
+    read_numbers,
+    read_range,
+    read_size,
+)
 from fastdiff.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from fastdiff.training import ImageData
+    from fastdiff.training import ImageData, Trainer
     from fastdiff.unet import UNetConfig
 
 
@@ -32,6 +47,18 @@ def train(
     fit: Annotated[
         str, typer.Option(help="crop: centre-crop and shrink larger images; pad: put smaller ones on black.")
     ] = "crop",
+    value_range: ValueRangeOption = None,
+    frames: FramesOption = None,
+    alpha: AlphaOption = None,
+    profile: ProfileOption = None,
+    layout: LayoutOption = None,
+    image_channels: ImageChannelsOption = None,
+    class_depth: Annotated[
+        int | None, typer.Option(help="Levels of sub-folders that name a class (default: 1; 0 for no classes).")
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="Names of the classes in the order of their numbers, separated by commas.")
+    ] = None,
     unconditional: Annotated[bool, typer.Option(help="Ignore the labels of the data.")] = False,
     init: Annotated[
         str | None, typer.Option(help="Start from this model's network and weights instead of the options below.")
@@ -91,12 +118,16 @@ def train(
 
     torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 -o runs/2
     """
+    # long: a statement for each step of the command, with its many options
     import torch
 
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
     from fastdiff.checkpoints import load
     from fastdiff.checkpoints.reading import read_json
-    from fastdiff.training import load_data
+    from fastdiff.data.datasets import open_data
+    from fastdiff.data.pixels import Reading
+    from fastdiff.files import write_text
+    from fastdiff.training.lock import locked
 
     settings = TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,
@@ -114,7 +145,18 @@ def train(
             f"`fastdiff info {init}`"
         )
     unet_config = UNetConfig.from_dict(read_json(config)) if config is not None else None
-    images = load_data(data, labels=labels, size=None if size is None else read_size(size), fit=fit)
+    if unconditional and (class_depth or class_names is not None):
+        raise InvalidArgument("--unconditional ignores classes; leave out --class-depth and --class-names")
+    if out.is_dir() and os.environ.get("RANK", "0") == "0":
+        with locked(out):  # before the data are read, which may take minutes
+            pass
+    with flags_in_errors():
+        images = open_data(
+            data, Reading(read_range(value_range), frames, alpha, profile), labels=labels,
+            size=None if size is None else read_size(size), channels=image_channels, fit=fit, layout=layout,
+            class_depth=0 if unconditional else class_depth,
+            class_names=None if class_names is None else [name.strip() for name in class_names.split(",")],
+        )  # fmt: skip
     if given is not None:
         unet = given.unet
     else:
@@ -127,9 +169,17 @@ def train(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet = UNet(unet_config).zero_residuals_()
-    trainer = Trainer(unet, images, out, settings, noise, device=device)
+    with flags_in_errors():
+        trainer = Trainer(unet, images, out, settings, noise, device=device)
+    summary: dict[str, Any] = {}
+
+    def begin() -> None:
+        summary.update(_summary(trainer, data, None if given is None else given.class_names))
+        write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print("\n".join(_lines(summary)), file=sys.stderr, flush=True)
+
     started = time.perf_counter()
-    trainer.fit()
+    trainer.fit(begin)
     if trainer.rank == 0:
         seconds = time.perf_counter() - started
         parameters = sum(p.numel() for p in unet.parameters())
@@ -138,8 +188,81 @@ def train(
             "step": trainer.step,
             "parameters": parameters,
             "seconds": round(seconds, 1),
+            "summary": summary,
         }
         print(json.dumps(result) if as_json else f"{out / 'model'}: step {trainer.step}, {seconds:.0f} s")
+
+
+def _summary(trainer: Trainer, data: Path, initial_names: tuple[str, ...] | None) -> dict[str, Any]:
+    """Describe what a run will do, ready for JSON; ``initial_names`` are those of the classes of --init."""
+    from fastdiff.data.summary import describe
+
+    config, unet = trainer.config, trainer.unet
+    described = describe(trainer.data, data)
+    for entry in described["skipped_files"]:
+        entry["reason"] = in_flags(entry["reason"])
+    warnings = [in_flags(text) for text in described.pop("warnings")]
+    if len(trainer.data) < config.batch_size:
+        warnings.append(
+            f"{len(trainer.data)} images are fewer than a batch of {config.batch_size}: each is drawn several times in "
+            "every update; --batch-size sets another"
+        )
+    if unet.config.num_classes is None and trainer.data.num_classes is not None:
+        warnings.append("the network has no classes, so the data's labels are ignored; --unconditional accepts that")
+    if unet.config.num_classes is not None and unet.config.num_classes > (trainer.data.num_classes or 0):
+        warnings.append(
+            f"the network has {unet.config.num_classes} classes, the data {trainer.data.num_classes}: the others are "
+            "not trained; another --config or --init, or the options of the network, have as many"
+        )
+    names = trainer.class_names
+    if initial_names is not None and names is not None and initial_names != names:
+        i = next((i for i, pair in enumerate(zip(initial_names, names, strict=False)) if len({*pair}) > 1), 0)
+        warnings.append(
+            f"class {i} is {initial_names[i]} in the model of --init and {names[i]} in the data; --class-names sets "
+            "the order"
+        )
+    seconds = trainer.seconds_per_update()
+    left = max(config.steps - trainer.step, 0)
+    return {
+        "data": described,
+        "network": {
+            "parameters": sum(p.numel() for p in unet.parameters()),
+            "sample_size": list(trainer.data.size),
+            "classes": unet.config.num_classes,
+            "class_names": names and list(names),
+        },
+        "device": str(trainer.device),
+        "precision": config.precision,
+        "compiled": config.compile,
+        "processes": trainer.world,
+        "updates": left,
+        "batch_size": config.batch_size,
+        "epochs": round(left * config.batch_size / len(trainer.data), 2),
+        "seconds_per_update": round(seconds, 4),
+        "seconds": round(left * seconds, 1),
+        "warnings": warnings,
+    }
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
+    """Format the summary for people."""
+    from fastdiff.data.summary import data_lines, duration, line, warning_lines
+
+    network, size = summary["network"], "x".join(map(str, summary["network"]["sample_size"]))
+    classes = "no classes" if network["classes"] is None else f"{network['classes']} classes"
+    each = summary["seconds_per_update"]
+    return [
+        *data_lines("data", summary["data"]),
+        line("network", f"{network['parameters']:,} parameters, images of {size}, {classes}"),
+        line("device", f"{summary['device']}, {summary['precision']}, {summary['processes']} processes"),
+        line(
+            "time",
+            f"about {duration(summary['seconds'])} for {summary['updates']:,} updates of {summary['batch_size']} "
+            f"images ({summary['epochs']:g} times all images, {duration(each)} each), without samples and checkpoints"
+            + (" and before compilation" if summary["compiled"] else ""),
+        ),
+        *warning_lines(summary["warnings"]),
+    ]
 
 
 def _network(

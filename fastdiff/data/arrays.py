@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -30,6 +30,19 @@ DEFLATE_LIMIT = 1032
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 200
 
 BLOCK = 16 << 20  # bytes that are read or converted at a time
+
+LAYOUTS = ("NHW", "NHWC", "NCHW")
+OWN = "own"  # NHW or NHWC by the number of dimensions, as fastdiff writes its own files
+OWN_KEYS = ("seed", "indices")  # arrays that `SampleOutput.save` writes beside images and labels
+
+
+class Arrays(NamedTuple):
+    """The arrays of an ``.npz`` file."""
+
+    images: np.ndarray  # [N, H, W, C]
+    labels: np.ndarray | None = None  # [N], integers
+    class_names: tuple[str, ...] | None = None
+    unused: tuple[str, ...] = ()  # the names of arrays that are none of these
 
 
 def check_bytes(where: str, what: str, size: int) -> None:
@@ -120,46 +133,84 @@ def _unzipped(raw: IO[bytes]) -> IO[bytes]:
     return gzip.GzipFile(fileobj=raw) if zipped else raw  # type: ignore[return-value]  # it has the methods needed
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read the images [N, H, W, C] and the labels [N], or None, of an ``.npz`` file."""
+def read_npz(path: Path, *, any_dtype: bool = False, layout: str | None = None) -> Arrays:
+    """Read the images and the labels of an ``.npz`` file.
+
+    Images that are not uint8 are refused unless ``any_dtype`` is set. ``layout`` is one of LAYOUTS, OWN, or None
+    where the shape alone must tell it.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
-            key = next((key for key in ("images", "x", "arr_0") if f"{key}.npy" in names), None)
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            key = next((key for key in ("images", "x", "arr_0") if key in names), None)
             if key is None:
                 held = ", ".join(sorted(names)[:8]) or "nothing"
                 raise DataError(f"{path}: no array named images, x or arr_0 (it holds {held})")
             keys = ("labels", "y", "arr_1") if key == "arr_0" else ("labels", "y")
-            label_key = next((key for key in keys if f"{key}.npy" in names), None)
-            images = _read_npy(path, archive, key, _check_image_header)
+            label_key = next((key for key in keys if key in names), None)
+
+            def check(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+                _check_image_header(where, shape, dtype, any_dtype, layout)
+
+            images = _read_npy(path, archive, key, check)
             labels = None if label_key is None else _read_npy(path, archive, label_key, _check_label_header)
+            has_names = "class_names" in names
+            words = _read_npy(path, archive, "class_names", _check_name_header).tolist() if has_names else None
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RuntimeError, ImportError) as error:
         # zipfile raises RuntimeError for encrypted members, and its subclass NotImplementedError for methods of
         # compression that it lacks.
         raise DataError(f"cannot read {path}: {why(error)}") from error
     if images.ndim == 3:
         images = images[..., None]
-    elif images.shape[3] not in (1, 3, 4):
+    elif layout == "NCHW" or (layout is None and images.shape[3] not in (1, 3, 4)):
         images = images.transpose(0, 2, 3, 1)
     if labels is not None:
         labels = labels.reshape(len(labels))
         if len(labels) != len(images):
             raise DataError(f"{path}: {label_key} holds {len(labels)} labels, but {key} holds {len(images)} images")
         _check_labels(str(path), labels)
-    return images, labels
+    unused = names - {key, label_key, "class_names", *OWN_KEYS}
+    return Arrays(images, labels, None if words is None else tuple(words), tuple(sorted(unused)))
 
 
-def _check_image_header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    if dtype != np.uint8:
-        raise DataError(f"{where} is {dtype}; images must be uint8, 0 to 255")
-    if not (len(shape) == 3 or (len(shape) == 4 and {shape[1], shape[3]} & {1, 3, 4})):
+def _check_image_header(
+    where: str, shape: tuple[int, ...], dtype: np.dtype, any_dtype: bool, layout: str | None
+) -> None:
+    if dtype != np.uint8 and not any_dtype:
+        raise DataError(f"{where} is {dtype}, whose range is unknown; images are uint8, or value_range= declares it")
+    if dtype.kind not in "uif":
+        raise DataError(f"{where} is {dtype}; images must be uint8, or other numbers with value_range=")
+    if layout == OWN:
+        layout = "NHW" if len(shape) == 3 else "NHWC"
+    if layout is not None:
+        channels = {"NHW": 1, "NHWC": shape[-1] if shape else 0, "NCHW": shape[1] if len(shape) > 1 else 0}[layout]
+        if len(shape) != len(layout) or channels not in (1, 3, 4):
+            raise DataError(f"{where} has shape {shape}, which is not [{','.join(layout)}] with C = 1, 3 or 4")
+    elif not (len(shape) == 3 or (len(shape) == 4 and {shape[1], shape[3]} & {1, 3, 4})):
         raise DataError(f"{where} has shape {shape}; images are [N,H,W], [N,H,W,C] or [N,C,H,W] with C = 1, 3 or 4")
+    elif len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] in (1, 3, 4):
+        raise DataError(f'{where} has shape {shape}, which may be NHWC or NCHW; layout="NHWC" or "NCHW" says which')
+    elif len(shape) == 3 and shape[2] in (1, 3, 4) and shape[1] not in (0, shape[2]):
+        raise DataError(
+            f"{where} has shape {shape}: one image [H,W,C], which is stored as [1,H,W,C], or narrow ones [N,H,W], "
+            'which layout="NHW" declares'
+        )
     _check_images(where, shape)
 
 
 def _check_label_header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype.kind not in "iu" or not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)) or shape[0] == 0:
-        raise DataError(f"{where} is {dtype} of shape {shape}; labels must be integers of shape [N]")
+        hint = ""
+        if dtype.kind in "US":
+            hint = "; names belong into the array class_names, a name for each number"
+        elif len(shape) == 2:
+            hint = "; labels.argmax(1) makes them of one-hot rows"
+        raise DataError(f"{where} is {dtype} of shape {shape}; labels must be integers of shape [N]{hint}")
+
+
+def _check_name_header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if dtype.kind != "U" or len(shape) != 1 or not 1 <= shape[0] <= MAX_CLASSES:
+        raise DataError(f"{where} is {dtype} of shape {shape}; strings of shape [classes] are needed")
 
 
 # Later versions of the format are for structured types alone.

@@ -15,24 +15,55 @@ import operator
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageFile
 from torch.utils.data import Dataset
 
-from fastdiff.checks import is_whole, one_of
-from fastdiff.data.arrays import BLOCK, check_bytes, read_idx, read_npz
-from fastdiff.data.pixels import MAX_PIXELS, Header, convert, fit_to, header, misfit, open_image, pixels_of, why
+from fastdiff.checks import is_whole, one_of, whole
+from fastdiff.data.arrays import BLOCK, LAYOUTS, Arrays, check_bytes, read_idx, read_npz
+from fastdiff.data.doubts import (
+    ALPHA_DOUBT,
+    Look,
+    check_names,
+    digest_of,
+    find_classes,
+    gap_doubts,
+    header_doubts,
+    header_facts,
+    options_of,
+    shown,
+)
+from fastdiff.data.pixels import (
+    DEFAULT,
+    MAX_PIXELS,
+    Header,
+    Reading,
+    convert,
+    fit_to,
+    headers,
+    misfit,
+    open_image,
+    pixels_of,
+    scaled,
+    seek,
+    to_bytes,
+    values_of,
+    why,
+)
+from fastdiff.data.scan import SUFFIXES, Scan
 from fastdiff.errors import DataError, InvalidArgument
 
 log = logging.getLogger("fastdiff")
 
-# The suffix decides whether a file is opened; the format is then read from its content.
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
+# Images that are decoded when data are opened: at most so many, and of so many pixels together, which take a second.
+LOOKS, LOOK_PIXELS, MIN_LOOKS = 4096, 1 << 26, 16
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -47,12 +78,26 @@ class ImageData(Dataset[Batch]):
         size: Height and width of the images in pixels, (H, W).
         num_classes: The number of classes; None for data without labels.
         class_names: The names of the classes, where the data has names.
+        labels: The class of each image, an int64 tensor [N], or None.
+        skipped: Pairs of a file that was left out and the reason.
+        doubts: Sentences about what is doubtful, each with the argument of `load_data` that settles it.
+        facts: Sentences about what was done with the images.
+        look: The values of the images that were looked at, where the data was looked at.
+        options: The arguments of `load_data` that change pixels, ready for JSON.
+        digest: A digest by which other data are told apart: of the names of files, or of labels and some images.
     """
 
     channels: int
     size: tuple[int, int]
     num_classes: int | None
-    class_names: tuple[str, ...] | None
+    class_names: tuple[str, ...] | None = None
+    labels: torch.Tensor | None = None
+    skipped: tuple[tuple[Path, str], ...] = ()
+    doubts: tuple[str, ...] = ()
+    facts: Sequence[str] = ()
+    look: Look | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
+    digest: str = ""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -93,52 +138,123 @@ def load_data(
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     fit: str = "crop",
+    value_range: tuple[float, float] | None = None,
+    frames: str | None = None,
+    alpha: str | None = None,
+    profile: str | None = None,
+    layout: str | None = None,
+    class_depth: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> ArrayData | FolderData:
     """Open a folder of images, an ``.npz`` file or an IDX file (``.gz`` or not) as a data set.
 
-    Files of a folder that are unreadable or do not fit are left out, and the "fastdiff" logger names each.
+    Files of a folder that are unreadable or do not fit are left out, and the "fastdiff" logger names each. It also
+    warns of everything else about the data that is doubtful, and names the argument below that settles it.
 
     Args:
         path: The data. A folder is searched recursively; if every image lies in a sub-folder, the sorted names of the
             first level's sub-folders are the classes. An ``.npz`` file holds uint8 images [N, H, W], [N, H, W, C] or
             [N, C, H, W] under ``images``, ``x`` or ``arr_0``, and may hold integer labels [N] under ``labels`` or ``y``
-            (or ``arr_1`` beside ``arr_0``). IDX is the format of MNIST.
+            (or ``arr_1`` beside ``arr_0``) and their names under ``class_names``. IDX is the format of MNIST.
         labels: The IDX file of labels that belongs to an IDX file of images.
         size: The images' size: an int for H = W, or (H, W). None keeps the size of the data, whose images must then
             all have the same.
         channels: 1 (gray) or 3 (RGB). None keeps the channels of the data; a folder with one colour image is colour.
-            Colour becomes luma (ITU-R 601), gray is repeated, and alpha is composited over white.
+            Colour becomes luma (ITU-R 601), and gray is repeated.
         fit: How images of another size are fitted. "crop" takes the centre with the aspect of ``size`` and shrinks it
             by Lanczos resampling; smaller images are left out. "pad" centres the image on black (0); larger images are
             left out.
+        value_range: The values (black, white) of the data, such as (0, 4095) for 12 bits in 16-bit files; values beyond
+            it are refused. None: the whole range of 8- or 16-bit integers. Files of 32-bit or floating-point pixels,
+            and arrays that are not uint8, need it.
+        frames: Which pages or frames of a file are images: "first" or "all". None: the first.
+        alpha: What shows through where images are transparent: "white", "black", or "drop" for the colours that the
+            file has there. None: white.
+        profile: Colour profiles other than sRGB: "ignore" keeps the values of the file, "srgb" converts them. None
+            ignores the profiles.
+        layout: The layout of an array whose shape does not tell it: "NHWC", "NCHW" or "NHW".
+        class_depth: How many levels of sub-folders name the class of an image; 0 ignores all labels, of an array as
+            well. None: 1 where every image lies in a sub-folder, else 0.
+        class_names: The classes in the order of their numbers: for arrays a name for every label from 0 on, for a
+            folder the names of its sub-folders. None: the names in the data, if it has any.
 
     Returns:
         The data set: a `FolderData` for a folder, else an `ArrayData`.
 
     Raises:
-        DataError: If the data cannot be read or have no usable image.
-        InvalidArgument: If an argument is out of range, or ``labels`` is given for data other than an IDX file.
+        DataError: If the data cannot be read, have no usable image, or may be read in several ways.
+        InvalidArgument: If an argument is out of range, or is given for data of a kind to which it does not apply.
     """
+    reading = Reading(value_range, frames, alpha, profile)
+    data = open_data(
+        path, reading, labels=labels, size=size, channels=channels, fit=fit, layout=layout, class_depth=class_depth,
+        class_names=class_names,
+    )  # fmt: skip
+    for file, reason in data.skipped:
+        log.warning("skipped %s: %s", shown(file), reason)
+    for doubt in data.doubts:
+        log.warning("%s: %s", shown(path), doubt)
+    return data
+
+
+def open_data(
+    path: str | os.PathLike[str],
+    reading: Reading = DEFAULT,
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    fit: str = "crop",
+    layout: str | None = None,
+    class_depth: int | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ArrayData | FolderData:
+    """Open data as `load_data` does, without logging what is skipped or doubtful: the caller reports both."""
     path = Path(path)
     target = _check_size(size)
     if channels is not None and not (is_whole(channels) and channels in (1, 3)):
         raise InvalidArgument(f"channels must be 1, 3 or None, not {channels!r}")
     one_of("fit", fit, ("crop", "pad"))
+    one_of("layout", layout, (*LAYOUTS, None))
+    if class_depth is not None:
+        whole("class_depth", class_depth, 0, 16, but="None")
+    names = check_names(class_names)
     kind = _kind(path)
     if labels is not None and kind != "idx":
         raise InvalidArgument(
             f"labels= is the label file of an IDX image file, but {path} is {_KINDS[kind]}, which holds its own"
         )
+    if layout is not None and kind != "npz":
+        raise InvalidArgument(f"layout={layout!r} is for the array of an .npz file, but {path} is {_KINDS[kind]}")
     if kind == "folder":
-        return FolderData(path, target, channels, fit)
+        return FolderData(path, target, channels, fit, reading, class_depth, names)
+    for name, value in (("frames", reading.frames), ("profile", reading.profile)):
+        if value is not None:
+            raise InvalidArgument(f"{name}={value!r} is for files of images, but {path} is {_KINDS[kind]}")
+    if class_depth is not None and class_depth > 1:
+        raise InvalidArgument(f"class_depth={class_depth} is for folders, but {path} is {_KINDS[kind]}")
+    doubts: list[str] = []
     if kind == "npz":
-        images, classes = read_npz(path)
+        arrays = read_npz(path, any_dtype=reading.value_range is not None, layout=layout)
+        if arrays.unused and class_depth != 0:
+            doubts.append(f"the arrays {', '.join(map(shown, arrays.unused[:8]))} are not used")
     else:
-        images = read_idx(path, 3)[..., None]
         classes = None if labels is None else read_idx(Path(labels), 1)
-        if classes is not None and len(classes) != len(images):
-            raise DataError(f"{labels} holds {len(classes)} labels, but {path} holds {len(images)} images")
-    return ArrayData(path, images, classes, target, channels, fit)
+        arrays = Arrays(read_idx(path, 3)[..., None], classes)
+        if classes is not None and len(classes) != len(arrays.images):
+            raise DataError(f"{labels} holds {len(classes)} labels, but {path} holds {len(arrays.images)} images")
+        beside = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+        if labels is None and class_depth != 0 and beside != path and beside.exists():
+            doubts.append(f"no labels, although {shown(beside.name)} is there; labels= uses it, class_depth=0 does not")
+    found = None if class_depth == 0 else arrays.labels
+    names = names or check_names(arrays.class_names, DataError, f"{path}: class_names")
+    if found is None:
+        if class_names is not None:
+            raise InvalidArgument(f"class_names= needs labels, which {path} does not have")
+        names = None
+    data = ArrayData(path, arrays.images, found, target, channels, fit, reading, names)
+    data.doubts = (*doubts, *data.doubts)
+    return data
 
 
 class ArrayData(ImageData):
@@ -146,18 +262,21 @@ class ArrayData(ImageData):
 
     Args:
         path: What messages call the data.
-        images: uint8 images [N, H, W, C] with 1, 3 or 4 channels.
+        images: uint8 images [N, H, W, C] with 1, 3 or 4 channels; other numbers if ``reading`` has their range.
         labels: Integer class labels [N], from 0, or None.
         size: The size (H, W) to fit the images to; None keeps theirs.
         channels: The number of channels to convert the images to, 1 or 3; None keeps theirs.
         fit: "crop" or "pad", as for `load_data`.
+        reading: The choices of `load_data` that files leave open.
+        class_names: The name of each label from 0 on, or None.
 
     Attributes:
         images: The images, a uint8 tensor [N, C, H, W].
         labels: The labels, an int64 tensor [N], or None.
 
     Raises:
-        DataError: If the images cannot be fitted to ``size``, or would take too much memory.
+        DataError: If the images cannot be fitted to ``size``, lie beyond the declared range, or would take too much
+            memory.
     """
 
     def __init__(
@@ -168,6 +287,8 @@ class ArrayData(ImageData):
         size: tuple[int, int] | None,
         channels: int | None,
         fit: str,
+        reading: Reading = DEFAULT,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         n, h, w, c = images.shape
         self.size = size or (h, w)
@@ -179,17 +300,42 @@ class ArrayData(ImageData):
         self.images = torch.empty(shape, dtype=torch.uint8)
         view = self.images.numpy()
 
-        def put(start: int) -> None:  # blocks bound the memory that the conversion needs besides source and result
-            block = convert(images[start : start + step], self.channels)
+        def put(start: int) -> tuple[float, float]:  # blocks bound the memory of the conversion
+            block = images[start : start + step]
+            extremes = float(block.min()), float(block.max())
+            if reading.value_range is not None:
+                block = to_bytes(block, reading.value_range)
+            block = convert(block, self.channels, reading.alpha)
             view[start : start + step] = fit_to(block, self.size, fit).transpose(0, 3, 1, 2)
+            return extremes
 
-        step = max(1, BLOCK // (h * w * max(c, self.channels)))
-        with ThreadPoolExecutor(_cpus()) as pool:
-            for _ in pool.map(put, range(0, n, step)):
-                pass
+        step = max(1, BLOCK // (h * w * max(c, self.channels) * images.itemsize))
+        try:
+            with ThreadPoolExecutor(_cpus()) as pool:
+                extremes = list(pool.map(put, range(0, n, step)))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-        self.num_classes = None if labels is None else int(labels.max()) + 1
-        self.class_names = None
+        self.num_classes, self.class_names = None, class_names
+        if labels is not None:
+            self.num_classes = max(int(labels.max()) + 1, len(class_names or ()))
+            if class_names is not None and len(class_names) < self.num_classes:
+                raise DataError(f"{path}: label {self.num_classes - 1} has no name; there are {len(class_names)} names")
+        self.look, self.options = Look(), options_of(reading, fit)
+        self.look.add(str(images.dtype), min(low for low, _ in extremes), max(high for _, high in extremes))
+        digests = [digest_of(view[i * n // min(n, LOOKS)]) for i in range(min(n, LOOKS))]
+        for digest in digests:
+            self.look.add_digest(digest)
+        numbers = b"" if self.labels is None else self.labels.numpy().tobytes()
+        self.digest = digest_of(np.frombuffer(numbers + b"".join(digests), np.uint8)).hex()
+        self.doubts = (
+            *self.look.doubts(reading),
+            *(["an alpha channel " + ALPHA_DOUBT] if c == 4 and reading.alpha is None else []),
+            *gap_doubts(self.labels, self.num_classes, class_names),
+        )
+        self.facts = [f"all {h}x{w}"] if (h, w) == self.size else [f"{h}x{w}, fitted by {fit}"]
+        if c != self.channels:
+            self.facts.append(f"{c} channels, converted to {self.channels}")
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -202,52 +348,82 @@ class ArrayData(ImageData):
 class FolderData(ImageData):
     """Image files in a folder, decoded on request by a pool of threads.
 
-    Opening the data reads the headers alone. A file whose pixels turn out to be unreadable is replaced by the next
-    readable file, in the order of ``files``, cyclically, so that an index gives the same image in every run; the
-    "fastdiff" logger names it once.
+    Opening the data reads all headers, and decodes as many images, evenly spread, as about a second allows: all of
+    them in a small folder. What is unreadable is left out. A file that later turns out to be unreadable is replaced by
+    the next readable one, in the order of ``files``, cyclically, so that an index gives the same image in every run;
+    the "fastdiff" logger names it once, and more than a hundredth of such files is an error.
 
     Args:
         root: The folder, searched recursively.
         size: The size (H, W) to fit the images to; None keeps theirs, which must be one.
         channels: The number of channels to convert the images to, 1 or 3; None means 3 if any image has colour.
         fit: "crop" or "pad", as for `load_data`.
+        reading: The choices of `load_data` that files leave open.
+        class_depth: As for `load_data`.
+        class_names: As for `load_data`.
 
     Attributes:
-        files: The usable files, sorted.
+        files: The usable files, sorted; a file of several frames that are all used is listed as often.
         labels: The classes of ``files``, an int64 tensor [N], or None.
         skipped: Pairs of a file that was left out and the reason.
 
     Raises:
-        DataError: If no image can be used, or ``size`` is None and the images have several sizes.
+        DataError: If no image can be used, ``size`` is None and the images have several sizes, or the sub-folders are
+            not those of ``class_names``.
     """
 
-    def __init__(self, root: Path, size: tuple[int, int] | None, channels: int | None, fit: str) -> None:
-        paths = sorted(_image_files(root), key=lambda path: path.relative_to(root).parts)
+    def __init__(
+        self,
+        root: Path,
+        size: tuple[int, int] | None,
+        channels: int | None,
+        fit: str,
+        reading: Reading = DEFAULT,
+        class_depth: int | None = None,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise DataError(
+                f"{root}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which makes damaged images look whole; unset it"
+            )
+        scan = Scan.of(root)
+        paths = scan.images
         if not paths:
-            raise DataError(f"{root}: no image files ({' '.join(sorted(SUFFIXES))})")
+            raise DataError(f"{root}: no image files ({' '.join(sorted(SUFFIXES))}){scan.instead()}")
         with ThreadPoolExecutor(_cpus()) as pool:
-            headers = list(pool.map(header, paths))
-        skipped = [(path, header) for path, header in zip(paths, headers, strict=True) if isinstance(header, str)]
-        found = [(path, header) for path, header in zip(paths, headers, strict=True) if not isinstance(header, str)]
-        if size is None:
-            size = _own_size(root, found)
-        files: list[Path] = []
-        colours = 1
-        for path, (own, colour) in found:
-            if reason := misfit(own, size, fit):
-                skipped.append((path, f"it is {own[0]}x{own[1]}: {reason}"))
+            found = list(pool.map(lambda path: headers(path, reading), paths))
+        skipped = [*scan.skipped, *((p, h) for p, h in zip(paths, found, strict=True) if isinstance(h, str))]
+        frames = [
+            (path, frame, header)
+            for path, heads in zip(paths, found, strict=True)
+            if not isinstance(heads, str)
+            for frame, header in enumerate(heads)
+        ]
+        self.root, self.fit, self.reading = root, fit, reading
+        self.size = size or _own_size(root, frames)
+        used = []
+        for path, frame, head in frames:
+            if reason := misfit(head.size, self.size, fit):
+                skipped.append((path, f"it is {head.size[0]}x{head.size[1]}: {reason}"))
             else:
-                files.append(path)
-                colours = max(colours, colour)
-        for path, reason in skipped:
-            log.warning("skipped %s: %s", path, reason)
-        if not files:
-            path, reason = skipped[0]
+                used.append((path, frame, head))
+        self.channels = channels or max((head.channels for _, _, head in used), default=1)
+        self.look = Look()
+        bad = self._look_at(used, self.look)
+        skipped += [(used[at][0], reason) for at, reason in sorted(bad.items())]
+        used = [entry for at, entry in enumerate(used) if at not in bad]
+        if not used:
+            path, reason = skipped[len(scan.skipped)]
             raise DataError(f"{root}: none of {len(paths)} image files can be used; the first, {path}: {reason}")
-        self.root, self.files, self.skipped = root, tuple(files), tuple(skipped)
-        self.size, self.channels, self.fit = size, channels or colours, fit
-        self.class_names, self.labels = _classes(root, paths, files)
+        self.files, self.skipped = tuple(path for path, _, _ in used), tuple(skipped)
+        self._frames = tuple(frame for _, frame, _ in used)
+        self.class_names, self.labels, doubts = find_classes(root, scan, self.files, class_depth, class_names)
         self.num_classes = None if self.class_names is None else len(self.class_names)
+        places = "\n".join(f"{path.relative_to(root).as_posix()} {frame}" for path, frame, _ in used)
+        self.digest = digest_of(np.frombuffer(places.encode(errors="surrogateescape"), np.uint8)).hex()
+        heads = [(path, head) for path, _, head in used]
+        self.doubts = (*header_doubts(heads, reading, channels), *self.look.doubts(reading), *doubts)
+        self.facts, self.options = [*header_facts(heads, self.size, fit), *scan.facts()], options_of(reading, fit)
         self._bad: set[int] = set()
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -255,6 +431,11 @@ class FolderData(ImageData):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def unreadable(self) -> frozenset[int]:
+        """The indices, so far, of images that could not be decoded and for which others stand."""
+        return frozenset(self._bad)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         order = self._check(indices)
@@ -266,6 +447,33 @@ class FolderData(ImageData):
             used.append(index)
         return batch, None if self.labels is None else self.labels[torch.tensor(used, dtype=torch.int64)]
 
+    def _look_at(self, entries: list[tuple[Path, int, Header]], found: Look) -> dict[int, str]:
+        """Decode some images, evenly spread, for their values; return the reasons of those that cannot be decoded."""
+        pixels = sum(math.prod(head.size) for _, _, head in entries)
+        looks = min(len(entries), LOOKS, max(MIN_LOOKS, LOOK_PIXELS * len(entries) // max(pixels, 1)))
+        order = sorted({i * len(entries) // looks for i in range(looks)}) if looks else []
+
+        def look(at: int) -> str | tuple[float, float, bytes]:
+            path, frame, _ = entries[at]
+            try:
+                with open_image(path) as image:
+                    seek(image, frame)
+                    values = values_of(image, self.reading)
+                colours = values[..., :3]  # without alpha
+                return float(colours.min()), float(colours.max()), digest_of(scaled(values, self.reading))
+            except Exception as error:  # a decoder may raise anything at all for a damaged file
+                return str(error) if isinstance(error, DataError) else why(error)
+
+        bad: dict[int, str] = {}
+        with ThreadPoolExecutor(_cpus()) as pool:
+            for at, seen in zip(order, pool.map(look, order), strict=True):
+                if isinstance(seen, str):
+                    bad[at] = seen
+                else:
+                    found.add(entries[at][2].depth, seen[0], seen[1])
+                    found.add_digest(seen[2])
+        return bad
+
     def _load(self, index: int) -> tuple[int, np.ndarray]:
         """Decode the first readable image at or after an index; return its own index and its pixels."""
         for step in range(len(self.files)):
@@ -273,21 +481,29 @@ class FolderData(ImageData):
             if at in self._bad:
                 continue
             try:
-                return at, self._decode(self.files[at])
+                return at, self._decode(at)
             except Exception as error:  # a decoder may raise anything at all for a damaged file
                 with self._lock:
                     new = at not in self._bad
                     self._bad.add(at)
                 if new:
-                    log.warning("unreadable %s (%s): the next readable image stands for it", self.files[at], why(error))
+                    log.warning(
+                        "unreadable %s (%s): the next readable image stands for it", shown(self.files[at]), why(error)
+                    )
+                if len(self._bad) > max(1, len(self.files) // 100):
+                    raise DataError(
+                        f"{self.root}: {len(self._bad)} of {len(self.files)} images cannot be decoded, too many for "
+                        f"others to stand for them; the last was {self.files[at]}; remove or repair them"
+                    ) from error
         raise DataError(f"{self.root}: none of {len(self.files)} images can be decoded; the last was {self.files[at]}")
 
-    def _decode(self, path: Path) -> np.ndarray:
-        with open_image(path) as image:
-            pixels = pixels_of(image)
+    def _decode(self, at: int) -> np.ndarray:
+        with open_image(self.files[at]) as image:
+            seek(image, self._frames[at])
+            pixels = pixels_of(image, self.reading)
         if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # it was changed after the scan
             raise DataError(f"it is now {pixels.shape[0]}x{pixels.shape[1]}: {reason}")
-        return fit_to(convert(pixels[None], self.channels), self.size, self.fit)[0]
+        return fit_to(convert(pixels[None], self.channels, self.reading.alpha), self.size, self.fit)[0]
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -344,57 +560,14 @@ def _cpus() -> int:
     return max(1, min(usable, 16))
 
 
-def _image_files(root: Path) -> Iterator[Path]:
-    """Yield the regular files with an image's suffix, except hidden ones; links are followed, each folder once."""
-    seen: set[tuple[int, int]] = set()
-
-    def failed(error: OSError) -> None:
-        log.warning("skipped %s: %s", error.filename, why(error))
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=failed):
-        info = os.stat(folder)
-        if os.name != "nt" and (info.st_dev, info.st_ino) in seen:  # a link back to a parent would never end
-            subfolders.clear()
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith(".") and path.is_file():
-                yield path
-
-
-def _own_size(root: Path, found: list[tuple[Path, Header]]) -> tuple[int, int]:
+def _own_size(root: Path, found: list[tuple[Path, int, Header]]) -> tuple[int, int]:
     if not found:
         return 1, 1  # the caller will raise, as no file is usable
-    first, (size, _) = found[0]
-    for path, (other, _) in found:
-        if other != size:
+    first, _, head = found[0]
+    for path, _, other in found:
+        if other.size != head.size:
             raise DataError(
-                f"{root}: the images have several sizes ({first} is {size[0]}x{size[1]}, {path} is "
-                f"{other[0]}x{other[1]}); give size="
+                f"{root}: the images have several sizes ({first} is {head.size[0]}x{head.size[1]}, {path} is "
+                f"{other.size[0]}x{other.size[1]}); give size="
             )
-    return size
-
-
-def _classes(root: Path, paths: list[Path], files: list[Path]) -> tuple[tuple[str, ...] | None, torch.Tensor | None]:
-    """Return the names of the classes and the class of each of ``files``, if every image lies in a sub-folder.
-
-    The names come from all ``paths``, so that the classes keep their numbers when an image is damaged.
-    """
-    loose = sum(path.parent == root for path in paths)
-    if loose:
-        if loose < len(paths):
-            log.warning("%s: %d of %d images lie in no sub-folder: no class labels", root, loose, len(paths))
-        return None, None
-
-    def folder(path: Path) -> str:
-        return path.relative_to(root).parts[0]
-
-    names = tuple(sorted({folder(path) for path in paths}))
-    number = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([number[folder(path)] for path in files], dtype=torch.int64)
-    counts = torch.bincount(labels, minlength=len(names)).tolist()
-    if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
-        log.warning("%s: no usable image in class %s", root, ", ".join(empty))
-    return names, labels
+    return head.size

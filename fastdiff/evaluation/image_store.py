@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdiff.backends.native import cost
 from fastdiff.checkpoints.reading import read_json
 from fastdiff.checks import whole
-from fastdiff.data.arrays import read_npz
+from fastdiff.data.arrays import OWN, read_npz
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.files import atomic_path, write_text
 from fastdiff.sampler import Sampler
+from fastdiff.unet import UNet
 
 log = logging.getLogger("fastdiff")
 
@@ -116,6 +118,18 @@ def settings(sampler: Sampler, *, labels: int | str | None = "cycle", seed: int 
     }
 
 
+def expected_seconds(
+    sampler: Sampler, n: int, *, labels: int | str | None = "cycle", seed: int = 0, **options: Any
+) -> float | None:
+    """Predict the time of drawing n images; None for backends whose time cannot be predicted."""
+    if sampler.backend != "native" or not isinstance(sampler.unet, UNet):
+        return None
+    r = sampler.request(n, **options, seed=seed, labels=_labels(sampler, labels, 0, n))
+    dtype = "bfloat16-fast" if sampler.fast else sampler.dtype
+    guided = r.nfe > len(r.table)
+    return cost.estimate(sampler.unet, r.shape[1:], n, r.nfe, r.batch_size, dtype, guided=guided).seconds
+
+
 def check_settings(folder: str | Path, expected: dict[str, Any]) -> None:
     """Check a folder's settings, or write them to a new folder; other settings raise a `DataError` that lists them."""
     path = Path(folder) / SETTINGS
@@ -147,9 +161,9 @@ def network_digest(unet: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _labels(sampler: Sampler, labels: int | str | None, start: int, n: int) -> int | list[int] | None:
+def _labels(sampler: Sampler, labels: int | str | None, start: int, n: int) -> int | str | list[int] | None:
     if labels != "cycle":
-        if isinstance(labels, str):
+        if isinstance(labels, str) and labels not in (sampler.info.class_names or ()):
             raise InvalidArgument(f"labels={labels!r}: 'cycle', a class, or None is needed")
         return labels
     classes = sampler.info.classes
@@ -165,7 +179,7 @@ def _read_part(path: Path) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        images, _ = read_npz(path)
+        images = read_npz(path, layout=OWN).images
     except DataError as e:
         log.warning("%s; its images are drawn anew", e)
         return None

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from fastdiff.data.datasets import load_data
-from fastdiff.errors import DataError
+from fastdiff.data.datasets import FolderData, open_data
+from fastdiff.data.pixels import Reading
+from fastdiff.data.summary import describe
+from fastdiff.errors import DataError, InvalidArgument
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 MIN_IMAGES = 20
 
 Shape = tuple[int, int, int]  # C, H, W
+
+
+READING = tuple(field.name for field in dataclasses.fields(Reading))
+DATA_OPTIONS = (*READING, "layout", "channels")  # options of `load_data` that an evaluation passes on
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """All images of a source, with what is known about them."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor | None  # int64 [N]
+    class_names: tuple[str, ...] | None
+    described: dict[str, Any]  # for JSON, by `fastdiff.data.summary.describe`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,25 +41,31 @@ class RealImages:
     images: Tensor  # to measure against, uint8 [M, C, H, W]
     held_out: Tensor | None  # others that the model was not trained on
     labels: Tensor | None  # the classes of the held-out images, int64
+    described: tuple[dict[str, Any], ...] = ()  # the images, and the held-out ones, for JSON
 
     @classmethod
-    def load(cls, data: Path, held_out: str | Path | None, shape: Shape, fit: str) -> RealImages:
+    def load(
+        cls, data: Path, held_out: str | Path | None, shape: Shape, fit: str, options: Mapping[str, Any] | None = None
+    ) -> RealImages:
         """Load the images of ``data``, and of ``held_out``, by default the test images of MNIST's four files.
 
         Both are anything that `load_images` takes; ``data`` may also be a folder with MNIST's four files.
         """
         mnist = _mnist(data)
-        images, _ = load_images(data if mnist is None else mnist["train-images-idx3"], shape, fit)
-        if len(images) < MIN_IMAGES:
-            raise DataError(f"{data} holds {len(images)} images, at least {MIN_IMAGES} are needed")
-        if held_out is None and mnist is not None and "t10k-images-idx3" in mnist:
-            return cls(images, *load_images(mnist["t10k-images-idx3"], shape, fit, mnist.get("t10k-labels-idx1")))
+        real = load_images(data if mnist is None else mnist["train-images-idx3"], shape, fit, options=options)
+        if len(real.images) < MIN_IMAGES:
+            raise DataError(f"{data} holds {len(real.images)} images, at least {MIN_IMAGES} are needed")
+        if held_out is None and (mnist is None or "t10k-images-idx3" not in mnist):
+            return cls(real.images, None, None, (real.described,))
         if held_out is None:
-            return cls(images, None, None)
-        others, _ = load_images(Path(held_out), shape, fit)
-        if len(others) < MIN_IMAGES:
-            raise DataError(f"{held_out} holds {len(others)} images, at least {MIN_IMAGES} are needed")
-        return cls(images, others, None)
+            assert mnist is not None
+            others = load_images(mnist["t10k-images-idx3"], shape, fit, mnist.get("t10k-labels-idx1"), options)
+        else:
+            others = load_images(Path(held_out), shape, fit, options=options)
+            if len(others.images) < MIN_IMAGES:
+                raise DataError(f"{held_out} holds {len(others.images)} images, at least {MIN_IMAGES} are needed")
+        labels = others.labels if held_out is None else None
+        return cls(real.images, others.images, labels, (real.described, others.described))
 
 
 def find_data(data: str | Path | None, model: str | Path | None) -> Path:
@@ -66,14 +90,52 @@ def default_fit(data: Path) -> str:
     return "crop" if _mnist(data) is None else "pad"
 
 
-def load_images(path: Path, shape: Shape | None, fit: str, labels: Path | None = None) -> tuple[Tensor, Tensor | None]:
-    """Load all images of a source that `load_data` takes: uint8 [N, *shape] and labels, int64 [N] or None.
+def load_images(
+    path: Path,
+    shape: Shape | None,
+    fit: str,
+    labels: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    labelled: bool = False,
+) -> Loaded:
+    """Load all images of a source that `load_data` takes, with the labels of ``labels`` or, if asked, of an .npz.
 
-    With ``shape`` None, the images keep their own shape.
+    With ``shape`` None, the images keep their own. Otherwise colour is not made gray, nor gray colour, unless
+    ``options``, some of `DATA_OPTIONS`, have the channels; `DataError` says so.
     """
-    channels, size = (None, None) if shape is None else (shape[0], shape[1:])
-    data = load_data(path, labels=labels, size=size, channels=channels, fit=fit)
-    return data.__getitems__(range(len(data)))
+    given = dict(options or {})
+    unknown = sorted(given.keys() - {*DATA_OPTIONS})
+    if unknown:
+        raise InvalidArgument(f"data_options: {unknown[0]!r} is unknown; allowed: {', '.join(DATA_OPTIONS)}")
+    reading = Reading(**{key: value for key, value in given.items() if key in READING})
+    # Folders that name other classes than the labels do are no classes here.
+    depth = None if labels is not None or (labelled and path.is_file()) else 0
+    size = None if shape is None else shape[1:]
+    data = open_data(
+        path, reading, labels=labels, size=size, channels=given.get("channels"), fit=fit, layout=given.get("layout"),
+        class_depth=depth,
+    )  # fmt: skip
+    images, classes = data.__getitems__(range(len(data)))
+    if isinstance(data, FolderData) and data.unreadable:  # no image counts twice
+        keep = [i for i in range(len(data)) if i not in data.unreadable]
+        images = images[keep]
+    described = describe(data, path)
+    if shape is not None:
+        images = _in_channels(images, shape[0], path)
+    return Loaded(images, classes, data.class_names, {**described, "channels": images.shape[1]})
+
+
+def _in_channels(images: Tensor, channels: int, path: Path) -> Tensor:
+    """Return images with so many channels if that loses nothing; else raise `DataError`."""
+    own = images.shape[1]
+    if own == channels:
+        return images
+    if (own, channels) == (3, 1) and bool((images == images[:, :1]).all()):  # gray, stored as colour
+        return images[:, :1].contiguous()
+    kinds = {1: "gray", 3: "colour"}
+    needed = kinds.get(channels, f"{channels}-channel")
+    convert = f", or channels={channels} to convert them" if channels in kinds else ""
+    raise DataError(f"{path} holds {kinds[own]} images, and {needed} ones are compared; give others{convert}")
 
 
 def _mnist(folder: Path) -> dict[str, Path] | None:

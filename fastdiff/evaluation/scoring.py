@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.reading import read_json, read_safetensors
+from fastdiff.data.summary import data_lines, duration, line
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import image_store
 from fastdiff.evaluation.classifier import CLASS_NAMES, SIZE, Classifier
 from fastdiff.evaluation.metrics import Extractor, Reference, features, measure, share_interval, thinned
-from fastdiff.evaluation.reference_images import MIN_IMAGES, RealImages, Shape, default_fit, find_data, load_images
+from fastdiff.evaluation.reference_images import (
+    DATA,
+    MIN_IMAGES,
+    Loaded,
+    RealImages,
+    Shape,
+    default_fit,
+    find_data,
+    load_images,
+)
 from fastdiff.files import atomic_path, write_text
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.runners import usable_device
 
+log = logging.getLogger("fastdiff")
+
+DRAWN = 5000  # images of a model, by default
 CHUNK = 1000  # images whose features are stored in one file
 
 Progress = Callable[[str, int, int], None]
@@ -52,7 +66,10 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     options: dict[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    labels_of: str | Path | None = None,
     progress: Progress | None = None,
+    announce: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model's samples, or other images, against real images.
 
@@ -73,12 +90,18 @@ def evaluate(
         device: As `Sampler.from_pretrained` takes it.
         dtype: As `Sampler.from_pretrained` takes it.
         options: Options of `Sampler.sample`; ``labels`` may also be "cycle", the default: the classes take turns.
+        data_options: Options of `fastdiff.data.load_data` for samples and real images: ``value_range``, ``frames``,
+            ``alpha``, ``profile``, ``layout`` and ``channels``.
+        labels_of: The same as ``features_of``, to say that images and labels which do not name their classes are of
+            the classifier's data set.
         progress: Called with what is being done, how much of it is done, and how much there is.
+        announce: Called before the work with a summary, ready for JSON, of what will be judged, by what and against
+            what, with "warnings" and the predicted "seconds" of drawing (None where they cannot be predicted).
 
     Returns:
         The report, ready for JSON, as written to ``out/report.json``. Its "metrics" and "held_out" have the keys
         "frechet", "kernel", "precision" and "recall", each a dictionary of "value", "low" and "high"; "accuracy" is the
-        share of images that the classifier assigns to their class, if both are known.
+        share of images that the classifier assigns to their class, if their classes are known to be the classifier's.
 
     Raises:
         CheckpointError: If the model or the weights of the features cannot be read.
@@ -92,33 +115,144 @@ def evaluate(
     data = find_data(data, model if samples is None else None)
     fit = fit or default_fit(data)
     extract = features(features_of, usable_device(device))
-    judge = extract.network if isinstance(extract.network, Classifier) else None
+    judge = Judge.of(extract, str(features_of), labels_of)
+    summary: dict[str, Any] = {"judge": judge.described, "warnings": []}
+    seconds = None
     if samples is None:
         sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
         settings = image_store.settings(sampler, **options)
         channels, height, width = settings["shape"]
         check_shape(extract, str(features_of), str(model), (channels, height, width))
-        real = RealImages.load(data, held_out, (channels, height, width), fit)
+        real = RealImages.load(data, held_out, (channels, height, width), fit, data_options)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         folder = out / f"{settings['solver']}-{settings['nfe']}-{digest}"
-        n = n or 5000
-        images = image_store.draw(
-            sampler, folder, n, progress=lambda done, total: say("images", done, total), **options
-        )
-        cycle = settings["labels"] == "cycle" and sampler.info.classes == len(CLASS_NAMES)
+        n = n or DRAWN
+        known = judge.knows(sampler.info.class_names, sampler.info.classes)
+        cycle = settings["labels"] == "cycle" and sampler.info.classes == len(CLASS_NAMES) and known
         labels = torch.arange(n) % len(CLASS_NAMES) if cycle else None
         source: dict[str, Any] = {"model": str(model), "settings": settings, "images": str(folder)}
+        summary |= {"model": _described(sampler, str(model), settings, n)}
+        seconds = None if announce is None else image_store.expected_seconds(sampler, n, **options)
     else:
-        images, labels = _samples(Path(samples), None if judge is None else (1, SIZE, SIZE), fit)
+        loaded = _samples(Path(samples), None if judge.network is None else (1, SIZE, SIZE), fit, data_options)
+        images, labels = loaded.images, loaded.labels
         if len(images) < (n or MIN_IMAGES):
             raise DataError(f"{samples} holds {len(images)} images, {n or MIN_IMAGES} are needed")
-        images, labels = images[:n], None if labels is None else labels[:n]
-        real = RealImages.load(data, held_out, (images.shape[1], images.shape[2], images.shape[3]), fit)
+        known = judge.knows(loaded.class_names, None if labels is None else int(labels.max()) + 1)
+        images, labels = images[:n], labels[:n] if labels is not None and known else None
+        real = RealImages.load(data, held_out, (images.shape[1], images.shape[2], images.shape[3]), fit, data_options)
         source = {"samples": str(samples)}
+        summary |= {"samples": {**loaded.described, "classes": None}}
+    if judge.network is not None and not known:
+        summary["warnings"].append(judge.doubt(str(model if samples is None else samples)))
+    if not (known or data == DATA):
+        real = dataclasses.replace(real, labels=None)
+    summary |= dict(zip(("real", "held_out"), real.described, strict=False))
+    for what in ("samples", "real", "held_out"):
+        summary["warnings"] += [f"{summary[what]['path']}: {d}" for d in summary.get(what, {}).pop("warnings", ())]
+    summary["device"] = str(extract.device)
+    if announce is not None:
+        announce({**summary, "seconds": seconds})
+    if samples is None:
+        images = image_store.draw(
+            sampler, folder, n or DRAWN, progress=lambda done, total: say("images", done, total), **options
+        )
     scores = _scores(extract, images, labels, real, out, say)
-    report = {**source, "features": str(features_of), "data": str(data), **scores}
+    report = {**source, "features": str(features_of), "data": str(data), **scores, "summary": summary}
+    summary["warnings"] += _misread(scores["held_out"])
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The network whose features are compared, and whose classes an accuracy is of."""
+
+    name: str
+    network: Classifier | None  # None for Inception, which has no classes of the images
+    accepted: bool  # whether the caller says that images without names of classes are of its data set
+
+    @classmethod
+    def of(cls, extract: Extractor, name: str, labels_of: str | Path | None) -> Judge:
+        """Check the judge; ``labels_of`` is the caller's."""
+        network = extract.network if isinstance(extract.network, Classifier) else None
+        if labels_of is not None and (network is None or str(labels_of) != name):
+            kind = "has no classes" if network is None else "judges its own classes alone"
+            raise InvalidArgument(f"labels_of={str(labels_of)!r}: features_of={name!r} {kind}")
+        return cls(name, network, labels_of is not None)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """A description, for JSON."""
+        if self.network is None:
+            return {"features": self.name, "kind": "Inception-v3, for images of any size and colour", "classes": None}
+        kind = f"a classifier of Fashion-MNIST, for gray images of {SIZE}x{SIZE}"
+        return {"features": self.name, "kind": kind, "classes": list(self.network.class_names)}
+
+    def knows(self, names: tuple[str, ...] | None, classes: int | None) -> bool:
+        """Return whether classes of these names, or without names and so many, are those of the judge."""
+        if self.network is None:
+            return False
+        if names is not None:
+            return names == self.network.class_names
+        return self.accepted and (classes or 0) <= len(self.network.class_names)
+
+    def doubt(self, what: str) -> str:
+        """Say that nothing shows that the judge fits the images of ``what``."""
+        return (
+            f"nothing says that {what} is of the judge's data set, Fashion-MNIST: there is no class accuracy, and "
+            f'distances by features of clothes mean little for other images; labels_of="{self.name}" says that it is, '
+            "features_of= takes the weights of Inception"
+        )
+
+
+def _described(sampler: Sampler, model: str, settings: dict[str, Any], n: int) -> dict[str, Any]:
+    """Describe a model and what will be drawn from it, for JSON."""
+    names = sampler.info.class_names
+    return {
+        "path": model,
+        "parameters": sum(p.numel() for p in sampler.unet.parameters()),
+        "classes": sampler.info.classes,
+        "class_names": names and list(names),
+        "images": n,
+        "shape": settings["shape"],
+        "solver": settings["solver"],
+        "nfe": settings["nfe"],
+        "backend": settings["backend"],
+        "dtype": settings["dtype"],
+        "device": str(sampler.device),
+    }
+
+
+def _misread(held_out: dict[str, Any] | None) -> list[str]:
+    """Return a warning if the classifier reads less than half of the held-out images as their class."""
+    read = None if held_out is None else held_out["accuracy"]
+    if read is None or read["value"] >= 0.5:
+        return []
+    text = f"the judge reads {read['value']:.0%} of the held-out images as their class: they may be of another data set"
+    log.warning("%s", text)
+    return [text]
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """Format the summary that `evaluate` announces, for people, without its warnings."""
+    judge, lines = summary["judge"], []
+    if "model" in summary:
+        m, seconds = summary["model"], summary["seconds"]
+        names = "" if m["class_names"] is None else f": {', '.join(m['class_names'][:20])}"
+        classes = "no classes" if m["classes"] is None else f"{m['classes']} classes{names}"
+        lines += [
+            line("model", f"{m['path']}: {m['parameters']:,} parameters, {classes}"),
+            line("images", f"{m['images']} of {m['shape']}, {m['solver']}, {m['nfe']} network evaluations each"),
+            line("device", f"{m['device']}, {m['backend']}, {m['dtype']}; features on {summary['device']}"),
+            line("time", f"{duration(seconds)} to draw" if seconds is not None else "not predicted for this backend"),
+        ]
+    else:
+        lines += [*data_lines("samples", summary["samples"]), line("device", summary["device"])]
+    lines += data_lines("real", summary["real"])
+    lines += data_lines("held out", summary["held_out"]) if "held_out" in summary else []
+    classes = "" if judge["classes"] is None else f": {', '.join(judge['classes'])}"
+    return [*lines, line("judge", f"{judge['features']}: {judge['kind']}{classes}")]
 
 
 def check_shape(extract: Extractor, features_of: str, model: str, shape: Shape) -> None:
@@ -240,18 +374,19 @@ def _stored_features(path: Path, n: int) -> Tensor | None:
     return stored if fits else None
 
 
-def _samples(path: Path, shape: Shape | None, fit: str) -> tuple[Tensor, Tensor | None]:
+def _samples(path: Path, shape: Shape | None, fit: str, options: Mapping[str, Any] | None) -> Loaded:
     """Load images to judge and their labels, which an .npz and parts whose classes take turns have."""
     if path.is_dir() and (path / "000000.npz").is_file():
         images = image_store.load(path)
         settings = read_json(path / image_store.SETTINGS) if (path / image_store.SETTINGS).is_file() else {}
         if shape is not None and tuple(images.shape[1:]) != shape:
             raise InvalidArgument(f"{path}: images of {list(images.shape[1:])}, {list(shape)} are needed")
+        n, channels, height, width = images.shape
+        described = {"path": str(path), "images": n, "size": [height, width], "channels": channels, "values": [],
+                     "facts": [], "skipped": 0, "skipped_files": []}  # fmt: skip
         cycle = settings.get("labels") == "cycle"
-        return images, torch.arange(len(images)) % len(CLASS_NAMES) if cycle else None
-    images, labels = load_images(path, shape, fit)
-    known = path.is_file() and labels is not None and int(labels.max()) < len(CLASS_NAMES)
-    return images, labels if known else None  # the classifier does not know classes named by folders
+        return Loaded(images, torch.arange(n) % len(CLASS_NAMES) if cycle else None, None, described)
+    return load_images(path, shape, fit, options=options, labelled=True)
 
 
 def _accuracy(judge: nn.Module, features: Tensor, labels: Tensor | None) -> dict[str, float] | None:

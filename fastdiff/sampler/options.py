@@ -52,7 +52,7 @@ class Options:
     clip: float | str | None = option(FROM_MODEL, None, TABLE, MEASURED)
     seed: int | None = option(0, "--seed")
     start_index: int = option(0, "--start-index")
-    labels: int | Sequence[int] | Tensor | None = option(None, "--labels")
+    labels: int | str | Sequence[int | str] | Tensor | None = option(None, "--labels")
     guidance: float | Sequence[float] = option(1.0, "--guidance")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), None, MEASURED)
     guidance_rescale: float = option(0.0, None, MEASURED)
@@ -122,6 +122,7 @@ class NetworkInfo:
     classes: int | None = None  # number of classes without the null class; None where it has none, or they are unknown
     null_label: int | None = None  # None where it has no null class, so that it cannot be guided
     described: bool = False  # whether it has a configuration; without one any label is passed on to it
+    class_names: tuple[str, ...] | None = None  # of the classes from 0 on; None where they have no names
 
     @classmethod
     def of(cls, unet: nn.Module, shape: tuple[int, int, int] | None) -> NetworkInfo:

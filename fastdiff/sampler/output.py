@@ -46,6 +46,7 @@ class SampleOutput:
         table: Step table that was run.
         nfe: Network evaluations per image; a guided row counts two.
         labels: int64 [n], or None for an unconditional network.
+        class_names: The names of the model's classes, or None.
     """
 
     images: Tensor
@@ -54,6 +55,7 @@ class SampleOutput:
     table: StepTable
     nfe: int
     labels: Tensor | None
+    class_names: tuple[str, ...] | None = None
 
     def to_pil(self) -> list[Image.Image]:
         """Convert the images to PIL.
@@ -80,7 +82,7 @@ class SampleOutput:
         Args:
             path: Destination; its suffix selects the format. Suffix of a picture (.png, .jpg, .webp, .gif): the image,
                 or the grid of several. ``.npz``: arrays images (uint8 [n, H, W, C]), seed, indices and, if there are
-                any, labels. No suffix: a folder with a PNG for each image, named by its global index.
+                any, labels and class_names. No suffix: a folder with a PNG for each image, named by its global index.
             columns: Images in a row of the grid.
 
         Raises:
@@ -98,6 +100,8 @@ class SampleOutput:
             }
             if self.labels is not None:
                 arrays["labels"] = self.labels.numpy()
+                if self.class_names is not None and int(self.labels.max()) < len(self.class_names):
+                    arrays["class_names"] = np.array(self.class_names)
             with atomic_path(path) as temporary:
                 np.savez_compressed(temporary, **arrays)
         elif not path.suffix:

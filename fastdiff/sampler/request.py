@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ class Request:
     table: StepTable
     nfe: int  # network evaluations per image
     labels: Tensor | None  # int64 [n]
+    class_names: tuple[str, ...] | None
     guidance: NDArray[np.float64]  # scale of classifier-free guidance for each image, [n]
     guidance_rescale: float  # from 0 (off) to 1
     noise: Tensor | NoiseSource | None  # as given
@@ -112,6 +114,7 @@ def check(
         table=table,
         nfe=table.nfe(guided=bool((guidance != 1.0).any())),
         labels=_labels(n, o.labels, info),
+        class_names=info.class_names,
         guidance=guidance,
         guidance_rescale=number("guidance_rescale", o.guidance_rescale, 0, 1),
         noise=o.noise,
@@ -181,7 +184,22 @@ def image_size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) ->
     return height, width
 
 
-def _labels(n: int, labels: int | Sequence[int] | Tensor | None, info: NetworkInfo) -> Tensor | None:
+def class_of(name: str, info: NetworkInfo) -> int:
+    """Return the number of the class of this name; `InvalidArgument` lists the names that are like it."""
+    names = info.class_names or ()
+    if name in names:
+        return names.index(name)
+    close = difflib.get_close_matches(name, names, 5) or [*names[:10], *(["..."] if len(names) > 10 else [])]
+    raise InvalidArgument(f"label {name!r} is unknown; the model's classes are {', '.join(close)}")
+
+
+def _labels(n: int, labels: int | str | Sequence[int | str] | Tensor | None, info: NetworkInfo) -> Tensor | None:
+    if info.class_names is None:
+        pass  # a name is refused below, like everything that is no whole number
+    elif isinstance(labels, str):
+        labels = class_of(labels, info)
+    elif isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
+        labels = [class_of(label, info) if isinstance(label, str) else label for label in labels]
     if labels is None:
         if info.null_label is not None:
             return torch.full((n,), info.null_label, dtype=torch.int64)

@@ -57,10 +57,11 @@ class Sampler:
             model, for calls that do not give theirs.
         measurements_file: The model's ``trilemma.json``, written by ``fastdiff trilemma --install``, on which
             solver="auto", quality= and deadline_s= are based; it need not exist yet.
+        class_names: The name of each class from 0 on, which `sample` takes as labels; None: the classes have no names.
 
     Attributes:
         unet: As given.
-        info: Facts about the network: channels, size, classes, null label.
+        info: Facts about the network: channels, size, classes and their names, null label.
         schedule: Noise schedule.
         prediction: Target that the network predicts.
         backend: Name of the backend, never "auto".
@@ -90,6 +91,7 @@ class Sampler:
         shape: tuple[int, int, int] | None = None,
         scheduler_config: dict[str, Any] | None = None,
         measurements_file: str | Path | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         if not isinstance(unet, nn.Module):
             raise InvalidArgument(f"unet={unet!r}: a torch module is needed; from_pretrained takes names and paths")
@@ -101,7 +103,7 @@ class Sampler:
         one_of("determinism", determinism, ("seed", "bitwise"))
         one_of("backend", backend, ("auto", *backends.BACKENDS))
         self.unet = unet
-        self.info = NetworkInfo.of(unet, shape)
+        self.info = dataclasses.replace(NetworkInfo.of(unet, shape), class_names=_class_names(class_names))
         self.schedule: Schedule = schedule or NoiseSchedule()
         self.prediction = prediction
         self.determinism = determinism
@@ -161,6 +163,7 @@ class Sampler:
             determinism=determinism,
             scheduler_config=loaded.scheduler_config,
             measurements_file=loaded.path / NAME if loaded.path.is_dir() else None,
+            class_names=loaded.class_names,
         )
 
     def sample(
@@ -176,7 +179,7 @@ class Sampler:
         clip: float | str | None = FROM_MODEL,
         seed: int | None = 0,
         start_index: int = 0,
-        labels: int | Sequence[int] | Tensor | None = None,
+        labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance: float | Sequence[float] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
@@ -219,8 +222,9 @@ class Sampler:
             seed: Seed of the noise, from 0 to 2^64 - 1; None draws one, which the output names.
             start_index: Index of the first image. Image i of the result is image ``start_index + i`` of the seed, in
                 whatever batch it is drawn.
-            labels: Class of all images, or of each one, from 0 to the number of classes - 1. None: the null class;
-                networks without one need labels if they have classes.
+            labels: Class of all images, or of each one: a number from 0 to the number of classes - 1, or the name of a
+                class, where the model has names. None: the null class; networks without one need labels if they have
+                classes.
             guidance: Scale of classifier-free guidance for all images, or for each one; 1 is off.
             guidance_interval: (start, end) of the part of the run that is guided, from 0 (noise) to 1 (image).
             guidance_rescale: Share, from 0 (off) to 1, by which guided outputs are rescaled to the standard deviation
@@ -447,3 +451,11 @@ class Sampler:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _class_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise InvalidArgument(f"class_names={str(names)[:80]!r}: a list of strings, a name for each class, is needed")
+    return tuple(names)

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from fastdiff import solvers
 from fastdiff.checkpoints import save_folder
 from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
 from fastdiff.data import ImageData, save_picture
-from fastdiff.errors import CheckpointError, InvalidArgument, TrainingError
+from fastdiff.errors import CheckpointError, DataError, InvalidArgument, TrainingError
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import resume
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.lock import locked
 from fastdiff.training.log import TrainingLog
 from fastdiff.training.loss import loss_weights, target
 from fastdiff.unet import UNet
@@ -65,6 +66,7 @@ class Trainer:
         device: The device to train on; None means CUDA where it is available, else the CPU.
 
     Attributes:
+        class_names: The names of the classes, as the data has them; they are saved with the model. None without names.
         unet: The network in training.
         ema: A copy of the network with the exponential moving average of the weights, which is sampled and exported.
         step: The number of updates so far.
@@ -85,6 +87,7 @@ class Trainer:
         self.config = config or TrainConfig()
         self.schedule = schedule or NoiseSchedule()
         self.data = data
+        self.class_names: tuple[str, ...] | None = None if unet.config.num_classes is None else data.class_names
         self.out = Path(out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._check(unet)
@@ -93,6 +96,9 @@ class Trainer:
                 self.schedule, min(GRID_STEPS, self.schedule.timesteps), prediction=self.config.prediction
             )
         self.device = _device(device)
+        # The size of samples is that of the images, also in a network made or trained for another.
+        side = data.size[0] if data.size[0] == data.size[1] else data.size
+        unet.config = dataclasses.replace(unet.config, sample_size=side)
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         self.unet = unet.to(self.device, torch.float32).train()
         self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False)
@@ -169,6 +175,24 @@ class Trainer:
         text = "/".join(map(str, (self.config.seed, *what)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
+    def _read(self, positions: range) -> tuple[Tensor, Tensor | None]:
+        """Read images and labels, and check what a caller's own data set may get wrong."""
+        data, classes = self.data, self.unet.config.num_classes
+        images, labels = data.__getitems__(self._indices(positions))
+        shape = (len(positions), data.channels, *data.size)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or tuple(images.shape) != shape:
+            kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise DataError(f"the data gave images {kind}; uint8 {list(shape)}, from 0 to 255, are needed")
+        if classes is None:
+            return images, labels  # which are not used
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
+            kind = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise DataError(f"the data gave labels {kind}; int64 [{shape[0]}] are needed")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise DataError(f"the data gave labels from {low} to {high}; the U-Net takes 0 to {classes - 1}")
+        return images, labels
+
     def _batch(
         self, images: Tensor, labels: Tensor | None, positions: range
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -194,6 +218,27 @@ class Trainer:
                 labels = torch.where(w2 < int(c.label_dropout * 2**32), self.unet.config.null_label, labels)
         noise = normal(seed, index, row, TRAIN_NOISE, tuple(x0.shape[1:]))
         return x0, noise, t, labels
+
+    def seconds_per_update(self) -> float:
+        """Time an update: its images, loss and gradient, without a change of weights.
+
+        Returns:
+            The seconds of an update of all processes, if each has a device of its own.
+
+        Raises:
+            DataError: If images cannot be read.
+        """
+        seconds = []
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for _ in range(2):  # the first one allocates memory and chooses algorithms
+                started = time.perf_counter()
+                positions = next(self._positions(0))
+                images, labels = self._read(positions)
+                self._loss(self.unet, *self._batch(images, labels, positions)).backward()
+                float(next(self.unet.parameters()).grad.sum())  # type: ignore[union-attr]  # waits for the device
+                seconds.append(time.perf_counter() - started)
+        self.optimizer.zero_grad(set_to_none=True)
+        return min(seconds) * self.config.accumulate
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -253,20 +298,30 @@ class Trainer:
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed)
 
-    def fit(self) -> None:
+    def fit(self, on_start: Callable[[], None] | None = None) -> None:
         """Train to ``config.steps``, from the checkpoint in ``out`` if there is one, and export the EMA weights.
 
         The caller's random state is left as it is, and does not matter.
 
+        Args:
+            on_start: Called in the first process before the first update, when the folder is locked and ``step`` is
+                that of the checkpoint.
+
         Raises:
-            TrainingError: If the loss or the gradient is not finite, a file cannot be written, or the checkpoint was
-                written with other settings, or for another network, schedule or data.
+            TrainingError: If the loss or the gradient is not finite, a file cannot be written, another process is
+                training in ``out``, or the checkpoint was written with other settings, or for another network,
+                schedule or data.
             CheckpointError: If the checkpoint is damaged or is not one of training, or the model cannot be exported.
             DataError: If images cannot be read.
         """
         ours = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(ours), self._processes():
+        # The old checkpoint stays until the new one, of weights, average and two moments, is complete.
+        need = 4 * 4 * sum(p.numel() for p in self.unet.parameters())
+        lock = locked(self.out, need) if self.rank == 0 else contextlib.nullcontext()
+        with torch.random.fork_rng(ours), lock, self._processes():
             self._resume()
+            if on_start is not None and self.rank == 0:
+                on_start()
             network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # it returns a module
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
@@ -295,7 +350,7 @@ class Trainer:
         """Yield this process's parts of the batches from the current step on; a thread reads one part ahead."""
 
         def read(positions: range) -> Part:
-            return positions, *self.data.__getitems__(self._indices(positions))
+            return positions, *self._read(positions)
 
         ahead: Future[Part] | None = None
         with ThreadPoolExecutor(1, "fastdiff-data") as reader:
@@ -332,7 +387,14 @@ class Trainer:
             "train": dataclasses.asdict(self.config),
             "unet": self.unet.config.to_dict(),
             "scheduler": self.schedule.to_scheduler_config() | {"prediction_type": self.config.prediction},
-            "data": {"images": len(self.data), "size": list(self.data.size), "channels": self.data.channels},
+            "data": {
+                "images": len(self.data),
+                "size": list(self.data.size),
+                "channels": self.data.channels,
+                "options": dict(self.data.options),
+                "digest": self.data.digest,
+            },
+            "class_names": self.class_names and list(self.class_names),
             "world_size": self.world,
             "losses": self._losses,
         }
@@ -357,7 +419,11 @@ class Trainer:
         try:
             kept = mine["train"].keys() - set(MAY_CHANGE)
             changed = {f"train.{key}" for key in kept if info["train"].get(key) != mine["train"][key]}
+            # Checkpoints of earlier versions have fewer of these keys, and the network's own sample_size.
+            info["unet"]["sample_size"] = mine["unet"]["sample_size"]
+            mine["data"] = {key: value for key, value in mine["data"].items() if key in info["data"]}
             changed |= {key for key in ("unet", "scheduler", "data") if info[key] != mine[key]}
+            changed |= {"class_names"} if info.get("class_names", mine["class_names"]) != mine["class_names"] else set()
             step, world = int(info["step"]), info["world_size"]
             losses = [float(loss) for loss in info.get("losses", [])]
         except (TypeError, ValueError, AttributeError) as e:
@@ -396,7 +462,8 @@ class Trainer:
         Raises:
             CheckpointError: If the folder cannot be written.
         """
-        save_folder(path, self.ema, self.schedule, prediction=self.config.prediction)
+        names = self.class_names
+        save_folder(path, self.ema, self.schedule, prediction=self.config.prediction, class_names=names)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -449,6 +449,20 @@ def test_per_class_has_a_row_for_each_class(model: str, call: Call) -> None:
             assert np.array_equal(cell, pictures[3 * label + column])
 
 
+def test_what_happens_to_an_image_is_said(model: str, call: Call, caplog: pytest.LogCaptureFixture) -> None:
+    frames = [Image.new("RGBA", (8, 8), (200, 9, 9, 90 * i)) for i in range(3)]
+    frames[0].save("in.png", save_all=True, append_images=frames[1:])
+    arguments = ("sample", model, "--n", "1", "--steps", "2", "--labels", "1", "--out", "a.png", "--image")
+    assert call(*arguments, "in.png")[0] == 0
+    assert "--image in.png: it has 3 pages or frames, of which the first alone is used" in caplog.text
+    assert "--image in.png: its alpha channel is composited over white" in caplog.text
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save("deep.png")
+    assert call(*arguments, "deep.png")[0] == 0
+    assert "--image deep.png: its 16-bit values reach 4095 of 65535 alone, so that it is dark" in caplog.text
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save("float.tif")
+    assert_refused(call(*arguments, "float.tif"), ("float.tif cannot be read: floating-point pixels",))
+
+
 @pytest.mark.parametrize("name", ["film.gif", "film.webp"])
 def test_animate(name: str, model: str, call: Call) -> None:
     code, _, err = call("sample", model, "--n", "4", "--steps", "6", "--animate", name, "--out", "a.png")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from fastdiff import checkpoints, cli
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import evaluate, image_store, inception, metrics, reference_images, table
-from fastdiff.evaluation.classifier import Classifier
+from fastdiff.evaluation.classifier import CLASS_NAMES, Classifier
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from tests.support.unets import TINY_CLASSES, change, random_unet
@@ -123,7 +123,8 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
 def test_examples(example: str, mnist: Path, tmp_path: Path) -> None:
     """As they stand but for time and data: 20 images, two steps, small files."""
     arguments = shlex.split(re.sub(r"--steps \d+", "--steps 2", re.sub(r"--n \d+", "--n 20", example)))[2:]
-    np.savez(tmp_path / "samples.npz", images=pictures(30, 2), labels=np.arange(30) % 10)
+    named = {"labels": np.arange(30) % 10, "class_names": CLASS_NAMES}
+    np.savez(tmp_path / "samples.npz", images=pictures(30, 2), **named)
     result = shell(tmp_path, *arguments, "--data", mnist)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -185,7 +186,7 @@ def test_another_model_gets_another_folder(model: Path, mnist: Path, tmp_path: P
 def test_given_images(mnist: Path, model: Path, tmp_path: Path) -> None:
     """An .npz, a folder of pictures, an IDX file and a folder of parts of the same images give the same numbers."""
     images = pictures(30, 2)
-    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(30) % 10)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(30) % 10, class_names=CLASS_NAMES)
     idx(tmp_path / "b.gz", images)
     for i, image in enumerate(images):
         (tmp_path / "c" / "class").mkdir(parents=True, exist_ok=True)
@@ -194,7 +195,8 @@ def test_given_images(mnist: Path, model: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "d" / "000000.npz", images=np.pad(images, ((0, 0), (2, 2), (2, 2))))
     (tmp_path / "d" / "settings.json").write_text('{"labels": "cycle"}')
     reports = [
-        evaluate(samples=tmp_path / name, data=mnist, out=tmp_path / "out") for name in ("a.npz", "b.gz", "c", "d")
+        evaluate(samples=tmp_path / name, data=mnist, out=tmp_path / "out", labels_of=labels_of)
+        for name, labels_of in (("a.npz", None), ("b.gz", None), ("c", None), ("d", "fashion-mnist"))
     ]
     for report in reports:
         assert report["metrics"] == reports[0]["metrics"]

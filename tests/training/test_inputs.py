@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import DataError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import TrainConfig, Trainer
 from tests.training.toys import (
@@ -114,6 +114,40 @@ def test_data_of_another_kind_trains_an_unconditional_network(tmp_path: Path) ->
     unet = toy_unet(num_class_embeds=None, null_label=None)
     toy_trainer(tmp_path, unet=unet, data=Toys(size=(8, 6), classes=None), steps=2, sample_every=2).fit()
     assert Image.open(tmp_path / "samples" / "step-0000002.png").size == (8 * 8 + 2, 8 * 10 + 2)
+
+
+class Custom(Toys):
+    """A caller's own data set, whose batches are changed."""
+
+    def __init__(self, change: Any):
+        super().__init__()
+        self.change = change
+
+    def __getitems__(self, indices: Any) -> Any:
+        return self.change(*super().__getitems__(indices))
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "floats": (lambda x, y: (x / 255, y), r"images torch\.float32 \[8, 1, 8, 8\]; uint8 \[8, 1, 8, 8\], from 0 to 255"),
+    "int16": (lambda x, y: (x.short(), y), r"images torch\.int16"),
+    "NHWC": (lambda x, y: (x.permute(0, 2, 3, 1), y), r"images torch\.uint8 \[8, 8, 8, 1\]; uint8 \[8, 1, 8, 8\]"),
+    "fewer": (lambda x, y: (x[1:], y[1:]), r"images torch\.uint8 \[7, 1, 8, 8\]"),
+    "arrays": (lambda x, y: (x.numpy(), y), "images ndarray"),
+    "no labels": (lambda x, y: (x, None), r"labels NoneType; int64 \[8\]"),
+    "one-hot": (lambda x, y: (x, torch.nn.functional.one_hot(y, 3)), r"labels torch\.int64 \[8, 3\]"),
+    "float labels": (lambda x, y: (x, y.float()), r"labels torch\.float32"),
+    "null labels": (lambda x, y: (x, y + 1), "labels from 1 to 3; the U-Net takes 0 to 2"),
+    "negative": (lambda x, y: (x, y - 1), "labels from -1 to 1; the U-Net takes 0 to 2"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_batches_of_a_callers_data_are_checked(tmp_path: Path, what: str) -> None:
+    change, message = WRONG[what]
+    trainer = toy_trainer(tmp_path, data=Custom(change))
+    with pytest.raises(DataError, match=message):
+        trainer.fit()
+    assert trainer.step == 0
 
 
 def test_half_precision_networks_are_trained_in_float32(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastdiff import cli
+from fastdiff.training.lock import locked
 from fastdiff.unet import UNet
 from tests.training.toys import (
     answer_of,
@@ -55,7 +58,7 @@ def test_command_line(tmp_path: Path, photos: Path) -> None:
     assert "Traceback" not in result.stderr
     for name in ("small.png", "noise.png", "torn.png"):
         assert name in result.stderr, name
-    for name in ("colour0", "gray", "deep", "clear"):
+    for name in ("colour0", "gray.png", "deep", "clear"):
         assert name not in result.stderr
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4]
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
@@ -109,6 +112,75 @@ def test_command_line_errors(
     assert errors.splitlines()[-1].startswith(message)
     assert errors.count("error:") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_summary(tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes before the first update: data, classes, what is skipped, network, device, time, and what is doubtful."""
+    (photos / "birds").mkdir()
+    (photos / "cats" / "notes.txt").write_text("none")
+    Image.new("L", (8, 8), 7).save(photos / "cats" / "esc\x1b[31m.png")
+    code, errors = command(
+        capsys, monkeypatch, "train", photos, "--out", tmp_path / "out", *SMALL, "--batch-size", "64"
+    )
+    assert code == 0
+    assert "\x1b" not in errors
+    summary, _, _ = errors.partition("step 1/4")
+    for line in (
+        f"data        {photos}: 6 images, 8x8, colour (files of 8x8 to 12x10; 2 shrunk; 1 cut to the aspect of 8x8)",
+        "values      16-bit: ", "8-bit: 0 to 255", "classes     2: 0 cats: 4, 1 dogs: 2", "skipped     4:",
+        "1 .txt: files whose names do not end as those of images do", "torn.png: OSError: image file is truncated",
+        "small.png: it is 4x8: smaller than 8x8, and images are not enlarged (--fit pad would pad it)",
+        "images of 8x8, 2 classes", "device      cpu, fp32, 1 processes", "for 4 updates of 64 images (42.67 times all",
+        "WARNING     1 of 6 images have an alpha channel", "--alpha white accepts that",
+        "WARNING     3 of 6 images have colour",
+        "--image-channels 3 accepts that", "WARNING     no image in the sub-folder birds",
+        "WARNING     6 images are fewer than a batch of 64",
+    ):  # fmt: skip
+        assert line in summary, (line, summary)
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written["data"]["classes"] == {"cats": 4, "dogs": 2}
+    assert written["data"]["skipped"] == len(written["data"]["skipped_files"]) == 4
+    assert written["network"]["class_names"] == ["cats", "dogs"]
+    assert len(written["warnings"]) == 4
+    assert written["seconds"] == pytest.approx(4 * written["seconds_per_update"], rel=0.1, abs=0.1)
+
+
+def test_what_is_settled_is_no_warning(
+    tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--alpha", "black", "--image-channels", "3", "--value-range", "0,65535", "--batch-size", "4")
+    code, errors = command(capsys, monkeypatch, "train", photos, "--out", tmp_path / "out", *SMALL, *arguments)
+    assert code == 0
+    assert errors.count("WARNING") == 1  # of a range for images of several kinds
+    assert "WARNING     --value-range is applied to images of several kinds alike: 16-bit, 8-bit" in errors
+    shape = np.arange(4 * 3 * 8 * 3).reshape(4, 3, 8, 3)
+    np.savez(tmp_path / "a.npz", images=shape.astype(np.uint8))
+    line = ("train", tmp_path / "a.npz", "--out", tmp_path / "array", *SMALL, "--fit", "pad")
+    code, errors = command(capsys, monkeypatch, *line)
+    assert code == 2
+    assert "may be NHWC or NCHW; --layout NHWC or" in errors
+    np.savez(
+        tmp_path / "a.npz", images=shape.transpose(0, 2, 1, 3)[:, :, :, :1].astype(np.float32), labels=[0, 1, 3, 0]
+    )
+    code, errors = command(capsys, monkeypatch, *line)
+    assert "images is float32, whose range is unknown; images are uint8, or --value-range declares it" in errors
+    code, errors = command(capsys, monkeypatch, *line, "--value-range", "0,1")
+    assert "go beyond --value-range=0 to 1" in errors or "go beyond --value-range 0 to 1" in errors
+    code, errors = command(capsys, monkeypatch, *line, "--value-range", "0,300", "--class-names", "a, b,c,d", "--json")
+    assert code == 0, errors
+    assert "WARNING" not in errors
+    assert "classes     4: 0 a: 2, 1 b: 1, 2 c: 0, 3 d: 1" in errors
+
+
+def test_folders_that_cannot_be_used_are_named_first(
+    tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        monkeypatch.setattr("fastdiff.data.datasets.open_data", lambda *_, **__: pytest.fail("the data were read"))
+        code, errors = command(capsys, monkeypatch, "train", photos, "--out", tmp_path / "out", *SMALL)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"process {os.getpid()} is training there" in errors
 
 
 def test_command_line_without_data(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
