@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.data import pictures
 from fastdiff.errors import InvalidArgument
-from fastdiff.files import atomic_path
+from fastdiff.files import atomic_file
 from fastdiff.solvers import StepTable
 
 
@@ -85,6 +85,7 @@ class SampleOutput:
 
         Raises:
             InvalidArgument: If the suffix is none of these.
+            WriteError: If a file cannot be written; an earlier file of its name is then unchanged.
         """
         path = Path(path)
         if path.suffix.lower() in pictures.PICTURES:
@@ -98,8 +99,8 @@ class SampleOutput:
             }
             if self.labels is not None:
                 arrays["labels"] = self.labels.numpy()
-            with atomic_path(path) as temporary:
-                np.savez_compressed(temporary, **arrays)
+            with atomic_file(path) as file:
+                np.savez_compressed(file, **arrays)
         elif not path.suffix:
             for i, picture in enumerate(self.to_pil(), start=self.start_index):
                 pictures.save_picture(picture, path / f"{i:06d}.png")
