@@ -25,6 +25,7 @@ from fastdiff.cli.options import (
     StepsOption,
     VarianceOption,
 )
+from fastdiff.errors import printable
 
 
 def eval(
@@ -83,4 +84,4 @@ def eval(
         model, samples=samples, n=n, data=data, held_out=held_out, fit=fit, features_of=features, out=out,
         backend=backend, device=device, dtype=dtype, options=sampled, progress=progress_on_stderr(),
     )  # fmt: skip
-    print(json.dumps(report) if as_json else table(report))
+    print(json.dumps(report) if as_json else printable(table(report), lines=True))

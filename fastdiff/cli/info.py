@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from fastdiff.cli.options import SOLVER_HELP, JsonOption, ModelArgument
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
     from fastdiff.backends.native.cost import Cost
@@ -91,7 +91,7 @@ def info(
         print(json.dumps(result | ({"program": operations} if program else {})))
         return
     for key, value in result.items():
-        print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
+        print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else printable(value)}")
     for part in (table, job, layout.text(methods) if program else None):
         if part is not None:
             print(f"\n{part}")

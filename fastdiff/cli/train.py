@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastdiff.cli.options import JsonOption, read_numbers, read_size
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
     from fastdiff.training import ImageData
@@ -139,7 +139,7 @@ def train(
             "parameters": parameters,
             "seconds": round(seconds, 1),
         }
-        print(json.dumps(result) if as_json else f"{out / 'model'}: step {trainer.step}, {seconds:.0f} s")
+        print(json.dumps(result) if as_json else f"{printable(out / 'model')}: step {trainer.step}, {seconds:.0f} s")
 
 
 def _network(

@@ -285,9 +285,9 @@ class FolderData(ImageData):
     def _decode(self, path: Path) -> np.ndarray:
         with open_image(path) as image:
             pixels = pixels_of(image)
-        if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # it was changed after the scan
-            raise DataError(f"it is now {pixels.shape[0]}x{pixels.shape[1]}: {reason}")
-        return fit_to(convert(pixels[None], self.channels), self.size, self.fit)[0]
+            if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # changed after the scan
+                raise DataError(f"it is now {pixels.shape[0]}x{pixels.shape[1]}: {reason}")
+            return fit_to(convert(pixels[None], self.channels), self.size, self.fit)[0]
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import atomic_file
 
+BLOCK = 1 << 22  # numbers that are converted at a time, which takes several times their memory
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -31,8 +32,13 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     Returns:
         A uint8 array [n, H, W, C] on the CPU.
     """
-    x = images.detach().float().clamp(-1.0, 1.0).nan_to_num(nan=-1.0)
-    return ((x + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    n, c, h, w = images.shape
+    result = np.empty((n, h, w, c), np.uint8)
+    step = max(1, BLOCK // max(c * h * w, 1))
+    for i in range(0, n, step):
+        x = images[i : i + step].detach().float().clamp(-1.0, 1.0).nan_to_num(nan=-1.0)
+        result[i : i + step] = ((x + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return result
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -102,8 +102,9 @@ class SampleOutput:
             with atomic_file(path) as file:
                 np.savez_compressed(file, **arrays)
         elif not path.suffix:
-            for i, picture in enumerate(self.to_pil(), start=self.start_index):
-                pictures.save_picture(picture, path / f"{i:06d}.png")
+            for i in range(len(self.images)):  # one by one, as all pictures together would take memory again
+                picture = pictures.to_pil(self.images[i : i + 1])[0]
+                pictures.save_picture(picture, path / f"{self.start_index + i:06d}.png")
         else:
             allowed = ", ".join((*pictures.PICTURES, ".npz"))
             raise InvalidArgument(f"{path}: unknown suffix; allowed: {allowed}, or none for a folder of PNGs")
