@@ -106,7 +106,7 @@ class Measured:
     def say(self, point: Point) -> None:
         """Write to the log which setting was chosen from which file; a long one is a warning, which users see."""
         level = logging.WARNING if point.rows > SAID_ROWS else logging.INFO
-        log.log(level, "measured, says %s: %s, %d network evaluations", self.path, point, point.nfe)
+        log.log(level, "setting of %s: %s, %d network evaluations", self.path, point, point.nfe)
 
     def check_rows(self, point: Point, rows: int) -> None:
         """Raise `CheckpointError` where the step table of a point has another number of rows than the file says."""
@@ -197,7 +197,7 @@ def _point(entry: Mapping[str, Any]) -> Point:
     options, nfe, at_n = entry["options"], entry["nfe"], entry["at_n"]
     for name, value in options.items():
         if name not in OPTIONS:
-            raise ValueError(f"option {name[:40]!r} is unknown")
+            raise ValueError(f"option {name[:40]} is unknown")
         needed, fits = OPTIONS[name]
         if not fits(value):
             raise ValueError(f"option {name}={str(value)[:40]!r}: {needed} is needed")

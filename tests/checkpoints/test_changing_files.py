@@ -75,7 +75,7 @@ def test_torch_files_that_change_between_check_and_load(folder, tmp_path, monkey
     torch.save(load_file(folder / WEIGHTS), path)
     os.utime(path, (2, 2))
     once(monkeypatch, reading, "_records", lambda: change(path))
-    with pytest.raises(CheckpointError, match="w.pt"):
+    with pytest.raises(CheckpointError, match=r"w\.pt"):
         load(path)
 
 
