@@ -82,12 +82,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Parse JSON of an untrusted file, whose length the caller has bounded.
 
     Nesting of more than `MAX_DEPTH`, whole numbers of more than `MAX_DIGITS`, keys that an object has twice or that a
     terminal could interpret, and NaN are refused by a ValueError. Infinity, which diffusers writes, is a number.
     """
+    text = text if isinstance(text, str) else bytes(text).decode()
     depth = 0
     for found in _BRACKETS.finditer(text.replace("\\\\", "").replace('\\"', "")):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
