@@ -120,8 +120,8 @@ for name, operation in operations.items():
             if error is None:  # as where a folder that is there already cannot be made
                 assert found == states[1], (name, at)
             else:
-                assert str(folder) in error and errno.errorcode[code] and "written" in error, (name, at, error)
-                assert {errno.ENOSPC: "No space left", errno.EIO: "Input/output error"}[code] in error, (name, at, error)
+                reason = {errno.ENOSPC: "No space left", errno.EIO: "Input/output error"}[code]
+                assert str(folder) in error and "written" in error and reason in error, (name, at, error)
 print(json.dumps(counts))
 """
 

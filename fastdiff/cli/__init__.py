@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -25,11 +24,11 @@ __all__ = ["app", "main"]
 class _Commands(TyperGroup):
     """Commands whose errors about arguments are printable, whatever the arguments are."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _printable_errors():
             return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         with _printable_errors():
             return super().invoke(ctx)
 
@@ -38,8 +37,9 @@ class _Commands(TyperGroup):
 def _printable_errors() -> Iterator[None]:
     try:
         yield
-    except click.ClickException as e:
-        e.message = printable(e.message)
+    except Exception as e:  # typer's errors about arguments, whose class depends on its version, have a message
+        if isinstance(getattr(e, "message", None), str):
+            e.message = printable(e.message)  # type: ignore[attr-defined]
         raise
 
 
