@@ -6,10 +6,7 @@ Names are resolved on first use (PEP 562), so that ``import fastdiff`` and ``fas
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
-
-from fastdiff.errors import escape_record
 
 __version__ = "0.1.0"
 
@@ -45,8 +42,6 @@ if TYPE_CHECKING:
     from fastdiff.unet import UNetConfig as UNetConfig
 
 __all__ = ["__version__", *_EXPORTS]
-
-logging.getLogger("fastdiff").addFilter(escape_record)
 
 
 def __getattr__(name: str) -> Any:

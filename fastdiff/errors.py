@@ -36,14 +36,18 @@ def _shown(text: str, suspect: re.Pattern[str]) -> str:
     return suspect.sub(lambda c: c[0] if c[0].isprintable() else c[0].encode("unicode_escape").decode(), text)
 
 
-def escape_record(record: logging.LogRecord) -> bool:
-    """Make the text of a log record printable; this is the filter of the logger "fastdiff"."""
+def _escape_record(record: logging.LogRecord) -> bool:
+    """Make the text of a log record printable."""
     if isinstance(record.args, tuple):
         record.args = tuple(
             printable(a) if isinstance(a, (str, os.PathLike, BaseException)) else a for a in record.args
         )
     record.msg = _shown(str(record.msg), _MESSAGE)
     return True
+
+
+# Whatever logs imports this module.
+logging.getLogger("fastdiff").addFilter(_escape_record)
 
 
 class FastdiffError(Exception):
