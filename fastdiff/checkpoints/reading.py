@@ -38,10 +38,10 @@ MAX_OPCODES = 64 * MAX_TENSORS
 MAX_DIRECTORY = 2 << 20
 MAX_DIMENSIONS = 64  # of a tensor, as in torch
 DTYPES = {  # in the order of the safetensors library, which writes the last ones first
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
+    "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 

@@ -13,9 +13,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastdiff.checkpoints import load, save_folder, save_unet
 from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.reading import read_safetensors
+from fastdiff.checkpoints.saving import write_safetensors
 from fastdiff.errors import CheckpointError, WriteError
 from fastdiff.files import atomic_file, write_text
 from fastdiff.schedule import NoiseSchedule
@@ -199,3 +202,17 @@ def test_configuration_is_readable_json(folder):
     config = json.loads(text)
     assert config["_class_name"] == "UNet2DModel"
     assert UNetConfig.from_dict(config) == TINY
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    """Byte for byte, for all dtypes that weights and checkpoints have."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors = {f"é.{i}.{kind}": torch.ones(3, 2).to(kind) for i in (1, 0) for kind in kinds}
+    tensors |= {"a": torch.ones(()), "none": torch.ones(0, 4), "view": torch.arange(12.0).view(3, 4).T}
+    for metadata in ({"format": "pt"}, {}):
+        with atomic_file(tmp_path / "ours") as file:
+            write_safetensors(file, tensors, metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "theirs", metadata=metadata or None)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+        ours, _ = read_safetensors(tmp_path / "ours")
+        assert all(torch.equal(ours[k], v) for k, v in tensors.items())
