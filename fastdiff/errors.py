@@ -2,11 +2,71 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from typing import Any
+
+LONGEST = 1 << 20  # characters that are shown of one text
+
+_MESSAGE = re.compile(r"\n(?!  )|[^\n -~]")  # lists in messages are lines that begin with two spaces
+_LINE = re.compile(r"[^ -~]")
+
+
+def printable(text: object, lines: bool = False) -> str:
+    """Return a text that no terminal interprets, for names that come from files, arguments and other libraries.
+
+    Args:
+        text: Any object; its ``str`` is shown.
+        lines: Whether line breaks stay: all of them in a text that fastdiff has laid out.
+
+    Returns:
+        The text, in which control characters, invisible and bidirectional formatting characters and surrogates are
+        replaced by escapes such as ``\\x1b``. Of a text of more than `LONGEST` characters only the beginning is kept.
+    """
+    shown = str(text)
+    if lines:
+        return "\n".join(map(printable, shown.split("\n")))
+    return _shown(shown, _LINE)
+
+
+def _shown(text: str, suspect: re.Pattern[str]) -> str:
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}... ({len(text) - LONGEST} more characters)"
+    return suspect.sub(lambda c: c[0] if c[0].isprintable() else c[0].encode("unicode_escape").decode(), text)
+
+
+def _escape_record(record: logging.LogRecord) -> bool:
+    """Make the text of a log record printable."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            printable(a) if isinstance(a, (str, os.PathLike, BaseException)) else a for a in record.args
+        )
+    record.msg = _shown(str(record.msg), _MESSAGE)
+    return True
+
+
+# Whatever logs imports this module.
+logging.getLogger("fastdiff").addFilter(_escape_record)
 
 
 class FastdiffError(Exception):
-    """Base of all errors that fastdiff raises on purpose."""
+    """Base of all errors that fastdiff raises on purpose; ``str`` of one is safe to print, see `printable`."""
+
+    def __str__(self) -> str:
+        return _shown(super().__str__(), _MESSAGE)
+
+
+class WriteError(FastdiffError, OSError):
+    """A file cannot be written, as on a full or read-only disk; the message names the file.
+
+    Attributes:
+        errno: The number of the system's error, such as ``errno.ENOSPC``; None where the system gave none.
+    """
+
+    def __init__(self, message: str, number: int | None = None):
+        super().__init__(message)
+        self.errno = number
 
 
 class InvalidArgument(FastdiffError, ValueError):

@@ -1,51 +1,121 @@
-"""Atomic writing of files, so that a reader never sees an incomplete one.
+"""Files of untrusted folders: atomic writing, so that no reader sees an incomplete file, and JSON of bounded cost.
 
-A temporary file is written and synced, then renamed, and the folder is synced.
+A temporary file is written and synced, then renamed, and the folder is synced. Nothing is written through a symbolic
+link that lies at the path of either file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastdiff.errors import FastdiffError, WriteError
+
+LEFTOVER = ".fastdiff-*.tmp"  # names of temporary files, which a killed process leaves behind
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_NEW |= getattr(os, "O_CLOEXEC", 0)
+
+MAX_DEPTH = 64  # of JSON; Python's parser recurses
+MAX_DIGITS = 100  # of a whole number in JSON; Python takes quadratic time for more
+_BRACKETS = re.compile(r'"[^"]*"?|[\[{]|[\]}]')  # and strings, in which they mean nothing
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block succeeds, and else deleted.
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a new binary file, which takes the place of ``path`` if the block succeeds, and is else deleted.
 
-    Missing folders are created.
+    Missing folders are created. A failure of the operating system raises `WriteError`, which names ``path``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the umask's mode; safetensors writes files that only their owner can read
-        temporary.unlink()
-        yield temporary
-        temporary.chmod(mode)
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _naming(path, "could not be written", "what was there is unchanged"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".fastdiff-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        handle = os.open(temporary, _NEW, 0o666)  # the umask takes away what it does of other files
+        try:
+            with os.fdopen(handle, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    with _naming(path, "was written, but may be lost if the machine stops now", "its folder could not be synced"):
+        _sync_folder(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text to a file atomically, in UTF-8; missing folders are created."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write text to a file as `atomic_file` does, in UTF-8."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot sync a folder
+@contextlib.contextmanager
+def _naming(path: Path, failure: str, state: str) -> Iterator[None]:
+    """Turn an error of the operating system into a `WriteError` that names the path."""
+    try:
+        yield
+    except FastdiffError:
+        raise
+    except OSError as e:
+        raise WriteError(f"{path} {failure} ({e.strerror or e}); {state}", e.errno) from e
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot sync a folder
         return
-    # Windows syncs only files that are open for writing.
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # some network file systems cannot either
+            raise
     finally:
         os.close(handle)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of an untrusted file, whose length the caller has bounded.
+
+    Nesting of more than `MAX_DEPTH`, whole numbers of more than `MAX_DIGITS`, keys that an object has twice or that a
+    terminal could interpret, and NaN are refused by a ValueError. Infinity, which diffusers writes, is a number.
+    """
+    text = text if isinstance(text, str) else bytes(text).decode()
+    depth = 0
+    for found in _BRACKETS.finditer(text.replace("\\\\", "").replace('\\"', "")):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return json.loads(text, object_pairs_hook=_object, parse_int=_whole, parse_constant=_constant)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    for key in result:
+        if not key.isprintable():
+            raise ValueError(f"the key {key[:80]!r} has characters that cannot be printed")
+    return result
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import BackendError
+from fastdiff.files import parse_json, write_text
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -118,7 +119,7 @@ def tuned(path: Path) -> dict[str, dict[str, int]]:
     if not path.is_file():
         return {}
     try:
-        configs = json.loads(path.read_text(encoding="utf-8"))["configs"]
+        configs = parse_json(path.read_text(encoding="utf-8"))["configs"]
         return {key: {name: int(value) for name, value in fields.items()} for key, fields in configs.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         raise BackendError(f"{path} is no file of launch configurations ({type(e).__name__}: {e}); delete it") from e
@@ -126,9 +127,8 @@ def tuned(path: Path) -> dict[str, dict[str, int]]:
 
 def save_tuned(path: Path, gpu: str, configs: dict[str, Config]) -> None:
     """Write configurations by "op key" to a file that `choose` reads."""
-    path.parent.mkdir(exist_ok=True)
     fields = {key: dataclasses.asdict(config) for key, config in sorted(configs.items())}
-    path.write_text(json.dumps({"gpu": gpu, "configs": fields}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"gpu": gpu, "configs": fields}, indent=1) + "\n")
     tuned.cache_clear()
 
 

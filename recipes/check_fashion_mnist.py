@@ -42,9 +42,10 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.data.datasets import load_data
+from fastdiff.data.pictures import save_picture
 from fastdiff.errors import DataError, FastdiffError
 from fastdiff.evaluation.classifier import CLASS_NAMES, SIZE, Classifier
-from fastdiff.files import atomic_path, write_text
+from fastdiff.files import write_text
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MIN_ACCURACY = 0.85
@@ -107,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_text(args.out / "report.json", json.dumps({"source": source, **report}, indent=2) + "\n")
-    save(closest_pairs(samples, train, near), args.out / "closest.png")
-    save(class_grid(samples), args.out / "grid.png")
+    save_picture(closest_pairs(samples, train, near), args.out / "closest.png")
+    save_picture(class_grid(samples), args.out / "grid.png")
     found, limit = report["near_duplicates"]["samples"], report["near_duplicates"]["limit"]
     print(f"read as their class: {report['accuracy']['samples']:.2%} (test images: {report['accuracy']['test']:.2%})")
     print(f"near-duplicates of training images: {found} of {len(samples)}, at most {limit} allowed; see {args.out}")
@@ -331,11 +332,6 @@ def class_grid(samples: Images, columns: int = 8) -> Image.Image:
 def picture(pixels: Tensor) -> Image.Image:
     """Convert float32 [H, W] in [-1, 1] to an image with 8 bits of gray."""
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().numpy())
-
-
-def save(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        image.save(temporary)
 
 
 if __name__ == "__main__":

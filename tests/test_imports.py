@@ -20,6 +20,7 @@ MODULES = 8  # the most that may lie directly in fastdiff/; others belong into a
 ORDER = (
     "errors",
     "files",
+    "memory",
     "checks",
     "schedule",
     "solvers",

@@ -12,7 +12,7 @@ from fastdiff.bench.engines import CONTENDERS
 from fastdiff.bench.job import job_text, whole_job
 from fastdiff.bench.profile import native_profile, profile_text
 from fastdiff.bench.run import Settings, measure, read
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, printable
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1, 16)
 
@@ -49,9 +49,10 @@ def run(
     if as_json:
         print(json.dumps(result | ({"comparison": lines, "regressions": worse} if earlier is not None else {})))
     else:
-        print(report.text(result))
+        print(printable(report.text(result), lines=True))
         if earlier is not None:
-            print("\n".join([f"\nagainst {compare}:", *(f"  {line}" for line in lines)]))
+            text = "\n".join([f"\nagainst {compare}:", *(f"  {line}" for line in lines)])
+            print(printable(text, lines=True))
     if plot is not None:
         report.plot(result, plot)
     if result.get("interrupted"):

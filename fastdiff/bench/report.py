@@ -11,7 +11,7 @@ from fastdiff.bench import machine
 from fastdiff.bench.engines import ANCHORS
 from fastdiff.bench.run import pairs
 from fastdiff.errors import InvalidArgument
-from fastdiff.files import atomic_path
+from fastdiff.files import atomic_file
 
 # A smaller change of a ratio is no regression, whatever the intervals say: other processes and other memory addresses
 # change ratios by a few percent.
@@ -219,8 +219,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         f"{result['model']}, {header['threads']} threads of {header['processor']}\nfastdiff's engines in dark colours, "
         "bfloat16 in orange", fontsize=9,
     )  # fmt: skip
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def check_plot(path: Path) -> None:

@@ -28,9 +28,10 @@ from fastdiff.bench.engines import ANCHORS, CONTENDERS
 from fastdiff.bench.inputs import Contender, Workload
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
 from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.checkpoints.reading import read_json
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import CheckpointError, InvalidArgument
 from fastdiff.files import write_text
 from fastdiff.unet import UNet
 
@@ -140,15 +141,18 @@ def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str
     return kept
 
 
+MAX_RESULT = 16 << 20  # bytes of a saved result
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a result; a file that holds none raises `InvalidArgument`."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path, MAX_RESULT)
         if not {"machine", "batches", "model"} <= result.keys():
             raise ValueError("keys are missing")
         for record in result["batches"]:
             summarise(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InvalidArgument(f"{path} is no result of `fastdiff bench --save` ({e})") from e
     return result
 

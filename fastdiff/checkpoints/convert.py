@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from fastdiff.checkpoints import layouts
 from fastdiff.checkpoints.loading import METADATA_KEY, empty, fit, read_model
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES
-from fastdiff.checkpoints.saving import plain, save_pipeline, writing
+from fastdiff.checkpoints.saving import plain, save_pipeline, write_safetensors, writing
 from fastdiff.errors import ConfigError
-from fastdiff.files import atomic_path
+from fastdiff.files import atomic_file
 
 FORMATS = ("diffusers", "safetensors", *layouts.LAYOUTS)
 
@@ -74,12 +73,11 @@ def convert(
         layout = to if to in layouts.LAYOUTS else "diffusers"
         info = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler, "layout": layout}
         info |= {} if stored.class_names is None else {"class_names": list(stored.class_names)}
-        with writing(dst), atomic_path(dst) as temporary:
+        with writing(dst), atomic_file(dst) as file:
             if dst.suffix.lower() == ".safetensors":
-                save_file(plain(state), temporary, metadata={METADATA_KEY: json.dumps(info)})
+                write_safetensors(file, state, {METADATA_KEY: json.dumps(info)})
             else:
-                with temporary.open("wb") as file:  # given a path, torch.save would put its name into the file
-                    torch.save(plain(state), file)
+                torch.save(plain(state), file)
     return {
         "src": str(src),
         "dst": str(dst),

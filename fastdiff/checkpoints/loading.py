@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,14 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints import layouts, originals
-from fastdiff.checkpoints.reading import TORCH_SUFFIXES, read_json, read_safetensors, read_sharded, read_torch
+from fastdiff.checkpoints.reading import (
+    TORCH_SUFFIXES,
+    json_object,
+    read_json,
+    read_safetensors,
+    read_sharded,
+    read_torch,
+)
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule
@@ -281,12 +287,11 @@ def _read_file(
 
 def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> StoredModel:
     """Interpret a file by fastdiff's metadata ``text``: a training checkpoint, or a file that `convert` wrote."""
-    try:
-        info = json.loads(text)
-        unet, scheduler = info["unet"], info["scheduler"]
-        layout = info.get("layout", "checkpoint")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"{path}: its fastdiff metadata cannot be read ({str(e)[:200]!r})") from e
+    info = json_object(f"{path}: its fastdiff metadata", text)
+    missing = [key for key in ("unet", "scheduler") if key not in info]
+    if missing:
+        raise CheckpointError(f"{path}: its fastdiff metadata lacks {', '.join(missing)}")
+    unet, scheduler, layout = info["unet"], info["scheduler"], info.get("layout", "checkpoint")
     if layout not in ("checkpoint", "diffusers", *layouts.LAYOUTS):
         raise CheckpointError(f"{path}: its fastdiff metadata names layout {str(layout)[:80]!r}, which is unknown")
     with _naming(path):

@@ -1,15 +1,17 @@
 """Reading untrusted weight files: safetensors, in one file or in shards, and PyTorch files, without running their code.
 
 A size that a file claims is compared with the real size of the file, and with fixed limits, before memory is allocated
-for it. PyTorch files (``.pt``, ``.pth``, ``.ckpt``, ``.bin``) are opened by ``torch.load(weights_only=True)`` alone,
-whose unpickler builds tensors and containers and refuses every other object instead of calling it.
+for it. Files are read into memory, not mapped, so that a program that cuts or rewrites one meanwhile causes an error,
+not a crash. PyTorch files (``.pt``, ``.pth``, ``.ckpt``, ``.bin``) are opened by ``torch.load(weights_only=True)``
+alone, whose unpickler builds tensors and containers and refuses every other object instead of calling it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import io
+import math
 import os
 import pickletools
 import struct
@@ -19,10 +21,11 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastdiff.checks import is_whole
 from fastdiff.errors import CheckpointError
+from fastdiff.files import parse_json
 
 # A U-Net of 1,000 tensors (ADM's largest has 900) makes a training checkpoint of 5,000, with a header of 0.7 MB.
 MAX_HEADER = 4 << 20
@@ -33,41 +36,61 @@ MAX_JSON = 1 << 20
 MAX_PICKLE = 16 << 20
 MAX_OPCODES = 64 * MAX_TENSORS
 MAX_DIRECTORY = 2 << 20
+MAX_DIMENSIONS = 64  # of a tensor, as in torch
+DTYPES = {  # in the order of the safetensors library, which writes the last ones first
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
+    "I64": torch.int64, "U64": torch.uint64,
+}  # fmt: skip
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of bounded size; a `CheckpointError` names the file."""
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """Read a JSON object from a file of at most ``limit`` bytes; a `CheckpointError` names the file."""
+    with _open(path) as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise CheckpointError(f"{path}: JSON of more than {limit} bytes is refused")
+    return json_object(path, text)
+
+
+def json_object(where: str | Path, text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object as `fastdiff.files.parse_json` does; a `CheckpointError` begins with ``where``."""
     try:
-        with _open(path) as file:
-            text = file.read(MAX_JSON + 1)
-        if len(text) > MAX_JSON:
-            raise CheckpointError(f"{path}: a configuration of more than {MAX_JSON} bytes is refused")
-        value = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON ({type(e).__name__}: {str(e)[:200]})") from e
+        value = parse_json(text)
+    except ValueError as e:
+        raise CheckpointError(f"{where}: not valid JSON ({type(e).__name__}: {str(e)[:200]})") from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is needed, not {type(value).__name__}")
+        raise CheckpointError(f"{where}: a JSON object is needed, not {type(value).__name__}")
     return value
 
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file for reading (a pipe would block, a device has no end); errors name the file."""
+    """Open a regular file for reading (a pipe would block, a device has no end); errors name the file.
+
+    A file that changes before the block ends raises `CheckpointError`: what was read could be parts of two files.
+    """
     try:
         if not path.is_file():
             raise CheckpointError(f"{path}: there is no regular file of this name")
         with path.open("rb") as file:
+            before = os.fstat(file.fileno())
             yield file
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
+            after = os.fstat(file.fileno())
+    except (OSError, ValueError) as e:  # ValueError: a name with a null character
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from e
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise CheckpointError(f"{path}: changed while it was read; load it again when nothing writes to it")
 
 
 # safetensors ----------------------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file, after its header's size has been checked."""
+    """Read the tensors and the metadata of a safetensors file, after its header has been checked."""
     path = Path(path)
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -81,19 +104,75 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
             )
         if length > MAX_HEADER:
             raise CheckpointError(f"{path}: a header of {length} bytes is refused; at most {MAX_HEADER} are read")
-        header = file.read(length)
+        try:
+            places, metadata = _places(file.read(length), size - 8 - length)
+        except (CheckpointError, ValueError) as e:
+            raise CheckpointError(f"{path}: damaged or truncated safetensors file ({e})") from e
+        tensors = {}
+        for name, (dtype, shape) in places.items():
+            try:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+            except RuntimeError as e:
+                raise CheckpointError(f"{path}: no memory for {name}, {dtype} {shape}, of {size} bytes in all") from e
+            _fill(path, file, tensors[name])
+    return tensors, metadata
+
+
+def _places(header: bytes, size: int) -> tuple[dict[str, tuple[torch.dtype, list[int]]], dict[str, str]]:
+    """Return the dtype and shape of each tensor, in the order of their bytes, and the metadata of a safetensors header.
+
+    The tensors must fill the ``size`` bytes behind the header without overlap or gap. Raises ValueError, or
+    `CheckpointError`, where the header is another one.
+    """
     # The entry of every tensor has one "data_offsets". Counting them takes no memory; parsing bogus entries would.
     count = header.count(b'"data_offsets"')
     if count > MAX_TENSORS:
-        raise CheckpointError(f"{path}: {count} tensors are refused; at most {MAX_TENSORS} are read")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = file.keys()
-            if len(names) != count:  # of entries with the same name, the parser keeps only the last
-                raise CheckpointError(f"{path}: damaged header: {count} entries for {len(names)} distinct tensors")
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file ({e})") from e
+        raise ValueError(f"{count} tensors are refused; at most {MAX_TENSORS} are read")
+    if header.count(b"{") + header.count(b"[") > 8 * MAX_TENSORS:  # the metadata's text may have some, too
+        raise ValueError(f"damaged header: more brackets than {MAX_TENSORS} tensors need")
+    entries = json_object("header", header)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("damaged header: metadata other than strings")
+    if len(entries) != count:
+        raise ValueError(f"damaged header: {count} entries for {len(entries)} distinct tensors")
+    found = sorted((*_place(name, entry), name) for name, entry in entries.items())
+    end = 0
+    for first, last, _, _, name in found:
+        if first != end:
+            raise ValueError(f"the bytes of {name} begin at {first}, not at {end}")
+        end = last
+    if end != size:
+        raise ValueError(f"{end} bytes of tensors are described, there are {size}")
+    return {name: (DTYPES[kind], shape) for _, _, kind, shape, name in found}, metadata
+
+
+def _place(name: str, entry: Any) -> tuple[int, int, str, list[int]]:
+    """Return (first byte, end, dtype, shape) of a header's entry; raise ValueError where they contradict each other."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name} needs dtype, shape and data_offsets")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise ValueError(f"{name} has dtype {str(kind)[:40]!r}; known: {', '.join(DTYPES)}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(is_whole(v) and 0 <= v < 1 << 62 for v in numbers):
+            raise ValueError(f"the shape and offsets of {name} must be lists of whole numbers")
+    if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise ValueError(f"{name} has {len(shape)} dimensions and {len(offsets)} offsets")
+    # Without zeros, so that a size that torch could not count is refused for empty tensors too.
+    if math.prod(v for v in shape if v) >= 1 << 62:
+        raise ValueError(f"the shape {shape} of {name} is too large")
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[kind].itemsize:
+        raise ValueError(f"{name} has {offsets[1] - offsets[0]} bytes, but {kind} {shape}")
+    return offsets[0], offsets[1], kind, shape
+
+
+def _fill(path: Path, file: BinaryIO, tensor: Tensor) -> None:
+    """Read the bytes of a tensor."""
+    if tensor.numel():
+        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if file.readinto(data) < len(data):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{path}: was cut while it was read")
 
 
 def read_sharded(index: Path) -> dict[str, Tensor]:
@@ -140,13 +219,17 @@ def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     """
     try:
         with _open(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if file.read(4) == b"PK\x03\x04":
-                _check_archive(path, file, size)
-            else:  # the format before torch 1.6: pickles of a magic number, version, system, value and storage keys
-                file.seek(0)
-                _check_pickles(path, file, 5)
-        value = torch.load(path, map_location="cpu", weights_only=True)
+            zipped = file.read(4) == b"PK\x03\x04"
+            if zipped:  # before memory is taken for the file
+                _records(path, file, os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            content = io.BytesIO(file.read())
+        if zipped:
+            _check_archive(path, content)
+        else:  # the format before torch 1.6: pickles of a magic number, version, system, value and storage keys
+            _check_pickles(path, content, 5)
+        content.seek(0)
+        value = torch.load(content, map_location="cpu", weights_only=True, mmap=False)
     except CheckpointError:
         raise
     except Exception as e:  # a damaged pickle can raise anything
@@ -163,27 +246,38 @@ def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     return state
 
 
-def _check_archive(path: Path, file: BinaryIO, size: int) -> None:
-    """Refuse a zip archive that torch.save would not write: compressed, larger than its file, or with huge records."""
+def _check_archive(path: Path, content: io.BytesIO) -> None:
+    """Refuse a zip archive that torch.save would not write, by its directory and its pickles."""
+    archive = zipfile.ZipFile(content)
+    for record in _records(path, content, content.getbuffer().nbytes):
+        if record.filename.endswith(".pkl"):
+            with archive.open(record) as pickled:
+                _check_pickles(path, pickled, 1)
+
+
+def _records(path: Path, file: BinaryIO, size: int) -> list[zipfile.ZipInfo]:
+    """List an archive's records; refuse one that is compressed, larger than its file, or read in two ways.
+
+    torch finds records by their names in lower case, and takes other bytes than Python for the directory if an archive
+    does not begin at the file's first byte.
+    """
     directory = _directory_bytes(file, size)
     if directory is None:
         raise CheckpointError(f"{path}: truncated archive, or one that goes on behind its end")
     if directory > MAX_DIRECTORY:
         raise CheckpointError(f"{path}: an archive with a directory of {directory} bytes is refused")
-    archive = zipfile.ZipFile(file)
-    records = archive.infolist()
+    records = zipfile.ZipFile(file).infolist()
     if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records) or (
         sum(r.file_size for r in records) > size
     ):
         raise CheckpointError(
             f"{path}: a compressed archive, or one that claims more than its {size} bytes; it is refused"
         )
-    for record in records:
-        if record.filename.endswith(".pkl"):
-            if record.file_size > MAX_PICKLE:
-                raise CheckpointError(f"{path}: a pickle of more than {MAX_PICKLE} bytes in the archive is refused")
-            with archive.open(record) as pickled:
-                _check_pickles(path, pickled, 1)
+    if any(r.filename.endswith(".pkl") and r.file_size > MAX_PICKLE for r in records):
+        raise CheckpointError(f"{path}: a pickle of more than {MAX_PICKLE} bytes in the archive is refused")
+    if len({r.orig_filename.lower() for r in records}) < len(records) or any("\0" in r.orig_filename for r in records):
+        raise CheckpointError(f"{path}: an archive with two records of one name; it is refused")
+    return records
 
 
 def _check_pickles(path: Path, file: IO[bytes], count: int) -> None:
@@ -197,9 +291,10 @@ def _check_pickles(path: Path, file: IO[bytes], count: int) -> None:
 
 
 def _directory_bytes(file: BinaryIO, size: int) -> int | None:
-    """Return the size of a zip archive's central directory from its end records (APPNOTE 4.3.14-16); None without them.
+    """Return the size of a zip archive's central directory from its end records (APPNOTE 4.3.14-16).
 
-    Python's zipfile creates an object for every entry of the directory, whatever number the end record states.
+    None without them, and where the directory does not end where they begin. Python's zipfile creates an object for
+    every entry of the directory, whatever number the end record states.
     """
     length = min(size, 22 + 20 + 65535)
     file.seek(size - length)
@@ -207,16 +302,19 @@ def _directory_bytes(file: BinaryIO, size: int) -> int | None:
     end = tail.rfind(b"PK\x05\x06")
     if end < 0 or len(tail) - end != 22:  # with bytes after it, torch and zipfile could read two different archives
         return None
-    (directory,) = struct.unpack("<L", tail[end + 12 : end + 16])
+    directory, offset = struct.unpack("<2L", tail[end + 12 : end + 20])
+    begin = size - 22
     locator = tail[max(end - 20, 0) : end]
     if locator[:4] == b"PK\x06\x07" and len(locator) == 20:  # zip64
-        (offset,) = struct.unpack("<Q", locator[8:16])
-        file.seek(min(offset, size))
+        (begin,) = struct.unpack("<Q", locator[8:16])
+        if begin != size - 22 - 20 - 56:
+            return None
+        file.seek(begin)
         record = file.read(56)
         if record[:4] != b"PK\x06\x06" or len(record) < 56:
             return None
-        (directory,) = struct.unpack("<Q", record[40:48])
-    return directory
+        directory, offset = struct.unpack("<2Q", record[40:56])
+    return directory if offset + directory == begin else None
 
 
 def _entry(path: Path, value: Any, entry: str | None) -> dict[str, Tensor]:

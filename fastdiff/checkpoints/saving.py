@@ -6,15 +6,15 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.loading import NAMES_KEY, WEIGHTS
-from fastdiff.errors import CheckpointError
-from fastdiff.files import atomic_path, write_text
+from fastdiff.checkpoints.reading import DTYPES
+from fastdiff.errors import CheckpointError, WriteError
+from fastdiff.files import atomic_file, write_text
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNet, UNetConfig
 
@@ -104,16 +104,36 @@ def save_tensors(
     path = Path(path)
     name = "UNet2DModel" if config.diffusers_can_run else "fastdiff.UNet"
     with writing(path):
-        with atomic_path(path / WEIGHTS) as temporary:
-            save_file(plain(state), temporary, metadata={"format": "pt"})
+        with atomic_file(path / WEIGHTS) as file:
+            write_safetensors(file, state, {"format": "pt"})
         # diffusers ignores keys that begin with an underscore.
         names = {} if class_names is None else {NAMES_KEY: list(class_names)}
         text = json.dumps({"_class_name": name, **config.to_dict(), **names}, indent=2) + "\n"
         write_text(path / "config.json", text)
 
 
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as the safetensors library does, byte for byte, but one tensor at a time into an open file."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    order = {kind: i for i, kind in enumerate(DTYPES)}
+    names = sorted(tensors, key=lambda name: (-order[kinds[tensors[name].dtype]], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        if tensors[name].numel():
+            values = tensors[name].detach().cpu().contiguous()
+            file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
 def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous and without shared storage, as safetensors and torch.save need them."""
+    """Return the tensors on the CPU, contiguous and without shared storage, as torch.save needs them."""
     result = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -123,8 +143,10 @@ def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system, safetensors and torch.save into a `CheckpointError` that names the path."""
+    """Turn failed writes, and torch.save's RuntimeError for one, into a `CheckpointError` that names the file."""
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError) as e:  # torch.save raises RuntimeError
-        raise CheckpointError(f"{path}: the model could not be written ({e}); files that were there are whole") from e
+    except WriteError as e:
+        raise CheckpointError(f"the model was not saved: {e}") from e
+    except RuntimeError as e:
+        raise CheckpointError(f"{path} could not be written ({e}); what was there is unchanged") from e

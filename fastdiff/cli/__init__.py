@@ -5,19 +5,46 @@ A command imports the modules that it needs when it is called, so that ``--help`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fastdiff import __version__
 from fastdiff.cli import bench, convert, eval, info, sample, train, trilemma
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import FastdiffError, printable
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """Commands whose errors about arguments are printable, whatever the arguments are."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _printable_errors():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # typer's errors about arguments, whose class depends on its version, have a message
+        if isinstance(getattr(e, "message", None), str):
+            e.message = printable(e.message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -45,5 +72,5 @@ def main() -> None:
     try:
         app()
     except (FastdiffError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e if isinstance(e, FastdiffError) else printable(e)}", file=sys.stderr)
         sys.exit(2)

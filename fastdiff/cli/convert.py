@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.options import JsonOption
+from fastdiff.errors import printable
 
 
 def convert(
@@ -54,6 +55,6 @@ def convert(
     if as_json:
         print(json.dumps(result))
         return
-    print(f"{dst}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
+    print(f"{printable(dst)}: {result['format']}, {result['tensors']} tensors, {result['parameters']} parameters")
     if result["left_out"]:
-        print(f"left out, as sampling does not need them: {', '.join(result['left_out'])}")
+        print(f"left out, as sampling does not need them: {printable(', '.join(result['left_out']))}")

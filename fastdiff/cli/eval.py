@@ -35,6 +35,7 @@ from fastdiff.cli.options import (
     in_flags,
     read_range,
 )
+from fastdiff.errors import printable
 
 
 def eval(
@@ -112,4 +113,4 @@ def eval(
             backend=backend, device=device, dtype=dtype, options=sampled, data_options=reading, labels_of=labels_of,
             progress=progress_on_stderr(), announce=announce,
         )  # fmt: skip
-    print(json.dumps(report) if as_json else table(report))
+    print(json.dumps(report) if as_json else printable(table(report), lines=True))

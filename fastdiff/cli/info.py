@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from fastdiff.cli.options import SOLVER_HELP, JsonOption, ModelArgument
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
     from fastdiff.backends.native.cost import Cost
@@ -92,7 +92,7 @@ def info(
         return
     for key, value in result.items():
         if value is not None or key != "class_names":
-            print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else value}")
+            print(f"{key:22}{json.dumps(value) if isinstance(value, (dict, list)) else printable(value)}")
     for part in (table, job, layout.text(methods) if program else None):
         if part is not None:
             print(f"\n{part}")

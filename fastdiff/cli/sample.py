@@ -27,7 +27,7 @@ from fastdiff.cli.options import (
     read_labels,
     read_size,
 )
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,9 +140,8 @@ def sample(
     if as_json:
         print(json.dumps(result))
         return
-    print(
-        "{out}: {images} images, {solver}, {rows} steps, {nfe} network evaluations each, seed {seed}".format(**result)
-    )
+    counts = "{images} images, {solver}, {rows} steps, {nfe} network evaluations each, seed {seed}".format(**result)
+    print(f"{printable(out)}: {counts}")
     print(
         f"{seconds:.1f} s, {n * result['rows'] / seconds:.1f} img-steps/s on {result['device']} "
         f"({result['backend']}, {result['dtype']})"

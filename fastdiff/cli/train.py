@@ -25,7 +25,7 @@ from fastdiff.cli.options import (
     read_range,
     read_size,
 )
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
     from fastdiff.training import ImageData, Trainer
@@ -190,7 +190,7 @@ def train(
             "seconds": round(seconds, 1),
             "summary": summary,
         }
-        print(json.dumps(result) if as_json else f"{out / 'model'}: step {trainer.step}, {seconds:.0f} s")
+        print(json.dumps(result) if as_json else f"{printable(out / 'model')}: step {trainer.step}, {seconds:.0f} s")
 
 
 def _summary(trainer: Trainer, data: Path, initial_names: tuple[str, ...] | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fastdiff.cli.options import (
     RealOption,
     read_numbers,
 )
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, printable
 
 
 def trilemma(
@@ -96,7 +96,7 @@ def trilemma(
         raise InvalidArgument(f"--batch-size {batch_size}, --n {n}: 1 or more, and {MIN_IMAGES} or more, are needed")
 
     def say(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {printable(text)}", file=sys.stderr, flush=True)
 
     sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
     keys, nfes, most = QUICK if quick else (None, None, n)
@@ -129,4 +129,4 @@ def trilemma(
         print(json.dumps(found))
         return
     for line in (*report.table(found), *report.say_nearest(found["nearest"]), *report.say_peer(found.get("peer"))):
-        print(line)
+        print(printable(line))

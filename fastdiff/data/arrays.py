@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 
+from fastdiff import memory
 from fastdiff.data.pixels import MAX_PIXELS, why
 from fastdiff.errors import DataError
 
-MAX_BYTES = 16 << 30  # of one array in memory; half of the machine's memory is the limit where that is less
+MAX_BYTES = 16 << 30  # of one array in memory; half of the free memory is the limit where that is less
 MAX_CLASSES = 1 << 20  # a larger label means a wrong array, and would need an embedding table of as many rows
 
 # Deflate compresses by 1032 at most, so a file that claims more is damaged. An array above BOMB_BYTES that was
@@ -48,8 +47,9 @@ class Arrays(NamedTuple):
 def check_bytes(where: str, what: str, size: int) -> None:
     """Refuse an array of more bytes than this machine should hold, by a `DataError`."""
     limit = MAX_BYTES
-    with suppress(AttributeError, ValueError, OSError):  # some systems do not report their memory
-        limit = min(limit, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    left = memory.free()
+    if left is not None:
+        limit = min(limit, left // 2)  # the arrays are converted, and the network needs memory too
     if size > limit:
         raise DataError(f"{where}: {what} would take {size} bytes, more than the {limit} allowed here; use a folder")
 

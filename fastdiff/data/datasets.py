@@ -501,9 +501,9 @@ class FolderData(ImageData):
         with open_image(self.files[at]) as image:
             seek(image, self._frames[at])
             pixels = pixels_of(image, self.reading)
-        if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # it was changed after the scan
-            raise DataError(f"it is now {pixels.shape[0]}x{pixels.shape[1]}: {reason}")
-        return fit_to(convert(pixels[None], self.channels, self.reading.alpha), self.size, self.fit)[0]
+            if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # changed after the scan
+                raise DataError(f"it is now {pixels.shape[0]}x{pixels.shape[1]}: {reason}")
+            return fit_to(convert(pixels[None], self.channels, self.reading.alpha), self.size, self.fit)[0]
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -5,9 +5,11 @@ Images are tensors [n, C, H, W] with values in [-1, 1], gray (C = 1) or RGB (C =
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
-from fastdiff.files import atomic_path
+from fastdiff.files import atomic_file
 
+BLOCK = 1 << 22  # numbers that are converted at a time, which takes several times their memory
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -29,8 +32,13 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     Returns:
         A uint8 array [n, H, W, C] on the CPU.
     """
-    x = images.detach().float().clamp(-1.0, 1.0).nan_to_num(nan=-1.0)
-    return ((x + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    n, c, h, w = images.shape
+    result = np.empty((n, h, w, c), np.uint8)
+    step = max(1, BLOCK // max(c * h * w, 1))
+    for i in range(0, n, step):
+        x = images[i : i + step].detach().float().clamp(-1.0, 1.0).nan_to_num(nan=-1.0)
+        result[i : i + step] = ((x + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return result
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -96,12 +104,11 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
     Raises:
         InvalidArgument: If the suffix is another one.
-        OSError: If the file cannot be written.
+        WriteError: If the file cannot be written.
     """
     if Path(path).suffix.lower() not in PICTURES:
         raise InvalidArgument(f"{path}: unknown picture suffix; allowed: {', '.join(PICTURES)}")
-    with atomic_path(path) as temporary:
-        picture.save(temporary)
+    _write(picture, path)
 
 
 def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.0) -> None:
@@ -115,7 +122,7 @@ def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.
 
     Raises:
         InvalidArgument: If there are no frames or the suffix is another one.
-        OSError: If the file cannot be written.
+        WriteError: If the file cannot be written.
     """
     if Path(path).suffix.lower() not in (".gif", ".webp"):
         raise InvalidArgument(f"{path}: an animation is a .gif or .webp file")
@@ -123,7 +130,13 @@ def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.
         raise InvalidArgument("an animation needs at least one frame")
     milliseconds = max(int(1000 * seconds / len(frames)), 20)
     durations = [milliseconds] * (len(frames) - 1) + [int(1000 * seconds) + milliseconds]
-    with atomic_path(path) as temporary:
-        frames[0].save(
-            temporary, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0, lossless=True
-        )  # lossless matters for WebP alone, whose lossy compression is at its worst on noise
+    # lossless matters for WebP alone, whose lossy compression is at its worst on noise
+    _write(frames[0], path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0, lossless=True)
+
+
+def _write(picture: Image.Image, path: str | Path, **options: Any) -> None:
+    # Encoded in memory first: Pillow's errors of writing do not say what the system's are.
+    encoded = io.BytesIO()
+    picture.save(encoded, Image.registered_extensions()[Path(path).suffix.lower()], **options)
+    with atomic_file(path) as file:
+        file.write(encoded.getbuffer())

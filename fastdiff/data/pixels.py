@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -19,6 +21,7 @@ from fastdiff.errors import DataError, InvalidArgument
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 MAX_PIXELS = 1 << 26  # one image: 8192 x 8192, 256 MiB as RGBA; a decoder thread holds a few copies
+PIXELS_IN_FLIGHT = 2 * MAX_PIXELS  # of all threads; decoding takes about 16 bytes a pixel, so this is 2 GiB
 
 MAX_FRAMES = 1 << 16  # pages or frames of one file
 
@@ -134,14 +137,53 @@ def fit_to(images: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
     return out
 
 
+class _Unmapped(io.FileIO):
+    """A file without a descriptor for Pillow and libtiff, which would map it: one that is cut then ends the process."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation
+
+
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image without decoding its pixels; one that claims more than MAX_PIXELS raises `DataError`."""
-    with Image.open(path, formats=FORMATS) as image:
+    """Open an image without decoding its pixels; one that claims more than MAX_PIXELS raises `DataError`.
+
+    Threads wait for each other so that they have at most PIXELS_IN_FLIGHT open.
+    """
+    with io.BufferedReader(_Unmapped(path)) as file, Image.open(file, formats=FORMATS) as image:
         w, h = image.size
         if w * h > MAX_PIXELS:
             raise DataError(f"its header says {h}x{w}, more than {MAX_PIXELS} pixels")
-        yield image
+        with _in_flight.share(w * h):
+            yield image
+
+
+class _InFlight:
+    """The number of pixels that all threads have open."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the threads of the parent process after a fork."""
+        self._changed, self._pixels = threading.Condition(), 0
+
+    @contextmanager
+    def share(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._pixels == 0 or self._pixels + pixels <= PIXELS_IN_FLIGHT)
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify_all()
+
+
+_in_flight = _InFlight()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_flight.reset)
 
 
 def headers(path: Path, reading: Reading = DEFAULT) -> list[Header] | str:

@@ -13,13 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.loading import BUILTIN
 from fastdiff.checkpoints.reading import read_safetensors
+from fastdiff.checkpoints.saving import write_safetensors
 from fastdiff.errors import CheckpointError, InvalidArgument
-from fastdiff.files import atomic_path
+from fastdiff.files import atomic_file
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 WEIGHTS = "classifier.safetensors"
@@ -161,9 +161,8 @@ class Classifier(nn.Module):
         Args:
             path: The file to write.
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._weights().items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+        with atomic_file(path) as file:
+            write_safetensors(file, self._weights(), {"format": "pt"})
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the tensors that are stored: all but the batch counters of the norms."""

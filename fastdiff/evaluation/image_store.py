@@ -29,7 +29,7 @@ from fastdiff.checks import whole
 from fastdiff.data.arrays import OWN, read_npz
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.files import atomic_path, write_text
+from fastdiff.files import atomic_file, write_text
 from fastdiff.sampler import Sampler
 from fastdiff.unet import UNet
 
@@ -76,8 +76,8 @@ def draw(
             classes = _labels(sampler, labels, first, need)
             new = to_uint8(sampler.sample(need, seed=seed, start_index=first, labels=classes, **options).images)
             part = parts[i] = new if part is None else np.concatenate([part, new])
-            with atomic_path(folder / _name(start)) as temporary:
-                np.savez_compressed(temporary, images=part[..., 0] if part.shape[-1] == 1 else part)
+            with atomic_file(folder / _name(start)) as file:
+                np.savez_compressed(file, images=part[..., 0] if part.shape[-1] == 1 else part)
             there[i] += need
             progress(sum(there), n)
     return _tensor([part for part in parts if part is not None])[:n]

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.reading import read_json, read_safetensors
+from fastdiff.checkpoints.saving import write_safetensors
 from fastdiff.data.summary import data_lines, duration, line
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import image_store
@@ -40,7 +40,7 @@ from fastdiff.evaluation.reference_images import (
     find_data,
     load_images,
 )
-from fastdiff.files import atomic_path, write_text
+from fastdiff.files import atomic_file, write_text
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.runners import usable_device
 
@@ -355,8 +355,8 @@ def cached_features(extract: Extractor, images: Tensor, folder: Path, progress: 
         stored = _stored_features(path, len(chunk))
         if stored is None:
             stored = extract(chunk.float() / 127.5 - 1.0)
-            with atomic_path(path) as temporary:
-                save_file({"features": stored}, temporary)
+            with atomic_file(path) as file:
+                write_safetensors(file, {"features": stored}, {})
         found.append(stored)
         progress(min(start + CHUNK, len(images)), len(images))
     return torch.cat(found)

@@ -34,9 +34,15 @@ def resolve(o: Options, schedule: Schedule, known: Measured | None) -> tuple[Opt
         point = _of_quality(o, known)
     elif o.automatic and o.steps is None:
         points, _ = comparable(o, known)
-        point = measured.automatic(points) if points else None
-    if point is not None:
-        log.info("measured: %s, %d network evaluations", point, point.nfe)
+        short = [p for p in points if p.rows <= measured.AUTO_ROWS]
+        point = measured.automatic(short) if short else None
+        if known is not None and points and not short:
+            log.warning(
+                "%s has no setting of at most %d rows, so 'auto' goes by the general rule; quality= and deadline_s= "
+                "choose longer ones", known.path, measured.AUTO_ROWS,
+            )  # fmt: skip
+    if known is not None and point is not None:
+        known.say(point)
         return dataclasses.replace(o, quality=None, **point.options), point
     if not o.automatic:
         return o, None
@@ -125,8 +131,9 @@ def in_time(
     if points:
         shortest = min(point.rows for point in points)
         point = measured.fitting(points, rows)
-        if point is not None:
-            log.info("deadline of %g s: %s, at %.3g s a row and chunk", o.deadline_s, point, seconds)
+        if known is not None and point is not None:
+            log.info("deadline of %g s, at %.3g s a row and chunk", o.deadline_s, seconds)
+            known.say(point)
             return dataclasses.replace(o, deadline_s=None, **point.options)
     else:
         shortest = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -53,7 +54,9 @@ class Loop:
 
     def run(self, r: Request, callback: Callable[[Event], None] | None, progress: bool) -> SampleOutput:
         """Run all rows and return the images. Raises what `Sampler.sample` lists, but for `InvalidArgument`."""
-        parts: list[Tensor] = []
+        result = _empty(r)
+        done = 0
+        bad: list[int] = []
         rows = self.rows(r, preview=lambda _: callback is not None, progress=progress)
         with contextlib.closing(rows):  # else the traceback of an error would keep the state in memory
             for event, images in rows:
@@ -64,19 +67,21 @@ class Loop:
                         raise CallbackError(
                             f"the callback raised {type(e).__name__} at row {event.row} of {event.rows}: {e}"
                         ) from e
-                if images is not None:
-                    parts.append(images.float().cpu())
-        if sum(map(len, parts)) < r.n:
-            raise Cancelled(f"cancelled with {sum(map(len, parts))} of {r.n} images finished")
-        output = SampleOutput(torch.cat(parts), r.seed, r.start_index, r.table, r.nfe, r.labels, r.class_names)
-        finite = torch.isfinite(output.images).flatten(1).all(dim=1)
-        if not finite.all():
-            bad = tuple(r.start_index + int(i) for i in torch.nonzero(~finite)[:, 0])
+                if images is not None:  # checked a chunk at a time, as a check takes several times their memory
+                    chunk = result[done : done + len(images)]
+                    chunk.copy_(images)
+                    finite = torch.isfinite(chunk).flatten(1).all(dim=1)
+                    bad += [r.start_index + done + int(i) for i in torch.nonzero(~finite)[:, 0]]
+                    done += len(images)
+        if done < r.n:
+            raise Cancelled(f"cancelled with {done} of {r.n} images finished")
+        output = SampleOutput(result, r.seed, r.start_index, r.table, r.nfe, r.labels, r.class_names)
+        if bad:
             raise NumericsError(
                 f"{len(bad)} of {r.n} images became NaN or infinite in {self._dtype} (index "
                 f"{', '.join(map(str, bad[:20]))}); the others are in this error's .output. "
                 "Try float32, or less guidance",
-                bad,
+                tuple(bad),
                 output,
             )
         return output
@@ -116,6 +121,17 @@ class Loop:
                         result = _step(runner, state, inpainting, r, chunk, row, preview(row))
                     tick()
                     yield result
+
+
+def _empty(r: Request) -> Tensor:
+    """Return memory for all images; the chunks are copied into it."""
+    try:
+        return torch.empty(r.n, *r.shape)
+    except RuntimeError as e:
+        raise InvalidArgument(
+            f"n={r.n}: there is no memory for {r.n} images of {4 * math.prod(r.shape)} bytes; draw fewer at a time, "
+            "with start_index for the next ones"
+        ) from e
 
 
 def _step(

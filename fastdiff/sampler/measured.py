@@ -16,26 +16,37 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from fastdiff.checkpoints.loading import BUILTIN, builtin_models
 from fastdiff.checkpoints.reading import read_json, weights_digest
 from fastdiff.checks import is_number, is_whole
 from fastdiff.errors import CheckpointError
+from fastdiff.solvers.registry import SOLVERS
+from fastdiff.solvers.spacing import SIGMA_SPACINGS, SPACINGS
 
 log = logging.getLogger("fastdiff")
 
 NAME = "trilemma.json"
 FORMAT = 1
+ALL_SPACINGS = (*SPACINGS, *SIGMA_SPACINGS)
 MAX_POINTS = 10_000
-# The options that a point may contain, and their types.
-OPTIONS: dict[str, tuple[type, ...]] = {
-    "solver": (str,), "steps": (int,), "eta": (int, float), "spacing": (str,), "guidance": (int, float),
-}  # fmt: skip
+MAX_ROWS = 10_000
+AUTO_ROWS = 250  # the most that solver="auto" takes from a file, which may come from strangers
+SAID_ROWS = 50  # the steps of `Sampler.sample` by default; a warning says when a file makes it more
+# The options that a point may contain, and what they must be.
+OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "solver": (f"one of {', '.join(SOLVERS)}", lambda v: isinstance(v, str) and v in SOLVERS),
+    "steps": (f"a whole number from 1 to {MAX_ROWS}", lambda v: _whole(v, 1, MAX_ROWS)),
+    "eta": ("a finite number of at least 0", lambda v: is_number(v) and v >= 0.0),
+    "spacing": (f"one of {', '.join(ALL_SPACINGS)}", lambda v: isinstance(v, str) and v in ALL_SPACINGS),
+    "guidance": ("a finite number", is_number),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +98,16 @@ class Measured:
         """Return the points of one guidance scale."""
         return [p for p in self.points if p.guidance == guidance]
 
+    def chosen(self, options: Mapping[str, Any]) -> Point | None:
+        """Return the point that sets these options of a call, if there is one."""
+        points = (p for p in self.points if p.options.items() <= options.items())
+        return next((p for p in points if np.all(np.asarray(options["guidance"]) == p.guidance)), None)
+
+    def say(self, point: Point) -> None:
+        """Write to the log which setting was chosen from which file; a long one is a warning, which users see."""
+        level = logging.WARNING if point.rows > SAID_ROWS else logging.INFO
+        log.log(level, "setting of %s: %s, %d network evaluations", self.path, point, point.nfe)
+
     def check_rows(self, point: Point, rows: int) -> None:
         """Raise `CheckpointError` where the step table of a point has another number of rows than the file says."""
         if rows != point.rows:
@@ -129,10 +150,15 @@ def fitting(points: Sequence[Point], rows: float) -> Point | None:
 
 
 def read_for(unet: nn.Module, path: Path) -> Measured | None:
-    """Read the measurements of a network; None, with a warning in the log, where they are of other weights."""
+    """Read the measurements of a network; None, with a warning in the log, where they are of other weights.
+
+    For the weights of a built-in model, those that come with fastdiff count, not those of a copy's folder.
+    """
     found = read(path)
     if found.model == weights_digest(unet.state_dict()):
-        return found
+        own = (BUILTIN / name / NAME for name in builtin_models())
+        known = (read(file) for file in own if file.is_file() and file != path)
+        return next((builtin for builtin in known if builtin.model == found.model), found)
     log.warning("%s was measured with other weights, and is left aside", path)
     return None
 
@@ -161,23 +187,27 @@ def read(path: str | Path) -> Measured:
             points.append(_point(entry))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise wrong(f"point {i}: {type(e).__name__} {str(e)[:200]}") from e
+    settings = {(p.solver, p.steps, p.eta, p.spacing, p.guidance) for p in points}
+    if len(settings) < len(points):
+        raise wrong(f"{len(points) - len(settings)} of {len(points)} points are of settings that others are of")
     return Measured(path, model, n, tuple(points))
 
 
 def _point(entry: Mapping[str, Any]) -> Point:
     options, nfe, at_n = entry["options"], entry["nfe"], entry["at_n"]
     for name, value in options.items():
-        if name not in OPTIONS or not isinstance(value, OPTIONS[name]) or isinstance(value, bool):
-            raise ValueError(f"option {name}={value!r} is unknown or of another type")
-    if not _whole(nfe, 1, 1 << 24) or not _whole(options["steps"], 1, 1 << 24):
-        raise ValueError(f"nfe {nfe!r} and steps {options['steps']!r} must be numbers from 1")
+        if name not in OPTIONS:
+            raise ValueError(f"option {name[:40]} is unknown")
+        needed, fits = OPTIONS[name]
+        if not fits(value):
+            raise ValueError(f"option {name}={str(value)[:40]!r}: {needed} is needed")
+    if not _whole(nfe, 1, 2 * MAX_ROWS):
+        raise ValueError(f"nfe {str(nfe)[:40]}: a whole number from 1 to {2 * MAX_ROWS} is needed")
     value, low, high = (_finite(at_n["frechet"][name]) for name in ("value", "low", "high"))
     recall = _finite(at_n["recall"]["value"])
     if not 0.0 <= low <= value <= high or not 0.0 <= recall <= 1.0:
         raise ValueError(f"frechet {low} <= {value} <= {high} and recall {recall} are out of range")
     numbers = {k: float(options[k]) for k in ("eta", "guidance") if k in options}
-    if not all(math.isfinite(v) for v in numbers.values()):
-        raise ValueError(f"{numbers} must be finite")
     return Point(
         options["solver"], options["steps"], nfe, value, low, high, recall, spacing=options.get("spacing"), **numbers
     )

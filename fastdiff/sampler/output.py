@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.data import pictures
 from fastdiff.errors import InvalidArgument
-from fastdiff.files import atomic_path
+from fastdiff.files import atomic_file
 from fastdiff.solvers import StepTable
 
 
@@ -87,6 +87,7 @@ class SampleOutput:
 
         Raises:
             InvalidArgument: If the suffix is none of these.
+            WriteError: If a file cannot be written; an earlier file of its name is then unchanged.
         """
         path = Path(path)
         if path.suffix.lower() in pictures.PICTURES:
@@ -102,11 +103,12 @@ class SampleOutput:
                 arrays["labels"] = self.labels.numpy()
                 if self.class_names is not None and int(self.labels.max()) < len(self.class_names):
                     arrays["class_names"] = np.array(self.class_names)
-            with atomic_path(path) as temporary:
-                np.savez_compressed(temporary, **arrays)
+            with atomic_file(path) as file:
+                np.savez_compressed(file, **arrays)
         elif not path.suffix:
-            for i, picture in enumerate(self.to_pil(), start=self.start_index):
-                pictures.save_picture(picture, path / f"{i:06d}.png")
+            for i in range(len(self.images)):  # one by one, as all pictures together would take memory again
+                picture = pictures.to_pil(self.images[i : i + 1])[0]
+                pictures.save_picture(picture, path / f"{self.start_index + i:06d}.png")
         else:
             allowed = ", ".join((*pictures.PICTURES, ".npz"))
             raise InvalidArgument(f"{path}: unknown suffix; allowed: {allowed}, or none for a folder of PNGs")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdiff import memory
 from fastdiff.checks import is_whole, number, one_of, whole
 from fastdiff.core.noise import check_seed
 from fastdiff.errors import BackendError, InvalidArgument
@@ -28,6 +28,7 @@ from fastdiff.solvers.walk import Schedule
 # Images are drawn in chunks whose activations take about this much; larger ones do not make a step faster.
 CHUNK_BYTES = 2 << 30
 MAX_CHUNK = 64
+SMALL = 64 << 20  # bytes of a call that are not compared with the free memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,19 +170,30 @@ def image_size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) ->
         height, width = pair
     if height % info.stride or width % info.stride:
         raise InvalidArgument(f"size={height}x{width}: both must be multiples of the network's stride, {info.stride}")
-    memory = _memory()
-    if memory is not None:
-        need, result = info.activation_bytes((height, width)), 4 * n * info.channels * height * width
-        if need > memory:
-            raise InvalidArgument(
-                f"size={height}x{width}: one image needs about {need >> 30} GiB, this machine has {memory >> 30} GiB"
-            )
-        if result > memory:
-            raise InvalidArgument(
-                f"n={n}: the images alone need {result >> 30} GiB, this machine has {memory >> 30} GiB; draw fewer at "
-                "a time, with start_index for the next ones"
-            )
+    _check_memory(n, (height, width), info)
     return height, width
+
+
+def _check_memory(n: int, size: tuple[int, int], info: NetworkInfo) -> None:
+    """Raise `InvalidArgument` where the network's work on one image, or the n images, need more memory than is free."""
+    # Besides the result, a chunk of at least one image has its state and the network's activations.
+    work, result = info.activation_bytes(size), 4 * n * info.channels * size[0] * size[1]
+    left = memory.free() if work + result > SMALL else None  # asking takes time, and little is always free
+    if left is None:
+        return
+    if work > left:
+        raise InvalidArgument(
+            f"size={size[0]}x{size[1]}: one image needs about {_gib(work)}, this process can take {_gib(left)} more"
+        )
+    if work + result > left:
+        raise InvalidArgument(
+            f"n={n}: the images need {_gib(result)} and the work on one about {_gib(work)}, this process can take "
+            f"{_gib(left)} more; draw fewer at a time, with start_index for the next ones"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size >> 30} GiB" if size >= 10 << 30 else f"{size >> 20} MiB"
 
 
 def class_of(name: str, info: NetworkInfo) -> int:
@@ -247,11 +259,3 @@ def _guided_between(table: StepTable, interval: tuple[float, float]) -> StepTabl
     except (TypeError, ValueError) as e:
         raise InvalidArgument(f"guidance_interval={interval!r}: two numbers (start, end) from 0 to 1 are needed") from e
     return table if (start, end) == (0.0, 1.0) else table.with_guidance_interval(start, end)
-
-
-def _memory() -> int | None:
-    """Return the physical memory in bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -413,8 +413,13 @@ class Sampler:
                 o, self.schedule, self.measurements(), n=trial.n, chunks=len(trial.chunks), seconds=seconds,
                 elapsed=time.perf_counter() - started,
             )  # fmt: skip
-        known = self.measurements() if o.automatic or o.quality is not None else None
-        o, point = choice.resolve(o, self.schedule, known)
+            known = self.measurements()
+            point = None if known is None else known.chosen(vars(o))
+        else:
+            known = self.measurements() if o.automatic or o.quality is not None else None
+            point = None
+        if point is None:
+            o, point = choice.resolve(o, self.schedule, known)
         r = check(n, o, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend)
         if known is not None and point is not None:
             known.check_rows(point, len(r.table))

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from fastdiff.checks import is_number, whole
 from fastdiff.errors import InvalidArgument
+from fastdiff.files import parse_json
 
 FORMAT = 1
 MAX_ROWS = 1 << 24  # a noise counter has 24 bits for the row
@@ -252,7 +253,7 @@ class StepTable:
             InvalidArgument: If the text is no table; the message names what does not fit.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
+            data: dict[str, Any] = parse_json(text)
             if data["format"] != FORMAT or tuple(data["columns"]) != COLUMNS:
                 raise InvalidArgument(
                     f"a step table of format {data['format']!r} with columns {data['columns']!r} cannot be read"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastdiff.files import write_text
+from fastdiff.files import parse_json, write_text
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.resume import writing
+
+# A link that has taken the log's place is not followed: the text would go into another file.
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class TrainingLog:
@@ -40,7 +44,7 @@ class TrainingLog:
             records = list(_records(text, step))
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
             self.started = time.perf_counter() - (records[-1].get("seconds", 0.0) if records else 0.0)
-            self.file = self._open.enter_context(self.path.open("a", encoding="utf-8"))
+            self.file = self._open.enter_context(os.fdopen(os.open(self.path, APPEND, 0o666), "a", encoding="utf-8"))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -97,7 +101,7 @@ def _records(text: str, step: int) -> Iterator[dict[str, Any]]:
     """Yield the log's lines up to ``step``, except damaged ones, such as a last line that a crash cut short."""
     for line in text.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = json.loads(line)
+            record = parse_json(line)
             if record["step"] <= step:
                 yield record
 

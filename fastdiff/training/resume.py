@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.loading import METADATA_KEY
-from fastdiff.checkpoints.reading import read_safetensors
-from fastdiff.errors import CheckpointError, TrainingError
-from fastdiff.files import atomic_path
+from fastdiff.checkpoints.reading import json_object, read_safetensors
+from fastdiff.checkpoints.saving import write_safetensors
+from fastdiff.errors import CheckpointError, TrainingError, WriteError
+from fastdiff.files import LEFTOVER, atomic_file
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-# Temporary files of atomic_path and, while it writes to those, of safetensors.
-LEFTOVERS = (f".*-[0-9]*-{'[0-9a-f]' * 8}.tmp.*", ".tmp??????")
 
 
 @contextlib.contextmanager
@@ -34,12 +31,10 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a failed write of ``path`` into a `TrainingError`; as files are replaced whole, the old one is intact."""
     try:
         yield
-    except (OSError, SafetensorError) as e:
-        full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
-        advice = "Free some space and start" if full else "Start"
-        raise TrainingError(
-            f"{path} could not be written ({e}); what was there is intact. {advice} again to resume"
-        ) from e
+    except OSError as e:
+        advice = "Free some space and start" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "Start"
+        what = e if isinstance(e, WriteError) else f"{path} could not be written ({e}); what was there is unchanged"
+        raise TrainingError(f"{what}. {advice} again to resume") from e
 
 
 def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, info: dict[str, Any]) -> None:
@@ -60,31 +55,27 @@ def save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Op
                 f"{name} has NaN or infinite values; {path} stays as it was: the last good checkpoint. Try a lower lr "
                 "or grad_clip, in another folder"
             )
-    with writing(path), atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
+    with writing(path), atomic_file(path) as file:
+        write_safetensors(file, tensors, {METADATA_KEY: json.dumps(info)})
 
 
 def sweep(out: Path) -> None:
     """Remove the half-written files that a killed run left in its folder."""
     for folder in (out, out / "samples", out / "model", out / "model" / "unet", out / "model" / "scheduler"):
-        for pattern in LEFTOVERS:
-            for leftover in folder.glob(pattern):
-                with writing(leftover):
-                    leftover.unlink(missing_ok=True)
+        for leftover in folder.glob(LEFTOVER):
+            with writing(leftover):
+                leftover.unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the info that `save` wrote; a file that is none of its kind raises `CheckpointError`."""
     tensors, metadata = read_safetensors(path)
-    try:
-        info = json.loads(metadata.get(METADATA_KEY, "{}"))
-        if info.get("kind") != "training":
-            raise CheckpointError(f"{path} is not a training checkpoint of fastdiff, so training cannot resume from it")
-        missing = {"step", "train", "unet", "scheduler", "data", "world_size"} - info.keys()
-        if missing:
-            raise CheckpointError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"{path}: its fastdiff metadata cannot be read ({str(e)[:200]})") from e
+    info = json_object(f"{path}: its fastdiff metadata", metadata.get(METADATA_KEY, "{}"))
+    if info.get("kind") != "training":
+        raise CheckpointError(f"{path} is not a training checkpoint of fastdiff, so training cannot resume from it")
+    missing = {"step", "train", "unet", "scheduler", "data", "world_size"} - info.keys()
+    if missing:
+        raise CheckpointError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
     return tensors, info
 
 

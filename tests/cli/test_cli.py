@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import fastdiff
 from fastdiff import checkpoint, cli, solvers
@@ -622,6 +623,55 @@ def test_unknown_models(call: Call) -> None:
     assert_refused(call("sample", "model.pt"), ("model.pt", "pickles that would run code are refused"))
     Path("empty").mkdir()
     assert_refused(call("sample", "empty"), ("empty", "config.json"))
+
+
+NASTY = "x\x1b[2J\x1b]0;t\x07\u202e\r\x9b"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", NASTY], ["info", NASTY], [NASTY], [f"--{NASTY}"], ["sample", f"--{NASTY}"], ["sample", "a", NASTY],
+        ["sample", "--steps", NASTY], ["sample", "--out", f"{NASTY}.xyz"], ["sample", "--solver", NASTY],
+        ["sample", "--labels", NASTY], ["sample", "--image", NASTY], ["train", NASTY], ["convert", NASTY, NASTY],
+        ["bench", "--engines", NASTY], ["sample", f"-{NASTY}"], ["sample", f"--steps={NASTY}"],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_errors_interpret_no_argument(arguments: list[str], call: Call) -> None:
+    code, out, err = call(*arguments)
+    assert code != 0
+    assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(out + err), err
+
+
+def test_names_in_files_reach_no_terminal(model: str, call: Call) -> None:
+    """They are those of keys, tensors, files, classes and settings."""
+    shutil.copytree(model, "copy")
+    configs = [p for p in Path("copy").rglob("config.json")]
+    config = json.loads(configs[0].read_text())
+    for change in ({NASTY: 1}, {"_class_name": NASTY}, {"down_block_types": [NASTY]}, {"act_fn": NASTY}):
+        configs[0].write_text(json.dumps(config | change))
+        code, out, err = call("info", "copy")
+        assert code != 0
+        assert all(line.isprintable() for line in (out + err).split("\n")), err
+    configs[0].write_text(json.dumps(config))
+    (weights,) = Path("copy").rglob("*.safetensors")
+    save_file({**load_file(weights), NASTY: torch.ones(1)}, weights)
+    code, out, err = call("info", "copy")
+    assert code != 0
+    assert "cannot be printed" in err
+    assert all(line.isprintable() for line in (out + err).split("\n")), err
+    torch.save({**load_file(Path(model).rglob("*.safetensors").__next__()), NASTY: torch.ones(1)}, "w.pt")
+    Path("config.json").write_text(json.dumps(config))
+    code, out, err = call("info", "w.pt")
+    assert code != 0
+    assert all(line.isprintable() for line in (out + err).split("\n")), err
+    nasty = Path(NASTY)
+    nasty.mkdir()
+    (nasty / f"{NASTY}.png").write_bytes(b"no picture")
+    code, out, err = call("train", str(nasty), "--out", "out", "--steps", "1")
+    assert code != 0
+    assert all(line.isprintable() for line in (out + err).split("\n")), err
 
 
 def test_files_that_cannot_be_written(model: str, call: Call) -> None:

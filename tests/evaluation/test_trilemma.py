@@ -408,8 +408,13 @@ def test_auto_quality_and_deadline_go_by_the_measurements(
     # d(p*) = 1.0, its interval ends at 1.1: 10 evaluations are the fewest within.
     with caplog.at_level("INFO", logger="fastdiff"):
         assert table(solver="auto") == explicit(solver="unipc", steps=10, spacing="karras")
-    assert [r.message for r in caplog.records] == ["measured: unipc, karras spacing, 10 steps, 10 network evaluations"]
-    assert table(quality=1) == explicit(solver="ddpm", steps=60)
+    file = tmp_path / "measured" / measured.NAME
+    said = [f"setting of {file}: unipc, karras spacing, 10 steps, 10 network evaluations"]
+    assert [r.message for r in caplog.records] == said
+    with caplog.at_level("WARNING", logger="fastdiff"):  # which users see
+        assert table(quality=1) == explicit(solver="ddpm", steps=60)
+    said.append(f"setting of {file}: ddpm, 60 steps, 60 network evaluations")
+    assert [r.message for r in caplog.records] == said
     assert table(quality=1.1) == explicit(solver="unipc", steps=10, spacing="karras")
     assert table(quality=1.3) == explicit(solver="ddim", steps=8, eta=0.5)
     assert table(quality=2.0, solver="auto") == explicit(solver="unipc", steps=4)
@@ -509,9 +514,20 @@ def bad(**changes: Any) -> dict[str, Any]:
         ({"points": [bad(options={"solver": "ddim", "steps": 4, "callback": "x"})]}, "option callback"),
         ({"points": [bad(options={"solver": ["ddim"], "steps": 4})]}, "option solver"),
         ({"points": [bad(options={"solver": "ddim", "steps": 4, "eta": math.inf})]}, "finite"),
-        ({"points": [bad(at_n={"frechet": {"value": math.nan, "low": 0, "high": 1}})]}, "finite"),
+        ({"points": [bad(at_n={"frechet": {"value": math.nan, "low": 0, "high": 1}})]}, "NaN is no number"),
         ({"points": [bad(at_n={"frechet": {"value": 2, "low": 0, "high": 1}, "recall": {"value": 0}})]}, "of range"),
         ({"points": [bad(at_n={"frechet": {"value": 1, "low": 0, "high": 1}, "recall": {"value": 7}})]}, "of range"),
+        ({"points": [bad(at_n={"frechet": {"value": math.inf, "low": 0, "high": 1}})]}, "finite"),
+        ({"points": [bad(options={"solver": "magic", "steps": 4})]}, "option solver='magic': one of"),
+        ({"points": [bad(options={"solver": "ddim", "steps": 4.0})]}, "option steps"),
+        ({"points": [bad(options={"solver": "ddim", "steps": 10**6})]}, "option steps"),
+        ({"points": [bad(options={"solver": "ddim", "steps": 4, "eta": -1})]}, "option eta"),
+        ({"points": [bad(options={"solver": "ddim", "steps": 4, "eta": 10**400})]}, "digits"),
+        ({"points": [bad(options={"solver": "ddim", "steps": 4, "spacing": "\x1b[2J"})]}, "option spacing"),
+        ({"points": [bad(options={"solver": "ddim", "steps": 4, "\x1b[2J": 1})]}, "cannot be printed"),
+        ({"points": [bad(options={"solver": "ddim", "steps": 4, "guidance": "2"})]}, "option guidance"),
+        ({"points": [bad(), bad(nfe=3)]}, "1 of 2 points are of settings that others are of"),
+        ({"points": [bad(nfe=10**6)]}, "nfe 1000000"),
         ({"n": "many"}, "n a number"),
         ({"model": 7}, "model must be"),
     ],
@@ -537,6 +553,40 @@ def test_a_file_that_lies_about_its_rows_is_refused(model: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match="not valid JSON"):
         s.sample(1, labels=0, quality=1.5)
     assert s.sample(1, labels=0, steps=2).nfe == 2  # which asks nothing of the file
+
+
+def test_a_file_that_lies_is_found_out_before_a_deadline_too(model: Path, tmp_path: Path) -> None:
+    path = written(model, tmp_path, [bad(options={"solver": "ddim", "steps": 90}, nfe=1)])
+    s = Sampler.from_pretrained(path, device="cpu", backend="eager")
+    for guidance in (1.0, [1.0]):
+        with pytest.raises(CheckpointError, match="1 network evaluations, but has 90 rows"):
+            s.sample(1, labels=0, deadline_s=600, guidance=guidance)
+
+
+def test_auto_takes_no_long_setting_from_a_file(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file with the right fingerprint can come from anyone."""
+    s = Sampler.from_pretrained(written(model, tmp_path, [point("ddpm", 1000, 0.1)]), device="cpu", backend="eager")
+    assert s.request(1, labels=0, solver="auto").table.steps == 20
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert f"{tmp_path / 'measured' / measured.NAME} has no setting of at most 250 rows" in caplog.text
+    points = [point("ddpm", 1000, 0.1), point("ddim", 100, 0.5), point("unipc", 10, 2.0)]
+    caplog.clear()
+    s = Sampler.from_pretrained(written(model, tmp_path, points), device="cpu", backend="eager")
+    assert s.request(1, labels=0, solver="auto").table.steps == 100
+    assert [r.levelname for r in caplog.records] == ["WARNING"]  # as it is more than the default
+    assert measured.NAME in caplog.text
+
+
+def test_measurements_of_the_built_in_model_cannot_be_replaced(tmp_path: Path) -> None:
+    shutil.copytree(checkpoints.loading.BUILTIN / "fashion-mnist", tmp_path / "copy")
+    own = json.loads((tmp_path / "copy" / measured.NAME).read_text())
+    own["points"] = [point("ddpm", 200, 0.0, spread=0.0)]
+    (tmp_path / "copy" / measured.NAME).write_text(json.dumps(own))
+    s = Sampler.from_pretrained(tmp_path / "copy", device="cpu", backend="eager")
+    known, builtin = s.measurements(), checkpoints.loading.BUILTIN / "fashion-mnist" / measured.NAME
+    assert known == measured.read(builtin)
+    assert known is not None
+    assert known.path == builtin
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(0, 5)), min_size=1, max_size=12),

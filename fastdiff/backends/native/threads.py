@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.memory import MOUNTED, OWN, control_groups
+
 
 def number() -> int:
     """Return torch's number of threads, or the number of processors this process may use if that is lower.
@@ -21,25 +23,9 @@ def number() -> int:
     return max(1, math.ceil(min(limits)))
 
 
-def quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """Return the processor quotas of this process's control groups, in processors, one for each group with a limit.
-
-    The file ``own`` names the groups, one line per hierarchy. In a container, only part of a path exists.
-    """
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        group = mounted / controllers / path.lstrip("/")
-        while group != mounted.parent:
-            found += _quota(group)
-            group = group.parent
-    return found
+def quotas(mounted: Path = MOUNTED, own: Path = OWN) -> list[float]:
+    """Return the processor quotas of this process's control groups, in processors, one for each group with a limit."""
+    return [quota for group in control_groups("cpu", mounted, own) for quota in _quota(group)]
 
 
 def _quota(group: Path) -> list[float]:

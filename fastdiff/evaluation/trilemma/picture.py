@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.files import atomic_path
+from fastdiff.files import atomic_file
 
 # Colours by solver (Okabe and Ito 2008, distinguishable for the colour-blind), markers by guidance and spacing.
 COLOURS = {"ddpm": "#D55E00", "ddim": "#0072B2", "dpmpp_2m": "#009E73", "unipc": "#AA4499", "dpmpp_3m": "#56B4E9"}
@@ -85,8 +85,8 @@ def draw_picture(result: Mapping[str, Any], path: Path) -> None:
         f"{result['settings']['features']};  rings: on the Pareto front of speed, quality and diversity"
     )
     figure.suptitle(text, fontsize=11.5, x=0.01, ha="left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 _TITLES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M", "dpmpp_3m": "DPM++ 3M", "unipc": "UniPC"}
