@@ -21,6 +21,7 @@ ORDER = (
     "errors",
     "files",
     "checks",
+    "modes",
     "schedule",
     "solvers",
     "unet",

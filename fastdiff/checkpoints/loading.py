@@ -29,6 +29,7 @@ from torch import Tensor
 from fastdiff.checkpoints import layouts, originals
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES, read_json, read_safetensors, read_sharded, read_torch
 from fastdiff.errors import CheckpointError, ConfigError
+from fastdiff.modes import plain_modes
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS
@@ -90,6 +91,7 @@ def builtin_models() -> list[str]:
     return sorted(p.name for p in BUILTIN.iterdir() if (p / "unet" / "config.json").exists())
 
 
+@plain_modes()
 def load(
     model: str | Path,
     *,
@@ -331,7 +333,7 @@ def build(config: UNetConfig, tensors: Mapping[str, Tensor], where: str | Path, 
 def empty(config: UNetConfig) -> UNet:
     """Build the network on the device "meta", without memory for its weights."""
     with torch.device("meta"):
-        return UNet(config).float()
+        return UNet(config)
 
 
 def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -> None:

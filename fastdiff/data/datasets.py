@@ -176,7 +176,7 @@ class ArrayData(ImageData):
             raise DataError(f"{path}: every image is {h}x{w}: {reason}")
         shape = (n, self.channels, *self.size)
         check_bytes(str(path), f"images fitted to {self.size[0]}x{self.size[1]}", math.prod(shape))
-        self.images = torch.empty(shape, dtype=torch.uint8)
+        self.images = torch.empty(shape, dtype=torch.uint8, device="cpu")
         view = self.images.numpy()
 
         def put(start: int) -> None:  # blocks bound the memory that the conversion needs besides source and result
@@ -195,7 +195,7 @@ class ArrayData(ImageData):
         return self.images.shape[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        at = torch.tensor(self._check(indices), dtype=torch.int64)
+        at = torch.tensor(self._check(indices), dtype=torch.int64, device="cpu")
         return self.images[at], None if self.labels is None else self.labels[at]
 
 
@@ -258,13 +258,13 @@ class FolderData(ImageData):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         order = self._check(indices)
-        batch = torch.empty((len(order), self.channels, *self.size), dtype=torch.uint8)
+        batch = torch.empty((len(order), self.channels, *self.size), dtype=torch.uint8, device="cpu")
         view = batch.numpy()
         used = []
         for slot, (index, pixels) in enumerate(self._executor().map(self._load, order)):
             view[slot] = pixels.transpose(2, 0, 1)
             used.append(index)
-        return batch, None if self.labels is None else self.labels[torch.tensor(used, dtype=torch.int64)]
+        return batch, None if self.labels is None else self.labels[torch.tensor(used, dtype=torch.int64, device="cpu")]
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
         """Decode the first readable image at or after an index; return its own index and its pixels."""
@@ -393,7 +393,7 @@ def _classes(root: Path, paths: list[Path], files: list[Path]) -> tuple[tuple[st
 
     names = tuple(sorted({folder(path) for path in paths}))
     number = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([number[folder(path)] for path in files], dtype=torch.int64)
+    labels = torch.tensor([number[folder(path)] for path in files], dtype=torch.int64, device="cpu")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
         log.warning("%s: no usable image in class %s", root, ", ".join(empty))

@@ -30,6 +30,7 @@ from fastdiff.evaluation.classifier import CLASS_NAMES, SIZE, Classifier
 from fastdiff.evaluation.metrics import Extractor, Reference, features, measure, share_interval, thinned
 from fastdiff.evaluation.reference_images import MIN_IMAGES, RealImages, Shape, default_fit, find_data, load_images
 from fastdiff.files import atomic_path, write_text
+from fastdiff.modes import plain_modes
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.runners import usable_device
 
@@ -106,7 +107,7 @@ def evaluate(
             sampler, folder, n, progress=lambda done, total: say("images", done, total), **options
         )
         cycle = settings["labels"] == "cycle" and sampler.info.classes == len(CLASS_NAMES)
-        labels = torch.arange(n) % len(CLASS_NAMES) if cycle else None
+        labels = torch.arange(n, dtype=torch.int64, device="cpu") % len(CLASS_NAMES) if cycle else None
         source: dict[str, Any] = {"model": str(model), "settings": settings, "images": str(folder)}
     else:
         images, labels = _samples(Path(samples), None if judge is None else (1, SIZE, SIZE), fit)
@@ -248,7 +249,7 @@ def _samples(path: Path, shape: Shape | None, fit: str) -> tuple[Tensor, Tensor 
         if shape is not None and tuple(images.shape[1:]) != shape:
             raise InvalidArgument(f"{path}: images of {list(images.shape[1:])}, {list(shape)} are needed")
         cycle = settings.get("labels") == "cycle"
-        return images, torch.arange(len(images)) % len(CLASS_NAMES) if cycle else None
+        return images, torch.arange(len(images), dtype=torch.int64, device="cpu") % len(CLASS_NAMES) if cycle else None
     images, labels = load_images(path, shape, fit)
     known = path.is_file() and labels is not None and int(labels.max()) < len(CLASS_NAMES)
     return images, labels if known else None  # the classifier does not know classes named by folders
@@ -258,7 +259,7 @@ def _accuracy(judge: nn.Module, features: Tensor, labels: Tensor | None) -> dict
     """Compute the share of images that the classifier assigns to their label, with its interval."""
     if not isinstance(judge, Classifier) or labels is None:
         return None
-    with torch.no_grad():
+    with plain_modes():
         predicted = judge.head(features.to(judge.head.weight.device)).argmax(1).cpu()
     return dataclasses.asdict(share_interval(predicted == labels))
 

@@ -17,6 +17,7 @@ from fastdiff.backends.eager import EagerRunner
 from fastdiff.core import noise, update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
+from fastdiff.modes import plain_modes
 from fastdiff.sampler import editing
 from fastdiff.sampler.editing import Inpainting
 from fastdiff.sampler.output import Event, SampleOutput
@@ -68,7 +69,7 @@ class Loop:
                     parts.append(images.float().cpu())
         if sum(map(len, parts)) < r.n:
             raise Cancelled(f"cancelled with {sum(map(len, parts))} of {r.n} images finished")
-        output = SampleOutput(torch.cat(parts), r.seed, r.start_index, r.table, r.nfe, r.labels)
+        output = SampleOutput(_joined(parts), r.seed, r.start_index, r.table, r.nfe, r.labels)
         finite = torch.isfinite(output.images).flatten(1).all(dim=1)
         if not finite.all():
             bad = tuple(r.start_index + int(i) for i in torch.nonzero(~finite)[:, 0])
@@ -118,6 +119,7 @@ class Loop:
                     yield result
 
 
+@plain_modes()
 def _step(
     runner: Runner, state: State, inpainting: Inpainting | None, r: Request, chunk: range, row: int, shown: bool
 ) -> tuple[Event | None, Tensor | None]:
@@ -139,6 +141,11 @@ def _step(
     return event, state.x[:n].clone() if row == len(r.table) - 1 else None
 
 
+@plain_modes()
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts)
+
+
 def _forward(runner: Runner, state: State, through: str) -> Tensor | None:
     """Evaluate the network for a guide; where it is differentiated, return the input with the graph."""
     if through == "network":
@@ -148,6 +155,7 @@ def _forward(runner: Runner, state: State, through: str) -> Tensor | None:
     return None
 
 
+@plain_modes()
 def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpainting | None]:
     """Return the state of one chunk at row 0, with its initial noise, and the known pixels of its images.
 
