@@ -41,7 +41,9 @@ def pack(weight: Tensor, channels: Sequence[int], dtype: torch.dtype, upsample: 
     W = weight.double().permute(2, 3, 1, 0)[None]  # [1, ky, kx, C, N]
     if upsample:
         assert k == 3
-        fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(W)  # [phase, tap, tap of 3]
+        fold = torch.tensor(
+            [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=W.dtype, device=W.device
+        )  # [phase, tap, tap of 3]
         W = torch.einsum("pak,qbl,klcn->pqabcn", fold, fold, W[0]).flatten(0, 1)
     W = F.pad(W.flatten(1, 2), (0, -N % MULTIPLE))
     return tuple(part.to(dtype).contiguous() for part in W.split(list(channels), dim=2))
@@ -472,7 +474,7 @@ def _partial_reference(
     steps: list[Tensor] = []  # the step to which each row of the weights belongs
     for part in weight:
         _, taps, C, _ = part.shape
-        k = torch.arange(taps * C)
+        k = torch.arange(taps * C, dtype=torch.int64, device="cpu")
         step = k // depth if C < FEW else k // C * cdiv(C, depth) + k % C // depth
         steps.append((step + (steps[-1].max() + 1 if steps else 0)).view(taps, C, 1))
     share = cdiv(int(steps[-1].max()) + 1, len(sums))

@@ -196,8 +196,12 @@ def combine(
 
 def combine_reference(parts: Tensor, statistics: Tensor, blocks: Blocks) -> None:
     """Merge the parts of every strip's statistics in torch."""
-    heights = torch.tensor([min(blocks.height, blocks.H - y) for y in range(0, blocks.H, blocks.height)])
-    widths = torch.tensor([min(blocks.width, blocks.W - x) for x in range(0, blocks.W, blocks.width)])
+    heights = torch.tensor(
+        [min(blocks.height, blocks.H - y) for y in range(0, blocks.H, blocks.height)], dtype=torch.int64, device="cpu"
+    )
+    widths = torch.tensor(
+        [min(blocks.width, blocks.W - x) for x in range(0, blocks.W, blocks.width)], dtype=torch.int64, device="cpu"
+    )
     count = (heights[:, None] * widths.repeat_interleave(blocks.phases)).to(parts)[None, :, :, None]
     means, squares = wide(parts).unbind(3)
     origin = means[:, :, :1]

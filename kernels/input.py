@@ -120,7 +120,7 @@ def input_reference(
     row: Tensor | None, entries: Tensor | None, timestep: Tensor | None,
 ) -> None:  # fmt: skip
     """Compute dst and timestep, as `input` describes them, in torch."""
-    image = torch.arange(len(dst), device=x.device) % len(x)
+    image = torch.arange(len(dst), dtype=torch.int64, device=x.device) % len(x)
     v = wide(x)[image].permute(0, 2, 3, 1)
     if center:
         v = 2 * v - 1

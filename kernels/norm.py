@@ -178,7 +178,9 @@ def finalise_reference(
     """Compute norm, as `finalise` describes it, in torch."""
     rows, _, C = norm.shape
     mean, squares = torch.cat(list(statistics), dim=3).unflatten(3, (groups, C // groups)).unbind(2)
-    count = torch.tensor([min(STRIP, height - y) * width for y in range(0, height, STRIP)]).to(mean).view(1, -1, 1, 1)
+    count = torch.tensor(
+        [min(STRIP, height - y) * width for y in range(0, height, STRIP)], dtype=mean.dtype, device=mean.device
+    ).view(1, -1, 1, 1)
     total = height * width * C // groups
     origin = mean[:, :1, :, :1]
     centre = origin + (count * (mean - origin)).sum(dim=(1, 3), keepdim=True) / total

@@ -164,12 +164,12 @@ def read_samples(path: Path) -> Images:
 
 def draw(model: str, per_class: int, steps: int, guidance: float, seed: int) -> Images:
     """Draw DDIM samples, `per_class` of each class, one class after another."""
-    labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(per_class)
+    labels = torch.arange(len(CLASS_NAMES), dtype=torch.int64, device="cpu").repeat_interleave(per_class)
     with fastdiff.Sampler.from_pretrained(model) as sampler:
         output = sampler.sample(
             len(labels), solver="ddim", steps=steps, labels=labels.tolist(), guidance=guidance, seed=seed
         )
-    return Images(torch.as_tensor(output.images).float().cpu(), labels)
+    return Images(output.images, labels)
 
 
 # The check ------------------------------------------------------------------------------------------------------------

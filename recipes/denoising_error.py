@@ -43,10 +43,12 @@ def main() -> None:
     means = torch.stack([train.images[train.labels == k].float().mean(0) / 127.5 - 1 for k in range(10)])
     print(f"mean image of the class: {((means[labels] - x0) ** 2).mean():.4f}")
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for t in TIMESTEPS:
-        steps = torch.full((len(x0),), t)
-        x = model.schedule.add_noise(x0, torch.randn(x0.shape, generator=generator), steps)
+        steps = torch.full((len(x0),), t, dtype=torch.int64, device="cpu")
+        x = model.schedule.add_noise(
+            x0, torch.randn(x0.shape, generator=generator, dtype=torch.float32, device="cpu"), steps
+        )
         with torch.no_grad():
             out = model.unet(x, steps, labels)
         kx, ko = x0_coefficients(model.scheduler_config["prediction_type"], model.schedule.abar(t))

@@ -98,7 +98,7 @@ def train(data: ArrayData, epochs: int, batch_size: int, precision: str) -> Clas
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LR, total_steps=epochs * steps, pct_start=0.2)
     for epoch in range(1, epochs + 1):
         start, total = time.perf_counter(), 0.0
-        for batch in torch.randperm(len(data))[: steps * batch_size].split(batch_size):
+        for batch in torch.randperm(len(data), dtype=torch.int64, device="cpu")[: steps * batch_size].split(batch_size):
             images, labels = data.__getitems__(batch)
             images = augment(to_float(images)).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -119,10 +119,10 @@ def augment(images: Tensor) -> Tensor:
     float32 [B, 1, 32, 32] in [-1, 1], black is -1. As Fashion-MNIST's padding is 2 pixels wide, shifts lose nothing.
     """
     n = len(images)
-    images = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(3), images)
+    images = torch.where(torch.rand(n, 1, 1, 1, dtype=torch.float32, device="cpu") < 0.5, images.flip(3), images)
     windows = F.pad(images[:, 0], [SHIFT] * 4, value=-1.0).unfold(1, SIZE, 1).unfold(2, SIZE, 1)  # [B, dy, dx, H, W]
-    dy, dx = torch.randint(2 * SHIFT + 1, (2, n))
-    return windows[torch.arange(n), dy, dx][:, None]
+    dy, dx = torch.randint(2 * SHIFT + 1, (2, n), dtype=torch.int64, device="cpu")
+    return windows[torch.arange(n, dtype=torch.int64, device="cpu"), dy, dx][:, None]
 
 
 def predictions(classifier: Classifier, images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ ORDER = (
     "files",
     "memory",
     "checks",
+    "modes",
     "schedule",
     "solvers",
     "unet",

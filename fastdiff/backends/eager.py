@@ -12,6 +12,7 @@ from fastdiff.backends.base import Spec
 from fastdiff.core import update
 from fastdiff.core.state import State
 from fastdiff.errors import BackendError
+from fastdiff.modes import plain_modes
 
 
 class EagerRunner:
@@ -30,15 +31,20 @@ class EagerRunner:
         out = self.network(x, t) if label is None else self.network(x, t, class_labels=label)
         return out if isinstance(out, Tensor) else out.sample
 
-    @torch.no_grad()
+    @plain_modes()
     def forward(self, state: State) -> None:
         """Evaluate the network, with guidance, and set ``state.out``."""
         self.evaluate(state, bool(state.guided_host.any()))
 
     def forward_with_gradient(self, state: State) -> Tensor:
         """Run `forward` and return the x by which ``state.out`` can be differentiated; ``state.x`` has no graph."""
+        if isinstance(self.network, nn.Module) and any(p.is_inference() for p in self.network.parameters()):
+            raise BackendError(
+                "the network's weights were made or moved in torch.inference_mode(), so nothing can be differentiated "
+                "through it; make it outside of that mode, or use guide_through='x0'"
+            )
         x = state.x
-        with torch.inference_mode(False), torch.enable_grad():
+        with plain_modes(gradients=True):
             leaf = x.detach().clone().requires_grad_()
             state.x = leaf
             try:
@@ -62,7 +68,7 @@ class EagerRunner:
         conditional, unconditional = both.chunk(2)
         state.out = update.guide(conditional, unconditional, w, state.x.shape[1], state.guidance_rescale)
 
-    @torch.no_grad()
+    @plain_modes()
     def update(self, state: State) -> None:
         """Apply one row of the table to every image, and increment its row."""
         update.update(state)

@@ -27,6 +27,7 @@ from fastdiff.backends.base import Spec
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
+from fastdiff.modes import plain_modes
 from fastdiff.solvers.table import COLUMNS
 
 WARM_UPS = 3  # runs before a capture, in which kernels are compiled, handles created and algorithms chosen
@@ -120,12 +121,12 @@ class GraphRunner:
         self.attached: weakref.ref[State] | None = None  # the state that aliases the static buffers
         self.weights: list[Tensor] = []
 
-    @torch.no_grad()
+    @plain_modes()
     def forward(self, state: State) -> None:
         """Evaluate the network, with guidance, and set ``state.out``."""
         self._replay("forward", state)
 
-    @torch.no_grad()
+    @plain_modes()
     def update(self, state: State) -> None:
         """Apply one row of the table to every image, and increment its row."""
         if state.noise is not None or state.bank.thresholds:
@@ -133,7 +134,7 @@ class GraphRunner:
         else:
             self._replay("update", state)
 
-    @torch.no_grad()
+    @plain_modes()
     def step(self, state: State) -> None:
         """Do both, in one graph unless the host has work in between."""
         if state.noise is not None or state.bank.thresholds:
@@ -145,7 +146,7 @@ class GraphRunner:
     def capture(self, state: State, part: str = "step") -> None:
         """Capture the graph that ``state`` needs next, unless it exists. Takes no step."""
         variant = Variant.of(part, state)
-        with torch.inference_mode(False), torch.no_grad(), self.cuda.device(self.spec.device):
+        with plain_modes(), self.cuda.device(self.spec.device):
             self._ensure_buffers(state)
             if self.attached is None or self.attached() is not state:
                 self._follow_weights()
@@ -188,7 +189,7 @@ class GraphRunner:
             self.attached = weakref.ref(state)
             if isinstance(b.guidance_rescale, Tensor) and state.guidance_rescale:
                 phi = state.guidance_rescale
-                b.guidance_rescale.copy_(torch.tensor([phi, 1.0 - phi]))
+                b.guidance_rescale.copy_(torch.tensor([phi, 1.0 - phi], dtype=torch.float32, device="cpu"))
         if self.bank is not state.bank:
             self.bank = state.bank
             tables, rows, _ = state.bank.values.shape

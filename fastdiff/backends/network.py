@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdiff.core.lower import embed_classes, embed_timesteps
 from fastdiff.core.program import Conv, Program
 from fastdiff.core.state import TableBank
+from fastdiff.modes import plain_modes
 from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet, UNetConfig
 from fastdiff.unet.model import ClassProjection
@@ -95,25 +96,24 @@ class EmbeddingTables:
     `entries` no longer hold. ``classes`` is float32 [labels, features], or None where the network has no such table.
     """
 
-    @torch.inference_mode(False)
+    @plain_modes()
     def __init__(self, unet: UNet, program: Program, device: torch.device, room: int, most: int):
         self.unet = unet
         self.most = most
-        self.times = torch.zeros(room, embedding_width(program), device=device)
+        self.times = torch.zeros(room, embedding_width(program), dtype=torch.float32, device=device)
         self.places: dict[float, int] = {}
         self.classes: Tensor | None = None
         if isinstance(unet.class_embedding, (nn.Embedding, ClassProjection)):
             self.classes = embed_classes(unet).detach().to(device, torch.float32, copy=True).contiguous()
 
-    @torch.no_grad()
+    @plain_modes()
     def refresh(self) -> None:
         """Drop what was computed from weights that have changed since; all tensors keep their addresses."""
         self.places = {}
         if self.classes is not None:
             self.classes.copy_(embed_classes(self.unet))
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @plain_modes()
     def entries(self, bank: TableBank) -> Tensor:
         """Return the row of ``times`` for each row of each table, int64 [tables, rows] on the CPU.
 

@@ -43,9 +43,9 @@ class Workload:
                 f"guidance {guidance:g} needs a network trained with label dropout (config null_label); leave it out"
             )
         size = info.size or (info.stride,) * 2
-        generator = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, info.channels, *size, generator=generator).to(device)
-        label = None if info.classes is None else (torch.arange(batch) % info.classes).to(device)
+        generator = torch.Generator("cpu").manual_seed(batch)
+        x = torch.randn(batch, info.channels, *size, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        label = None if info.classes is None else torch.arange(batch, dtype=torch.int64, device=device) % info.classes
         if isinstance(model.schedule, NoiseSchedule):
             T = model.schedule.timesteps
             rows = min(ROWS, T // 2)

@@ -112,18 +112,22 @@ def _pipeline(loaded: Pretrained, memory_format: torch.memory_format) -> Any:
 
 
 def _draw(pipeline: Any, n: int, steps: int) -> Any:
-    return pipeline(n, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
+    return pipeline(n, torch.Generator("cpu").manual_seed(0), num_inference_steps=steps, output_type="np").images
 
 
 def _loop(loaded: Pretrained, labels: list[int], steps: int, memory_format: torch.memory_format) -> Callable[[], Any]:
     twin, scheduler = _twin(loaded, memory_format), _scheduler(loaded)
-    workload = dataclasses.replace(Workload.of(loaded, len(labels)), label=torch.tensor(labels))
+    workload = dataclasses.replace(
+        Workload.of(loaded, len(labels)), label=torch.tensor(labels, dtype=torch.int64, device="cpu")
+    )
     join = joining(loaded.unet, workload)
     classes = None if loaded.unet.class_encoder is not None else workload.label
 
     @torch.no_grad()
     def run() -> Any:
-        x = torch.randn(workload.x.shape, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(
+            workload.x.shape, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
+        )
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
             out = twin(join(x).contiguous(memory_format=memory_format), t, class_labels=classes).sample

@@ -62,10 +62,10 @@ def randomize_(module: Module, seed: int = 0) -> Module:
     """
     if any(p.is_meta for p in module.parameters()):
         module = module.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            z = torch.randn(parameter.shape, generator=generator)
+            z = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
             if parameter.ndim == 1 and name.endswith("weight"):  # the weight of a norm
                 z = 1 + 0.2 * z
             elif parameter.ndim == 1:

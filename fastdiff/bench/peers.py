@@ -36,7 +36,8 @@ class PeerStepper:
         self.behind = network
         self.rows = workload.table.rows
         self.t = [
-            workload.network_rows(torch.full((len(workload.x),), row.t, device=workload.x.device)) for row in self.rows
+            workload.network_rows(torch.full((len(workload.x),), row.t, dtype=torch.float32, device=workload.x.device))
+            for row in self.rows
         ]
         self.x, self.row = workload.x.clone(), 0
 
@@ -244,7 +245,7 @@ class _Positional(torch.nn.Module):
 
 def _example(model: Pretrained, workload: Workload) -> tuple[Tensor, ...]:
     x = joining(model.unet, workload)(workload.network_rows(workload.x))
-    t = torch.full((len(x),), workload.table.rows[0].t)
+    t = torch.full((len(x),), workload.table.rows[0].t, dtype=torch.float32, device=x.device)
     label = None if model.unet.class_encoder is not None else workload.network_labels
     return (x, t) if label is None else (x, t, label)
 
@@ -261,7 +262,9 @@ class GraphStepper(PeerStepper):
     def __init__(self, network: Network, model: Pretrained, workload: Workload):
         super().__init__(network, model, workload)
         device = workload.x.device
-        self.bank = torch.tensor([[r.t, r.kx, r.ko, r.c, r.ax, r.ao, r.a0] for r in self.rows], device=device)
+        self.bank = torch.tensor(
+            [[r.t, r.kx, r.ko, r.c, r.ax, r.ao, r.a0] for r in self.rows], dtype=torch.float32, device=device
+        )
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.graph: Any = None
 

@@ -26,7 +26,11 @@ def native_profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
     runner.forward(State.create(workload.x, TableBank([workload.table], workload.x.device), label=workload.label))
     (compiled,) = runner.programs.values()
     engine, ops = compiled.engine, compiled.program.ops
-    times = torch.tensor([engine.profile(0, len(engine)) for _ in range(rounds)]).median(dim=0).values
+    times = (
+        torch.tensor([engine.profile(0, len(engine)) for _ in range(rounds)], dtype=torch.float32, device="cpu")
+        .median(dim=0)
+        .values
+    )
     total: dict[str, float] = {}
     for op, nanoseconds in zip(ops, times.tolist(), strict=True):
         kind = type(op).__name__.lower()

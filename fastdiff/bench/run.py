@@ -341,12 +341,12 @@ class Gate:
             self._exact = self._network(self.label)
             if self.guidance is not None and self.label is not None:
                 u = self._network(torch.full_like(self.label, self.null_label or 0))
-                w = torch.full((2,), self.guidance, dtype=torch.float64)
+                w = torch.full((2,), self.guidance, dtype=torch.float64, device="cpu")
                 self._exact = update.guide(self._exact, u, w, self.x.shape[1], 0.0)
         return self._exact
 
     def _network(self, label: torch.Tensor | None) -> torch.Tensor:
-        unet, t = self.unet.double(), torch.full((2,), self.table.rows[0].t, dtype=torch.float64)
+        unet, t = self.unet.double(), torch.full((2,), self.table.rows[0].t, dtype=torch.float64, device="cpu")
         return unet(self.x, t) if label is None else unet(self.x, t, class_labels=label)
 
     def check(self, ready: Ready, dtype: str) -> tuple[float, str | None]:

@@ -26,6 +26,7 @@ from fastdiff.bench import networks, timing
 from fastdiff.bench.inputs import Contender, Stepper, Workload, import_all
 from fastdiff.errors import FastdiffError
 
+PATIENCE_S = 5.0  # in which a process that was asked to end, does
 SETTLING_S = 0.02  # work before a turn is timed, so that threads wake up and caches fill
 
 
@@ -87,10 +88,10 @@ class Worker:
 
     def stop(self) -> None:
         self.pipe.close()
-        self.process.join(5)
+        self.process.join(PATIENCE_S)
         if self.process.is_alive():
             self.process.terminate()
-            self.process.join(5)
+            self.process.join(PATIENCE_S)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -102,7 +103,7 @@ class Worker:
             return self._crashed()
 
     def _crashed(self) -> Absent:
-        self.process.join(5)
+        self.process.join(PATIENCE_S)
         code = self.process.exitcode
         reason = f"its process ended with exit code {code}"
         if code == -9:

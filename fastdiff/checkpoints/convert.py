@@ -18,10 +18,12 @@ from fastdiff.checkpoints.reading import TORCH_SUFFIXES
 from fastdiff.checkpoints.saving import plain, save_pipeline, write_safetensors, writing
 from fastdiff.errors import ConfigError
 from fastdiff.files import atomic_file
+from fastdiff.modes import plain_modes
 
 FORMATS = ("diffusers", "safetensors", *layouts.LAYOUTS)
 
 
+@plain_modes()
 def convert(
     src: str | Path,
     dst: str | Path,

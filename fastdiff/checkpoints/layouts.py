@@ -242,7 +242,7 @@ def to_theirs(parts: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tenso
     dtype = next(iter(ours.values())).dtype
     for part in parts:
         if not part.ours:
-            result[part.theirs] = torch.full(part.shape, RESAMPLE_FILTER, dtype=dtype)
+            result[part.theirs] = torch.full(part.shape, RESAMPLE_FILTER, dtype=dtype, device="cpu")
         elif part.axis is None:
             result[part.theirs] = ours[part.ours[0]].reshape(part.shape)
         else:

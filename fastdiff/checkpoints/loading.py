@@ -35,6 +35,7 @@ from fastdiff.checkpoints.reading import (
     read_torch,
 )
 from fastdiff.errors import CheckpointError, ConfigError
+from fastdiff.modes import plain_modes
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS
@@ -100,6 +101,7 @@ def builtin_models() -> list[str]:
     return sorted(p.name for p in BUILTIN.iterdir() if (p / "unet" / "config.json").exists())
 
 
+@plain_modes()
 def load(
     model: str | Path,
     *,
@@ -356,7 +358,7 @@ def build(config: UNetConfig, tensors: Mapping[str, Tensor], where: str | Path, 
 def empty(config: UNetConfig) -> UNet:
     """Build the network on the device "meta", without memory for its weights."""
     with torch.device("meta"):
-        return UNet(config).float()
+        return UNet(config)
 
 
 def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastdiff.core.program import Attention, Buffer, Conv, Embed, Input, Norm, Op, Pool, Program, Shape
 from fastdiff.errors import InvalidArgument
+from fastdiff.modes import exact_products, plain_modes
 from fastdiff.unet import UNet
 from fastdiff.unet import model as modules
 
@@ -35,7 +36,8 @@ def projection_keys(unet: UNet) -> list[str]:
     return [f"{name}.time_emb_proj" for name, m in unet.named_modules() if isinstance(m, modules.ResnetBlock)]
 
 
-@torch.no_grad()
+@plain_modes()
+@exact_products()
 def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
     """Compute the part of the network that depends on the timesteps t [n] alone; once per table, not once per step.
 
@@ -56,7 +58,8 @@ def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
     return torch.cat(parts)[: len(t)]
 
 
-@torch.no_grad()
+@plain_modes()
+@exact_products()
 def embed_classes(unet: UNet) -> Tensor:
     """Compute the rows of the external buffer ``class``, one for each label: [labels, features].
 
@@ -65,7 +68,7 @@ def embed_classes(unet: UNet) -> Tensor:
     """
     embedding = unet.class_embedding
     if isinstance(embedding, modules.ClassProjection):
-        labels = torch.arange(embedding.weight.shape[1] + 1, device=embedding.weight.device)
+        labels = torch.arange(embedding.weight.shape[1] + 1, dtype=torch.int64, device=embedding.weight.device)
         return F.linear(embedding(labels), unet.time_embedding.linear_1.weight)
     assert isinstance(embedding, nn.Embedding)
     return embedding.weight

@@ -79,7 +79,7 @@ def _multiply(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
 
 def words(seed: Tensor, index: Tensor, row: Tensor, stream: int, blocks: int) -> Words:
     """Return the words w0..w3 of the first ``blocks`` counters of each image, four int64 tensors [B, blocks]."""
-    k = torch.arange(blocks, device=seed.device)[None]
+    k = torch.arange(blocks, dtype=torch.int64, device=seed.device)[None]
     seed, index, row = seed[:, None], index[:, None], row[:, None]
     counter = (k, row | stream << 24, index & _LOW, (index >> 32) & _LOW)
     return philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))

@@ -102,7 +102,7 @@ class State:
             row=torch.zeros(B, dtype=torch.int64, device=device),
             seed=whole([as_int64(s) for s in seeds]),
             index=whole(range(B) if index is None else index),
-            label=None if label is None else torch.as_tensor(label, dtype=torch.int64).to(device),
+            label=None if label is None else torch.as_tensor(label, dtype=torch.int64, device=device),
             guidance=torch.from_numpy(guidance_host).to(device=device, dtype=x.dtype),
             table_host=table_host,
             row_host=np.zeros(B, dtype=np.int64),

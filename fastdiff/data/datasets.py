@@ -297,7 +297,7 @@ class ArrayData(ImageData):
             raise DataError(f"{path}: every image is {h}x{w}: {reason}")
         shape = (n, self.channels, *self.size)
         check_bytes(str(path), f"images fitted to {self.size[0]}x{self.size[1]}", math.prod(shape))
-        self.images = torch.empty(shape, dtype=torch.uint8)
+        self.images = torch.empty(shape, dtype=torch.uint8, device="cpu")
         view = self.images.numpy()
 
         def put(start: int) -> tuple[float, float]:  # blocks bound the memory of the conversion
@@ -341,7 +341,7 @@ class ArrayData(ImageData):
         return self.images.shape[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        at = torch.tensor(self._check(indices), dtype=torch.int64)
+        at = torch.tensor(self._check(indices), dtype=torch.int64, device="cpu")
         return self.images[at], None if self.labels is None else self.labels[at]
 
 
@@ -439,13 +439,13 @@ class FolderData(ImageData):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         order = self._check(indices)
-        batch = torch.empty((len(order), self.channels, *self.size), dtype=torch.uint8)
+        batch = torch.empty((len(order), self.channels, *self.size), dtype=torch.uint8, device="cpu")
         view = batch.numpy()
         used = []
         for slot, (index, pixels) in enumerate(self._executor().map(self._load, order)):
             view[slot] = pixels.transpose(2, 0, 1)
             used.append(index)
-        return batch, None if self.labels is None else self.labels[torch.tensor(used, dtype=torch.int64)]
+        return batch, None if self.labels is None else self.labels[torch.tensor(used, dtype=torch.int64, device="cpu")]
 
     def _look_at(self, entries: list[tuple[Path, int, Header]], found: Look) -> dict[int, str]:
         """Decode some images, evenly spread, for their values; return the reasons of those that cannot be decoded."""

@@ -20,6 +20,7 @@ from fastdiff.checkpoints.reading import read_safetensors
 from fastdiff.checkpoints.saving import write_safetensors
 from fastdiff.errors import CheckpointError, InvalidArgument
 from fastdiff.files import atomic_file
+from fastdiff.modes import plain_modes
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 WEIGHTS = "classifier.safetensors"
@@ -32,10 +33,10 @@ class Block(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=torch.float32)
+        self.norm1 = nn.BatchNorm2d(channels, dtype=torch.float32)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=torch.float32)
+        self.norm2 = nn.BatchNorm2d(channels, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(self.conv1(x)).relu()
@@ -47,8 +48,8 @@ class Down(nn.Module):
 
     def __init__(self, channels: int, out: int, kernel: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, out, kernel, stride=2, padding=kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(out)
+        self.conv = nn.Conv2d(channels, out, kernel, stride=2, padding=kernel // 2, bias=False, dtype=torch.float32)
+        self.norm = nn.BatchNorm2d(out, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x)).relu()
@@ -68,13 +69,14 @@ class Classifier(nn.Module):
     class_names = CLASS_NAMES
     width = WIDTHS[-1]  # F, the number of features
 
+    @plain_modes()
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential()
         for channels, out in zip((1, *WIDTHS), WIDTHS, strict=False):
             self.body.append(Down(channels, out, kernel=5 if channels == 1 else 3))
             self.body.append(Block(out))
-        self.head = nn.Linear(self.width, len(CLASS_NAMES))
+        self.head = nn.Linear(self.width, len(CLASS_NAMES), dtype=torch.float32)
 
     def features(self, x: Tensor) -> Tensor:
         """Compute the inputs of the last layer.
@@ -103,7 +105,7 @@ class Classifier(nn.Module):
         """
         return self.head(self.features(x))
 
-    @torch.no_grad()
+    @plain_modes()
     def judge(self, images: Tensor, batch_size: int = 250) -> tuple[Tensor, Tensor]:
         """Compute logits and features of many images without gradients.
 
@@ -118,6 +120,7 @@ class Classifier(nn.Module):
         return self.head(features), features
 
     @classmethod
+    @plain_modes()
     def load(cls, model: str | Path = "fashion-mnist") -> Classifier:
         """Load a classifier in float32 on the CPU, in eval mode.
 
@@ -136,7 +139,8 @@ class Classifier(nn.Module):
         if path.is_dir():
             path = path / WEIGHTS
         tensors, _ = read_safetensors(path)
-        classifier = cls()
+        with torch.device("meta"):  # random weights would change torch's random state
+            classifier = cls()
         expected = classifier._weights()
         problems = [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]
         problems += [f"unexpected: {name}" for name in sorted(tensors.keys() - expected.keys())]
@@ -152,7 +156,9 @@ class Classifier(nn.Module):
             raise CheckpointError(
                 f"{path} is not a fastdiff classifier, {len(problems)} problems:\n  " + "\n  ".join(problems)
             )
-        classifier.load_state_dict(tensors, strict=False)
+        for name in classifier.state_dict().keys() - tensors.keys():  # the batch counters, which are not stored
+            tensors[name] = torch.zeros((), dtype=torch.int64, device="cpu")
+        classifier.to_empty(device="cpu").load_state_dict(tensors)
         return classifier.eval()
 
     def save(self, path: str | Path) -> None:

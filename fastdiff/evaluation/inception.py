@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastdiff.checkpoints.reading import read_torch
 from fastdiff.errors import CheckpointError, InvalidArgument
+from fastdiff.modes import plain_modes
 
 log = logging.getLogger("fastdiff")
 
@@ -98,8 +99,8 @@ class Conv(nn.Module):
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         pad = (height // 2, width // 2) if padding and stride == 1 else (0, 0)
-        self.conv = nn.Conv2d(channels, out, (height, width), stride, pad, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=0.001)
+        self.conv = nn.Conv2d(channels, out, (height, width), stride, pad, bias=False, dtype=torch.float32)
+        self.bn = nn.BatchNorm2d(out, eps=0.001, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x)).relu_()
@@ -182,15 +183,16 @@ def enlarge(x: Tensor) -> Tensor:
 
 def _lines(n: int, like: Tensor) -> Tensor:
     """Return the weights of n pixels in 299, [299, n]."""
-    at = torch.arange(SIZE, dtype=torch.float64) * n / SIZE
+    at = torch.arange(SIZE, dtype=torch.float64, device="cpu") * n / SIZE
     low = at.floor().long()
-    weights = torch.zeros(SIZE, n, dtype=torch.float64)
-    rows = torch.arange(SIZE)
+    weights = torch.zeros(SIZE, n, dtype=torch.float64, device="cpu")
+    rows = torch.arange(SIZE, dtype=torch.int64, device="cpu")
     weights.index_put_((rows, low), low + 1 - at, accumulate=True)
     weights.index_put_((rows, (low + 1).clamp(max=n - 1)), at - low, accumulate=True)
     return weights.to(like)
 
 
+@plain_modes()
 def load(path: str | Path) -> Inception:
     """Load the network from a PyTorch file, without running code in it; the result is in eval mode, on the CPU.
 
@@ -201,7 +203,8 @@ def load(path: str | Path) -> Inception:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; Inception's weights are needed, {PUBLISHED}")
     tensors = read_torch(path)
-    network = Inception()
+    with torch.device("meta"):  # random weights would change torch's random state
+        network = Inception()
     expected = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
     # The classifier's head and the counters of the norms are not used.
     given = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked") and not k.startswith("fc.")}
@@ -221,5 +224,7 @@ def load(path: str | Path) -> Inception:
             "%s is not the published file (SHA-256 %s..., not %s...): its distances compare with each other only",
             path, digest[:8], SHA256,
         )  # fmt: skip
-    network.load_state_dict(given, strict=False)
+    for name in network.state_dict().keys() - given.keys():  # the batch counters
+        given[name] = torch.zeros((), dtype=torch.int64, device="cpu")
+    network.to_empty(device="cpu").load_state_dict(given)
     return network.eval()

@@ -24,6 +24,7 @@ from fastdiff.checkpoints.reading import TORCH_SUFFIXES
 from fastdiff.errors import InvalidArgument, NumericsError
 from fastdiff.evaluation import inception
 from fastdiff.evaluation.classifier import Classifier
+from fastdiff.modes import exact_products, plain_modes
 
 BLOCK = 2048  # rows that are processed at a time
 GROUPS = 50  # of generated images, for intervals
@@ -112,7 +113,7 @@ class Extractor:
     network: Classifier | inception.Inception
     device: torch.device
 
-    @torch.no_grad()
+    @plain_modes()
     def __call__(self, images: Tensor, batch_size: int = 100) -> Tensor:
         network = self.network
         extract = network.features if isinstance(network, Classifier) else network
@@ -155,8 +156,8 @@ class Moments:
         R is the triangular factor of the centred features themselves, found block by block. A root of their covariance
         would have an error of sqrt(eps) |R| where the covariance is singular, this one has an error of eps |R|.
         """
-        mean = sum((b.sum(0) for b in _blocks(x)), torch.zeros((), dtype=torch.float64)) / len(x)
-        root = torch.zeros(0, x.shape[1], dtype=torch.float64)
+        mean = sum((b.sum(0) for b in _blocks(x)), torch.zeros((), dtype=torch.float64, device="cpu")) / len(x)
+        root = torch.zeros(0, x.shape[1], dtype=torch.float64, device="cpu")
         for block in _blocks(x):
             root = torch.linalg.qr(torch.cat([root, block - mean]), mode="r").R
         return cls(mean, root / math.sqrt(len(x) - 1))
@@ -180,6 +181,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return _frechet(Moments.of(_checked(a, "a")), Moments.of(_checked(b, "b")))[0]
 
 
+@plain_modes()
+@exact_products()
 def frechet_interval(generated: Tensor, reference: Reference) -> Estimate:
     """Compute `frechet_distance` and its interval.
 
@@ -264,7 +267,7 @@ def _kernel(a: Tensor, reference: Reference, groups: int) -> tuple[float, Tensor
     crosses = torch.stack([x.sum() for x in _groups(_cross_sums(a, reference), groups)])
     sums = _pair_sums(a, groups)
     value = sums.sum() / (n * (n - 1)) + reference.kernel_mean - 2 * crosses.sum() / (n * len(b))
-    size = torch.tensor([len(x) for x in parts], dtype=torch.float64)
+    size = torch.tensor([len(x) for x in parts], dtype=torch.float64, device="cpu")
     pairs = size[:, None] * size - torch.diag(size)
     means = torch.where(pairs > 0, sums / pairs.clamp(min=1.0), sums.sum() / (n * (n - 1)))
     return value.item(), means, crosses / size / len(b)
@@ -287,7 +290,7 @@ class CubeSums:
     @classmethod
     def of(cls, features: Tensor) -> CubeSums:
         """Compute the sums over features [N, F]."""
-        first, second, third = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        first, second, third = (torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(3))
         for x in _blocks(features, 512):
             squares = _products(x)
             first, second, third = first + x.sum(0), second + squares.sum(0), third + squares.T @ x
@@ -308,7 +311,7 @@ class CubeSums:
 
 def _products(x: Tensor) -> Tensor:
     """Compute x_i x_j for i <= j, times sqrt 2 for i < j: [n, F] -> [n, F (F + 1) / 2]."""
-    i, j = torch.triu_indices(x.shape[1], x.shape[1])
+    i, j = torch.triu_indices(x.shape[1], x.shape[1], dtype=torch.int64, device="cpu")
     return x[:, i] * x[:, j] * torch.where(i < j, 2.0, 1.0).double().sqrt()
 
 
@@ -328,10 +331,12 @@ def _cross_sums(x: Tensor, reference: Reference) -> Tensor:
 
 def _pair_sums(x: Tensor, groups: int) -> Tensor:
     """Sum k(x_i, x_j), i != j, by the groups of i and j, [g, g]."""
-    sizes = torch.tensor([len(group) for group in _groups(x, groups)])
-    member = torch.nn.functional.one_hot(torch.arange(len(sizes)).repeat_interleave(sizes)).double()
+    sizes = torch.tensor([len(group) for group in _groups(x, groups)], dtype=torch.int64, device="cpu")
+    member = torch.nn.functional.one_hot(
+        torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(sizes)
+    ).double()
     blocks = list(zip(x.split(BLOCK), member.split(BLOCK), strict=True))
-    sums = torch.zeros(len(sizes), len(sizes), dtype=torch.float64)
+    sums = torch.zeros(len(sizes), len(sizes), dtype=torch.float64, device="cpu")
     for i, (a, of_a) in enumerate(blocks):
         left = a.double()
         sums += of_a.T @ _cubes(left, left).fill_diagonal_(0.0) @ of_a
@@ -383,7 +388,7 @@ def precision_recall_intervals(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) 
     slack = 1e-13 * max(real.square().sum(1).max().item(), fake.square().sum(1).max().item())
 
     radius, real_radius = _radii(fake, k) + slack, _radii(real, k) + slack
-    among, covered = torch.zeros(n, dtype=torch.bool), 0
+    among, covered = torch.zeros(n, dtype=torch.bool, device="cpu"), 0
     for block, r in zip(_rows(real), _rows(real_radius), strict=True):
         squares = _squares(block, fake)
         among |= (squares <= r[:, None]).any(0)
@@ -392,8 +397,8 @@ def precision_recall_intervals(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) 
     subsets = min(SUBSETS, n // (4 * k))
     deviation = math.inf
     if subsets > 1:
-        columns = real[torch.randperm(n, generator=torch.Generator().manual_seed(1))].tensor_split(subsets)
-        recalls = torch.empty(subsets, subsets, dtype=torch.float64)
+        columns = real[_permutation(n, 1)].tensor_split(subsets)
+        recalls = torch.empty(subsets, subsets, dtype=torch.float64, device="cpu")
         for i, some in enumerate(fake.tensor_split(subsets)):
             r = _radii(some, k) + slack
             for j, column in enumerate(columns):
@@ -406,14 +411,20 @@ def thinned(x: Tensor, n: int) -> Tensor:
     """Choose n of the rows of x at random, always the same ones, in their order; all rows if there are no more."""
     if len(x) <= n:
         return x
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n].sort().values]
+    return x[_permutation(len(x), 0)[:n].sort().values]
+
+
+def _permutation(n: int, seed: int) -> Tensor:
+    """Permute the numbers below n at random, always in the same way for a seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
     """Compute for each row of x [n, F] the squared distance to the k-th nearest other row, [n]."""
     found, start = [], 0
     for block in _rows(x):
-        squares, rows = _squares(block, x), torch.arange(len(block))
+        squares, rows = _squares(block, x), torch.arange(len(block), dtype=torch.int64, device="cpu")
         squares[rows, rows + start] = math.inf
         found.append(squares.topk(k, largest=False).values[:, -1])
         start += len(block)
@@ -467,7 +478,7 @@ def _deviation(linear: Tensor, pairs: Tensor) -> float:
     if g < 3:
         return math.inf
     first = linear.var() / g
-    off = pairs[~torch.eye(g, dtype=torch.bool)]
+    off = pairs[~torch.eye(g, dtype=torch.bool, device="cpu")]
     second = (off - off.mean()).square().mean() / (2 * g * g)
     return torch.maximum(first - second, first / 2).sqrt().item()
 

@@ -41,6 +41,7 @@ from fastdiff.evaluation.reference_images import (
     load_images,
 )
 from fastdiff.files import atomic_file, write_text
+from fastdiff.modes import plain_modes
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.runners import usable_device
 
@@ -129,7 +130,7 @@ def evaluate(
         n = n or DRAWN
         known = judge.knows(sampler.info.class_names, sampler.info.classes)
         cycle = settings["labels"] == "cycle" and sampler.info.classes == len(CLASS_NAMES) and known
-        labels = torch.arange(n) % len(CLASS_NAMES) if cycle else None
+        labels = torch.arange(n, dtype=torch.int64, device="cpu") % len(CLASS_NAMES) if cycle else None
         source: dict[str, Any] = {"model": str(model), "settings": settings, "images": str(folder)}
         summary |= {"model": _described(sampler, str(model), settings, n)}
         seconds = None if announce is None else image_store.expected_seconds(sampler, n, **options)
@@ -385,7 +386,8 @@ def _samples(path: Path, shape: Shape | None, fit: str, options: Mapping[str, An
         described = {"path": str(path), "images": n, "size": [height, width], "channels": channels, "values": [],
                      "facts": [], "skipped": 0, "skipped_files": []}  # fmt: skip
         cycle = settings.get("labels") == "cycle"
-        return Loaded(images, torch.arange(n) % len(CLASS_NAMES) if cycle else None, None, described)
+        labels = torch.arange(n, dtype=torch.int64, device="cpu") % len(CLASS_NAMES) if cycle else None
+        return Loaded(images, labels, None, described)
     return load_images(path, shape, fit, options=options, labelled=True)
 
 
@@ -393,7 +395,7 @@ def _accuracy(judge: nn.Module, features: Tensor, labels: Tensor | None) -> dict
     """Compute the share of images that the classifier assigns to their label, with its interval."""
     if not isinstance(judge, Classifier) or labels is None:
         return None
-    with torch.no_grad():
+    with plain_modes():
         predicted = judge.head(features.to(judge.head.weight.device)).argmax(1).cpu()
     return dataclasses.asdict(share_interval(predicted == labels))
 

@@ -51,6 +51,8 @@ def _scheduler_config(pipeline: Any) -> dict[str, Any]:
     if "variance_type" in vars(scheduler):  # DDPMScheduler.step reads this attribute instead of the configuration
         config["variance_type"] = scheduler.variance_type
     expected = torch.from_numpy(noise_schedule(config).alphas_cumprod.copy())
+    if scheduler.alphas_cumprod.is_meta:
+        raise ConfigError(f"the alphas_cumprod of {name} are on the meta device; make it without torch.device('meta')")
     actual = scheduler.alphas_cumprod.double().cpu()
     if actual.shape != expected.shape or float((actual - expected).abs().max()) > 1e-4:
         raise ConfigError(f"the alphas_cumprod of {name} are not those of its configuration")

@@ -80,10 +80,11 @@ class BackendUNet:
             reasons = reasons_against(self.module, self._spec(1, 1, 1))
             if any(p.dtype != torch.float32 for p in self.unet.parameters()) and p.dtype == torch.bfloat16:
                 reasons.append("weights in bfloat16 are not repacked; pipeline.to(torch.float32)")
-            if torch.is_autocast_enabled("cpu"):
-                reasons.append("autocast is on, which it would not follow")
-            return reasons
-        return [] if p.device.type != "meta" else ["its weights are on the meta device"]
+        else:
+            reasons = [] if p.device.type != "meta" else ["its weights are on the meta device"]
+        if p.device.type != "meta" and torch.is_autocast_enabled(p.device.type):
+            reasons.append("autocast is on, which it would not follow")
+        return reasons
 
     def _spec(self, batch: int, height: int, width: int) -> Spec:
         p = next(self.unet.parameters())
@@ -151,7 +152,7 @@ class BackendForward:
         if learns or not fits or not network.accepts(class_labels, sample.shape[2:]):
             return _diffusers_forward()(network.unet, sample, timestep, class_labels, return_dict)
         # As in diffusers, a number is rounded down to a whole one, while a tensor keeps its fraction.
-        t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], dtype=torch.long)
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], dtype=torch.int64, device="cpu")
         out = self._run(sample, t.flatten().expand(len(sample)).tolist(), class_labels).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 

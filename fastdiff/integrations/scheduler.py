@@ -143,7 +143,7 @@ class Scheduler:
             self.schedule = noise_schedule(self.config)
         self.order = 2 if name.startswith(("Heun", "KDPM2", "DPMSolverSDE")) else 1
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.empty(0)
+        self.timesteps = torch.empty(0, dtype=torch.int64, device="cpu")
         self._tables: dict[tuple[float | None, bool], StepTable] = {}
         self._state: State | None = None
 
@@ -204,7 +204,9 @@ class Scheduler:
         self._tables[None, False] = table
         self.num_inference_steps = num_inference_steps
         dtype = torch.float32 if self.in_sigma else torch.int64
-        self.timesteps = torch.tensor([row.t for row in table.rows], device=device).to(dtype)
+        self.timesteps = torch.tensor([row.t for row in table.rows], dtype=torch.float64, device="cpu").to(
+            device, dtype
+        )
 
     @property
     def init_noise_sigma(self) -> float:

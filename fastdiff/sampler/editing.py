@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdiff.core import noise, update
 from fastdiff.core.state import State
 from fastdiff.errors import CallbackError, InvalidArgument
+from fastdiff.modes import plain_modes
 
 Guide = Callable[[Tensor, range], Tensor]
 """log p(y | x0) of each image: (x0 [n, C, H, W] in the data's units, their global indices) -> [n], differentiable."""
@@ -88,7 +89,7 @@ def guide(state: State, log_p: Guide, indices: range, x0_of: Tensor | None, row:
     graph = state.out
     assert graph is not None, "forward comes before guidance"
     state.out = graph.detach()
-    with torch.inference_mode(False), torch.enable_grad():
+    with plain_modes(gradients=True):
         scale = state.bank.tables[0].data_scale
         x0 = update.predict_x0(state).detach()[:n].clone().requires_grad_()
         try:
@@ -135,7 +136,7 @@ def slerp(a: Tensor, b: Tensor, n: int) -> Tensor:
 def end_noise(end: int | Tensor, index: int, shape: tuple[int, int, int]) -> Tensor:
     """Return the initial noise (C, H, W) at one end of an interpolation: that of a seed's image, or as given."""
     if not isinstance(end, Tensor):
-        seed, i = noise.as_int64(noise.check_seed(end)), torch.tensor([index])
+        seed, i = noise.as_int64(noise.check_seed(end)), torch.tensor([index], dtype=torch.int64, device="cpu")
         return noise.normal(torch.full_like(i, seed), i, torch.zeros_like(i), noise.INITIAL, shape)[0]
     if tuple(end.shape) != shape or not end.is_floating_point() or not torch.isfinite(end).all():
         raise InvalidArgument(f"between: noise of {end.dtype} {tuple(end.shape)}; finite floats {shape} are needed")

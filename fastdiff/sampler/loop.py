@@ -18,6 +18,7 @@ from fastdiff.backends.eager import EagerRunner
 from fastdiff.core import noise, update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
+from fastdiff.modes import plain_modes
 from fastdiff.sampler import editing
 from fastdiff.sampler.editing import Inpainting
 from fastdiff.sampler.output import Event, SampleOutput
@@ -126,7 +127,7 @@ class Loop:
 def _empty(r: Request) -> Tensor:
     """Return memory for all images; the chunks are copied into it."""
     try:
-        return torch.empty(r.n, *r.shape)
+        return torch.empty((r.n, *r.shape), dtype=torch.float32, device="cpu")
     except RuntimeError as e:
         raise InvalidArgument(
             f"n={r.n}: there is no memory for {r.n} images of {4 * math.prod(r.shape)} bytes; draw fewer at a time, "
@@ -134,6 +135,7 @@ def _empty(r: Request) -> Tensor:
         ) from e
 
 
+@plain_modes()
 def _step(
     runner: Runner, state: State, inpainting: Inpainting | None, r: Request, chunk: range, row: int, shown: bool
 ) -> tuple[Event | None, Tensor | None]:
@@ -155,6 +157,11 @@ def _step(
     return event, state.x[:n].clone() if row == len(r.table) - 1 else None
 
 
+@plain_modes()
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts)
+
+
 def _forward(runner: Runner, state: State, through: str) -> Tensor | None:
     """Evaluate the network for a guide; where it is differentiated, return the input with the graph."""
     if through == "network":
@@ -164,6 +171,7 @@ def _forward(runner: Runner, state: State, through: str) -> Tensor | None:
     return None
 
 
+@plain_modes()
 def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpainting | None]:
     """Return the state of one chunk at row 0, with its initial noise, and the known pixels of its images.
 

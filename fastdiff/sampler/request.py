@@ -17,6 +17,7 @@ from fastdiff import memory
 from fastdiff.checks import is_whole, number, one_of, whole
 from fastdiff.core.noise import check_seed
 from fastdiff.errors import BackendError, InvalidArgument
+from fastdiff.modes import plain_modes
 from fastdiff.sampler import editing
 from fastdiff.sampler.editing import Guide
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
@@ -63,6 +64,7 @@ class Request:
         return range(self.start_index + chunk.start, self.start_index + chunk.stop)
 
 
+@plain_modes()
 def check(
     n: int,
     o: Options,
@@ -214,14 +216,14 @@ def _labels(n: int, labels: int | str | Sequence[int | str] | Tensor | None, inf
         labels = [class_of(label, info) if isinstance(label, str) else label for label in labels]
     if labels is None:
         if info.null_label is not None:
-            return torch.full((n,), info.null_label, dtype=torch.int64)
+            return torch.full((n,), info.null_label, dtype=torch.int64, device="cpu")
         if info.classes is not None:
             raise InvalidArgument(f"this network is class-conditional; give labels from 0 to {info.classes - 1}")
         return None
     if info.classes is None and info.described:
         raise InvalidArgument(f"labels={labels!r}: this network has no classes")
     try:
-        tensor = torch.as_tensor([labels] * n if is_whole(labels) else labels)
+        tensor = torch.as_tensor([labels] * n if is_whole(labels) else labels, dtype=None, device="cpu")
     except (TypeError, ValueError, RuntimeError) as e:
         raise InvalidArgument(f"labels={labels!r}: one whole number, or {n} of them, are needed") from e
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tuple(tensor.shape) != (n,):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdiff import backends
 from fastdiff.errors import InvalidArgument
+from fastdiff.modes import plain_modes
 from fastdiff.sampler.options import NetworkInfo
 
 log = logging.getLogger("fastdiff")
@@ -35,7 +36,7 @@ class Runners:
         dtype: torch.dtype | str | None,
         determinism: str,
     ):
-        parameter = next(unet.parameters(), torch.zeros(()))
+        parameter = next(unet.parameters(), torch.zeros((), dtype=torch.float32, device="cpu"))
         self.unet = unet
         self.info = info
         self.device = usable_device(device) if device is not None else parameter.device
@@ -86,7 +87,7 @@ class Runners:
                 self.clear()
             return self.unet
         present = [*self.unet.parameters(), *self.unet.buffers()]
-        with torch.inference_mode(False), torch.no_grad():  # so that the copy can be written again in any mode
+        with plain_modes():  # so that the copy can be written again in any mode
             mine = [] if self.converted is None else [*self.converted.parameters(), *self.converted.buffers()]
             if self.converted is None or [t.shape for t in mine] != [t.shape for t in present]:
                 self.converted = copy.deepcopy(self.unet).to(device=self.device, dtype=dtype).eval()
@@ -105,7 +106,9 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     None gives CUDA where there is one, else the CPU. `InvalidArgument` says why a device cannot be used.
     """
     try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.empty(
+            0, dtype=torch.uint8, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
+        ).device
     except (RuntimeError, AssertionError, TypeError) as e:
         raise InvalidArgument(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from e
 

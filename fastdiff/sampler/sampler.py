@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdiff import backends, checkpoints, solvers
 from fastdiff.checks import one_of, whole
 from fastdiff.errors import InvalidArgument
+from fastdiff.modes import plain_modes
 from fastdiff.sampler import choice, editing
 from fastdiff.sampler.editing import Guide
 from fastdiff.sampler.loop import Loop
@@ -118,6 +119,7 @@ class Sampler:
         self._closed = False
 
     @classmethod
+    @plain_modes()
     def from_pretrained(
         cls,
         model: str | Path,
@@ -326,7 +328,9 @@ class Sampler:
             max(n, 1), solver=table, image=image, strength=1.0, labels=labels, guidance=guidance,
             guidance_rescale=guidance_rescale, batch_size=batch_size,
         )  # fmt: skip
-        return self._loop.run(r, callback, progress).images / table.init_scale
+        images = self._loop.run(r, callback, progress).images
+        with plain_modes():
+            return images / table.init_scale
 
     def interpolate(
         self,

@@ -101,5 +101,5 @@ def restore(
         # Fused AdamW pairs elements by their place in memory, not by strides, so the moments need their parameter's
         # layout.
         moments = {m: torch.empty_like(parameter, requires_grad=False) for m in MOMENTS if m != "step"}
-        moments["step"] = torch.empty((), device=parameter.device)
+        moments["step"] = torch.empty((), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = {m: t.copy_(tensors[f"optimizer.{m}.{name}"]) for m, t in moments.items()}

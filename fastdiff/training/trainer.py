@@ -31,6 +31,7 @@ from fastdiff.checkpoints import save_folder
 from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
 from fastdiff.data import ImageData, save_picture
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument, TrainingError
+from fastdiff.modes import plain_modes
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import resume
@@ -75,6 +76,7 @@ class Trainer:
         InvalidArgument: If data, network, settings and device do not fit together.
     """
 
+    @plain_modes(gradients=True)
     def __init__(
         self,
         unet: UNet,
@@ -110,7 +112,7 @@ class Trainer:
             fused=True,
         )
         self.step = 0
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         self._losses: list[float] = []  # of the steps since the last line of log.jsonl
         self._weights = loss_weights(self.schedule, self.config.prediction, self.config.min_snr_gamma).to(self.device)
 
@@ -134,6 +136,11 @@ class Trainer:
         if config.num_classes is not None and (data.num_classes is None or data.num_classes > config.num_classes):
             raise InvalidArgument(
                 f"the U-Net takes {config.num_classes} classes, the data has {data.num_classes or 'no labels'}"
+            )
+        if any(p.is_inference() for p in unet.parameters()):
+            raise InvalidArgument(
+                "the U-Net's weights were made or moved in torch.inference_mode(), so they can never be trained; make "
+                "it outside of that mode"
             )
         if len(data) == 0:
             raise InvalidArgument("the data holds no images")
@@ -165,9 +172,8 @@ class Trainer:
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._epoch != epoch:
-            self._order = torch.randperm(
-                len(self.data), generator=torch.Generator().manual_seed(self._hash("epoch", epoch))
-            )
+            generator = torch.Generator("cpu").manual_seed(self._hash("epoch", epoch))
+            self._order = torch.randperm(len(self.data), generator=generator, dtype=torch.int64, device="cpu")
             self._epoch = epoch
         return self._order
 
@@ -246,7 +252,9 @@ class Trainer:
         """Compute w_t ||target - network(x_t, t)||^2, the mean over images and elements (algorithm 1, line 5)."""
         a, s = self.schedule.signal_and_noise(t, x0.ndim, torch.float32)
         x_t = (a * x0 + s * noise).to(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+        bf16 = self.config.precision == "bf16"
+        # Within a caller's own autocast the cache would outlive the step, and hold the weights from before it.
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
             out = network(x_t, t, labels)
         error = (out.float() - target(self.config.prediction, x0, noise, a, s)) ** 2
         return (self._weights[t] * error.mean(dim=(1, 2, 3))).mean()
@@ -267,7 +275,7 @@ class Trainer:
             group["lr"] = config.lr_at(self.step)
         self._seed_dropout()
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         for i, (positions, images, labels) in enumerate(parts):
             more = isinstance(network, nn.parallel.DistributedDataParallel) and i < len(parts) - 1
             with network.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]  # a DDP module
@@ -298,6 +306,7 @@ class Trainer:
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed)
 
+    @plain_modes(gradients=True)
     def fit(self, on_start: Callable[[], None] | None = None) -> None:
         """Train to ``config.steps``, from the checkpoint in ``out`` if there is one, and export the EMA weights.
 
@@ -399,6 +408,7 @@ class Trainer:
             "losses": self._losses,
         }
 
+    @plain_modes(gradients=True)
     def save(self) -> None:
         """Write ``checkpoint.safetensors`` now, atomically.
 
@@ -453,6 +463,7 @@ class Trainer:
             save_picture(picture, path)
         logger.image(self.step, picture)
 
+    @plain_modes(gradients=True)
     def export(self, path: str | Path) -> None:
         """Write the EMA weights, the network's configuration and the schedule as a diffusers folder.
 
@@ -472,7 +483,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if found.type == "cuda" and found.index is None:
             found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, device=found)
+        torch.empty(0, dtype=torch.uint8, device=found)
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
         raise InvalidArgument(f"device={device!r} cannot be used: {str(e).splitlines()[0]}") from e
     return found

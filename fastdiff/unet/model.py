@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.modes import plain_modes
 from fastdiff.unet.config import UNetConfig
 
+DTYPE = torch.float32  # of new weights, whatever torch's default is
 CLASS_MAP_SIZE = 8  # side of the map that the class encoder computes, before it is resized to the input's size
 
 
@@ -45,8 +47,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features)
-        self.linear_2 = nn.Linear(out_features, out_features)
+        self.linear_1 = nn.Linear(in_features, out_features, dtype=DTYPE)
+        self.linear_2 = nn.Linear(out_features, out_features, dtype=DTYPE)
 
     def forward(self, s: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(s)))
@@ -60,8 +62,8 @@ class ClassProjection(nn.Module):
 
     def __init__(self, classes: int, features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(features, classes))
-        self.bias = nn.Parameter(torch.zeros(features))
+        self.weight = nn.Parameter(torch.empty(features, classes, dtype=DTYPE, device=None))
+        self.bias = nn.Parameter(torch.zeros(features, dtype=DTYPE, device=None))
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -78,9 +80,9 @@ class ClassEncoder(nn.Module):
 
     def __init__(self, num_class_embeds: int, features: int, channels: int):
         super().__init__()
-        self.embedding = nn.Embedding(num_class_embeds, features)
-        self.linear_1 = nn.Linear(features, features)
-        self.linear_2 = nn.Linear(features, channels * CLASS_MAP_SIZE * CLASS_MAP_SIZE)
+        self.embedding = nn.Embedding(num_class_embeds, features, dtype=DTYPE)
+        self.linear_1 = nn.Linear(features, features, dtype=DTYPE)
+        self.linear_2 = nn.Linear(features, channels * CLASS_MAP_SIZE * CLASS_MAP_SIZE, dtype=DTYPE)
         self.channels = channels
 
     def forward(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -110,14 +112,14 @@ class ResnetBlock(nn.Module):
         self.resample = resample
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.scale_factor = float(config.block_scale_factor if scale_factor is None else scale_factor)
-        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=config.norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=config.norm_eps)
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=config.norm_eps, dtype=DTYPE)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, dtype=DTYPE)
+        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1), dtype=DTYPE)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=config.norm_eps, dtype=DTYPE)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, dtype=DTYPE)
         shortcut = in_channels != out_channels or (resample is not None and config.resample_shortcut)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if shortcut else None
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, dtype=DTYPE) if shortcut else None
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "up":
@@ -155,11 +157,11 @@ class Attention(nn.Module):
         self.heads = channels // self.head_dim
         self.scale_factor = scale_factor
         inner = self.heads * self.head_dim
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else None
-        self.to_q = nn.Linear(channels, inner)
-        self.to_k = nn.Linear(channels, inner)
-        self.to_v = nn.Linear(channels, inner)
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps, dtype=DTYPE) if groups is not None else None
+        self.to_q = nn.Linear(channels, inner, dtype=DTYPE)
+        self.to_k = nn.Linear(channels, inner, dtype=DTYPE)
+        self.to_v = nn.Linear(channels, inner, dtype=DTYPE)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels, dtype=DTYPE)])
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -181,7 +183,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding, dtype=DTYPE)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.padding == 0:
@@ -194,7 +196,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -312,6 +314,7 @@ class UNet(nn.Module):
         config: The configuration, which stays available as ``unet.config``.
     """
 
+    @plain_modes()
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
@@ -323,7 +326,7 @@ class UNet(nn.Module):
             assert config.num_class_embeds is not None  # UNetConfig ensures this
             self.class_encoder = ClassEncoder(config.num_class_embeds, features, config.in_channels)
             in_channels *= 2 if config.class_image == "concat" else 1
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1, dtype=DTYPE)
         self.time_embedding = TimestepEmbedding(config.sinusoid_channels, features)
         self.class_embedding = self._class_embedding(config)
 
@@ -338,8 +341,8 @@ class UNet(nn.Module):
             last = i == len(channels) - 1
             skip = reverse[min(i + 1, len(channels) - 1)]
             self.up_blocks.append(UpBlock(config, kind, reverse[max(i - 1, 0)], reverse[i], skip, upsample=not last))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, dtype=DTYPE)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1, dtype=DTYPE)
 
     @staticmethod
     def _class_embedding(config: UNetConfig) -> nn.Module | None:
@@ -353,7 +356,7 @@ class UNet(nn.Module):
             assert config.num_classes is not None  # UNetConfig ensures this
             return ClassProjection(config.num_classes, config.sinusoid_channels)
         if config.num_class_embeds is not None:
-            return nn.Embedding(config.num_class_embeds, config.temb_channels)
+            return nn.Embedding(config.num_class_embeds, config.temb_channels, dtype=DTYPE)
         return None
 
     def sinusoid(self, t: Tensor) -> Tensor:
@@ -421,7 +424,9 @@ class UNet(nn.Module):
             raise InvalidArgument(
                 f"height and width must be multiples of {config.stride} for this U-Net, not {x.shape[2]}x{x.shape[3]}"
             )
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        if not isinstance(t, Tensor):
+            t = torch.tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        t = t.to(x.device).expand(x.shape[0])
         emb = self.embedding(t, class_labels)
 
         if config.center_input_sample:

@@ -96,7 +96,7 @@ def _measured(isa: str, number: int) -> Ceilings:
             gflops["bfloat16"] = 2 * fma
     cache = _cache_bytes()
     # Ones, because pages of zeros that were never written all share one physical page.
-    large, small = torch.ones(8 * cache // 4), torch.ones(cache // 2 // 4)
+    large, small = (torch.ones(n // 4, dtype=torch.float32, device="cpu") for n in (8 * cache, cache // 2))
     source, copied = large.chunk(2)
     return Ceilings(
         isa=isa,

@@ -29,7 +29,7 @@ def winograd_g(points: tuple[float, ...]) -> Tensor:
     for p in points:
         n = math.prod(p - other for other in points if other != p)
         rows.append([1 / n, p / n, p * p / n])
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
 
 
 def pack(

@@ -42,7 +42,7 @@ def part_rows(rows: int, row_bytes: int) -> int:
 def aligned(nbytes: int) -> Tensor:
     """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes]."""
     try:
-        raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+        raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
     except RuntimeError as e:
         raise BackendError(
             f"backend 'native' needs {nbytes} bytes ({nbytes / 2**30:.1f} GiB) for activations, which this machine "
@@ -86,7 +86,7 @@ class NativeProgram:
         self.methods: dict[str, str] = {}
         self.spec = spec
         H, W, C = program.buffers["out"].shape
-        self.out = torch.zeros(self.rows, H, W, self._padded(C))
+        self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device="cpu")
         for op in program.ops:
             self._add(op)
 
@@ -169,7 +169,7 @@ class NativeProgram:
         """Return the two vectors of each row that `Embed` adds; where it has one source, the second is zero."""
         if len(op.src) == 1:
             channels = self._padded(self.program.buffers[op.src[0]].shape[2])
-            self.zeros = torch.zeros(channels)
+            self.zeros = torch.zeros(channels, dtype=torch.float32, device="cpu")
             return (
                 self.native.RowVectors(self._at(op.src[0]), 0, channels),
                 self.native.RowVectors(self.zeros.data_ptr(), 0, 0),
@@ -261,16 +261,19 @@ def dry_program(unet: UNet, spec: Spec, rows: int) -> NativeProgram:
     rows = part_rows(rows, plan(program, 1, group=native.GROUP).size)
     layout = plan(program, rows, group=native.GROUP)
     C, H, W = spec.shape
-    with torch.device("meta"):
-        arena = torch.empty(layout.size, dtype=torch.uint8)
-        index = torch.empty(rows, dtype=torch.int64)
-        inputs = ProgramInputs(
-            x=torch.empty(rows, C, H, W),
-            timestep=index,
-            label=index,
-            times=torch.empty(TIMES, embedding_width(program)),
-            classes=None if unet.class_embedding is None else torch.empty(1, unet.config.temb_channels),
-            class_images=None if unet.class_encoder is None else torch.empty(rows, H, W, C),
-        )
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    arena = meta(layout.size, dtype=torch.uint8)
+    index = meta(rows, dtype=torch.int64)
+    inputs = ProgramInputs(
+        x=meta(rows, C, H, W),
+        timestep=index,
+        label=index,
+        times=meta(TIMES, embedding_width(program)),
+        classes=None if unet.class_embedding is None else meta(1, unet.config.temb_channels),
+        class_images=None if unet.class_encoder is None else meta(rows, H, W, C),
+    )
     weights = Weights.shapes(unet, native)
     return NativeProgram(native, program, layout, arena, weights, inputs, isa(), native.Team(threads.number()), spec)

@@ -23,6 +23,7 @@ from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
 from fastdiff.core.state import State, TableBank
+from fastdiff.modes import exact_products, plain_modes
 from fastdiff.solvers.table import StepTable
 from fastdiff.unet import UNet
 
@@ -71,12 +72,12 @@ class NativeRunner:
         self.embeddings = EmbeddingTables(self.unet, self.program, torch.device("cpu"), TIMES, MOST_TIMES)
         self.states: weakref.WeakKeyDictionary[State, StateCache] = weakref.WeakKeyDictionary()
 
-    @torch.no_grad()
+    @plain_modes()
     def forward(self, state: State) -> None:
         """Evaluate the network, with guidance, and set ``state.out``."""
         self._run(state, advance=False)
 
-    @torch.no_grad()
+    @plain_modes()
     def update(self, state: State) -> None:
         """Apply one row of the table to every image in place, and increment its row."""
         out, v = update.split_output(state)  # checks the number of channels
@@ -90,7 +91,7 @@ class NativeRunner:
         )  # fmt: skip
         state.advance()
 
-    @torch.no_grad()
+    @plain_modes()
     def step(self, state: State) -> None:
         """Do both in one call of the engine, unless the caller draws the noise or x0 has a dynamic threshold."""
         learned = self.unet.config.out_channels == 2 * state.x.shape[1]
@@ -114,11 +115,13 @@ class NativeRunner:
         program = self._program(part_rows(rows, self.row_bytes))
         inputs = program.inputs
         H, W, C = self.program.buffers["out"].shape
-        state.x, state.out = state.x.contiguous(), torch.empty(len(state.x), C, H, W)
+        state.x = state.x.contiguous()
+        state.out = torch.empty(len(state.x), C, H, W, dtype=torch.float32, device="cpu")
+        net = torch.empty(rows, *program.out.shape[1:], dtype=torch.float32, device="cpu")
         program.engine.step(
             in_x=inputs.x, in_timestep=inputs.timestep, in_label=inputs.label, in_class_image=inputs.class_images,
             in_out=program.out, x=state.x, row=state.row, table=state.table, entry=cache.entries, label=label,
-            class_image=class_images, net=torch.empty(rows, *program.out.shape[1:]), out=state.out,
+            class_image=class_images, net=net, out=state.out,
             bank=state.bank.values, guidance=state.guidance if guided else None, rescale=state.guidance_rescale,
             advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index, xs=state.xs,
             m1=state.m1, m2=state.m2, m3=state.m3,
@@ -136,7 +139,8 @@ class NativeRunner:
                 distinct, place = torch.unique(label, return_inverse=True)
                 # PyTorch splits sums by the number of rows, so bits would depend on the labels of other images.
                 groups = distinct.split(1) if self.spec.determinism == "bitwise" else (distinct,)
-                maps = torch.cat([self.unet.class_encoder(labels, self.spec.shape[1:]) for labels in groups])
+                with exact_products():
+                    maps = torch.cat([self.unet.class_encoder(labels, self.spec.shape[1:]) for labels in groups])
                 images = maps.permute(0, 2, 3, 1)[place].contiguous()
             cache.labels[guided] = label.contiguous(), images
         return cache.labels[guided]
@@ -173,12 +177,14 @@ class NativeRunner:
             self.programs.clear()  # they hold addresses in the former arena
         C, H, W = self.spec.shape
         inputs = ProgramInputs(
-            x=torch.zeros(rows, C, H, W),
-            timestep=torch.zeros(rows, dtype=torch.int64),
-            label=torch.zeros(rows, dtype=torch.int64),
+            x=torch.zeros(rows, C, H, W, dtype=torch.float32, device="cpu"),
+            timestep=torch.zeros(rows, dtype=torch.int64, device="cpu"),
+            label=torch.zeros(rows, dtype=torch.int64, device="cpu"),
             times=self.embeddings.times,
             classes=self.embeddings.classes,
-            class_images=None if self.unet.class_encoder is None else torch.zeros(rows, H, W, C),
+            class_images=None
+            if self.unet.class_encoder is None
+            else torch.zeros(rows, H, W, C, dtype=torch.float32, device="cpu"),
         )
         program = self.programs[rows] = NativeProgram(
             self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec

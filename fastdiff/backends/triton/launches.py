@@ -97,12 +97,12 @@ class Buffers:
         self.timestep = torch.zeros(rows, dtype=torch.int64, device=device)
         self.label = torch.zeros(rows, dtype=torch.int64, device=device)
         self.embedding = {
-            op.dst: torch.zeros(rows, *program.buffers[op.dst].shape, device=device)
+            op.dst: torch.zeros(rows, *program.buffers[op.dst].shape, dtype=torch.float32, device=device)
             for op in program.ops
             if isinstance(op, Embed) or op.dst in EMBEDDING_PRODUCTS
         }
         H, W, C = program.buffers["out"].shape
-        self.net = torch.zeros(rows, C, H, W, device=device)
+        self.net = torch.zeros(rows, C, H, W, dtype=torch.float32, device=device)
         self.space = {
             name: torch.zeros(0, dtype=kind, device=device)
             for name, kind in (("normalised", dtype), ("norm", torch.float32), ("workspace", torch.float32))

@@ -26,6 +26,7 @@ from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
+from fastdiff.modes import plain_modes
 from fastdiff.unet import UNet
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class TritonStep:
             self.buffers[rows] = Buffers(self.program, rows, self.spec.dtype, self.spec.device)
         b = self.buffers[rows]
         if state.out is None:
-            state.out = torch.zeros(images, C, *state.x.shape[2:], device=state.x.device)
+            state.out = torch.zeros(images, C, *state.x.shape[2:], dtype=torch.float32, device=state.x.device)
         class_images: Tensor | None = None
         if state.label is not None:
             b.label[:images].copy_(state.label)
@@ -234,7 +235,7 @@ class TritonRunner:
         """Do both, in one CUDA graph."""
         self._runner(state).step(state)
 
-    @torch.no_grad()
+    @plain_modes()
     def _runner(self, state: State) -> Runner:
         """Return the runner for ``state``, after taking over its tables and the network's current weights."""
         if self.instead is None:

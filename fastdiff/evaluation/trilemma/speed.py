@@ -103,8 +103,9 @@ def peer(sampler: Sampler, batches: Sequence[int] = (16, 64), steps: int = 4) ->
 
     def loop(network: Any, batch: int) -> Callable[[], Any]:
         generator = torch.Generator(sampler.device).manual_seed(0)
-        x = torch.randn(batch, config.in_channels, *(sampler.info.size or (32, 32)), generator=generator)
-        labels = None if classes is None else torch.arange(batch) % classes
+        shape = (batch, config.in_channels, *(sampler.info.size or (32, 32)))
+        x = torch.randn(shape, generator=generator, dtype=torch.float32, device=sampler.device)
+        labels = None if classes is None else torch.arange(batch, dtype=torch.int64, device=sampler.device) % classes
 
         @torch.no_grad()
         def run() -> Any:

@@ -351,12 +351,12 @@ def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
     dtype = getattr(torch, PRECISION)
     start, end, T = schedule.beta_start, schedule.beta_end, schedule.timesteps
     if schedule.kind == "linear":
-        betas = torch.linspace(start, end, T, dtype=dtype)
+        betas = torch.linspace(start, end, T, dtype=dtype, device="cpu")
     elif schedule.kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, T, dtype=dtype) ** 2
+        betas = torch.linspace(start**0.5, end**0.5, T, dtype=dtype, device="cpu") ** 2
     else:  # these come from float64
         plain = dataclasses.replace(schedule, rescale_zero_terminal_snr=False)
-        betas = torch.tensor(plain.variances, dtype=dtype)
+        betas = torch.tensor(plain.variances, dtype=dtype, device="cpu")
     abar = torch.cumprod(1.0 - betas, dim=0)
     if schedule.rescale_zero_terminal_snr:
         root = abar.sqrt()
