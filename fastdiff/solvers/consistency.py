@@ -10,15 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdiff.checks import is_number, whole
+from fastdiff.checks import shown, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.spacing import spaced_sigmas
 from fastdiff.solvers.table import Row, StepTable, check_clip
 from fastdiff.solvers.walk import Walk
 
 
+@checked
 def lcm(
     schedule: NoiseSchedule,
     steps: int | None = None,
@@ -60,11 +62,9 @@ def lcm(
         raise InvalidArgument("lcm needs a discrete NoiseSchedule; consistency runs an EDMSchedule")
     if spacing is None or isinstance(spacing, str):
         if spacing is not None:
-            raise InvalidArgument(f"spacing={spacing!r}: lcm has its own spacing (None), or takes a list of timesteps")
+            raise InvalidArgument(f"spacing={shown(spacing)}: lcm has its own spacing (None) or a list of timesteps")
         original = min(50, schedule.timesteps) if original_steps is None else original_steps
         spacing, steps = lcm_timesteps(schedule.timesteps, 4 if steps is None else steps, original), None
-    if not is_number(timestep_scaling) or timestep_scaling <= 0.0:
-        raise InvalidArgument(f"timestep_scaling={timestep_scaling!r}: a positive number is needed")
     walk = Walk.of(schedule, steps, spacing=spacing, prediction=prediction, clip=clip, threshold=threshold)
     return lcm_table(walk, timestep_scaling)
 
@@ -88,6 +88,7 @@ def lcm_table(walk: Walk, timestep_scaling: float) -> StepTable:
     return walk.table("lcm", rows)
 
 
+@checked
 def consistency(
     schedule: EDMSchedule | None = None,
     steps: int | None = None,
@@ -123,7 +124,7 @@ def consistency(
     data, lowest = schedule.sigma_data, schedule.sigma_min
     every = spaced_sigmas("karras", train_steps, schedule.sigma_max, lowest, schedule.rho)
     sigmas = every[np.arange(n) * (train_steps // n)].tolist()
-    c = check_clip(clip) / data
+    c = check_clip("clip", clip) / data
     rows = []
     for i, sigma in enumerate(sigmas):
         # The table's state is x / root, and its x0 is f / data.
