@@ -16,9 +16,10 @@ from fastdiff.backends import Runner
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.core import noise, update
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
+from fastdiff.errors import CallbackError, Cancelled, FastdiffError, InvalidArgument, NumericsError
 from fastdiff.sampler import editing
 from fastdiff.sampler.editing import Inpainting
+from fastdiff.sampler.options import NoiseSource
 from fastdiff.sampler.output import Event, SampleOutput
 from fastdiff.sampler.request import Request
 
@@ -172,7 +173,7 @@ def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpai
     if isinstance(source, Tensor):
         x = padded(source[chunk.start : chunk.stop])
     elif source is not None:
-        x = padded(source(None, indices))
+        x = padded(_noise(source, None, indices))
     else:
         i = torch.tensor(index, dtype=torch.int64, device=device)
         x = noise.normal(torch.full_like(i, noise.as_int64(r.seed)), i, torch.zeros_like(i), noise.INITIAL, r.shape)
@@ -192,11 +193,24 @@ def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpai
         label=label,
         guidance=[*r.guidance[chunk.start : chunk.stop], *[1.0] * pad],
         guidance_rescale=r.guidance_rescale,
-        noise=None if source is None or isinstance(source, Tensor) else lambda row: padded(source(row, indices)),
+        noise=None
+        if source is None or isinstance(source, Tensor)
+        else lambda row: padded(_noise(source, row, indices)),
     )
     if pad:
         state.idle(range(len(chunk), r.batch_size))
     return state, inpainting
+
+
+def _noise(source: NoiseSource, row: int | None, indices: range) -> Tensor:
+    """Call the caller's source of noise; what it raises is a `CallbackError`."""
+    try:
+        return source(row, indices)
+    except FastdiffError:
+        raise
+    except Exception as e:
+        where = "for the initial noise" if row is None else f"at row {row}"
+        raise CallbackError(f"the noise function raised {type(e).__name__} {where}: {e}") from e
 
 
 @contextlib.contextmanager

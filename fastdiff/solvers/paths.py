@@ -14,6 +14,7 @@ from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.table import Row, StepTable
 from fastdiff.solvers.walk import Level, Schedule, Walk
 
+MAX_REPEATED = 1_000_000  # steps that RePaint adds at most
 LINEAR = ("ax", "ao", "a0", "as_")  # coefficients of a row's result in a table without history
 
 
@@ -102,6 +103,9 @@ def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> Ste
     """
     jump_length, resamples = whole("jump_length", jump_length, 1), whole("resamples", resamples, 1)
     starts = step_starts(table)
+    repeated = (resamples - 1) * jump_length * ((len(starts) - 1) // jump_length)
+    if repeated > MAX_REPEATED:
+        raise InvalidArgument(f"jump_length={jump_length}, resamples={shown(resamples)}: {shown(repeated)} steps more")
     if any(looks_back(table, start) for start in starts):
         raise InvalidArgument(
             f"RePaint cannot resample {table.solver}, a multi-step solver; ddpm, ddim, euler, euler_ancestral, dpmpp_1 "

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import edm, walk
@@ -19,6 +20,7 @@ from fastdiff.solvers.ddpm import VARIANCE_TYPES, ddpm
 from fastdiff.solvers.dpmpp import dpmpp_1, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.plms import plms
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.unipc import unipc
@@ -73,9 +75,9 @@ class Solver:
 
 
 def _variance(config: Config) -> str:
-    name = config.get("variance_type", "fixed_small")
+    name = value_of(config, "variance_type", "fixed_small")
     if name not in VARIANCE_TYPES:
-        raise InvalidArgument(f"the model's variance_type {name!r} is not supported; give variance=")
+        raise InvalidArgument(f"the model's variance_type {shown(name)} is not supported; give variance=")
     return VARIANCE_TYPES[name]
 
 
@@ -93,7 +95,7 @@ SOLVERS: dict[str, Solver] = {
         ddim,
         "Denoising diffusion implicit models (Song et al. 2021).",
         options=("eta",),
-        from_model={"set_alpha_to_one": lambda config: config.get("set_alpha_to_one", True)},
+        from_model={"set_alpha_to_one": lambda config: value_of(config, "set_alpha_to_one", True)},
         diffusers=DiffusersScheduler("DDIMScheduler"),
         others=("openai", "ho"),
     ),
@@ -157,8 +159,8 @@ SOLVERS: dict[str, Solver] = {
         shared=("spacing", "prediction", "clip", "threshold"),
         own_spacing=True,
         from_model={
-            "original_steps": lambda config: config.get("original_inference_steps"),
-            "timestep_scaling": lambda config: config.get("timestep_scaling", 10.0),
+            "original_steps": lambda config: value_of(config, "original_inference_steps", None),
+            "timestep_scaling": lambda config: value_of(config, "timestep_scaling", 10.0),
         },
         diffusers=DiffusersScheduler("LCMScheduler"),
     ),

@@ -86,7 +86,8 @@ def test_pipeline_folders(tmp_path, schedule, prediction):
 def test_scheduler_beside_the_weights(folder):
     assert load(folder).schedule == NoiseSchedule()
     assert load(folder).scheduler_config == {}
-    write_text(folder / "scheduler_config.json", json.dumps({"num_train_timesteps": 77}))
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 77}
+    write_text(folder / "scheduler_config.json", json.dumps(scheduler))
     assert load(folder).schedule == NoiseSchedule(timesteps=77)
 
 
