@@ -96,8 +96,8 @@ def save_pipeline(
         path: The folder, which is created if need be.
         config: The network's configuration.
         state: The network's state dict, which is written in its own dtypes.
-        scheduler: The whole contents of ``scheduler_config.json``; ``_class_name`` defaults to "DDPMScheduler". If it is
-            empty, as nothing says what it is, that file and ``model_index.json`` are left out.
+        scheduler: The whole contents of ``scheduler_config.json``; ``_class_name`` defaults to "DDPMScheduler". If
+            it is empty, as nothing says what it is, that file and ``model_index.json`` are left out.
 
     Raises:
         CheckpointError: If a file cannot be written. The files that were there before are then unchanged.

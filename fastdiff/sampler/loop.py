@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +23,12 @@ from fastdiff.sampler.editing import Inpainting
 from fastdiff.sampler.options import NoiseSource
 from fastdiff.sampler.output import Event, SampleOutput
 from fastdiff.sampler.request import Request
+
+log = logging.getLogger("fastdiff")
+
+# Magnitudes of finished images, in units of the data: latents have values of some tens, and an untrained network
+# without clipping reaches 1e5 with a cosine schedule, whose first row multiplies noise by 2e4.
+MOST_LIKELY, MOST = 1e3, 1e6
 
 Rows = Generator[tuple[Event | None, Tensor | None], None, None]
 """After every row: its event, where a preview was asked for, and the images [n, C, H, W], where a chunk ends."""
@@ -70,16 +77,7 @@ class Loop:
         if sum(map(len, parts)) < r.n:
             raise Cancelled(f"cancelled with {sum(map(len, parts))} of {r.n} images finished")
         output = SampleOutput(torch.cat(parts), r.seed, r.start_index, r.table, r.nfe, r.labels)
-        finite = torch.isfinite(output.images).flatten(1).all(dim=1)
-        if not finite.all():
-            bad = tuple(r.start_index + int(i) for i in torch.nonzero(~finite)[:, 0])
-            raise NumericsError(
-                f"{len(bad)} of {r.n} images became NaN or infinite in {self._dtype} (index "
-                f"{', '.join(map(str, bad[:20]))}); the others are in this error's .output. "
-                "Try float32, or less guidance",
-                bad,
-                output,
-            )
+        _check_numbers(output, self._dtype)
         return output
 
     def seconds_per_row(self, r: Request) -> float:
@@ -117,6 +115,28 @@ class Loop:
                         result = _step(runner, state, inpainting, r, chunk, row, preview(row))
                     tick()
                     yield result
+
+
+def _check_numbers(output: SampleOutput, dtype: torch.dtype) -> None:
+    """Raise `NumericsError` where images are NaN, infinite or too large to be any; warn where they are suspicious."""
+    low, high = torch.aminmax(output.images.flatten(1), dim=1)
+    size = torch.maximum(-low, high) / max(1.0, output.table.data_scale)  # NaN where a value is
+    large = size > MOST_LIKELY
+    if not large.any() and torch.isfinite(size).all():
+        return
+    for bad, what in ((~torch.isfinite(size), "became NaN or infinite"), (size > MOST, "grew beyond any image")):
+        if bad.any():
+            where = tuple(output.start_index + int(i) for i in torch.nonzero(bad)[:, 0])
+            reach = f", to {float(size[bad].max()):.3g}" if torch.isfinite(size[bad]).all() else ""
+            raise NumericsError(
+                f"{len(where)} of {len(size)} images {what}{reach} in {dtype} (index "
+                f"{', '.join(map(str, where[:20]))}); the others are in this error's .output. "
+                "Try float32, or less guidance",
+                where,
+                output,
+            )
+    indices = [output.start_index + int(i) for i in torch.nonzero(large)[:20, 0]]
+    log.warning("images %s have values up to %.3g; images of [-1, 1] need clip=", indices, float(size.max()))
 
 
 def _step(

@@ -284,7 +284,7 @@ class Sampler:
             CheckpointError: If measurements are needed and their file is damaged.
             CallbackError: If the callback or the guide raised; the message names the row.
             Cancelled: If `cancel` or `close` ended the call.
-            NumericsError: If images became NaN or infinite; its ``output`` has the others.
+            NumericsError: If images became NaN, infinite, or larger than 1e6; its ``output`` has the others.
         """
         given = Options.among(locals())
         _check_watchers(callback, progress)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from fastdiff.checks import Error, boolean, is_number, items, number, shown, whole
 from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.gain import LARGEST, amplification
 
 FORMAT = 1
 MAX_ROWS = 1 << 24  # a noise counter has 24 bits for the row
@@ -159,6 +160,12 @@ class StepTable:
         for (i, t), (j, t_after) in itertools.pairwise(steps):
             if not (self.ascending or t > t_after):
                 raise InvalidArgument(f"{self.solver} rows {i}, {j}: timesteps must fall, got {t}, {t_after}")
+        gain = amplification(self.rows, self.init_scale)
+        if not gain <= LARGEST:
+            raise InvalidArgument(
+                f"{self.solver}: this table multiplies noise by {gain:.3g}, and float32's rounding with it, so that "
+                "nothing of the images remains: the noise levels of its schedule or of its steps are degenerate"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
