@@ -163,13 +163,13 @@ class Sampler:
         if not source.keys() <= set(SOURCE):
             unknown = ", ".join(sorted(source.keys() - set(SOURCE)))
             raise InvalidArgument(f"from_pretrained has no option {unknown}; allowed besides: {', '.join(SOURCE)}")
+        device = usable_device(device)
         loaded = checkpoints.load(model, **source)
         if loaded.schedule is None and schedule is None:
             raise ConfigError(
                 f"{loaded.path}: no scheduler_config.json says with which schedule and prediction the network was "
                 "trained; put one there (in scheduler/, as diffusers does), or give schedule= and prediction="
             )
-        device = usable_device(device)
         # Convolutions are faster in NHWC than in NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         return cls(
