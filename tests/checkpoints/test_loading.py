@@ -368,7 +368,12 @@ def test_variants(folder, shards):
     assert_equal_weights(load(folder).unet, random_unet(TINY))
     assert_equal_weights(load(folder, variant="fp16").unet, half.float())
     assert_equal_weights(UNet.from_pretrained(folder, variant="fp16"), half.float())
-    assert fastdiff.Sampler.from_pretrained(folder, variant="fp16").sample(1, steps=1).images.isfinite().all()
+    assert (
+        fastdiff.Sampler.from_pretrained(folder, variant="fp16", schedule=NoiseSchedule())
+        .sample(1, steps=1)
+        .images.isfinite()
+        .all()
+    )
     (folder / WEIGHTS).unlink()
     refused(folder, "another variant's name need variant=", "fp16")
     with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.ema\.safetensors"):

@@ -1,4 +1,4 @@
-"""What is fuzzed: the functions and classes of the public interface, and the keys of configuration files."""
+"""List the fuzzed functions and classes of the public interface, and the keys of configuration files."""
 
 from __future__ import annotations
 
