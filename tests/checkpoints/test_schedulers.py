@@ -7,12 +7,13 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import solvers
-from fastdiff.checkpoints import convert, load, save_folder
+from fastdiff.checkpoints import convert, load, save_folder, schedule_of
+from fastdiff.checkpoints.saving import scheduler_of
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.files import write_text
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
@@ -171,25 +172,34 @@ edm_schedules = st.builds(
 )
 
 
-@settings(max_examples=8)
 @given(
     case=st.one_of(
         st.tuples(noise_schedules, st.sampled_from(PREDICTIONS)),
         st.tuples(edm_schedules, st.sampled_from(["edm", "v_prediction"])),
     )
 )
-def test_a_saved_model_is_read_as_it_was(tmp_path_factory, case):
-    schedule, prediction = case
-    path = tmp_path_factory.mktemp("saved")
+def test_a_scheduler_configuration_is_read_as_it_was_written(case):
+    assert schedule_of(json.loads(json.dumps(scheduler_of(*case)))) == case
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (NoiseSchedule("custom", beta_start=0.2, beta_end=0.5, betas=[0.1, 0.3]), "sample"),
+        (EDMSchedule(rho=5.0), "edm"),
+    ],
+    ids=["discrete", "edm"],
+)
+def test_a_saved_model_is_read_as_it_was(tmp_path, case):
     unet = random_unet(TINY)
-    save_folder(path / "a", unet, schedule, prediction)
-    convert(path / "a", path / "b.safetensors")
-    convert(path / "b.safetensors", path / "c")
+    save_folder(tmp_path / "a", unet, *case)
+    convert(tmp_path / "a", tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", tmp_path / "c")
     for name in ("a", "b.safetensors", "c"):
-        read = load(path / name)
-        assert (read.schedule, read.prediction) == (schedule, prediction)
+        read = load(tmp_path / name)
+        assert (read.schedule, read.prediction) == case
         assert read.unet.config == unet.config
-        assert read.scheduler_config == load(path / "a").scheduler_config
+        assert read.scheduler_config == load(tmp_path / "a").scheduler_config
         assert all(torch.equal(v, read.unet.state_dict()[k]) for k, v in unet.state_dict().items())
 
 

@@ -352,7 +352,10 @@ def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
         squares = scaled**2
         abar = torch.cumprod(torch.cat([squares[:1], squares[1:] / squares[:-1]]), dim=0)
         abar[-1] = ZERO_SNR
-    return (((1 - abar) / abar) ** 0.5).numpy()
+    sigmas = (((1 - abar) / abar) ** 0.5).numpy()
+    if not (np.isfinite(sigmas).all() and (sigmas > 0.0).all()):
+        raise ConfigError("the betas are too extreme for float32, in which diffusers computes these noise levels")
+    return sigmas
 
 
 def _times(sigmas: NDArray[np.float64], train: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
