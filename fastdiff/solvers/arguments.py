@@ -76,8 +76,9 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             if parameter is None:
                 known = ", ".join(n for n in own if n != "common") + ", " + ", ".join(list(SHARED)[2:])
                 raise InvalidArgument(f"{function.__name__} has no option {shown(name)}; allowed: {known}")
-            default = name in ARGUMENTS and not (value is None and parameter.default is None)
-            yield name, ARGUMENTS[name](name, value) if default else value
+            # An eta of 1 by default is a share, which the function bounds by 1.
+            own_check = (value is None and parameter.default is None) or (name == "eta" and parameter.default == 1.0)
+            yield name, value if own_check or name not in ARGUMENTS else ARGUMENTS[name](name, value)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -133,7 +133,7 @@ def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[n
     for sigma in items("sigmas", sigmas, MAX_TIMESTEPS, need="a list of numbers"):
         # A power or an exponential can put an end of the range a rounding error outside it.
         if not is_number(sigma) or not smallest * (1 - 1e-9) <= sigma <= largest * (1 + 1e-9):
-            raise InvalidArgument(f"sigma {shown(sigma)} is no number from {smallest:g} to {largest:g}, the schedule's")
+            raise InvalidArgument(f"sigma {shown(sigma)} is not a number from {smallest:g} to {largest:g}, as it has")
         wanted.append(-math.log1p(sigma * sigma))
     abar = schedule.alphas_cumprod
     known = abar[abar > 0.0]
