@@ -1,4 +1,4 @@
-"""Argument validators: whole numbers, real numbers, and one of a list of values.
+"""Argument validators: numbers, booleans, one of a list of values, lists; and tables of them by name.
 
 Each validator returns the value that it accepts. Otherwise it raises an error that names the argument, the value and
 what is allowed.
@@ -6,15 +6,45 @@ what is allowed.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
-from collections.abc import Collection
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from fastdiff.errors import FastdiffError, InvalidArgument
 
 Bound = float | None
 Error = type[FastdiffError]
+Check = Callable[..., Any]
+"""Function (name, value, error=...) -> the value to use, which raises ``error`` if the value cannot be used."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 160
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = _SHORT.maxfrozenset = 12
+
+
+def shown(value: object) -> str:
+    """Return ``repr(value)`` for a message: in one line, shortened, with its control characters escaped."""
+    try:
+        return " ".join(_SHORT.repr(value).split("\n"))
+    except Exception:  # such as that of an integer with more than 4300 digits
+        return f"<{type(value).__name__}>"
+
+
+def check_all(values: Mapping[str, Any], table: Mapping[str, Check], error: Error = InvalidArgument) -> dict[str, Any]:
+    """Return the values, each as its check in ``table`` returns it; names that are not in the table are left out."""
+    return {name: table[name](name, value, error=error) for name, value in values.items() if name in table}
+
+
+def optional(check: Check) -> Check:
+    """Return a check that accepts None besides what ``check`` accepts."""
+
+    def accept(name: str, value: Any, **options: Any) -> Any:
+        return None if value is None else check(name, value, **options)
+
+    return accept
 
 
 def is_whole(value: object) -> bool:
@@ -50,18 +80,71 @@ def whole(
     if is_whole(value) and (low is None or value >= low) and (high is None or value <= high):
         return int(value)
     needed = _needed("a whole number", low, high) + (of and f", {of},") + (but and f", or {but},")
-    raise error(f"{name}={value!r}: {needed} is needed")
+    raise error(f"{name}={shown(value)}: {needed} is needed")
 
 
 def number(
-    name: str, value: Any, low: Bound = None, high: Bound = None, *, above: Bound = None, error: Error = InvalidArgument
+    name: str,
+    value: Any,
+    low: Bound = None,
+    high: Bound = None,
+    *,
+    above: Bound = None,
+    need: str = "",
+    error: Error = InvalidArgument,
 ) -> float:
-    """Return ``value`` as a float, or raise ``error`` if it is not finite, from ``low`` to ``high`` and > ``above``."""
+    """Return ``value`` as a float, or raise ``error`` if it is not finite, from ``low`` to ``high`` and > ``above``.
+
+    ``need`` replaces the description of what is needed in the message.
+    """
     within = is_number(value) and (low is None or value >= low) and (high is None or value <= high)
     if within and (above is None or value > above):
         return float(value)
     kind = "a number" if above is None else f"a number above {_text(above)}"
-    raise error(f"{name}={value!r}: {_needed(kind, low, high)} is needed")
+    raise error(f"{name}={shown(value)}: {need or _needed(kind, low, high)} is needed")
+
+
+def boolean(name: str, value: Any, *, error: Error = InvalidArgument) -> bool:
+    """Return ``value`` as a bool, or raise ``error`` if it is neither True nor False. NumPy's booleans are accepted."""
+    if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")):
+        return bool(value)
+    raise error(f"{name}={shown(value)}: True or False is needed")
+
+
+def text(name: str, value: Any, *, error: Error = InvalidArgument) -> str:
+    """Return ``value``, or raise ``error`` if it is no string."""
+    if isinstance(value, str):
+        return value
+    raise error(f"{name}={shown(value)}: a text is needed")
+
+
+def items(name: str, value: Any, most: int, *, need: str = "a list", error: Error = InvalidArgument) -> list[Any]:
+    """Return the entries of a list, tuple, array, tensor or other iterable as a list of at most ``most``.
+
+    Texts, bytes, sets and mappings are refused, as they are no lists; ``need`` describes what is needed.
+    """
+    given = value
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):  # an array or a tensor, whose entries become Python's
+        given = _entries(value, most)
+    if given is None or isinstance(given, (str, bytes, bytearray, memoryview, Mapping, set, frozenset, type)):
+        raise error(f"{name}={shown(value)}: {need} is needed")
+    try:
+        taken = list(itertools.islice(given, most + 1)) if isinstance(given, Iterable) else None
+    except Exception:  # whatever the caller's iterator raises
+        taken = None
+    if taken is None:
+        raise error(f"{name}={shown(value)}: {need} is needed")
+    if len(taken) > most:
+        raise error(f"{name} has more than {most} entries; {need} of at most {most} is needed")
+    return taken
+
+
+def _entries(array: Any, most: int) -> Any:
+    """Return the entries of an array or a tensor as a list; None without a dimension, or data that can be read."""
+    try:
+        return array[: most + 1].tolist() if array.ndim else None
+    except Exception:  # tensors on the device "meta", sparse ones
+        return None
 
 
 def one_of(name: str, value: Any, allowed: Collection[Any], *, but: str = "", error: Error = InvalidArgument) -> Any:
@@ -75,7 +158,7 @@ def one_of(name: str, value: Any, allowed: Collection[Any], *, but: str = "", er
         if value in same_kind:
             return value
     also = f", or {but}" if but else ""
-    raise error(f"{name}={value!r} is unknown; allowed: {', '.join(map(str, allowed))}{also}")
+    raise error(f"{name}={shown(value)} is unknown; allowed: {', '.join(map(str, allowed))}{also}")
 
 
 def _needed(kind: str, low: float | None, high: float | None) -> str:

@@ -90,7 +90,7 @@ class BackendError(FastdiffError, RuntimeError):
 
 
 class NumericsError(FastdiffError, ArithmeticError):
-    """Some images became NaN or infinite.
+    """Some images became NaN, infinite, or larger than any image is.
 
     Attributes:
         images: Global indices of those images.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checks import whole
+from fastdiff.checks import boolean, is_number, items, shown, whole
 from fastdiff.errors import ConfigError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -68,15 +68,14 @@ class NoiseSchedule:
     rescale_zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"schedule kind {self.kind!r} is unknown; allowed: {', '.join(KINDS)}")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise ConfigError(f"schedule kind {shown(self.kind)} is unknown; allowed: {', '.join(KINDS)}")
         if (self.kind == "custom") != (self.betas is not None):
             given = "given" if self.betas is not None else "None"
             raise ConfigError(f"kind={self.kind!r} with betas={given}: betas go with kind='custom', and only with it")
         if self.betas is not None:
-            if isinstance(self.betas, str) or not hasattr(self.betas, "__iter__"):
-                raise ConfigError(f"betas={self.betas!r}: a list of numbers is needed")
-            betas = tuple(_number(f"betas[{i}]", b) for i, b in enumerate(self.betas))
+            listed = items("betas", self.betas, MAX_TIMESTEPS, need="a list of numbers", error=ConfigError)
+            betas = tuple(_number(f"betas[{i}]", b) for i, b in enumerate(listed))
             for i, beta in enumerate(betas):
                 if not 0.0 < beta < 1.0:
                     raise ConfigError(f"betas[{i}]={beta!r}: every beta must lie in (0, 1)")
@@ -89,8 +88,8 @@ class NoiseSchedule:
             raise ConfigError(f"beta_start={start!r}, beta_end={end!r}: 0 < beta_start <= beta_end < 1 is needed")
         object.__setattr__(self, "beta_start", start)
         object.__setattr__(self, "beta_end", end)
-        if not isinstance(self.rescale_zero_terminal_snr, bool):
-            raise ConfigError(f"rescale_zero_terminal_snr={self.rescale_zero_terminal_snr!r}: True or False is needed")
+        rescale = boolean("rescale_zero_terminal_snr", self.rescale_zero_terminal_snr, error=ConfigError)
+        object.__setattr__(self, "rescale_zero_terminal_snr", rescale)
         if self.rescale_zero_terminal_snr and T < 2:
             raise ConfigError("rescale_zero_terminal_snr=True needs at least 2 timesteps")
         self.alphas_cumprod  # noqa: B018  an impossible schedule is refused here, not at its first use
@@ -112,7 +111,8 @@ class NoiseSchedule:
         Raises:
             ConfigError: If abar does not fall strictly, or leaves (0, 1).
         """
-        abar = [_number(f"alphas_cumprod[{i}]", a) for i, a in enumerate(alphas_cumprod)]
+        listed = items("alphas_cumprod", alphas_cumprod, MAX_TIMESTEPS, need="a list of numbers", error=ConfigError)
+        abar = [_number(f"alphas_cumprod[{i}]", a) for i, a in enumerate(listed)]
         pairs = list(itertools.pairwise([1.0, *abar]))
         for i, (before, a) in enumerate(pairs):
             if not 0.0 < a < before:
@@ -136,19 +136,17 @@ class NoiseSchedule:
         """
         if not isinstance(config, Mapping):
             raise ConfigError(f"a scheduler configuration is an object with keys, not {type(config).__name__}")
-        rescale = config.get("rescale_betas_zero_snr", False)
+        common = {
+            "beta_start": config.get("beta_start", 1e-4),
+            "beta_end": config.get("beta_end", 0.02),
+            "rescale_zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
+        }
         if config.get("trained_betas") is not None:
-            return cls(kind="custom", betas=config["trained_betas"], rescale_zero_terminal_snr=rescale)
+            return cls(kind="custom", betas=config["trained_betas"], **common)
         name = config.get("beta_schedule", "linear")
         if not isinstance(name, str) or name not in DIFFUSERS_KINDS:
-            raise ConfigError(f"beta_schedule={name!r} is not supported; allowed: {', '.join(DIFFUSERS_KINDS)}")
-        return cls(
-            kind=DIFFUSERS_KINDS[name],
-            timesteps=config.get("num_train_timesteps", 1000),
-            beta_start=config.get("beta_start", 1e-4),
-            beta_end=config.get("beta_end", 0.02),
-            rescale_zero_terminal_snr=rescale,
-        )
+            raise ConfigError(f"beta_schedule={shown(name)} is not supported; allowed: {', '.join(DIFFUSERS_KINDS)}")
+        return cls(kind=DIFFUSERS_KINDS[name], timesteps=config.get("num_train_timesteps", 1000), **common)
 
     def to_scheduler_config(self) -> dict[str, Any]:
         """Write the schedule as keys of a diffusers ``scheduler_config.json``; `from_scheduler_config` reads them.
@@ -198,10 +196,10 @@ class NoiseSchedule:
         Raises:
             InvalidArgument: If t is out of range.
         """
-        if t == -1:
+        if is_number(t) and t == -1:
             return 1.0
-        if not 0 <= t <= self.timesteps - 1:
-            raise InvalidArgument(f"timestep {t!r} is outside 0 .. {self.timesteps - 1}")
+        if not is_number(t) or not 0 <= t <= self.timesteps - 1:
+            raise InvalidArgument(f"timestep {shown(t)} is outside 0 .. {self.timesteps - 1}")
         low = math.floor(t)
         if low == t:
             return float(self.alphas_cumprod[low])
@@ -230,6 +228,9 @@ class NoiseSchedule:
         """
         import torch
 
+        for name, value in (("x0", x0), ("noise", noise), ("t", t)):
+            if not isinstance(value, torch.Tensor):
+                raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is needed")
         if not x0.is_floating_point() or x0.dtype != noise.dtype or x0.shape != noise.shape:
             raise InvalidArgument(
                 f"x0 ({x0.dtype} {tuple(x0.shape)}) and noise ({noise.dtype} {tuple(noise.shape)}) must have "
@@ -287,8 +288,8 @@ class NoiseSchedule:
         Raises:
             InvalidArgument: If not -1 <= t_prev < t.
         """
-        if not -1 <= t_prev < t:
-            raise InvalidArgument(f"t_prev={t_prev!r} must be less than t={t!r}, and at least -1")
+        if not (is_number(t) and is_number(t_prev) and -1 <= t_prev < t):
+            raise InvalidArgument(f"t_prev={shown(t_prev)} must be less than t={shown(t)}, and at least -1")
         return posterior(self.abar(t), self.abar(t_prev))
 
 
@@ -305,8 +306,11 @@ def posterior(abar: float, abar_prev: float) -> tuple[float, float, float]:
 def _number(key: str, value: Any) -> float:
     """Return a real number as a float; infinite ones and NaN are refused by the bounds that the caller checks."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r}: a number is needed")
-    return float(value)
+        raise ConfigError(f"{key}={shown(value)}: a number is needed")
+    try:
+        return float(value)
+    except OverflowError as e:  # an integer beyond the range of float
+        raise ConfigError(f"{key}={shown(value)}: it is too large") from e
 
 
 def _betas(schedule: NoiseSchedule) -> NDArray[np.float64]:

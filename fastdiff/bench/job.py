@@ -39,6 +39,8 @@ def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: 
     """
     import_all(("diffusers",))
     loaded = networks.load(model)
+    if loaded.schedule is None:
+        raise InvalidArgument(f"--job {model}: it has no scheduler_config.json, so its schedule is unknown")
     if not isinstance(loaded.schedule, NoiseSchedule):
         raise InvalidArgument(f"--job {model}: diffusers has no loop for EDM networks' UNet2DModel to measure by")
     classes = NetworkInfo.of(loaded.unet, None).classes

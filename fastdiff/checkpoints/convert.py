@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import layouts
-from fastdiff.checkpoints.loading import METADATA_KEY, empty, fit, read_model
+from fastdiff.checkpoints.loading import METADATA_KEY, check_path, empty, fit, read_model
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES
 from fastdiff.checkpoints.saving import plain, save_pipeline, write_safetensors, writing
+from fastdiff.checks import optional, shown, text
 from fastdiff.errors import ConfigError
 from fastdiff.files import atomic_file
 from fastdiff.modes import plain_modes
@@ -59,7 +60,7 @@ def convert(
         CheckpointError: If the source cannot be read or does not fit its network, or the destination cannot be written.
         ConfigError: If a configuration or option is not supported, or the format cannot represent the network.
     """
-    dst = Path(dst)
+    dst = Path(check_path("dst", dst))
     to = _format(dst, to)
     stored = read_model(src, preset=preset, flags=flags, variant=variant, weights=weights)
     unet = empty(stored.config)
@@ -97,9 +98,9 @@ def _format(dst: Path, to: str | None) -> str:
     is_file = suffix in (".safetensors", *TORCH_SUFFIXES)
     if to is None and suffix in TORCH_SUFFIXES:
         raise ConfigError(f"{dst}: which tensors? Give the format, one of {', '.join(layouts.LAYOUTS)}")
-    to = to or ("safetensors" if is_file else "diffusers")
+    to = optional(text)("to", to, error=ConfigError) or ("safetensors" if is_file else "diffusers")
     if to not in FORMATS:
-        raise ConfigError(f"format {to!r} is unknown; allowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"format {shown(to)} is unknown; allowed: {', '.join(FORMATS)}")
     if is_file == (to == "diffusers"):
         raise ConfigError(
             f"{dst}: format {to!r} is written as {'a folder' if is_file else 'a file, .safetensors or .pt'}"

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ from fastdiff.checkpoints.reading import (
     read_sharded,
     read_torch,
 )
-from fastdiff.errors import CheckpointError, ConfigError
+from fastdiff.checks import optional, shown, text
+from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
-from fastdiff.schedule import NoiseSchedule
+from fastdiff.schedule import PREDICTIONS
 from fastdiff.solvers import EDMSchedule
-from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS
+from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS, noise_schedule, scheduler_name
+from fastdiff.solvers.keys import check_config, unknown_keys, value_of
 from fastdiff.solvers.walk import Schedule
 from fastdiff.unet import UNet, UNetConfig
 
@@ -60,17 +63,18 @@ class Pretrained:
 
     Attributes:
         unet: The network, in float32, on the CPU, in evaluation mode.
-        schedule: The noise schedule of the training: a `NoiseSchedule`, or an `EDMSchedule`.
+        schedule: The noise schedule of the training: a `NoiseSchedule`, or an `EDMSchedule`. None if the model has no
+            scheduler configuration, so that nothing says what it is.
         prediction: What the network predicts: "epsilon", "sample", "v_prediction", or "edm" (the F of Karras et al.
-            2022, equation 7).
+            2022, equation 7). None if the model has no scheduler configuration.
         scheduler_config: The diffusers scheduler configuration; {} if the model has none.
         path: The folder or file that was loaded.
         class_names: The name of each class from 0 on; None if the model has no names.
     """
 
     unet: UNet
-    schedule: Schedule
-    prediction: str
+    schedule: Schedule | None
+    prediction: str | None
     scheduler_config: dict[str, Any]
     path: Path
     class_names: tuple[str, ...] | None = None
@@ -88,6 +92,7 @@ class StoredModel:
     weights_path: Path  # the file that holds or lists the tensors
     left_out: tuple[str, ...] = ()  # the file's tensors that sampling does not need; ``tensors`` lacks them
     class_names: tuple[str, ...] | None = None
+    scheduler_path: Path | None = None  # the file that holds the scheduler configuration, if that is a file of its own
 
 
 def builtin_models() -> list[str]:
@@ -132,13 +137,23 @@ def load(
         ConfigError: If a configuration, preset or flag is not supported; the message names the key.
     """
     stored = read_model(model, preset=preset, flags=flags, variant=variant, weights=weights)
-    with _naming(stored.path):
-        schedule, prediction = schedule_of(stored.scheduler)
+    schedule, prediction = None, None
+    if stored.scheduler:
+        with _naming(stored.scheduler_path or stored.path):
+            schedule, prediction = schedule_of(stored.scheduler)
+            if stored.scheduler_path is not None and "_class_name" not in stored.scheduler:
+                raise ConfigError("it names no scheduler (_class_name), and nothing about a model's process is assumed")
     unet = build(stored.config, stored.tensors, stored.weights_path, stored.layout)
     config = dict(stored.scheduler)
     if isinstance(schedule, EDMSchedule):
         config.setdefault("clip_sample", False)  # neither Karras et al. nor diffusers' EDM schedulers clip x0
     return Pretrained(unet, schedule, prediction, config, stored.path, stored.class_names)
+
+
+def load_network(model: str | Path, **source: Any) -> UNet:
+    """Load the network alone; what its scheduler is does not matter. Arguments and errors are those of `load`."""
+    stored = read_model(model, **source)
+    return build(stored.config, stored.tensors, stored.weights_path, stored.layout)
 
 
 def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
@@ -154,17 +169,36 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
         The schedule, and what the network predicts: "epsilon", "sample", "v_prediction" or "edm".
 
     Raises:
-        ConfigError: If a value is not supported.
+        ConfigError: If the scheduler or a value is not supported. A configuration without ``_class_name`` has the keys
+            of DDPMScheduler.
     """
-    prediction = config.get("prediction_type", "epsilon")
-    if config.get("_class_name") not in EDM_SCHEDULERS:
+    config = check_config(config)
+    prediction = value_of(config, "prediction_type", "epsilon")
+    name = None if config.get("_class_name") is None else scheduler_name(config)
+    if name == "CMStochasticIterativeScheduler":
+        raise ConfigError(
+            f"scheduler {name} (_class_name) is of a consistency model, which its own solver alone can draw: "
+            "Sampler(UNet.from_pretrained(...), solvers.EDMSchedule(time_scale=1000.0)) with solver='consistency'"
+        )
+    if name not in EDM_SCHEDULERS:
         if prediction == "edm":
             raise ConfigError(f"prediction_type 'edm' needs one of the schedulers {', '.join(EDM_SCHEDULERS)}")
-        return NoiseSchedule.from_scheduler_config(config), prediction
+        if prediction == "original_sample" and name == "EulerDiscreteScheduler":  # its name for "sample"
+            prediction = "sample"
+        if prediction not in PREDICTIONS:
+            raise ConfigError(
+                f"prediction_type={shown(prediction)} is not supported; allowed: {', '.join(PREDICTIONS)}"
+            )
+        for key in ("use_flow_sigmas", "use_dynamic_shifting"):
+            if value_of(config, key, False):
+                raise ConfigError(f"{key}=True is not supported: it is of flow matching, which has another process")
+        if value_of(config, "timestep_type", "discrete") == "continuous" and prediction == "v_prediction":
+            raise ConfigError("timestep_type='continuous' is not supported: the network's timesteps are sigmas")
+        return noise_schedule(config), prediction
     if prediction not in EDM_PREDICTIONS:
         allowed = ", ".join(EDM_PREDICTIONS)
-        raise ConfigError(f"prediction_type={prediction!r} of an EDM scheduler is unknown; allowed: {allowed}")
-    levels = {f.name: config[f.name] for f in dataclasses.fields(EDMSchedule) if f.name in config}
+        raise ConfigError(f"prediction_type={shown(prediction)} of an EDM scheduler is unknown; allowed: {allowed}")
+    levels = {f.name: config[f.name] for f in dataclasses.fields(EDMSchedule) if config.get(f.name) is not None}
     return EDMSchedule(**levels), EDM_PREDICTIONS[prediction]
 
 
@@ -180,12 +214,16 @@ def read_model(
 
     Whether the tensors fit the network is not checked; `fit` does that.
     """
-    path = Path(model)
+    path = Path(check_path("model", model))
+    for name, value in {"preset": preset, "variant": variant, "weights": weights}.items():
+        optional(text)(name, value)
+    if flags is not None and not isinstance(flags, (str, Mapping)):
+        raise InvalidArgument(f"flags={shown(flags)}: a text, a mapping or None is needed")
     if not os.path.exists(path):  # Path.exists raises for names that no file system accepts
         if str(model) not in builtin_models():
             known = ", ".join(builtin_models()) or "none"
             raise CheckpointError(
-                f"{model}: neither an existing folder or file nor a built-in model (built in: {known})"
+                f"{shown(str(model))[1:-1]}: neither a folder or file that exists nor a built-in model ({known})"
             )
         path = BUILTIN / str(model)
     given = {"preset": preset, "flags": flags, "variant": variant, "weights": weights}
@@ -194,10 +232,17 @@ def read_model(
     for name, value in given.items():
         if value is not None and name not in applicable:
             kind = "a folder" if path.is_dir() else "a file of this kind"
-            raise CheckpointError(f"{path}: {name}={value!r} does not apply to {kind}; leave it out")
+            raise CheckpointError(f"{path}: {name}={shown(value)} does not apply to {kind}; leave it out")
     if path.is_dir():
         return _read_folder(path, variant)
     return _read_file(path, preset, flags, weights)
+
+
+def check_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """Return a path, or raise `InvalidArgument` if the value is none."""
+    if isinstance(value, (str, os.PathLike)):
+        return value
+    raise InvalidArgument(f"{name}={shown(value)}: a path is needed")
 
 
 def _read_folder(path: Path, variant: str | None) -> StoredModel:
@@ -207,12 +252,14 @@ def _read_folder(path: Path, variant: str | None) -> StoredModel:
             f"{path}: no config.json and no unet/config.json; a diffusers model or pipeline folder is needed"
         )
     config = _unet_config(folder / "config.json")
-    scheduler = read_scheduler(path)
+    scheduler_path, scheduler = _scheduler_file(path)
     tensors, weights_path = _read_weights(folder, variant)
     layout = "ddpm" if originals.layout_of(tensors) == "ddpm" else None  # diffusers 0.0.x used the names of DDPM
     with _naming(folder / "config.json"):
         names = _class_names(read_json(folder / "config.json").get(NAMES_KEY), config)
-    return StoredModel(tensors, layout, config, scheduler, path, weights_path, class_names=names)
+    return StoredModel(
+        tensors, layout, config, scheduler, path, weights_path, class_names=names, scheduler_path=scheduler_path
+    )
 
 
 def read_scheduler(folder: str | Path) -> dict[str, Any]:
@@ -226,21 +273,49 @@ def read_scheduler(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If the file is not a JSON object.
-        ConfigError: If its schedule is not supported; the message names the file and the key.
+        ConfigError: If a value is of a wrong type, or the scheduler is not diffusers'; the message names the file.
     """
-    for path in (Path(folder, "scheduler", "scheduler_config.json"), Path(folder, "scheduler_config.json")):
+    return _scheduler_file(Path(folder))[1]
+
+
+def _scheduler_file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Return the path and the contents of the scheduler's file, as `read_scheduler` does."""
+    for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.exists():
             with _naming(path):
-                scheduler = originals.modern_scheduler(read_json(path))
-                schedule_of(scheduler)
-            return scheduler
-    return {}
+                scheduler = originals.modern_scheduler(check_config(read_json(path)))
+                named = _pipeline_scheduler(folder, scheduler.get("_class_name"))
+            unknown = unknown_keys(scheduler)
+            if unknown:
+                log.warning("%s: unknown keys are ignored, as in diffusers: %s", path, ", ".join(map(shown, unknown)))
+            return path, scheduler if named is None else {**scheduler, "_class_name": named}
+    return None, {}
+
+
+def _pipeline_scheduler(folder: Path, named: str | None) -> str | None:
+    """Return the class of a folder's scheduler: ``model_index.json`` decides, as in diffusers, else ``named``."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    parts = {key: part for key, part in index.items() if not key.startswith("_") and isinstance(part, list)}
+    others = sorted(key for key in parts.keys() - {"unet", "scheduler"} if any(parts[key]))
+    if others:
+        log.warning(
+            "%s: the pipeline %s has %s besides, which fastdiff does not run: images are the U-Net's own output",
+            folder, shown(index.get("_class_name")), ", ".join(map(shown, others)),
+        )  # fmt: skip
+    library, name = (*parts.get("scheduler", ()), None, None)[:2]
+    if library not in (None, "diffusers"):
+        raise ConfigError(f"model_index.json: its scheduler {shown(name)} is of {shown(library)}, not of diffusers")
+    if isinstance(name, str) and name != named:
+        if named is not None:
+            log.warning("%s: model_index.json names the scheduler %s, its file %s", folder, shown(name), shown(named))
+        return name
+    return named
 
 
 def _read_weights(folder: Path, variant: str | None) -> tuple[dict[str, Tensor], Path]:
     """Read the tensors of a folder, from safetensors, shards, or a PyTorch file, and return the file's path as well."""
-    if variant is not None and (not variant or set("/\\.") & set(variant)):
-        raise CheckpointError(f"{folder}: variant={variant!r}: a word such as fp16 is needed")
+    if variant is not None and re.fullmatch(r"[\w-]{1,60}", variant) is None:
+        raise CheckpointError(f"{folder}: variant={shown(variant)}: a word such as fp16 is needed")
 
     def named(name: str) -> Path:  # diffusers inserts the variant before the last part of a name
         head, _, tail = name.rpartition(".")
@@ -278,7 +353,8 @@ def _read_file(
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     beside = path.parent / "config.json"
     if preset is None and flags is None and originals.layout_of(tensors) is None and beside.exists():
-        return StoredModel(tensors, None, _unet_config(beside), {}, path, path)
+        scheduler_path, scheduler = _scheduler_file(path.parent)
+        return StoredModel(tensors, None, _unet_config(beside), scheduler, path, path, scheduler_path=scheduler_path)
     with _naming(path):
         original = originals.describe(tensors, path, preset, flags)
     for name in original.left_out:
@@ -298,9 +374,7 @@ def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> StoredModel:
         raise CheckpointError(f"{path}: its fastdiff metadata names layout {str(layout)[:80]!r}, which is unknown")
     with _naming(path):
         config = UNetConfig.from_dict(unet)
-        if not isinstance(scheduler, dict):
-            raise ConfigError(f"a scheduler configuration is an object with keys, not {type(scheduler).__name__}")
-        schedule_of(scheduler)
+        check_config(scheduler)
         names = _class_names(info.get("class_names"), config)
     if layout == "checkpoint":
         tensors = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
@@ -336,7 +410,7 @@ def _unet_config(path: Path) -> UNetConfig:
         if name == "UNetModel":
             return originals.old_unet_config(config)
         if name not in ("UNet2DModel", "fastdiff.UNet"):
-            raise ConfigError(f"_class_name {name!r} is not supported; UNet2DModel is")
+            raise ConfigError(f"_class_name {shown(name)} is not supported; UNet2DModel is")
         return UNetConfig.from_dict(config)
 
 

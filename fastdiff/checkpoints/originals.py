@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.checkpoints.layouts import FIXED
-from fastdiff.checks import is_whole, one_of
+from fastdiff.checks import is_whole, one_of, shown
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.unet.config import MAX_LAYERS, MAX_LEVELS, UNetConfig
 
@@ -120,14 +120,14 @@ def parse_flags(flags: str | Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     if isinstance(flags, str):
         words = flags.replace("=", " ").split()
         if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-            raise ConfigError(f"flags={flags!r}: '--name value --name value ...' is needed")
+            raise ConfigError(f"flags={shown(flags)}: '--name value --name value ...' is needed")
         flags = {name[2:]: value for name, value in zip(words[::2], words[1::2], strict=True)}
     result = dict(defaults)
     for name, value in flags.items():
         if name in IGNORED and "image_size" in defaults:
             continue
         if name not in defaults:
-            raise ConfigError(f"flag {name!r} is unknown for this file; allowed: {', '.join(defaults) or 'none'}")
+            raise ConfigError(f"flag {shown(name)} is unknown for this file; allowed: {', '.join(defaults) or 'none'}")
         result[name] = _flag(name, value, defaults[name])
     return result
 
@@ -136,12 +136,12 @@ def _flag(name: str, value: Any, default: Any) -> Any:
     if default is None or isinstance(default, bool):
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if str(value).lower() not in words:
-            raise ConfigError(f"flag {name}={value!r}: True or False is needed")
+            raise ConfigError(f"flag {name}={shown(value)}: True or False is needed")
         return words[str(value).lower()]
     try:
         return type(default)(value)
-    except (TypeError, ValueError) as e:
-        raise ConfigError(f"flag {name}={value!r}: a value like {default!r} is needed") from e
+    except (TypeError, ValueError, OverflowError) as e:
+        raise ConfigError(f"flag {name}={shown(value)}: a value like {default!r} is needed") from e
 
 
 def _blocks(attention: list[bool], *, resnet: bool) -> dict[str, Any]:

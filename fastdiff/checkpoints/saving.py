@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,13 @@ from torch import Tensor
 
 from fastdiff.checkpoints.loading import NAMES_KEY, WEIGHTS
 from fastdiff.checkpoints.reading import DTYPES
-from fastdiff.errors import CheckpointError, WriteError
+from fastdiff.checks import one_of, shown
+from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument, WriteError
 from fastdiff.files import atomic_file, write_text
-from fastdiff.schedule import NoiseSchedule
+from fastdiff.schedule import PREDICTIONS, NoiseSchedule
+from fastdiff.solvers import EDMSchedule
+from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS
+from fastdiff.solvers.walk import Schedule
 from fastdiff.unet import UNet, UNetConfig
 
 
@@ -29,19 +34,22 @@ def save_unet(unet: UNet, path: str | Path) -> None:
     Raises:
         CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
     """
+    if not isinstance(unet, UNet):
+        raise InvalidArgument(f"unet is a {type(unet).__name__}; a fastdiff.UNet is needed")
     save_tensors(unet.config, unet.state_dict(), path)
 
 
 def save_folder(
     path: str | Path,
     unet: UNet,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction: str = "epsilon",
     class_names: Sequence[str] | None = None,
 ) -> None:
     """Write a diffusers pipeline folder: ``unet/``, ``scheduler/`` and ``model_index.json``.
 
-    The scheduler is a ``DDPMScheduler`` with trailing spacing, which clips x0 to [-1, 1]. For a network that diffusers'
+    The scheduler is a ``DDPMScheduler`` with trailing spacing, which clips x0 to [-1, 1], or of an `EDMSchedule` an
+    ``EDMEulerScheduler``. For a network that diffusers'
     ``UNet2DModel`` cannot represent, ``model_index.json`` is left out: diffusers would load the network with random
     weights in place of those that it does not know.
 
@@ -49,22 +57,41 @@ def save_folder(
         path: The folder, which is created if need be.
         unet: The network.
         schedule: The noise schedule with which it was trained.
-        prediction: What the network predicts: "epsilon", "sample" or "v_prediction".
+        prediction: What the network predicts: "epsilon", "sample" or "v_prediction"; with an `EDMSchedule` "edm" or
+            "v_prediction".
         class_names: The name of each class from 0 on, which `fastdiff.Sampler` takes as labels; None for no names.
 
     Raises:
+        InvalidArgument: If ``prediction`` is unknown, or not one of the schedule.
+        ConfigError: If no scheduler of diffusers can represent the schedule.
         CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
     """
-    scheduler = {
+    if not isinstance(unet, UNet):
+        raise InvalidArgument(f"unet is a {type(unet).__name__}; a fastdiff.UNet is needed")
+    scheduler = scheduler_of(schedule, prediction)
+    save_pipeline(path, unet.config, unet.state_dict(), scheduler, class_names)
+
+
+def scheduler_of(schedule: Schedule, prediction: str) -> dict[str, Any]:
+    """Return the scheduler configuration from which `schedule_of` reads the same schedule and prediction."""
+    if isinstance(schedule, EDMSchedule):
+        one_of("prediction", prediction, tuple(EDM_PREDICTIONS.values()))
+        if schedule.time_scale != 1.0:
+            raise ConfigError(f"time_scale={schedule.time_scale!r}: no scheduler of diffusers has it; 1 can be saved")
+        names = {ours: theirs for theirs, ours in EDM_PREDICTIONS.items()}
+        levels = {k: v for k, v in dataclasses.asdict(schedule).items() if k != "time_scale"}
+        return {"_class_name": "EDMEulerScheduler", **levels, "prediction_type": names[prediction]}
+    if not isinstance(schedule, NoiseSchedule):
+        raise InvalidArgument(f"schedule={shown(schedule)}: a NoiseSchedule or an EDMSchedule is needed")
+    return {
         "_class_name": "DDPMScheduler",
         **schedule.to_scheduler_config(),
-        "prediction_type": prediction,
+        "prediction_type": one_of("prediction", prediction, PREDICTIONS),
         "timestep_spacing": "trailing",
         "variance_type": "fixed_small",
         "clip_sample": True,
         "clip_sample_range": 1.0,
     }
-    save_pipeline(path, unet.config, unet.state_dict(), scheduler, class_names)
 
 
 def save_pipeline(
@@ -80,7 +107,8 @@ def save_pipeline(
         path: The folder, which is created if need be.
         config: The network's configuration.
         state: The network's state dict, which is written in its own dtypes.
-        scheduler: The whole contents of ``scheduler_config.json``; ``_class_name`` defaults to "DDPMScheduler".
+        scheduler: The whole contents of ``scheduler_config.json``; ``_class_name`` defaults to "DDPMScheduler". If
+            it is empty, as nothing says what it is, that file and ``model_index.json`` are left out.
         class_names: As for `save_folder`.
 
     Raises:
@@ -88,6 +116,8 @@ def save_pipeline(
     """
     path = Path(path)
     save_tensors(config, state, path / "unet", class_names)
+    if not scheduler:
+        return
     name = scheduler.get("_class_name", "DDPMScheduler")
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", name]}
     with writing(path):

@@ -139,7 +139,11 @@ def train(
     if init is not None and config is not None:
         raise InvalidArgument("--init and --config both give the network; use one")
     given = None if init is None else load(init)
-    if given is not None and (given.schedule != noise or given.scheduler_config.get("prediction_type") != prediction):
+    if (
+        given is not None
+        and given.schedule is not None
+        and (given.schedule != noise or given.scheduler_config.get("prediction_type") != prediction)
+    ):
         raise InvalidArgument(
             f"--init {init}: it was trained with another --schedule, --timesteps or --prediction; use those of "
             f"`fastdiff info {init}`"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.checks import is_whole
+from fastdiff.checks import is_whole, shown
 from fastdiff.errors import InvalidArgument
 
 UPDATE, INITIAL, MASK, TRAIN_NOISE, TRAIN_CHOICE = range(5)  # streams
@@ -35,10 +35,10 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def check_seed(seed: Any) -> int:
     """Return ``seed`` as an int; it is refused, never wrapped, if it is no integer in [0, 2^64)."""
     if not is_whole(seed):
-        raise InvalidArgument(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r} ({type(seed).__name__})")
+        raise InvalidArgument(f"seed must be an integer from 0 to 2^64 - 1, not {shown(seed)} ({type(seed).__name__})")
     value = int(seed)
     if not 0 <= value < 1 << 64:
-        raise InvalidArgument(f"seed must be an integer from 0 to 2^64 - 1, not {value}")
+        raise InvalidArgument(f"seed must be an integer from 0 to 2^64 - 1, not {shown(value)}")
     return value
 
 

@@ -186,7 +186,7 @@ def _from_configuration(unet: Any) -> tuple[UNet, list[tuple[str, type]]]:
     """Make fastdiff's U-Net of a module's configuration, without weights, and list the modules that diffusers makes."""
     from diffusers import UNet2DModel
 
-    config = UNetConfig.from_dict(unet.config)
+    config = UNetConfig.from_dict({**unet.config, "_class_name": "UNet2DModel"})
     with torch.device("meta"):
         own, theirs = UNet(config), UNet2DModel.from_config(unet.config)
     return own.eval(), [(name, type(m)) for name, m in theirs.named_modules() if name]

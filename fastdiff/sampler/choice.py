@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from fastdiff import solvers
-from fastdiff.checks import is_number, is_whole
+from fastdiff.checks import is_number, is_whole, shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import measured
 from fastdiff.sampler.measured import Measured, Point
-from fastdiff.sampler.options import AUTO, DEADLINE, MEASURED, QUALITY, Options
+from fastdiff.sampler.options import AUTO, DEADLINE, MEASURED, QUALITY, Options, scales
 from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.walk import Schedule
@@ -49,7 +49,7 @@ def resolve(o: Options, schedule: Schedule, known: Measured | None) -> tuple[Opt
     name = o.excluded_by(AUTO)
     if name is not None:
         raise InvalidArgument(f"{name}={getattr(o, name)!r} needs a solver by name; 'auto' chooses all")
-    guided = not np.all(np.asarray(o.guidance) == 1.0)
+    guided = bool((scales(o.guidance, None) != 1.0).any())
     steps = o.steps if o.spacing is None or isinstance(o.spacing, str) else len(o.spacing)
     solver, steps, own = auto(schedule, steps, guided)
     return dataclasses.replace(o, solver=solver, steps=steps, **own), None
@@ -65,11 +65,8 @@ def comparable(o: Options, known: Measured | None) -> tuple[list[Point], str]:
     name = o.excluded_by(MEASURED)
     if name is not None:
         return [], f"the measurements were made without {name}="
-    try:
-        scales = np.unique(np.asarray(o.guidance, dtype=np.float64))
-    except (TypeError, ValueError) as e:
-        raise InvalidArgument(f"guidance={o.guidance!r}: one number, or one for each image, is needed") from e
-    points = known.at(float(scales[0])) if len(scales) == 1 else []
+    given = np.unique(scales(o.guidance, None))
+    points = known.at(float(given[0])) if len(given) == 1 else []
     if not points:
         return [], f"{known.path} was measured with guidance {', '.join(f'{g:g}' for g in known.guidances)}"
     return points, ""
@@ -79,7 +76,7 @@ def _of_quality(o: Options, known: Measured | None) -> Point:
     q: Any = o.quality
     if not is_number(q) or q < 1.0:
         raise InvalidArgument(
-            f"quality={q!r}: a number of at least 1 is needed, as 1.1 for at most 1.1 times the best measured distance"
+            f"quality={shown(q)}: a number of at least 1 is needed, as 1.1 for at most 1.1 times the best distance"
         )
     _check_conflicts(QUALITY, o)
     points, why = comparable(o, known)
@@ -106,7 +103,7 @@ def trial(o: Options, schedule: Schedule, prediction: str) -> Options:
     """
     d: Any = o.deadline_s
     if not is_number(d) or d <= 0.0:
-        raise InvalidArgument(f"deadline_s={d!r}: a positive number of seconds is needed")
+        raise InvalidArgument(f"deadline_s={shown(d)}: a positive number of seconds is needed")
     _check_conflicts(DEADLINE, o)
     table = solvers.ddim(schedule, 3, prediction=prediction)
     strength = None if o.image is None else 1.0

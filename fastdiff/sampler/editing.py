@@ -138,6 +138,7 @@ def end_noise(end: int | Tensor, index: int, shape: tuple[int, int, int]) -> Ten
     if not isinstance(end, Tensor):
         seed, i = noise.as_int64(noise.check_seed(end)), torch.tensor([index], dtype=torch.int64, device="cpu")
         return noise.normal(torch.full_like(i, seed), i, torch.zeros_like(i), noise.INITIAL, shape)[0]
+    check_dense("between", end)
     if tuple(end.shape) != shape or not end.is_floating_point() or not torch.isfinite(end).all():
         raise InvalidArgument(f"between: noise of {end.dtype} {tuple(end.shape)}; finite floats {shape} are needed")
     return end.detach().cpu()
@@ -146,11 +147,19 @@ def end_noise(end: int | Tensor, index: int, shape: tuple[int, int, int]) -> Ten
 # Checks of the caller's tensors ---------------------------------------------------------------------------------------
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Reject a tensor without numbers that can be read: a sparse one, or one on the device "meta"."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        kind = "on the device meta" if tensor.device.type == "meta" else f"of layout {tensor.layout}"
+        raise InvalidArgument(f"{name} is a tensor {kind}; a plain (strided) tensor of numbers is needed")
+
+
 def check_image(image: Any, n: int, channels: int) -> Tensor:
     """Return the image as float32 [n, C, H, W] on the CPU; [C, H, W] is for all."""
     if not isinstance(image, Tensor) or not image.is_floating_point():
         got = f"a tensor of {image.dtype}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
         raise InvalidArgument(f"image is {got}; a tensor of floats in [-1, 1] is needed (of uint8: x / 127.5 - 1)")
+    check_dense("image", image)
     full = image if image.ndim == 4 else image[None]
     if full.ndim != 4 or full.shape[1] != channels or len(full) not in (1, n) or 0 in full.shape:
         raise InvalidArgument(
@@ -176,6 +185,7 @@ def check_mask(mask: Any, n: int, shape: tuple[int, int, int]) -> Tensor:
     C, H, W = shape
     if not isinstance(mask, Tensor):
         raise InvalidArgument(f"mask is a {type(mask).__name__}; a tensor ({H}, {W}), 1 where to draw anew, is needed")
+    check_dense("mask", mask)
     full = mask[(None,) * max(0, 4 - mask.ndim)]
     if full.ndim != 4 or len(full) not in (1, n) or full.shape[1] not in (1, C) or tuple(full.shape[2:]) != (H, W):
         raise InvalidArgument(

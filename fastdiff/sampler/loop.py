@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
 import threading
 import time
@@ -17,12 +18,19 @@ from fastdiff.backends import Runner
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.core import noise, update
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import CallbackError, Cancelled, InvalidArgument, NumericsError
+from fastdiff.errors import CallbackError, Cancelled, FastdiffError, InvalidArgument, NumericsError
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import editing
 from fastdiff.sampler.editing import Inpainting
+from fastdiff.sampler.options import NoiseSource
 from fastdiff.sampler.output import Event, SampleOutput
 from fastdiff.sampler.request import Request
+
+log = logging.getLogger("fastdiff")
+
+# Magnitudes of finished images, in units of the data: latents have values of some tens, and an untrained network
+# without clipping reaches 1e5 with a cosine schedule, whose first row multiplies noise by 2e4.
+MOST_LIKELY, MOST = 1e3, 1e6
 
 Rows = Generator[tuple[Event | None, Tensor | None], None, None]
 """After every row: its event, where a preview was asked for, and the images [n, C, H, W], where a chunk ends."""
@@ -57,7 +65,6 @@ class Loop:
         """Run all rows and return the images. Raises what `Sampler.sample` lists, but for `InvalidArgument`."""
         result = _empty(r)
         done = 0
-        bad: list[int] = []
         rows = self.rows(r, preview=lambda _: callback is not None, progress=progress)
         with contextlib.closing(rows):  # else the traceback of an error would keep the state in memory
             for event, images in rows:
@@ -68,23 +75,13 @@ class Loop:
                         raise CallbackError(
                             f"the callback raised {type(e).__name__} at row {event.row} of {event.rows}: {e}"
                         ) from e
-                if images is not None:  # checked a chunk at a time, as a check takes several times their memory
-                    chunk = result[done : done + len(images)]
-                    chunk.copy_(images)
-                    finite = torch.isfinite(chunk).flatten(1).all(dim=1)
-                    bad += [r.start_index + done + int(i) for i in torch.nonzero(~finite)[:, 0]]
+                if images is not None:
+                    result[done : done + len(images)].copy_(images)
                     done += len(images)
         if done < r.n:
             raise Cancelled(f"cancelled with {done} of {r.n} images finished")
         output = SampleOutput(result, r.seed, r.start_index, r.table, r.nfe, r.labels, r.class_names)
-        if bad:
-            raise NumericsError(
-                f"{len(bad)} of {r.n} images became NaN or infinite in {self._dtype} (index "
-                f"{', '.join(map(str, bad[:20]))}); the others are in this error's .output. "
-                "Try float32, or less guidance",
-                tuple(bad),
-                output,
-            )
+        _check_numbers(output, self._dtype)
         return output
 
     def seconds_per_row(self, r: Request) -> float:
@@ -133,6 +130,28 @@ def _empty(r: Request) -> Tensor:
             f"n={r.n}: there is no memory for {r.n} images of {4 * math.prod(r.shape)} bytes; draw fewer at a time, "
             "with start_index for the next ones"
         ) from e
+
+
+def _check_numbers(output: SampleOutput, dtype: torch.dtype) -> None:
+    """Raise `NumericsError` where images are NaN, infinite or too large to be any; warn where they are suspicious."""
+    low, high = torch.aminmax(output.images.flatten(1), dim=1)
+    size = torch.maximum(-low, high) / max(1.0, output.table.data_scale)  # NaN where a value is
+    large = size > MOST_LIKELY
+    if not large.any() and torch.isfinite(size).all():
+        return
+    for bad, what in ((~torch.isfinite(size), "became NaN or infinite"), (size > MOST, "grew beyond any image")):
+        if bad.any():
+            where = tuple(output.start_index + int(i) for i in torch.nonzero(bad)[:, 0])
+            reach = f", to {float(size[bad].max()):.3g}" if torch.isfinite(size[bad]).all() else ""
+            raise NumericsError(
+                f"{len(where)} of {len(size)} images {what}{reach} in {dtype} (index "
+                f"{', '.join(map(str, where[:20]))}); the others are in this error's .output. "
+                "Try float32, or less guidance",
+                where,
+                output,
+            )
+    indices = [output.start_index + int(i) for i in torch.nonzero(large)[:20, 0]]
+    log.warning("images %s have values up to %.3g; images of [-1, 1] need clip=", indices, float(size.max()))
 
 
 @plain_modes()
@@ -196,7 +215,7 @@ def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpai
     if isinstance(source, Tensor):
         x = padded(source[chunk.start : chunk.stop])
     elif source is not None:
-        x = padded(source(None, indices))
+        x = padded(_noise(source, None, indices))
     else:
         i = torch.tensor(index, dtype=torch.int64, device=device)
         x = noise.normal(torch.full_like(i, noise.as_int64(r.seed)), i, torch.zeros_like(i), noise.INITIAL, r.shape)
@@ -216,11 +235,24 @@ def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpai
         label=label,
         guidance=[*r.guidance[chunk.start : chunk.stop], *[1.0] * pad],
         guidance_rescale=r.guidance_rescale,
-        noise=None if source is None or isinstance(source, Tensor) else lambda row: padded(source(row, indices)),
+        noise=None
+        if source is None or isinstance(source, Tensor)
+        else lambda row: padded(_noise(source, row, indices)),
     )
     if pad:
         state.idle(range(len(chunk), r.batch_size))
     return state, inpainting
+
+
+def _noise(source: NoiseSource, row: int | None, indices: range) -> Tensor:
+    """Call the caller's source of noise; what it raises is a `CallbackError`."""
+    try:
+        return source(row, indices)
+    except FastdiffError:
+        raise
+    except Exception as e:
+        where = "for the initial noise" if row is None else f"at row {row}"
+        raise CallbackError(f"the noise function raised {type(e).__name__} {where}: {e}") from e
 
 
 @contextlib.contextmanager

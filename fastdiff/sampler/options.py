@@ -5,18 +5,27 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastdiff.checks import is_whole
+from fastdiff.checks import Check, Error, is_number, is_whole, items, number, one_of, optional, shown, whole
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.sampler.editing import Guide
 from fastdiff.solvers import StepTable
+from fastdiff.solvers.arguments import ARGUMENTS
 from fastdiff.solvers.compat.run import FROM_MODEL
+from fastdiff.solvers.ddpm import VARIANCES
+from fastdiff.solvers.registry import SOLVERS
+from fastdiff.solvers.spacing import check_spacing
+from fastdiff.solvers.table import check_clip
 
+MAX_SCALES = 1 << 20
 STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
 
 NoiseSource = Callable[[int | None, range], Tensor]
@@ -30,9 +39,57 @@ DEADLINE = "deadline_s"  # deadline_s= chooses it, or could not foresee its cost
 MEASURED = "measurements"  # images were measured without it, so the measurements say nothing about a call with it
 
 
-def option(default: Any, flag: str | None = None, *excluded_by: str) -> Any:
-    """Declare an option by its default, its flag in ``fastdiff sample`` (if it has one) and what excludes it."""
-    return dataclasses.field(default=default, metadata={"flag": flag, "excluded_by": excluded_by})
+def option(default: Any, flag: str | None = None, *excluded_by: str, check: Check | None = None) -> Any:
+    """Declare an option by its default, its flag in ``fastdiff sample`` (if it has one) and what excludes it.
+
+    ``check`` checks what can be known about a value alone; without it `fastdiff.sampler.request` checks everything.
+    """
+    return dataclasses.field(default=default, metadata={"flag": flag, "excluded_by": excluded_by, "check": check})
+
+
+def _solver(name: str, value: Any, *, error: Error = InvalidArgument) -> Any:
+    return value if isinstance(value, StepTable) else one_of(name, value, ("auto", *SOLVERS), but="a StepTable")
+
+
+def _clip(name: str, value: Any, *, error: Error = InvalidArgument) -> Any:
+    if isinstance(value, str):
+        if value != FROM_MODEL:
+            raise error(f"{name}={shown(value)}: a positive number, None or {FROM_MODEL!r} is needed")
+        return value
+    check_clip(name, value, error=error)
+    return value
+
+
+def _interval(name: str, value: Any, *, error: Error = InvalidArgument) -> tuple[float, float]:
+    needed = f"{name}={shown(value)}: two numbers (start, end) from 0 to 1 are needed"
+    try:
+        start, end = (number(name, v) if is_number(v) else v for v in items(name, value, 2))
+    except (InvalidArgument, ValueError) as e:
+        raise error(needed) from e
+    if not all(isinstance(v, float) for v in (start, end)):  # NaN is, and is refused with the range
+        raise error(needed)
+    return start, end
+
+
+def scales(value: Any, n: int | None) -> NDArray[np.float64]:
+    """Return the guidance scale of each of n images; if n is None, the one or the ones that are listed."""
+    alone = value is None or _real(value)
+    try:
+        listed = [value] if alone else items("guidance", value, MAX_SCALES if n is None else n)
+    except InvalidArgument:
+        listed = []
+    fits = bool(listed) and (alone or n is None or len(listed) == n)
+    if not fits or not all(v is None or _real(v) for v in listed):
+        many = "one for each image, is" if n is None else f"{n} of them, are"
+        raise InvalidArgument(f"guidance={shown(value)}: one number, or {many} needed")
+    if not all(map(is_number, listed)):
+        raise InvalidArgument(f"guidance={shown(value)}: finite numbers are needed")
+    array = np.array([float(v) for v in listed])
+    return array if n is None else np.broadcast_to(array, (n,))
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,24 +100,32 @@ class Options:
     it, and tests/sampler/test_options.py compares the signature and the docstring of `Sampler.sample` with it.
     """
 
-    solver: str | StepTable = option("ddim", "--solver", QUALITY, DEADLINE)
+    solver: str | StepTable = option("ddim", "--solver", QUALITY, DEADLINE, check=_solver)
     steps: int | None = option(None, "--steps", TABLE, QUALITY, DEADLINE)
-    eta: float = option(0.0, "--eta", TABLE, QUALITY, DEADLINE, MEASURED)
-    variance: str | None = option(None, "--variance", TABLE, QUALITY, DEADLINE, MEASURED)
-    order: int | None = option(None, "--order", TABLE, AUTO, QUALITY, DEADLINE, MEASURED)
-    spacing: str | Sequence[float] | None = option(None, "--spacing", TABLE, DEADLINE, MEASURED)
-    clip: float | str | None = option(FROM_MODEL, None, TABLE, MEASURED)
+    eta: float = option(0.0, "--eta", TABLE, QUALITY, DEADLINE, MEASURED, check=ARGUMENTS["eta"])
+    variance: str | None = option(
+        None, "--variance", TABLE, QUALITY, DEADLINE, MEASURED, check=optional(partial(one_of, allowed=VARIANCES))
+    )
+    order: int | None = option(
+        None, "--order", TABLE, AUTO, QUALITY, DEADLINE, MEASURED, check=optional(partial(whole, low=1))
+    )
+    spacing: str | Sequence[float] | None = option(
+        None, "--spacing", TABLE, DEADLINE, MEASURED, check=optional(check_spacing)
+    )
+    clip: float | str | None = option(FROM_MODEL, None, TABLE, MEASURED, check=_clip)
     seed: int | None = option(0, "--seed")
     start_index: int = option(0, "--start-index")
     labels: int | str | Sequence[int | str] | Tensor | None = option(None, "--labels")
     guidance: float | Sequence[float] = option(1.0, "--guidance")
-    guidance_interval: tuple[float, float] = option((0.0, 1.0), None, MEASURED)
-    guidance_rescale: float = option(0.0, None, MEASURED)
+    guidance_interval: tuple[float, float] = option((0.0, 1.0), None, MEASURED, check=_interval)
+    guidance_rescale: float = option(0.0, None, MEASURED, check=partial(number, low=0, high=1))
     size: int | tuple[int, int] | None = option(None, "--size")
     noise: Tensor | NoiseSource | None = option(None)
     batch_size: int | None = option(None, "--batch-size")
     image: Tensor | None = option(None, "--image", MEASURED)
-    strength: float | None = option(None, "--strength")
+    strength: float | None = option(
+        None, "--strength", check=optional(partial(number, above=0, high=1, need="a number above 0, at most 1,"))
+    )
     mask: Tensor | None = option(None, "--mask", MEASURED)
     repaint: tuple[int, int] | None = option(None, None, DEADLINE, MEASURED)
     guide: Guide | None = option(None, None, DEADLINE, MEASURED)
@@ -68,6 +133,12 @@ class Options:
     quality: float | None = option(None, "--quality", DEADLINE)
     deadline_s: float | None = option(None, "--deadline", QUALITY)
     compat: str | None = option(None, "--compat", TABLE, AUTO, QUALITY, DEADLINE, MEASURED)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check, value = field.metadata["check"], getattr(self, field.name)
+            if check is not None and value is not field.default:
+                object.__setattr__(self, field.name, check(field.name, value))
 
     @classmethod
     def named(cls, method: str, options: Mapping[str, Any]) -> Options:
@@ -91,9 +162,10 @@ class Options:
     def excluded_by(self, other: str) -> str | None:
         """Return the first option that is given, that is, not its default, and that ``other`` excludes."""
         for field in dataclasses.fields(self):
+            if other not in field.metadata["excluded_by"]:
+                continue
             value = getattr(self, field.name)
-            given = value is not None if field.default is None else bool(np.any(value != field.default))
-            if given and other in field.metadata["excluded_by"]:
+            if value is not None if field.default is None else value != field.default:
                 return field.name
         return None
 
@@ -134,7 +206,7 @@ class NetworkInfo:
         if shape is not None and not (
             isinstance(shape, tuple) and len(shape) == 3 and all(is_whole(v) and v >= 1 for v in shape)
         ):
-            raise InvalidArgument(f"shape={shape!r}: (channels, height, width), each at least 1, is needed")
+            raise InvalidArgument(f"shape={shown(shape)}: (channels, height, width), each at least 1, is needed")
         config: Any = getattr(unet, "config", None)
         if getattr(config, "in_channels", None) is None:
             if shape is None:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff import memory
-from fastdiff.checks import is_whole, number, one_of, whole
+from fastdiff.checks import is_whole, items, one_of, shown, whole
 from fastdiff.core.noise import check_seed
 from fastdiff.errors import BackendError, InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import editing
-from fastdiff.sampler.editing import Guide
-from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
+from fastdiff.sampler.editing import Guide, check_dense
+from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options, scales
 from fastdiff.sampler.tables import step_table
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.paths import repaint
@@ -30,6 +30,7 @@ from fastdiff.solvers.walk import Schedule
 CHUNK_BYTES = 2 << 30
 MAX_CHUNK = 64
 SMALL = 64 << 20  # bytes of a call that are not compared with the free memory
+MAX_IMAGES, MAX_SIDE = 1 << 60, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,8 @@ def check(
     `fastdiff.sampler.choice` must have resolved "auto", a quality and a deadline before.
     """
     n = whole("n", n, 1)
+    if n > MAX_IMAGES:
+        raise InvalidArgument(f"n={shown(n)}: the images alone need more GiB than there are; draw fewer at a time")
     start_index = whole("start_index", o.start_index, 0, (1 << 63) - n)
     batch_size = None if o.batch_size is None else whole("batch_size", o.batch_size, 1, but="None")
     seed = secrets.randbits(63) if o.seed is None else check_seed(o.seed)
@@ -87,7 +90,7 @@ def check(
     size = image_size(n, given, info)
     shape = (info.channels, *size)
     if image is not None and tuple(image.shape[1:]) != shape:
-        raise InvalidArgument(f"size={o.size!r}, but image is {image.shape[2]}x{image.shape[3]}")
+        raise InvalidArgument(f"size={shown(o.size)}, but image is {image.shape[2]}x{image.shape[3]}")
     mask = _mask(n, o, shape)
     _check_guide(o, backend)
     table = step_table(o, schedule, prediction, scheduler_config)
@@ -106,6 +109,10 @@ def check(
         raise InvalidArgument(
             f"noise is a {type(o.noise).__name__}; a tensor {(n, *shape)}, a function (row, indices) or None is needed"
         )
+    if isinstance(o.noise, Tensor):
+        check_dense("noise", o.noise)
+        if not o.noise.is_floating_point():
+            raise InvalidArgument(f"noise is a tensor of {o.noise.dtype}; floats are needed")
     if isinstance(o.noise, Tensor) and tuple(o.noise.shape) != (n, *shape):
         raise InvalidArgument(f"noise has shape {tuple(o.noise.shape)}, {(n, *shape)} is needed")
     default_batch = max(1, min(MAX_CHUNK, CHUNK_BYTES // info.activation_bytes(size)))
@@ -119,7 +126,7 @@ def check(
         labels=_labels(n, o.labels, info),
         class_names=info.class_names,
         guidance=guidance,
-        guidance_rescale=number("guidance_rescale", o.guidance_rescale, 0, 1),
+        guidance_rescale=o.guidance_rescale,
         noise=o.noise,
         batch_size=min(n, batch_size or default_batch),
         image=image,
@@ -135,7 +142,7 @@ def _mask(n: int, o: Options, shape: tuple[int, int, int]) -> Tensor | None:
         if getattr(o, name) is not None and o.image is None:
             raise InvalidArgument(f"{name} needs image=, to which it applies")
     if o.repaint is not None and o.mask is None:
-        raise InvalidArgument(f"repaint={o.repaint!r} needs image= and mask=: it makes known and new pixels agree")
+        raise InvalidArgument(f"repaint={shown(o.repaint)} needs image= and mask=: it makes known and new pixels agree")
     return None if o.mask is None else editing.check_mask(o.mask, n, shape)
 
 
@@ -155,7 +162,7 @@ def _check_guide(o: Options, backend: str) -> None:
 
 def _repainted(table: StepTable, given: tuple[int, int]) -> StepTable:
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise InvalidArgument(f"repaint={given!r}: (jump_length, resamples) is needed, as (10, 10)")
+        raise InvalidArgument(f"repaint={shown(given)}: (jump_length, resamples) is needed, as (10, 10)")
     return repaint(table, *given)
 
 
@@ -168,8 +175,10 @@ def image_size(n: int, size: int | tuple[int, int] | None, info: NetworkInfo) ->
     else:
         pair = size if isinstance(size, (tuple, list)) else (size, size)
         if len(pair) != 2 or not all(is_whole(v) and v >= 1 for v in pair):
-            raise InvalidArgument(f"size={size!r}: one whole number or (height, width), each at least 1, is needed")
-        height, width = pair
+            raise InvalidArgument(f"size={shown(size)}: a whole number or (height, width), each at least 1, is needed")
+        height, width = (int(v) for v in pair)
+        if max(height, width) > MAX_SIDE:
+            raise InvalidArgument(f"size={shown(size)}: height and width of at most {MAX_SIDE} are possible")
     if height % info.stride or width % info.stride:
         raise InvalidArgument(f"size={height}x{width}: both must be multiples of the network's stride, {info.stride}")
     _check_memory(n, (height, width), info)
@@ -221,11 +230,13 @@ def _labels(n: int, labels: int | str | Sequence[int | str] | Tensor | None, inf
             raise InvalidArgument(f"this network is class-conditional; give labels from 0 to {info.classes - 1}")
         return None
     if info.classes is None and info.described:
-        raise InvalidArgument(f"labels={labels!r}: this network has no classes")
+        raise InvalidArgument(f"labels={shown(labels)}: this network has no classes")
     try:
-        tensor = torch.as_tensor([labels] * n if is_whole(labels) else labels, dtype=None, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise InvalidArgument(f"labels={labels!r}: one whole number, or {n} of them, are needed") from e
+        if isinstance(labels, Tensor):
+            check_dense("labels", labels)
+        tensor = torch.as_tensor([labels] * n if is_whole(labels) else _plain(labels, n), dtype=None, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise InvalidArgument(f"labels={shown(labels)}: one whole number, or {n} of them, are needed") from e
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tuple(tensor.shape) != (n,):
         raise InvalidArgument(
             f"labels of {tensor.dtype} {tuple(tensor.shape)}: one whole number, or {n} of them, are needed"
@@ -238,26 +249,23 @@ def _labels(n: int, labels: int | str | Sequence[int | str] | Tensor | None, inf
     return tensor
 
 
+def _plain(labels: Any, n: int) -> Any:
+    """Return labels that are a tensor, an array or a list themselves, others as a list that is hardly longer than n."""
+    whole_or_list = (Tensor, np.ndarray, list, bool, float, complex)
+    return labels if isinstance(labels, whole_or_list) else items("labels", labels, n + 1)
+
+
 def _guidance(n: int, o: Options, info: NetworkInfo) -> NDArray[np.float64]:
-    try:
-        scales = np.broadcast_to(np.asarray(o.guidance, dtype=np.float64), (n,))
-    except (TypeError, ValueError) as e:
-        raise InvalidArgument(f"guidance={o.guidance!r}: one number, or {n} of them, are needed") from e
-    if not np.isfinite(scales).all():
-        raise InvalidArgument(f"guidance={o.guidance!r}: finite numbers are needed")
-    if (scales != 1.0).any():
+    given = scales(o.guidance, n)
+    if (given != 1.0).any():
         if info.null_label is None:
             raise InvalidArgument(
-                f"guidance={o.guidance!r} needs a network trained with label dropout (config null_label); 1 is off"
+                f"guidance={shown(o.guidance)} needs a network trained with label dropout (config null_label); 1 is off"
             )
         if o.labels is None:
-            raise InvalidArgument(f"guidance={o.guidance!r} needs labels to guide towards; 1 is off")
-    return scales
+            raise InvalidArgument(f"guidance={shown(o.guidance)} needs labels to guide towards; 1 is off")
+    return given
 
 
 def _guided_between(table: StepTable, interval: tuple[float, float]) -> StepTable:
-    try:
-        start, end = (float(v) for v in interval)
-    except (TypeError, ValueError) as e:
-        raise InvalidArgument(f"guidance_interval={interval!r}: two numbers (start, end) from 0 to 1 are needed") from e
-    return table if (start, end) == (0.0, 1.0) else table.with_guidance_interval(start, end)
+    return table if interval == (0.0, 1.0) else table.with_guidance_interval(*interval)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdiff import backends
+from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.sampler.options import NetworkInfo
@@ -40,7 +41,7 @@ class Runners:
         self.unet = unet
         self.info = info
         self.device = usable_device(device) if device is not None else parameter.device
-        self.fast = dtype == FAST
+        self.fast = isinstance(dtype, str) and dtype == FAST
         self.dtype = usable_dtype("bfloat16" if self.fast else dtype) if dtype is not None else parameter.dtype
         self.determinism = determinism
         self.prepared: dict[backends.Spec, backends.Runner] = {}
@@ -105,17 +106,21 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
     None gives CUDA where there is one, else the CPU. `InvalidArgument` says why a device cannot be used.
     """
+    if not isinstance(device, (str, torch.device, type(None))):
+        raise InvalidArgument(f"device={shown(device)}: a name such as cpu, a torch.device or None is needed")
     try:
         return torch.empty(
             0, dtype=torch.uint8, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
         ).device
     except (RuntimeError, AssertionError, TypeError) as e:
-        raise InvalidArgument(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from e
+        raise InvalidArgument(
+            f"device={shown(str(device))} cannot be used here: {shown(str(e).splitlines()[0])[1:-1]}"
+        ) from e
 
 
 def usable_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """Return the dtype of a name, or a dtype itself; `InvalidArgument` lists the ones that networks can run in."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}, {FAST}")
-    return found  # type: ignore[return-value]  # one of DTYPES, as just checked
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        raise InvalidArgument(f"dtype={shown(dtype)} is unknown; allowed: {', '.join(DTYPES)}, {FAST}")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import backends, checkpoints, solvers
-from fastdiff.checks import one_of, whole
-from fastdiff.errors import InvalidArgument
+from fastdiff.checks import boolean, one_of, shown, whole
+from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import choice, editing
 from fastdiff.sampler.editing import Guide
@@ -27,8 +28,12 @@ from fastdiff.sampler.runners import Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat.run import FROM_MODEL
+from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.prediction import check_prediction
+from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule
+
+SOURCE = ("preset", "flags", "variant", "weights")  # options of `fastdiff.checkpoints.load`
 
 
 class Sampler:
@@ -95,20 +100,22 @@ class Sampler:
         class_names: Sequence[str] | None = None,
     ):
         if not isinstance(unet, nn.Module):
-            raise InvalidArgument(f"unet={unet!r}: a torch module is needed; from_pretrained takes names and paths")
+            raise InvalidArgument(f"unet={shown(unet)}: a torch module is needed; from_pretrained takes paths")
         if schedule is not None and not isinstance(schedule, (NoiseSchedule, EDMSchedule)):
-            raise InvalidArgument(f"schedule={schedule!r}: a NoiseSchedule, an EDMSchedule or None is needed")
+            raise InvalidArgument(f"schedule={shown(schedule)}: a NoiseSchedule, an EDMSchedule or None is needed")
         if prediction is None:
             prediction = "edm" if isinstance(schedule, EDMSchedule) else "epsilon"
         check_prediction(prediction)
         one_of("determinism", determinism, ("seed", "bitwise"))
         one_of("backend", backend, ("auto", *backends.BACKENDS))
+        if measurements_file is not None and not isinstance(measurements_file, (str, os.PathLike)):
+            raise InvalidArgument(f"measurements_file={shown(measurements_file)}: a path or None is needed")
         self.unet = unet
         self.info = dataclasses.replace(NetworkInfo.of(unet, shape), class_names=_class_names(class_names))
         self.schedule: Schedule = schedule or NoiseSchedule()
         self.prediction = prediction
         self.determinism = determinism
-        self.scheduler_config = scheduler_config or {}
+        self.scheduler_config = {} if scheduler_config is None else check_config(scheduler_config)
         self.measurements_file = None if measurements_file is None else Path(measurements_file)
         self._runners = Runners(unet, self.info, backend, device, dtype, determinism)
         self.backend, self.device = self._runners.backend, self._runners.device
@@ -127,6 +134,8 @@ class Sampler:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         determinism: str = "seed",
+        schedule: Schedule | None = None,
+        prediction: str | None = None,
         **source: Any,
     ) -> Sampler:
         """Make a sampler for a model on disk, or for one that fastdiff contains.
@@ -140,6 +149,9 @@ class Sampler:
             device: As for `Sampler`; None: CUDA where there is one, else the CPU.
             dtype: As for `Sampler`.
             determinism: As for `Sampler`.
+            schedule: As for `Sampler`, in place of the one that the model's scheduler configuration describes; needed
+                where the model has no such configuration.
+            prediction: Likewise; None: the one of the scheduler configuration, else as for `Sampler`.
             **source: Options of `fastdiff.checkpoints.load`, which say what an original checkpoint contains.
 
         Returns:
@@ -148,17 +160,26 @@ class Sampler:
         Raises:
             CheckpointError: If the model cannot be loaded.
             InvalidArgument: As for `Sampler`.
-            ConfigError: As for `Sampler`, and for configurations that fastdiff cannot use.
+            ConfigError: As for `Sampler`, for configurations that fastdiff cannot use, and for a model without a
+                scheduler configuration where ``schedule`` is not given.
             BackendError: As for `Sampler`.
         """
-        loaded = checkpoints.load(model, **source)
+        if not source.keys() <= set(SOURCE):
+            unknown = ", ".join(sorted(source.keys() - set(SOURCE)))
+            raise InvalidArgument(f"from_pretrained has no option {unknown}; allowed besides: {', '.join(SOURCE)}")
         device = usable_device(device)
+        loaded = checkpoints.load(model, **source)
+        if loaded.schedule is None and schedule is None:
+            raise ConfigError(
+                f"{loaded.path}: no scheduler_config.json says with which schedule and prediction the network was "
+                "trained; put one there (in scheduler/, as diffusers does), or give schedule= and prediction="
+            )
         # Convolutions are faster in NHWC than in NCHW (benchmarks/test_layout.py measures by how much).
         loaded.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         return cls(
             loaded.unet.to(device),
-            loaded.schedule,
-            prediction=loaded.prediction,
+            loaded.schedule if schedule is None else schedule,
+            prediction=(loaded.prediction if schedule is None else None) if prediction is None else prediction,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -269,9 +290,11 @@ class Sampler:
             CheckpointError: If measurements are needed and their file is damaged.
             CallbackError: If the callback or the guide raised; the message names the row.
             Cancelled: If `cancel` or `close` ended the call.
-            NumericsError: If images became NaN or infinite; its ``output`` has the others.
+            NumericsError: If images became NaN, infinite, or larger than 1e6; its ``output`` has the others.
         """
-        r = self.request(n, **Options.among(locals()))
+        given = Options.among(locals())
+        _check_watchers(callback, progress)
+        r = self.request(n, **given)
         return self._loop.run(r, callback, progress)
 
     def invert(
@@ -315,13 +338,15 @@ class Sampler:
         Raises:
             InvalidArgument: As for `sample`, which lists the other errors too.
         """
+        _check_watchers(callback, progress)
         config = self.scheduler_config
+        spacing = None if spacing is None else check_spacing("spacing", spacing)
         if spacing is None and isinstance(self.schedule, NoiseSchedule):
-            spacing = config.get("timestep_spacing", "trailing")
+            spacing = value_of(config, "timestep_spacing", "trailing")
         table = solvers.ddim_inversion(
             self.schedule, steps, iterations=iterations, spacing=spacing, prediction=self.prediction,
-            steps_offset=config.get("steps_offset", 0) if spacing == "leading" else 0,
-            set_alpha_to_one=config.get("set_alpha_to_one", True),
+            steps_offset=value_of(config, "steps_offset", 0) if spacing == "leading" else 0,
+            set_alpha_to_one=value_of(config, "set_alpha_to_one", True),
         )  # fmt: skip
         n = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 1
         r = self.request(
@@ -358,8 +383,9 @@ class Sampler:
         Raises:
             InvalidArgument: As for `sample`, which lists the other errors too.
         """
+        _check_watchers(callback, progress)
         if not isinstance(between, (tuple, list)) or len(between) != 2:
-            raise InvalidArgument(f"between={between!r}: two ends are needed, each a seed or noise [C, H, W]")
+            raise InvalidArgument(f"between={shown(between)}: two ends are needed, each a seed or noise [C, H, W]")
         Options.named("interpolate", options)
         if options.get("noise") is not None:
             raise InvalidArgument("noise cannot be given to interpolate: between says what it is")
@@ -382,7 +408,8 @@ class Sampler:
         Raises:
             InvalidArgument: As for `sample`.
         """
-        whole("every", every, 1)
+        every = whole("every", every, 1)
+        _check_watchers(None, progress)
         Options.named("stream", options)
         r = self.request(n, **options)
         last = len(r.table) - 1
@@ -468,3 +495,10 @@ def _class_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise InvalidArgument(f"class_names={str(names)[:80]!r}: a list of strings, a name for each class, is needed")
     return tuple(names)
+
+
+def _check_watchers(callback: Any, progress: Any) -> None:
+    """Check the arguments of a call that only watch it."""
+    if callback is not None and not callable(callback):
+        raise InvalidArgument(f"callback={shown(callback)}: a function (event) or None is needed")
+    boolean("progress", progress)

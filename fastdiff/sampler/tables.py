@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fastdiff.checks import is_whole, shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler.options import TABLE, Options
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
-from fastdiff.solvers.compat import FROM_MODEL, CompatOptions, compat_table
+from fastdiff.solvers.compat import CompatOptions, compat_table
+from fastdiff.solvers.keys import clips, value_of
 from fastdiff.solvers.paths import late_start, looks_back, starting_at
 from fastdiff.solvers.registry import OPTIONS, SOLVERS, Solver
 from fastdiff.solvers.walk import Schedule
@@ -26,19 +28,16 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
     """
     if isinstance(o.solver, StepTable):
         return _given_table(o, o.solver)
-    if o.solver not in SOLVERS:
-        allowed = ", ".join(("auto", *SOLVERS))
-        raise InvalidArgument(f"solver={o.solver!r} is unknown; allowed: {allowed}, or a StepTable")
     solver = SOLVERS[o.solver]
     for option, instead in OPTIONS.items():
         value = getattr(o, option)
         if value != DEFAULTS[option] and option not in solver.options:
             owners = " or ".join(repr(name) for name, other in SOLVERS.items() if option in other.options)
-            raise InvalidArgument(f"{option}={value!r} belongs to solver {owners}, not {o.solver!r}{instead}")
+            raise InvalidArgument(f"{option}={shown(value)} belongs to solver {owners}, not {o.solver!r}{instead}")
     if o.compat is not None:
         return _of_code_base(o, o.solver, schedule, prediction, scheduler_config)
     if o.spacing is not None and "spacing" not in solver.shared:
-        raise InvalidArgument(f"spacing={o.spacing!r}: {o.solver} has its own spacing; leave it out")
+        raise InvalidArgument(f"spacing={shown(o.spacing)}: {o.solver} has its own spacing; leave it out")
     shared = _shared(o, solver, schedule, prediction, scheduler_config)
     table = _build(solver, schedule, o.steps, o, scheduler_config, shared)
     if o.late is None:
@@ -55,10 +54,10 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
 
 def _given_table(o: Options, table: StepTable) -> StepTable:
     """Return the table that the caller gave, from its late start on; the other options must not contradict it."""
-    same = dataclasses.replace(o, steps=None) if o.steps == table.steps else o
+    same = dataclasses.replace(o, steps=None) if is_whole(o.steps) and o.steps == table.steps else o
     name = same.excluded_by(TABLE)
     if name is not None:
-        raise InvalidArgument(f"{name}={getattr(o, name)!r} cannot change a StepTable; leave it out")
+        raise InvalidArgument(f"{name}={shown(getattr(o, name))} cannot change a StepTable; leave it out")
     return table if o.late is None else starting_at(table, late_start(table, o.late))
 
 
@@ -68,16 +67,18 @@ def _shared(
     """Return the options that all solvers share, from the call or else from the model."""
     clip, threshold, spacing = o.clip, None, o.spacing
     if isinstance(clip, str):
-        if clip != FROM_MODEL:
-            raise InvalidArgument(f"clip={clip!r}: a positive number, None or {FROM_MODEL!r} is needed")
-        clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
-        if config.get("thresholding"):
-            threshold = (config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0))
+        clip = value_of(config, "clip_sample_range", 1.0) if clips(config) else None
+        if value_of(config, "thresholding", False):
+            share, largest = (
+                value_of(config, "dynamic_thresholding_ratio", 0.995),
+                value_of(config, "sample_max_value", 1),
+            )
+            threshold = (share, largest)
     if spacing is None and isinstance(schedule, NoiseSchedule) and not solver.own_spacing:
-        spacing = config.get("timestep_spacing", "trailing")
+        spacing = value_of(config, "timestep_spacing", "trailing")
     shared = {"prediction": prediction, "clip": clip, "threshold": threshold, "spacing": spacing}
     if spacing == "leading":
-        shared["steps_offset"] = config.get("steps_offset", 0)
+        shared["steps_offset"] = value_of(config, "steps_offset", 0)
     return shared
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.arguments import check_order, checked
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
 
@@ -25,6 +25,7 @@ FEW = 15  # a run of fewer steps ends with lower orders
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(20)
 
 
+@checked
 def lms(schedule: Schedule, steps: int | None = None, *, order: int = 4, **common: Unpack[Common]) -> StepTable:
     """Build the table of k-diffusion's linear multi-step method, Adams-Bashforth with polynomials in sigma.
 
@@ -47,9 +48,7 @@ def lms(schedule: Schedule, steps: int | None = None, *, order: int = 4, **commo
     Raises:
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    if isinstance(order, bool) or order not in (1, 2, 3, 4):
-        raise InvalidArgument(f"order={order!r}: 1, 2, 3 or 4 is needed")
-    return lms_table(Walk.of(schedule, steps, **common), order)
+    return lms_table(Walk.of(schedule, steps, **common), check_order(order, 4))
 
 
 def lms_table(walk: Walk, order: int) -> StepTable:
@@ -60,6 +59,7 @@ def lms_table(walk: Walk, order: int) -> StepTable:
     return _table(walk, "lms", orders, by_log=False)
 
 
+@checked
 def deis(
     schedule: Schedule,
     steps: int | None = None,
@@ -89,9 +89,7 @@ def deis(
     Raises:
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    if isinstance(order, bool) or order not in (1, 2, 3):
-        raise InvalidArgument(f"order={order!r}: 1, 2 or 3 is needed")
-    return deis_table(Walk.of(schedule, steps, **common), order, lower_order_final)
+    return deis_table(Walk.of(schedule, steps, **common), check_order(order, 3), lower_order_final)
 
 
 def deis_table(walk: Walk, order: int, lower_order_final: bool = True) -> StepTable:

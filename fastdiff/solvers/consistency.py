@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdiff.checks import is_number, number, whole
+from fastdiff.checks import number, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.spacing import spaced_sigmas
 from fastdiff.solvers.table import Row, StepTable, check_clip
@@ -21,6 +22,7 @@ from fastdiff.solvers.walk import Walk
 TCD_ETA = 0.3  # eta of a run of `tcd` that gives none, as in its authors' code
 
 
+@checked
 def lcm(
     schedule: NoiseSchedule,
     steps: int | None = None,
@@ -58,8 +60,6 @@ def lcm(
     Raises:
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    if not is_number(timestep_scaling) or timestep_scaling <= 0.0:
-        raise InvalidArgument(f"timestep_scaling={timestep_scaling!r}: a positive number is needed")
     walk = _distilled("lcm", schedule, steps, original_steps, spacing, prediction, clip, threshold)
     return lcm_table(walk, timestep_scaling)
 
@@ -106,6 +106,7 @@ def lcm_table(walk: Walk, timestep_scaling: float) -> StepTable:
     return walk.table("lcm", rows)
 
 
+@checked
 def tcd(
     schedule: NoiseSchedule,
     steps: int | None = None,
@@ -159,6 +160,7 @@ def tcd_table(walk: Walk, eta: float, lower: Sequence[float]) -> StepTable:
     return walk.table("tcd", rows)
 
 
+@checked
 def consistency(
     schedule: EDMSchedule | None = None,
     steps: int | None = None,
@@ -194,7 +196,7 @@ def consistency(
     data, lowest = schedule.sigma_data, schedule.sigma_min
     every = spaced_sigmas("karras", train_steps, schedule.sigma_max, lowest, schedule.rho)
     sigmas = every[np.arange(n) * (train_steps // n)].tolist()
-    c = check_clip(clip) / data
+    c = check_clip("clip", clip) / data
     rows = []
     for i, sigma in enumerate(sigmas):
         # The table's state is x / root, and its x0 is f / data.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fastdiff.checks import is_number, one_of
+from fastdiff.checks import one_of
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import posterior
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Schedule, Walk
 
 
+@checked
 def ddim(
     schedule: Schedule,
     steps: int | None = None,
@@ -70,17 +72,14 @@ def ddim_table(walk: Walk, eta: float, eps_from: str) -> StepTable:
 
     where a_p = sqrt(abar_p), and var is the variance of the posterior q(x_p | x_t, x_0): sigma is that of eq. 16.
     """
-    if not is_number(eta) or eta < 0.0:
-        raise InvalidArgument(f"eta={eta!r}: 0 or a positive number is needed")
     one_of("eps_from", eps_from, ("clipped", "output"))
-    eta = float(eta)
     rows = []
     for i, level in enumerate(walk.levels):
         _, ct, var = posterior(level.abar, level.abar_next)
         sigma = eta * math.sqrt(var)
         # 1 - abar_p = var + ct^2 (1 - abar_t), so this is 1 - abar_p - sigma^2. Computed as written, that difference
         # cancels near 0, and its root would be off by 1e-8.
-        squared = (1.0 - eta**2) * var + ct**2 * (1.0 - level.abar)
+        squared = (1.0 - eta * eta) * var + ct**2 * (1.0 - level.abar)
         if squared < 0.0:
             raise InvalidArgument(
                 f"eta={eta!r}: more noise than the level at timestep {level.t:g} holds; eta=1 is always possible"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fastdiff.checks import one_of
 from fastdiff.schedule import NoiseSchedule, posterior
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Schedule, Walk
 
@@ -15,6 +16,7 @@ VARIANCES = ("posterior", "beta", "none", "learned_range")
 VARIANCE_TYPES = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned_range"}
 
 
+@checked
 def ddpm(
     schedule: Schedule,
     steps: int | None = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastdiff.checks import number
 from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Level, Schedule, Walk
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked
 def dpm2(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
     """Build the table of k-diffusion's sample_dpm_2, the midpoint rule for dx/dsigma = eps, x = x_0 + sigma eps.
 
@@ -39,6 +41,7 @@ def dpm2(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
     return dpm2_table(Walk.of(schedule, steps, **common), "dpm2", 0.0)
 
 
+@checked
 def dpm2_ancestral(
     schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **common: Unpack[Common]
 ) -> StepTable:

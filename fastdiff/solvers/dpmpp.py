@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from fastdiff.checks import one_of
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.phi import phi
 from fastdiff.solvers.table import Row, StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
@@ -17,6 +18,7 @@ SOLVER_TYPES = ("midpoint", "heun")
 FEW = 15  # a run of fewer steps ends with lower orders, as in the authors' code
 
 
+@checked
 def dpmpp_1(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
     """Build the table of DPM-Solver++ of order 1, which is DDIM with eta = 0.
 
@@ -41,6 +43,7 @@ def dpmpp_1(schedule: Schedule, steps: int | None = None, **common: Unpack[Commo
     return dpmpp_table(Walk.of(schedule, steps, **common), "dpmpp_1", order=1)
 
 
+@checked
 def dpmpp_2m(
     schedule: Schedule,
     steps: int | None = None,
@@ -78,6 +81,7 @@ def dpmpp_2m(
     return dpmpp_table(walk, "dpmpp_2m", 2, solver_type, lower_order_final, euler_at_final)
 
 
+@checked
 def dpmpp_3m(
     schedule: Schedule,
     steps: int | None = None,
@@ -118,6 +122,7 @@ def dpmpp_3m(
     return dpmpp_table(walk, "dpmpp_3m", 3, "heun", lower_order_final, euler_at_final)
 
 
+@checked
 def dpmpp_2m_sde(
     schedule: Schedule,
     steps: int | None = None,
@@ -155,6 +160,7 @@ def dpmpp_2m_sde(
     return dpmpp_table(walk, "dpmpp_2m_sde", 2, solver_type, lower_order_final, euler_at_final, sde=True)
 
 
+@checked
 def dpmpp_3m_sde(
     schedule: Schedule,
     steps: int | None = None,

@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from fastdiff.checks import number
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.dpm2 import ancestral, finite, stage
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked
 def dpmpp_2s_ancestral(
     schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **common: Unpack[Common]
 ) -> StepTable:
@@ -64,6 +66,7 @@ def dpmpp_2s_ancestral_table(walk: Walk, eta: float) -> StepTable:
     return walk.table("dpmpp_2s_ancestral", rows)
 
 
+@checked
 def dpmpp_sde(schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **common: Unpack[Common]) -> StepTable:
     """Build the table of k-diffusion's sample_dpmpp_sde, DPM-Solver++ of the SDE with a stage in the middle (r = 1/2).
 

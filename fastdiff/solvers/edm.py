@@ -7,11 +7,14 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from fastdiff.checks import is_number, whole
+from fastdiff.checks import is_number, is_whole, number, shown, whole
 from fastdiff.errors import ConfigError, InvalidArgument
-from fastdiff.solvers.spacing import RHO, SIGMA_SPACINGS, spaced_sigmas
+from fastdiff.solvers.spacing import RHO, SIGMA_SPACINGS, check_spacing, spaced_sigmas
 
 STEPS = 18  # steps of a run that gives no number
+MAX_STEPS = 1_000_000
+# Limits far beyond any real network's, within which the arithmetic of float64 is exact enough.
+LARGEST, LARGEST_RHO = 1e9, 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,9 @@ class EDMSchedule:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if not is_number(value) or value <= 0.0:
-                raise ConfigError(f"{f.name}={value!r}: a positive number is needed")
+            value = number(f.name, getattr(self, f.name), above=0, need="a positive number", error=ConfigError)
+            low, high = (0.1, LARGEST_RHO) if f.name == "rho" else (1.0 / LARGEST, LARGEST)
+            object.__setattr__(self, f.name, number(f.name, value, low, high, error=ConfigError))
         if self.sigma_min >= self.sigma_max:
             raise ConfigError(f"sigma_min={self.sigma_min!r} must be less than sigma_max={self.sigma_max!r}")
 
@@ -57,6 +60,7 @@ class EDMSchedule:
         Returns:
             The timestep, which may be negative.
         """
+        sigma = number("sigma", sigma, above=0, need="a positive number")
         return self.time_scale * 0.25 * math.log(sigma)
 
     def sigma(self, time: float) -> float:
@@ -68,7 +72,10 @@ class EDMSchedule:
         Returns:
             sigma.
         """
-        return math.exp(4.0 * time / self.time_scale)
+        exponent = 4.0 * number("time", time) / self.time_scale
+        if abs(exponent) > 700.0:  # e^710 overflows
+            raise InvalidArgument(f"time={shown(time)}: a timestep whose sigma is neither 0 nor infinite is needed")
+        return math.exp(exponent)
 
     def abar(self, time: float) -> float:
         """Compute abar = sigma_data^2 / (sigma_data^2 + sigma^2) at a timestep of the network.
@@ -79,7 +86,8 @@ class EDMSchedule:
         Returns:
             abar, between 0 and 1.
         """
-        return 1.0 / (1.0 + (self.sigma(time) / self.sigma_data) ** 2)
+        ratio = self.sigma(time) / self.sigma_data
+        return 1.0 / (1.0 + ratio * ratio)  # not ratio ** 2, which raises where this is infinite
 
     def times(self, steps: int | None, spacing: str | Sequence[float]) -> list[float]:
         """Return the network's timesteps of a run.
@@ -97,16 +105,16 @@ class EDMSchedule:
         if isinstance(spacing, str):
             if spacing not in SIGMA_SPACINGS:
                 raise InvalidArgument(
-                    f"spacing={spacing!r}: an EDMSchedule has {', '.join(SIGMA_SPACINGS)}, or a list of sigmas"
+                    f"spacing={shown(spacing)}: an EDMSchedule has {', '.join(SIGMA_SPACINGS)}, or a list of sigmas"
                 )
-            n = whole("steps", STEPS if steps is None else steps, 1, 1_000_000)
+            n = whole("steps", STEPS if steps is None else steps, 1, MAX_STEPS)
             return [self.time(s) for s in spaced_sigmas(spacing, n, self.sigma_max, self.sigma_min, self.rho).tolist()]
-        sigmas = list(spacing)
-        if not sigmas or (steps is not None and steps != len(sigmas)):
-            raise InvalidArgument(f"steps={steps!r}, but spacing lists {len(sigmas)} sigmas; at least one is needed")
+        sigmas = list(check_spacing("spacing", spacing))
+        if not sigmas or (steps is not None and not (is_whole(steps) and steps == len(sigmas))):
+            raise InvalidArgument(f"steps={shown(steps)}, but spacing lists {len(sigmas)} sigmas (at least 1)")
         for sigma in sigmas:
             if not is_number(sigma) or sigma <= 0.0:
-                raise InvalidArgument(f"spacing: sigma {sigma!r} is not a positive number")
+                raise InvalidArgument(f"spacing: sigma {shown(sigma)} is not a positive number")
         for a, b in itertools.pairwise(sigmas):
             if a <= b:
                 raise InvalidArgument(f"spacing: sigmas must fall, got {a!r} before {b!r}")

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from fastdiff.checks import number
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked
 def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
     """Build the table of Euler's method in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1, first order only).
 
@@ -37,6 +39,7 @@ def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]
     return euler_table(Walk.of(schedule, steps, **common), "euler", 0.0)
 
 
+@checked
 def euler_ancestral(
     schedule: Schedule, steps: int | None = None, *, eta: float = 1.0, **common: Unpack[Common]
 ) -> StepTable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Level, Schedule, Walk
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked
 def heun(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
     """Build the table of Heun's second-order method (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
 

@@ -6,13 +6,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from fastdiff.checks import is_number, whole
+from fastdiff.checks import is_number, shown, whole
 from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.table import Row, StepTable
 from fastdiff.solvers.walk import Level, Schedule, Walk
 
+MAX_REPEATED = 1_000_000  # steps that RePaint adds at most
 LINEAR = ("ax", "ao", "a0", "as_")  # coefficients of a row's result in a table without history
 
 
@@ -28,7 +30,7 @@ def late_start(table: StepTable, strength: float) -> int:
     is the first row of step N - floor(strength N).
     """
     if not is_number(strength) or not 0.0 < strength <= 1.0:
-        raise InvalidArgument(f"strength={strength!r}: a number above 0, at most 1, is needed")
+        raise InvalidArgument(f"strength={shown(strength)}: a number above 0, at most 1, is needed")
     starts = step_starts(table)
     steps = int(len(starts) * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996, and 29 steps are meant
     if steps < 1:
@@ -47,6 +49,7 @@ def looks_back(table: StepTable, start: int) -> bool:
     return False
 
 
+@checked
 def starting_at(table: StepTable, start: int) -> StepTable:
     """Return the table that runs only the rows from ``start`` on.
 
@@ -61,6 +64,7 @@ def starting_at(table: StepTable, start: int) -> StepTable:
         InvalidArgument: If a row from ``start`` on reads what an earlier one leaves. A multi-step solver has to be
             built anew, for the later timesteps.
     """
+    whole("start", start, 0, len(table) - 1, of="the rows of the table")
     if start == 0:
         return table
     if looks_back(table, start):
@@ -73,6 +77,7 @@ def starting_at(table: StepTable, start: int) -> StepTable:
     return dataclasses.replace(table, steps=steps, rows=rows, init_scale=math.sqrt(1.0 - rows[0].abar))
 
 
+@checked
 def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> StepTable:
     """Return a table that repeats every stretch of steps, so that regions that are drawn come to agree with known ones.
 
@@ -96,9 +101,11 @@ def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> Ste
     Raises:
         InvalidArgument: If the table has a history, or noise whose scale the network predicts.
     """
-    whole("jump_length", jump_length, 1)
-    whole("resamples", resamples, 1)
+    jump_length, resamples = whole("jump_length", jump_length, 1), whole("resamples", resamples, 1)
     starts = step_starts(table)
+    repeated = (resamples - 1) * jump_length * ((len(starts) - 1) // jump_length)
+    if repeated > MAX_REPEATED:
+        raise InvalidArgument(f"jump_length={jump_length}, resamples={shown(resamples)}: {shown(repeated)} steps more")
     if any(looks_back(table, start) for start in starts):
         raise InvalidArgument(
             f"RePaint cannot resample {table.solver}, a multi-step solver; ddpm, ddim, euler, euler_ancestral, dpmpp_1 "
@@ -127,6 +134,7 @@ def _jump(row: Row, abar: float) -> Row:
     return row._replace(abar_next=abar, s=s, **{name: math.sqrt(r) * getattr(row, name) for name in LINEAR})
 
 
+@checked
 def ddim_inversion(
     schedule: Schedule,
     steps: int | None = None,

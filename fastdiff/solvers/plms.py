@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.table import Row, StepTable
 from fastdiff.solvers.walk import Common, Level, Schedule, Walk
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
+@checked
 def plms(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
     """Build the table of PNDM's pseudo linear multi-step method, without its Runge-Kutta start.
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import edm, walk
@@ -21,6 +22,7 @@ from fastdiff.solvers.dpmpp import dpmpp_1, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dp
 from fastdiff.solvers.dpmpp_stages import dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
+from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.plms import plms
 from fastdiff.solvers.singlestep import dpmpp_2s, dpmpp_3s
 from fastdiff.solvers.table import StepTable
@@ -76,9 +78,9 @@ class Solver:
 
 
 def _variance(config: Config) -> str:
-    name = config.get("variance_type", "fixed_small")
+    name = value_of(config, "variance_type", "fixed_small")
     if name not in VARIANCE_TYPES:
-        raise InvalidArgument(f"the model's variance_type {name!r} is not supported; give variance=")
+        raise InvalidArgument(f"the model's variance_type {shown(name)} is not supported; give variance=")
     return VARIANCE_TYPES[name]
 
 
@@ -100,7 +102,7 @@ SOLVERS: dict[str, Solver] = {
         ddim,
         "Denoising diffusion implicit models (Song et al. 2021).",
         options=("eta",),
-        from_model={"set_alpha_to_one": lambda config: config.get("set_alpha_to_one", True)},
+        from_model={"set_alpha_to_one": lambda config: value_of(config, "set_alpha_to_one", True)},
         diffusers=DiffusersScheduler("DDIMScheduler"),
         others=("openai", "ho"),
     ),
@@ -191,8 +193,8 @@ SOLVERS: dict[str, Solver] = {
         shared=("spacing", "prediction", "clip", "threshold"),
         own_spacing=True,
         from_model={
-            "original_steps": lambda config: config.get("original_inference_steps"),
-            "timestep_scaling": lambda config: config.get("timestep_scaling", 10.0),
+            "original_steps": lambda config: value_of(config, "original_inference_steps", None),
+            "timestep_scaling": lambda config: value_of(config, "timestep_scaling", 10.0),
         },
         diffusers=DiffusersScheduler("LCMScheduler"),
     ),

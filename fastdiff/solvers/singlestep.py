@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastdiff.checks import one_of
+from fastdiff.solvers.arguments import checked
 from fastdiff.solvers.dpmpp import SOLVER_TYPES
 from fastdiff.solvers.phi import phi
 from fastdiff.solvers.table import Row, StepTable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@checked
 def dpmpp_2s(
     schedule: Schedule, steps: int | None = None, *, solver_type: str = "midpoint", **common: Unpack[Common]
 ) -> StepTable:
@@ -52,6 +54,7 @@ def dpmpp_2s(
     return singlestep_table(walk, "dpmpp_2s", orders(walk, 2), solver_type)
 
 
+@checked
 def dpmpp_3s(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
     """Build the table of DPM-Solver++(3S), single-step, of order 3 (DPM-Solver, arXiv:2206.00927, algorithm 2, in x_0).
 

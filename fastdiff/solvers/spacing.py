@@ -9,20 +9,31 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checks import is_number, is_whole, one_of, whole
+from fastdiff.checks import Error, is_number, is_whole, items, one_of, shown, whole
 from fastdiff.errors import InvalidArgument
-from fastdiff.schedule import NoiseSchedule
+from fastdiff.schedule import MAX_TIMESTEPS, NoiseSchedule
 
 log = logging.getLogger("fastdiff")
 
 SIGMA_SPACINGS = ("karras", "exponential")
 SPACINGS = ("trailing", "leading", "linspace", "quadratic")
 RHO = 7.0  # Karras et al. 2022, table 1
+
+
+def check_spacing(name: str, value: Any, *, error: Error = InvalidArgument) -> str | list[Any]:
+    """Return a spacing's name as it is, or its timesteps as a list; what they are is not checked."""
+    if isinstance(value, str):
+        return value
+    need = f"allowed are {', '.join((*SPACINGS, *SIGMA_SPACINGS))}, or a list"
+    if not isinstance(value, Iterable):
+        raise error(f"{name}={shown(value)}: {need}")
+    return items(name, value, MAX_TIMESTEPS, need="a name or a list of numbers", error=error)
 
 
 def timesteps(
@@ -57,11 +68,11 @@ def timesteps(
         InvalidArgument: If ``steps`` is out of range, the spacing is unknown, or a list rises, repeats a timestep or
             leaves the range.
     """
-    T = schedule.timesteps
+    T = _discrete(schedule).timesteps
     if isinstance(spacing, str):
         one_of("spacing", spacing, (*SPACINGS, *SIGMA_SPACINGS), but="a list of timesteps")
-    if steps_offset != 0 and not (isinstance(spacing, str) and spacing == "leading"):
-        raise InvalidArgument(f"steps_offset={steps_offset!r} goes with spacing='leading', not {spacing!r}")
+    if not (is_whole(steps_offset) and steps_offset == 0) and not (isinstance(spacing, str) and spacing == "leading"):
+        raise InvalidArgument(f"steps_offset={shown(steps_offset)} goes with spacing='leading', not {shown(spacing)}")
     if not isinstance(spacing, str):
         return _listed(T, steps, spacing)
     n = whole("steps", steps, 1, T, of="the schedule's timesteps")
@@ -69,7 +80,7 @@ def timesteps(
     if spacing == "leading":
         room = T - 1 - (n - 1) * stride
         if not is_whole(steps_offset) or not 0 <= steps_offset <= room:
-            raise InvalidArgument(f"steps_offset={steps_offset!r}: 0 to {room} is possible with {n} steps")
+            raise InvalidArgument(f"steps_offset={shown(steps_offset)}: 0 to {room} is possible with {n} steps")
     if n == 1:
         return [float(T - 1)]
     if spacing == "trailing":
@@ -119,10 +130,10 @@ def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[n
     """
     largest, smallest = _sigma_range(schedule, finite=False)
     wanted = []
-    for sigma in np.asarray(sigmas).tolist():
+    for sigma in items("sigmas", sigmas, MAX_TIMESTEPS, need="a list of numbers"):
         # A power or an exponential can put an end of the range a rounding error outside it.
         if not is_number(sigma) or not smallest * (1 - 1e-9) <= sigma <= largest * (1 + 1e-9):
-            raise InvalidArgument(f"sigma {sigma!r} is not a number from {smallest:g} to {largest:g}, the schedule's")
+            raise InvalidArgument(f"sigma {shown(sigma)} is not a number from {smallest:g} to {largest:g}, as it has")
         wanted.append(-math.log1p(sigma * sigma))
     abar = schedule.alphas_cumprod
     known = abar[abar > 0.0]
@@ -137,9 +148,16 @@ def nearest_timestep(schedule: NoiseSchedule, sigma: float) -> float:
     return sigma_timesteps(schedule, [min(max(sigma, smallest), largest)])[0]
 
 
+def _discrete(schedule: Any) -> NoiseSchedule:
+    """Return the schedule, which must be one of discrete timesteps."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise InvalidArgument(f"schedule={shown(schedule)}: a NoiseSchedule is needed")
+    return schedule
+
+
 def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, float]:
     """Return the largest and the smallest sigma; if ``finite``, refuse a schedule whose largest is infinite."""
-    first, last = (float(schedule.alphas_cumprod[i]) for i in (0, -1))
+    first, last = (float(_discrete(schedule).alphas_cumprod[i]) for i in (0, -1))
     if last == 0.0:
         if finite:
             raise InvalidArgument(
@@ -152,19 +170,14 @@ def _sigma_range(schedule: NoiseSchedule, finite: bool = True) -> tuple[float, f
 
 def _listed(T: int, steps: int | None, spacing: Sequence[float]) -> list[float]:
     """Return a list of timesteps as floats, after checking it."""
-    try:
-        t = list(spacing.tolist() if hasattr(spacing, "tolist") else spacing)
-    except TypeError as e:
-        raise InvalidArgument(
-            f"spacing={spacing!r}: allowed are {', '.join((*SPACINGS, *SIGMA_SPACINGS))}, or a list"
-        ) from e
+    t = list(check_spacing("spacing", spacing))
     if not t:
         raise InvalidArgument("spacing lists no timesteps; at least one is needed")
-    if steps is not None and (isinstance(steps, bool) or steps != len(t)):
-        raise InvalidArgument(f"steps={steps!r}, but spacing lists {len(t)} timesteps; steps can be left out")
+    if steps is not None and not (is_whole(steps) and steps == len(t)):
+        raise InvalidArgument(f"steps={shown(steps)}, but spacing lists {len(t)} timesteps; steps can be left out")
     for v in t:
         if not is_number(v) or not 0 <= v <= T - 1:
-            raise InvalidArgument(f"spacing: timestep {v!r} is not a number from 0 to {T - 1}")
+            raise InvalidArgument(f"spacing: timestep {shown(v)} is not a number from 0 to {T - 1}")
     for a, b in itertools.pairwise(t):
         if a <= b:
             raise InvalidArgument(f"spacing: timesteps must fall, got {a!r} before {b!r}")

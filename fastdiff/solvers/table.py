@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checks import is_number, whole
+from fastdiff.checks import Error, boolean, is_number, items, number, shown, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import parse_json
+from fastdiff.solvers.gain import LARGEST, amplification
 
 FORMAT = 1
 MAX_ROWS = 1 << 24  # a noise counter has 24 bits for the row
@@ -123,24 +124,22 @@ class StepTable:
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
-            raise InvalidArgument(f"solver={self.solver!r}: a name is needed")
+            raise InvalidArgument(f"solver={shown(self.solver)}: a name is needed")
         object.__setattr__(self, "steps", whole("steps", self.steps, 1))
         for name in ("init_scale", "data_scale"):
-            if not is_number(getattr(self, name)) or getattr(self, name) <= 0.0:
-                raise InvalidArgument(f"{name}={getattr(self, name)!r}: a positive number is needed")
+            number(name, getattr(self, name), above=0, need="a positive number")
         for name in ("ascending", "continuous"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgument(f"{name}={getattr(self, name)!r}: True or False is needed")
-        object.__setattr__(self, "threshold", check_threshold(self.threshold))
-        object.__setattr__(self, "rows", tuple(self.rows))
+            object.__setattr__(self, name, boolean(name, getattr(self, name)))
+        object.__setattr__(self, "threshold", check_threshold("threshold", self.threshold))
+        object.__setattr__(self, "rows", tuple(items("rows", self.rows, MAX_ROWS, need="a list of Row")))
         if not 1 <= len(self.rows) < MAX_ROWS:
             raise InvalidArgument(f"a table of {len(self.rows)} rows: 1 to {MAX_ROWS - 1} are needed")
         for i, row in enumerate(self.rows):
             if not isinstance(row, Row):
-                raise InvalidArgument(f"{self.solver} row {i}: {row!r} is not a Row")
+                raise InvalidArgument(f"{self.solver} row {i}: {shown(row)} is not a Row")
             for name, value in zip(COLUMNS, row, strict=True):
                 if not isinstance(value, (int, float)) or not (math.isfinite(value) or (name == "c" and value > 0)):
-                    raise InvalidArgument(f"{self.solver} row {i}: {name}={value!r} is not a finite number")
+                    raise InvalidArgument(f"{self.solver} row {i}: {name}={shown(value)} is not a finite number")
             clean = row.abar == 1 and self.ascending  # inversion starts at the image
             levels = (0 <= row.abar < 1 or clean) and 0 < row.abar_next <= 1
             if (row.t < 0 and not self.continuous) or row.c <= 0 or not levels:
@@ -162,6 +161,12 @@ class StepTable:
         for (i, t), (j, t_after) in itertools.pairwise(steps):
             if not (self.ascending or t > t_after):
                 raise InvalidArgument(f"{self.solver} rows {i}, {j}: timesteps must fall, got {t}, {t_after}")
+        gain = amplification(self.rows, self.init_scale)
+        if not gain <= LARGEST:
+            raise InvalidArgument(
+                f"{self.solver}: this table multiplies noise by {gain:.3g}, and float32's rounding with it, so that "
+                "nothing of the images remains: the noise levels of its schedule or of its steps are degenerate"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -195,6 +200,7 @@ class StepTable:
         Returns:
             The number of evaluations.
         """
+        guided = boolean("guided", guided)
         return len(self.rows) + (sum(1 for row in self.rows if row.g) if guided else 0)
 
     def with_guidance_interval(self, start: float, end: float) -> StepTable:
@@ -213,7 +219,7 @@ class StepTable:
             InvalidArgument: If not 0 <= start <= end <= 1.
         """
         if not (is_number(start) and is_number(end) and 0.0 <= start <= end <= 1.0):
-            raise InvalidArgument(f"guidance_interval=({start!r}, {end!r}): 0 <= start <= end <= 1 is needed")
+            raise InvalidArgument(f"guidance_interval=({shown(start)}, {shown(end)}): 0 <= start <= end <= 1 is needed")
         n = len(self.rows)
         inside = (start <= i / n and (i + 1) / n <= end for i in range(n))
         return dataclasses.replace(
@@ -282,24 +288,22 @@ class StepTable:
         return "\n".join([head, *lines])
 
 
-def check_clip(clip: float | None) -> float:
+def check_clip(name: str, value: Any, *, error: Error = InvalidArgument) -> float:
     """Return the bound c of |x_0| as a number; None is no bound."""
-    if clip is None or (isinstance(clip, float) and clip == math.inf):
+    if value is None or (isinstance(value, float) and value == math.inf):
         return math.inf
-    if not is_number(clip) or clip <= 0:
-        raise InvalidArgument(f"clip={clip!r}: a positive number or None is needed")
-    return float(clip)
+    return number(name, value, above=0, need="a positive number or None", error=error)
 
 
-def check_threshold(threshold: float | tuple[float, float] | None) -> tuple[float, float] | None:
+def check_threshold(name: str, value: Any, *, error: Error = InvalidArgument) -> tuple[float, float] | None:
     """Return (ratio, largest) of dynamic thresholding; for a ratio alone, ``largest`` is infinite."""
-    if threshold is None:
+    if value is None:
         return None
-    pair = tuple(threshold) if isinstance(threshold, (tuple, list)) else (threshold, math.inf)
-    numbers = all(is_number(v) or v == math.inf for v in pair)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, math.inf)
+    numbers = all(is_number(v) or (isinstance(v, float) and v == math.inf) for v in pair)
     if len(pair) != 2 or not numbers or not (0.0 < pair[0] <= 1.0 and pair[1] >= 1.0):
-        raise InvalidArgument(
-            f"threshold={threshold!r}: the quantile's share in (0, 1], alone or with the largest divisor (at least 1), "
+        raise error(
+            f"{name}={shown(value)}: the quantile's share in (0, 1], alone or with the largest divisor (at least 1), "
             "or None is needed"
         )
     return float(pair[0]), float(pair[1])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastdiff.checks import one_of
-from fastdiff.errors import InvalidArgument
+from fastdiff.solvers.arguments import check_order, checked
 from fastdiff.solvers.phi import phi
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SOLVER_TYPES = ("bh1", "bh2")
 
 
+@checked
 def unipc(
     schedule: Schedule,
     steps: int | None = None,
@@ -61,8 +62,7 @@ def unipc(
     Raises:
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    if isinstance(order, bool) or order not in (1, 2, 3):
-        raise InvalidArgument(f"order={order!r}: 1, 2 or 3 is needed")
+    order = check_order(order, 3)
     walk = Walk.of(schedule, steps, **common)
     uncorrected = () if corrector else range(len(walk))
     return unipc_table(walk, order, solver_type, uncorrected, lower_order_final)

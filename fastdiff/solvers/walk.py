@@ -129,8 +129,8 @@ class Walk:
             prediction = "edm"
         prediction = "epsilon" if prediction is None else prediction
         check_prediction(prediction)
-        limit = check_threshold(threshold)
-        c = 1.0 if limit is not None else check_clip(clip)
+        limit = check_threshold("threshold", threshold)
+        c = 1.0 if limit is not None else check_clip("clip", clip)
         one_of("final", final, ("zero", "sigma_min"))
         if isinstance(schedule, EDMSchedule):
             ts = schedule.times(steps, "karras" if spacing is None else spacing)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from fastdiff.checks import is_number, whole
+from fastdiff.checks import boolean, is_number, shown, whole
 from fastdiff.core.noise import check_seed
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import PREDICTIONS
+
+DECAYS = ("none", "cosine", "linear")
+MAX_COUNT = 1 << 62  # of steps and images, which are counted in int64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,17 +80,18 @@ class TrainConfig:
         # NumPy's numbers become Python's, as the settings are saved as JSON.
         object.__setattr__(self, "seed", check_seed(self.seed))
         for key in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
-            object.__setattr__(self, key, whole(key, getattr(self, key), 1))
+            object.__setattr__(self, key, whole(key, getattr(self, key), 1, MAX_COUNT))
         for key in ("lr_warmup", "sample_every"):
-            object.__setattr__(self, key, whole(key, getattr(self, key), 0))
+            object.__setattr__(self, key, whole(key, getattr(self, key), 0, MAX_COUNT))
         self._need("batch_size", self.batch_size % self.accumulate == 0, f"a multiple of accumulate={self.accumulate}")
-        self._need("prediction", self.prediction in PREDICTIONS, " or ".join(map(repr, PREDICTIONS)))
-        self._need("lr_decay", self.lr_decay in ("none", "cosine", "linear"), "'none', 'cosine' or 'linear'")
-        self._need("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        for key, allowed in {"prediction": PREDICTIONS, "lr_decay": DECAYS, "precision": ("fp32", "bf16")}.items():
+            value = getattr(self, key)
+            listed = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
+            self._need(key, isinstance(value, str) and value in allowed, listed)
         for key in ("hflip", "compile"):
-            self._need(key, isinstance(getattr(self, key), bool), "True or False")
+            object.__setattr__(self, key, boolean(key, getattr(self, key)))
         self._need_number("lr", "a positive number", above=True)
-        if self.grad_clip != math.inf:
+        if not (isinstance(self.grad_clip, float) and self.grad_clip == math.inf):
             self._need_number("grad_clip", "a positive number (inf: no clipping)", above=True)
         self._need_number("weight_decay", "a number from 0")
         for key in ("label_dropout", "beta1", "beta2", "ema_decay"):
@@ -97,7 +101,7 @@ class TrainConfig:
 
     def _need(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise InvalidArgument(f"{key}={getattr(self, key)!r}: {allowed} is needed")
+            raise InvalidArgument(f"{key}={shown(getattr(self, key))}: {allowed} is needed")
 
     def _need_number(self, key: str, allowed: str, above: bool = False, below: float = math.inf) -> None:
         """Check a finite number from 0 (above: greater than 0) to just under ``below``, and store it as a float."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fastdiff.checks import is_whole, whole
+from fastdiff.checks import is_whole, number, shown, whole
 from fastdiff.errors import ConfigError
+
+log = logging.getLogger("fastdiff")
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
@@ -28,6 +30,7 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Limits far beyond any real network, which bound the time and memory that an untrusted config.json can cost.
 MAX_LEVELS, MAX_LAYERS, MAX_SIZE = 16, 16, 1 << 20
+MAX_NUMBER = 1e18  # of a factor, a divisor or an epsilon: their products stay in the range of float32
 OPTIONAL_SIZES = (
     "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds", "num_attention_heads",
     "sinusoid_dim",
@@ -145,7 +148,7 @@ class UNetConfig:
         for key in ("down_block_types", "up_block_types", "block_out_channels"):
             value = getattr(self, key)
             if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
-                raise ConfigError(f"{key}={value!r}: a list of 1 to {MAX_LEVELS} entries is needed")
+                raise ConfigError(f"{key}={shown(value)}: a list of 1 to {MAX_LEVELS} entries is needed")
             object.__setattr__(self, key, tuple(value))
         if isinstance(self.sample_size, list):
             object.__setattr__(self, "sample_size", tuple(self.sample_size))
@@ -166,7 +169,7 @@ class UNetConfig:
         if self.sample_size is not None:
             sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
             if len(sides) != 2:
-                raise ConfigError(f"sample_size={self.sample_size!r}: one number or two (height, width) are allowed")
+                raise ConfigError(f"sample_size={shown(self.sample_size)}: a number or two (height, width) are allowed")
             height, width = _size("sample_size height", sides[0]), _size("sample_size width", sides[1])
             checked["sample_size"] = (height, width) if isinstance(self.sample_size, tuple) else height
         for key, value in checked.items():
@@ -176,8 +179,10 @@ class UNetConfig:
         factors = ("mid_block_scale_factor", "block_scale_factor", "timestep_scale")
         for key in ("dropout", "norm_eps", "freq_shift", *factors):
             value = getattr(self, key)
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ConfigError(f"{key}={value!r}: a finite number is needed")
+            checked = number(key, value, need="a finite number", error=ConfigError)
+            if abs(checked) > MAX_NUMBER or 0.0 < abs(checked) < 1.0 / MAX_NUMBER:
+                raise ConfigError(f"{key}={shown(value)}: it is beyond what float32 holds with its squares")
+            object.__setattr__(self, key, value if type(value) in (int, float) else checked)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout!r}: 0 <= dropout < 1 is needed")
         if self.norm_eps <= 0:
@@ -210,8 +215,9 @@ class UNetConfig:
         }
         for key, allowed in choices.items():
             value = getattr(self, key)
-            if not any(value == a and type(value) is type(a) for a in allowed):  # True == 1 == 1.0, but not here
-                raise ConfigError(f"{key}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
+            # True == 1 == 1.0, but not here
+            if not any(type(value) is type(a) and value == a for a in allowed):
+                raise ConfigError(f"{key}={shown(value)} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
     def _check_blocks(self) -> None:
         n = len(self.block_out_channels)
@@ -220,8 +226,8 @@ class UNetConfig:
             if len(names) != n:
                 raise ConfigError(f"{key} has {len(names)} entries but block_out_channels has {n}; they must agree")
             for name in names:
-                if name not in allowed:
-                    raise ConfigError(f"{key}: {name!r} is not supported; allowed: {', '.join(allowed)}")
+                if not isinstance(name, str) or name not in allowed:
+                    raise ConfigError(f"{key}: {shown(name)} is not supported; allowed: {', '.join(allowed)}")
         for i, channels in enumerate(self.block_out_channels):
             if channels % self.norm_num_groups:
                 raise ConfigError(
@@ -263,11 +269,13 @@ class UNetConfig:
             raise ConfigError("class_before_mlp=True, num_class_embeds=1: a class besides the null label is needed")
         if self.null_label is not None:
             if self.num_class_embeds is None or self.class_embed_type is not None:
-                raise ConfigError(f"null_label={self.null_label!r} needs num_class_embeds and class_embed_type=None")
+                raise ConfigError(
+                    f"null_label={shown(self.null_label)} needs num_class_embeds and class_embed_type=None"
+                )
             last = self.num_class_embeds - 1
             if not is_whole(self.null_label) or self.null_label != last:
                 raise ConfigError(
-                    f"null_label={self.null_label!r} must be the last class, num_class_embeds - 1 = {last}"
+                    f"null_label={shown(self.null_label)} must be the last class, num_class_embeds - 1 = {last}"
                 )
             object.__setattr__(self, "null_label", last)  # Python's int, even if NumPy's was given
 
@@ -332,8 +340,8 @@ class UNetConfig:
         Raises:
             ConfigError: If the code base is unknown, or a field is not supported.
         """
-        if codebase not in CONVENTIONS:
-            raise ConfigError(f"code base {codebase!r} is unknown; allowed: {', '.join(CONVENTIONS)}")
+        if not isinstance(codebase, str) or codebase not in CONVENTIONS:
+            raise ConfigError(f"code base {shown(codebase)} is unknown; allowed: {', '.join(CONVENTIONS)}")
         return cls(**{**CONVENTIONS[codebase], **fields})
 
     @classmethod
@@ -341,7 +349,8 @@ class UNetConfig:
         """Create a configuration from the contents of a diffusers ``config.json``.
 
         Args:
-            config: The keys and values; keys that start with "_" are ignored.
+            config: The keys and values; keys that start with "_" are ignored. Other unknown keys are refused, unless
+                ``_class_name`` is "UNet2DModel": diffusers ignores them with a warning, and so does this.
 
         Returns:
             The configuration.
@@ -352,11 +361,16 @@ class UNetConfig:
         if not isinstance(config, Mapping):
             raise ConfigError(f"a U-Net configuration is an object with keys, not {type(config).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
+        if not all(isinstance(key, str) for key in config):
+            raise ConfigError(f"the keys of a U-Net configuration are texts: {shown(list(config))}")
         unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
-        if unknown:
-            raise ConfigError(
-                f"unknown U-Net configuration keys: {', '.join(unknown)}; allowed: {', '.join(sorted(known))}"
+        if unknown and config.get("_class_name") == "UNet2DModel":
+            log.warning(
+                "unknown keys of a UNet2DModel are ignored, as in diffusers: %s", ", ".join(map(shown, unknown))
             )
+        elif unknown:
+            names = ", ".join(shown(key)[1:-1] for key in unknown[:20])
+            raise ConfigError(f"unknown U-Net configuration keys: {names}; allowed: {', '.join(sorted(known))}")
         return cls(**{k: v for k, v in config.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:

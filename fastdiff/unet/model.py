@@ -485,9 +485,9 @@ class UNet(nn.Module):
             CheckpointError: If a file cannot be read, or its tensors do not fit the network.
             ConfigError: If a configuration, preset or flag is not supported.
         """
-        from fastdiff.checkpoints import load
+        from fastdiff.checkpoints.loading import load_network
 
-        return load(path, **source).unet
+        return load_network(path, **source)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a ``UNet2DModel`` folder; see `fastdiff.checkpoints.save_unet`.

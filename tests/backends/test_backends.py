@@ -316,7 +316,7 @@ def test_checkpoints_in_half_precision_run_in_float32(tmp_path: Path, dtype: tor
         pytest.importorskip("fastdiff._native")
     twin = diffusers_twin(random_unet(TINY)).to(dtype)
     twin.save_pretrained(tmp_path / "unet")
-    sampler = Sampler.from_pretrained(tmp_path, backend=backend, device="cpu")
+    sampler = Sampler.from_pretrained(tmp_path, backend=backend, device="cpu", schedule=NoiseSchedule())
     assert sampler.dtype == torch.float32
     exact = random_unet(TINY).to(dtype).double()
     expected = Sampler(exact, backend="eager").sample(3, steps=5).images
@@ -338,7 +338,8 @@ def test_networks_in_bfloat16_run_natively(tmp_path: Path) -> None:
     assert 1e-5 < relative_error(drawn, expected) < 3e-2
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}, "the network is not changed"
     diffusers_twin(unet).save_pretrained(tmp_path / "unet")
-    asked = Sampler.from_pretrained(tmp_path, backend="native", device="cpu", dtype="bfloat16")
+    options = {"device": "cpu", "dtype": "bfloat16", "schedule": SCHEDULE}
+    asked = Sampler.from_pretrained(tmp_path, backend="native", **options)
     again = Sampler(asked.unet, SCHEDULE, backend="native", dtype="bfloat16").sample(3, steps=5).images
     assert torch.equal(again, drawn)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.solvers.compat.diffusers import diffusers_table, from_config
 from fastdiff.solvers.compat.ho import ho_table
@@ -39,7 +40,7 @@ def compat_table(options: CompatOptions) -> StepTable:
     """
     base = options.code_base
     if not isinstance(base, str) or base not in CODE_BASES:
-        raise InvalidArgument(f"compat={base!r} is unknown; allowed: {', '.join(CODE_BASES)}, or None")
+        raise InvalidArgument(f"compat={shown(base)} is unknown; allowed: {', '.join(CODE_BASES)}, or None")
     if not (isinstance(options.clip, str) and options.clip == FROM_MODEL):
-        check_clip(options.clip)  # type: ignore[arg-type]  # refuses other strings
+        check_clip("clip", options.clip)
     return CODE_BASES[base](options)

@@ -32,9 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff import checks
-from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.checks import shown
+from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.solvers.adams import deis_table, lms_table
+from fastdiff.solvers.arguments import ARGUMENTS, check_order
 from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
 from fastdiff.solvers.consistency import TCD_ETA, consistency, lcm_table, lcm_timesteps, tcd_table
 from fastdiff.solvers.ddim import ddim_table
@@ -45,6 +47,7 @@ from fastdiff.solvers.dpmpp_stages import dpmpp_sde_table
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.euler import euler_table
 from fastdiff.solvers.heun import heun_table
+from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.plms import plms_table
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.singlestep import singlestep_table
@@ -91,14 +94,23 @@ def from_config(
             number of steps.
         InvalidArgument: If the number of steps is out of range, or an option belongs to another scheduler.
     """
+    config = check_config(config)
     name = scheduler_name(config)
+    given: dict[str, Any] = {"use_clipped_model_output": use_clipped_model_output}
+    given |= {} if schedule is None else {"schedule": schedule}
+    checks.check_all(given | ({} if eta is None else {"eta": eta}), ARGUMENTS)
     if name not in ETA and eta not in (None, 0.0):
         raise InvalidArgument(f"eta is an option of {' and '.join(ETA)}, not of {name}")
     if name != "DDIMScheduler" and use_clipped_model_output:
         raise InvalidArgument(f"use_clipped_model_output is an option of DDIMScheduler, not of {name}")
     eta = ETA.get(name, 0.0) if eta is None else eta
     source = Source(name, config, checks.whole("steps", steps, 1), schedule, eta, use_clipped_model_output)
-    return SCHEDULERS[name](source)
+    try:
+        return SCHEDULERS[name](source)
+    except FastdiffError:
+        raise
+    except (ArithmeticError, ValueError) as e:
+        raise ConfigError(f"{name}: noise levels this extreme leave the range of float64 ({e})") from e
 
 
 def scheduler_name(config: Mapping[str, Any]) -> str:
@@ -106,8 +118,8 @@ def scheduler_name(config: Mapping[str, Any]) -> str:
     if not isinstance(config, Mapping):
         raise ConfigError(f"a scheduler configuration is an object with keys, not {type(config).__name__}")
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
-        raise ConfigError(f"scheduler {name!r} (_class_name) is not supported; supported: {', '.join(SCHEDULERS)}")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        raise ConfigError(f"scheduler {shown(name)} (_class_name) is not supported; supported: {', '.join(SCHEDULERS)}")
     return str(name)
 
 
@@ -177,17 +189,16 @@ class Source:
 
     def get(self, key: str, default: Any) -> Any:
         """Return a key's value; None counts as absent."""
-        value = self.config.get(key, default)
-        return default if value is None else value
+        return value_of(self.config, key, default)
 
     def refuse(self, key: str, why: str) -> ConfigError:
         """Return the error that refuses a key's value."""
-        return ConfigError(f"{self.name}: {key}={self.config.get(key)!r} is not supported: {why}")
+        return ConfigError(f"{self.name}: {key}={shown(self.config.get(key))} is not supported: {why}")
 
     def only(self, **defaults: Any) -> None:
         """Check keys of which one value is supported, which for most is diffusers' default."""
         for key, default in defaults.items():
-            if self.config.get(key, default) not in (default, None):
+            if value_of(self.config, key, default) != default:
                 raise self.refuse(key, f"only {default!r} is")
 
     def one_of(self, key: str, default: str, allowed: Sequence[str]) -> str:
@@ -364,7 +375,10 @@ def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
         squares = scaled**2
         abar = torch.cumprod(torch.cat([squares[:1], squares[1:] / squares[:-1]]), dim=0)
         abar[-1] = ZERO_SNR
-    return (((1 - abar) / abar) ** 0.5).numpy()
+    sigmas = (((1 - abar) / abar) ** 0.5).numpy()
+    if not (np.isfinite(sigmas).all() and (sigmas > 0.0).all()):
+        raise ConfigError("the betas are too extreme for float32, in which diffusers computes these noise levels")
+    return sigmas
 
 
 def _times(sigmas: NDArray[np.float64], train: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -415,7 +429,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     ``final`` is the default of final_sigmas_type; None where the scheduler does not have it and ends as at "sigma_min".
     ``floor``: at "sigma_min" a spacing by sigma ends at its own last sigma, instead of that of timestep 0.
     """
-    source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False)
+    source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False, shift_terminal=None)
     schedule = source.schedule()
     train = _sigmas(schedule)
     single = source.name == "DPMSolverSinglestepScheduler"  # which has no other timesteps than "linspace"
@@ -440,10 +454,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
 
 
 def _order(source: Source, default: int = 2) -> int:
-    order = source.get("solver_order", default)
-    if order not in (1, 2, 3):
-        raise source.refuse("solver_order", "1, 2 or 3 is needed")
-    return int(order)
+    return check_order(source.get("solver_order", default), 3, name=f"{source.name}: solver_order", error=ConfigError)
 
 
 def _dpm(source: Source) -> StepTable:

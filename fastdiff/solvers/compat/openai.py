@@ -17,6 +17,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
 from fastdiff.solvers.ddim import ddim_table
 from fastdiff.solvers.ddpm import ddpm_table
+from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Walk
 
@@ -28,7 +29,7 @@ def openai_table(options: CompatOptions) -> StepTable:
     prediction = options.one_of("prediction", options.prediction, ("epsilon", "sample"))
     clip = options.clip
     if clip == FROM_MODEL:
-        clip = 1.0 if options.config.get("clip_sample", True) else None
+        clip = 1.0 if value_of(options.config, "clip_sample", True) else None
     walk = Walk.of(
         schedule,
         options.steps if options.spacing is not None else None,

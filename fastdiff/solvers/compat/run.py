@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastdiff.checks import whole
+from fastdiff.checks import shown, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.ddpm import VARIANCE_TYPES
+from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.walk import Schedule
 
@@ -36,7 +37,9 @@ class CompatOptions:
         """Return ``value`` if the code base has it."""
         if not isinstance(value, (str, int, float, type(None))) or value not in allowed:
             has = ", ".join(map(str, allowed))
-            raise InvalidArgument(f"compat={self.code_base!r} has no {name}={value!r} with {self.solver}; it has {has}")
+            raise InvalidArgument(
+                f"compat={self.code_base!r} has no {name}={shown(value)} with {self.solver}; it has {has}"
+            )
         return value
 
     def check_solver(self) -> None:
@@ -64,5 +67,5 @@ class CompatOptions:
 
     def named_variance(self, allowed: Sequence[str]) -> str:
         """Return the variance that was given, else the model's; it must be one of ``allowed``."""
-        named = self.config.get("variance_type", "fixed_small")
+        named = value_of(self.config, "variance_type", "fixed_small")
         return self.one_of("variance", self.variance or VARIANCE_TYPES.get(named, named), allowed)
