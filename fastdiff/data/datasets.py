@@ -38,7 +38,6 @@ from fastdiff.data.doubts import (
     header_doubts,
     header_facts,
     options_of,
-    shown,
 )
 from fastdiff.data.pixels import (
     DEFAULT,
@@ -58,7 +57,7 @@ from fastdiff.data.pixels import (
     why,
 )
 from fastdiff.data.scan import SUFFIXES, Scan
-from fastdiff.errors import DataError, InvalidArgument
+from fastdiff.errors import DataError, InvalidArgument, printable
 
 log = logging.getLogger("fastdiff")
 
@@ -191,9 +190,9 @@ def load_data(
         class_names=class_names,
     )  # fmt: skip
     for file, reason in data.skipped:
-        log.warning("skipped %s: %s", shown(file), reason)
+        log.warning("skipped %s: %s", printable(file), reason)
     for doubt in data.doubts:
-        log.warning("%s: %s", shown(path), doubt)
+        log.warning("%s: %s", printable(path), doubt)
     return data
 
 
@@ -237,7 +236,7 @@ def open_data(
     if kind == "npz":
         arrays = read_npz(path, any_dtype=reading.value_range is not None, layout=layout)
         if arrays.unused and class_depth != 0:
-            doubts.append(f"the arrays {', '.join(map(shown, arrays.unused[:8]))} are not used")
+            doubts.append(f"the arrays {', '.join(map(printable, arrays.unused[:8]))} are not used")
     else:
         classes = None if labels is None else read_idx(Path(labels), 1)
         arrays = Arrays(read_idx(path, 3)[..., None], classes)
@@ -245,7 +244,9 @@ def open_data(
             raise DataError(f"{labels} holds {len(classes)} labels, but {path} holds {len(arrays.images)} images")
         beside = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
         if labels is None and class_depth != 0 and beside != path and beside.exists():
-            doubts.append(f"no labels, although {shown(beside.name)} is there; labels= uses it, class_depth=0 does not")
+            doubts.append(
+                f"no labels, although {printable(beside.name)} is there; labels= uses it, class_depth=0 does not"
+            )
     found = None if class_depth == 0 else arrays.labels
     names = names or check_names(arrays.class_names, DataError, f"{path}: class_names")
     if found is None:
@@ -488,7 +489,9 @@ class FolderData(ImageData):
                     self._bad.add(at)
                 if new:
                     log.warning(
-                        "unreadable %s (%s): the next readable image stands for it", shown(self.files[at]), why(error)
+                        "unreadable %s (%s): the next readable image stands for it",
+                        printable(self.files[at]),
+                        why(error),
                     )
                 if len(self._bad) > max(1, len(self.files) // 100):
                     raise DataError(

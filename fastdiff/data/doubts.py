@@ -15,17 +15,12 @@ import torch
 
 from fastdiff.data.pixels import Header, Reading
 from fastdiff.data.scan import Scan
-from fastdiff.errors import DataError, FastdiffError, InvalidArgument
+from fastdiff.errors import DataError, FastdiffError, InvalidArgument, printable
 
 ALPHA_DOUBT = (
     'is composited over white; alpha="white" accepts that, "black" takes black, "drop" takes the colours of the file'
 )
 FULL = {"8-bit": 255, "uint8": 255, "16-bit": 65535, "16-bit colour": 255}  # the whole range of a kind of values
-
-
-def shown(text: object) -> str:
-    """Return text in which a name from a file cannot control a terminal: other characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 @dataclasses.dataclass
@@ -214,7 +209,7 @@ def find_classes(
     number = {name: i for i, name in enumerate(names)}
     unknown = sorted({named(path) for path in files} - number.keys())
     if unknown:
-        raise DataError(f"{root}: the sub-folder {shown(unknown[0])} has images, but is not in class_names=")
+        raise DataError(f"{root}: the sub-folder {printable(unknown[0])} has images, but is not in class_names=")
     labels = torch.tensor([number[named(path)] for path in files], dtype=torch.int64)
     if class_names is not None:
         return names, labels, []

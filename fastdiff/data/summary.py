@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff.data.datasets import ImageData
-from fastdiff.data.doubts import shown
+from fastdiff.errors import printable
 
 LISTED = 1000  # files that are skipped, of which the names are kept
 SHOWN = 20  # files and classes that people see
@@ -61,7 +61,7 @@ def data_lines(name: str, described: dict[str, Any]) -> list[str]:
 
 def line(name: str, text: str) -> str:
     """Return a line of two columns that is safe to print."""
-    return f"{name:{WIDTH}}{shown(text)}"
+    return f"{name:{WIDTH}}{printable(text)}"
 
 
 def warning_lines(warnings: Iterable[str]) -> list[str]:

@@ -14,8 +14,7 @@ import torch
 from PIL import Image, ImageCms, ImageFile
 
 from fastdiff.data.datasets import load_data
-from fastdiff.data.doubts import shown
-from fastdiff.errors import DataError, InvalidArgument
+from fastdiff.errors import DataError, InvalidArgument, printable
 from tests.data.test_data import idx, random_pixels, write_png
 
 SEEDS = itertools.count()
@@ -353,7 +352,7 @@ def test_a_jpeg_with_the_name_of_a_png(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_names_cannot_control_a_terminal(tmp_path: Path) -> None:
-    assert shown("a\x1b[31m\nb\udc80é") == "a\\x1b[31m\\nb\\udc80é"
+    assert printable("a\x1b[31m\nb\udc80é") == "a\\x1b[31m\\nb\\udc80é"
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
