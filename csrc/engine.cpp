@@ -87,12 +87,12 @@ void Engine::run(int first, int last) {
 }
 
 void Engine::forward(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide) {
-  for (int first = 0; first < batch.rows(); first += rows_) {
-    const int n = std::min(rows_, batch.rows() - first);
+  for (int64_t first = 0; first < batch.rows(); first += rows_) {
+    const int n = static_cast<int>(std::min<int64_t>(rows_, batch.rows() - first));
     for (int i = 0; i < n; i++) {
-      const int row = first + i, image = row % batch.images;
+      const int64_t row = first + i, image = row % batch.images;
       std::copy_n(batch.x + image * batch.image_size, batch.image_size, inputs.x + i * batch.image_size);
-      inputs.timestep[i] = batch.entry[batch.table[image] * batch.entry_rows + batch.row[image]];
+      inputs.timestep[i] = batch.timestep[image];
       if (batch.label != nullptr) inputs.label[i] = batch.label[row];
       if (batch.class_image != nullptr)
         std::copy_n(batch.class_image + row * batch.image_size, batch.image_size,

@@ -51,11 +51,8 @@ struct Batch {
   bool guided;
   int64_t image_size;  // numbers per image
   int64_t out_size;    // numbers per row of the network's output
-  const float* x;      // [images, image_size]
-  const int64_t* table;
-  const int64_t* row;
-  const int64_t* entry;  // [tables, entry_rows]: index of a timestep's embedding
-  int64_t entry_rows;
+  const float* x;            // [images, image_size]
+  const int64_t* timestep;   // [images]: index of a timestep's embedding
   const int64_t* label;      // [rows]; null where the network has no labels
   const float* class_image;  // [rows, image_size]; null where the network has none
   float* net;                // [rows, out_size]

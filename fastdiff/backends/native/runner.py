@@ -112,13 +112,11 @@ class NativeRunner:
         rows = len(state.x) * (1 + guided)
         label, class_images = self._labels(state, cache, guided)
         program = self._program(part_rows(rows, self.row_bytes))
-        inputs = program.inputs
         H, W, C = self.program.buffers["out"].shape
         state.x, state.out = state.x.contiguous(), torch.empty(len(state.x), C, H, W)
         program.engine.step(
-            in_x=inputs.x, in_timestep=inputs.timestep, in_label=inputs.label, in_class_image=inputs.class_images,
-            in_out=program.out, x=state.x, row=state.row, table=state.table, entry=cache.entries, label=label,
-            class_image=class_images, net=torch.empty(rows, *program.out.shape[1:]), out=state.out,
+            x=state.x, row=state.row, table=state.table, entry=cache.entries, label=label, class_image=class_images,
+            net=torch.empty(rows, *program.out.shape[1:]), out=state.out,
             bank=state.bank.values, guidance=state.guidance if guided else None, rescale=state.guidance_rescale,
             advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index, xs=state.xs,
             m1=state.m1, m2=state.m2, m3=state.m3,
