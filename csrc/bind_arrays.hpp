@@ -79,7 +79,8 @@ Operand operand(nb::handle given, size_t dimensions, const std::string& name) {
   if (nb::isinstance<nb::tuple>(given)) {
     for (nb::handle item : nb::borrow<nb::tuple>(given)) {
       int64_t size = 0;
-      if (!nb::try_cast(nb::borrow(item), size, false)) throw nb::type_error((name + ": a shape of whole numbers").c_str());
+      if (!nb::try_cast(nb::borrow(item), size, false))
+        throw nb::type_error((name + ": a shape of whole numbers").c_str());
       result.shape.push_back(size);
     }
   } else {
@@ -91,8 +92,8 @@ Operand operand(nb::handle given, size_t dimensions, const std::string& name) {
     result.data = const_cast<std::remove_const_t<T>*>(array.data());
     result.owner = nb::ndarray<>(array);
   }
-  require(result.shape.size() == dimensions, name + " is " + describe(result.shape) + ": it needs " +
-                                                 std::to_string(dimensions) + " dimensions");
+  require(result.shape.size() == dimensions,
+          name + " is " + describe(result.shape) + ": it needs " + std::to_string(dimensions) + " dimensions");
   for (const int64_t size : result.shape)
     require(size >= 1 && size <= most, name + " is " + describe(result.shape) + ": its sizes must be from 1 to 2^24");
   return result;

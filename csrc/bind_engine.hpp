@@ -65,10 +65,9 @@ class BoundEngine {
     engine_ = std::make_unique<Engine>(choose_kernels(isa), team_, rows_);
     use(x_);
     const Maps maps = this->maps(out, "out");
-    require(out_channels >= 1 && padded(out_channels) == maps.channels && maps.height == x_.at(2) &&
-                maps.width == x_.at(3),
-            "out is not [rows, height, width, channels] of x with " + std::to_string(out_channels) +
-                " channels, padded");
+    require(
+        out_channels >= 1 && padded(out_channels) == maps.channels && maps.height == x_.at(2) && maps.width == x_.at(3),
+        "out is not [rows, height, width, channels] of x with " + std::to_string(out_channels) + " channels, padded");
     out_ = maps.data;
     out_channels_ = out_channels;
     timestep_ = use(operand<const int64_t>(timestep, 1, "timestep"));
@@ -118,7 +117,9 @@ class BoundEngine {
     require(stride == 1 || stride == 2, "stride: 1 or 2 is needed");
     require(method == Method::direct || (kernel == 3 && stride == 1), "Winograd's method needs kernel 3 and stride 1");
     // The zeros after the last row and column are as many as before the first, or one more.
-    const auto size = [&](int from, int after) { return (from * (1 + upsample) + padding + after - kernel) / stride + 1; };
+    const auto size = [&](int from, int after) {
+      return (from * (1 + upsample) + padding + after - kernel) / stride + 1;
+    };
     const auto covers = [&](int after) {
       return size(a.src.map.height, after) == to.height && size(a.src.map.width, after) == to.width;
     };
@@ -530,11 +531,10 @@ inline void bind_engine(nb::module_& m) {
       .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "norm"_a.none(),
            "bf16"_a, "dst"_a)
       .def("step", &BoundEngine::step, nb::kw_only(), "x"_a.noconvert(), "row"_a.noconvert(), "table"_a.noconvert(),
-           "entry"_a.noconvert(), "label"_a.noconvert().none(), "class_image"_a.noconvert().none(),
-           "net"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(), "guidance"_a.noconvert().none(),
-           "rescale"_a, "advance_rows"_a, "lengths"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(),
-           "xs"_a.noconvert().none(), "m1"_a.noconvert().none(), "m2"_a.noconvert().none(),
-           "m3"_a.noconvert().none())
+           "entry"_a.noconvert(), "label"_a.noconvert().none(), "class_image"_a.noconvert().none(), "net"_a.noconvert(),
+           "out"_a.noconvert(), "bank"_a.noconvert(), "guidance"_a.noconvert().none(), "rescale"_a, "advance_rows"_a,
+           "lengths"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(), "xs"_a.noconvert().none(),
+           "m1"_a.noconvert().none(), "m2"_a.noconvert().none(), "m3"_a.noconvert().none())
       .def("run", &BoundEngine::run, "first"_a, "last"_a)
       .def("profile", &BoundEngine::profile, "first"_a, "last"_a)
       .def_prop_ro("space", &BoundEngine::space)

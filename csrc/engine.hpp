@@ -49,8 +49,8 @@ struct NetworkInputs {
 struct Batch {
   int images;
   bool guided;
-  int64_t image_size;  // numbers per image
-  int64_t out_size;    // numbers per row of the network's output
+  int64_t image_size;        // numbers per image
+  int64_t out_size;          // numbers per row of the network's output
   const float* x;            // [images, image_size]
   const int64_t* timestep;   // [images]: index of a timestep's embedding
   const int64_t* label;      // [rows]; null where the network has no labels

@@ -43,7 +43,7 @@ def part_rows(rows: int, row_bytes: int) -> int:
 def aligned(nbytes: int) -> Tensor:
     """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes]."""
     try:
-        raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+        raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
     except RuntimeError as e:
         raise BackendError(
             f"backend 'native' needs {nbytes} bytes ({nbytes / 2**30:.1f} GiB) for activations, which this machine "
@@ -99,7 +99,7 @@ class NativeProgram:
         self.methods: dict[str, str] = {}
         self.spec = spec
         H, W, C = program.buffers["out"].shape
-        self.out = torch.zeros(self.rows, H, W, self._padded(C), device=arena.device)
+        self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device=arena.device)
         self.engine = native.Engine(
             isa, team, x=array(inputs.x), out=array(self.out), out_channels=C, timestep=array(inputs.timestep),
             label=array(inputs.label), class_image=None if inputs.class_images is None else array(inputs.class_images),
@@ -184,7 +184,7 @@ class NativeProgram:
         by = self.native.By
         if len(op.src) == 1:
             channels = self._padded(self.program.buffers[op.src[0]].shape[2])
-            zeros = torch.zeros(1, channels, device=self.arena.device)
+            zeros = torch.zeros(1, channels, dtype=torch.float32, device=self.arena.device)
             return self._rows(op.src[0]), self.native.RowVectors(array(zeros), by.row)
         assert self.inputs.classes is not None
         return self._times(), self.native.RowVectors(array(self.inputs.classes), by.label)
