@@ -66,7 +66,8 @@ class BoundEngine {
     use(x_);
     const Maps maps = this->maps(out, "out");
     require(
-        out_channels >= 1 && padded(out_channels) == maps.channels && maps.height == x_.at(2) && maps.width == x_.at(3),
+        out_channels >= 1 && out_channels <= most && padded(out_channels) == maps.channels && maps.height == x_.at(2) &&
+            maps.width == x_.at(3),
         "out is not [rows, height, width, channels] of x with " + std::to_string(out_channels) + " channels, padded");
     out_ = maps.data;
     out_channels_ = out_channels;
