@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all kernel-check figures gpu sanitize arm-check lint format docs examples wheel-check clean
+.PHONY: help sample native test test-all kernel-check figures gpu sanitize sanitize-python arm-check lint format docs examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -75,6 +75,20 @@ sanitize: $(VENV)  ## run the engine's C++ tests under sanitizers (SANITIZE=thre
 		-D FASTDIFF_TESTS=ON -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE
 	@$(BIN)/cmake --build "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))"
 	@"build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))/fastdiff_tests"
+
+# Python itself has no sanitizer, so its libraries are loaded first. One that reports an error ends the process.
+SANITIZE_PYTHON := build/sanitize-python
+SANITIZED_TESTS := tests/backends/test_bounds.py tests/backends/test_weights.py
+gcc-library = $(shell $(CXX) -print-file-name=$(1))
+
+sanitize-python: $(VENV)  ## run the Python tests of the engine's bounds, memory and threads under AddressSanitizer
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B $(SANITIZE_PYTHON) -G Ninja -D FASTDIFF_PYTHON=ON -D FASTDIFF_QUICK=ON \
+		-D CMAKE_BUILD_TYPE=Debug -D FASTDIFF_SANITIZE="address;undefined" --log-level=NOTICE \
+		-D Python_EXECUTABLE="$(CURDIR)/$(BIN)/python"
+	@$(BIN)/cmake --build $(SANITIZE_PYTHON) --target _native
+	LD_PRELOAD="$(call gcc-library,libasan.so) $(call gcc-library,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		FASTDIFF_NATIVE_FOLDER=$(SANITIZE_PYTHON) $(BIN)/python -m pytest --capture=sys -q -p no:cacheprovider \
+		-p tests.support.sanitized -m 'not slow and not alone' $(SANITIZED_TESTS)
 
 arm-check: $(VENV)  ## run the engine's C++ tests for arm64 in an emulator, where a cross compiler is installed
 	tests/arm_check.sh
