@@ -76,19 +76,26 @@ sanitize: $(VENV)  ## run the engine's C++ tests under sanitizers (SANITIZE=thre
 	@$(BIN)/cmake --build "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))"
 	@"build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))/fastdiff_tests"
 
-# Python itself has no sanitizer, so its libraries are loaded first. One that reports an error ends the process.
-SANITIZE_PYTHON := build/sanitize-python
-SANITIZED_TESTS := tests/backends/test_bounds.py tests/backends/test_weights.py
-gcc-library = $(shell $(CXX) -print-file-name=$(1))
+# Python itself has no sanitizer, so GCC's libraries are loaded first. ThreadSanitizer needs addresses that are not random.
+# What an error is reported for ends the process.
+SANITIZER = $(firstword $(subst ;, ,$(SANITIZE)))
+SANITIZE_PYTHON = build/sanitize-python-$(SANITIZER)
+gcc-library = $(shell $(CXX) -print-file-name=lib$(1).so)
+ifeq ($(SANITIZE),thread)
+SANITIZED = TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call gcc-library,tsan) $(call gcc-library,stdc++)" \
+	setarch -R
+SANITIZED_TESTS := -k threads
+else
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call gcc-library,asan) $(call gcc-library,stdc++)" env
+endif
 
-sanitize-python: $(VENV)  ## run the Python tests of the engine's bounds, memory and threads under AddressSanitizer
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B $(SANITIZE_PYTHON) -G Ninja -D FASTDIFF_PYTHON=ON -D FASTDIFF_QUICK=ON \
-		-D CMAKE_BUILD_TYPE=Debug -D FASTDIFF_SANITIZE="address;undefined" --log-level=NOTICE \
+sanitize-python: $(VENV)  ## run the Python tests of the engine's bounds, memory and threads under sanitizers (as sanitize)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B $(SANITIZE_PYTHON) -G Ninja -D FASTDIFF_PYTHON=ON \
+		-D FASTDIFF_QUICK=ON -D CMAKE_BUILD_TYPE=Debug -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE \
 		-D Python_EXECUTABLE="$(CURDIR)/$(BIN)/python"
 	@$(BIN)/cmake --build $(SANITIZE_PYTHON) --target _native
-	LD_PRELOAD="$(call gcc-library,libasan.so) $(call gcc-library,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		FASTDIFF_NATIVE_FOLDER=$(SANITIZE_PYTHON) $(BIN)/python -m pytest --capture=sys -q -p no:cacheprovider \
-		-p tests.support.sanitized -m 'not slow and not alone' $(SANITIZED_TESTS)
+	FASTDIFF_NATIVE_FOLDER=$(SANITIZE_PYTHON) $(SANITIZED) $(BIN)/python -m pytest --capture=sys -q -p no:cacheprovider \
+		-p tests.support.sanitized tests/backends/test_bounds.py tests/backends/test_weights.py $(SANITIZED_TESTS)
 
 arm-check: $(VENV)  ## run the engine's C++ tests for arm64 in an emulator, where a cross compiler is installed
 	tests/arm_check.sh

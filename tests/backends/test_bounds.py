@@ -387,8 +387,9 @@ def test_threads_that_share_an_engine_take_turns():
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_first_use_from_several_threads(number):
+def test_first_use_from_several_threads(number, monkeypatch):
     """All pack the same weights at once: each keeps what it reads, and nothing is packed twice."""
+    monkeypatch.setattr("fastdiff.backends.native.threads.number", lambda: 2)
     expected, options = None, {"steps": 2, "labels": [0, 1], "guidance": 2.0}
     for _ in range(6):
         unet = random_unet(TINY_CLASSES)
