@@ -73,6 +73,12 @@ def checksum(module: nn.Module) -> int:
     return total
 
 
+def embedding_checksum(unet: UNet) -> int:
+    """Compute the `checksum` of the weights by which timesteps are embedded alone, which are few."""
+    projections = [unet.get_submodule(key) for key in projection_keys(unet)]
+    return checksum(nn.ModuleList([unet.time_embedding, *projections]))
+
+
 def plain_checksum(tensors: Sequence[Tensor]) -> int:
     """Compute the checksum of tensors, one after the other, each filled up with zeros to whole words of 8 bytes:
 
@@ -156,22 +162,10 @@ class EmbeddingTables:
             with without_autocast(device):
                 self.classes = embed_classes(unet).to(device, torch.float32, copy=True).contiguous()
 
-        self.made_from = self._checksum()
-
-    def _checksum(self) -> int:
-        projections = [self.unet.get_submodule(key) for key in projection_keys(self.unet)]
-        return checksum(nn.ModuleList([self.unet.time_embedding, *projections]))
-
-    @property
-    def outdated(self) -> bool:
-        """Whether the weights by which timesteps are embedded have changed, so that new rows do not fit the others."""
-        return self._checksum() != self.made_from
-
     @torch.no_grad()
     def refresh(self) -> None:
         """Drop what was computed from weights that have changed since; all tensors keep their addresses."""
         self.places = {}
-        self.made_from = self._checksum()
         if self.classes is not None:
             with without_autocast(self.times.device):
                 self.classes.copy_(embed_classes(self.unet))

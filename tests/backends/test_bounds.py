@@ -209,7 +209,7 @@ def with_index(a: np.ndarray, draw: Any) -> np.ndarray:
 ARRAYS: list[Callable[[np.ndarray, Any], Any]] = [
     resized, resized, unaligned, freed, readonly, with_index, with_index,
     lambda a, _: a.astype(np.float64),
-    lambda a, _: a.astype(np.int32),
+    lambda a, _: np.zeros(a.shape, np.int32),
     lambda a, _: a.astype(a.dtype.newbyteorder(">")),
     lambda a, _: np.repeat(a, 2, axis=-1)[..., ::2] if a.ndim else a,
     lambda a, _: a[::-1] if a.ndim else a,

@@ -18,7 +18,7 @@ from fastdiff.backends.native import threads
 from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, aligned, part_rows
-from fastdiff.backends.network import EmbeddingTables, without_autocast
+from fastdiff.backends.network import EmbeddingTables, embedding_checksum, without_autocast
 from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
@@ -70,6 +70,7 @@ class NativeRunner:
         self.process = os.getpid()
         self.programs: dict[int, NativeProgram] = {}  # by their number of rows
         self.arena = aligned(0)
+        self.embedded_from = embedding_checksum(self.unet)
         self.embeddings = EmbeddingTables(self.unet, self.program, torch.device("cpu"), TIMES, MOST_TIMES)
         self.states: weakref.WeakKeyDictionary[State, StateCache] = weakref.WeakKeyDictionary()
 
@@ -169,7 +170,8 @@ class NativeRunner:
         if cache is None or cache.tables is not state.bank.tables:
             known = len(self.embeddings.places)
             entries = self._entries(state.bank)
-            if len(self.embeddings.places) != known and self.embeddings.outdated:
+            # New rows of the table of timesteps must be of the same weights as the others.
+            if len(self.embeddings.places) != known and embedding_checksum(self.unet) != self.embedded_from:
                 self._reset()
                 entries = self._entries(state.bank)
             cache = self.states[state] = StateCache(state.bank.tables, entries, {})
