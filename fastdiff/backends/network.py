@@ -6,6 +6,7 @@ the weights of merged layers, and the tables of embeddings that replace the time
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -136,8 +137,10 @@ def embedding_width(program: Program) -> int:
     return program.buffers["time" if "time" in program.buffers else "projections"].shape[2]
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which a caller's `torch.autocast` does not round what is kept for later calls."""
+    if not torch.amp.is_autocast_available(device.type):  # as on "meta"
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
