@@ -3,7 +3,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,6 +10,7 @@
 
 #include "bind_update.hpp"
 #include "engine.hpp"
+#include "gil.hpp"
 #include "isa.hpp"
 
 namespace nb = nanobind;
@@ -121,7 +121,7 @@ void step(Engine& engine, Floats in_x, Integers in_timestep, Integers in_label, 
   update.m3 = data_or_null(m3);
   update.out = out.data();
 
-  nb::gil_scoped_release release;
+  const WithoutGil without_gil;
   if (!advance_rows) return engine.forward(inputs, batch, guide);
   engine.step(inputs, batch, guide, update);
   advance(row.data(), table.data(), lengths.data(), batch.images);
@@ -156,9 +156,27 @@ std::pair<double, double> rates(const std::string& isa) {
   return {product, peak};
 }
 
+void raise_backend_error(const std::string& message) {
+  const nb::object type = nb::module_::import_("fastdiff.errors").attr("BackendError");
+  PyErr_SetString(type.ptr(), message.c_str());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const ResourceError& e) {
+      raise_backend_error(std::string(e.what()) +
+                          ". Free memory, raise the limits of the process (ulimit -u, ulimit -v, those of its "
+                          "container), or make the sampler anew after torch.set_num_threads(1)");
+    } catch (const std::bad_alloc&) {
+      raise_backend_error(
+          "there is no memory left for the native engine; ask for smaller images or a smaller "
+          "batch_size");
+    }
+  });
   m.attr("STRIP") = strip;
   m.attr("GROUP") = group;
   m.attr("PANEL") = panel;
@@ -175,7 +193,7 @@ NB_MODULE(_native, m) {
   });
 
   bind_update(m);
-  m.def("rates", &rates, nb::arg("isa") = "", nb::call_guard<nb::gil_scoped_release>(),
+  m.def("rates", &rates, nb::arg("isa") = "", nb::call_guard<WithoutGil>(),
         "Measure GFLOP/s of one thread: (products of the inner kernel on data in the cache, multiply-adds on "
         "registers).");
 
@@ -211,15 +229,13 @@ NB_MODULE(_native, m) {
       nb::kw_only(), nb::arg("statistics"), nb::arg("channels"), nb::arg("height"), nb::arg("width"), nb::arg("groups"),
       nb::arg("eps"), nb::arg("gamma"), nb::arg("beta"), nb::arg("modulation") = nb::none());
 
-  nb::class_<Team>(m, "Team").def(nb::init<int>()).def_prop_ro("size", &Team::size);
-
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",
-          [](Engine* self, const std::string& isa, std::shared_ptr<Team> team, int rows) {
-            new (self) Engine(choose_kernels(isa), std::move(team), rows);
+          [](Engine* self, const std::string& isa, int threads, int rows) {
+            new (self) Engine(choose_kernels(isa), threads, rows);
           },
-          nb::arg("isa"), nb::arg("team"), nb::arg("rows"))
+          nb::arg("isa"), nb::arg("threads"), nb::arg("rows"))
       .def(
           "input",
           [](Engine& e, uintptr_t x, std::optional<RowVectors> class_image, int images, int channels, int height,
@@ -315,8 +331,8 @@ NB_MODULE(_native, m) {
            nb::arg("lengths").noconvert(), nb::arg("seed").noconvert(), nb::arg("index").noconvert(),
            nb::arg("xs").noconvert().none(), nb::arg("m1").noconvert().none(), nb::arg("m2").noconvert().none(),
            nb::arg("m3").noconvert().none())
-      .def("run", &Engine::run, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
-      .def("profile", &Engine::profile, nb::arg("first"), nb::arg("last"), nb::call_guard<nb::gil_scoped_release>())
+      .def("run", &Engine::run, nb::arg("first"), nb::arg("last"), nb::call_guard<WithoutGil>())
+      .def("profile", &Engine::profile, nb::arg("first"), nb::arg("last"), nb::call_guard<WithoutGil>())
       .def_prop_ro("space", &Engine::space)
       .def("__len__", &Engine::size);
 }

@@ -180,7 +180,7 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
     }
   }
 
-  Engine engine(kernels, std::make_shared<Team>(threads), c.rows);
+  Engine engine(kernels, threads, c.rows);
   engine.add(op);
   engine.run(0, 1);
 
@@ -249,7 +249,7 @@ void check_attention(const Kernels& kernels, int threads, int rows, int pixels, 
   op.attention.heads = heads;
   op.attention.head_dim = d;
   op.attention.dst = dst.data();
-  Engine engine(kernels, std::make_shared<Team>(threads), rows);
+  Engine engine(kernels, threads, rows);
   engine.add(op);
   engine.run(0, 1);
   double error = 0, norm = 0;
@@ -330,7 +330,7 @@ void check_refusals() {
   };
   expect(refused([] { choose_kernels("sse9"); }), "an unknown instruction set is refused");
   expect(refused([] { Team team(0); }), "a team of nobody is refused");
-  Engine engine(choose_kernels(""), std::make_shared<Team>(1), 1);
+  Engine engine(choose_kernels(""), 1, 1);
   expect(refused([&] { engine.run(0, 1); }), "operations that are not there are refused");
 }
 

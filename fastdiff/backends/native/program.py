@@ -73,7 +73,7 @@ class NativeProgram:
 
     def __init__(
         self, native: ModuleType, program: Program, layout: Plan, arena: Tensor, weights: Weights,
-        inputs: ProgramInputs, isa: str, team: Any, spec: Spec,
+        inputs: ProgramInputs, isa: str, threads: int, spec: Spec,
     ):  # fmt: skip
         self.native = native
         self.program = program
@@ -82,7 +82,7 @@ class NativeProgram:
         self.arena = arena
         self.weights = weights
         self.inputs = inputs
-        self.engine = native.Engine(isa, team, self.rows)
+        self.engine = native.Engine(isa, threads, self.rows)
         self.methods: dict[str, str] = {}
         self.spec = spec
         H, W, C = program.buffers["out"].shape
@@ -273,4 +273,4 @@ def dry_program(unet: UNet, spec: Spec, rows: int) -> NativeProgram:
             class_images=None if unet.class_encoder is None else torch.empty(rows, H, W, C),
         )
     weights = Weights.shapes(unet, native)
-    return NativeProgram(native, program, layout, arena, weights, inputs, isa(), native.Team(threads.number()), spec)
+    return NativeProgram(native, program, layout, arena, weights, inputs, isa(), threads.number(), spec)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class NativeRunner:
 
     def _reset(self) -> None:
         self.weights = Weights.of(self.unet, self.native)
-        self.team = self.native.Team(threads.number())
+        self.threads = threads.number()
         self.process = os.getpid()
         self.programs: dict[int, NativeProgram] = {}  # by their number of rows
         self.arena = aligned(0)
@@ -144,7 +143,6 @@ class NativeRunner:
     def _follow(self, state: State) -> StateCache:
         """Notice changes: of the process and the tables at every step, of the network at a state's first step."""
         if self.process != os.getpid():
-            _of_the_parent.append((self.team, self.programs))
             self._reset()
         cache = self.states.get(state)
         if cache is None:
@@ -181,10 +179,6 @@ class NativeRunner:
             class_images=None if self.unet.class_encoder is None else torch.zeros(rows, H, W, C),
         )
         program = self.programs[rows] = NativeProgram(
-            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec
+            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.threads, self.spec
         )
         return program
-
-
-# Teams that a fork inherited. Their threads exist in the parent only, so ending them would wait forever.
-_of_the_parent: list[Any] = []
