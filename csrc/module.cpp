@@ -177,6 +177,7 @@ NB_MODULE(_native, m) {
           "batch_size");
     }
   });
+  nb::set_leak_warnings(false);  // daemon threads have engines when the interpreter ends
   m.attr("STRIP") = strip;
   m.attr("GROUP") = group;
   m.attr("PANEL") = panel;

@@ -14,12 +14,11 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "expect.hpp"
 #include "isa.hpp"
 #include "team.hpp"
 
 using namespace fastdiff;
-
-namespace {
 
 int failures = 0;
 
@@ -28,6 +27,8 @@ void expect(bool holds, const std::string& what) {
   failures++;
   std::printf("FAILED: %s\n", what.c_str());
 }
+
+namespace {
 
 std::mt19937 generator(1);
 
@@ -359,6 +360,7 @@ int main() {
     }
   for (int threads : {1, 2, 5}) check_team(threads);
   check_refusals();
+  check_sharing();
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures;
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff import backends, checkpoints, solvers
 from fastdiff.checks import one_of, whole
+from fastdiff.core import process
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import choice, editing
 from fastdiff.sampler.editing import Guide
@@ -77,6 +78,7 @@ class Sampler:
         BackendError: If the backend cannot run the network here, with every reason.
     """
 
+    @process.work()
     def __init__(
         self,
         unet: nn.Module,
@@ -116,6 +118,7 @@ class Sampler:
         self._closed = False
 
     @classmethod
+    @process.work()
     def from_pretrained(
         cls,
         model: str | Path,
@@ -381,6 +384,7 @@ class Sampler:
         rows = self._loop.rows(r, lambda row: row % every == every - 1 or row == last, progress)
         return (event for event, _ in rows if event is not None)
 
+    @process.work()
     def request(self, n: int, **options: Any) -> Request:
         """Check a call of `sample` without running it.
 

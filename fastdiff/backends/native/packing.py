@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from types import ModuleType
@@ -111,3 +112,5 @@ class Weights:
 
 _weights: weakref.WeakKeyDictionary[UNet, Weights] = weakref.WeakKeyDictionary()
 _weights_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have had it
+    os.register_at_fork(after_in_child=_weights_lock._at_fork_reinit)  # type: ignore[attr-defined]
