@@ -18,13 +18,14 @@ LONGEST_WAIT_S = 5.0  # at the end of the interpreter, for work that has begun
 
 
 class _PerThread(threading.local):
+    call: object | None = None  # the call that runs `work`
     threads: int | None = None  # torch's number of threads, while `work` has set it to one
 
 
 _per_thread = _PerThread()
 _forked = False  # whether this process is a fork of one that had imported this module
 _leaving = False  # whether the interpreter is about to end
-_begun: set[object] = set()  # one object for each `work` that runs now
+_begun: set[object | None] = set()  # the calls that work now
 
 
 def torch_threads() -> int:
@@ -34,19 +35,21 @@ def torch_threads() -> int:
 
 @contextlib.contextmanager
 def work() -> Iterator[None]:
-    """Surround work in torch, not longer than a row.
+    """Surround a call that works in torch, and within it each piece of at most a row.
 
     In a forked child torch runs on one thread during the work: those that it had exist in the parent only, and a
     parallel loop would wait for them forever. While the interpreter ends, a thread that leaves torch aborts the
-    process: the end waits for work that has begun, and no other work begins.
+    process: the end waits until the calls of other threads have finished or have reached their next piece.
     """
-    token, threads = object(), 1
+    outer, threads = _per_thread.call is None, 1
     try:
-        _begun.add(token)  # before the flag is read, so that either this thread or `_leave` notices the other
+        if outer:
+            _per_thread.call = object()
+            _begun.add(_per_thread.call)  # before the flag is read, so that this thread or `_leave` notices the other
         if _leaving and threading.current_thread() is not threading.main_thread():
-            _begun.discard(token)
+            _begun.discard(_per_thread.call)
             time.sleep(1.0)  # the interpreter ends during it, unless something still waits for this thread
-            _begun.add(token)
+            _begun.add(_per_thread.call)
         if _forked and _per_thread.threads is None and torch.get_num_threads() > 1:
             _per_thread.threads = threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -55,7 +58,9 @@ def work() -> Iterator[None]:
         if threads > 1:
             torch.set_num_threads(threads)
             _per_thread.threads = None
-        _begun.discard(token)
+        if outer:
+            _begun.discard(_per_thread.call)
+            _per_thread.call = None
 
 
 def pieces(generator: Generator[T, None, None]) -> Generator[T, None, None]:

@@ -68,9 +68,8 @@ class Loop:
                     parts.append(images.float().cpu())
         if sum(map(len, parts)) < r.n:
             raise Cancelled(f"cancelled with {sum(map(len, parts))} of {r.n} images finished")
-        with process.work():
-            output = SampleOutput(torch.cat(parts), r.seed, r.start_index, r.table, r.nfe, r.labels)
-            finite = torch.isfinite(output.images).flatten(1).all(dim=1)
+        output = SampleOutput(torch.cat(parts), r.seed, r.start_index, r.table, r.nfe, r.labels)
+        finite = torch.isfinite(output.images).flatten(1).all(dim=1)
         if not finite.all():
             bad = tuple(r.start_index + int(i) for i in torch.nonzero(~finite)[:, 0])
             raise NumericsError(

@@ -166,6 +166,7 @@ class Sampler:
             measurements_file=loaded.path / NAME if loaded.path.is_dir() else None,
         )
 
+    @process.work()
     def sample(
         self,
         n: int,
@@ -271,6 +272,7 @@ class Sampler:
         r = self.request(n, **Options.among(locals()))
         return self._loop.run(r, callback, progress)
 
+    @process.work()
     def invert(
         self,
         image: Tensor,
@@ -327,6 +329,7 @@ class Sampler:
         )  # fmt: skip
         return self._loop.run(r, callback, progress).images / table.init_scale
 
+    @process.work()
     def interpolate(
         self,
         n: int,

@@ -1,4 +1,4 @@
-"""What engines of one process share: threads, and what is left of them after a fork, an exit or a failure."""
+"""Check which threads engines of one process share, and what is left of them after a fork, an exit or a failure."""
 
 from __future__ import annotations
 
