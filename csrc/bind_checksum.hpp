@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bind_arrays.hpp"
+#include "gil.hpp"
 #include "isa.hpp"
 
 namespace fastdiff {
@@ -36,7 +37,7 @@ inline uint64_t checksum_of(const std::vector<nb::ndarray<nb::ro, nb::c_contig, 
       parts.push_back({bytes + at, std::min(part, size - at), words + at / 8});
     words += (size + 7) / 8;
   }
-  nb::gil_scoped_release release;
+  const WithoutGil without_gil;
   std::atomic<size_t> next{0};
   std::atomic<uint64_t> sum{0};
   const auto work = [&] {

@@ -4,13 +4,10 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -19,6 +16,7 @@
 #include "bind_arrays.hpp"
 #include "bind_update.hpp"
 #include "engine.hpp"
+#include "gil.hpp"
 #include "isa.hpp"
 
 namespace fastdiff {
@@ -58,11 +56,9 @@ class BoundEngine {
 
   // x: [rows, channels, height, width]; out: [rows, height, width, padded out_channels]; class_image: [rows, height,
   // width, channels]. run() takes each row's timestep and label, which are [rows], from those arrays.
-  BoundEngine(const std::string& isa, std::shared_ptr<Team> team, nb::handle x, nb::handle out, int out_channels,
-              nb::handle timestep, nb::handle label, nb::handle class_image)
-      : x_(operand<float>(x, 4, "x")), rows_(rows_of(x_)), team_(std::move(team)) {
-    require(team_ != nullptr, "team is None");
-    engine_ = std::make_unique<Engine>(choose_kernels(isa), team_, rows_);
+  BoundEngine(const std::string& isa, int threads, nb::handle x, nb::handle out, int out_channels, nb::handle timestep,
+              nb::handle label, nb::handle class_image)
+      : x_(operand<float>(x, 4, "x")), rows_(rows_of(x_)), engine_(choose_kernels(isa), threads, rows_) {
     use(x_);
     const Maps maps = this->maps(out, "out");
     require(
@@ -206,16 +202,14 @@ class BoundEngine {
 
   void run(int first, int last) {
     seal();
-    const Turn turn(busy_);
-    take_rows();
-    engine_->run(first, last);
+    const WithoutGil without_gil;
+    engine_.run(first, last, [this] { take_rows(); });
   }
 
   std::vector<int64_t> profile(int first, int last) {
     seal();
-    const Turn turn(busy_);
-    take_rows();
-    return engine_->profile(first, last);
+    const WithoutGil without_gil;
+    return engine_.profile(first, last, [this] { take_rows(); });
   }
 
   // Runs one step of a batch in one call: the network, guidance and, where `advance_rows`, the update and row += 1.
@@ -301,23 +295,16 @@ class BoundEngine {
     update.out = out.data();
 
     seal();
-    const Turn turn(busy_);
-    if (!advance_rows) return engine_->forward(inputs, batch, guide);
-    engine_->step(inputs, batch, guide, update);
+    const WithoutGil without_gil;
+    if (!advance_rows) return engine_.forward(inputs, batch, guide);
+    engine_.step(inputs, batch, guide, update);
     advance(row.data(), places.table.data(), lengths.data(), batch.images);
   }
 
-  int64_t space() const { return engine_->space(); }
-  int size() const { return engine_->size(); }
+  int64_t space() const { return engine_.space(); }
+  int size() const { return engine_.size(); }
 
  private:
-  // The time during which a thread uses the engine. Others wait, without Python's lock.
-  struct Turn {
-    explicit Turn(std::mutex& busy) : lock(busy) {}
-    nb::gil_scoped_release release;
-    std::lock_guard<std::mutex> lock;
-  };
-
   // Lets no operation be added from now on: it could need what was not checked.
   void seal() {
     require(runs_, "the engine was given shapes instead of arrays, so it cannot run");
@@ -333,7 +320,7 @@ class BoundEngine {
   template <class Op>
   void add(const Op& op) {
     require(!sealed_, "the engine has run, so no operation can be added");
-    engine_->add(op);
+    engine_.add(op);
   }
 
   // Keeps the operand's memory for as long as the engine lives.
@@ -460,7 +447,8 @@ class BoundEngine {
     return number;
   }
 
-  // Takes over each row's timestep and label, for operations that run without a step.
+  // Takes over each row's timestep and label, for operations that run without a step. Only one thread may do so at a
+  // time, and not while operations run.
   void take_rows() {
     for (int i = 0; i < rows_; i++) {
       timesteps_now_[i] = checked(static_cast<const int64_t*>(timestep_.data)[i], By::timestep);
@@ -470,8 +458,7 @@ class BoundEngine {
 
   Operand x_;
   int rows_;
-  std::shared_ptr<Team> team_;
-  std::unique_ptr<Engine> engine_;
+  Engine engine_;
   Operand timestep_, label_, class_image_;
   float* out_ = nullptr;
   int out_channels_ = 0;
@@ -479,7 +466,6 @@ class BoundEngine {
   int64_t timesteps_ = INT64_MAX, labels_ = INT64_MAX;  // number of vectors; the largest number where none is read
   std::vector<int64_t> timesteps_now_, labels_now_;     // the indices that operations read, which no one else can write
   std::vector<nb::ndarray<>> kept_;
-  std::mutex busy_;
 };
 
 inline void bind_engine(nb::module_& m) {
@@ -516,12 +502,9 @@ inline void bind_engine(nb::module_& m) {
       nb::kw_only(), "statistics"_a, "channels"_a, "groups"_a, "eps"_a, "gamma"_a, "beta"_a,
       "modulation"_a = nb::none());
 
-  nb::class_<Team>(m, "Team").def(nb::init<int>()).def_prop_ro("size", &Team::size);
-
   nb::class_<BoundEngine>(m, "Engine")
-      .def(nb::init<const std::string&, std::shared_ptr<Team>, nb::handle, nb::handle, int, nb::handle, nb::handle,
-                    nb::handle>(),
-           "isa"_a, "team"_a, nb::kw_only(), "x"_a, "out"_a, "out_channels"_a, "timestep"_a, "label"_a,
+      .def(nb::init<const std::string&, int, nb::handle, nb::handle, int, nb::handle, nb::handle, nb::handle>(),
+           "isa"_a, "threads"_a, nb::kw_only(), "x"_a, "out"_a, "out_channels"_a, "timestep"_a, "label"_a,
            "class_image"_a.none() = nb::none())
       .def("input", &BoundEngine::input, nb::kw_only(), "center"_a, "combine"_a, "dst"_a)
       .def("embed", &BoundEngine::embed, nb::kw_only(), "time"_a, "classes"_a, "features"_a, "dst"_a)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bind_arrays.hpp"
+#include "gil.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
 
@@ -124,7 +125,7 @@ inline void bind_update(nb::module_& m) {
                                         std::to_string(2 * C) + " channels of out");
         }
         const Range images = image_range(begin, end, static_cast<int>(B));
-        nb::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels.update(args, images);
       },
       "x"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
@@ -167,7 +168,7 @@ inline void bind_update(nb::module_& m) {
         args.net = net.data();
         args.out = out.data();
         const Range images = image_range(begin, end, args.images);
-        nb::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels.guide(args, images);
       },
       "out"_a.noconvert(), "net"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
@@ -202,7 +203,7 @@ inline void bind_update(nb::module_& m) {
         check_shape(words, {n, 4}, "words");
         check_shape(counter, {n, 4}, "counter");
         check_shape(key, {n, 2}, "key");
-        nb::gil_scoped_release release;
+        const WithoutGil without_gil;
         for (int64_t i = 0; i < n; ++i) {
           const uint32_t *c = counter.data() + 4 * i, *k = key.data() + 2 * i;
           const int64_t row = c[1] & 0xFFFFFF;
@@ -247,7 +248,7 @@ inline void bind_update(nb::module_& m) {
         args.z = z.data();
         require(!words.is_valid() || words.size() == z.size(), "words has not as many numbers as z");
         if (words.is_valid()) check_memory(words, "words");
-        nb::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels.noise(args, {0, static_cast<int>(B)});
       },
       "z"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(), "row"_a.noconvert(), nb::kw_only(), "stream"_a,

@@ -13,6 +13,7 @@
 #include "bind_checksum.hpp"
 #include "bind_engine.hpp"
 #include "bind_update.hpp"
+#include "gil.hpp"
 #include "isa.hpp"
 
 namespace nb = nanobind;
@@ -49,9 +50,28 @@ std::pair<double, double> rates(const std::string& isa) {
   return {product, peak};
 }
 
+void raise_backend_error(const std::string& message) {
+  const nb::object type = nb::module_::import_("fastdiff.errors").attr("BackendError");
+  PyErr_SetString(type.ptr(), message.c_str());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const ResourceError& e) {
+      raise_backend_error(std::string(e.what()) +
+                          ". Free memory, raise the limits of the process (ulimit -u, ulimit -v, those of its "
+                          "container), or make the sampler anew after torch.set_num_threads(1)");
+    } catch (const std::bad_alloc&) {
+      raise_backend_error(
+          "there is no memory left for the native engine; ask for smaller images or a smaller "
+          "batch_size");
+    }
+  });
+  nb::set_leak_warnings(false);  // daemon threads have engines when the interpreter ends
   m.attr("STRIP") = strip;
   m.attr("GROUP") = group;
   m.attr("PANEL") = panel;
@@ -70,7 +90,7 @@ NB_MODULE(_native, m) {
   bind_update(m);
   bind_engine(m);
   bind_checksum(m);
-  m.def("rates", &rates, nb::arg("isa") = "", nb::call_guard<nb::gil_scoped_release>(),
+  m.def("rates", &rates, nb::arg("isa") = "", nb::call_guard<WithoutGil>(),
         "Measure GFLOP/s of one thread: (products of the inner kernel on data in the cache, multiply-adds on "
         "registers).");
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff import backends, checkpoints, solvers
 from fastdiff.checks import one_of, whole
+from fastdiff.core import process
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import choice, editing
 from fastdiff.sampler.editing import Guide
@@ -77,6 +78,7 @@ class Sampler:
         BackendError: If the backend cannot run the network here, with every reason.
     """
 
+    @process.work()
     def __init__(
         self,
         unet: nn.Module,
@@ -116,6 +118,7 @@ class Sampler:
         self._closed = False
 
     @classmethod
+    @process.work()
     def from_pretrained(
         cls,
         model: str | Path,
@@ -163,6 +166,7 @@ class Sampler:
             measurements_file=loaded.path / NAME if loaded.path.is_dir() else None,
         )
 
+    @process.work()
     def sample(
         self,
         n: int,
@@ -268,6 +272,7 @@ class Sampler:
         r = self.request(n, **Options.among(locals()))
         return self._loop.run(r, callback, progress)
 
+    @process.work()
     def invert(
         self,
         image: Tensor,
@@ -324,6 +329,7 @@ class Sampler:
         )  # fmt: skip
         return self._loop.run(r, callback, progress).images / table.init_scale
 
+    @process.work()
     def interpolate(
         self,
         n: int,
@@ -381,6 +387,7 @@ class Sampler:
         rows = self._loop.rows(r, lambda row: row % every == every - 1 or row == last, progress)
         return (event for event, _ in rows if event is not None)
 
+    @process.work()
     def request(self, n: int, **options: Any) -> Request:
         """Check a call of `sample` without running it.
 

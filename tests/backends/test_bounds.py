@@ -107,7 +107,7 @@ class Valid:
     def engine(self) -> dict[str, Any]:
         index = np.zeros(self.rows, np.int64)
         return {
-            "isa": "", "team": native.Team(1), "x": self.x, "out": self.out, "out_channels": 3, "timestep": index,
+            "isa": "", "threads": 1, "x": self.x, "out": self.out, "out_channels": 3, "timestep": index,
             "label": index.copy(), "class_image": self.class_image,
         }  # fmt: skip
 
@@ -151,7 +151,6 @@ def functions() -> dict[str, dict[str, Any]]:
         "normals": {"z": zeros(3, 7, 5), "seed": index, "index": index, "row": index, "stream": 1, "first": 3,
                     "words": np.zeros((3, 7, 5), np.uint32), "isa": ""},
         "checksum": {"arrays": [floats(5), floats(3, 7)], "threads": 2, "isa": ""},
-        "Team": {},
     }  # fmt: skip
 
 
@@ -305,18 +304,18 @@ def test_an_engine_or_a_step_with_a_wrong_argument(data):
 @given(data=st.data())
 def test_a_function_with_a_wrong_argument(data):
     name, arguments = data.draw(st.sampled_from(sorted(functions().items(), key=lambda item: item[0])))
-    if name == "Team":
-        arguments = {"size": data.draw(st.sampled_from([-1, 0, 1, None, 2**31, 0.5, "1"]))}
-    else:
-        wrong = data.draw(st.sampled_from(sorted(arguments)))
-        arguments[wrong] = damage(arguments[wrong], data.draw)
+    wrong = data.draw(st.sampled_from(sorted(arguments)))
+    arguments[wrong] = damage(arguments[wrong], data.draw)
     try:
-        if name == "Team":
-            native.Team(arguments["size"])
-        else:
-            getattr(native, name)(**arguments)
+        getattr(native, name)(**arguments)
     except REFUSED:
         return
+
+
+@pytest.mark.parametrize("number", [-1, 0, 4097, 2**20, 2**31 - 1])
+def test_a_number_of_threads_that_no_machine_has(number):
+    with pytest.raises(ValueError, match="threads: from 1 to 4096 is needed"):
+        native.Engine(**{**Valid().engine(), "threads": number})
 
 
 @pytest.mark.parametrize(

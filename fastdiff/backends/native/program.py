@@ -87,7 +87,7 @@ class NativeProgram:
 
     def __init__(
         self, native: ModuleType, program: Program, layout: Plan, arena: Tensor, weights: Weights,
-        inputs: ProgramInputs, isa: str, team: Any, spec: Spec,
+        inputs: ProgramInputs, isa: str, threads: int, spec: Spec,
     ):  # fmt: skip
         self.native = native
         self.program = program
@@ -101,7 +101,7 @@ class NativeProgram:
         H, W, C = program.buffers["out"].shape
         self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device=arena.device)
         self.engine = native.Engine(
-            isa, team, x=array(inputs.x), out=array(self.out), out_channels=C, timestep=array(inputs.timestep),
+            isa, threads, x=array(inputs.x), out=array(self.out), out_channels=C, timestep=array(inputs.timestep),
             label=array(inputs.label), class_image=None if inputs.class_images is None else array(inputs.class_images),
         )  # fmt: skip
         for op in program.ops:
@@ -242,4 +242,4 @@ def dry_program(unet: UNet, spec: Spec, rows: int) -> NativeProgram:
             class_images=None if unet.class_encoder is None else torch.empty(rows, H, W, C),
         )
     weights = Weights.shapes(unet, native)
-    return NativeProgram(native, program, layout, arena, weights, inputs, isa(), native.Team(threads.number()), spec)
+    return NativeProgram(native, program, layout, arena, weights, inputs, isa(), threads.number(), spec)

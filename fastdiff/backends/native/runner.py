@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ class NativeRunner:
 
     def _reset(self) -> None:
         self.weights = Weights.of(self.unet, self.native)
-        self.team = self.native.Team(threads.number())
+        self.threads = threads.number()
         self.process = os.getpid()
         self.programs: dict[int, NativeProgram] = {}  # by their number of rows
         self.arena = aligned(0)
@@ -160,7 +159,6 @@ class NativeRunner:
     def _follow(self, state: State) -> StateCache:
         """Notice changes: of the process and the tables at every step, of the network at a state's first step."""
         if self.process != os.getpid():
-            _of_the_parent.append((self.team, self.programs))
             self._reset()
         cache = self.states.get(state)
         if cache is None:
@@ -211,7 +209,7 @@ class NativeRunner:
 
         def build() -> NativeProgram:
             return NativeProgram(
-                self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec
+                self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.threads, self.spec
             )
 
         try:
@@ -223,7 +221,3 @@ class NativeRunner:
         else:
             self.programs[rows] = program
         return program
-
-
-# Teams that a fork inherited. Their threads exist in the parent only, so ending them would wait forever.
-_of_the_parent: list[Any] = []
