@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all kernel-check figures gpu sanitize arm-check lint format docs examples wheel-check clean
+.PHONY: help sample native test test-all kernel-check figures gpu sanitize sanitize-python arm-check lint format docs examples wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -75,6 +75,27 @@ sanitize: $(VENV)  ## run the engine's C++ tests under sanitizers (SANITIZE=thre
 		-D FASTDIFF_TESTS=ON -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE
 	@$(BIN)/cmake --build "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))"
 	@"build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))/fastdiff_tests"
+
+# Python itself has no sanitizer, so GCC's libraries are loaded first. ThreadSanitizer needs addresses that are not random.
+# What an error is reported for ends the process.
+SANITIZER = $(firstword $(subst ;, ,$(SANITIZE)))
+SANITIZE_PYTHON = build/sanitize-python-$(SANITIZER)
+gcc-library = $(shell $(CXX) -print-file-name=lib$(1).so)
+ifeq ($(SANITIZE),thread)
+SANITIZED = TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call gcc-library,tsan) $(call gcc-library,stdc++)" \
+	setarch -R
+SANITIZED_TESTS := -k threads
+else
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call gcc-library,asan) $(call gcc-library,stdc++)" env
+endif
+
+sanitize-python: $(VENV)  ## run the Python tests of the engine's bounds, memory and threads under sanitizers (as sanitize)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B $(SANITIZE_PYTHON) -G Ninja -D FASTDIFF_PYTHON=ON \
+		-D FASTDIFF_QUICK=ON -D CMAKE_BUILD_TYPE=Debug -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE \
+		-D Python_EXECUTABLE="$(CURDIR)/$(BIN)/python"
+	@$(BIN)/cmake --build $(SANITIZE_PYTHON) --target _native
+	FASTDIFF_NATIVE_FOLDER=$(SANITIZE_PYTHON) $(SANITIZED) $(BIN)/python -m pytest --capture=sys -q -p no:cacheprovider \
+		-p tests.support.sanitized tests/backends/test_bounds.py tests/backends/test_weights.py $(SANITIZED_TESTS)
 
 arm-check: $(VENV)  ## run the engine's C++ tests for arm64 in an emulator, where a cross compiler is installed
 	tests/arm_check.sh

@@ -6,18 +6,20 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <climits>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "bind_arrays.hpp"
+#include "gil.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
 
 namespace fastdiff {
 
 namespace nb = nanobind;
-
-template <class T>
-using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
 // Returns the images `begin` to `end` - 1; end -1 stands for all of them.
 inline Range image_range(int begin, int end, int images) {
@@ -28,40 +30,38 @@ inline Range image_range(int begin, int end, int images) {
   return {begin, end};
 }
 
-template <class A>
-bool has_shape(const A& array, std::initializer_list<size_t> shape) {
-  if (array.ndim() != shape.size()) return false;
-  size_t i = 0;
-  for (const size_t size : shape)
-    if (array.shape(i++) != size) return false;
-  return true;
-}
+// Each image's place in a bank of tables, copied, so that the indices that were checked are those that are used.
+struct Places {
+  int64_t tables;
+  Bank bank;
+  std::vector<int64_t> table, row;
 
-template <class A>
-void check_shape(const A& array, std::initializer_list<size_t> shape, const char* name) {
-  if (array.is_valid() && !has_shape(array, shape))
-    throw std::invalid_argument(std::string(name) + " has a shape that does not fit the others");
-}
-
-// Returns the bank after checking that it has the table and the row of every image.
-inline Bank checked_bank(const Array<const float>& values, const Array<const int64_t>& table,
-                         const Array<const int64_t>& row, size_t images) {
-  check_shape(table, {images}, "table");
-  check_shape(row, {images}, "row");
-  if (values.ndim() != 3 || values.shape(2) != column_count)
-    throw std::invalid_argument("bank is not [tables, rows, " + std::to_string(column_count) + "]");
-  for (size_t i = 0; i < images; ++i) {
-    const int64_t t = table.data()[i], r = row.data()[i];
-    if (t < 0 || t >= static_cast<int64_t>(values.shape(0)) || r < 0 || r >= static_cast<int64_t>(values.shape(1)))
-      throw std::invalid_argument("image " + std::to_string(i) + " is at row " + std::to_string(r) + " of table " +
-                                  std::to_string(t) + ", which the bank does not have");
+  Places(const Array<const float>& values, const Array<const int64_t>& tables_of, const Array<const int64_t>& rows_of,
+         int64_t images) {
+    check_shape(tables_of, {images}, "table");
+    check_shape(rows_of, {images}, "row");
+    require(values.ndim() == 3 && values.shape(2) == column_count,
+            "bank is not [tables, rows, " + std::to_string(column_count) + "]");
+    check_memory(values, "bank");
+    tables = static_cast<int64_t>(values.shape(0));
+    bank = {values.data(), static_cast<int64_t>(values.shape(1))};
+    table.assign(tables_of.data(), tables_of.data() + images);
+    row.assign(rows_of.data(), rows_of.data() + images);
+    for (int64_t i = 0; i < images; ++i)
+      require(table[i] >= 0 && table[i] < tables && row[i] >= 0 && row[i] < bank.rows,
+              "image " + std::to_string(i) + " is at row " + std::to_string(row[i]) + " of table " +
+                  std::to_string(table[i]) + ", which the bank does not have");
   }
-  return {values.data(), static_cast<int64_t>(values.shape(1))};
-}
+};
 
-template <class T>
-T* data_or_null(const Array<T>& array) {
-  return array.is_valid() ? array.data() : nullptr;
+// Returns the shape of an array of images, [images, channels, height, width], whose sizes fit an int.
+template <class A>
+std::vector<int64_t> image_shape(const A& array, const std::string& name) {
+  const std::vector<int64_t> shape = shape_of(array);
+  require(shape.size() == 4, name + " is " + describe(shape) + ", four dimensions are needed");
+  require(shape[0] <= INT_MAX / 2 && shape[1] <= INT_MAX / 2, name + " is " + describe(shape) + ": too many images");
+  check_memory(array, name);
+  return shape;
 }
 
 inline void bind_update(nb::module_& m) {
@@ -85,23 +85,26 @@ inline void bind_update(nb::module_& m) {
          ConstFloats z, ConstFloats x0_scale, Floats xs, Floats m1, Floats m2, Floats m3, int begin, int end,
          const std::string& isa) {
         const Kernels& kernels = choose_kernels(isa);
-        if (x.ndim() != 4) throw std::invalid_argument("x is not [images, channels, height, width]");
-        const size_t B = x.shape(0), C = x.shape(1), H = x.shape(2), W = x.shape(3);
-        if (!has_shape(out, {B, C, H, W})) check_shape(out, {B, 2 * C, H, W}, "out");
+        const std::vector<int64_t> shape = image_shape(x, "x");
+        const int64_t B = shape[0], C = shape[1], H = shape[2], W = shape[3];
+        const bool learned = shape_of(out) == std::vector<int64_t>{B, 2 * C, H, W};
+        check_shape(out, {B, learned ? 2 * C : C, H, W}, "out");
         check_shape(seed, {B}, "seed");
         check_shape(index, {B}, "index");
-        check_shape(z, {B, C, H, W}, "z");
+        check_shape(z, shape, "z");
         check_shape(x0_scale, {B}, "x0_scale");
-        check_shape(xs, {B, C, H, W}, "xs");
-        check_shape(m1, {B, C, H, W}, "m1");
-        check_shape(m2, {B, C, H, W}, "m2");
-        check_shape(m3, {B, C, H, W}, "m3");
+        check_shape(xs, shape, "xs");
+        check_shape(m1, shape, "m1");
+        check_shape(m2, shape, "m2");
+        check_shape(m3, shape, "m3");
+        const Places places(bank, table, row, B);
+        const std::vector<int64_t> zeros(B);
         UpdateArgs args;
-        args.bank = checked_bank(bank, table, row, B);
-        args.table = table.data();
-        args.row = row.data();
-        args.seed = data_or_null(seed);
-        args.index = data_or_null(index);
+        args.bank = places.bank;
+        args.table = places.table.data();
+        args.row = places.row.data();
+        args.seed = seed.is_valid() ? seed.data() : zeros.data();
+        args.index = index.is_valid() ? index.data() : zeros.data();
         args.channels = static_cast<int>(C);
         args.out_channels = static_cast<int>(out.shape(1));
         args.pixels = static_cast<int64_t>(H * W);
@@ -113,16 +116,16 @@ inline void bind_update(nb::module_& m) {
         args.out = out.data();
         args.z = data_or_null(z);
         args.x0_scale = data_or_null(x0_scale);
-        for (size_t i = 0; i < B; ++i) {
+        for (int64_t i = 0; i < B; ++i) {
           const Coefficients k = args.bank(args.table[i], args.row[i]);
-          if (k.s != 0.0f && !args.z && !(args.seed && args.index))
+          if (k.s != 0.0f && !args.z && !(seed.is_valid() && index.is_valid()))
             throw std::invalid_argument("image " + std::to_string(i) + " needs noise: give z, or seed and index");
           if (k.sv != 0.0f && args.out_channels == args.channels)
             throw std::invalid_argument("image " + std::to_string(i) + " needs a learned variance, in " +
                                         std::to_string(2 * C) + " channels of out");
         }
         const Range images = image_range(begin, end, static_cast<int>(B));
-        nb::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels.update(args, images);
       },
       "x"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
@@ -139,31 +142,33 @@ inline void bind_update(nb::module_& m) {
       [](Floats out, ConstFloats net, ConstFloats bank, Integers table, Integers row, ConstFloats guidance,
          int channels, float rescale, int begin, int end, const std::string& isa) {
         const Kernels& kernels = choose_kernels(isa);
-        if (out.ndim() != 4) throw std::invalid_argument("out is not [images, channels, height, width]");
-        const size_t B = out.shape(0), C = out.shape(1), H = out.shape(2), W = out.shape(3);
+        const std::vector<int64_t> shape = image_shape(out, "out");
+        const int64_t B = shape[0], C = shape[1], H = shape[2], W = shape[3];
         const bool guided = guidance.is_valid();
-        if (net.ndim() != 4 || net.shape(3) < C)
-          throw std::invalid_argument("net is not [rows, height, width, padded channels]");
-        check_shape(net, {guided ? 2 * B : B, H, W, net.shape(3)}, "net");
+        const std::vector<int64_t> given = shape_of(net);
+        require(given.size() == 4 && given[3] >= C && given[3] <= INT_MAX / 2,
+                "net is not [rows, height, width, padded channels]");
+        check_shape(net, {guided ? 2 * B : B, H, W, given[3]}, "net");
         check_shape(guidance, {B}, "guidance");
-        if (channels < 1 || channels > static_cast<int>(C))
-          throw std::invalid_argument(std::to_string(channels) + " channels of " + std::to_string(C) + " are guided");
+        require(channels >= 1 && channels <= C,
+                std::to_string(channels) + " channels of " + std::to_string(C) + " are guided");
+        const Places places(bank, table, row, B);
         GuideArgs args;
-        args.bank = checked_bank(bank, table, row, B);
-        args.table = table.data();
-        args.row = row.data();
+        args.bank = places.bank;
+        args.table = places.table.data();
+        args.row = places.row.data();
         args.guidance = data_or_null(guidance);
         args.rescale = rescale;
         args.images = static_cast<int>(B);
         args.guided = guided;
         args.channels = channels;
         args.out_channels = static_cast<int>(C);
-        args.padded = static_cast<int>(net.shape(3));
+        args.padded = static_cast<int>(given[3]);
         args.pixels = static_cast<int64_t>(H * W);
         args.net = net.data();
         args.out = out.data();
         const Range images = image_range(begin, end, args.images);
-        nb::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels.guide(args, images);
       },
       "out"_a.noconvert(), "net"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
@@ -176,11 +181,15 @@ inline void bind_update(nb::module_& m) {
   m.def(
       "advance",
       [](Array<int64_t> row, Integers table, Integers lengths) {
-        check_shape(row, {table.size()}, "row");
-        for (size_t i = 0; i < table.size(); ++i)
-          if (table.data()[i] < 0 || table.data()[i] >= static_cast<int64_t>(lengths.size()))
-            throw std::invalid_argument("there is no table " + std::to_string(table.data()[i]));
-        advance(row.data(), table.data(), lengths.data(), static_cast<int>(table.size()));
+        const int64_t images = static_cast<int64_t>(table.size());
+        check_shape(row, {images}, "row");
+        check_shape(table, {images}, "table");
+        check_memory(lengths, "lengths");
+        require(images <= INT_MAX, "too many images");
+        const std::vector<int64_t> tables(table.data(), table.data() + images);
+        for (const int64_t t : tables)
+          require(t >= 0 && t < static_cast<int64_t>(lengths.size()), "there is no table " + std::to_string(t));
+        advance(row.data(), tables.data(), lengths.data(), static_cast<int>(images));
       },
       "row"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(),
       "Add 1 to row in place; a finished image stays at the identity row of its table.");
@@ -189,12 +198,13 @@ inline void bind_update(nb::module_& m) {
       "philox",
       [](Array<uint32_t> words, Array<const uint32_t> counter, Array<const uint32_t> key, const std::string& isa) {
         const Kernels& kernels = choose_kernels(isa);
-        const size_t n = words.shape(0);
+        require(words.ndim() == 2, "words is not [n, 4]");
+        const int64_t n = static_cast<int64_t>(words.shape(0));
         check_shape(words, {n, 4}, "words");
         check_shape(counter, {n, 4}, "counter");
         check_shape(key, {n, 2}, "key");
-        nb::gil_scoped_release release;
-        for (size_t i = 0; i < n; ++i) {
+        const WithoutGil without_gil;
+        for (int64_t i = 0; i < n; ++i) {
           const uint32_t *c = counter.data() + 4 * i, *k = key.data() + 2 * i;
           const int64_t row = c[1] & 0xFFFFFF;
           const int64_t index = static_cast<int64_t>(c[2] | static_cast<uint64_t>(c[3]) << 32);
@@ -218,7 +228,12 @@ inline void bind_update(nb::module_& m) {
       [](Floats z, Integers seed, Integers index, Integers row, int stream, int64_t first, Array<uint32_t> words,
          const std::string& isa) {
         const Kernels& kernels = choose_kernels(isa);
-        const size_t B = z.shape(0);
+        const std::vector<int64_t> shape = shape_of(z);
+        require(!shape.empty() && shape[0] <= INT_MAX, "z is not [images, ...]");
+        const int64_t B = shape[0];
+        require(stream >= 0 && stream < 1 << 8, "stream: from 0 to 255 is needed");
+        require(first >= 0 && first < int64_t{1} << 32, "first: from 0 to 2^32 - 1 is needed");
+        check_memory(z, "z");
         check_shape(seed, {B}, "seed");
         check_shape(index, {B}, "index");
         check_shape(row, {B}, "row");
@@ -231,9 +246,9 @@ inline void bind_update(nb::module_& m) {
         args.size = B ? static_cast<int64_t>(z.size() / B) : 0;
         args.words = data_or_null(words);
         args.z = z.data();
-        if (words.is_valid() && words.size() != z.size())
-          throw std::invalid_argument("words has a shape that does not fit the others");
-        nb::gil_scoped_release release;
+        require(!words.is_valid() || words.size() == z.size(), "words has not as many numbers as z");
+        if (words.is_valid()) check_memory(words, "words");
+        const WithoutGil without_gil;
         kernels.noise(args, {0, static_cast<int>(B)});
       },
       "z"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(), "row"_a.noconvert(), nb::kw_only(), "stream"_a,

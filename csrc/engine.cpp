@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -16,15 +17,19 @@ constexpr int64_t block_numbers = 256 * 1024;
 // The least number of items per member for which it pays that every member reads all weights.
 constexpr int panel_items = 24;
 
+// More threads than a machine has cores; counts of items per member stay within an int.
+constexpr int most_threads = 4096;
+
 }  // namespace
 
-Engine::Engine(const Kernels& kernels, std::shared_ptr<Team> team, int rows)
-    : kernels_(kernels), team_(std::move(team)), rows_(rows) {
+Engine::Engine(const Kernels& kernels, int threads, int rows) : kernels_(kernels), threads_(threads), rows_(rows) {
+  if (threads < 1 || threads > most_threads)
+    throw std::invalid_argument("threads: from 1 to " + std::to_string(most_threads) + " is needed");
   if (rows < 1) throw std::invalid_argument("rows: at least 1 is needed");
 }
 
 Engine::Split Engine::split(const ConvArgs& conv) const {
-  const int strips = rows_ * conv.map.strips(), members = team_->size();
+  const int strips = rows_ * conv.map.strips(), members = threads_;
   const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() / (conv.bf16 ? 2 : 1) + panel);
   // Among the blocks that fit, take the largest one whose number of items nearly fills the last group of six that a
   // product computes at a time. The weights of a 1x1 convolution fit into the cache, so that its blocks may be smaller.
@@ -46,6 +51,11 @@ void Engine::add(const Op& op) {
   const auto* attends = std::get_if<AttentionOp>(&op);
   if (!kernels_.bf16 && ((products && products->conv.bf16) || (attends && attends->attention.bf16)))
     throw std::invalid_argument(std::string(kernels_.name) + " does not multiply bfloat16");
+  Phase was = open;
+  if (!phase_.compare_exchange_strong(was, adding))
+    throw std::logic_error("operations are added by one thread at a time, and before the engine runs");
+  const auto reopen = [this](void*) { phase_ = open; };
+  const std::unique_ptr<void, decltype(reopen)> added(this, reopen);
   const auto wants = [this](int64_t size) { own_size_ = std::max(own_size_, size); };
   const auto wants_norm = [this](const NormArgs& norm) {
     int width = 0;
@@ -66,57 +76,85 @@ void Engine::add(const Op& op) {
     wants_norm(attention->norm);
   }
   ops_.push_back(op);
-  ready_ = false;
 }
 
 int64_t Engine::space() const {
-  return static_cast<int64_t>(sizeof(float)) * (own_size_ * team_->size() + common_size_ + 2 * norm_size_);
+  return static_cast<int64_t>(sizeof(float)) * (own_size_ * threads_ + common_size_ + 2 * norm_size_);
 }
 
-void Engine::run(int first, int last) {
+Engine::Use::Use(Engine& engine) : turn(engine.team()) {
+  Phase was = open;
+  if (!engine.phase_.compare_exchange_strong(was, closed) && was == adding)
+    throw std::logic_error("the engine was run while an operation was added");
+  if (engine.own_.empty()) engine.allocate();
+}
+
+Team& Engine::team() {
+  Team::share(team_, threads_);
+  return *team_;
+}
+
+void Engine::allocate() try {
+  std::vector<std::unique_ptr<float[]>> own;
+  for (int i = 0; i < threads_; i++) own.emplace_back(new float[own_size_]());
+  common_.reset(new float[common_size_]());
+  norm_.reset(new float[2 * norm_size_]());
+  own_ = std::move(own);
+} catch (const std::bad_alloc&) {
+  throw ResourceError("there is no memory for " + std::to_string(space()) + " bytes of the engine's working space");
+}
+
+void Engine::run(int first, int last, const std::function<void()>& begin) {
+  const Use use(*this);
+  if (begin) begin();
+  run_ops(first, last);
+}
+
+void Engine::forward(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide) {
+  const Use use(*this);
+  evaluate(inputs, batch, guide);
+}
+
+void Engine::step(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide, const UpdateArgs& update) {
+  const Use use(*this);
+  evaluate(inputs, batch, guide);
+  auto work = [&](int member) { kernels_.update(update, share({0, batch.images}, member, threads_)); };
+  team_->run(work);
+}
+
+std::vector<int64_t> Engine::profile(int first, int last, const std::function<void()>& begin) {
+  const Use use(*this);
+  if (begin) begin();
+  run_ops(first, last);
+  std::vector<int64_t> times(last - first);
+  auto work = [&](int member) { run_member(member, first, last, member == 0 ? times.data() : nullptr); };
+  team_->run(work);
+  return times;
+}
+
+void Engine::run_ops(int first, int last) {
   if (first < 0 || last > size() || first > last) throw std::invalid_argument("run: no such operations");
-  if (!ready_) {
-    own_.clear();
-    for (int i = 0; i < team_->size(); i++) own_.emplace_back(new float[own_size_]());
-    common_.reset(new float[common_size_]());
-    norm_.reset(new float[2 * norm_size_]());
-    ready_ = true;
-  }
   auto work = [&](int member) { run_member(member, first, last, nullptr); };
   team_->run(work);
 }
 
-void Engine::forward(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide) {
-  for (int first = 0; first < batch.rows(); first += rows_) {
-    const int n = std::min(rows_, batch.rows() - first);
+void Engine::evaluate(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide) {
+  for (int64_t first = 0; first < batch.rows(); first += rows_) {
+    const int n = static_cast<int>(std::min<int64_t>(rows_, batch.rows() - first));
     for (int i = 0; i < n; i++) {
-      const int row = first + i, image = row % batch.images;
+      const int64_t row = first + i, image = row % batch.images;
       std::copy_n(batch.x + image * batch.image_size, batch.image_size, inputs.x + i * batch.image_size);
-      inputs.timestep[i] = batch.entry[batch.table[image] * batch.entry_rows + batch.row[image]];
+      inputs.timestep[i] = batch.timestep[image];
       if (batch.label != nullptr) inputs.label[i] = batch.label[row];
       if (batch.class_image != nullptr)
         std::copy_n(batch.class_image + row * batch.image_size, batch.image_size,
                     inputs.class_image + i * batch.image_size);
     }
-    run(0, size());
+    run_ops(0, size());
     std::copy_n(inputs.out, n * batch.out_size, batch.net + first * batch.out_size);
   }
-  auto work = [&](int member) { kernels_.guide(guide, share({0, batch.images}, member, team_->size())); };
+  auto work = [&](int member) { kernels_.guide(guide, share({0, batch.images}, member, threads_)); };
   team_->run(work);
-}
-
-void Engine::step(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide, const UpdateArgs& update) {
-  forward(inputs, batch, guide);
-  auto work = [&](int member) { kernels_.update(update, share({0, batch.images}, member, team_->size())); };
-  team_->run(work);
-}
-
-std::vector<int64_t> Engine::profile(int first, int last) {
-  run(first, last);
-  std::vector<int64_t> times(last - first);
-  auto work = [&](int member) { run_member(member, first, last, member == 0 ? times.data() : nullptr); };
-  team_->run(work);
-  return times;
 }
 
 void Engine::run_member(int member, int first, int last, int64_t* times) {
@@ -137,16 +175,16 @@ void Engine::run_norm(int member, const NormArgs& norm, const float*& scale, con
   NormArgs args = norm;
   scale = args.scale = norm_.get();
   shift = args.shift = norm_.get() + norm_size_;
-  kernels_.norm(args, share({0, rows_}, member, team_->size()));
+  kernels_.norm(args, share({0, rows_}, member, threads_));
   team_->barrier();
 }
 
 void Engine::run_op(int member, const InputArgs& op) {
-  kernels_.input(op, share({0, rows_ * op.map.strips()}, member, team_->size()));
+  kernels_.input(op, share({0, rows_ * op.map.strips()}, member, threads_));
 }
 
 void Engine::run_op(int member, const EmbedArgs& op) {
-  kernels_.embed(op.time, op.classes, op.features, op.dst, share({0, rows_}, member, team_->size()));
+  kernels_.embed(op.time, op.classes, op.features, op.dst, share({0, rows_}, member, threads_));
 }
 
 void Engine::run_op(int member, const ConvOp& op) {
@@ -158,14 +196,14 @@ void Engine::run_op(int member, const ConvOp& op) {
   float* space = own(member);
   float* products = space + conv.space();
   if (how.panels) {
-    const Range mine = share(strips, member, team_->size());
+    const Range mine = share(strips, member, threads_);
     kernels_.conv_load(conv, mine, common_.get(), mine.begin * conv.items(), items, space);
     team_->barrier();
-    kernels_.conv_store(conv, strips, share(panels, member, team_->size()), common_.get(), items, products);
+    kernels_.conv_store(conv, strips, share(panels, member, threads_), common_.get(), items, products);
     return;
   }
   float* loaded = products + conv.product_size(items);
-  const Range mine = share(strips, member, team_->size());
+  const Range mine = share(strips, member, threads_);
   for (int s = mine.begin; s < mine.end; s += how.block) {
     const Range block{s, std::min(s + how.block, mine.end)};
     kernels_.conv_load(conv, block, loaded, 0, items, space);
@@ -176,14 +214,14 @@ void Engine::run_op(int member, const ConvOp& op) {
 void Engine::run_op(int member, const PoolOp& op) {
   PoolArgs pool = op.pool;
   run_norm(member, op.norm, pool.src.scale, pool.src.shift);
-  kernels_.pool(pool, share({0, rows_ * pool.map.strips()}, member, team_->size()), own(member));
+  kernels_.pool(pool, share({0, rows_ * pool.map.strips()}, member, threads_), own(member));
 }
 
 void Engine::run_op(int member, const AttentionOp& op) {
   AttentionArgs attention = op.attention;
   run_norm(member, op.norm, attention.scale, attention.shift);
   const Range units{0, rows_ * attention.heads * attention.blocks()};
-  kernels_.attention(attention, share(units, member, team_->size()), own(member));
+  kernels_.attention(attention, share(units, member, threads_), own(member));
 }
 
 }  // namespace fastdiff

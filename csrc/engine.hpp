@@ -1,8 +1,11 @@
 // The engine: runs a list of operations over raw buffers on the threads of a Team. It owns neither weights nor
-// activations.
+// activations. Calls from several threads take turns, also those of other engines with the same number of threads, if
+// that is more than one.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <variant>
 #include <vector>
@@ -49,13 +52,10 @@ struct NetworkInputs {
 struct Batch {
   int images;
   bool guided;
-  int64_t image_size;  // numbers per image
-  int64_t out_size;    // numbers per row of the network's output
-  const float* x;      // [images, image_size]
-  const int64_t* table;
-  const int64_t* row;
-  const int64_t* entry;  // [tables, entry_rows]: index of a timestep's embedding
-  int64_t entry_rows;
+  int64_t image_size;        // numbers per image
+  int64_t out_size;          // numbers per row of the network's output
+  const float* x;            // [images, image_size]
+  const int64_t* timestep;   // [images]: index of a timestep's embedding
   const int64_t* label;      // [rows]; null where the network has no labels
   const float* class_image;  // [rows, image_size]; null where the network has none
   float* net;                // [rows, out_size]
@@ -65,19 +65,22 @@ struct Batch {
 class Engine {
  public:
   // rows: number of evaluations of the network that one run of the operations makes.
-  Engine(const Kernels& kernels, std::shared_ptr<Team> team, int rows);
+  Engine(const Kernels& kernels, int threads, int rows);
 
-  // Appends an operation. Throws std::invalid_argument if the instruction set cannot run it.
+  // Appends an operation. Throws std::invalid_argument if the instruction set cannot run it, std::logic_error once the
+  // engine has run.
   void add(const Op& op);
   int size() const { return static_cast<int>(ops_.size()); }
-  // Runs operations `first` to `last` - 1, in order. Only one thread may call this at a time.
-  void run(int first, int last);
+  // Runs operations `first` to `last` - 1, in order, after `begin` if there is one: no other thread uses the engine
+  // during either. This and all below throw ResourceError if memory or threads are
+  // missing, which leaves the engine as it was.
+  void run(int first, int last, const std::function<void()>& begin = nullptr);
   // Runs all operations for every row of the batch, as many rows at a time as the engine has, and then guidance.
   void forward(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide);
   // Runs forward, and then the update of every image by the row of its table, which the caller advances.
   void step(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide, const UpdateArgs& update);
-  // Runs the operations twice, and returns the nanoseconds that each took the second time.
-  std::vector<int64_t> profile(int first, int last);
+  // Runs `begin` and twice the operations, and returns the nanoseconds that each took the second time.
+  std::vector<int64_t> profile(int first, int last, const std::function<void()>& begin = nullptr);
   // Returns the size of the working space in bytes.
   int64_t space() const;
 
@@ -89,6 +92,15 @@ class Engine {
     bool panels;
   };
   Split split(const ConvArgs& conv) const;
+  // What a call has while it runs: the team, and the working space.
+  struct Use {
+    explicit Use(Engine& engine);
+    Team::Turn turn;
+  };
+  Team& team();
+  void allocate();
+  void evaluate(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide);
+  void run_ops(int first, int last);
   void run_member(int member, int first, int last, int64_t* times);
   void run_op(int member, const InputArgs& op);
   void run_op(int member, const EmbedArgs& op);
@@ -99,15 +111,17 @@ class Engine {
   void run_norm(int member, const NormArgs& norm, const float*& scale, const float*& shift);
   float* own(int member) { return own_[member].get(); }
 
+  enum Phase { open, adding, closed };  // whether operations may be added
+
   const Kernels& kernels_;
+  const int threads_, rows_;
   std::shared_ptr<Team> team_;
-  int rows_;
+  std::atomic<Phase> phase_{open};
   std::vector<Op> ops_;
   int64_t own_size_ = 0, common_size_ = 0, norm_size_ = 0;
   std::vector<std::unique_ptr<float[]>> own_;  // working space of each member
   std::unique_ptr<float[]> common_;            // loaded items of a convolution that is split by panels
   std::unique_ptr<float[]> norm_;              // scale and shift of the present operation
-  bool ready_ = false;                         // whether the working space is allocated
 };
 
 }  // namespace fastdiff

@@ -197,6 +197,8 @@ struct Kernels {
   void (*update)(const UpdateArgs&, Range images);
   void (*guide)(const GuideArgs&, Range images);
   void (*noise)(const NoiseArgs&, Range images);
+  // Returns the checksum of n bytes, whose first word is number `first` of all.
+  uint64_t (*checksum)(const uint8_t* bytes, int64_t n, int64_t first);
 };
 
 }  // namespace fastdiff

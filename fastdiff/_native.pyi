@@ -1,8 +1,10 @@
-"""Types of the compiled engine (csrc/module.cpp, csrc/bind_update.hpp).
+"""Types of the compiled engine (csrc/module.cpp, csrc/bind_*.hpp).
 
-Arguments that are addresses point into buffers that the caller keeps alive.
+Buffers are contiguous arrays or tensors on the CPU. What does not fit raises TypeError or ValueError. An `Engine` keeps
+the arrays that it is given until it is deleted.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 STRIP: int
@@ -18,25 +20,26 @@ def guide(out: Any, net: Any, bank: Any, table: Any, row: Any, guidance: Any, **
 def advance(row: Any, table: Any, lengths: Any) -> None: ...
 def philox(words: Any, counter: Any, key: Any, *, isa: str = "") -> None: ...
 def normals(z: Any, seed: Any, index: Any, row: Any, **options: Any) -> None: ...
+def checksum(arrays: Sequence[Any], *, threads: int = 1, isa: str = "") -> int: ...
 
 class Method:
     direct: Method
     winograd2: Method
     winograd4: Method
 
+class By:
+    row: By
+    timestep: By
+    label: By
+
 class RowVectors:
-    def __init__(self, base: int, index: int, stride: int) -> None: ...
+    def __init__(self, values: Any, by: By, offset: int = 0) -> None: ...
 
 class Norm:
     def __init__(self, **arguments: Any) -> None: ...
 
-class Team:
-    def __init__(self, size: int) -> None: ...
-    @property
-    def size(self) -> int: ...
-
 class Engine:
-    def __init__(self, isa: str, team: Team, rows: int) -> None: ...
+    def __init__(self, isa: str, threads: int, **arguments: Any) -> None: ...
     def input(self, **arguments: Any) -> None: ...
     def embed(self, **arguments: Any) -> None: ...
     def conv(self, **arguments: Any) -> None: ...

@@ -14,12 +14,11 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "expect.hpp"
 #include "isa.hpp"
 #include "team.hpp"
 
 using namespace fastdiff;
-
-namespace {
 
 int failures = 0;
 
@@ -28,6 +27,8 @@ void expect(bool holds, const std::string& what) {
   failures++;
   std::printf("FAILED: %s\n", what.c_str());
 }
+
+namespace {
 
 std::mt19937 generator(1);
 
@@ -180,7 +181,7 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
     }
   }
 
-  Engine engine(kernels, std::make_shared<Team>(threads), c.rows);
+  Engine engine(kernels, threads, c.rows);
   engine.add(op);
   engine.run(0, 1);
 
@@ -249,7 +250,7 @@ void check_attention(const Kernels& kernels, int threads, int rows, int pixels, 
   op.attention.heads = heads;
   op.attention.head_dim = d;
   op.attention.dst = dst.data();
-  Engine engine(kernels, std::make_shared<Team>(threads), rows);
+  Engine engine(kernels, threads, rows);
   engine.add(op);
   engine.run(0, 1);
   double error = 0, norm = 0;
@@ -330,7 +331,7 @@ void check_refusals() {
   };
   expect(refused([] { choose_kernels("sse9"); }), "an unknown instruction set is refused");
   expect(refused([] { Team team(0); }), "a team of nobody is refused");
-  Engine engine(choose_kernels(""), std::make_shared<Team>(1), 1);
+  Engine engine(choose_kernels(""), 1, 1);
   expect(refused([&] { engine.run(0, 1); }), "operations that are not there are refused");
 }
 
@@ -359,6 +360,7 @@ int main() {
     }
   for (int threads : {1, 2, 5}) check_team(threads);
   check_refusals();
+  check_sharing();
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures;
 }

@@ -6,14 +6,15 @@ the weights of merged layers, and the tables of embeddings that replace the time
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.core.lower import embed_classes, embed_timesteps
+from fastdiff.core.lower import embed_classes, embed_timesteps, projection_keys
 from fastdiff.core.program import Conv, Program
 from fastdiff.core.state import TableBank
 from fastdiff.modes import plain_modes
@@ -23,6 +24,7 @@ from fastdiff.unet.model import ClassProjection
 
 # Buffers written by the matrix products of the embedding. They are small, and computed in float32 in every precision.
 EMBEDDING_PRODUCTS = ("projections", "time_embedding.linear_2")
+WORDS_BYTES = 1 << 25  # bytes of weights whose checksum is computed at a time; it takes a few times as much memory
 
 
 def network_reasons(unet: nn.Module) -> list[str]:
@@ -57,19 +59,68 @@ def _structure_of(config: UNetConfig) -> list[tuple[str, object]]:
         return _structure(UNet(config))
 
 
-def checksum(unet: UNet) -> tuple[int, ...]:
-    """Compute a checksum of the weights' bits, two numbers for each parameter.
+def checksum(module: nn.Module) -> int:
+    """Compute a checksum of the bits of a module's weights, from 0 to 2^64 - 1.
 
     In-place edits of ``.data`` and fused optimizers change weights without bumping tensor versions, so only the bits
-    show it. It is fast and in memory only; files name a model by `fastdiff.checkpoints.weights_digest`.
+    show it. It is fast and in memory only; files name a model by `fastdiff.checkpoints.weights_digest`. The native
+    engine computes it on the CPU, at about the speed of reading memory; `plain_checksum` is the same elsewhere.
     """
-    sums = []
-    for p in unet.parameters():
-        own = {8: torch.int64, 4: torch.int32, 2: torch.int16}[p.element_size()]
-        bits = p.detach().contiguous().flatten().view(torch.int64 if p.nbytes % 8 == 0 else own)
-        # The second sum depends on the order of the numbers: each is combined with its neighbour.
-        sums += [int(bits.sum()), int((bits[1:] ^ (bits[:-1] << 1)).sum())]
-    return tuple(sums)
+    from fastdiff.backends.native.extension import extension  # it imports this module
+
+    native, weights = extension(), [p.detach() for p in module.parameters()]
+    if native is None or not native.isas() or any(w.device.type != "cpu" for w in weights):
+        return plain_checksum(weights)
+    total: int = native.checksum([w.contiguous() for w in weights], threads=torch.get_num_threads())
+    return total
+
+
+def embedding_checksum(unet: UNet) -> int:
+    """Compute the `checksum` of the weights by which timesteps are embedded alone, which are few."""
+    projections = [unet.get_submodule(key) for key in projection_keys(unet)]
+    return checksum(nn.ModuleList([unet.time_embedding, *projections]))
+
+
+def plain_checksum(tensors: Sequence[Tensor]) -> int:
+    """Compute the checksum of tensors, one after the other, each filled up with zeros to whole words of 8 bytes:
+
+        sum over i = 1, 2, ... of mix(word_i ^ c i)  modulo 2^64,    c = floor(2^64 / golden ratio)
+
+    ``mix`` maps different words to different ones, and each bit of its result depends on all bits of the word; so
+    neither flips of signs nor exchanged weights cancel. One value is read from the device.
+    """
+    c = 0x9E3779B97F4A7C15 - (1 << 64)
+    sums, first = [], 1
+    for words in _words(tensors):
+        i = torch.arange(first, first + len(words), dtype=torch.int64, device=words.device)
+        sums.append(_mix(words ^ (i * c)).sum())
+        first += len(words)
+    return int(torch.stack(sums).sum()) % (1 << 64) if sums else 0
+
+
+def _words(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the words of tensors, int64, in parts of about `WORDS_BYTES`."""
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        for part in tensor.contiguous().flatten().view(torch.uint8).split(WORDS_BYTES):
+            parts += [part, part.new_zeros(-len(part) % 8)]
+            if sum(map(len, parts)) >= WORDS_BYTES:
+                yield torch.cat(parts).view(torch.int64)
+                parts = []
+    if parts:
+        yield torch.cat(parts).view(torch.int64)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Mix the bits of words, int64 (the finaliser of SplitMix64: Steele, Lea & Flood 2014; constants: variant 13)."""
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift words to the right, filling with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def merged_layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -85,6 +136,13 @@ def merged_layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]
 def embedding_width(program: Program) -> int:
     """Return the number of features that `fastdiff.core.lower.embed_timesteps` computes for a timestep."""
     return program.buffers["time" if "time" in program.buffers else "projections"].shape[2]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which a caller's `torch.autocast` does not round what is kept for later calls."""
+    if not torch.amp.is_autocast_available(device.type):  # as on "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class EmbeddingTables:
@@ -104,14 +162,16 @@ class EmbeddingTables:
         self.places: dict[float, int] = {}
         self.classes: Tensor | None = None
         if isinstance(unet.class_embedding, (nn.Embedding, ClassProjection)):
-            self.classes = embed_classes(unet).detach().to(device, torch.float32, copy=True).contiguous()
+            with without_autocast(device):
+                self.classes = embed_classes(unet).to(device, torch.float32, copy=True).contiguous()
 
     @plain_modes()
     def refresh(self) -> None:
         """Drop what was computed from weights that have changed since; all tensors keep their addresses."""
         self.places = {}
         if self.classes is not None:
-            self.classes.copy_(embed_classes(self.unet))
+            with without_autocast(self.times.device):
+                self.classes.copy_(embed_classes(self.unet))
 
     @plain_modes()
     def entries(self, bank: TableBank) -> Tensor:
@@ -131,7 +191,8 @@ class EmbeddingTables:
                 grown[:first] = self.times[:first]
                 self.times = grown
             t32 = torch.tensor(new, dtype=torch.float32, device=self.times.device)
-            self.times[first:end] = embed_timesteps(self.unet, t32)
+            with without_autocast(self.times.device):
+                self.times[first:end] = embed_timesteps(self.unet, t32)
             self.places |= {v: first + i for i, v in enumerate(new)}
         places = np.array([self.places[v] for v in wanted], dtype=np.int64)
         return torch.from_numpy(places[inverse.reshape(bank.host.shape[:2])])

@@ -59,6 +59,20 @@ def _scheduler_config(pipeline: Any) -> dict[str, Any]:
     return config
 
 
+def _check_channels(pipeline: Any) -> None:
+    """Raise an error if the network's output is no prediction for its input, as where a condition is concatenated."""
+    config = pipeline.unet.config
+    C, given = config.in_channels, config.out_channels
+    if given in (C, 2 * C):
+        return
+    # PyTorch broadcasts one channel, so diffusers' loop runs; it fails for other numbers.
+    error = ConfigError if given == 1 else InvalidArgument
+    raise error(
+        f"{type(pipeline).__name__}.unet gives {given} channels for images of {C} channels; {C} are needed, or {2 * C} "
+        "where the variance is learned"
+    )
+
+
 @dataclasses.dataclass
 class PipelineLoop:
     """One call of a DDPMPipeline or DDIMPipeline."""
@@ -71,6 +85,7 @@ class PipelineLoop:
     def prepare(self) -> None:
         """Make the table; raise `ConfigError` or, for the caller's mistakes, `InvalidArgument` if there is none."""
         a, scheduler = self.arguments, self.pipeline.scheduler
+        _check_channels(self.pipeline)
         B = a["batch_size"] = whole("batch_size", a["batch_size"], 1)
         generator = a["generator"]
         if isinstance(generator, list):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastdiff.backends import Runner
 from fastdiff.backends.eager import EagerRunner
-from fastdiff.core import noise, update
+from fastdiff.core import noise, process, update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CallbackError, Cancelled, FastdiffError, InvalidArgument, NumericsError
 from fastdiff.modes import plain_modes
@@ -96,7 +96,7 @@ class Loop:
 
     def rows(self, r: Request, preview: Callable[[int], bool], progress: bool = False) -> Rows:
         """Begin a call, which `cancel` ends from now on. ``preview(row)`` says whether a row's event is wanted."""
-        return self._rows(r, self._cancellations, preview, progress)
+        return process.pieces(self._rows(r, self._cancellations, preview, progress))
 
     def _rows(self, r: Request, started: int, preview: Callable[[int], bool], progress: bool) -> Rows:
         modules = list(self._unet.modules())  # once, as it takes time

@@ -24,6 +24,7 @@ from fastdiff.solvers.ddpm import VARIANCES
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.table import check_clip
+from fastdiff.unet import UNet
 
 MAX_SCALES = 1 << 20
 STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
@@ -218,6 +219,11 @@ class NetworkInfo:
             raise ConfigError(
                 f"class_embed_type={config.class_embed_type!r} is not fed by labels, so a Sampler cannot run it"
             )
+        fits = shape is None or shape[0] == config.in_channels
+        if not fits and (type(unet) is UNet or type(unet).__module__.partition(".")[0] == "diffusers"):
+            raise InvalidArgument(
+                f"shape={shape!r} has {shape[0] if shape else 0} channels; the network takes {config.in_channels}"
+            )
         size = config.sample_size
         if size is not None and not isinstance(size, (tuple, list)):
             size = (size, size)
@@ -226,7 +232,7 @@ class NetworkInfo:
         return cls(
             channels=config.in_channels if shape is None else shape[0],
             size=(None if size is None else tuple(size)) if shape is None else shape[1:],
-            out_channels=config.out_channels,
+            out_channels=config.out_channels if fits else None,  # a wrapper's configuration may be that of its inside
             stride=1 << (len(config.block_out_channels) - 1),
             width=max(config.block_out_channels[0], 1),
             classes=None if embeds is None else embeds - (null is not None),

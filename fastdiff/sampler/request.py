@@ -96,6 +96,12 @@ def check(
     table = step_table(o, schedule, prediction, scheduler_config)
     if image is not None:
         editing.check_range(image, min(row.c for row in table.rows) * table.data_scale)
+    if info.out_channels is not None and info.out_channels not in (info.channels, 2 * info.channels):
+        C = info.channels
+        raise InvalidArgument(
+            f"the network gives {info.out_channels} channels for images of {C} channels; {C} are needed, or {2 * C} "
+            "where the variance is learned"
+        )
     if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
         raise InvalidArgument(
             f"variance='learned_range' needs a network with {2 * info.channels} output channels, "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff import backends, checkpoints, solvers
 from fastdiff.checks import boolean, one_of, shown, whole
+from fastdiff.core import process
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import choice, editing
@@ -84,6 +85,7 @@ class Sampler:
         BackendError: If the backend cannot run the network here, with every reason.
     """
 
+    @process.work()
     def __init__(
         self,
         unet: nn.Module,
@@ -126,6 +128,7 @@ class Sampler:
         self._closed = False
 
     @classmethod
+    @process.work()
     @plain_modes()
     def from_pretrained(
         cls,
@@ -189,6 +192,7 @@ class Sampler:
             class_names=loaded.class_names,
         )
 
+    @process.work()
     def sample(
         self,
         n: int,
@@ -297,6 +301,7 @@ class Sampler:
         r = self.request(n, **given)
         return self._loop.run(r, callback, progress)
 
+    @process.work()
     def invert(
         self,
         image: Tensor,
@@ -357,6 +362,7 @@ class Sampler:
         with plain_modes():
             return images / table.init_scale
 
+    @process.work()
     def interpolate(
         self,
         n: int,
@@ -416,6 +422,7 @@ class Sampler:
         rows = self._loop.rows(r, lambda row: row % every == every - 1 or row == last, progress)
         return (event for event, _ in rows if event is not None)
 
+    @process.work()
     def request(self, n: int, **options: Any) -> Request:
         """Check a call of `sample` without running it.
 

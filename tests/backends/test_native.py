@@ -580,7 +580,6 @@ def test_fork_after_use():
     try:
         sampler = Sampler(random_unet(TINY), SCHEDULE, backend="native")
         expected = sampler.sample(1, steps=2).images
-        torch.set_num_threads(1)  # torch's own threads do not survive a fork either
         child = os.fork()
         if child == 0:
             try:

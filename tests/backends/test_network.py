@@ -1,11 +1,19 @@
-"""Parts that `native` and `triton` share: the tables of embeddings."""
+"""Parts that `native` and `triton` share: the checksum of weights and the tables of embeddings."""
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from fastdiff import NoiseSchedule, solvers
-from fastdiff.backends.network import EmbeddingTables
+from fastdiff.backends import native, network
+from fastdiff.backends.network import EmbeddingTables, checksum, plain_checksum
 from fastdiff.core.lower import embed_classes, embed_timesteps, lower
 from fastdiff.core.state import TableBank
 from fastdiff.unet import UNet
@@ -58,3 +66,100 @@ def test_refreshed_tables_keep_their_addresses():
     assert_embedded(tables, bank, tables.entries(bank))
     assert torch.equal(tables.classes, embed_classes(unet))
     assert (tables.times.data_ptr(), tables.classes.data_ptr()) == (times, classes)
+
+
+# The checksum of weights ----------------------------------------------------------------------------------------------
+
+
+def by_numpy(tensors: list[Tensor]) -> int:
+    """The definition, word by word of unsigned integers."""
+    raw = b"".join(bytes(t.flatten().view(torch.uint8).tolist()) + b"\0" * (-t.nbytes % 8) for t in tensors)
+    x = np.frombuffer(raw, "<u8") ^ (np.arange(1, len(raw) // 8 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((x ^ (x >> np.uint64(31))).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_every_checksum_is_the_definitions(dtype, monkeypatch):
+    shapes = [(), (0,), (1,), (3,), (5, 7), (1001,), (64, 33, 3, 3)]
+    tensors = [torch.randn(shape, dtype=torch.float32).to(dtype) for shape in shapes]
+    expected = by_numpy(tensors)
+    assert plain_checksum(tensors) == expected
+    monkeypatch.setattr(network, "WORDS_BYTES", 64)  # a tensor in many parts
+    assert plain_checksum(tensors) == expected
+    engine = native.extension()
+    for isa in engine.isas() if engine is not None else ():
+        for threads in (1, 2, 7):
+            assert engine.checksum(tensors, threads=threads, isa=isa) == expected
+    if engine is not None:
+        large = [torch.randn(3_000_000), torch.randn(5)]  # as many parts as threads share
+        assert {engine.checksum(large, threads=n) for n in (1, 2, 3)} == {plain_checksum(large)}
+
+
+EDITS = {
+    "flip signs": lambda w, draw: flip_signs(w, draw),
+    "flip a bit": lambda w, draw: w.view(torch.int32).bitwise_xor_(one_at(w, draw, 1 << draw(st.integers(0, 30)))),
+    "flip one bit of all": lambda w, draw: w.view(torch.int32).bitwise_xor_(1 << draw(st.integers(0, 30))),
+    "negate": lambda w, draw: w.neg_(),
+    "swap": lambda w, draw: swap(w, draw),
+    "permute": lambda w, draw: w.copy_(w.flatten()[torch.randperm(w.numel())].view(w.shape)),
+    "roll": lambda w, draw: w.copy_(w.roll(draw(st.integers(1, 9)))),
+    "scale": lambda w, draw: w.mul_(2.0 ** draw(st.integers(-3, 3))),
+    "move": lambda w, draw: w.add_(one_at(w, draw, 1)).sub_(one_at(w, draw, 1)),
+}
+
+
+def one_at(w: Tensor, draw, value: int) -> Tensor:
+    """A tensor of zeros with a value at one place."""
+    zeros = torch.zeros(w.numel(), dtype=torch.int32)
+    zeros[draw(st.integers(0, w.numel() - 1))] = value
+    return zeros.view(w.shape)
+
+
+def flip_signs(w: Tensor, draw) -> None:
+    """At places a fixed distance apart, where they cancelled before, or anywhere."""
+    flat, count = w.view(-1), draw(st.integers(1, 8))
+    first, distance = draw(st.integers(0, 15)), draw(st.sampled_from([1, 2, 4, 8, 16]))
+    places = torch.arange(first, first + count * distance, distance) % flat.numel()
+    flat[torch.randperm(flat.numel())[:count] if draw(st.booleans()) else places.unique()] *= -1
+
+
+def swap(w: Tensor, draw) -> None:
+    flat = w.view(-1)
+    i, j = (draw(st.integers(0, flat.numel() - 1)) for _ in range(2))
+    flat[i], flat[j] = flat[j].clone(), flat[i].clone()
+
+
+MODULE = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Linear(5, 7), nn.GroupNorm(2, 6))
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_every_edit_of_weights_changes_the_checksum(data):
+    module = copy.deepcopy(MODULE)
+    for _ in range(data.draw(st.integers(1, 3))):
+        parameter = data.draw(st.sampled_from([p.data for p in module.parameters()]))
+        EDITS[data.draw(st.sampled_from(sorted(EDITS)))](parameter, data.draw)
+    had, has = ([p.detach() for p in m.parameters()] for m in (MODULE, module))
+    same = all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(had, has, strict=True))
+    assert (checksum(module) == checksum(MODULE)) == same
+    assert (plain_checksum(has) == plain_checksum(had)) == same
+
+
+def test_sign_flips_that_cancelled_are_noticed():
+    """Two signs in the upper halves of words, which a sum modulo 2^64 of the words and their neighbours loses."""
+    for places in ([1, 3], [1, 3, 5, 7], [0, 2], [0, 1, 2, 3]):
+        edited = copy.deepcopy(MODULE)
+        edited[0].weight.data.view(-1)[places] *= -1
+        assert checksum(edited) != checksum(MODULE)
+
+
+def test_a_tensor_without_memory_is_refused():
+    engine = native.extension()
+    if engine is None:
+        pytest.skip("fastdiff._native is not built")
+    freed = torch.zeros(8)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        engine.checksum([freed])

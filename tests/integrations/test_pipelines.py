@@ -166,6 +166,43 @@ def test_every_form_of_the_result():
     assert psnr(images, expected["np"].images) > 80
 
 
+@pytest.mark.parametrize("cls", [DDIMPipeline, DDPMPipeline])
+def test_outputs_that_are_no_prediction_of_the_image_are_refused(cls):
+    """Diffusers itself fails for them, unless PyTorch broadcasts a single channel."""
+    scheduler = DDIMScheduler() if cls is DDIMPipeline else DDPMScheduler()
+    pipeline = pipeline_of(cls, scheduler, change(in_channels=6))
+    with pytest.raises(RuntimeError, match="must match"):
+        call(pipeline)
+    with pytest.raises(InvalidArgument, match="gives 3 channels for images of 6 channels; 6 are needed, or 12"):
+        call(fastdiff.accelerate(pipeline))
+    pipeline = pipeline_of(cls, scheduler, change(out_channels=1))
+    expected = call(pipeline)[0]
+    with pytest.raises(ConfigError, match="gives 1 channels for images of 3 channels"):
+        call(fastdiff.accelerate(pipeline, strict=True))
+    assert np.abs(call(fastdiff.accelerate(pipeline.unaccelerate(), strict=False))[0] - expected).max() < 1e-4
+
+
+class SuperResolution(DDIMPipeline):
+    """A pipeline that concatenates its condition, as SR3 does."""
+
+    @torch.no_grad()
+    def __call__(self, condition, steps=3):
+        x = torch.ones_like(condition)
+        self.scheduler.set_timesteps(steps)
+        for t in self.scheduler.timesteps:
+            out = self.unet(torch.cat([x, condition], dim=1), t).sample
+            x = self.scheduler.step(out, t, x).prev_sample
+        return x
+
+
+@needs_native
+def test_a_pipeline_that_concatenates_its_condition():
+    pipeline = pipeline_of(SuperResolution, config=change(in_channels=6))
+    condition = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)
+    expected = pipeline(condition)
+    assert (fastdiff.accelerate(pipeline)(condition) - expected).abs().max() < 1e-4
+
+
 @needs_native
 def test_any_other_pipeline_keeps_its_loop():
     """A user's class, guided by labels: a backend runs its network during a call, and not afterwards."""

@@ -15,7 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff import solvers
+from fastdiff.backends import Spec, native
+from fastdiff.backends.native import extension
+from fastdiff.core.state import State, TableBank
 from fastdiff.errors import (
+    BackendError,
     CheckpointError,
     InvalidArgument,
 )
@@ -36,9 +40,67 @@ from tests.sampler.by_hand import (
     sampler_of,
     trailing,
 )
-from tests.support.unets import TINY, TINY_CLASSES, diffusers_twin, random_unet
+from tests.support.unets import TINY, TINY_CLASSES, change, diffusers_twin, random_unet
 
 # Networks -------------------------------------------------------------------------------------------------------------
+
+
+BACKENDS = ["eager", pytest.param("native", marks=pytest.mark.skipif(extension() is None, reason="not built"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 3), (4, 3), (3, 1), (64, 1), (1, 3), (3, 9)])
+def test_an_output_that_is_no_prediction_of_the_image_is_refused(inputs: int, outputs: int, backend: str) -> None:
+    """As where a condition is concatenated to the input (SR3, Palette)."""
+    unet = random_unet(change(in_channels=inputs, out_channels=outputs))
+    sampler = Sampler(unet, SCHEDULE, backend=backend)
+    message = f"gives {outputs} channels for images of {inputs} channels; {inputs} are needed, or {2 * inputs}"
+    for call in (sampler.sample, lambda n, steps: list(sampler.stream(n, steps=steps))):
+        with pytest.raises(InvalidArgument, match=message):
+            call(2, steps=2)
+    with pytest.raises(InvalidArgument, match=f"shape=.* has {outputs} channels; the network takes {inputs}"):
+        Sampler(unet, SCHEDULE, backend=backend, shape=(outputs, 8, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_learned_variance_has_twice_the_channels(backend: str) -> None:
+    sampler = Sampler(random_unet(change(out_channels=6)), SCHEDULE, backend=backend)
+    assert sampler.sample(2, solver="ddpm", steps=2, variance="learned_range").images.shape == (2, 3, 8, 8)
+
+
+def test_a_network_that_adds_its_condition_itself() -> None:
+    """Its configuration is that of the network inside, so ``shape`` counts."""
+
+    class Conditioned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = random_unet(change(in_channels=6))
+            self.config = self.unet.config
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.unet(torch.cat([x, torch.ones_like(x)], dim=1), t)
+
+    sampler = Sampler(Conditioned(), SCHEDULE, shape=(3, 8, 8))
+    assert sampler.sample(2, steps=2).images.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.skipif(extension() is None, reason="not built")
+def test_the_engine_itself_refuses_channels_that_do_not_fit() -> None:
+    unet = random_unet(change(in_channels=6))
+    runner = native.prepare(unet, Spec(1, (6, 8, 8), torch.float32, torch.device("cpu")))
+    bank = TableBank([solvers.ddim(SCHEDULE, 2)], torch.device("cpu"))
+    state = State.create(torch.zeros(1, 6, 8, 8), bank)
+    with pytest.raises(BackendError, match="gives 3 channels; 6 are needed, or 12"):
+        runner.step(state)
+    runner.forward(state)  # which needs no update
+    assert state.out is not None
+    assert state.out.shape == (1, 3, 8, 8)
+    with pytest.raises(InvalidArgument, match="gave 3 channels; 6 are needed, or 12"):
+        runner.update(state)
+    for shape in ((1, 3, 8, 8), (1, 6, 16, 8), (1, 6, 8)):
+        state.x = torch.zeros(shape)
+        with pytest.raises(BackendError, match="x is"):
+            runner.forward(state)
 
 
 def test_a_network_of_diffusers() -> None:

@@ -122,7 +122,7 @@ class Replay(Interpreter):
             weights,
             self.inputs,
             isa,
-            extension.Team(threads),
+            threads,
             dataclasses.replace(self.spec, dtype=dtype, fast=dtype == torch.bfloat16),
         )
 

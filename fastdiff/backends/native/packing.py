@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from fastdiff.unet import UNet
 
 # Points of the Winograd transforms (csrc/kernels/winograd.hpp); infinity is the last one of each.
 POINTS = {"winograd2": (0.0, 1.0, -1.0), "winograd4": (0.0, 0.75, -0.75, 1.5, -1.5)}
+
+
+Built = TypeVar("Built")
 
 
 def winograd_g(points: tuple[float, ...]) -> Tensor:
@@ -56,33 +61,55 @@ def pack(
     return U.contiguous()
 
 
+def _state(unet: UNet) -> dict[str, Tensor]:
+    return {k: v.detach() for k, v in unet.state_dict().items()}
+
+
 class Weights:
-    """Packed weights of a network; each packing is made once and shared by all batch sizes.
+    """Packed weights of a network; each packing is made once and shared by all batch sizes and threads.
 
     ``made_from`` is the checksum of the network's weights, by which `of` notices changes.
     """
 
-    def __init__(self, unet: UNet, native: ModuleType, made_from: tuple[int, ...]):
+    def __init__(self, unet: UNet, native: ModuleType, made_from: int | None):
         self.native = native
-        self.state = {k: v.detach() for k, v in unet.state_dict().items()}
+        self.state = _state(unet)
         self.packed: dict[tuple[Any, ...], Tensor] = {}
         self.made_from = made_from
+        self.lock = threading.RLock()
 
     @classmethod
     def shapes(cls, unet: UNet, native: ModuleType) -> Weights:
         """Return weights on "meta", from which the size of every packing is known before anything is packed."""
-        weights = cls(unet, native, ())
+        weights = cls(unet, native, None)
         weights.state = {k: v.to("meta") for k, v in weights.state.items()}
         return weights
 
     @classmethod
     def of(cls, unet: UNet, native: ModuleType) -> Weights:
         """Return the shared weights of a network, new ones if they have changed since the last call."""
+        now = checksum(unet)
         with _weights_lock:
-            known, now = _weights.get(unet), checksum(unet)
+            known = _weights.get(unet)
             if known is None or known.made_from != now:
                 known = _weights[unet] = cls(unet, native, now)
             return known
+
+    def unless_changed(self, unet: UNet, build: Callable[[], Built]) -> Built | None:
+        """Return what ``build`` makes of packed weights; None if it packed some that are not those of ``made_from``.
+
+        Those are dropped. Another thread, or a callback that exchanges the weights during a run, may have changed them.
+        """
+        with self.lock:
+            self.state = _state(unet)
+            before, settled = set(self.packed), False
+            try:
+                built = build()
+                settled = self.packed.keys() == before or checksum(unet) == self.made_from
+            finally:
+                for key in () if settled else self.packed.keys() - before:
+                    del self.packed[key]
+            return built if settled else None
 
     def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return a convolution's packed weights in ``dtype`` (see `pack`) and its bias, padded float32."""
@@ -101,13 +128,27 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.packed.values())
+        with self.lock:
+            return sum(t.nbytes for t in self.packed.values())
 
-    def _once(self, key: tuple[Any, ...], make: Any) -> Tensor:
-        if key not in self.packed:
-            self.packed[key] = make()
-        return self.packed[key]
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        with self.lock:
+            if key not in self.packed:
+                self.packed[key] = make()
+            return self.packed[key]
 
 
 _weights: weakref.WeakKeyDictionary[UNet, Weights] = weakref.WeakKeyDictionary()
 _weights_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Replace locks that threads of the parent may hold: those threads do not exist in the child."""
+    global _weights_lock
+    _weights_lock = threading.Lock()
+    for weights in list(_weights.values()):
+        weights.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,7 +1,8 @@
-"""A lowered program with addresses, ready for the native engine.
+"""A lowered program with its buffers, ready for the native engine.
 
-This module owns every buffer that the engine reads and writes: the arena, in which `fastdiff.core.plan` places the
-activations, and the inputs. `fastdiff.backends.native.packing` lays out the weights, `csrc/` does the arithmetic.
+This module allocates every buffer that the engine reads and writes: the arena, in which `fastdiff.core.plan` places the
+activations, and the inputs. `fastdiff.backends.native.packing` lays out the weights, `csrc/` does the arithmetic. The
+engine keeps a reference to each array that it is given, and checks that they fit each other (`csrc/bind_engine.hpp`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def aligned(nbytes: int) -> Tensor:
 
 @dataclasses.dataclass
 class ProgramInputs:
-    """External buffers of a program, at fixed addresses; the engine copies each step's values into them."""
+    """External buffers of a program; the engine copies each step's images into them.
+
+    ``timestep`` and ``label`` are those of `Engine.run` and `Engine.profile`; a step brings its own.
+    """
 
     x: Tensor  # noisy images, float32 [rows, C, H, W]
     timestep: Tensor  # row of ``times`` for each row, int64 [rows]
@@ -63,8 +67,18 @@ class ProgramInputs:
     class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
 
 
+def array(tensor: Tensor) -> Any:
+    """Return a tensor's memory as NumPy's array, bfloat16 as int16; of a tensor on "meta" its shape alone.
+
+    PyTorch does not free or move the storage of a tensor that NumPy shares, as `Tensor.resize_` would.
+    """
+    if tensor.is_meta:
+        return tuple(tensor.shape)
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 class NativeProgram:
-    """A program for a fixed number of rows, that of ``layout``, whose operations ``engine`` holds with their addresses.
+    """A program for a fixed number of rows, that of ``layout``, whose operations ``engine`` has with their arrays.
 
     ``arena`` has at least ``layout.size`` bytes at a multiple of `ALIGNMENT`; an empty ``isa`` is the best available
     one. ``methods`` has the algorithm of each convolution by the buffer that it writes; with determinism "bitwise" the
@@ -73,7 +87,7 @@ class NativeProgram:
 
     def __init__(
         self, native: ModuleType, program: Program, layout: Plan, arena: Tensor, weights: Weights,
-        inputs: ProgramInputs, isa: str, team: Any, spec: Spec,
+        inputs: ProgramInputs, isa: str, threads: int, spec: Spec,
     ):  # fmt: skip
         self.native = native
         self.program = program
@@ -82,22 +96,25 @@ class NativeProgram:
         self.arena = arena
         self.weights = weights
         self.inputs = inputs
-        self.engine = native.Engine(isa, team, self.rows)
         self.methods: dict[str, str] = {}
         self.spec = spec
         H, W, C = program.buffers["out"].shape
-        self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device="cpu")
+        self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device=arena.device)
+        self.engine = native.Engine(
+            isa, threads, x=array(inputs.x), out=array(self.out), out_channels=C, timestep=array(inputs.timestep),
+            label=array(inputs.label), class_image=None if inputs.class_images is None else array(inputs.class_images),
+        )  # fmt: skip
         for op in program.ops:
             self._add(op)
 
     def buffer(self, name: str) -> Tensor:
-        """Return a view of a buffer in the arena, [rows, H, W, padded C]; for tests."""
+        """Return a view of a buffer in the arena, [rows, H, W, padded C]."""
         H, W, C = self.program.buffers[name].shape
         shape = (self.rows, H, W, self._padded(C))
         return self.out if name == "out" else self._view(self.layout.offsets[name], shape)
 
     def statistics(self, name: str) -> Tensor:
-        """Return a view of a buffer's statistics, [rows, strips, 2, padded C]; for tests."""
+        """Return a view of a buffer's statistics, [rows, strips, 2, padded C]."""
         H, _, C = self.program.buffers[name].shape
         shape = (self.rows, math.ceil(H / self.native.STRIP), 2, self._padded(C))
         return self._view(self.layout.offsets[name + STATISTICS], shape)
@@ -109,26 +126,22 @@ class NativeProgram:
         group: int = self.native.GROUP
         return -(-channels // group) * group
 
-    def _at(self, name: str) -> int:
-        if name == "out":
-            return self.out.data_ptr()
-        return self.arena.data_ptr() + self.layout.offsets[name]
-
-    def _sources(self, op: Op) -> dict[str, Any]:
-        channels = [self._padded(self.program.buffers[name].shape[2]) for name in op.src]
-        return {"src": [self._at(name) for name in op.src], "channels": channels}
+    def _sources(self, op: Op) -> list[Any]:
+        return [array(self.buffer(name)) for name in op.src]
 
     def _projections(self, offset: int) -> Any:
         """Return the vectors that start at ``offset`` in each row's projections."""
-        buffer = self.program.buffers["projections"]
-        if buffer.external:
+        if self.program.buffers["projections"].external:
             return self._times(offset)
-        return self.native.RowVectors(self._at("projections") + 4 * offset, 0, self._padded(buffer.shape[2]))
+        return self._rows("projections", offset)
+
+    def _rows(self, name: str, offset: int = 0) -> Any:
+        """Return the vectors that start at ``offset`` in each row of a buffer of vectors."""
+        return self.native.RowVectors(array(self.buffer(name).flatten(1)), self.native.By.row, offset)
 
     def _times(self, offset: int = 0) -> Any:
         """Return the vectors that start at ``offset`` in each row's embedded timestep."""
-        times = self.inputs.times
-        return self.native.RowVectors(times.data_ptr() + 4 * offset, self.inputs.timestep.data_ptr(), times.shape[1])
+        return self.native.RowVectors(array(self.inputs.times), self.native.By.timestep, offset)
 
     def _norm(self, op: Conv | Pool) -> dict[str, Any]:
         if op.norm is None:
@@ -136,86 +149,48 @@ class NativeProgram:
         return {"norm": self._norm_of(op.src, op.norm), "silu": op.norm.silu}
 
     def _norm_of(self, src: tuple[str, ...], norm: Norm) -> Any:
-        H, W, _ = self.program.buffers[src[0]].shape
-        gamma, beta = (self.weights.vector(f"{norm.weights}.{kind}") for kind in ("weight", "bias"))
+        gamma, beta = (array(self.weights.vector(f"{norm.weights}.{kind}")) for kind in ("weight", "bias"))
         return self.native.Norm(
-            statistics=[self._at(name + STATISTICS) for name in src],
+            statistics=[array(self.statistics(name)) for name in src],
             channels=[self.program.buffers[name].shape[2] for name in src],
-            height=H,
-            width=W,
             groups=norm.groups,
             eps=norm.eps,
-            gamma=gamma.data_ptr(),
-            beta=beta.data_ptr(),
+            gamma=gamma,
+            beta=beta,
             modulation=None if norm.modulation is None else self._projections(norm.modulation),
         )
 
     def _add(self, op: Op) -> None:
-        H, W, C = self.program.buffers[op.dst].shape
+        dst = array(self.buffer(op.dst))
         if isinstance(op, Input):
-            self._add_input(op)
+            combine = (None, "add", "multiply", "concat").index(op.class_image)
+            self.engine.input(center=op.center, combine=combine, dst=dst)
         elif isinstance(op, Embed):
             first, second = self._embedded(op)
-            self.engine.embed(time=first, classes=second, features=C, dst=self._at(op.dst))
+            self.engine.embed(time=first, classes=second, features=self.program.buffers[op.dst].shape[2], dst=dst)
         elif isinstance(op, Conv):
-            self._add_conv(op)
+            self._add_conv(op, dst)
         elif isinstance(op, Pool):
-            self.engine.pool(**self._sources(op), height=H, width=W, **self._norm(op), dst=self._at(op.dst))
+            self.engine.pool(src=self._sources(op), **self._norm(op), dst=dst)
         else:
             assert isinstance(op, Attention)
-            self._add_attention(op)
+            self.engine.attention(
+                src=self._sources(op), heads=op.heads, head_dim=op.head_dim, bf16=self.spec.dtype == torch.bfloat16,
+                norm=None if op.norm is None else self._norm_of(op.src[1:], op.norm), dst=dst,
+            )  # fmt: skip
 
     def _embedded(self, op: Embed) -> tuple[Any, Any]:
         """Return the two vectors of each row that `Embed` adds; where it has one source, the second is zero."""
+        by = self.native.By
         if len(op.src) == 1:
             channels = self._padded(self.program.buffers[op.src[0]].shape[2])
-            self.zeros = torch.zeros(channels, dtype=torch.float32, device="cpu")
-            return (
-                self.native.RowVectors(self._at(op.src[0]), 0, channels),
-                self.native.RowVectors(self.zeros.data_ptr(), 0, 0),
-            )
-        classes = self.inputs.classes
-        assert classes is not None
-        return (
-            self._times(),
-            self.native.RowVectors(classes.data_ptr(), self.inputs.label.data_ptr(), classes.shape[1]),
-        )
+            zeros = torch.zeros(1, channels, dtype=torch.float32, device=self.arena.device)
+            return self._rows(op.src[0]), self.native.RowVectors(array(zeros), by.row)
+        assert self.inputs.classes is not None
+        return self._times(), self.native.RowVectors(array(self.inputs.classes), by.label)
 
-    def _add_attention(self, op: Attention) -> None:
-        H, W, inner = self.program.buffers[op.dst].shape
-        q = self._at(op.src[0])
-        q_stride = self._padded(self.program.buffers[op.src[0]].shape[2])
-        if len(op.src) == 1:
-            k, v, stride = q + 4 * inner, q + 8 * inner, q_stride
-        else:
-            k = v = self._at(op.src[1])
-            stride = self._padded(inner)
-        norm = None if op.norm is None else self._norm_of(op.src[1:], op.norm)
-        self.engine.attention(
-            queries=q, query_stride=q_stride, keys=k, values=v, key_stride=stride, norm=norm, pixels=H * W,
-            heads=op.heads, head_dim=op.head_dim, bf16=self.spec.dtype == torch.bfloat16, dst=self._at(op.dst),
-        )  # fmt: skip
-
-    def _add_input(self, op: Input) -> None:
-        x, images = self.inputs.x, self.inputs.class_images
-        rows = None
-        if images is not None:
-            rows = self.native.RowVectors(images.data_ptr(), 0, images[0].numel())
-        self.engine.input(
-            x=x.data_ptr(),
-            class_image=rows,
-            images=x.shape[0],
-            channels=x.shape[1],
-            height=x.shape[2],
-            width=x.shape[3],
-            center=op.center,
-            combine=(None, "add", "multiply", "concat").index(op.class_image),
-            dst=self._at(op.dst),
-        )
-
-    def _add_conv(self, op: Conv) -> None:
+    def _add_conv(self, op: Conv, dst: Any) -> None:
         buffers = self.program.buffers
-        H, W, C = buffers[op.dst].shape
         bf16 = self.spec.dtype == torch.bfloat16 and op.dst not in EMBEDDING_PRODUCTS
         # F(4x4, 3x3) rounds bfloat16 more than twice as much as F(2x2, 3x3), so it must be asked for.
         allowed = METHODS[1:] if bf16 and not self.spec.fast else METHODS
@@ -225,11 +200,7 @@ class NativeProgram:
         dtype = torch.bfloat16 if bf16 else torch.float32
         kernel, bias = self.weights.conv(op, tuple(buffers[name].shape[2] for name in op.src), method, dtype)
         self.engine.conv(
-            **self._sources(op),
-            src_height=buffers[op.src[0]].shape[0],
-            src_width=buffers[op.src[0]].shape[1],
-            height=H,
-            width=W,
+            src=self._sources(op),
             kernel=op.kernel,
             stride=op.stride,
             padding=op.padding[0],
@@ -237,16 +208,14 @@ class NativeProgram:
             method=getattr(self.native.Method, method),
             **self._norm(op),
             bf16=bf16,
-            weights=kernel.data_ptr(),
-            bias=bias.data_ptr(),
-            outputs=self._padded(C),
+            weights=array(kernel),
+            bias=array(bias),
             emb=None if op.emb is None else self._projections(op.emb),
-            emb_channels=C,
-            residual=0 if op.residual is None else self._at(op.residual),
-            residual_shift=int(op.residual is not None and buffers[op.residual].shape[0] != H),
+            emb_channels=buffers[op.dst].shape[2],
+            residual=None if op.residual is None else array(self.buffer(op.residual)),
             divide=op.divide,
-            dst=self._at(op.dst),
-            statistics=self._at(op.dst + STATISTICS) if buffers[op.dst].statistics else 0,
+            dst=dst,
+            statistics=array(self.statistics(op.dst)) if buffers[op.dst].statistics else None,
         )
 
 
@@ -276,4 +245,4 @@ def dry_program(unet: UNet, spec: Spec, rows: int) -> NativeProgram:
         class_images=None if unet.class_encoder is None else meta(rows, H, W, C),
     )
     weights = Weights.shapes(unet, native)
-    return NativeProgram(native, program, layout, arena, weights, inputs, isa(), native.Team(threads.number()), spec)
+    return NativeProgram(native, program, layout, arena, weights, inputs, isa(), threads.number(), spec)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,18 @@ from fastdiff.backends.native import threads
 from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, aligned, part_rows
-from fastdiff.backends.network import EmbeddingTables
+from fastdiff.backends.network import EmbeddingTables, embedding_checksum
 from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
 from fastdiff.core.state import State, TableBank
+from fastdiff.errors import BackendError
 from fastdiff.modes import exact_products, plain_modes
 from fastdiff.solvers.table import StepTable
 from fastdiff.unet import UNet
 
 MOST_TIMES = 4096  # timesteps whose embeddings are kept, about 100 MB
+PACKINGS = 3  # attempts to pack weights that another thread changes meanwhile
 
 
 def prepare(unet: nn.Module, spec: Spec) -> NativeRunner:
@@ -65,10 +66,11 @@ class NativeRunner:
 
     def _reset(self) -> None:
         self.weights = Weights.of(self.unet, self.native)
-        self.team = self.native.Team(threads.number())
+        self.threads = threads.number()
         self.process = os.getpid()
         self.programs: dict[int, NativeProgram] = {}  # by their number of rows
         self.arena = aligned(0)
+        self.embedded_from = embedding_checksum(self.unet)
         self.embeddings = EmbeddingTables(self.unet, self.program, torch.device("cpu"), TIMES, MOST_TIMES)
         self.states: weakref.WeakKeyDictionary[State, StateCache] = weakref.WeakKeyDictionary()
 
@@ -84,11 +86,14 @@ class NativeRunner:
         z = update.update_noise(state) if state.noise is not None else None
         update.threshold(state)
         state.x = state.x.contiguous()
-        self.native.update(
-            state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
-            seed=state.seed, index=state.index, z=None if z is None else z.contiguous(),
-            x0_scale=state.x0_scale, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, isa=self.isa,
-        )  # fmt: skip
+        try:
+            self.native.update(
+                state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
+                seed=state.seed, index=state.index, z=None if z is None else z.contiguous(),
+                x0_scale=state.x0_scale, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, isa=self.isa,
+            )  # fmt: skip
+        except (TypeError, ValueError) as e:
+            raise BackendError(f"backend 'native' cannot update these images: {e}") from e
         state.advance()
 
     @plain_modes()
@@ -108,24 +113,31 @@ class NativeRunner:
         return {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
 
     def _run(self, state: State, advance: bool) -> None:
-        cache = self._follow(state)
         guided = bool(state.guided_host.any())
         rows = len(state.x) * (1 + guided)
-        label, class_images = self._labels(state, cache, guided)
-        program = self._program(part_rows(rows, self.row_bytes))
-        inputs = program.inputs
+        for _ in range(PACKINGS):
+            cache = self._follow(state)
+            label, class_images = self._labels(state, cache, guided)
+            program = self._program(part_rows(rows, self.row_bytes))
+            if program is not None:
+                break
+        else:
+            raise BackendError(
+                "the weights change while backend 'native' packs them; another thread may be training the network"
+            )
         H, W, C = self.program.buffers["out"].shape
         state.x = state.x.contiguous()
         state.out = torch.empty(len(state.x), C, H, W, dtype=torch.float32, device="cpu")
         net = torch.empty(rows, *program.out.shape[1:], dtype=torch.float32, device="cpu")
-        program.engine.step(
-            in_x=inputs.x, in_timestep=inputs.timestep, in_label=inputs.label, in_class_image=inputs.class_images,
-            in_out=program.out, x=state.x, row=state.row, table=state.table, entry=cache.entries, label=label,
-            class_image=class_images, net=net, out=state.out,
-            bank=state.bank.values, guidance=state.guidance if guided else None, rescale=state.guidance_rescale,
-            advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index, xs=state.xs,
-            m1=state.m1, m2=state.m2, m3=state.m3,
-        )  # fmt: skip
+        try:
+            program.engine.step(
+                x=state.x, row=state.row, table=state.table, entry=cache.entries, label=label, net=net, out=state.out,
+                class_image=class_images, bank=state.bank.values, guidance=state.guidance if guided else None,
+                rescale=state.guidance_rescale, advance_rows=advance, lengths=state.bank.lengths, seed=state.seed,
+                index=state.index, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
+            )  # fmt: skip
+        except (TypeError, ValueError) as e:
+            raise BackendError(f"backend 'native' cannot run this step: {e}") from e
 
     def _labels(self, state: State, cache: StateCache, guided: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return each row's label, and its class image [H, W, C] where the network has those."""
@@ -141,14 +153,13 @@ class NativeRunner:
                 groups = distinct.split(1) if self.spec.determinism == "bitwise" else (distinct,)
                 with exact_products():
                     maps = torch.cat([self.unet.class_encoder(labels, self.spec.shape[1:]) for labels in groups])
-                images = maps.permute(0, 2, 3, 1)[place].contiguous()
+                images = maps.float().permute(0, 2, 3, 1)[place].contiguous()
             cache.labels[guided] = label.contiguous(), images
         return cache.labels[guided]
 
     def _follow(self, state: State) -> StateCache:
         """Notice changes: of the process and the tables at every step, of the network at a state's first step."""
         if self.process != os.getpid():
-            _of_the_parent.append((self.team, self.programs))
             self._reset()
         cache = self.states.get(state)
         if cache is None:
@@ -156,7 +167,13 @@ class NativeRunner:
             if self.weights is not Weights.of(self.unet, self.native):
                 self._reset()
         if cache is None or cache.tables is not state.bank.tables:
-            cache = self.states[state] = StateCache(state.bank.tables, self._entries(state.bank), {})
+            known = len(self.embeddings.places)
+            entries = self._entries(state.bank)
+            # New rows of the table of timesteps must be of the same weights as the others.
+            if len(self.embeddings.places) != known and embedding_checksum(self.unet) != self.embedded_from:
+                self._reset()
+                entries = self._entries(state.bank)
+            cache = self.states[state] = StateCache(state.bank.tables, entries, {})
         return cache
 
     def _entries(self, bank: TableBank) -> Tensor:
@@ -168,29 +185,40 @@ class NativeRunner:
             self.states.clear()  # each asks for its entries again at its next step
         return entries
 
-    def _program(self, rows: int) -> NativeProgram:
+    def _program(self, rows: int) -> NativeProgram | None:
+        """Return the program for ``rows`` rows; None, and start anew, if the weights have changed since the first step.
+
+        Their change shows only where weights are packed, as those of a batch size or of guidance that is new in a run.
+        """
         if rows in self.programs:
             return self.programs[rows]
         layout = plan(self.program, rows, group=self.native.GROUP)
         if len(self.arena) < layout.size:
             self.arena = aligned(layout.size)
-            self.programs.clear()  # they hold addresses in the former arena
+            self.programs.clear()  # they use the former arena
         C, H, W = self.spec.shape
+        index = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        x = torch.zeros(rows, C, H, W, dtype=torch.float32, device="cpu")
         inputs = ProgramInputs(
-            x=torch.zeros(rows, C, H, W, dtype=torch.float32, device="cpu"),
-            timestep=torch.zeros(rows, dtype=torch.int64, device="cpu"),
-            label=torch.zeros(rows, dtype=torch.int64, device="cpu"),
+            x=x,
+            timestep=index,
+            label=index,
             times=self.embeddings.times,
             classes=self.embeddings.classes,
-            class_images=None
-            if self.unet.class_encoder is None
-            else torch.zeros(rows, H, W, C, dtype=torch.float32, device="cpu"),
+            class_images=None if self.unet.class_encoder is None else x.new_zeros(rows, H, W, C),
         )
-        program = self.programs[rows] = NativeProgram(
-            self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.team, self.spec
-        )
+
+        def build() -> NativeProgram:
+            return NativeProgram(
+                self.native, self.program, layout, self.arena, self.weights, inputs, self.isa, self.threads, self.spec
+            )
+
+        try:
+            program = self.weights.unless_changed(self.unet, build)
+        except (TypeError, ValueError) as e:
+            raise BackendError(f"backend 'native' cannot run images of {self.spec.shape}: {e}") from e
+        if program is None:
+            self._reset()
+        else:
+            self.programs[rows] = program
         return program
-
-
-# Teams that a fork inherited. Their threads exist in the parent only, so ending them would wait forever.
-_of_the_parent: list[Any] = []

@@ -6,8 +6,7 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
+from fastdiff.core import process
 from fastdiff.memory import MOUNTED, OWN, control_groups
 
 
@@ -16,7 +15,7 @@ def number() -> int:
 
     A thread that is not running keeps all others waiting at the next barrier, so one thread too many slows them all.
     """
-    limits: list[float] = [torch.get_num_threads()]
+    limits: list[float] = [process.torch_threads()]
     if hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))
     limits += quotas()
