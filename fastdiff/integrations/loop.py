@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,7 @@ class PipelineLoop:
     network: BackendUNet
     arguments: dict[str, Any]  # of the call, with defaults for those that were not given
     table: StepTable | None = None  # None until `prepare` has succeeded
+    timesteps: Tensor | None = None  # those of diffusers, which `prepare` compares with the table's
 
     def prepare(self) -> None:
         """Make the table; raise `ConfigError` or, for the caller's mistakes, `InvalidArgument` if there is none."""
@@ -79,8 +81,11 @@ class PipelineLoop:
         self.config = _scheduler_config(self.pipeline)
         clipped = bool(a.get("use_clipped_model_output"))
         table = from_config(self.config, a["num_inference_steps"], eta=self.eta, use_clipped_model_output=clipped)
-        scheduler.set_timesteps(a["num_inference_steps"])
-        if [row.t for row in table.rows] != scheduler.timesteps.tolist():
+        scheduler.set_timesteps(a["num_inference_steps"])  # for the caller, who may read them after the call
+        own = copy.deepcopy(scheduler)  # as another pipeline, in another thread, may share the scheduler
+        own.set_timesteps(a["num_inference_steps"])
+        self.timesteps = own.timesteps
+        if [row.t for row in table.rows] != self.timesteps.tolist():
             raise ConfigError(f"{type(scheduler).__name__} has timesteps that its configuration does not describe")
         self.table = table
 
@@ -118,7 +123,7 @@ class PipelineLoop:
         x = draw().to(wide)
         state = State.create(x * self.table.init_scale, TableBank([self.table], device, wide))
         runner = self.network.runner(x.shape)
-        for row, _ in enumerate(self.pipeline.progress_bar(self.pipeline.scheduler.timesteps)):
+        for row, _ in enumerate(self.pipeline.progress_bar(self.timesteps)):
             state.noise = None
             if draws_noise(self.config, self.table, row, self.eta):
                 state.noise = _constant(draw().to(wide))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from fastdiff import backends
 from fastdiff.backends import Runner, Spec
+from fastdiff.backends.eager import EagerRunner
 from fastdiff.core.state import State, TableBank
+from fastdiff.core.turns import Lock
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.table import Row
 from fastdiff.unet import UNet, UNetConfig
@@ -30,6 +31,7 @@ class BackendUNet:
         self.module: nn.Module = unet
         self.structure: list[tuple[str, type]] = []
         self.runners: dict[Spec, Runner] = {}
+        self.lock = Lock()  # of the runners, as a pipeline may call its network from several threads
         self.conditional = unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None
         if self.backend != "eager":
             self.module, self.structure = _from_configuration(unet)
@@ -41,8 +43,7 @@ class BackendUNet:
         if self.backend == "eager":
             return []
         reasons, modules = [], list(self.unet.modules())
-        replaced = [vars(m)["forward"] for m in modules if "forward" in vars(m)]
-        if any(type(f) is not BackendForward for f in replaced) or type(self.unet).forward is not _diffusers_forward():
+        if any("forward" in vars(m) for m in modules) or type(self.unet).forward is not _diffusers_forward():
             reasons.append("a forward was replaced (by a subclass, by offloading, ...)")
         if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
             reasons.append("modules have forward hooks, which would not be called")
@@ -111,20 +112,23 @@ class BackendUNet:
             self.runners[spec] = backends.prepare(self.backend, self.module, spec)
         return self.runners[spec]
 
-    @contextlib.contextmanager
-    def as_forward(self) -> Iterator[None]:
-        """Make ``unet.forward`` a `BackendForward` within this context."""
-        if self.backend == "eager":
-            yield
-            return
-        outer = vars(self.unet).get("forward")  # set if this call is made within another one
-        self.unet.forward = BackendForward(self)
-        try:
-            yield
-        finally:
-            del self.unet.forward
-            if outer is not None:
-                self.unet.forward = outer
+    def forget_interrupted(self) -> None:
+        """Free the runners whose work an error, such as a signal handler's, may have interrupted half-way."""
+        self.runners = {spec: runner for spec, runner in self.runners.items() if isinstance(runner, EagerRunner)}
+
+    def front(self) -> Any:
+        """Return an object that is the module in all but its forward, a `BackendForward`.
+
+        The module itself is left alone, so other pipelines may use it at the same time: the front is an object of a
+        subclass, and its ``__dict__`` is the module's own, so that whatever is set on one is set on both.
+        """
+        unet, kind = self.unet, type(self.unet)
+        members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members["forward"] = BackendForward(self)
+        members["__reduce_ex__"] = lambda _, protocol: unet.__reduce_ex__(protocol)  # copies are copies of the module
+        front = object.__new__(type(kind.__name__, (kind,), members))
+        object.__setattr__(front, "__dict__", vars(unet))
+        return front
 
 
 class BackendForward:
@@ -152,7 +156,8 @@ class BackendForward:
             return _diffusers_forward()(network.unet, sample, timestep, class_labels, return_dict)
         # As in diffusers, a number is rounded down to a whole one, while a tensor keeps its fraction.
         t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], dtype=torch.long)
-        out = self._run(sample, t.flatten().expand(len(sample)).tolist(), class_labels).to(sample.dtype)
+        with network.lock.held:
+            out = self._run(sample, t.flatten().expand(len(sample)).tolist(), class_labels).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
     def _run(self, x: Tensor, t: list[float], labels: Tensor | None) -> Tensor:

@@ -1,11 +1,12 @@
 """`accelerate`: makes fastdiff run the network, or the whole loop, of a diffusers pipeline.
 
 The pipeline stays the same object. Its class becomes a subclass of its own class, of the same name, that differs in
-``__call__`` alone:
+``__call__`` and, within a call, in ``unet``:
 
 - DDPMPipeline and DDIMPipeline, and subclasses that keep their ``__call__``, run a `PipelineLoop`: the table of the
   pipeline's scheduler, with the noise that diffusers would draw, in the same order.
-- Any other pipeline runs its own ``__call__``, during which a backend runs ``pipeline.unet.forward``.
+- Any other pipeline runs its own ``__call__``, in which ``pipeline.unet`` is a front of the network that a backend runs.
+  Nothing is put into the network itself, so other pipelines, accelerated or not, may run it in other threads.
 
 Every call looks at the network, its weights and the scheduler anew, so that all of them may change between calls. What
 would differ from diffusers by more than rounding is refused, or left to diffusers' own code:
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 from fastdiff import backends
 from fastdiff.backends.base import refuse
 from fastdiff.checks import one_of
+from fastdiff.core.turns import Lock
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
@@ -67,8 +69,11 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
         raise BackendError("accelerate needs diffusers, which is not installed: pip install diffusers") from e
     if not isinstance(pipeline, diffusers.DiffusionPipeline):
         raise InvalidArgument(f"pipeline is a {type(pipeline).__name__}; a diffusers pipeline is needed")
-    base = pipeline._fastdiff.base if isinstance(pipeline, _Accelerated) else type(pipeline)
+    former = pipeline._fastdiff if isinstance(pipeline, _Accelerated) else None
+    base = type(pipeline) if former is None else former.base
     calls = PipelineCalls(base, backend, strict)
+    if former is not None:
+        calls.lock = former.lock  # a call that is running in another thread has it
     calls.check(pipeline)
     pipeline.__dict__["_fastdiff"] = calls
     pipeline.__class__ = _accelerated(base)
@@ -82,7 +87,8 @@ def _accelerated(base: Any) -> type:
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._fastdiff.run(self, args, kwargs)
+        calls = vars(self).get("_fastdiff")  # another thread may have undone `accelerate` just now
+        return base.__call__(self, *args, **kwargs) if calls is None else calls.run(self, args, kwargs)
 
     return type(base.__name__, (_Accelerated, base), {**same, "__call__": call})
 
@@ -98,8 +104,22 @@ class _Accelerated:
         Returns:
             The same object.
         """
-        self.__class__ = self.__dict__.pop("_fastdiff").base
+        self.__class__ = self._fastdiff.base  # a call that is running in another thread ends with diffusers' own code
+        del self.__dict__["_fastdiff"]
         return self
+
+    @property
+    def unet(self) -> Any:
+        """The pipeline's network; in a thread that runs a call, the network's front (see `BackendUNet.front`)."""
+        if "unet" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no unet")
+        unet, front = vars(self)["unet"], vars(self)["_fastdiff"].front
+        return front if front is not None and vars(front) is vars(unet) else unet
+
+    @unet.setter
+    def unet(self, unet: Any) -> None:
+        if unet is not vars(self)["_fastdiff"].front:
+            vars(self)["unet"] = unet
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass cannot be imported, so copies and pickles name the base class, and accelerate the new object.
@@ -124,8 +144,14 @@ class PipelineCalls:
         self.backend = backend
         self.strict = strict
         self.network: BackendUNet | None = None
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.warned: set[str] = set()
+        self._running = threading.local()
+
+    @property
+    def front(self) -> Any:
+        """The front of the network that the call which this thread is running uses; None outside of calls."""
+        return getattr(self._running, "front", None)
 
     @property
     def whole_loop(self) -> bool:
@@ -144,19 +170,26 @@ class PipelineCalls:
     def run(self, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the pipeline, as far as it is supported; diffusers runs the rest."""
         arguments = inspect.signature(self.base.__call__).bind(pipeline, *args, **kwargs)
-        with self.lock:
+        with self.lock.held:
             network = self.network_of(pipeline)
             if network is None:
                 return self.base.__call__(*arguments.args, **arguments.kwargs)
-            if self.whole_loop and network.accepts(None, pipeline.unet.config.sample_size):
-                arguments.apply_defaults()
-                loop = PipelineLoop(pipeline, network, dict(arguments.arguments))
-                with self.unsupported("scheduler"):
-                    loop.prepare()
-                if loop.table is not None:
-                    return loop.run()
-            with network.as_forward():
+            outer = self.front  # set if this call is made within another one
+            try:
+                if self.whole_loop and network.accepts(None, pipeline.unet.config.sample_size):
+                    arguments.apply_defaults()
+                    loop = PipelineLoop(pipeline, network, dict(arguments.arguments))
+                    with self.unsupported("scheduler"):
+                        loop.prepare()
+                    if loop.table is not None:
+                        return loop.run()
+                self._running.front = None if self.backend == "eager" else network.front()
                 return self.base.__call__(*arguments.args, **arguments.kwargs)
+            except BaseException:
+                network.forget_interrupted()
+                raise
+            finally:
+                self._running.front = outer
 
     def network_of(self, pipeline: Any) -> BackendUNet | None:
         """Return the pipeline's network, ready to run; None if it is left to diffusers."""
@@ -167,7 +200,9 @@ class PipelineCalls:
             if not isinstance(unet, UNet2DModel):
                 what = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
                 raise ConfigError(f"{self.base.__name__} has {what}; a UNet2DModel is supported")
-            if self.network is None or self.network.unet is not unet:
+            if hasattr(self.base, "unet"):
+                raise ConfigError(f"{self.base.__name__} defines unet in its class; an attribute of the object is needed")
+            if self.network is None or vars(self.network.unet) is not vars(unet):  # a front has those of its network
                 self.network = BackendUNet(unet, self.backend)
             changes = self.network.unsupported_changes()
             if changes:
