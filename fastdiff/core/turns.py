@@ -1,9 +1,11 @@
-"""Locks for objects that several threads use, which neither a fork nor a signal handler leaves taken for ever."""
+"""Locks for objects that several threads use, which no fork, signal handler or end of the interpreter makes hang."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -12,6 +14,8 @@ from fastdiff.errors import ReentrantCall
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+LONGEST_STEP = 30.0  # seconds that the end of the interpreter waits
 
 # Every `Lock` of this process, for `_renew`.
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
@@ -30,14 +34,10 @@ class Lock:
 
 
 class Turns(Lock):
-    """Runs one piece of work at a time: other threads wait, and a call from within the work raises.
+    """Runs one piece of work at a time: other threads wait, and a call from within the work raises."""
 
-    ``what`` names the work in the error.
-    """
-
-    def __init__(self, what: str):
+    def __init__(self) -> None:
         super().__init__()
-        self.what = what
         self._working = False
 
     def take(self, work: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
@@ -47,16 +47,21 @@ class Turns(Lock):
         """
         with self.held:  # does not wait in the thread that has it, whose call is refused by the next line
             if self._working:
-                raise ReentrantCall(
-                    f"{self.what} was called from within a step of the same object: from a forward hook, or from a "
-                    "signal handler that interrupted the step. Use another object there, or make the call after the "
-                    "step, from a callback for example; cancel() and close() work anywhere"
-                )
+                raise reentrant("the sampler")
             try:
                 self._working = True
                 return work(*arguments, **options)
             finally:
                 self._working = False
+
+
+def reentrant(what: str) -> ReentrantCall:
+    """Make the error for a call of an object, ``what``, from within one of its own steps."""
+    return ReentrantCall(
+        f"{what} was used from within one of its own steps, which would wait for itself: in a forward hook, or in a "
+        "signal handler that interrupted the step. Use it between the steps, from a callback for example, or use "
+        "another Sampler"
+    )
 
 
 def _renew() -> None:
@@ -70,5 +75,17 @@ def _renew() -> None:
                 lock._working = False
 
 
+def _end() -> None:
+    """Wait until no thread is within a piece of work, and let none begin another.
+
+    The interpreter ends a daemon thread where it next needs Python, and in C++ that aborts the process.
+    """
+    end = time.monotonic() + LONGEST_STEP
+    for lock in list(_locks):
+        if isinstance(lock, Turns):
+            lock.held.acquire(timeout=max(0.0, end - time.monotonic()))
+
+
+atexit.register(_end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
