@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -125,8 +126,8 @@ class BackendUNet:
         unet, kind = self.unet, type(self.unet)
         members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         members["forward"] = BackendForward(self)
-        members["__reduce_ex__"] = lambda _, protocol: unet.__reduce_ex__(protocol)  # copies are copies of the module
-        front = object.__new__(type(kind.__name__, (kind,), members))
+        members["__reduce_ex__"] = lambda _, protocol: (copy.copy, (unet,))  # copies and pickles are the module's
+        front: Any = object.__new__(type(kind.__name__, (kind,), members))
         object.__setattr__(front, "__dict__", vars(unet))
         return front
 
@@ -140,6 +141,21 @@ class BackendForward:
     def __init__(self, network: BackendUNet):
         self.network = network
         self.state: State | None = None
+        self.parameters = [m._parameters for m in network.unet.modules()]
+        self.versions = self._versions()
+        self.is_left = False  # whether the weights became what no backend can run
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return the identity and version of all weights; edits of ``.data`` within a call do not show in them."""
+        weights = [p for parameters in self.parameters for p in parameters.values() if p is not None]
+        return [(id(p), 0 if p.is_inference() else p._version) for p in weights]
+
+    def _follow_weights(self) -> None:
+        """Notice weights that the pipeline has changed in the middle of its call."""
+        versions = self._versions()
+        if versions != self.versions:
+            self.versions, self.state = versions, None  # backends look at the weights when they see a new state
+            self.is_left = bool(self.network.unsupported_changes())
 
     def __call__(
         self, sample: Tensor, timestep: Any, class_labels: Tensor | None = None, return_dict: bool = True
@@ -152,7 +168,8 @@ class BackendForward:
         learns = learns and (sample.requires_grad or any(w.requires_grad for w in network.unet.parameters()))
         fits = sample.ndim == 4 and sample.shape[1] == config.in_channels and len(sample) > 0
         fits = fits and sample.dtype == p.dtype and sample.device == p.device
-        if learns or not fits or not network.accepts(class_labels, sample.shape[2:]):
+        self._follow_weights()
+        if self.is_left or learns or not fits or not network.accepts(class_labels, sample.shape[2:]):
             return _diffusers_forward()(network.unet, sample, timestep, class_labels, return_dict)
         # As in diffusers, a number is rounded down to a whole one, while a tensor keeps its fraction.
         t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], dtype=torch.long)

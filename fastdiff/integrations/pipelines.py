@@ -5,8 +5,8 @@ The pipeline stays the same object. Its class becomes a subclass of its own clas
 
 - DDPMPipeline and DDIMPipeline, and subclasses that keep their ``__call__``, run a `PipelineLoop`: the table of the
   pipeline's scheduler, with the noise that diffusers would draw, in the same order.
-- Any other pipeline runs its own ``__call__``, in which ``pipeline.unet`` is a front of the network that a backend runs.
-  Nothing is put into the network itself, so other pipelines, accelerated or not, may run it in other threads.
+- Any other pipeline runs its own ``__call__``, in which ``pipeline.unet`` is a front of the network, which a backend
+  runs. Nothing is put into the network itself, so other pipelines, accelerated or not, may run it in other threads.
 
 Every call looks at the network, its weights and the scheduler anew, so that all of them may change between calls. What
 would differ from diffusers by more than rounding is refused, or left to diffusers' own code:
@@ -113,13 +113,17 @@ class _Accelerated:
         """The pipeline's network; in a thread that runs a call, the network's front (see `BackendUNet.front`)."""
         if "unet" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no unet")
-        unet, front = vars(self)["unet"], vars(self)["_fastdiff"].front
+        unet, front = vars(self)["unet"], self._front()
         return front if front is not None and vars(front) is vars(unet) else unet
 
     @unet.setter
     def unet(self, unet: Any) -> None:
-        if unet is not vars(self)["_fastdiff"].front:
+        if unet is None or unet is not self._front():
             vars(self)["unet"] = unet
+
+    def _front(self) -> Any:
+        calls = vars(self).get("_fastdiff")  # another thread may have undone `accelerate` just now
+        return None if calls is None else calls.front
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass cannot be imported, so copies and pickles name the base class, and accelerate the new object.
@@ -201,7 +205,7 @@ class PipelineCalls:
                 what = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
                 raise ConfigError(f"{self.base.__name__} has {what}; a UNet2DModel is supported")
             if hasattr(self.base, "unet"):
-                raise ConfigError(f"{self.base.__name__} defines unet in its class; an attribute of the object is needed")
+                raise ConfigError(f"{self.base.__name__} defines unet in its class, where accelerate has to")
             if self.network is None or vars(self.network.unet) is not vars(unet):  # a front has those of its network
                 self.network = BackendUNet(unet, self.backend)
             changes = self.network.unsupported_changes()
