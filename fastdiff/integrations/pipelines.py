@@ -28,6 +28,7 @@ from fastdiff.checks import one_of
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
+from fastdiff.unet.changes import in_words, replaced
 
 log = logging.getLogger("fastdiff")
 
@@ -132,7 +133,8 @@ class PipelineCalls:
         """Whether fastdiff runs the pipeline's loop, and not its network alone."""
         from diffusers import DDIMPipeline, DDPMPipeline
 
-        return self.base.__call__ in (DDPMPipeline.__call__, DDIMPipeline.__call__)
+        known = self.base.__call__ in (DDPMPipeline.__call__, DDIMPipeline.__call__)
+        return known and not any(replaced(self.base.__call__, self.base.__call__.__qualname__, "__call__"))
 
     def check(self, pipeline: Any) -> None:
         """Raise the errors that a call would raise."""
@@ -167,11 +169,11 @@ class PipelineCalls:
             if not isinstance(unet, UNet2DModel):
                 what = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
                 raise ConfigError(f"{self.base.__name__} has {what}; a UNet2DModel is supported")
-            if self.network is None or self.network.unet is not unet:
+            if self.network is None or not self.network.is_of(unet):
                 self.network = BackendUNet(unet, self.backend)
-            changes = self.network.unsupported_changes()
-            if changes:
-                raise ConfigError(f"{self.base.__name__}.unet is not what its configuration says: {'; '.join(changes)}")
+            changed = self.network.unsupported_changes()
+            if changed:
+                raise ConfigError(f"{self.base.__name__}.unet is not what its configuration says: {in_words(changed)}")
             missing = self.network.reasons_against()
             if not missing:
                 return self.network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +11,7 @@ from torch import nn
 from fastdiff import backends
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler.options import NetworkInfo
-
-log = logging.getLogger("fastdiff")
+from fastdiff.unet import changes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FAST = "bfloat16-fast"
@@ -44,17 +43,20 @@ class Runners:
         self.determinism = determinism
         self.prepared: dict[backends.Spec, backends.Runner] = {}
         self.converted: nn.Module | None = None
+        self.config: Any = None
+        self.compiled: nn.Module | None = None  # the network, without weights, when it was compiled
+        self.global_changes: list[str] = []
         first = self._spec(1, (info.channels, *(info.size or (info.stride,) * 2)))
         self.backend = backend
         if backend == "auto":
             self.backend = backends.choose(unet, first)
-            log.info("backend auto: %s", self.backend)
         self.runner(first.batch, first.shape)  # raises now where the backend cannot run
 
     def runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
         """Return the runner for ``batch`` images of ``shape`` (C, H, W), with the present weights."""
         spec = self._spec(batch, shape)
         network = self._network()
+        self._follow_changes(network)
         if spec not in self.prepared:
             self.prepared[spec] = backends.prepare(self.backend, network, spec)
         return self.prepared[spec]
@@ -62,7 +64,25 @@ class Runners:
     def clear(self) -> None:
         """Free the runners and the converted copy."""
         self.prepared.clear()
-        self.converted = None
+        self.converted = self.compiled = None
+
+    def _follow_changes(self, network: nn.Module) -> None:
+        """Drop runners of what the network was before it was changed otherwise than in its weights.
+
+        `eager` runs the module itself, and `native` and `triton` look for changes of modules themselves, but for a new
+        configuration they are prepared anew. Compiled code does not notice hooks, nor methods of classes.
+        """
+        config = getattr(network, "config", None)
+        changed = not changes.same(config, self.config)
+        if self.backend == "compiled":
+            present = changes.global_changes(network)
+            as_compiled = self.compiled is not None and not changes.differences(network, self.compiled)
+            changed = changed or not as_compiled or present != self.global_changes
+            self.global_changes = present
+        if changed:
+            self.prepared.clear()
+            self.config = config
+            self.compiled = changes.without_weights(network) if self.backend == "compiled" else None
 
     def _spec(self, batch: int, shape: tuple[int, int, int]) -> backends.Spec:
         return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism, self.fast)
@@ -88,7 +108,8 @@ class Runners:
         present = [*self.unet.parameters(), *self.unet.buffers()]
         with torch.inference_mode(False), torch.no_grad():  # so that the copy can be written again in any mode
             mine = [] if self.converted is None else [*self.converted.parameters(), *self.converted.buffers()]
-            if self.converted is None or [t.shape for t in mine] != [t.shape for t in present]:
+            shaped = [t.shape for t in mine] == [t.shape for t in present]
+            if self.converted is None or not shaped or changes.differences(self.unet, self.converted):
                 self.converted = copy.deepcopy(self.unet).to(device=self.device, dtype=dtype).eval()
                 if layout is not None:
                     self.converted.to(memory_format=layout)  # type: ignore[call-overload]  # missing in torch's annotations
