@@ -133,8 +133,10 @@ class PipelineCalls:
         """Whether fastdiff runs the pipeline's loop, and not its network alone."""
         from diffusers import DDIMPipeline, DDPMPipeline
 
-        known = self.base.__call__ in (DDPMPipeline.__call__, DDIMPipeline.__call__)
-        return known and not any(replaced(self.base.__call__, self.base.__call__.__qualname__, "__call__"))
+        return any(
+            self.base.__call__ is cls.__call__ and not any(replaced(cls.__call__, cls.__qualname__, "__call__"))
+            for cls in (DDPMPipeline, DDIMPipeline)
+        )
 
     def check(self, pipeline: Any) -> None:
         """Raise the errors that a call would raise."""

@@ -62,7 +62,10 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda u: setattr(u.conv_in, "_conv_forward", types.MethodType(wrapped, u.conv_in)),
         "conv_in._conv_forward was replaced",
     ),
-    "eps": (lambda u: setattr(u.down_blocks[0].resnets[0].norm1, "eps", 1.0), "down_blocks.0.resnets.0.norm1.eps = 1.0"),
+    "eps": (
+        lambda u: setattr(u.down_blocks[0].resnets[0].norm1, "eps", 1.0),
+        "down_blocks.0.resnets.0.norm1.eps = 1.0",
+    ),
     "num_groups": (lambda u: setattr(u.conv_norm_out, "num_groups", 1), "conv_norm_out.num_groups = 1"),
     "heads": (lambda u: setattr(u.mid_block.attentions[0], "heads", 4), "mid_block.attentions.0.heads = 4"),
     "forward of a block": (add_slot, "mid_block.resnets.0.forward was replaced"),
