@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 PACKAGES = frozenset({"torch", "diffusers", "fastdiff"})
+TRUSTED = PACKAGES | sys.stdlib_module_names
 # Attributes that every module has, and those that no result without gradients depends on.
 MODULE = frozenset(vars(nn.Module()))
 WITHOUT_EFFECT = MODULE | {"gradient_checkpointing", "_gradient_checkpointing_func"}
@@ -37,6 +38,7 @@ GLOBAL_HOOKS = (
 # Methods of base classes that lie on the way of every call; classes with one of ENTRIES are compared whole.
 CALLED = frozenset({"__init__", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__"})
 ENTRIES = frozenset({"forward", "__call__", "step"})
+MODULE_CLASS = "torch.nn.modules.module.Module"
 PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
@@ -242,8 +244,8 @@ def replaced(value: Any, owner: str, name: str) -> Iterator[str]:
         if callable(f) and not isinstance(f, (type, types.BuiltinFunctionType, types.WrapperDescriptorType)):
             yield f"{owner}.{name} was replaced"
         return
-    expected = "_wrapped_call_impl" if f is nn.Module._wrapped_call_impl and owner.endswith(".Module") else name
-    if f.__name__ != expected or not owner.endswith(f.__qualname__.rpartition(".")[0]):
+    # Two methods of nn.Module have other names: torch.compile replaces __init__, and __call__ is a second name of one.
+    if owner != MODULE_CLASS and (f.__name__ != name or not owner.endswith(f.__qualname__.rpartition(".")[0])):
         yield f"{owner}.{name} was replaced"
         return
     while True:
@@ -260,8 +262,11 @@ def _replaced_globals(f: types.FunctionType) -> Iterator[str]:
     for name in f.__code__.co_names:
         for namespace in (f.__globals__, vars(F)):
             g = namespace.get(name)
-            if isinstance(g, types.FunctionType) and origin(g) not in PACKAGES | sys.stdlib_module_names:
-                yield f"{namespace['__name__']}.{name} was replaced"
+            if callable(g) and not isinstance(g, type):
+                python = isinstance(g, types.FunctionType)
+                other = python and namespace is vars(F) and g.__name__ != name
+                if other or origin(g if python else type(g)) not in TRUSTED:
+                    yield f"{namespace['__name__']}.{name} was replaced"
 
 
 @functools.lru_cache(maxsize=256)

@@ -140,13 +140,21 @@ GLOBAL_CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attribute(nn.GroupNorm, "forward", nn.Identity.forward),
         "torch.nn.modules.normalization.GroupNorm.forward was replaced",
     ),
-    "_conv_forward": (lambda: attribute(nn.Conv2d, "_conv_forward", wrapped), "Conv2d._conv_forward was replaced"),
+    "_conv_forward of all": (
+        lambda: attribute(nn.Conv2d, "_conv_forward", wrapped),
+        "Conv2d._conv_forward was replaced",
+    ),
     "a call of any module": (
         lambda: attribute(nn.Module, "_call_impl", lambda self, *a, **k: _call(self, *a, **k)),
         "torch.nn.modules.module.Module._call_impl was replaced",
     ),
     "function": (lambda: attribute(F, "group_norm", lambda x, *_: x), "torch.nn.functional.group_norm was replaced"),
     "built-in function": (lambda: attribute(F, "conv2d", lambda x, *_: x), "torch.nn.functional.conv2d was replaced"),
+    "another function": (lambda: attribute(F, "silu", F.relu), "torch.nn.functional.silu was replaced"),
+    "callable object": (
+        lambda: attribute(F, "scaled_dot_product_attention", Louder(1, 1)),
+        "torch.nn.functional.scaled_dot_product_attention was replaced",
+    ),
     "global hook": (lambda: hooked(register_module_forward_hook), "torch has global forward hooks"),
     "global pre-hook": (lambda: hooked(register_module_forward_pre_hook), "torch has global forward pre hooks"),
 }
