@@ -36,7 +36,9 @@ def network_reasons(unet: nn.Module) -> list[str]:
 
 def unsupported_changes(unet: UNet) -> list[str]:
     """List what the network does beyond its configuration, which lowering cannot see."""
-    # Functions of classes come first: a reference made after a change of those has the change too.
+    if not isinstance(unet.config, UNetConfig):
+        return [f"its config is a {type(unet.config).__name__}, not a UNetConfig"]
+    # Changes of the process come first: a reference made after them has them too.
     changed = changes.global_changes(unet) or changes.differences(unet, _as_described(unet.config))
     return [f"the network is not what its configuration says: {changes.in_words(changed)}"] if changed else []
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
+from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext  # of torch.device as a context, and of torch.set_default_device
 
 PACKAGES = frozenset({"torch", "diffusers", "fastdiff"})
 TRUSTED = PACKAGES | sys.stdlib_module_names
@@ -115,7 +117,7 @@ class _Comparison:
     def added(self, module: nn.Module, reference: nn.Module, before: str) -> Iterator[str]:
         """Yield attributes that the reference lacks and that hide one of the class, or that some method may read."""
         for name, value in vars(module).items():
-            if name in vars(reference) or name in self.ignore or origin(type(value)) == "fastdiff":
+            if name in vars(reference) or name in self.ignore or _is_of_accelerate(value):
                 continue
             if name == "_compiled_call_impl":
                 yield f"{before.rstrip('.') or 'it'} was compiled"
@@ -123,6 +125,13 @@ class _Comparison:
                 yield f"{before}{name} was replaced"
             elif any(name in names_of(cls) for cls in {type(m) for m in self.root.modules()}):
                 yield f"{before}{name} = {brief(value)} was added"
+
+
+def _is_of_accelerate(value: Any) -> bool:
+    """Return whether `fastdiff.accelerate` set this method of an instance, which computes what the original does."""
+    f = getattr(value, "__func__", value)
+    module = f.__module__ if isinstance(f, types.FunctionType) else type(f).__module__
+    return str(module).startswith("fastdiff.integrations.")
 
 
 def _tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> Iterator[str]:
@@ -200,7 +209,7 @@ def overridden(module: nn.Module, cls: type) -> Iterator[str]:
 
 
 def global_changes(module: nn.Module, classes: Iterable[type] = ()) -> list[str]:
-    """List changes that a reference made now would have too: hooks of all modules, foreign classes, replaced functions.
+    """List changes of the process, which a reference made now would have too: hooks, modes, classes, functions.
 
     The functions are those of the classes of the modules below ``module``, and of ``classes``.
     """
@@ -208,6 +217,8 @@ def global_changes(module: nn.Module, classes: Iterable[type] = ()) -> list[str]
     for name in GLOBAL_HOOKS:
         if hooks := getattr(torch_module, name):
             found.append(f"torch has {name[1:].replace('_', ' ')} ({', '.join(map(brief, hooks.values()))})")
+    modes = [*torch.overrides._get_current_function_mode_stack(), *_python_dispatch._get_current_dispatch_mode_stack()]
+    found += [f"the mode {type(m).__name__} is on" for m in modes if not isinstance(m, DeviceContext)]
     kinds = dict.fromkeys(classes)
     for name, m in module.named_modules():
         if origin(type(m)) in PACKAGES:
@@ -231,10 +242,12 @@ def replaced_functions(classes: Iterable[type]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def origin(f: Any) -> str:
-    """Return the package that a function, or a class, was defined in."""
-    name = f.__module__ if isinstance(f, type) else f.__globals__.get("__name__", "")
-    return str(name).partition(".")[0]
+def origin(value: Any) -> str:
+    """Return the package that a function, a class, or the class of an object was defined in."""
+    f = getattr(value, "__func__", value)
+    if isinstance(f, types.FunctionType):
+        return str(f.__globals__.get("__name__", "")).partition(".")[0]
+    return str((value if isinstance(value, type) else type(value)).__module__).partition(".")[0]
 
 
 def replaced(value: Any, owner: str, name: str) -> Iterator[str]:
@@ -260,12 +273,12 @@ def replaced(value: Any, owner: str, name: str) -> Iterator[str]:
 
 def _replaced_globals(f: types.FunctionType) -> Iterator[str]:
     for name in f.__code__.co_names:
-        for namespace in (f.__globals__, vars(F)):
+        for namespace in (f.__globals__, vars(F), vars(torch)):
             g = namespace.get(name)
             if callable(g) and not isinstance(g, type):
                 python = isinstance(g, types.FunctionType)
                 other = python and namespace is vars(F) and g.__name__ != name
-                if other or origin(g if python else type(g)) not in TRUSTED:
+                if other or origin(g) not in TRUSTED:
                     yield f"{namespace['__name__']}.{name} was replaced"
 
 

@@ -99,6 +99,7 @@ def test_changes_are_refused_by_name(name):
         (lambda u: setattr(u.down_blocks[0].downsamplers[0], "padding", 0), "downsamplers.0.padding = 0 (not 1)"),
         (lambda u: setattr(u, "sinusoid", lambda t: t), "sinusoid was replaced"),
         (lambda u: setattr(u.mid_block.resnets[1], "second_norm", lambda h, e: h), "resnets.1.second_norm was"),
+        (lambda u: setattr(u, "config", TINY.to_dict()), "its config is a dict, not a UNetConfig"),
         (lambda u: setattr(u, "config", change(norm_eps=0.5)), "norm1.eps = 1e-05 (not 0.5)"),
     ],
 )

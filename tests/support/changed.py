@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
 
 
 def wrapped(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,6 +125,14 @@ def hooked(register: Callable[[Any], Any]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class Doubling(TorchFunctionMode):
+    """A mode that doubles what group_norm returns."""
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is F.group_norm else out
 
 
 # Changes of the whole process, made before or after the network, and what the message has to name.

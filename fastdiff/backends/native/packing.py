@@ -64,7 +64,7 @@ class Weights:
 
     def __init__(self, unet: UNet, native: ModuleType, made_from: tuple[int, ...]):
         self.native = native
-        self.state = {k: v.detach() for k, v in unet.named_parameters(remove_duplicate=False)}
+        self.state = {k: v.detach() for k, v in unet.state_dict().items()}
         self.packed: dict[tuple[Any, ...], Tensor] = {}
         self.made_from = made_from
 
