@@ -116,6 +116,7 @@ class _Comparison:
 
     def added(self, module: nn.Module, reference: nn.Module, before: str) -> Iterator[str]:
         """Yield attributes that the reference lacks and that hide one of the class, or that some method may read."""
+        kinds: set[Any] = {type(m) for m in self.root.modules()}
         for name, value in vars(module).items():
             if name in vars(reference) or name in self.ignore or _is_of_accelerate(value):
                 continue
@@ -123,7 +124,7 @@ class _Comparison:
                 yield f"{before.rstrip('.') or 'it'} was compiled"
             elif hasattr(type(module), name):
                 yield f"{before}{name} was replaced"
-            elif any(name in names_of(cls) for cls in {type(m) for m in self.root.modules()}):
+            elif any(name in names_of(kind) for kind in kinds):
                 yield f"{before}{name} = {brief(value)} was added"
 
 
@@ -172,7 +173,8 @@ def same(a: Any, b: Any) -> bool:
         return same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
     if isinstance(a, nn.Module):
         return not differences(a, b)
-    if type(a).__eq__ is not object.__eq__:
+    kind: Any = type(a)
+    if kind.__eq__ is not object.__eq__:
         try:
             return bool(a == b)
         except Exception:
@@ -186,7 +188,8 @@ def brief(value: Any) -> str:
     """Describe a value in a message: functions, classes and plain objects by their names."""
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
         return str(value.__qualname__)
-    return type(value).__name__ if type(value).__repr__ is object.__repr__ else reprlib.repr(value)
+    kind: Any = type(value)
+    return str(kind.__name__) if kind.__repr__ is object.__repr__ else reprlib.repr(value)
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
@@ -233,7 +236,7 @@ def replaced_functions(classes: Iterable[type]) -> list[str]:
 
     A function that was replaced comes from another module, or has another name, than the one in its place.
     """
-    found = []
+    found: list[str] = []
     for base in dict.fromkeys(base for cls in classes for base in cls.__mro__):
         whole = base is not nn.Module and not ENTRIES.isdisjoint(vars(base))
         for name, value in vars(base).items():
@@ -252,7 +255,7 @@ def origin(value: Any) -> str:
 
 def replaced(value: Any, owner: str, name: str) -> Iterator[str]:
     """Yield the name of an entry of a class, or of functions that it calls, where they were replaced."""
-    f = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    f: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
     if not isinstance(f, types.FunctionType):
         if callable(f) and not isinstance(f, (type, types.BuiltinFunctionType, types.WrapperDescriptorType)):
             yield f"{owner}.{name} was replaced"
@@ -261,14 +264,12 @@ def replaced(value: Any, owner: str, name: str) -> Iterator[str]:
     if owner != MODULE_CLASS and (f.__name__ != name or not owner.endswith(f.__qualname__.rpartition(".")[0])):
         yield f"{owner}.{name} was replaced"
         return
-    while True:
+    while isinstance(f, types.FunctionType):
         if origin(f) not in PACKAGES:
             yield f"{owner}.{name} was replaced"
             return
         yield from _replaced_globals(f)
-        if not hasattr(f, "__wrapped__"):
-            return
-        f = f.__wrapped__
+        f = getattr(f, "__wrapped__", None)
 
 
 def _replaced_globals(f: types.FunctionType) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a network, scheduler or pipeline of diffusers does beyond its configuration is left to diffusers, by name."""
+"""Check that diffusers keeps what a network, scheduler or pipeline does beyond its configuration, by name."""
 
 from __future__ import annotations
 
