@@ -30,6 +30,7 @@ from fastdiff.core.turns import Lock
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
+from fastdiff.unet.changes import in_words, replaced
 
 log = logging.getLogger("fastdiff")
 
@@ -162,7 +163,10 @@ class PipelineCalls:
         """Whether fastdiff runs the pipeline's loop, and not its network alone."""
         from diffusers import DDIMPipeline, DDPMPipeline
 
-        return self.base.__call__ in (DDPMPipeline.__call__, DDIMPipeline.__call__)
+        return any(
+            self.base.__call__ is cls.__call__ and not any(replaced(cls.__call__, cls.__qualname__, "__call__"))
+            for cls in (DDPMPipeline, DDIMPipeline)
+        )
 
     def check(self, pipeline: Any) -> None:
         """Raise the errors that a call would raise."""
@@ -199,18 +203,18 @@ class PipelineCalls:
         """Return the pipeline's network, ready to run; None if it is left to diffusers."""
         from diffusers import UNet2DModel
 
-        unet = getattr(pipeline, "unet", None)
+        unet = vars(pipeline).get("unet", getattr(pipeline, "unet", None))  # the network itself, in nested calls too
         with self.unsupported("network"):
             if not isinstance(unet, UNet2DModel):
                 what = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
                 raise ConfigError(f"{self.base.__name__} has {what}; a UNet2DModel is supported")
             if hasattr(self.base, "unet"):
                 raise ConfigError(f"{self.base.__name__} defines unet in its class, where accelerate has to")
-            if self.network is None or vars(self.network.unet) is not vars(unet):  # a front has those of its network
+            if self.network is None or not self.network.is_of(unet):
                 self.network = BackendUNet(unet, self.backend)
-            changes = self.network.unsupported_changes()
-            if changes:
-                raise ConfigError(f"{self.base.__name__}.unet is not what its configuration says: {'; '.join(changes)}")
+            changed = self.network.unsupported_changes()
+            if changed:
+                raise ConfigError(f"{self.base.__name__}.unet is not what its configuration says: {in_words(changed)}")
             missing = self.network.reasons_against()
             if not missing:
                 return self.network

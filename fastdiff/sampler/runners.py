@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import ValuesView
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,7 @@ from fastdiff.backends.evaluation import Conversion, Evaluation
 from fastdiff.backends.native import NativeRunner
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler.options import NetworkInfo
-
-log = logging.getLogger("fastdiff")
+from fastdiff.unet import changes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FAST = "bfloat16-fast"
@@ -52,11 +51,13 @@ class Runners:
         self.interrupted: weakref.WeakSet[backends.Runner] = weakref.WeakSet()
         self._evaluation = Evaluation(unet)
         self._network_run: nn.Module | None = None
+        self.config: Any = None
+        self.compiled: nn.Module | None = None  # the network, without weights, when it was compiled
+        self.global_changes: list[str] = []
         first = self._spec(1, (info.channels, *(info.size or (info.stride,) * 2)))
         self.backend = backend
         if backend == "auto":
             self.backend = backends.choose(unet, first)
-            log.info("backend auto: %s", self.backend)
         self.runner(first.batch, first.shape)  # raises now where the backend cannot run
 
     def runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
@@ -66,6 +67,7 @@ class Runners:
         if network is not self._network_run:
             self.prepared.clear()
             self._network_run = network
+        self._follow_changes()
         runner = self.prepared.pop(spec, None)
         self._make_room()
         if runner is None:
@@ -102,6 +104,25 @@ class Runners:
         self.prepared.clear()
         self._network_run = None
         self._evaluation = Evaluation(self.unet)
+        self.compiled = None
+
+    def _follow_changes(self) -> None:
+        """Drop runners of what the network was before it was changed otherwise than in its weights.
+
+        `eager` runs the module itself, and `native` and `triton` look for changes of modules themselves, but for a new
+        configuration they are prepared anew. Compiled code does not notice hooks, nor methods of classes.
+        """
+        config = getattr(self.unet, "config", None)
+        changed = not changes.same(config, self.config)
+        if self.backend == "compiled":
+            present = changes.global_changes(self.unet)
+            as_compiled = self.compiled is not None and not changes.differences(self.unet, self.compiled)
+            changed = changed or not as_compiled or present != self.global_changes
+            self.global_changes = present
+        if changed:
+            self.prepared.clear()
+            self.config = config
+            self.compiled = changes.without_weights(self.unet) if self.backend == "compiled" else None
 
     def _spec(self, batch: int, shape: tuple[int, int, int]) -> backends.Spec:
         return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism, self.fast)

@@ -500,17 +500,17 @@ def with_other_betas(pipeline):
 
 
 REFUSED = [
-    (hooked, "network", "modules have forward hooks"),
-    (with_another_layer, "network", "modules were replaced or added"),
-    (with_another_activation, "network", "modules were replaced or added"),
-    (with_dropout, "network", "it is in training, with dropout (call unet.eval())"),
-    (with_my_unet, "network", "a forward was replaced"),
-    (with_processors, "network", "attention processors other than diffusers' own"),
+    (hooked, "network", "conv_in has forward hooks"),
+    (with_another_layer, "network", "conv_in is a Sequential, not a Conv2d"),
+    (with_another_activation, "network", "conv_act is a ReLU, not a SiLU"),
+    (with_dropout, "network", "dropout is in training, with dropout (call unet.eval())"),
+    (with_my_unet, "network", "forward was replaced (by MyUNet)"),
+    (with_processors, "network", "another attention processor than diffusers' own (MyProcessor)"),
     (with_fourier_times, "network", "time_embedding_type='fourier' is not supported"),
     (with_euler, "scheduler", "scheduler EulerDiscreteScheduler needs its input scaled, which"),
     (with_my_scheduler, "scheduler", "'MyScheduler' (_class_name) is not supported; supported: DDPMScheduler"),
     (with_tcd, "scheduler", "'TCDScheduler' (_class_name) is not supported"),
-    (with_other_betas, "scheduler", "the alphas_cumprod of DDIMScheduler are not those of its configuration"),
+    (with_other_betas, "scheduler", "DDIMScheduler is not what its configuration says: alphas_cumprod was changed"),
 ]
 
 
