@@ -111,5 +111,9 @@ class Cancelled(FastdiffError):
     """The call was ended between two steps by `Sampler.cancel`."""
 
 
+class ReentrantCall(FastdiffError, RuntimeError):
+    """An object was used from within one of its own steps, which waits for that call: it would never end."""
+
+
 class CallbackError(FastdiffError, RuntimeError):
     """A user's callback raised an exception, which is chained; the message names the row."""

@@ -8,17 +8,21 @@ An explicit backend never falls back: where it cannot run, `prepare` raises one 
 from __future__ import annotations
 
 import importlib
+import logging
 
 from torch import nn
 
 from fastdiff.backends.base import BACKENDS, BITWISE_ROWS, Runner, Spec
 from fastdiff.errors import InvalidArgument
+from fastdiff.unet import UNet
 
 __all__ = ["BACKENDS", "BITWISE_ROWS", "Runner", "Spec", "choose", "prepare"]
 
+log = logging.getLogger("fastdiff")
+
 
 def choose(unet: nn.Module, spec: Spec) -> str:
-    """Choose the backend that "auto" stands for: `native` where it can run, else `eager`.
+    """Choose the backend that "auto" stands for: `native` where it can run, else `eager`. The choice is logged.
 
     Args:
         unet: The network.
@@ -28,8 +32,16 @@ def choose(unet: nn.Module, spec: Spec) -> str:
         The backend's name.
     """
     from fastdiff.backends import native
+    from fastdiff.backends.network import unsupported_changes
 
-    return "eager" if native.reasons_against(unet, spec) else "native"
+    reasons = native.reasons_against(unet, spec)
+    if not reasons:
+        log.info("backend auto: native")
+        return "native"
+    # A network that was changed looks as if native ran it, so this is worth more than a note.
+    changed = type(unet) is UNet and bool(unsupported_changes(unet))
+    log.log(logging.WARNING if changed else logging.INFO, "backend auto: eager; native cannot: %s", "; ".join(reasons))
+    return "eager"
 
 
 def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:

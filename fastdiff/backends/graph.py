@@ -85,7 +85,7 @@ class Pool:
     def __init__(self, cuda: Any):
         self.cuda = cuda
         self.handle = cuda.graph_pool_handle()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler that interrupts a replay may replay another graph
         self.stream: Any = None
 
     def replay(self, graph: Any, device: torch.device) -> None:
@@ -112,9 +112,7 @@ class GraphRunner:
         self.network = network
         self.spec = spec
         self.cuda = cuda
-        if network not in _pools:
-            _pools[network] = Pool(cuda)
-        self.pool = _pools[network]
+        self.pool = _pools.get(network) or _pools.setdefault(network, Pool(cuda))  # threads may come here at once
         self.graphs: dict[Variant, Any] = {}
         self.buffers: State | None = None
         self.bank: TableBank | None = None  # the bank whose tables are in the static buffers

@@ -19,7 +19,7 @@ from fastdiff.core.program import Conv, Program
 from fastdiff.core.state import TableBank
 from fastdiff.modes import plain_modes
 from fastdiff.solvers.table import COLUMNS
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet, UNetConfig, changes
 from fastdiff.unet.model import ClassProjection
 
 # Buffers written by the matrix products of the embedding. They are small, and computed in float32 in every precision.
@@ -38,25 +38,18 @@ def network_reasons(unet: nn.Module) -> list[str]:
 
 
 def unsupported_changes(unet: UNet) -> list[str]:
-    """List module changes that lowering cannot see: replaced modules and forward hooks."""
-    reasons = []
-    if _structure(unet) != _structure_of(unet.config):
-        reasons.append("modules of the network were replaced, so its configuration does not describe it")
-    if any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules()):
-        reasons.append("modules of the network have forward hooks, which it would not call")
-    return reasons
-
-
-def _structure(unet: UNet) -> list[tuple[str, object]]:
-    """List the types of all modules and the shapes of all weights, from which the addresses of a program follow."""
-    modules: list[tuple[str, object]] = [(name, type(m)) for name, m in unet.named_modules()]
-    return modules + [(name, p.shape) for name, p in unet.named_parameters()]
+    """List what the network does beyond its configuration, which lowering cannot see."""
+    if not isinstance(unet.config, UNetConfig):
+        return [f"its config is a {type(unet.config).__name__}, not a UNetConfig"]
+    # Changes of the process come first: a reference made after them has them too.
+    changed = changes.global_changes(unet) or changes.differences(unet, _as_described(unet.config))
+    return [f"the network is not what its configuration says: {changes.in_words(changed)}"] if changed else []
 
 
 @functools.lru_cache(maxsize=8)
-def _structure_of(config: UNetConfig) -> list[tuple[str, object]]:
+def _as_described(config: UNetConfig) -> UNet:
     with torch.device("meta"):
-        return _structure(UNet(config))
+        return UNet(config)
 
 
 def checksum(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.integrations.network import BackendUNet
 from fastdiff.integrations.scheduler import configuration, draws_noise, randn
 from fastdiff.solvers import StepTable, from_config
-from fastdiff.solvers.compat.diffusers import VARIANCE_PRESERVING, noise_schedule
+from fastdiff.solvers.compat.diffusers import VARIANCE_PRESERVING
 
 
 def check_scheduler(pipeline: Any) -> None:
@@ -37,25 +38,19 @@ def check_scheduler(pipeline: Any) -> None:
 
 def _scheduler_config(pipeline: Any) -> dict[str, Any]:
     """Return the configuration of the pipeline's scheduler; raise `ConfigError` if it does not say all that it does."""
-    import diffusers
-
-    scheduler, name = pipeline.scheduler, type(pipeline.scheduler).__name__
-    config = configuration(scheduler)
-    if type(scheduler) is not getattr(diffusers, name) or "step" in vars(scheduler):
-        raise ConfigError(f"scheduler {name} is not diffusers' own; supported: {', '.join(VARIANCE_PRESERVING)}")
+    alphas_cumprod = getattr(pipeline.scheduler, "alphas_cumprod", None)
+    if isinstance(alphas_cumprod, Tensor) and alphas_cumprod.is_meta:
+        raise ConfigError(
+            f"the alphas_cumprod of {type(pipeline.scheduler).__name__} are on the meta device; make it without "
+            "torch.device('meta')"
+        )
+    config = configuration(pipeline.scheduler)
+    name = config["_class_name"]
     if name not in VARIANCE_PRESERVING:
         raise ConfigError(
             f"scheduler {name} needs its input scaled, which {type(pipeline).__name__} does not do; supported: "
             f"{', '.join(VARIANCE_PRESERVING)}"
         )
-    if "variance_type" in vars(scheduler):  # DDPMScheduler.step reads this attribute instead of the configuration
-        config["variance_type"] = scheduler.variance_type
-    expected = torch.from_numpy(noise_schedule(config).alphas_cumprod.copy())
-    if scheduler.alphas_cumprod.is_meta:
-        raise ConfigError(f"the alphas_cumprod of {name} are on the meta device; make it without torch.device('meta')")
-    actual = scheduler.alphas_cumprod.double().cpu()
-    if actual.shape != expected.shape or float((actual - expected).abs().max()) > 1e-4:
-        raise ConfigError(f"the alphas_cumprod of {name} are not those of its configuration")
     return config
 
 
@@ -81,6 +76,7 @@ class PipelineLoop:
     network: BackendUNet
     arguments: dict[str, Any]  # of the call, with defaults for those that were not given
     table: StepTable | None = None  # None until `prepare` has succeeded
+    timesteps: Tensor | None = None  # those of diffusers, which `prepare` compares with the table's
 
     def prepare(self) -> None:
         """Make the table; raise `ConfigError` or, for the caller's mistakes, `InvalidArgument` if there is none."""
@@ -96,8 +92,11 @@ class PipelineLoop:
         self.config = _scheduler_config(self.pipeline)
         clipped = bool(a.get("use_clipped_model_output"))
         table = from_config(self.config, a["num_inference_steps"], eta=self.eta, use_clipped_model_output=clipped)
-        scheduler.set_timesteps(a["num_inference_steps"])
-        if [row.t for row in table.rows] != scheduler.timesteps.tolist():
+        scheduler.set_timesteps(a["num_inference_steps"])  # for the caller, who may read them after the call
+        own = copy.deepcopy(scheduler)  # as another pipeline, in another thread, may share the scheduler
+        own.set_timesteps(a["num_inference_steps"])
+        self.timesteps = own.timesteps
+        if [row.t for row in table.rows] != self.timesteps.tolist():
             raise ConfigError(f"{type(scheduler).__name__} has timesteps that its configuration does not describe")
         self.table = table
 
@@ -135,7 +134,9 @@ class PipelineLoop:
         x = draw().to(wide)
         state = State.create(x * self.table.init_scale, TableBank([self.table], device, wide))
         runner = self.network.runner(x.shape)
-        for row, _ in enumerate(self.pipeline.progress_bar(self.pipeline.scheduler.timesteps)):
+        for row, t in enumerate(self.pipeline.progress_bar(self.timesteps)):
+            if row == len(self.table) or float(t) != self.table.rows[row].t:
+                raise ConfigError("the pipeline's progress_bar gives other timesteps than it was given; unaccelerate()")
             state.noise = None
             if draws_noise(self.config, self.table, row, self.eta):
                 state.noise = _constant(draw().to(wide))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from fastdiff import backends
 from fastdiff.backends import Runner, Spec
+from fastdiff.backends.eager import EagerRunner
 from fastdiff.core.state import State, TableBank
+from fastdiff.core.turns import Lock
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.table import Row
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet, UNetConfig, changes
+
+# The configuration is compared by itself, and attention processors by their types. Of "sample_size" nothing depends.
+IGNORED = ("_internal_dict", "sample_size", "processor")
 
 
 class BackendUNet:
@@ -26,42 +31,50 @@ class BackendUNet:
 
     def __init__(self, unet: Any, backend: str):
         self.unet = unet
+        self.config = dict(unet.config)
         self.backend = "native" if backend == "auto" else backend
         self.module: nn.Module = unet
-        self.structure: list[tuple[str, type]] = []
+        self.reference: nn.Module | None = None
         self.runners: dict[Spec, Runner] = {}
+        self.lock = Lock()  # of the runners, as a pipeline may call its network from several threads
         self.conditional = unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None
         if self.backend != "eager":
-            self.module, self.structure = _from_configuration(unet)
+            with torch.device("meta"):
+                self.module = UNet(UNetConfig.from_dict(unet.config)).eval()
+
+    def is_of(self, unet: Any) -> bool:
+        """Return whether this was made for the network, with the configuration that it has now."""
+        return vars(self.unet) is vars(unet) and self.config == unet.config  # a front has the vars of its network
 
     def unsupported_changes(self) -> list[str]:
         """List what the module does beyond its configuration; then only its own code can run it."""
+        from diffusers import UNet2DModel
         from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
         if self.backend == "eager":
             return []
-        reasons, modules = [], list(self.unet.modules())
-        replaced = [vars(m)["forward"] for m in modules if "forward" in vars(m)]
-        if any(type(f) is not BackendForward for f in replaced) or type(self.unet).forward is not _diffusers_forward():
-            reasons.append("a forward was replaced (by a subclass, by offloading, ...)")
-        if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-            reasons.append("modules have forward hooks, which would not be called")
-        if any(m._compiled_call_impl is not None for m in modules):
-            reasons.append("it was compiled")
-        structure = [(name, type(m)) for name, m in self.unet.named_modules() if name]
-        if structure != self.structure or not self._share_parameters():
-            reasons.append("modules were replaced or added (LoRA, quantisation, ...)")
-        plain = (AttnProcessor, AttnProcessor2_0)
-        if any(type(m.processor) not in plain for m in modules if hasattr(m, "processor")):
-            reasons.append("it has attention processors other than diffusers' own")
-        if self.unet.config.dropout and any(m.training for m in modules):
-            reasons.append("it is in training, with dropout (call unet.eval())")
-        return reasons
+        plain = (AttnProcessor, AttnProcessor2_0)  # their results differ by rounding alone
+        found = changes.global_changes(self.unet, (UNet2DModel, *plain))
+        if not found:
+            if self.reference is None:  # not before: a reference has the changes of its classes too
+                with torch.device("meta"):
+                    self.reference = changes.rebuilt(UNet2DModel, self.config)
+            found += changes.overridden(self.unet, UNet2DModel)
+            found += changes.differences(self.unet, self.reference, IGNORED)
+        for name, m in self.unet.named_modules():
+            processor = getattr(m, "processor", None)
+            if processor is not None and (type(processor) not in plain or vars(processor)):
+                found.append(f"{name} has another attention processor than diffusers' own ({type(processor).__name__})")
+            if isinstance(m, nn.Dropout) and m.training and m.p > 0:
+                found.append(f"{name} is in training, with dropout (call unet.eval())")
+        if not found and not self._share_parameters():
+            found.append("its parameters are not those of its configuration")
+        return found
 
     def _share_parameters(self) -> bool:
         """Give fastdiff's module the parameters that the diffusers module has now; return whether they fit."""
-        theirs = dict(self.unet.named_parameters())
-        own = dict(self.module.named_parameters())
+        theirs = dict(self.unet.named_parameters(remove_duplicate=False))
+        own = dict(self.module.named_parameters(remove_duplicate=False))
         if theirs.keys() != own.keys() or any(p.shape != own[name].shape for name, p in theirs.items()):
             return False
         if any(p is not own[name] for name, p in theirs.items()):
@@ -78,6 +91,8 @@ class BackendUNet:
             from fastdiff.backends.native import reasons_against
 
             reasons = reasons_against(self.module, self._spec(1, 1, 1))
+            if len({(p.dtype, p.device) for p in self.unet.parameters()}) > 1:
+                reasons.append("its weights are of several dtypes or on several devices")
             if any(p.dtype != torch.float32 for p in self.unet.parameters()) and p.dtype == torch.bfloat16:
                 reasons.append("weights in bfloat16 are not repacked; pipeline.to(torch.float32)")
         else:
@@ -112,20 +127,23 @@ class BackendUNet:
             self.runners[spec] = backends.prepare(self.backend, self.module, spec)
         return self.runners[spec]
 
-    @contextlib.contextmanager
-    def as_forward(self) -> Iterator[None]:
-        """Make ``unet.forward`` a `BackendForward` within this context."""
-        if self.backend == "eager":
-            yield
-            return
-        outer = vars(self.unet).get("forward")  # set if this call is made within another one
-        self.unet.forward = BackendForward(self)
-        try:
-            yield
-        finally:
-            del self.unet.forward
-            if outer is not None:
-                self.unet.forward = outer
+    def forget_interrupted(self) -> None:
+        """Free the runners whose work an error, such as a signal handler's, may have interrupted half-way."""
+        self.runners = {spec: runner for spec, runner in self.runners.items() if isinstance(runner, EagerRunner)}
+
+    def front(self) -> Any:
+        """Return an object that is the module in all but its forward, a `BackendForward`.
+
+        The module itself is left alone, so other pipelines may use it at the same time: the front is an object of a
+        subclass, and its ``__dict__`` is the module's own, so that whatever is set on one is set on both.
+        """
+        unet, kind = self.unet, type(self.unet)
+        members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members["forward"] = BackendForward(self)
+        members["__reduce_ex__"] = lambda _, protocol: (copy.copy, (unet,))  # copies and pickles are the module's
+        front: Any = object.__new__(type(kind.__name__, (kind,), members))
+        object.__setattr__(front, "__dict__", vars(unet))
+        return front
 
 
 class BackendForward:
@@ -137,6 +155,21 @@ class BackendForward:
     def __init__(self, network: BackendUNet):
         self.network = network
         self.state: State | None = None
+        self.parameters = [m._parameters for m in network.unet.modules()]
+        self.versions = self._versions()
+        self.is_left = False  # whether the weights became what no backend can run
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return the identity and version of all weights; edits of ``.data`` within a call do not show in them."""
+        weights = [p for parameters in self.parameters for p in parameters.values() if p is not None]
+        return [(id(p), 0 if p.is_inference() else p._version) for p in weights]
+
+    def _follow_weights(self) -> None:
+        """Notice weights that the pipeline has changed in the middle of its call."""
+        versions = self._versions()
+        if versions != self.versions:
+            self.versions, self.state = versions, None  # backends look at the weights when they see a new state
+            self.is_left = bool(self.network.unsupported_changes())
 
     def __call__(
         self, sample: Tensor, timestep: Any, class_labels: Tensor | None = None, return_dict: bool = True
@@ -149,11 +182,13 @@ class BackendForward:
         learns = learns and (sample.requires_grad or any(w.requires_grad for w in network.unet.parameters()))
         fits = sample.ndim == 4 and sample.shape[1] == config.in_channels and len(sample) > 0
         fits = fits and sample.dtype == p.dtype and sample.device == p.device
-        if learns or not fits or not network.accepts(class_labels, sample.shape[2:]):
+        self._follow_weights()
+        if self.is_left or learns or not fits or not network.accepts(class_labels, sample.shape[2:]):
             return _diffusers_forward()(network.unet, sample, timestep, class_labels, return_dict)
         # As in diffusers, a number is rounded down to a whole one, while a tensor keeps its fraction.
         t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], dtype=torch.int64, device="cpu")
-        out = self._run(sample, t.flatten().expand(len(sample)).tolist(), class_labels).to(sample.dtype)
+        with network.lock.held:
+            out = self._run(sample, t.flatten().expand(len(sample)).tolist(), class_labels).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
     def _run(self, x: Tensor, t: list[float], labels: Tensor | None) -> Tensor:
@@ -180,16 +215,6 @@ def _diffusers_forward() -> Callable[..., Any]:
     from diffusers import UNet2DModel
 
     return UNet2DModel.forward
-
-
-def _from_configuration(unet: Any) -> tuple[UNet, list[tuple[str, type]]]:
-    """Make fastdiff's U-Net of a module's configuration, without weights, and list the modules that diffusers makes."""
-    from diffusers import UNet2DModel
-
-    config = UNetConfig.from_dict({**unet.config, "_class_name": "UNet2DModel"})
-    with torch.device("meta"):
-        own, theirs = UNet(config), UNet2DModel.from_config(unet.config)
-    return own.eval(), [(name, type(m)) for name, m in theirs.named_modules() if name]
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

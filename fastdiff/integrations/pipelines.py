@@ -1,11 +1,12 @@
 """`accelerate`: makes fastdiff run the network, or the whole loop, of a diffusers pipeline.
 
 The pipeline stays the same object. Its class becomes a subclass of its own class, of the same name, that differs in
-``__call__`` alone:
+``__call__`` and, within a call, in ``unet``:
 
 - DDPMPipeline and DDIMPipeline, and subclasses that keep their ``__call__``, run a `PipelineLoop`: the table of the
   pipeline's scheduler, with the noise that diffusers would draw, in the same order.
-- Any other pipeline runs its own ``__call__``, during which a backend runs ``pipeline.unet.forward``.
+- Any other pipeline runs its own ``__call__``, in which ``pipeline.unet`` is a front of the network, which a backend
+  runs. Nothing is put into the network itself, so other pipelines, accelerated or not, may run it in other threads.
 
 Every call looks at the network, its weights and the scheduler anew, so that all of them may change between calls. What
 would differ from diffusers by more than rounding is refused, or left to diffusers' own code:
@@ -25,9 +26,11 @@ from typing import Any, TypeVar
 from fastdiff import backends
 from fastdiff.backends.base import refuse
 from fastdiff.checks import one_of
+from fastdiff.core.turns import Lock
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
+from fastdiff.unet.changes import in_words, replaced
 
 log = logging.getLogger("fastdiff")
 
@@ -67,8 +70,11 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
         raise BackendError("accelerate needs diffusers, which is not installed: pip install diffusers") from e
     if not isinstance(pipeline, diffusers.DiffusionPipeline):
         raise InvalidArgument(f"pipeline is a {type(pipeline).__name__}; a diffusers pipeline is needed")
-    base = pipeline._fastdiff.base if isinstance(pipeline, _Accelerated) else type(pipeline)
+    former = pipeline._fastdiff if isinstance(pipeline, _Accelerated) else None
+    base = type(pipeline) if former is None else former.base
     calls = PipelineCalls(base, backend, strict)
+    if former is not None:
+        calls.lock = former.lock  # a call that is running in another thread has it
     calls.check(pipeline)
     pipeline.__dict__["_fastdiff"] = calls
     pipeline.__class__ = _accelerated(base)
@@ -82,7 +88,8 @@ def _accelerated(base: Any) -> type:
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._fastdiff.run(self, args, kwargs)
+        calls = vars(self).get("_fastdiff")  # another thread may have undone `accelerate` just now
+        return base.__call__(self, *args, **kwargs) if calls is None else calls.run(self, args, kwargs)
 
     return type(base.__name__, (_Accelerated, base), {**same, "__call__": call})
 
@@ -98,8 +105,26 @@ class _Accelerated:
         Returns:
             The same object.
         """
-        self.__class__ = self.__dict__.pop("_fastdiff").base
+        self.__class__ = self._fastdiff.base  # a call that is running in another thread ends with diffusers' own code
+        del self.__dict__["_fastdiff"]
         return self
+
+    @property
+    def unet(self) -> Any:
+        """The pipeline's network; in a thread that runs a call, the network's front (see `BackendUNet.front`)."""
+        if "unet" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no unet")
+        unet, front = vars(self)["unet"], self._front()
+        return front if front is not None and vars(front) is vars(unet) else unet
+
+    @unet.setter
+    def unet(self, unet: Any) -> None:
+        if unet is None or unet is not self._front():
+            vars(self)["unet"] = unet
+
+    def _front(self) -> Any:
+        calls = vars(self).get("_fastdiff")  # another thread may have undone `accelerate` just now
+        return None if calls is None else calls.front
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass cannot be imported, so copies and pickles name the base class, and accelerate the new object.
@@ -124,15 +149,24 @@ class PipelineCalls:
         self.backend = backend
         self.strict = strict
         self.network: BackendUNet | None = None
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.warned: set[str] = set()
+        self._running = threading.local()
+
+    @property
+    def front(self) -> Any:
+        """The front of the network that the call which this thread is running uses; None outside of calls."""
+        return getattr(self._running, "front", None)
 
     @property
     def whole_loop(self) -> bool:
         """Whether fastdiff runs the pipeline's loop, and not its network alone."""
         from diffusers import DDIMPipeline, DDPMPipeline
 
-        return self.base.__call__ in (DDPMPipeline.__call__, DDIMPipeline.__call__)
+        return any(
+            self.base.__call__ is cls.__call__ and not any(replaced(cls.__call__, cls.__qualname__, "__call__"))
+            for cls in (DDPMPipeline, DDIMPipeline)
+        )
 
     def check(self, pipeline: Any) -> None:
         """Raise the errors that a call would raise."""
@@ -144,34 +178,43 @@ class PipelineCalls:
     def run(self, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the pipeline, as far as it is supported; diffusers runs the rest."""
         arguments = inspect.signature(self.base.__call__).bind(pipeline, *args, **kwargs)
-        with self.lock:
+        with self.lock.held:
             network = self.network_of(pipeline)
             if network is None:
                 return self.base.__call__(*arguments.args, **arguments.kwargs)
-            if self.whole_loop and network.accepts(None, pipeline.unet.config.sample_size):
-                arguments.apply_defaults()
-                loop = PipelineLoop(pipeline, network, dict(arguments.arguments))
-                with self.unsupported("scheduler"):
-                    loop.prepare()
-                if loop.table is not None:
-                    return loop.run()
-            with network.as_forward():
+            outer = self.front  # set if this call is made within another one
+            try:
+                if self.whole_loop and network.accepts(None, pipeline.unet.config.sample_size):
+                    arguments.apply_defaults()
+                    loop = PipelineLoop(pipeline, network, dict(arguments.arguments))
+                    with self.unsupported("scheduler"):
+                        loop.prepare()
+                    if loop.table is not None:
+                        return loop.run()
+                self._running.front = None if self.backend == "eager" else network.front()
                 return self.base.__call__(*arguments.args, **arguments.kwargs)
+            except BaseException:
+                network.forget_interrupted()
+                raise
+            finally:
+                self._running.front = outer
 
     def network_of(self, pipeline: Any) -> BackendUNet | None:
         """Return the pipeline's network, ready to run; None if it is left to diffusers."""
         from diffusers import UNet2DModel
 
-        unet = getattr(pipeline, "unet", None)
+        unet = vars(pipeline).get("unet", getattr(pipeline, "unet", None))  # the network itself, in nested calls too
         with self.unsupported("network"):
             if not isinstance(unet, UNet2DModel):
                 what = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
                 raise ConfigError(f"{self.base.__name__} has {what}; a UNet2DModel is supported")
-            if self.network is None or self.network.unet is not unet:
+            if hasattr(self.base, "unet"):
+                raise ConfigError(f"{self.base.__name__} defines unet in its class, where accelerate has to")
+            if self.network is None or not self.network.is_of(unet):
                 self.network = BackendUNet(unet, self.backend)
-            changes = self.network.unsupported_changes()
-            if changes:
-                raise ConfigError(f"{self.base.__name__}.unet is not what its configuration says: {'; '.join(changes)}")
+            changed = self.network.unsupported_changes()
+            if changed:
+                raise ConfigError(f"{self.base.__name__}.unet is not what its configuration says: {in_words(changed)}")
             missing = self.network.reasons_against()
             if not missing:
                 return self.network

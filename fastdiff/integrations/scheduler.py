@@ -32,6 +32,7 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
 from fastdiff.solvers.compat.diffusers import ETA, IN_SIGMA, WITHOUT_SCHEDULE, noise_schedule, scheduler_name
 from fastdiff.solvers.paths import looks_back
+from fastdiff.unet import changes
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -99,7 +100,7 @@ def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: floa
 def configuration(source: Any) -> dict[str, Any]:
     """Return the configuration of a diffusers scheduler, or a given one, as a dictionary with ``_class_name``.
 
-    A scheduler that is not supported raises `ConfigError`.
+    A scheduler that is not supported, or that does not do what its configuration says, raises `ConfigError`.
     """
     if isinstance(source, Mapping):
         config = dict(source)
@@ -107,8 +108,37 @@ def configuration(source: Any) -> dict[str, Any]:
         config = {**source.config, "_class_name": type(source).__name__}
     else:
         raise ConfigError(f"a {type(source).__name__} is neither a scheduler nor the configuration of one")
-    scheduler_name(config)
+    name = scheduler_name(config)
+    if not isinstance(source, Mapping):
+        found = unsupported_changes(source)
+        if found:
+            raise ConfigError(f"scheduler {name} is not what its configuration says: {changes.in_words(found)}")
+        # DDPMScheduler.step reads this attribute instead of the configuration.
+        config |= {key: value for key, value in vars(source).items() if key == "variance_type"}
     return config
+
+
+# Attributes that a run changes, and that `set_timesteps` or the first step sets anew.
+OF_A_RUN = {
+    "num_inference_steps", "timesteps", "_timesteps", "prk_timesteps", "plms_timesteps", "sigmas", "custom_timesteps",
+    "_step_index", "_begin_index", "counter", "ets", "cur_model_output", "cur_sample", "model_outputs",
+    "timestep_list", "lower_order_nums", "last_sample", "is_scale_input_called", "prev_derivative", "dt",
+}  # fmt: skip
+
+
+def unsupported_changes(scheduler: Any) -> list[str]:
+    """List what a scheduler of diffusers does, or has, beyond its configuration."""
+    cls = type(scheduler)
+    if changes.origin(cls) != "diffusers":
+        return [f"it is a class of {cls.__module__}, not diffusers' own"]
+    found = changes.replaced_functions([cls])
+    if found:
+        return found
+    ours, theirs = vars(scheduler), vars(changes.rebuilt(cls, scheduler.config))
+    found = [f"{name} was replaced" for name in ours if name not in theirs and hasattr(cls, name)]
+    ignored = OF_A_RUN | {"_internal_dict", "variance_type"}
+    other = [n for n, v in theirs.items() if n not in ignored and not changes.same(ours.get(n, found), v)]
+    return found + [f"{name} was changed" for name in other]
 
 
 class Scheduler:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,23 @@ from fastdiff.backends import Runner
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.core import noise, process, update
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import CallbackError, Cancelled, FastdiffError, InvalidArgument, NumericsError
+from fastdiff.core.turns import Lock, Turns, reentrant
+from fastdiff.errors import (
+    BackendError,
+    CallbackError,
+    Cancelled,
+    FastdiffError,
+    InvalidArgument,
+    NumericsError,
+    ReentrantCall,
+)
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import editing
 from fastdiff.sampler.editing import Inpainting
 from fastdiff.sampler.options import NoiseSource
 from fastdiff.sampler.output import Event, SampleOutput
 from fastdiff.sampler.request import Request
+from fastdiff.sampler.runners import Runners
 
 log = logging.getLogger("fastdiff")
 
@@ -32,38 +43,38 @@ log = logging.getLogger("fastdiff")
 # without clipping reaches 1e5 with a cosine schedule, whose first row multiplies noise by 2e4.
 MOST_LIKELY, MOST = 1e3, 1e6
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Rows = Generator[tuple[Event | None, Tensor | None], None, None]
 """After every row: its event, where a preview was asked for, and the images [n, C, H, W], where a chunk ends."""
 
 
 class Loop:
-    """Runs requests on one network; calls from several threads take turns, row by row, by ``lock``.
+    """Runs requests on one network; calls from several threads take turns, row by row.
 
-    The network is in evaluation mode while a row runs. ``runner(batch, shape)`` returns the runner; it is called under
-    the lock at the start of every chunk. ``device`` is that of the state, ``dtype`` that of the network.
+    No function of the caller runs during a turn, except for the network and its forward hooks.
     """
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        runner: Callable[[int, tuple[int, int, int]], Runner],
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.lock = threading.Lock()
-        self._unet = unet
-        self._runner = runner
-        self._device = device
-        self._dtype = dtype
+    def __init__(self, runners: Runners):
+        self._runners = runners
+        self._turns = Turns()
         self._cancellations = 0
+        self._closed = False
 
     def cancel(self) -> None:
         """End all calls that have begun, before their next row."""
         self._cancellations += 1
 
+    def close(self) -> None:
+        """End all calls and free the runners; from within a step, as soon as that ends."""
+        self._closed = True
+        self.cancel()
+        with contextlib.suppress(ReentrantCall):
+            self._turns.take(self._runners.clear)
+
     def run(self, r: Request, callback: Callable[[Event], None] | None, progress: bool) -> SampleOutput:
         """Run all rows and return the images. Raises what `Sampler.sample` lists, but for `InvalidArgument`."""
-        result = _empty(r)
+        result = self._turns.take(_empty, r)
         done = 0
         rows = self.rows(r, preview=lambda _: callback is not None, progress=progress)
         with contextlib.closing(rows):  # else the traceback of an error would keep the state in memory
@@ -76,12 +87,16 @@ class Loop:
                             f"the callback raised {type(e).__name__} at row {event.row} of {event.rows}: {e}"
                         ) from e
                 if images is not None:
-                    result[done : done + len(images)].copy_(images)
+                    self._turns.take(result[done : done + len(images)].copy_, images)
                     done += len(images)
         if done < r.n:
             raise Cancelled(f"cancelled with {done} of {r.n} images finished")
-        output = SampleOutput(result, r.seed, r.start_index, r.table, r.nfe, r.labels, r.class_names)
-        _check_numbers(output, self._dtype)
+        return self._turns.take(self._output, r, result)
+
+    def _output(self, r: Request, images: Tensor) -> SampleOutput:
+        """Return the images of all chunks, and raise if they are not finite, or too large."""
+        output = SampleOutput(images, r.seed, r.start_index, r.table, r.nfe, r.labels, r.class_names)
+        _check_numbers(output, self._runners.dtype)
         return output
 
     def seconds_per_row(self, r: Request) -> float:
@@ -99,26 +114,82 @@ class Loop:
         return process.pieces(self._rows(r, self._cancellations, preview, progress))
 
     def _rows(self, r: Request, started: int, preview: Callable[[int], bool], progress: bool) -> Rows:
-        modules = list(self._unet.modules())  # once, as it takes time
         with _bar(progress, len(r.chunks) * len(r.table)) as tick:
             for chunk in r.chunks:
-                state, inpainting = _start(r, chunk, self._device)
-                with self.lock:
-                    if self._cancellations != started:  # nothing is prepared for a sampler that was closed
-                        return
-                    runner = self._runner(r.batch_size, r.shape)
+                # The caller's functions run outside of turns: of the noise, of a guide, and what receives the events.
+                drawn = _noise(r.noise, None, r.indices(chunk)) if callable(r.noise) else None
+                state, inpainting = self._turns.take(_start, r, chunk, self._runners.device, drawn)
+                draw, runner = state.noise, None
                 for row in range(len(r.table)):
                     if self._cancellations != started:
                         return
+                    if runner is None or runner in self._runners.interrupted:
+                        runner = self._turns.take(self._prepare, r, started)
+                        if runner is None:
+                            return
+                        # Runners look for changes of the weights when they see a new state.
+                        state = dataclasses.replace(state)
                     if r.guide is not None:
-                        with self.lock, _evaluating(modules):
-                            leaf = _forward(runner, state, r.guide_through)
-                        # Without the lock, as the user's function may use the sampler.
+                        leaf = self._turns.take(self._work, runner, _forward, runner, state, r.guide_through)
                         editing.guide(state, r.guide, r.indices(chunk), leaf, row, len(r.table))
-                    with self.lock, _evaluating(modules):
-                        result = _step(runner, state, inpainting, r, chunk, row, preview(row))
+                    if draw is not None and state.column_host("s").any():
+                        state.noise = _constant(draw(row))
+                    event, images = self._turns.take(
+                        self._work, runner, _step, runner, state, inpainting, r, chunk, row, preview(row)
+                    )
                     tick()
-                    yield result
+                    yield event, images
+                    if event is not None:  # the caller's code has run, and may have changed the network
+                        runner = None
+
+    def _prepare(self, r: Request, started: int) -> Runner | None:
+        """Return the runner of a request, with the network's present weights; None if the call was cancelled."""
+        if self._cancellations != started:
+            return None
+        table = getattr(self._runners.unet, "class_embedding", None)
+        labels = [] if r.labels is None else [*r.labels.tolist(), self._runners.info.null_label or 0]
+        if isinstance(table, nn.Embedding) and labels and max(labels) >= len(table.weight):
+            raise BackendError(
+                f"the network's class_embedding has {len(table.weight)} rows now, fewer than label {max(labels)} "
+                "needs; make another Sampler after changing the number of classes"
+            )
+        return self._runners.runner(r.batch_size, r.shape)
+
+    def _work(self, runner: Runner, work: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+        """Do one turn's work, after which nothing is left of it but its result, even if it raised."""
+        try:
+            return work(*arguments, **options)
+        except BaseException:
+            self._runners.forget(runner)
+            raise
+        finally:
+            self._runners.give_back()
+            if self._closed:
+                self._runners.clear()
+
+
+class Stream(Iterator[Event]):
+    """The events of a call. Several threads may share it; `close` ends the call, as does leaving it to be freed."""
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+        self._lock = Lock()
+
+    def __next__(self) -> Event:
+        with self._lock.held:
+            if inspect.getgeneratorstate(self._rows) == inspect.GEN_RUNNING:
+                raise reentrant("the stream")
+            for event, _ in self._rows:
+                if event is not None:
+                    return event
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the call and free its memory."""
+        with self._lock.held:
+            if inspect.getgeneratorstate(self._rows) == inspect.GEN_RUNNING:
+                raise reentrant("the stream")
+            self._rows.close()
 
 
 def _empty(r: Request) -> Tensor:
@@ -173,12 +244,7 @@ def _step(
     if inpainting is not None and known is not None:
         inpainting.put(state, known)
     event = None if x0 is None else Event(row, len(r.table), r.indices(chunk), state.x[:n].clone(), x0)
-    return event, state.x[:n].clone() if row == len(r.table) - 1 else None
-
-
-@plain_modes()
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts)
+    return event, state.x[:n].clone().float().cpu() if row == len(r.table) - 1 else None
 
 
 def _forward(runner: Runner, state: State, through: str) -> Tensor | None:
@@ -191,15 +257,16 @@ def _forward(runner: Runner, state: State, through: str) -> Tensor | None:
 
 
 @plain_modes()
-def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpainting | None]:
+def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tuple[State, Inpainting | None]:
     """Return the state of one chunk at row 0, with its initial noise, and the known pixels of its images.
 
+    ``drawn`` is the initial noise of a function of the caller, which is checked here.
     A short last chunk is padded with images that stay idle, so that no other batch size needs a runner.
     """
     indices, pad = r.indices(chunk), r.batch_size - len(chunk)
     index = [*indices, *[0] * pad]
 
-    def padded(z: Tensor) -> Tensor:
+    def padded(z: object) -> Tensor:
         if not isinstance(z, Tensor) or tuple(z.shape) != (len(chunk), *r.shape):
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise InvalidArgument(f"noise must give a tensor {(len(chunk), *r.shape)}, got {got}")
@@ -215,7 +282,7 @@ def _start(r: Request, chunk: range, device: torch.device) -> tuple[State, Inpai
     if isinstance(source, Tensor):
         x = padded(source[chunk.start : chunk.stop])
     elif source is not None:
-        x = padded(_noise(source, None, indices))
+        x = padded(drawn)
     else:
         i = torch.tensor(index, dtype=torch.int64, device=device)
         x = noise.normal(torch.full_like(i, noise.as_int64(r.seed)), i, torch.zeros_like(i), noise.INITIAL, r.shape)
@@ -255,17 +322,9 @@ def _noise(source: NoiseSource, row: int | None, indices: range) -> Tensor:
         raise CallbackError(f"the noise function raised {type(e).__name__} {where}: {e}") from e
 
 
-@contextlib.contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Turn dropout off for one step, then restore every module's mode: a network in training can be sampled."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _constant(z: Tensor) -> Callable[[int], Tensor]:
+    """Make a source of noise that gives z."""
+    return lambda row: z
 
 
 @contextlib.contextmanager

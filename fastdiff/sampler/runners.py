@@ -1,31 +1,36 @@
-"""A sampler's network as its backend runs it: converted to a device and dtype, with a runner for each batch size."""
+"""A sampler's network as its backend runs it: in evaluation mode, converted, with runners for the last batch sizes."""
 
 from __future__ import annotations
 
-import copy
-import logging
+import weakref
+from collections.abc import ValuesView
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastdiff import backends
+from fastdiff.backends.eager import EagerRunner
+from fastdiff.backends.evaluation import Conversion, Evaluation
+from fastdiff.backends.native import NativeRunner
 from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.sampler.options import NetworkInfo
-
-log = logging.getLogger("fastdiff")
+from fastdiff.unet import changes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FAST = "bfloat16-fast"
+MOST_RUNNERS = 16
+MOST_MEMORY = 1.9  # of all runners but the one in use, in units of the largest one's memory
 
 
 class Runners:
     """The runners of one network, which use its present weights. The arguments are as in `fastdiff.Sampler`.
 
     ``backend`` is the name of the backend that runs the network, never "auto"; ``fast`` whether dtype was
-    "bfloat16-fast"; ``converted`` a copy of the network in another dtype, layout or on another device, if one is
-    needed.
+    "bfloat16-fast". ``prepared`` has the runners that were used last, the latest one last; a run that is under way
+    keeps its own alive. ``interrupted`` has those that an error interrupted half-way, which nothing may use any more.
     """
 
     def __init__(
@@ -45,35 +50,87 @@ class Runners:
         self.dtype = usable_dtype("bfloat16" if self.fast else dtype) if dtype is not None else parameter.dtype
         self.determinism = determinism
         self.prepared: dict[backends.Spec, backends.Runner] = {}
-        self.converted: nn.Module | None = None
+        self.interrupted: weakref.WeakSet[backends.Runner] = weakref.WeakSet()
+        self._evaluation = Evaluation(unet)
+        self._network_run: nn.Module | None = None
+        self.config: Any = None
+        self.compiled: nn.Module | None = None  # the network, without weights, when it was compiled
+        self.global_changes: list[str] = []
         first = self._spec(1, (info.channels, *(info.size or (info.stride,) * 2)))
         self.backend = backend
         if backend == "auto":
             self.backend = backends.choose(unet, first)
-            log.info("backend auto: %s", self.backend)
         self.runner(first.batch, first.shape)  # raises now where the backend cannot run
 
     def runner(self, batch: int, shape: tuple[int, int, int]) -> backends.Runner:
         """Return the runner for ``batch`` images of ``shape`` (C, H, W), with the present weights."""
         spec = self._spec(batch, shape)
         network = self._network()
-        if spec not in self.prepared:
-            self.prepared[spec] = backends.prepare(self.backend, network, spec)
-        return self.prepared[spec]
+        if network is not self._network_run:
+            self.prepared.clear()
+            self._network_run = network
+        self._follow_changes()
+        runner = self.prepared.pop(spec, None)
+        self._make_room()
+        if runner is None:
+            runner = backends.prepare(self.backend, network, spec)
+        self.prepared[spec] = runner
+        return runner
+
+    def _make_room(self) -> None:
+        """Free the runners that were not used for longest, so that calls of any sizes take bounded memory."""
+        sizes = {spec: _memory(runner) for spec, runner in self.prepared.items()}
+        while len(sizes) >= MOST_RUNNERS or sum(sizes.values()) > MOST_MEMORY * max(sizes.values(), default=0):
+            oldest = next(iter(sizes))
+            del sizes[oldest], self.prepared[oldest]
+
+    def give_back(self) -> None:
+        """Set on the network's modules what their forwards have set, after a step."""
+        self._evaluation.give_back()
+
+    def forget(self, runner: backends.Runner) -> None:
+        """Drop a runner whose step raised, as the error may be a signal handler's and have left it half changed."""
+        if not isinstance(runner, EagerRunner):  # has nothing that could be half changed
+            self.interrupted.add(runner)
+            self.prepared = {spec: known for spec, known in self.prepared.items() if known is not runner}
+
+    def values(self) -> ValuesView[backends.Runner]:
+        """Return the prepared runners."""
+        return self.prepared.values()
+
+    def __len__(self) -> int:
+        return len(self.prepared)
 
     def clear(self) -> None:
-        """Free the runners and the converted copy."""
+        """Free the runners and the network's twins, with their converted weights."""
         self.prepared.clear()
-        self.converted = None
+        self._network_run = None
+        self._evaluation = Evaluation(self.unet)
+        self.compiled = None
+
+    def _follow_changes(self) -> None:
+        """Drop runners of what the network was before it was changed otherwise than in its weights.
+
+        `eager` runs the module itself, and `native` and `triton` look for changes of modules themselves, but for a new
+        configuration they are prepared anew. Compiled code does not notice hooks, nor methods of classes.
+        """
+        config = getattr(self.unet, "config", None)
+        changed = not changes.same(config, self.config)
+        if self.backend == "compiled":
+            present = changes.global_changes(self.unet)
+            as_compiled = self.compiled is not None and not changes.differences(self.unet, self.compiled)
+            changed = changed or not as_compiled or present != self.global_changes
+            self.global_changes = present
+        if changed:
+            self.prepared.clear()
+            self.config = config
+            self.compiled = changes.without_weights(self.unet) if self.backend == "compiled" else None
 
     def _spec(self, batch: int, shape: tuple[int, int, int]) -> backends.Spec:
         return backends.Spec(batch, shape, self.dtype, self.device, self.info.null_label, self.determinism, self.fast)
 
     def _network(self) -> nn.Module:
-        """Return the module itself where it fits, else its one converted copy, with the present weights.
-
-        The weights are copied at every call: fused optimizers and edits of ``.data`` change them without a trace.
-        """
+        """Return the network to run, with the present weights: the module itself, or its twin (see `Evaluation`)."""
         # These two convert for themselves, and with less error: they round transformed weights.
         dtype = torch.float32 if self.backend in ("native", "triton") else self.dtype
         # On CUDA this memory layout selects kernels of its own.
@@ -83,22 +140,17 @@ class Runners:
             laid_out = layout is None or p.ndim != 4 or p.is_contiguous(memory_format=layout)
             return p.device == self.device and p.dtype == dtype and laid_out
 
-        if all(map(fits, self.unet.parameters())):
-            if self.converted is not None:  # the module itself was converted since the last call
-                self.clear()
-            return self.unet
-        present = [*self.unet.parameters(), *self.unet.buffers()]
-        with plain_modes():  # so that the copy can be written again in any mode
-            mine = [] if self.converted is None else [*self.converted.parameters(), *self.converted.buffers()]
-            if self.converted is None or [t.shape for t in mine] != [t.shape for t in present]:
-                self.converted = copy.deepcopy(self.unet).to(device=self.device, dtype=dtype).eval()
-                if layout is not None:
-                    self.converted.to(memory_format=layout)  # type: ignore[call-overload]  # missing in torch's annotations
-                self.prepared.clear()
-            else:
-                for into, now in zip(mine, present, strict=True):
-                    into.copy_(now)
-        return self.converted
+        with plain_modes():  # so that a copy can be written again in any mode
+            if not all(map(fits, self.unet.parameters())):
+                return self._evaluation.follow(Conversion(self.device, dtype, layout))
+            # These run a program, in which nothing depends on a mode.
+            return self.unet if self.backend in ("native", "triton") else self._evaluation.follow()
+
+
+def _memory(runner: backends.Runner) -> int:
+    """Return the bytes that a runner holds besides the packed weights, which all runners share."""
+    parts = runner.memory() if isinstance(runner, NativeRunner) else {}
+    return sum(size for name, size in parts.items() if name != "weights")
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

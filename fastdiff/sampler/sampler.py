@@ -20,7 +20,7 @@ from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import choice, editing
 from fastdiff.sampler.editing import Guide
-from fastdiff.sampler.loop import Loop
+from fastdiff.sampler.loop import Loop, Stream
 from fastdiff.sampler.measured import NAME, Measured, read_for
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
 from fastdiff.sampler.output import Event, SampleOutput
@@ -35,13 +35,17 @@ from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule
 
 SOURCE = ("preset", "flags", "variant", "weights")  # options of `fastdiff.checkpoints.load`
+FIXED = (
+    "unet", "info", "schedule", "prediction", "backend", "device", "dtype", "fast", "determinism", "scheduler_config",
+    "measurements_file",
+)  # fmt: skip
 
 
 class Sampler:
     """Draws images with a diffusion U-Net.
 
-    A sampler may be used from several threads, whose calls take turns row by row. As a context manager it closes
-    itself.
+    A sampler may be used from several threads, whose calls take turns row by row, and so may its network, by other
+    samplers, by a training or by a pipeline. As a context manager it closes itself.
 
     Args:
         unet: A `fastdiff.UNet`, a diffusers ``UNet2DModel``, or any module called as ``unet(x, t)`` or ``unet(x, t,
@@ -65,6 +69,8 @@ class Sampler:
         measurements_file: The model's ``trilemma.json``, written by ``fastdiff trilemma --install``, on which
             solver="auto", quality= and deadline_s= are based; it need not exist yet.
         class_names: The name of each class from 0 on, which `sample` takes as labels; None: the classes have no names.
+
+    Attributes cannot be changed; what differs needs another sampler.
 
     Attributes:
         unet: As given.
@@ -122,10 +128,18 @@ class Sampler:
         self._runners = Runners(unet, self.info, backend, device, dtype, determinism)
         self.backend, self.device = self._runners.backend, self._runners.device
         self.dtype, self.fast = self._runners.dtype, self._runners.fast
-        self._loop = Loop(unet, self._runners.runner, self.device, self.dtype)
+        self._loop = Loop(self._runners)
         self._measured: Measured | None = None
         self._has_read_measurements = False
         self._closed = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in FIXED and name in self.__dict__:
+            raise InvalidArgument(
+                f"sampler.{name} cannot be changed, as the network is prepared for it already: make another Sampler, "
+                f"with {name} as you need it. The weights of sampler.unet may be changed at any time"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     @process.work()
@@ -294,6 +308,8 @@ class Sampler:
             CheckpointError: If measurements are needed and their file is damaged.
             CallbackError: If the callback or the guide raised; the message names the row.
             Cancelled: If `cancel` or `close` ended the call.
+            ReentrantCall: If a forward hook, or a signal handler that interrupted a step of this sampler, makes the
+                call. Callbacks, guides and noise functions may.
             NumericsError: If images became NaN, infinite, or larger than 1e6; its ``output`` has the others.
         """
         given = Options.among(locals())
@@ -409,7 +425,8 @@ class Sampler:
             **options: Options of `sample`. They are checked when `stream` is called, not at the first event.
 
         Returns:
-            An iterator over the events; the last one of each batch has the finished images.
+            An iterator over the events; the last one of each batch has the finished images. Its ``close()`` ends the
+            call. Weights of the network that change between two events are used from the next row on.
 
         Raises:
             InvalidArgument: As for `sample`.
@@ -419,8 +436,7 @@ class Sampler:
         Options.named("stream", options)
         r = self.request(n, **options)
         last = len(r.table) - 1
-        rows = self._loop.rows(r, lambda row: row % every == every - 1 or row == last, progress)
-        return (event for event, _ in rows if event is not None)
+        return Stream(self._loop.rows(r, lambda row: row % every == every - 1 or row == last, progress))
 
     @process.work()
     def request(self, n: int, **options: Any) -> Request:
@@ -483,11 +499,12 @@ class Sampler:
         self._loop.cancel()
 
     def close(self) -> None:
-        """End all running calls and free the prepared runners; the sampler cannot be used afterwards."""
+        """End all running calls and free the prepared runners; the sampler cannot be used afterwards.
+
+        It may be called from anywhere, as may `cancel`: a running step is finished first.
+        """
         self._closed = True
-        self._loop.cancel()
-        with self._loop.lock:
-            self._runners.clear()
+        self._loop.close()
 
     def __enter__(self) -> Sampler:
         return self

@@ -1,8 +1,9 @@
-"""Parts that `native` and `triton` share: the checksum of weights and the tables of embeddings."""
+"""Parts that `native` and `triton` share: the checksum, the tables of embeddings, and the changes that are refused."""
 
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from fastdiff import NoiseSchedule, solvers
 from fastdiff.backends import native, network
-from fastdiff.backends.network import EmbeddingTables, checksum, plain_checksum
+from fastdiff.backends.network import EmbeddingTables, checksum, plain_checksum, unsupported_changes
 from fastdiff.core.lower import embed_classes, embed_timesteps, lower
 from fastdiff.core.state import TableBank
 from fastdiff.unet import UNet
-from tests.support.unets import TINY, TINY_CLASSES, random_unet
+from tests.support.changed import CHANGES, GLOBAL_CHANGES, Twisted, attribute, circular
+from tests.support.unets import TINY, TINY_CLASSES, VARIANTS, change, random_unet
 
 CPU = torch.device("cpu")
 SCHEDULE = NoiseSchedule(timesteps=100)
@@ -163,3 +165,77 @@ def test_a_tensor_without_memory_is_refused():
     freed.untyped_storage().resize_(0)
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         engine.checksum([freed])
+
+
+# Changes that the configuration does not describe ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_network_as_it_was_made_has_no_changes(name):
+    """In training, in another dtype, with gradients or tied weights or a note on it, it still is what it was."""
+    unet = random_unet(change(**VARIANTS[name])).train()
+    assert unsupported_changes(unet) == []
+    unet.note = "mine"
+    unet.conv_in.weight.requires_grad_(False)
+    unet.down_blocks[0].resnets[0].dropout.p = 0.5  # the share has no effect in evaluation
+    unet.up_blocks[0].resnets[1].norm2.weight = unet.up_blocks[0].resnets[1].norm2.bias
+    assert unsupported_changes(unet.double()) == []
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_refused_by_name(name):
+    unet = random_unet(TINY)
+    assert unsupported_changes(unet) == []
+    edit, words = CHANGES[name]
+    edit(unet)
+    (reason,) = unsupported_changes(unet)
+    assert reason.startswith("the network is not what its configuration says: ")
+    assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda u: setattr(u.mid_block.resnets[0], "scale_factor", 3.0), "mid_block.resnets.0.scale_factor = 3.0"),
+        (lambda u: setattr(u.mid_block.resnets[0], "scale_shift", True), "mid_block.resnets.0.scale_shift = True"),
+        (lambda u: setattr(u.down_blocks[0].downsamplers[0], "padding", 0), "downsamplers.0.padding = 0 (not 1)"),
+        (lambda u: setattr(u, "sinusoid", lambda t: t), "sinusoid was replaced"),
+        (lambda u: setattr(u.mid_block.resnets[1], "second_norm", lambda h, e: h), "resnets.1.second_norm was"),
+        (lambda u: setattr(u, "config", TINY.to_dict()), "its config is a dict, not a UNetConfig"),
+        (lambda u: setattr(u, "config", change(norm_eps=0.5)), "norm1.eps = 1e-05 (not 0.5)"),
+    ],
+)
+def test_changes_of_our_own_modules(edit, words):
+    unet = random_unet(TINY)
+    edit(unet)
+    (reason,) = unsupported_changes(unet)
+    assert words in reason
+
+
+@pytest.mark.parametrize("name", GLOBAL_CHANGES)
+def test_changes_of_the_process_are_refused_by_name(name):
+    """A reference that is made under them would have them too."""
+    made_before = random_unet(TINY)
+    edit, words = GLOBAL_CHANGES[name]
+    with edit():
+        for unet in (made_before, random_unet(TINY)):
+            (reason,) = unsupported_changes(unet)
+            assert words in reason
+    assert unsupported_changes(made_before) == []
+
+
+def test_a_class_of_its_own_in_the_place_of_that_of_torch():
+    with attribute(nn, "Conv2d", Twisted):
+        unet = random_unet(TINY)
+        (reason,) = unsupported_changes(unet)
+        assert "conv_in is a Twisted of tests.support.changed" in reason
+    (reason,) = unsupported_changes(unet)
+    assert "Twisted" in reason
+
+
+def test_a_long_list_of_changes_is_counted():
+    unet = random_unet(TINY)
+    circular(unet)
+    (reason,) = unsupported_changes(unet)
+    convolutions = sum(isinstance(m, nn.Conv2d) and m.padding == (1, 1) for m in unet.modules())
+    assert re.search(rf"; and {2 * convolutions - 4} more$|; and {convolutions - 4} more$", reason)

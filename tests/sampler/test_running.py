@@ -27,6 +27,7 @@ from fastdiff.errors import (
     CallbackError,
     Cancelled,
     InvalidArgument,
+    NumericsError,
 )
 from fastdiff.sampler import Event, Sampler
 from fastdiff.unet import UNet
@@ -123,30 +124,35 @@ def test_stream_every(every: int, rows: list[int]) -> None:
 
 @pytest.fixture
 def states(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[State]]:
-    """Collect weak references to the states of all runs, as they start."""
+    """Collect weak references to the states of all runs."""
     references = []
-    create = State.create
+    init = State.__init__
 
-    def recorded(*arguments: Any, **options: Any) -> State:
-        state = create(*arguments, **options)
-        references.append(weakref.ref(state))
-        return state
+    def recorded(self: State, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        references.append(weakref.ref(self))
 
-    monkeypatch.setattr(State, "create", recorded)
+    monkeypatch.setattr(State, "__init__", recorded)
     return references
+
+
+def alive(states: list[weakref.ref[State]]) -> int:
+    assert states
+    return sum(reference() is not None for reference in states)
 
 
 def test_leaving_a_stream_frees_everything(states: list[weakref.ref[State]]) -> None:
     sampler = sampler_of()
     for event in sampler.stream(2, steps=4):
-        assert states[0]() is not None
+        assert alive(states) == 1
         if event.row == 1:
             break
-    assert states[0]() is None
+    assert alive(states) == 0
     stream = sampler.stream(2, steps=4)
     next(stream)
+    assert alive(states) == 1
     stream.close()
-    assert states[1]() is None
+    assert alive(states) == 0
     assert list(stream) == []
     assert torch.equal(sampler.sample(2, steps=4).images, sampler_of().sample(2, steps=4).images)
 
@@ -155,18 +161,20 @@ def test_an_error_frees_everything(states: list[weakref.ref[State]]) -> None:
     sampler = sampler_of()
 
     def fail(event: Event) -> None:
+        assert alive(states) == 1
         raise OSError
 
-    with pytest.raises(CallbackError) as caught:
+    with pytest.raises(CallbackError, match="OSError") as caught:
         sampler.sample(2, steps=4, callback=fail)
     assert caught.value.__traceback__ is not None  # alive, with all its frames
-    assert states[0]() is None
+    assert alive(states) == 0
 
 
 def test_nothing_of_a_run_stays(states: list[weakref.ref[State]]) -> None:
     sampler = sampler_of()
     sampler.sample(3, steps=2, batch_size=2)
-    assert [reference() for reference in states] == [None, None]
+    assert len(states) >= 2
+    assert alive(states) == 0
 
 
 def test_cancel_from_another_thread() -> None:
@@ -259,7 +267,7 @@ def test_a_closed_sampler_prepares_nothing() -> None:
         sampler.sample(2, steps=1, batch_size=1, callback=lambda _: sampler.close())
     assert list(late) == []
     assert not sampler._runners.prepared
-    assert sampler._runners.converted is None
+    assert sampler._runners._network_run is None
 
 
 def test_several_threads_share_a_sampler() -> None:
@@ -443,6 +451,67 @@ def global_state() -> dict[str, Any]:
         "filters": list(warnings.filters),
         "logging": (logging.root.level, list(logging.root.handlers), logging.getLogger("fastdiff").level),
     }
+
+
+def fails(*_: Any) -> Any:
+    raise OSError("no")
+
+
+def poisoned(x0: Tensor, indices: range) -> Tensor:
+    return x0.flatten(1).sum(dim=1) * math.nan
+
+
+ENDS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    "callback": (CallbackError, {"callback": fails}),
+    "guide": (CallbackError, {"guide": fails}),
+    "a guide without a gradient": (InvalidArgument, {"guide": lambda x0, i: torch.zeros(len(i))}),
+    "noise": (OSError, {"noise": fails}),
+    "noise of another shape": (InvalidArgument, {"noise": lambda row, i: torch.zeros(1)}),
+    "option": (InvalidArgument, {"eta": -1.0}),
+    "not finite": (NumericsError, {"guide": poisoned, "clip": None}),
+    "hook": (OSError, {}),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("through", ["x0", "network"])
+def test_no_global_state_is_changed_by_a_call_that_raises(end: str, through: str) -> None:
+    error, options = ENDS[end]
+    sampler = sampler_of()
+    if "guide" in options:
+        options = {**options, "guide_through": through}
+    if end == "hook":
+        sampler.unet.mid_block.register_forward_hook(fails)
+    global_state()
+    before = global_state()
+    for grad in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with grad():
+            within = global_state()
+            with pytest.raises(error):
+                sampler.sample(2, solver="ddpm", steps=3, **options)
+            assert global_state() == within
+            stream = sampler_of().stream(2, steps=3)
+            next(stream)
+            assert global_state() == within
+            stream.close()
+            assert global_state() == within
+    assert global_state() == before
+
+
+def test_a_call_does_not_change_the_state_of_another_thread() -> None:
+    """The modes of gradients belong to a thread, and other threads of one process have their own random numbers too."""
+    seen = []
+    sampler = sampler_of()
+    before = global_state()
+
+    def look(*_: Any) -> None:
+        thread, results = run_in_thread(global_state)
+        thread.join(60)
+        seen.append(results[0])
+
+    sampler.unet.mid_block.register_forward_pre_hook(look)
+    sampler.sample(1, steps=2, solver="ddpm")
+    assert seen == [before, before]
 
 
 def test_no_global_state_is_changed(tmp_path: Path) -> None:
