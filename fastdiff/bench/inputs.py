@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.loading import Pretrained
-from fastdiff.errors import BackendError, InvalidArgument
+from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.sampler.options import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, ddim
@@ -51,6 +51,8 @@ class Workload:
             rows = min(ROWS, T // 2)
             spacing: Any = [float(T * (rows - i) // (2 * rows)) for i in range(rows)]
             table = ddim(model.schedule, spacing=spacing, prediction=model.prediction)
+        elif model.schedule is None:
+            raise ConfigError(f"{model.path}: it has no scheduler configuration, so its noise levels are unknown")
         else:
             table = ddim(model.schedule, ROWS, prediction=model.prediction)
         return cls(x, label, table, guidance, None if guidance is None else info.null_label)

@@ -226,13 +226,13 @@ def read_model(
                 f"{shown(str(model))[1:-1]}: neither a folder or file that exists nor a built-in model ({known})"
             )
         path = BUILTIN / str(model)
-    given = {"preset": preset, "flags": flags, "variant": variant, "weights": weights}
+    given: dict[str, Any] = {"preset": preset, "flags": flags, "variant": variant, "weights": weights}
     is_torch = path.suffix.lower() in TORCH_SUFFIXES
     applicable = ("variant",) if path.is_dir() else ("preset", "flags", *(("weights",) if is_torch else ()))
-    for name, value in given.items():
-        if value is not None and name not in applicable:
+    for option, chosen in given.items():
+        if chosen is not None and option not in applicable:
             kind = "a folder" if path.is_dir() else "a file of this kind"
-            raise CheckpointError(f"{path}: {name}={shown(value)} does not apply to {kind}; leave it out")
+            raise CheckpointError(f"{path}: {option}={shown(chosen)} does not apply to {kind}; leave it out")
     if path.is_dir():
         return _read_folder(path, variant)
     return _read_file(path, preset, flags, weights)

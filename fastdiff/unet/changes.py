@@ -7,6 +7,7 @@ replaced: then the reference has the change too.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -241,6 +242,9 @@ def replaced_functions(classes: Iterable[type]) -> list[str]:
 def origin(value: Any) -> str:
     """Return the package that a function, a class, or the class of an object was defined in."""
     f = getattr(value, "__func__", value)
+    # The decorators of contextlib, such as those of `plain_modes`, only wrap a function of another package.
+    while isinstance(f, types.FunctionType) and f.__globals__ is vars(contextlib) and hasattr(f, "__wrapped__"):
+        f = f.__wrapped__
     if isinstance(f, types.FunctionType):
         return str(f.__globals__.get("__name__", "")).partition(".")[0]
     return str((value if isinstance(value, type) else type(value)).__module__).partition(".")[0]
