@@ -122,7 +122,8 @@ def configuration(source: Any) -> dict[str, Any]:
 OF_A_RUN = {
     "num_inference_steps", "timesteps", "_timesteps", "prk_timesteps", "plms_timesteps", "sigmas", "custom_timesteps",
     "_step_index", "_begin_index", "counter", "ets", "cur_model_output", "cur_sample", "model_outputs",
-    "timestep_list", "lower_order_nums", "last_sample", "is_scale_input_called", "prev_derivative", "dt",
+    "timestep_list", "lower_order_nums", "last_sample", "is_scale_input_called", "prev_derivative", "dt", "sample",
+    "order_list", "log_sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "mid_point_sigma", "noise_sampler",
 }  # fmt: skip
 
 

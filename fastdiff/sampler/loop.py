@@ -89,6 +89,7 @@ class Loop:
                 if images is not None:
                     self._turns.take(result[done : done + len(images)].copy_, images)
                     done += len(images)
+                    images = None  # so that its memory is free before the next chunk's is taken
         if done < r.n:
             raise Cancelled(f"cancelled with {done} of {r.n} images finished")
         return self._turns.take(self._output, r, result)
@@ -139,6 +140,7 @@ class Loop:
                     )
                     tick()
                     yield event, images
+                    images = None
                     if event is not None:  # the caller's code has run, and may have changed the network
                         runner = None
 

@@ -465,7 +465,7 @@ ENDS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "callback": (CallbackError, {"callback": fails}),
     "guide": (CallbackError, {"guide": fails}),
     "a guide without a gradient": (InvalidArgument, {"guide": lambda x0, i: torch.zeros(len(i))}),
-    "noise": (OSError, {"noise": fails}),
+    "noise": (CallbackError, {"noise": fails}),
     "noise of another shape": (InvalidArgument, {"noise": lambda row, i: torch.zeros(1)}),
     "option": (InvalidArgument, {"eta": -1.0}),
     "not finite": (NumericsError, {"guide": poisoned, "clip": None}),
