@@ -205,7 +205,8 @@ def test_built_in_models(tmp_path, monkeypatch):
     refused("unfinished", "birds, flowers")
     refused("../birds", "birds, flowers")
     for name in ("\0", "a" * 5000):  # names that the file system itself refuses
-        refused(name, "birds, flowers")
+        with pytest.raises(CheckpointError, match="birds, flowers"):
+            load(name)
 
 
 @pytest.mark.parametrize("name", builtin_models())
@@ -477,7 +478,7 @@ def test_old_schemas_lack_nothing(old):
         ({"_class_name": "UNetModel"}, ["_class_name 'UNetModel'", "num_res_blocks"]),
         ({"_class_name": "UNet2DConditionModel"}, ["_class_name 'UNet2DConditionModel'", "UNet2DModel"]),
         ({"_class_name": ["UNet2DModel"]}, ["_class_name", "UNet2DModel"]),
-        ({"norm_eps": float("nan")}, ["norm_eps", "nan"]),
+        ({"norm_eps": float("nan")}, ["NaN is no number"]),
         ({"sample_size": 10**40}, ["sample_size", "1048576"]),
         ({"down_block_types": [["DownBlock2D"], {}]}, ["down_block_types", "AttnDownBlock2D"]),
     ],
@@ -494,7 +495,7 @@ def test_bad_network_configuration_names_the_file(folder, change, words):
         ({"beta_schedule": "laplace"}, ["beta_schedule='laplace'", "squaredcos_cap_v2"]),
         ({"num_train_timesteps": 0}, ["timesteps=0"]),
         ({"beta_start": "x"}, ["beta_start='x'"]),
-        ({"trained_betas": [0.1, float("nan")]}, ["betas[1]=nan"]),
+        ({"trained_betas": [0.1, float("nan")]}, ["NaN is no number"]),
     ],
     ids=str,
 )
