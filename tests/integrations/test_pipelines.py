@@ -661,7 +661,7 @@ def line_whole(how):
 
 def line_schedulers(how):
     names = re.findall(r"`(\w+)`", how)
-    assert len(names) == 7
+    assert len(names) == 9
     for name in names:
         options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
         pipeline = pipeline_of(DDPMPipeline, getattr(diffusers, name)(**options))
