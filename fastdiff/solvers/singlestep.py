@@ -101,30 +101,33 @@ def singlestep_table(walk: Walk, name: str, orders: Sequence[int], solver_type: 
     one_of("solver_type", solver_type, SOLVER_TYPES)
     rows = []
     for i, order in enumerate(orders):
+        goes_on = i + 1 < len(orders) and orders[i + 1] > order
         if order == 1:
-            starts = float(i + 1 < len(orders) and orders[i + 1] > 1)
-            rows.append(_first(walk, i, starts))
+            rows.append(_first(walk, i, goes_on))
+        elif order == 2:
+            rows.append(_second(walk, i, solver_type, keep="x0" if goes_on and solver_type == "heun" else None))
         else:
-            rows.append(_second(walk, i, solver_type) if order == 2 else _third(walk, i, solver_type))
+            rows.append(_third(walk, i, solver_type))
     return walk.table(name, rows)
 
 
-def _first(walk: Walk, i: int, save: float) -> Row:
-    """Return row i, the first evaluation of a group, whose input is saved as xs."""
+def _first(walk: Walk, i: int, goes_on: bool) -> Row:
+    """Return row i, the first evaluation of a group; if the group goes on, its input and its x_0 are kept."""
     level = walk.levels[i]
     x = level.s_next / level.s
-    return walk.row(i, x=x, x0=level.a_next - level.a * x, keep="x0", save=save)
+    keep = "x0" if goes_on else None
+    return walk.row(i, x=x, x0=level.a_next - level.a * x, keep=keep, save=float(goes_on))
 
 
-def _second(walk: Walk, i: int, solver_type: str) -> Row:
-    """Return row i, a step of order 2 from level i - 1."""
+def _second(walk: Walk, i: int, solver_type: str, keep: str | None) -> Row:
+    """Return row i, a step of order 2 from level i - 1; ``keep`` as in `Walk.row`."""
     start, level = walk.levels[i - 1], walk.levels[i]
     xs = level.s_next / start.s
     full = level.a_next - start.a * xs  # a_t (1 - e^-h)
     h, h0 = start.log_sigma - level.log_sigma_next, start.log_sigma - level.log_sigma
     d1 = 0.5 * full if solver_type == "midpoint" else level.a_next * h * phi(2, -h)
     d1 *= h / h0
-    return walk.row(i, xs=xs, x0=d1, m=(full - d1,), keep="x0")
+    return walk.row(i, xs=xs, x0=d1, m=(full - d1,), keep=keep)
 
 
 def _third(walk: Walk, i: int, solver_type: str) -> Row:
@@ -135,9 +138,8 @@ def _third(walk: Walk, i: int, solver_type: str) -> Row:
     h, h0 = start.log_sigma - level.log_sigma_next, start.log_sigma - level.log_sigma
     r0, r1 = h0 / h, (start.log_sigma - walk.levels[i - 1].log_sigma) / h
     first = level.a_next * h * phi(2, -h)
-    if solver_type == "midpoint":
-        d10, d11 = 0.0, first
-    else:
-        second = 2.0 * level.a_next * h * phi(3, -h)
-        d10, d11 = (first * r0 - second) / (r0 - r1), (second - first * r1) / (r0 - r1)
-    return walk.row(i, xs=xs, x0=d11 / r0, m=(d10 / r1, full - d10 / r1 - d11 / r0), keep="x0")
+    if solver_type == "midpoint":  # the x_0 at r is not kept
+        return walk.row(i, xs=xs, x0=first / r0, m=(full - first / r0,))
+    second = 2.0 * level.a_next * h * phi(3, -h)
+    d10, d11 = (first * r0 - second) / (r0 - r1), (second - first * r1) / (r0 - r1)
+    return walk.row(i, xs=xs, x0=d11 / r0, m=(d10 / r1, full - d10 / r1 - d11 / r0))

@@ -275,7 +275,7 @@ def test_bad_arguments_are_refused():
     for steps in (0, -1, True, 2.5, "5", 1001):
         with pytest.raises(InvalidArgument, match="steps="):
             from_config({"_class_name": "DDPMScheduler"}, steps)
-    with pytest.raises(InvalidArgument, match="options of DDIMScheduler"):
+    with pytest.raises(InvalidArgument, match="an option of DDIMScheduler and TCDScheduler"):
         from_config({"_class_name": "DDPMScheduler"}, 5, eta=1.0)
 
 
