@@ -168,4 +168,7 @@ def _needed(kind: str, low: float | None, high: float | None) -> str:
 
 
 def _text(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"  # :g would write the integer 1048576 as 1.04858e+06
+    if isinstance(bound, int):
+        power = bound.bit_length() - 1
+        return f"2**{power}" if power > 53 and bound == 1 << power else str(bound)
+    return f"{bound:g}"  # which would write the integer 1048576 as 1.04858e+06

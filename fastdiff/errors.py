@@ -77,6 +77,10 @@ class ConfigError(FastdiffError, ValueError):
     """A network, schedule or scheduler configuration cannot be used; the message names the key."""
 
 
+class ModifiedError(ConfigError):
+    """A network or scheduler was modified, so its configuration does not describe it; the message names the changes."""
+
+
 class CheckpointError(FastdiffError):
     """A weights file or model folder cannot be loaded; the message names the file and every mismatch."""
 

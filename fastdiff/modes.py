@@ -1,8 +1,9 @@
-"""Torch's default settings for a part of the program, whatever the caller has switched on."""
+"""Global settings for a part of the program: torch's defaults, whatever the caller has switched on, and `random`'s."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections.abc import Iterator
 
@@ -27,6 +28,16 @@ def plain_modes(gradients: bool = False) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Restore the state of Python's module `random` afterwards: for imports of modules that use a number of it."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ the weights of merged layers, and the tables of embeddings that replace the time
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -131,13 +130,6 @@ def embedding_width(program: Program) -> int:
     return program.buffers["time" if "time" in program.buffers else "projections"].shape[2]
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which a caller's `torch.autocast` does not round what is kept for later calls."""
-    if not torch.amp.is_autocast_available(device.type):  # as on "meta"
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 class EmbeddingTables:
     """Embeddings of timesteps and of class labels, computed once for all steps.
 
@@ -155,16 +147,14 @@ class EmbeddingTables:
         self.places: dict[float, int] = {}
         self.classes: Tensor | None = None
         if isinstance(unet.class_embedding, (nn.Embedding, ClassProjection)):
-            with without_autocast(device):
-                self.classes = embed_classes(unet).to(device, torch.float32, copy=True).contiguous()
+            self.classes = embed_classes(unet).to(device, torch.float32, copy=True).contiguous()
 
     @plain_modes()
     def refresh(self) -> None:
         """Drop what was computed from weights that have changed since; all tensors keep their addresses."""
         self.places = {}
         if self.classes is not None:
-            with without_autocast(self.times.device):
-                self.classes.copy_(embed_classes(self.unet))
+            self.classes.copy_(embed_classes(self.unet))
 
     @plain_modes()
     def entries(self, bank: TableBank) -> Tensor:
@@ -184,8 +174,7 @@ class EmbeddingTables:
                 grown[:first] = self.times[:first]
                 self.times = grown
             t32 = torch.tensor(new, dtype=torch.float32, device=self.times.device)
-            with without_autocast(self.times.device):
-                self.times[first:end] = embed_timesteps(self.unet, t32)
+            self.times[first:end] = embed_timesteps(self.unet, t32)
             self.places |= {v: first + i for i, v in enumerate(new)}
         places = np.array([self.places[v] for v in wanted], dtype=np.int64)
         return torch.from_numpy(places[inverse.reshape(bank.host.shape[:2])])

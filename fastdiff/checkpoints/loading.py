@@ -223,7 +223,7 @@ def read_model(
         if str(model) not in builtin_models():
             known = ", ".join(builtin_models()) or "none"
             raise CheckpointError(
-                f"{shown(str(model))[1:-1]}: neither a folder or file that exists nor a built-in model (built in: {known})"
+                f"{shown(str(model))[1:-1]}: no such folder or file exists, nor a built-in model (built in: {known})"
             )
         path = BUILTIN / str(model)
     given: dict[str, Any] = {"preset": preset, "flags": flags, "variant": variant, "weights": weights}

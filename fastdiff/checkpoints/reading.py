@@ -111,7 +111,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         tensors = {}
         for name, (dtype, shape) in places.items():
             try:
-                tensors[name] = torch.empty(shape, dtype=dtype)
+                tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
             except RuntimeError as e:
                 raise CheckpointError(f"{path}: no memory for {name}, {dtype} {shape}, of {size} bytes in all") from e
             _fill(path, file, tensors[name])

@@ -210,7 +210,7 @@ def find_classes(
     unknown = sorted({named(path) for path in files} - number.keys())
     if unknown:
         raise DataError(f"{root}: the sub-folder {printable(unknown[0])} has images, but is not in class_names=")
-    labels = torch.tensor([number[named(path)] for path in files], dtype=torch.int64)
+    labels = torch.tensor([number[named(path)] for path in files], dtype=torch.int64, device="cpu")
     if class_names is not None:
         return names, labels, []
     counts = torch.bincount(labels, minlength=len(names)).tolist()

@@ -27,7 +27,7 @@ from fastdiff import backends
 from fastdiff.backends.base import refuse
 from fastdiff.checks import one_of
 from fastdiff.core.turns import Lock
-from fastdiff.errors import BackendError, ConfigError, InvalidArgument
+from fastdiff.errors import BackendError, ConfigError, InvalidArgument, ModifiedError
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
 from fastdiff.unet.changes import in_words, replaced
@@ -52,14 +52,16 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
         backend: "native", "compiled" or "eager"; or "auto": `native` where it can run, which is in float32 on a CPU,
             while elsewhere diffusers' own code runs, and the log says why.
         strict: Whether a network or scheduler that is not supported is an error. If False, that part is left to
-            diffusers, and the log says so once.
+            diffusers, and the log says so once. A supported one that was modified, so that it is no longer what its
+            configuration says (a patched method, a hook, an attribute), is left to diffusers in any case, unless
+            ``strict`` is True and ``backend`` is named.
 
     Returns:
         The same object.
 
     Raises:
-        ConfigError: If the network or the scheduler is not supported and ``strict`` is True. Later changes that are
-            not supported raise it from the call of the pipeline.
+        ConfigError: If the network or the scheduler is not supported and ``strict`` is True (`ModifiedError`, if it
+            was modified and ``backend`` is named). Later changes raise it from the call of the pipeline.
         BackendError: If ``backend`` is named and cannot run here, or diffusers is not installed.
         InvalidArgument: If ``pipeline`` is not a diffusers pipeline, or the backend is unknown.
     """
@@ -214,7 +216,9 @@ class PipelineCalls:
                 self.network = BackendUNet(unet, self.backend)
             changed = self.network.unsupported_changes()
             if changed:
-                raise ConfigError(f"{self.base.__name__}.unet is not what its configuration says: {in_words(changed)}")
+                raise ModifiedError(
+                    f"{self.base.__name__}.unet is not what its configuration says: {in_words(changed)}"
+                )
             missing = self.network.reasons_against()
             if not missing:
                 return self.network
@@ -225,12 +229,12 @@ class PipelineCalls:
 
     @contextlib.contextmanager
     def unsupported(self, part: str) -> Iterator[None]:
-        """Turn a `ConfigError` into a warning that this part is left to diffusers, unless ``strict``."""
+        """Turn a `ConfigError` into a warning that this part is left to diffusers, where `accelerate` says so."""
         try:
             yield
         except ConfigError as e:
-            if self.strict:
-                raise ConfigError(f"{e} (strict=False leaves the {part} to diffusers)") from e
+            if self.strict and not (self.backend == "auto" and isinstance(e, ModifiedError)):
+                raise type(e)(f"{e} (strict=False leaves the {part} to diffusers)") from e
             self.warn_once(f"the {part} is left to diffusers: {e}")
 
     def warn_once(self, message: str) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastdiff.checkpoints.loading import read_scheduler
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
+from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument, ModifiedError
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
 from fastdiff.solvers.compat.diffusers import ETA, IN_SIGMA, WITHOUT_SCHEDULE, noise_schedule, scheduler_name
@@ -112,7 +112,7 @@ def configuration(source: Any) -> dict[str, Any]:
     if not isinstance(source, Mapping):
         found = unsupported_changes(source)
         if found:
-            raise ConfigError(f"scheduler {name} is not what its configuration says: {changes.in_words(found)}")
+            raise ModifiedError(f"scheduler {name} is not what its configuration says: {changes.in_words(found)}")
         # DDPMScheduler.step reads this attribute instead of the configuration.
         config |= {key: value for key, value in vars(source).items() if key == "variance_type"}
     return config
@@ -135,7 +135,8 @@ def unsupported_changes(scheduler: Any) -> list[str]:
     found = changes.replaced_functions([cls])
     if found:
         return found
-    ours, theirs = vars(scheduler), vars(changes.rebuilt(cls, scheduler.config))
+    with torch.device("cpu"):  # a default device of the caller's must not be that of the new scheduler's tensors
+        ours, theirs = vars(scheduler), vars(changes.rebuilt(cls, scheduler.config))
     found = [f"{name} was replaced" for name in ours if name not in theirs and hasattr(cls, name)]
     ignored = OF_A_RUN | {"_internal_dict", "variance_type"}
     other = [n for n, v in theirs.items() if n not in ignored and not changes.same(ours.get(n, found), v)]

@@ -29,7 +29,7 @@ from fastdiff.errors import (
     NumericsError,
     ReentrantCall,
 )
-from fastdiff.modes import plain_modes
+from fastdiff.modes import kept_random_state, plain_modes
 from fastdiff.sampler import editing
 from fastdiff.sampler.editing import Inpainting
 from fastdiff.sampler.options import NoiseSource
@@ -194,6 +194,7 @@ class Stream(Iterator[Event]):
             self._rows.close()
 
 
+@plain_modes()
 def _empty(r: Request) -> Tensor:
     """Return memory for all images; the chunks are copied into it."""
     try:
@@ -335,8 +336,9 @@ def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
     if not show:
         yield lambda: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+    with kept_random_state():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     columns = ("sampling", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

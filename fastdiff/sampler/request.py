@@ -111,16 +111,7 @@ def check(
     table = _guided_between(table, o.guidance_interval)
     if o.repaint is not None:
         table = _repainted(table, o.repaint)
-    if not (o.noise is None or isinstance(o.noise, Tensor) or callable(o.noise)):
-        raise InvalidArgument(
-            f"noise is a {type(o.noise).__name__}; a tensor {(n, *shape)}, a function (row, indices) or None is needed"
-        )
-    if isinstance(o.noise, Tensor):
-        check_dense("noise", o.noise)
-        if not o.noise.is_floating_point():
-            raise InvalidArgument(f"noise is a tensor of {o.noise.dtype}; floats are needed")
-    if isinstance(o.noise, Tensor) and tuple(o.noise.shape) != (n, *shape):
-        raise InvalidArgument(f"noise has shape {tuple(o.noise.shape)}, {(n, *shape)} is needed")
+    _check_noise(o.noise, (n, *shape))
     default_batch = max(1, min(MAX_CHUNK, CHUNK_BYTES // info.activation_bytes(size)))
     return Request(
         n=n,
@@ -141,6 +132,21 @@ def check(
         guide=o.guide,
         guide_through=o.guide_through,
     )
+
+
+def _check_noise(noise: object, shape: tuple[int, ...]) -> None:
+    """Raise `InvalidArgument` unless ``noise`` is None, a function or a tensor of floats of the given shape."""
+    if noise is None or (callable(noise) and not isinstance(noise, Tensor)):
+        return
+    if not isinstance(noise, Tensor):
+        raise InvalidArgument(
+            f"noise is a {type(noise).__name__}; a tensor {shape}, a function (row, indices) or None is needed"
+        )
+    check_dense("noise", noise)
+    if not noise.is_floating_point():
+        raise InvalidArgument(f"noise is a tensor of {noise.dtype}; floats are needed")
+    if tuple(noise.shape) != shape:
+        raise InvalidArgument(f"noise has shape {tuple(noise.shape)}, {shape} is needed")
 
 
 def _mask(n: int, o: Options, shape: tuple[int, int, int]) -> Tensor | None:

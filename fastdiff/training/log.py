@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from fastdiff.files import parse_json, write_text
+from fastdiff.modes import kept_random_state
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.resume import writing
 
@@ -110,15 +111,16 @@ class _Bar:
     """A progress bar on a terminal; elsewhere a line every 30 seconds, so that a file of the output stays short."""
 
     def __init__(self, total: int, step: int):
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        with kept_random_state():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
         self.total = total
         self.live = sys.stderr.isatty()

@@ -699,7 +699,7 @@ def test_bad_info_arguments(model: str, call: Call) -> None:
         (["photos", "--size", "32", "--attention", "5"], ("--attention 5", "32, 16, 8")),
         (["photos", "--size", "32", "--channels", "wide"], ("--channels wide", "whole numbers")),
         (["photos", "--size", "32", "--groups", "7"], ("norm_num_groups=7", "64")),
-        (["photos", "--size", "32", "--steps", "0"], ("steps=0", "at least 1")),
+        (["photos", "--size", "32", "--steps", "0"], ("steps=0", "from 1 to 2**62")),
         (["photos", "--size", "32", "--lr", "-1"], ("lr=-1.0", "positive")),
         (["photos", "--size", "32", "--schedule", "wave"], ("wave", "linear, scaled_linear, cosine, sigmoid")),
         (["photos", "--size", "32", "--prediction", "noise"], ("noise", "epsilon")),

@@ -15,7 +15,7 @@ from diffusers.pipelines.ddim import pipeline_ddim
 
 import fastdiff
 from fastdiff.backends.native import extension
-from fastdiff.errors import ConfigError
+from fastdiff.errors import ConfigError, ModifiedError
 from fastdiff.integrations.network import BackendUNet
 from fastdiff.integrations.scheduler import Scheduler
 from fastdiff.solvers.compat.diffusers import SCHEDULERS
@@ -46,16 +46,16 @@ def images_of(pipeline):
 
 
 def assert_left_to_diffusers(pipeline, words, caplog, *, images=True, least=None):
-    """Check the refusal, and that with strict=False diffusers' own images come, with one line of the log."""
-    with pytest.raises(ConfigError) as caught:
-        fastdiff.accelerate(pipeline)
+    """Check that a named backend refuses, and that otherwise diffusers' own images come, with one line of the log."""
+    with pytest.raises(ModifiedError) as caught:
+        fastdiff.accelerate(pipeline, "native")
     assert words in str(caught.value)
     if not images:
         return
     expected = images_of(pipeline)
     with caplog.at_level(logging.WARNING, "fastdiff"):
         caplog.clear()
-        got = [images_of(fastdiff.accelerate(pipeline, strict=False)) for _ in range(2)]
+        got = [images_of(fastdiff.accelerate(pipeline)) for _ in range(2)]
         images_of(pipeline)
     pipeline.unaccelerate()
     lines = {record.message for record in caplog.records if record.name == "fastdiff"}
@@ -157,7 +157,7 @@ def test_changes_of_the_process(name, caplog):
 
 
 def test_changes_after_the_first_call_are_noticed():
-    pipeline = fastdiff.accelerate(pipeline_of())
+    pipeline = fastdiff.accelerate(pipeline_of(), "native")
     expected = images_of(pipeline)
     norm = pipeline.unet.up_blocks[0].resnets[0].norm1
     norm.eps = 0.5
@@ -177,7 +177,7 @@ def test_a_configuration_that_changes_is_followed():
     assert np.abs(after - before).max() > 1e-2
     pipeline.unet.register_to_config(norm_eps=0.5)  # of which nothing depends once the modules are made
     with pytest.raises(ConfigError, match=r"norm1\.eps = 1e-05 \(not 0\.5\)"):
-        fastdiff.accelerate(pipeline)
+        fastdiff.accelerate(pipeline, "native")
 
 
 class Loud(UNet2DModel):
@@ -292,7 +292,7 @@ def test_attributes_of_a_scheduler_that_were_changed(cls, name, edit):
         Scheduler.from_config(scheduler)
     if cls is not diffusers.EulerDiscreteScheduler:
         with pytest.raises(ConfigError, match=rf"{name} was changed.*strict=False leaves the scheduler to diffusers"):
-            fastdiff.accelerate(pipeline_of(DDPMPipeline, scheduler))
+            fastdiff.accelerate(pipeline_of(DDPMPipeline, scheduler), "native")
 
 
 def test_what_a_run_leaves_in_a_scheduler_is_no_change():

@@ -557,9 +557,9 @@ REFUSED = [
 @pytest.mark.parametrize(("edit", "part", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", ""))
 def test_what_is_not_supported(edit, part, words, caplog):
     """It raises, in `accelerate` or in the next call; with strict=False diffusers runs that part, and a log says so."""
-    pipeline = fastdiff.accelerate(pipeline_of(DDPMPipeline))
+    pipeline = fastdiff.accelerate(pipeline_of(DDPMPipeline), "native")
     edit(pipeline)
-    for attempt in (lambda: call(pipeline), lambda: fastdiff.accelerate(pipeline)):
+    for attempt in (lambda: call(pipeline), lambda: fastdiff.accelerate(pipeline, "native")):
         with pytest.raises(ConfigError) as caught:
             attempt()
         assert words in str(caught.value)

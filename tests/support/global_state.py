@@ -169,10 +169,14 @@ FLOAT32, BFLOAT16 = 2e-3, 0.2  # differences by rounding, after random networks 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A state; ``rounds`` is by how much, as a root mean square, results of PyTorch's own kernels may differ in it."""
+    """A state; ``rounds`` is by how much, as a root mean square, results of PyTorch's own kernels may differ in it.
+
+    ``watches`` says that PyTorch calls a function of the state for each of its operations.
+    """
 
     enter: Callable[[], contextlib.AbstractContextManager[Any]]
     rounds: float = 0.0
+    watches: bool = False
 
 
 STATES = {
@@ -195,8 +199,8 @@ STATES = {
     "mkldnn in bfloat16": State(lambda: precision(matmul=None, conv="bf16"), rounds=BFLOAT16),
     "flush denormal": State(flush_denormal),
     "math attention": State(lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), rounds=FLOAT32),
-    "function mode": State(PassingFunctions),
-    "dispatch mode": State(PassingOperations),
+    "function mode": State(PassingFunctions, watches=True),
+    "dispatch mode": State(PassingOperations, watches=True),
     "saved tensors on the CPU": State(torch.autograd.graph.save_on_cpu),
     "NumPy raises": State(lambda: np.errstate(all="raise")),
     "warnings are errors": State(strict_warnings),
@@ -220,7 +224,8 @@ def together(*names: str) -> State:
                 stack.enter_context(STATES[name].enter())
             yield
 
-    return State(enter, max(STATES[name].rounds for name in names))
+    states = [STATES[name] for name in names]
+    return State(enter, max(s.rounds for s in states), any(s.watches for s in states))
 
 
 # A few that cover all of them, for tests that must be quick.

@@ -22,13 +22,13 @@ from tests.training.toys import (
 
 WHOLE, POSITIVE, SHARE = (0, -1, 1.5, "3", True, None), (0, -1.0, math.nan, "1e-4", None, True), (-0.1, 1, "0.5", None)
 BAD: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
-    "a whole number of at least 1": (("steps", "batch_size", "accumulate", "log_every", "save_every"), WHOLE),
-    "a whole number of at least 0": (("lr_warmup", "sample_every"), (-1, 0.5, None)),
+    "a whole number from 1 to 2**62": (("steps", "batch_size", "accumulate", "log_every", "save_every"), WHOLE),
+    "a whole number from 0 to 2**62": (("lr_warmup", "sample_every"), (-1, 0.5, None)),
     "a positive number": (("lr", "grad_clip"), POSITIVE),
     "a number from 0": (("weight_decay",), (-0.1, math.inf, math.nan, "0")),
     "a number from 0 to just under 1": (("label_dropout", "beta1", "beta2", "ema_decay"), (*SHARE, 1.5, math.nan)),
     "None or a positive number": (("min_snr_gamma",), (0, -5, math.inf, math.nan, "5")),
-    "'epsilon' or 'sample' or 'v_prediction'": (("prediction",), ("v", None)),
+    "'epsilon', 'sample' or 'v_prediction'": (("prediction",), ("v", None)),
     "'none', 'cosine' or 'linear'": (("lr_decay",), ("exp", None)),
     "'fp32' or 'bf16'": (("precision",), ("fp16", torch.bfloat16)),
     "True or False": (("hflip", "compile"), ("yes", 1, None)),

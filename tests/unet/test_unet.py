@@ -424,7 +424,7 @@ BAD = [
     ({"num_class_embeds": "5"}, "num_class_embeds", "5", "a whole number"),
     ({"sample_size": 0}, "sample_size height", 0, "1 to"),
     ({"sample_size": (8, -8)}, "sample_size width", -8, "1 to"),
-    ({"sample_size": (8, 8, 8)}, "sample_size", (8, 8, 8), "one number or two"),
+    ({"sample_size": (8, 8, 8)}, "sample_size", (8, 8, 8), "a number or two (height, width)"),
     ({"sample_size": "8"}, "sample_size height", "8", "a whole number"),
     ({"block_out_channels": ()}, "block_out_channels", (), "1 to 16 entries"),
     ({"block_out_channels": 8}, "block_out_channels", 8, "1 to 16 entries"),
