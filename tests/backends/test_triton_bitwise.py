@@ -263,14 +263,14 @@ def probed(batch, probe, determinism, number=2):
     return {"bits": bits, "guided": guided}
 
 print(json.dumps({
-    "bitwise": [probed(batch, probe, "bitwise") for batch, probe in ((1, 0), (3, 2), (5, 1))],
+    "bitwise": [probed(batch, probe, "bitwise") for batch, probe in ((1, 0), (5, 1))],
     "seed": [probed(batch, 0, "seed", 1) for batch in (1, 5)],
 }))
 """
 
 
 def test_interpreted_images_have_the_same_bits_in_every_batch() -> None:
-    """One image in batches of 1, 3 and 5 images, which stand at other rows of other tables, guided or not."""
+    """One image alone and in a batch of 5 images, which stand at other rows of other tables, guided or not."""
     result = subprocess.run(
         [sys.executable, "-c", CHILD, str(ROOT)],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False,

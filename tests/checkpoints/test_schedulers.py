@@ -19,6 +19,7 @@ from fastdiff.files import write_text
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.diffusers import SCHEDULERS
+from tests.support.schedulers import scheduler_module
 from tests.support.unets import TINY, random_unet
 
 UNSUPPORTED = (
@@ -26,9 +27,6 @@ UNSUPPORTED = (
     "DDPMWuerstchenScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler", "RePaintScheduler",
     "CogVideoXDDIMScheduler", "MyScheduler", "",
 )  # fmt: skip
-
-
-NEEDS = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}  # by diffusers' own
 
 
 @pytest.fixture
@@ -61,12 +59,8 @@ def test_unsupported_schedulers_are_refused(folder, name):
 def test_supported_schedulers_keep_their_own_defaults(folder, name):
     write_text(folder / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": name}))
     rewrite(folder, {"scheduler": ["diffusers", name]}, "model_index.json")
-    import diffusers
-
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
     loaded = load(folder)
-    theirs = getattr(diffusers, name)()
+    theirs = getattr(scheduler_module(name), name)()
     if not name.startswith("EDM"):
         assert abs(loaded.schedule.alphas_cumprod - theirs.alphas_cumprod.double().numpy()).max() < 1e-4
     clips = theirs.config.get("clip_sample", False)

@@ -428,7 +428,7 @@ def test_compiled_networks_are_refused():
     pipeline = pipeline_of()
     pipeline.unet.compile()
     with pytest.raises(ConfigError, match="it was compiled"):
-        fastdiff.accelerate(pipeline)
+        fastdiff.accelerate(pipeline, "native")
 
 
 @needs_native
@@ -728,6 +728,18 @@ def line_own_loop(how):
     assert torch.isfinite(x).all()
 
 
+def line_modified(how):
+    for part in ("unet", "scheduler"):
+        pipeline = fastdiff.accelerate(pipeline_of())
+        if part == "unet":
+            pipeline.unet.conv_norm_out.eps = 0.5
+        else:
+            with_other_betas(pipeline)
+        images, _ = call(pipeline, "one generator")
+        pipeline.unaccelerate()
+        assert psnr(images, call(pipeline, "one generator")[0]) > 80
+
+
 def line_unsupported(how):
     pipeline = pipeline_of(scheduler=MyScheduler())
     pipeline.scheduler = MyScheduler()
@@ -748,6 +760,7 @@ LINES = {
     "their schedulers": line_schedulers,
     "any other pipeline with a UNet2DModel": line_others,
     "a loop of your own": line_own_loop,
+    "a network or scheduler that was modified": line_modified,
     "anything else": line_unsupported,
     "back again": line_back,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -28,9 +29,16 @@ def seeded(seed=3):
     return torch.Generator().manual_seed(seed)
 
 
+MADE = {}
+
+
 def theirs_of(config):
-    scheduler = getattr(scheduler_module(config["_class_name"]), config["_class_name"])
-    return scheduler(**{k: v for k, v in config.items() if k[0] != "_"})
+    """Return a new scheduler of a configuration, a copy, as some take long to make."""
+    key = repr(sorted(config.items()))
+    if key not in MADE:
+        scheduler = getattr(scheduler_module(config["_class_name"]), config["_class_name"])
+        MADE[key] = scheduler(**{k: v for k, v in config.items() if k[0] != "_"})
+    return copy.deepcopy(MADE[key])
 
 
 def difference(a, b):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import math
 import sys
@@ -100,6 +101,17 @@ def float64(module: types.ModuleType, draw: Callable[[], Tensor]) -> Iterator[No
             setattr(module, name, value)
 
 
+_MADE: dict[str, Any] = {}
+
+
+def _made(key: str, module: types.ModuleType, config: dict[str, Any]) -> Any:
+    """Return the scheduler of a configuration, made once: some compute the timesteps of all 1000 levels for it."""
+    if key not in _MADE:
+        options = {name: value for name, value in config.items() if name[0] != "_"}
+        _MADE[key] = getattr(module, config["_class_name"])(**options)
+    return _MADE[key]
+
+
 def run_scheduler(
     config: dict[str, Any], steps: int, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, **options: Any
 ) -> Tensor:
@@ -110,7 +122,7 @@ def run_scheduler(
     module = scheduler_module(config["_class_name"])
     row = 0
     with float64(module, lambda: noise[1 + row]):
-        scheduler = getattr(module, config["_class_name"])(**{k: v for k, v in config.items() if k[0] != "_"})
+        scheduler = copy.deepcopy(_made(repr(sorted(config.items())), module, config))
         scheduler.set_timesteps(steps)
         in_sigma = config["_class_name"] in IN_SIGMA
         x = noise[0] * scheduler.init_noise_sigma

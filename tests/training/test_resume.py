@@ -175,7 +175,14 @@ print(json.dumps(report))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize(("name", "seed"), [("plain", 1), ("dropout", 2), ("bf16", 3)])
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("dropout", 2),
+        pytest.param("plain", 1, marks=pytest.mark.slow),
+        pytest.param("bf16", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed(tmp_path: Path, name: str, seed: int) -> None:
     report = answer_of(python("-c", KILLER, tmp_path, name, str(seed)))
     print(f"seed {seed}: {report}")

@@ -429,7 +429,7 @@ BAD = [
     ({"block_out_channels": ()}, "block_out_channels", (), "1 to 16 entries"),
     ({"block_out_channels": 8}, "block_out_channels", 8, "1 to 16 entries"),
     ({"block_out_channels": "88"}, "block_out_channels", "88", "1 to 16 entries"),
-    ({"block_out_channels": (8,) * 17}, "block_out_channels", (8,) * 17, "1 to 16 entries"),
+    ({"block_out_channels": (8,) * 17}, "block_out_channels", "(8, 8, 8", "1 to 16 entries"),
     ({"block_out_channels": (8, 0)}, "block_out_channels[1]", 0, "1 to"),
     ({"block_out_channels": (8, 16.0)}, "block_out_channels[1]", 16.0, "a whole number"),
     ({"block_out_channels": (8, 18)}, "block_out_channels[1]", 18, "norm_num_groups=4"),
