@@ -247,8 +247,8 @@ class Source:
         return t
 
 
-# Schedulers whose default betas are not DDPM's, and those that have the option rescale_betas_zero_snr.
 LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+# Schedulers whose default betas are not DDPM's, and those that have the option rescale_betas_zero_snr.
 BETAS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {**LATENT_BETAS, "beta_schedule": "scaled_linear"},
     "TCDScheduler": {**LATENT_BETAS, "beta_schedule": "scaled_linear"},
