@@ -269,6 +269,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_interpreted_images_have_the_same_bits_in_every_batch() -> None:
     """One image alone and in a batch of 5 images, which stand at other rows of other tables, guided or not."""
     result = subprocess.run(

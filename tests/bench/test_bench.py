@@ -504,17 +504,24 @@ def test_engines_that_fail_are_named_and_the_others_go_on(model: str) -> None:
     assert record["engines"]["eager"]["img_steps_per_s"] > 0
 
 
-@pytest.mark.parametrize("name", ["native", "eager", "diffusers", "diffusers-last", "openvino"])
+NETWORKS: dict[str, tuple[Any, float | None]] = {
+    "classes": (TINY_CLASSES, None),
+    "guided": (TINY_CLASSES, 2.5),
+    "class image": (change(TINY_CLASSES, class_image="concat"), None),
+    "class image, guided": (change(TINY_CLASSES, class_image="concat"), 2.5),
+    "variances, guided": (change(TINY_CLASSES, out_channels=6), 0.0),  # and guidance that is no false value
+}
+
+
 @pytest.mark.parametrize(
-    ("config", "guidance"),
+    ("name", "config", "guidance"),
     [
-        (TINY_CLASSES, None),
-        (TINY_CLASSES, 2.5),
-        (change(TINY_CLASSES, class_image="concat"), None),
-        (change(TINY_CLASSES, class_image="concat"), 2.5),
-        (change(TINY_CLASSES, out_channels=6), 0.0),  # learned variances, and guidance that is no false value
+        # OpenVINO takes ten seconds to compile each network.
+        pytest.param(name, *NETWORKS[case], id=f"{name}, {case}", marks=pytest.mark.slow if slow else ())
+        for name in ("native", "eager", "diffusers", "diffusers-last", "openvino")
+        for case in NETWORKS
+        for slow in (name == "openvino" and case != "class image, guided",)
     ],
-    ids=["classes", "guided", "class image", "class image, guided", "variances, guided"],
 )
 def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | None) -> None:
     """Against float64, over the end of the table: the network's output, and x after each step."""

@@ -162,8 +162,13 @@ def test_a_process_that_rewrites_weights_all_the_time(folder):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("a.bmp", {}), ("a.tif", {}), ("a.ppm", {}), ("b.tif", {"compression": "tiff_lzw"}),
-        ("c.tif", {"compression": "packbits"}), ("a.png", {}), ("a.webp", {"lossless": True}), ("a.gif", {}),
+        ("a.bmp", {}), ("a.tif", {}), ("b.tif", {"compression": "tiff_lzw"}), ("a.png", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("a.ppm", {}), ("c.tif", {"compression": "packbits"}), ("a.webp", {"lossless": True}), ("a.gif", {}),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_images_that_are_cut_while_they_are_decoded(tmp_path, name, options):

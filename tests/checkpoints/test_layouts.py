@@ -216,7 +216,7 @@ def assert_same_bits(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back(tmp_path, name, dtype):
     """Conversion through every format back to the original changes no bit, in any dtype."""

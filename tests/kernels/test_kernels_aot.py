@@ -47,6 +47,7 @@ def test_compiles_without_spills(folder, name, capability):
         assert binary.tensor_cores(capability), f"no {capability} tensor-core instruction"
 
 
+@pytest.mark.slow  # `make kernel-check` runs them, as their names have a target
 @pytest.mark.parametrize("name", ONES, ids="{} sm_90".format)
 def test_compiles_where_sizes_are_ones(folder, name):
     """The compiler makes arguments of 1 constants, which have no methods; interpreted kernels do not show that."""
