@@ -98,10 +98,10 @@ class BoundEngine {
     add(EmbedArgs{first, second, features, to.data});
   }
 
-  void conv(const std::vector<nb::object>& src, int kernel, int stride, int padding, bool upsample, Method method,
-            const std::optional<BoundNorm>& norm, bool silu, bool bf16, nb::handle weights, nb::handle bias,
-            const std::optional<BoundVectors>& emb, int emb_channels, nb::handle residual, float divide, nb::handle dst,
-            nb::handle statistics) {
+  void conv(const std::vector<nb::object>& src, int kernel, int stride, int padding, bool circular, bool upsample,
+            Method method, const std::optional<BoundNorm>& norm, bool silu, bool bf16, nb::handle weights,
+            nb::handle bias, const std::optional<BoundVectors>& emb, int emb_channels, nb::handle residual,
+            float divide, nb::handle dst, nb::handle statistics) {
     ConvOp op{};
     ConvArgs& a = op.conv;
     a.src = sources(src, silu);
@@ -111,6 +111,7 @@ class BoundEngine {
     a.dst = to.data;
     require((kernel == 1 && padding == 0) || (kernel == 3 && (padding == 0 || padding == 1)),
             "a kernel of 1 without padding, or of 3 with a padding of 0 or 1, is needed");
+    require(!circular || padding == 1, "circular: a padding of 1 is needed");
     require(stride == 1 || stride == 2, "stride: 1 or 2 is needed");
     require(method == Method::direct || (kernel == 3 && stride == 1), "Winograd's method needs kernel 3 and stride 1");
     // The zeros after the last row and column are as many as before the first, or one more.
@@ -124,6 +125,7 @@ class BoundEngine {
     a.kernel = kernel;
     a.stride = stride;
     a.padding = padding;
+    a.circular = circular;
     a.upsample = upsample;
     a.method = method;
     a.bf16 = bf16;
@@ -508,9 +510,9 @@ inline void bind_engine(nb::module_& m) {
            "class_image"_a.none() = nb::none())
       .def("input", &BoundEngine::input, nb::kw_only(), "center"_a, "combine"_a, "dst"_a)
       .def("embed", &BoundEngine::embed, nb::kw_only(), "time"_a, "classes"_a, "features"_a, "dst"_a)
-      .def("conv", &BoundEngine::conv, nb::kw_only(), "src"_a, "kernel"_a, "stride"_a, "padding"_a, "upsample"_a,
-           "method"_a, "norm"_a.none(), "silu"_a, "bf16"_a, "weights"_a, "bias"_a, "emb"_a.none(), "emb_channels"_a,
-           "residual"_a.none(), "divide"_a, "dst"_a, "statistics"_a.none())
+      .def("conv", &BoundEngine::conv, nb::kw_only(), "src"_a, "kernel"_a, "stride"_a, "padding"_a, "circular"_a,
+           "upsample"_a, "method"_a, "norm"_a.none(), "silu"_a, "bf16"_a, "weights"_a, "bias"_a, "emb"_a.none(),
+           "emb_channels"_a, "residual"_a.none(), "divide"_a, "dst"_a, "statistics"_a.none())
       .def("pool", &BoundEngine::pool, nb::kw_only(), "src"_a, "norm"_a.none(), "silu"_a, "dst"_a)
       .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "norm"_a.none(),
            "bf16"_a, "dst"_a)

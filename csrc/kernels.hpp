@@ -81,7 +81,8 @@ struct ConvArgs {
   Map map;        // size of the result
   int kernel;     // 1 or 3
   int stride;     // 1 or 2
-  int padding;    // zeros before the first row and column
+  int padding;    // pixels before the first row and column
+  bool circular;  // the padding repeats the other side of the map; otherwise it is zeros
   bool upsample;  // the sources are doubled in size (nearest neighbour) before the convolution
   Method method;
   bool bf16;            // operands are bfloat16: conv_load rounds the sources, and weights hold bfloat16

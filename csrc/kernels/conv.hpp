@@ -78,7 +78,7 @@ void load_strips(const ConvArgs& a, Range strips, T* loaded, int offset, int ite
     const int n = std::min({a.run(), strips.end - s, per_row - s % per_row});
     const int y0 = s % per_row * strip * a.stride - a.padding;
     for (int c = 0; c < a.src.all_channels(); c += lanes) {
-      read_pixels(a.src, a.upsample, s / per_row, y0, a.rows(n), -a.padding, a.columns(), c, space);
+      read_pixels(a.src, a.upsample, a.circular, s / per_row, y0, a.rows(n), -a.padding, a.columns(), c, space);
       for (int i = 0; i < n; i++) {
         const float* pixels = space + static_cast<int64_t>(i) * strip * a.stride * a.columns() * lanes;
         T* first = loaded + static_cast<int64_t>(offset + (s + i - strips.begin) * a.items()) * a.depth();

@@ -18,7 +18,7 @@ void pool(const PoolArgs& a, Range strips, float* space) {
   for (int s = strips.begin; s < strips.end; s++) {
     const int row = s / per_row, y0 = s % per_row * strip, rows = std::min(strip, a.map.height - y0);
     for (int c = 0; c < channels; c += lanes) {
-      read_pixels(a.src, false, row, 2 * y0, 2 * rows, 0, 2 * a.map.width, c, space);
+      read_pixels(a.src, false, false, row, 2 * y0, 2 * rows, 0, 2 * a.map.width, c, space);
       for (int y = 0; y < rows; y++)
         for (int x = 0; x < a.map.width; x++) {
           const float* p = space + (4 * y * a.map.width + 2 * x) * lanes;

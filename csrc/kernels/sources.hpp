@@ -1,4 +1,4 @@
-// Reads the sources of an operation: concatenation, norm and Swish, nearest-neighbour doubling and zero padding.
+// Reads the sources of an operation: concatenation, norm and Swish, nearest-neighbour doubling and padding.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,10 @@ namespace fastdiff {
 namespace {
 
 // Reads one vector of channels, from channel `c` of the concatenated sources on, of `rows` x `columns` pixels whose
-// first is (y0, x0), into out [rows, columns, lanes]. Pixels outside the map are zeros.
+// first is (y0, x0), into out [rows, columns, lanes]. Pixels outside the map are zeros, or where `circular` those of its
+// other side; then all columns of the map must be read.
 template <bool normed, bool upsample>
-void read_block(const Sources& s, int row, int y0, int rows, int x0, int columns, int c, float* out) {
+void read_block(const Sources& s, bool circular, int row, int y0, int rows, int x0, int columns, int c, float* out) {
   const int part = c < s.channels[0] ? 0 : 1;
   const int channels = s.channels[part];
   const float* data = s.data[part] + (part ? c - s.channels[0] : c);
@@ -28,7 +29,7 @@ void read_block(const Sources& s, int row, int y0, int rows, int x0, int columns
   const int first = std::max(0, -x0), last = std::min(columns, W - x0);
   for (int r = 0; r < rows; r++) {
     float* line = out + static_cast<int64_t>(r) * columns * lanes;
-    const int y = y0 + r;
+    const int y = circular ? (y0 + r + H) % H : y0 + r;
     if (y < 0 || y >= H) {
       std::memset(line, 0, sizeof(float) * columns * lanes);
       continue;
@@ -51,14 +52,19 @@ void read_block(const Sources& s, int row, int y0, int rows, int x0, int columns
         x++;
       }
     }
+    if (!circular) continue;
+    const auto wrap = [&](int x) { store(line + x * lanes, load(line + ((x + x0 + W) % W - x0) * lanes)); };
+    for (int x = 0; x < first; x++) wrap(x);
+    for (int x = last; x < columns; x++) wrap(x);
   }
 }
 
 // Calls the instance of read_block that fits the sources; the arguments are its.
-void read_pixels(const Sources& s, bool upsample, int row, int y0, int rows, int x0, int columns, int c, float* out) {
+void read_pixels(const Sources& s, bool upsample, bool circular, int row, int y0, int rows, int x0, int columns, int c,
+                 float* out) {
   const auto read = s.scale != nullptr ? (upsample ? read_block<true, true> : read_block<true, false>)
                                        : (upsample ? read_block<false, true> : read_block<false, false>);
-  read(s, row, y0, rows, x0, columns, c, out);
+  read(s, circular, row, y0, rows, x0, columns, c, out);
 }
 
 }  // namespace

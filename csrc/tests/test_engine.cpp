@@ -55,12 +55,13 @@ struct Case {
   int outputs, kernel, stride;
   bool upsample, norm, residual;
   Method method;
+  bool circular = false;
   std::string name() const {
     std::string s = "conv " + std::to_string(rows) + " x " + std::to_string(height) + "x" + std::to_string(width);
     for (int c : channels) s += " " + std::to_string(c);
     return s + " -> " + std::to_string(outputs) + " kernel " + std::to_string(kernel) + " stride " +
            std::to_string(stride) + " method " + std::to_string(static_cast<int>(method)) + (upsample ? " up" : "") +
-           (norm ? " norm" : "") + (residual ? " residual" : "");
+           (norm ? " norm" : "") + (residual ? " residual" : "") + (circular ? " circular" : "");
   }
 };
 
@@ -132,6 +133,7 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
   a.kernel = c.kernel;
   a.stride = c.stride;
   a.padding = before;
+  a.circular = c.circular;
   a.upsample = c.upsample;
   a.method = c.method;
   a.outputs = padded(c.outputs);
@@ -219,7 +221,11 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
           double sum = bias[n] + emb[static_cast<size_t>(row) * c.outputs + n];
           for (int ky = 0; ky < c.kernel; ky++)
             for (int kx = 0; kx < c.kernel; kx++) {
-              const int sy = y * c.stride + ky - before, sx = x * c.stride + kx - before;
+              int sy = y * c.stride + ky - before, sx = x * c.stride + kx - before;
+              if (c.circular) {
+                sy = (sy + in_h * up) % (in_h * up);
+                sx = (sx + in_w * up) % (in_w * up);
+              }
               if (sy < 0 || sx < 0 || sy >= in_h * up || sx >= in_w * up) continue;
               const double* from = &h[((static_cast<size_t>(row) * in_h + sy / up) * in_w + sx / up) * total];
               for (int k = 0; k < total; k++)
@@ -348,8 +354,12 @@ int main() {
         check_conv(*kernels, threads, {5, 3, 5, {6}, 17, 3, 1, true, false, true, method});
         check_conv(*kernels, threads, {1, 1, 1, {3}, 1, 3, 1, false, false, false, method});
         check_conv(*kernels, threads, {1, 24, 40, {18}, 130, 3, 1, false, true, true, method});
+        check_conv(*kernels, threads, {3, 5, 7, {33}, 20, 3, 1, false, true, true, method, true});
+        check_conv(*kernels, threads, {2, 9, 3, {20, 7}, 70, 3, 1, true, false, false, method, true});
+        check_conv(*kernels, threads, {1, 1, 1, {3}, 1, 3, 1, false, false, false, method, true});
       }
       check_conv(*kernels, threads, {3, 6, 10, {33}, 20, 3, 2, false, false, false, Method::direct});
+      check_conv(*kernels, threads, {3, 6, 10, {33}, 20, 3, 2, false, true, false, Method::direct, true});
       check_conv(*kernels, threads, {3, 5, 7, {33}, 200, 1, 1, false, true, true, Method::direct});
       check_conv(*kernels, threads, {3, 5, 7, {33, 15}, 100, 1, 1, false, false, true, Method::direct});
       check_conv(*kernels, threads, {7, 1, 1, {40}, 300, 1, 1, false, false, false, Method::direct});

@@ -175,8 +175,10 @@ class _Emitter:
         keys = (keys,) if isinstance(keys, str) else keys
         layers = [self.unet.get_submodule(key) for key in keys]
         kernel = stride = 1
+        circular = False
         if isinstance(layers[0], nn.Conv2d):
             (kernel, _), (stride, _) = layers[0].kernel_size, layers[0].stride
+            circular = layers[0].padding_mode == "circular"
         padding = padding or (kernel // 2, kernel // 2)
         H, W, _ = self.buffers[src[0]].shape
         H, W = ((v * (1 + upsample) + sum(padding) - kernel) // stride + 1 for v in (H, W))
@@ -187,7 +189,9 @@ class _Emitter:
                 channels += layer.weight.shape[0]
         dst = dst or self.buffer(keys[0], (H, W, channels))
         self._measured(src, norm)
-        self.ops.append(Conv(dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide, merged))
+        self.ops.append(
+            Conv(dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide, merged, circular)
+        )
         return dst
 
     def _layer(self, key: str, block: modules.DownBlock | modules.UpBlock, j: int, src: tuple[str, ...]) -> str:

@@ -84,8 +84,10 @@ class Embed:
 class Conv:
     """A convolution (a matrix product where ``kernel`` is 1) with the operations fused into it:
 
-        h   = norm(concatenate(src)),  nearest-doubled where ``upsample``,  zero-padded by (before, after) on each side
+        h   = norm(concatenate(src)),  nearest-doubled where ``upsample``,  padded by (before, after) on each side
         dst = (W h + b + projections[emb : emb + C] + residual) / divide
+
+    The padding is zeros, or where ``circular`` the pixels of the other side.
 
     ``merged`` is for a W and b that are products of the two layers at ``weights``, computed once (see `Attention`):
     "first transposed", W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
@@ -103,6 +105,7 @@ class Conv:
     residual: str | None = None  # nearest-doubled where it is half as large as dst
     divide: float = 1.0
     merged: str | None = None
+    circular: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

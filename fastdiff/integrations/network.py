@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,23 @@ from fastdiff.unet import UNet, UNetConfig, changes
 IGNORED = ("_internal_dict", "sample_size", "processor")
 
 
+def _is_padded(m: nn.Module) -> bool:
+    return isinstance(m, nn.Conv2d) and m.padding not in (0, (0, 0))
+
+
+def is_circular(unet: nn.Module) -> bool:
+    """Return whether the padding of all convolutions is circular, as users set it for images without seams."""
+    return {m.padding_mode for m in unet.modules() if _is_padded(m)} == {"circular"}
+
+
+def make_circular(reference: nn.Module, unet: nn.Module) -> None:
+    """Make the padding of a reference circular; convolutions without any have the mode that they have in ``unet``."""
+    modes = {name: getattr(m, "padding_mode", None) for name, m in unet.named_modules()}
+    for name, m in reference.named_modules():
+        if isinstance(m, nn.Conv2d) and (_is_padded(m) or modes.get(name) == "circular"):
+            m.padding_mode = "circular"
+
+
 class BackendUNet:
     """A pipeline's ``UNet2DModel``, run by a backend; "auto" means `native`.
 
@@ -37,14 +55,19 @@ class BackendUNet:
         self.reference: nn.Module | None = None
         self.runners: dict[Spec, Runner] = {}
         self.lock = Lock()  # of the runners, as a pipeline may call its network from several threads
+        self.circular = is_circular(unet)
         self.conditional = unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None
         if self.backend != "eager":
             with torch.device("meta"):
-                self.module = UNet(UNetConfig.from_dict(unet.config)).eval()
+                config = UNetConfig.from_dict(unet.config)
+                if self.circular:
+                    config = dataclasses.replace(config, padding_mode="circular")
+                self.module = UNet(config).eval()
 
     def is_of(self, unet: Any) -> bool:
-        """Return whether this was made for the network, with the configuration that it has now."""
-        return vars(self.unet) is vars(unet) and self.config == unet.config  # a front has the vars of its network
+        """Return whether this was made for the network, with the configuration and padding that it has now."""
+        same = vars(self.unet) is vars(unet) and self.config == unet.config  # a front has the vars of its network
+        return same and self.circular == is_circular(unet)
 
     def unsupported_changes(self) -> list[str]:
         """List what the module does beyond its configuration; then only its own code can run it."""
@@ -59,6 +82,8 @@ class BackendUNet:
             if self.reference is None:  # not before: a reference has the changes of its classes too
                 with torch.device("meta"):
                     self.reference = changes.rebuilt(UNet2DModel, self.config)
+                if self.circular:
+                    make_circular(self.reference, self.unet)
             found += changes.overridden(self.unet, UNet2DModel)
             found += changes.differences(self.unet, self.reference, IGNORED)
         for name, m in self.unet.named_modules():

@@ -101,6 +101,8 @@ class UNetConfig:
         up_attention: Attention of an up block: "all" for one after every residual block, "last" for one after the last
             (DDPM++).
         resample_shortcut: Whether residual blocks that resample have a 1x1 convolution in their shortcut (DDPM++).
+        padding_mode: Padding of the 3x3 convolutions: "zeros", or "circular" for images that can be put side by side
+            without seams. The padding on the right and bottom only of ``downsample_padding=0`` is zeros in any case.
 
     Raises:
         ConfigError: If a value is not supported; the message names the key, the value and what is allowed.
@@ -143,6 +145,7 @@ class UNetConfig:
     block_scale_factor: float = 1.0
     up_attention: str = "all"
     resample_shortcut: bool = False
+    padding_mode: str = "zeros"
 
     def __post_init__(self) -> None:
         for key in ("down_block_types", "up_block_types", "block_out_channels"):
@@ -212,6 +215,7 @@ class UNetConfig:
             "up_attention": ("all", "last"),
             "resample_shortcut": (False, True),
             "class_before_mlp": (False, True),
+            "padding_mode": ("zeros", "circular"),
         }
         for key, allowed in choices.items():
             value = getattr(self, key)
@@ -397,6 +401,6 @@ OWN_FIELDS: dict[str, Any] = {
     if f.name
     in (
         "null_label", "class_image", "num_attention_heads", "sinusoid_dim", "timestep_scale", "block_scale_factor",
-        "up_attention", "resample_shortcut", "class_before_mlp",
+        "up_attention", "resample_shortcut", "class_before_mlp", "padding_mode",
     )
 }  # fmt: skip

@@ -343,6 +343,9 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(config, kind, reverse[max(i - 1, 0)], reverse[i], skip, upsample=not last))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, dtype=DTYPE)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1, dtype=DTYPE)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d) and m.padding != (0, 0):
+                m.padding_mode = config.padding_mode
 
     @staticmethod
     def _class_embedding(config: UNetConfig) -> nn.Module | None:

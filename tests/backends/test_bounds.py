@@ -95,9 +95,10 @@ class Valid:
     def conv(self, name: str, src: list[np.ndarray], channels: list[int], dst: np.ndarray, **changes: Any) -> None:
         outputs = changes.pop("outputs", self.C)
         arguments = {
-            "src": src, "kernel": 3, "stride": 1, "padding": 1, "upsample": False, "method": Method.direct,
-            "norm": None, "silu": False, "bf16": False, "bias": floats(padded(outputs)), "emb": None,
-            "emb_channels": outputs, "residual": None, "divide": 1.0, "dst": dst, "statistics": None, **changes,
+            "src": src, "kernel": 3, "stride": 1, "padding": 1, "circular": False, "upsample": False,
+            "method": Method.direct, "norm": None, "silu": False, "bf16": False, "bias": floats(padded(outputs)),
+            "emb": None, "emb_channels": outputs, "residual": None, "divide": 1.0, "dst": dst, "statistics": None,
+            **changes,
         }  # fmt: skip
         positions = {Method.direct: 1, Method.winograd2: 16, Method.winograd4: 36}[arguments["method"]]
         depth = sum(map(padded, channels)) * (arguments["kernel"] ** 2 if positions == 1 else 1)

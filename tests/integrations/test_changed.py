@@ -19,7 +19,7 @@ from fastdiff.errors import ConfigError, ModifiedError
 from fastdiff.integrations.network import BackendUNet
 from fastdiff.integrations.scheduler import Scheduler
 from fastdiff.solvers.compat.diffusers import SCHEDULERS
-from tests.support.changed import CHANGES, GLOBAL_CHANGES, attribute
+from tests.support.changed import CHANGES, GLOBAL_CHANGES, attribute, circular
 from tests.support.unets import TINY, VARIANTS, change, diffusers_twin, random_unet
 
 pytestmark = [
@@ -86,7 +86,7 @@ def test_a_network_as_it_was_made_has_no_changes(name):
     assert BackendUNet(unet, "native").unsupported_changes() == []
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "circular"])
 def test_changes_of_the_network(name, caplog):
     edit, words = CHANGES[name]
     pipeline = pipeline_of()
@@ -154,6 +154,27 @@ def test_changes_of_the_process(name, caplog):
         assert_left_to_diffusers(pipeline_of(), words, caplog, images=False)
     expected = images_of(before)
     np.testing.assert_allclose(images_of(fastdiff.accelerate(before)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "resnet blocks", "24x40"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all convolutions", "those with padding"])
+def test_circular_padding_runs_in_fastdiff(variant, whole, caplog):
+    """It is set after the first call, as users switch between seamless and usual images."""
+    pipeline = pipeline_of()
+    pipeline.unet = diffusers_twin(random_unet(change(**VARIANTS[variant])))
+    usual = images_of(fastdiff.accelerate(pipeline, "native"))
+    if whole:
+        for m in pipeline.unet.modules():
+            if isinstance(m, torch.nn.Conv2d):
+                m.padding_mode = "circular"
+    else:
+        circular(pipeline.unet)
+    seamless = images_of(pipeline)
+    assert np.abs(seamless - usual).max() > 1e-2
+    pipeline.unaccelerate()
+    np.testing.assert_allclose(seamless, images_of(pipeline), atol=1e-4)
+    pipeline.unet.conv_out.padding_mode = "zeros"
+    assert_left_to_diffusers(pipeline, "conv_in.padding_mode = 'circular' (not 'zeros')", caplog)
 
 
 def test_changes_after_the_first_call_are_noticed():

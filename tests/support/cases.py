@@ -60,6 +60,9 @@ NETWORKS |= {
     "200 channels, 7x5": one_level(200, 8, (7, 5), 25),
     "1x1": one_level(24, 3, (1, 1)),
     "2x3": one_level(24, 3, (2, 3)),
+    "circular, 7x5": change(one_level(96, 8, (7, 5)), padding_mode="circular"),
+    "circular, 1x1": change(one_level(24, 3, (1, 1)), padding_mode="circular"),
+    "circular, 24x40": change(**RESNET_BLOCKS, sample_size=(24, 40), padding_mode="circular", downsample_padding=0),
     "resnet blocks, 24x40": change(**RESNET_BLOCKS, sample_size=(24, 40), block_out_channels=(20, 36)),
 }
 

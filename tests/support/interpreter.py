@@ -151,7 +151,12 @@ class Interpreter:
             h = h.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
         before, after = op.padding
         W, b = self.layer(op)
-        h = F.conv2d(F.pad(h.permute(0, 3, 1, 2), (before, after) * 2), W, b, op.stride)
+        h = F.conv2d(
+            F.pad(h.permute(0, 3, 1, 2), (before, after) * 2, "circular" if op.circular else "constant"),
+            W,
+            b,
+            op.stride,
+        )
         h = h.permute(0, 2, 3, 1)
         if op.emb is not None:
             h = h + self.buffer("projections")[..., op.emb : op.emb + h.shape[3]]

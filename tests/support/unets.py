@@ -102,6 +102,8 @@ OWN_VARIANTS = {
     "attention behind the last block": {**ATTENTION_EVERYWHERE, "up_attention": "last", "layers_per_block": 2},
     "shortcuts that resample": {"resample_shortcut": True, **RESNET_BLOCKS},
     "classes before the time MLP": {"class_before_mlp": True, "num_class_embeds": 5, "null_label": 4},
+    "circular padding": {"padding_mode": "circular"},
+    "circular padding of resnet blocks": {"padding_mode": "circular", **RESNET_BLOCKS},
 }
 
 

@@ -317,7 +317,9 @@ def test_stride(levels):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["two heads at every level", "scaled timesteps", "scaled blocks"])
+@pytest.mark.parametrize(
+    "variant", ["two heads at every level", "scaled timesteps", "scaled blocks", "circular padding"]
+)
 def test_own_options_are_heard(variant):
     """With the same weights, the option changes the output."""
     config, x, t = change(**OWN_VARIANTS[variant]), random_images(TINY), torch.tensor([3, 917])

@@ -204,6 +204,7 @@ class NativeProgram:
             kernel=op.kernel,
             stride=op.stride,
             padding=op.padding[0],
+            circular=op.circular,
             upsample=op.upsample,
             method=getattr(self.native.Method, method),
             **self._norm(op),

@@ -54,6 +54,8 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     if spec.device.type != "cuda":
         reasons.append(f"it runs on CUDA, not on {spec.device}")
     reasons += network_reasons(unet)
+    if getattr(getattr(unet, "config", None), "padding_mode", "zeros") != "zeros":
+        reasons.append("its convolutions pad with zeros, not as padding_mode='circular'")
     if spec.dtype not in DTYPES:
         reasons.append(f"it computes in float32, bfloat16 or float16, not in {str(spec.dtype).removeprefix('torch.')}")
     if spec.fast:
