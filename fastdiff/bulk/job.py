@@ -324,8 +324,13 @@ def read(folder: str | Path) -> Job:
         check(f"{path}: {name}", s.get(name), **arguments, error=JobError)
     optional(text)(f"{path}: model", call.get("model"), error=JobError)
     whole(f"{path}: batch_size", call.get("batch_size"), 1, error=JobError)
-    if not isinstance(call.get("options"), dict):
-        raise JobError(f"{path}: the object options is needed")
+    options = call.get("options")
+    if not isinstance(options, dict) or not options.keys().isdisjoint(("labels", "batch_size")):
+        raise JobError(f"{path}: the object options, without labels and batch_size, is needed")
+    try:
+        options_of(options)
+    except InvalidArgument as e:
+        raise JobError(f"{path}: {e}") from e
     return Job(folder, s, call)
 
 

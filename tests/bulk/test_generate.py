@@ -200,6 +200,23 @@ def test_values_of_an_untrusted_job_are_checked(tmp_path: Path, name: str) -> No
             bulk.verify(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"options": {"start_index": 3}}, {"options": {"labels": [0]}}, {"options": {"batch_size": 4}}, {"options": []},
+        {"options": {"stepps": 3}}, {"options": {"noise": [1.0]}}, {"batch_size": 0}, {"batch_size": None}, {"model": 3},
+    ],
+)  # fmt: skip
+def test_the_call_of_an_untrusted_job_is_checked(tmp_path: Path, call: dict[str, Any]) -> None:
+    draw(tiny(), tmp_path / "a", n=4)
+    path = tmp_path / "a" / "job.json"
+    document = json.loads(path.read_text())
+    document["call"] |= call
+    path.write_text(json.dumps(document))
+    with pytest.raises(JobError, match=r"job\.json"):
+        bulk.verify(tmp_path / "a", redraw=True, sampler=tiny())
+
+
 def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "mine").mkdir()
