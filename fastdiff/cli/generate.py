@@ -99,7 +99,7 @@ def generate(
 
     fastdiff generate fashion-mnist --n 1000 --labels 9 --format webdataset -o runs/boots
 
-    torchrun --nproc-per-node 2 -m fastdiff generate fashion-mnist --n 1000 -o runs/two
+    torchrun --nproc-per-node 2 -m fastdiff generate fashion-mnist -n 1000 -o runs/two
     """
     from fastdiff import bulk
     from fastdiff.sampler.options import Options

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +203,8 @@ def test_values_of_an_untrusted_job_are_checked(tmp_path: Path, name: str) -> No
     "call",
     [
         {"options": {"start_index": 3}}, {"options": {"labels": [0]}}, {"options": {"batch_size": 4}}, {"options": []},
-        {"options": {"stepps": 3}}, {"options": {"noise": [1.0]}}, {"batch_size": 0}, {"batch_size": None}, {"model": 3},
+        {"options": {"stepps": 3}},
+        {"options": {"noise": [1.0]}}, {"batch_size": 0}, {"batch_size": None}, {"model": 3},
     ],
 )  # fmt: skip
 def test_the_call_of_an_untrusted_job_is_checked(tmp_path: Path, call: dict[str, Any]) -> None:
@@ -335,7 +335,7 @@ class Zero(torch.nn.Module):
 sampler = Sampler(Zero(), shape=(3, 32, 32), backend="eager")
 bulk.generate(sampler, 100, sys.argv[1] + "/warm", steps=1, shard_size=100, format=sys.argv[2])
 peaks = []
-for n in (1000, 10_000):
+for n in (500, 5000):
     bulk.generate(sampler, n, f"{sys.argv[1]}/{n}", steps=1, shard_size=100, format=sys.argv[2])
     bulk.verify(f"{sys.argv[1]}/{n}")
     bulk.export(f"{sys.argv[1]}/{n}", adm=f"{sys.argv[1]}/{n}.npz")
@@ -346,9 +346,8 @@ print(*peaks)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak has another unit elsewhere")
 def test_memory_is_flat_in_n(tmp_path: Path) -> None:
-    """10,000 images are 31 MB of pixels, and would be 123 MB as floats; 2 MiB more than for 1,000 are allowed."""
+    """5,000 images are 15 MB of pixels, and would be 61 MB as floats; 2 MiB more than for 500 are allowed."""
     run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "npz"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     few, many = map(int, run.stdout.split())
-    shutil.rmtree(tmp_path / "10000")
     assert many - few < 2 << 10, (few, many)
