@@ -95,11 +95,11 @@ def generate(
 
     Examples:
 
-    fastdiff generate fashion-mnist --n 50000 --steps 10 --solver unipc --out runs/fashion
+    fastdiff generate fashion-mnist --n 50000 --steps 10 -o runs/fashion
 
-    fastdiff generate fashion-mnist --n 1000 --labels 9 --format webdataset -o runs/boots
+    fastdiff generate --n 1000 --labels 9 --format webdataset -o runs/boots
 
-    torchrun --nproc-per-node 2 -m fastdiff generate fashion-mnist -n 1000 -o runs/two
+    torchrun --nproc-per-node 2 -m fastdiff generate -n 1000 -o runs/two
     """
     from fastdiff import bulk
     from fastdiff.sampler.options import Options

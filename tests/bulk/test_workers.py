@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from fastdiff import bulk, cli
 from fastdiff.bulk import job as jobs
@@ -230,6 +231,16 @@ def test_commands(tmp_path: Path, model: str, call: Call) -> None:
     code, _, err = call("verify", ".")
     assert code == 2
     assert "no job.json" in err
+
+
+@pytest.mark.parametrize("name", ["generate", "verify", "export"])
+def test_examples_of_the_help_are_commands(name: str) -> None:
+    group = typer.main.get_command(cli.app)
+    command = group.commands[name]  # type: ignore[attr-defined]
+    lines = re.findall(r"^\s*(?:fastdiff|torchrun .* -m fastdiff) (.*)$", command.callback.__doc__, re.MULTILINE)
+    assert len(lines) >= 2
+    for line in lines:
+        command.make_context(name, line.split()[1:])
 
 
 @pytest.mark.parametrize(
