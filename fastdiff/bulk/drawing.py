@@ -232,7 +232,7 @@ class _Watch:
         self._before = self._published(there)
         self._first: float | None = None
         self._last = -LOOK_S
-        self._flying = 0
+        self._flying, self._shown = 0, -1
         self._show(0)
 
     def add(self, images: int, published: bool) -> None:
@@ -266,9 +266,10 @@ class _Watch:
         now = time.monotonic()
         if published > self._before and self._first is None:
             self._first = now - self._started
-        if self._progress is None:
-            return
         done = min(published + max(flying, 0), n)
+        if self._progress is None or (done == n == self._shown):
+            return
+        self._shown = done
         rate = (done - self._before) / max(now - self._began, 1e-9)
         self._progress(Progress(done, n, rate, (n - done) / rate if rate > 0 else None))
 
