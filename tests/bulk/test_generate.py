@@ -333,10 +333,10 @@ class Zero(torch.nn.Module):
         return x * 0
 
 sampler = Sampler(Zero(), shape=(3, 32, 32), backend="eager")
-bulk.generate(sampler, 100, sys.argv[1] + "/warm", steps=1, shard_size=100, format=sys.argv[2])
+bulk.generate(sampler, 500, sys.argv[1] + "/warm", steps=1, shard_size=500, format=sys.argv[2])
 peaks = []
 for n in (500, 5000):
-    bulk.generate(sampler, n, f"{sys.argv[1]}/{n}", steps=1, shard_size=100, format=sys.argv[2])
+    bulk.generate(sampler, n, f"{sys.argv[1]}/{n}", steps=1, shard_size=500, format=sys.argv[2])
     bulk.verify(f"{sys.argv[1]}/{n}")
     bulk.export(f"{sys.argv[1]}/{n}", adm=f"{sys.argv[1]}/{n}.npz")
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -336,7 +336,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int, code: in
 )
 def test_every_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, code: int) -> None:
     sampler = tiny()
-    options: dict[str, Any] = {"n": 3, "shard_size": 2, "format": format}
+    options: dict[str, Any] = {"n": 2, "shard_size": 1, "format": format}
     draw(sampler, tmp_path / "whole", **options)
     whole = files(tmp_path / "whole")
     failed = 0
