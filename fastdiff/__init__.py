@@ -22,12 +22,14 @@ _EXPORTS = {
     "accelerate": "fastdiff.integrations",
     "Trainer": "fastdiff.training",
     "TrainConfig": "fastdiff.training",
+    "bulk": "fastdiff.bulk",
     "FastdiffError": "fastdiff.errors",
 }
 # Further names of modules, kept for code written for an earlier layout of the package.
 _MODULES = {"checkpoint": "fastdiff.checkpoints", "images": "fastdiff.data.pictures"}
 
 if TYPE_CHECKING:
+    from fastdiff import bulk as bulk
     from fastdiff import solvers as solvers
     from fastdiff.errors import FastdiffError as FastdiffError
     from fastdiff.integrations import Scheduler as Scheduler

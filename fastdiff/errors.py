@@ -93,6 +93,22 @@ class BackendError(FastdiffError, RuntimeError):
     """A backend cannot run this network here; the message lists every reason."""
 
 
+class JobError(FastdiffError):
+    """A folder of `fastdiff.bulk` belongs to another job, or is unfinished or damaged; the message names every reason.
+
+    Attributes:
+        reasons: The reasons, such as the names of the settings that differ.
+    """
+
+    def __init__(self, message: str, reasons: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.reasons = reasons
+
+
+class WorkerError(FastdiffError, RuntimeError):
+    """A worker process of a bulk job ended again and again; the message says how, and at which shard."""
+
+
 class NumericsError(FastdiffError, ArithmeticError):
     """Some images became NaN, infinite, or larger than any image is.
 

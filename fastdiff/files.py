@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,15 +23,18 @@ LEFTOVER = ".fastdiff-*.tmp"  # names of temporary files, which a killed process
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _NEW |= getattr(os, "O_CLOEXEC", 0)
 
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of a file system without links
+
 MAX_DEPTH = 64  # of JSON; Python's parser recurses
 MAX_DIGITS = 100  # of a whole number in JSON; Python takes quadratic time for more
 _BRACKETS = re.compile(r'"[^"]*"?|[\[{]|[\]}]')  # and strings, in which they mean nothing
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, keep: bool = False) -> Iterator[BinaryIO]:
     """Yield a new binary file, which takes the place of ``path`` if the block succeeds, and is else deleted.
 
+    With ``keep`` it does not: a file that lies at ``path`` by then stays, so that of several writers one is the first.
     Missing folders are created. A failure of the operating system raises `WriteError`, which names ``path``.
     """
     path = Path(path)
@@ -43,7 +47,10 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if keep:
+                _link(temporary, path)
+            else:
+                os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -52,10 +59,49 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, keep: bool = False) -> None:
     """Write text to a file as `atomic_file` does, in UTF-8."""
-    with atomic_file(path) as file:
+    with atomic_file(path, keep) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder, which becomes ``path`` if the block succeeds and no folder with files lies there by then.
+
+    Else it is deleted; so is it if a folder with files was there, which is no error. Its files are synced before.
+    """
+    with _naming(path, "could not be written", "what was there is unchanged"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".fastdiff-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_folder(temporary)
+            try:
+                os.rename(temporary, path)
+            except OSError as e:
+                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    with _naming(path, "was written, but may be lost if the machine stops now", "its folder could not be synced"):
+        _sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless there is a file of that name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError as e:
+        if e.errno not in NO_LINKS:
+            raise
+        if not path.exists():
+            os.replace(temporary, path)
+            return
+    os.unlink(temporary)
 
 
 @contextlib.contextmanager

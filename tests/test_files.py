@@ -18,7 +18,7 @@ import pytest
 
 from fastdiff import errors, files, memory
 from fastdiff.errors import CheckpointError, FastdiffError, InvalidArgument, WriteError, printable
-from fastdiff.files import atomic_file, parse_json, write_text
+from fastdiff.files import atomic_file, atomic_folder, parse_json, write_text
 from tests.support.checkpoints import needs_posix
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -112,6 +112,46 @@ def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "a").read_text() == "new"
     monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
     write_text(tmp_path / "a", "newer")
+
+
+@pytest.mark.parametrize("code", [None, errno.EPERM, errno.ENOSYS])
+def test_the_first_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
+    """Also where the file system has no links."""
+
+    def link(*_: Any) -> None:
+        raise OSError(code, os.strerror(code or 0))
+
+    if code is not None:
+        monkeypatch.setattr(os, "link", link)
+    write_text(tmp_path / "a", "first", keep=True)
+    with atomic_file(tmp_path / "b", keep=True) as late:
+        late.write(b"late")
+        write_text(tmp_path / "b", "early", keep=True)
+    write_text(tmp_path / "a", "second", keep=True)
+    assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("first", "early")
+    write_text(tmp_path / "a", "third")
+    assert (tmp_path / "a").read_text() == "third"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@needs_posix
+def test_the_first_folder_is_kept(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        with atomic_folder(tmp_path / name) as folder:
+            assert not (tmp_path / name / "x").exists() or text == "second"
+            (folder / "x").write_text(text)
+
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty", "deep/er"):
+        write(name, "first")
+        write(name, "second")
+        assert (tmp_path / name / "x").read_text() == "first"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WriteError, match="file could not be written"):
+        write("file", "first")
+    with pytest.raises(WriteError, match="failed could not"), atomic_folder(tmp_path / "failed") as folder:
+        folder.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "empty", "file", "new"]
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ ORDER = (
     "training",
     "bench",
     "evaluation",
+    "bulk",
     "cli",
     "__main__",
 )

@@ -1,4 +1,4 @@
-"""The command line, ``fastdiff sample | train | info | trilemma | convert | eval | bench``, with a module per command.
+"""The command line, ``fastdiff sample | train | generate | ...``, with a module per command.
 
 A command imports the modules that it needs when it is called, so that ``--help`` need not import torch.
 """
@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastdiff import __version__
-from fastdiff.cli import bench, convert, eval, info, sample, train, trilemma
+from fastdiff.cli import bench, convert, eval, export, generate, info, sample, train, trilemma, verify
 from fastdiff.errors import FastdiffError, printable
 
 __all__ = ["app", "main"]
@@ -62,7 +62,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 # In the order in which --help lists them.
-for command in (sample.sample, train.train, info.info, trilemma.trilemma, convert.convert, eval.eval, bench.bench):
+for command in (
+    sample.sample, generate.generate, verify.verify, export.export, train.train, info.info, trilemma.trilemma,
+    convert.convert, eval.eval, bench.bench,
+):  # fmt: skip
     app.command()(command)
 
 

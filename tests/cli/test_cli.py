@@ -36,7 +36,7 @@ from tests.support import oracles as oracle
 from tests.support.unets import TINY_CLASSES, random_unet, randomize_
 
 CLASSES = 4
-COMMANDS = ("sample", "train", "info", "convert", "bench", "eval", "trilemma")
+COMMANDS = ("sample", "generate", "verify", "export", "train", "info", "convert", "bench", "eval", "trilemma")
 
 
 @pytest.fixture(scope="session")
@@ -141,10 +141,15 @@ def test_help_says_every_default(command: str, help_text: Callable[[str], str]) 
         body += definition[0]
     explained = re.findall(r"\(default: [^)\n]*\)", body)
     assert "[default" not in body
-    assert (
-        len(explained)
-        >= {"sample": 5, "train": 4, "info": 0, "convert": 2, "bench": 2, "eval": 5, "trilemma": 7}[command]
-    )
+    assert len(explained) >= {
+        "sample": 5,
+        "generate": 5,
+        "train": 4,
+        "convert": 2,
+        "bench": 2,
+        "eval": 5,
+        "trilemma": 7,
+    }.get(command, 0)
     for default in explained:
         assert default in text, f"{default} is not shown"
 

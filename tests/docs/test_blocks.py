@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ def check_options(words: list[str]) -> None:
 
 def run(words: list[str]) -> None:
     """Run ``fastdiff`` with these arguments in the current folder; samples are few, of two steps."""
+    if words[0] == "generate":
+        words = [*words, "--n", "4", "--steps", "1", "--workers", "1"]
     if words[0] == "sample":
         words = [*words, *STEPS, *(word for option in SHORT if option in words for word in (option, SHORT[option]))]
     result = CliRunner().invoke(cli.app, words)
@@ -124,6 +127,11 @@ def check(words: list[str]) -> None:
             assert found[2] is None or found[2] in extras, f"there is no extra {found[2]}"
     elif program == "torchrun":
         parse(arguments[arguments.index("fastdiff") + 1 :])
+    elif program == "sbatch":
+        parse(shlex.split(arguments[-1])[1:])
+    elif program == "kubectl":
+        manifest = (ROOT / arguments[-1]).read_text(encoding="utf-8")
+        parse(json.loads(re.findall(r"command: (\[.*\])", manifest)[0])[1:])
     elif program in ("python", "pytest"):
         for word in arguments:
             assert (ROOT / word).exists() or not ("/" in word or word.endswith(".py")) or "=" in word, word

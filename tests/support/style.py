@@ -18,7 +18,7 @@ FOLDERS = ("fastdiff", "kernels", "tests", "benchmarks", "examples", "recipes")
 # Packages whose ``__all__`` is public: its functions and classes need the sections of Google's style.
 PUBLIC = (
     "fastdiff", "fastdiff.solvers", "fastdiff.unet", "fastdiff.checkpoints", "fastdiff.data", "fastdiff.sampler",
-    "fastdiff.backends", "fastdiff.integrations", "fastdiff.training", "fastdiff.evaluation",
+    "fastdiff.backends", "fastdiff.integrations", "fastdiff.training", "fastdiff.evaluation", "fastdiff.bulk",
 )  # fmt: skip
 BODY_LINES = 60  # of a function without its docstring, unless a comment in it begins with LONG and says why
 LONG = "# long: "

@@ -1,0 +1,69 @@
+"""The share of a process in a job, from what launchers put into the environment; no process talks to another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from fastdiff.errors import InvalidArgument
+
+
+def share(ranks: int | None = None, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return the rank of this process and the number of ranks.
+
+    RANK and WORLD_SIZE are torchrun's, SLURM_ARRAY_TASK_ID and its companions those of a Slurm array, and
+    JOB_COMPLETION_INDEX that of an indexed job of Kubernetes, which does not say how many there are: ``ranks`` does.
+    Several at once, as torchrun in each task of an array, are multiplied. (0, 1) without any.
+    """
+    rank, world = 0, 1
+    for index, count in (_slurm(environment), _kubernetes(environment, ranks), _torchrun(environment)):
+        rank, world = rank * count + index, world * count
+    return rank, world
+
+
+def _torchrun(environment: Mapping[str, str]) -> tuple[int, int]:
+    if "RANK" not in environment:
+        return 0, 1
+    return _checked("RANK", _number(environment, "RANK"), "WORLD_SIZE", _number(environment, "WORLD_SIZE"))
+
+
+def _slurm(environment: Mapping[str, str]) -> tuple[int, int]:
+    name = "SLURM_ARRAY_TASK_ID"
+    if name not in environment:
+        return 0, 1
+    first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
+    step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1)
+    count = max(_number(environment, "SLURM_ARRAY_TASK_COUNT"), 1)
+    # The numbers of --array=1,5,6 have no step; two tasks of one share then divide it by their claims.
+    return (_number(environment, name) - first) // max(step, 1) % count, count
+
+
+def _kubernetes(environment: Mapping[str, str], ranks: int | None) -> tuple[int, int]:
+    name = "JOB_COMPLETION_INDEX"
+    if name not in environment:
+        if ranks is not None:
+            raise InvalidArgument(
+                f"ranks={ranks} is for indexed jobs of Kubernetes, but {name} is not set; torchrun and Slurm say how "
+                "many processes there are, and several commands on one folder need no number at all"
+            )
+        return 0, 1
+    if ranks is None:
+        raise InvalidArgument(f"{name} is set, so ranks= (--ranks) is needed: the completions of the Kubernetes job")
+    return _checked(name, _number(environment, name), "ranks", ranks)
+
+
+def _checked(name: str, index: int, of: str, count: int) -> tuple[int, int]:
+    if not 0 <= index < count:
+        raise InvalidArgument(f"{name}={index}, {of}={count}: the first must be from 0 to the second - 1")
+    return index, count
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise InvalidArgument(f"{name} is not set in the environment, but its companion is; the launcher sets both")
+    if not value.isdecimal() or len(value) > 9:
+        raise InvalidArgument(f"{name}={value[:80]!r} in the environment: a whole number is needed")
+    return int(value)
