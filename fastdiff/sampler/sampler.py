@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import backends, checkpoints, solvers
+from fastdiff.checkpoints.loading import check_options
 from fastdiff.checks import boolean, one_of, shown, whole
 from fastdiff.core import process
 from fastdiff.errors import ConfigError, InvalidArgument
@@ -34,7 +35,6 @@ from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule
 
-SOURCE = ("preset", "flags", "variant", "weights")  # options of `fastdiff.checkpoints.load`
 FIXED = (
     "unet", "info", "schedule", "prediction", "backend", "device", "dtype", "fast", "determinism", "scheduler_config",
     "measurements_file",
@@ -169,7 +169,8 @@ class Sampler:
             schedule: As for `Sampler`, in place of the one that the model's scheduler configuration describes; needed
                 where the model has no such configuration.
             prediction: Likewise; None: the one of the scheduler configuration, else as for `Sampler`.
-            **source: Options of `fastdiff.checkpoints.load`, which say what an original checkpoint contains.
+            **source: Options of `fastdiff.checkpoints.load`, which say where the weights are and what an original
+                checkpoint contains; and torch_dtype, diffusers' name for dtype.
 
         Returns:
             The sampler.
@@ -181,9 +182,12 @@ class Sampler:
                 scheduler configuration where ``schedule`` is not given.
             BackendError: As for `Sampler`.
         """
-        if not source.keys() <= set(SOURCE):
-            unknown = ", ".join(sorted(source.keys() - set(SOURCE)))
-            raise InvalidArgument(f"from_pretrained has no option {unknown}; allowed besides: {', '.join(SOURCE)}")
+        if "torch_dtype" in source:
+            named = source.pop("torch_dtype")
+            if dtype is not None and named is not None and dtype != named:
+                raise InvalidArgument(f"dtype={shown(dtype)} and torch_dtype={shown(named)}: give one of them")
+            dtype = named if dtype is None else dtype
+        check_options(source)
         device = usable_device(device)
         loaded = checkpoints.load(model, **source)
         if loaded.schedule is None and schedule is None:
