@@ -334,7 +334,7 @@ def _network_folder(path: Path, weights: str | None) -> tuple[Path, str | None]:
         if len(both) > 1 and weights not in both:
             other = both[0] if preferred == both[-1] else both[-1]
             log.warning("%s: reads the weights in %s; weights=%r reads the others", path, preferred, other)
-        return path / (weights if weights in both else preferred), None if weights in both else weights  # type: ignore[operator]  # both has no None
+        return path / (weights if weights in both else preferred), None if weights in both else weights
     if (path / "config.json").exists():
         return path, weights
     steps = sorted((p.name for p in path.glob("checkpoint-*") if p.is_dir()), key=lambda name: (len(name), name))

@@ -13,10 +13,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff.checkpoints import load, load_weights, save_folder
+from fastdiff.checkpoints import convert, load, load_weights, save_folder
 from fastdiff.checkpoints.loading import TORCH_WEIGHTS, WEIGHTS
 from fastdiff.checkpoints.wrappers import parameter_order
-from fastdiff.errors import CheckpointError, InvalidArgument
+from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.unet import UNet
 from tests.checkpoints.test_layouts import CASES, state_dict
 from tests.support.checkpoints import assert_equal_weights, refused
@@ -242,3 +242,12 @@ def test_subfolder_and_dtype_as_in_diffusers(tmp_path):
             UNet.from_pretrained(tmp_path / "m", torch_dtype=bad)
     with pytest.raises(InvalidArgument, match=r"no option low_cpu; allowed besides: .*subfolder"):
         UNet.from_pretrained(tmp_path / "m", low_cpu=True)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "m.ONNX", "m.engine", "m.npz", "m.json", "m.zip"])
+def test_endings_that_are_not_written(folder, name):
+    with pytest.raises(ConfigError, match=r"files are not written; a file ends in \.safetensors"):
+        convert(folder, folder.parent / name)
+    assert not (folder.parent / name).exists()
+    convert(folder, folder.parent / "v1.5")  # a folder's name may have dots
+    assert (folder.parent / "v1.5").is_dir()
