@@ -222,8 +222,8 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         image_store.load(tmp_path / "nowhere")
 
 
+def test_the_interval_of_a_distance_that_is_rounding() -> None:
     """Check that the distance of equal sets, which is rounding, has no interval of 600 orders of magnitude."""
-    """Of equal sets the distance is rounding, and its interval is no range of 600 orders of magnitude."""
     x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     for factor in (1e-3, 1.0, 1e3):
         estimate = metrics.frechet_interval(factor * x, metrics.Reference(factor * x))
