@@ -59,6 +59,25 @@ def atomic_file(path: str | Path, keep: bool = False) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
 
 
+def check_writable(path: str | Path) -> None:
+    """Check that a file, or a folder if the name has no suffix, can be written; missing folders are created.
+
+    A small file is written beside it, as permissions alone do not say. Raises `WriteError`.
+    """
+    path = Path(path)
+    with _naming(path, "cannot be written", "nothing was done"):
+        if path.suffix and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = path.parent if path.suffix else path
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".fastdiff-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+        try:
+            os.close(os.open(temporary, _NEW, 0o666))
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
 def write_text(path: str | Path, text: str, keep: bool = False) -> None:
     """Write text to a file as `atomic_file` does, in UTF-8."""
     with atomic_file(path, keep) as file:

@@ -44,6 +44,8 @@ SHARDS = 50  # of a job at least, where its images are many enough
 # speed of the machine.
 REFUSED = {
     "start_index": "a job draws the images 0 to n - 1",
+    "index": "a job draws the images 0 to n - 1",
+    "indices": "a job draws the images 0 to n - 1",
     "noise": "it cannot be written to job.json",
     "image": "it cannot be written to job.json",
     "mask": "it cannot be written to job.json",

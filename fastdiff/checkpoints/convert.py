@@ -21,6 +21,12 @@ from fastdiff.errors import ConfigError
 from fastdiff.files import atomic_file
 from fastdiff.modes import plain_modes
 
+# Endings that promise a file of another kind; a folder of such a name would surprise. Names of folders may have dots.
+OTHER_ENDINGS = (
+    ".onnx", ".engine", ".plan", ".trt", ".pb", ".tflite", ".h5", ".hdf5", ".keras", ".mlmodel", ".mlpackage", ".gguf",
+    ".ggml", ".npz", ".npy", ".pkl", ".pickle", ".json", ".yaml", ".yml", ".zip", ".tar", ".gz", ".msgpack", ".pt2",
+    ".ptl", ".torchscript", ".xml", ".jit", ".so", ".txt", ".png", ".jpg",
+)  # fmt: skip
 FORMATS = ("diffusers", "safetensors", *layouts.LAYOUTS)
 
 
@@ -96,6 +102,11 @@ def _format(dst: Path, to: str | None) -> str:
     """Return the format ``to``, or the one that the name of ``dst`` implies; raise `ConfigError` if they conflict."""
     suffix = dst.suffix.lower()
     is_file = suffix in (".safetensors", *TORCH_SUFFIXES)
+    if suffix in OTHER_ENDINGS:
+        raise ConfigError(
+            f"{dst}: {suffix} files are not written; a file ends in .safetensors, .pt, .ckpt or .bin, and "
+            "another name is a folder's"
+        )
     if to is None and suffix in TORCH_SUFFIXES:
         raise ConfigError(f"{dst}: which tensors? Give the format, one of {', '.join(layouts.LAYOUTS)}")
     to = optional(text)("to", to, error=ConfigError) or ("safetensors" if is_file else "diffusers")

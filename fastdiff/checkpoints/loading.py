@@ -19,17 +19,18 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints import layouts, originals
+from fastdiff.checkpoints import layouts, originals, wrappers
 from fastdiff.checkpoints.reading import (
     TORCH_SUFFIXES,
     json_object,
+    listed_problems,
     read_json,
     read_safetensors,
     read_sharded,
@@ -50,9 +51,17 @@ log = logging.getLogger("fastdiff")
 NAMES_KEY = "_class_names"  # of a network's config.json: the name of each class, a key that diffusers ignores
 METADATA_KEY = "fastdiff"  # of a safetensors file's metadata: a JSON object that describes the model in the file
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OPTIONS = ("preset", "flags", "variant", "weights", "subfolder")  # of `load`
+CHECKPOINT = "checkpoint.safetensors"  # of a training, in its folder
 TORCH_WEIGHTS = "diffusion_pytorch_model.bin"
 BUILTIN = Path(__file__).parent.parent / "models"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OTHER_WEIGHTS = {  # by names of tensors
+    "LoRA weights, which are a change of another network's weights": r"\blora|lora_|\.hada_",
+    "the state of an optimizer": r"exp_avg|momentum_buffer",
+    "the weights of an autoencoder (VAE), not of a U-Net": r"^(encoder|decoder)\.|quant_conv",
+    "the weights of a text-conditioned U-Net, which fastdiff does not run": r"\.attn2\.|transformer_blocks",
+}
 # Earlier versions of diffusers named the projections of an attention so.
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -114,6 +123,7 @@ def load(
     flags: str | Mapping[str, Any] | None = None,
     variant: str | None = None,
     weights: str | None = None,
+    subfolder: str | None = None,
 ) -> Pretrained:
     """Load a model from a folder, a file, or by the name of a built-in model.
 
@@ -125,18 +135,20 @@ def load(
         flags: For such a file, in place of ``preset``: the flags of its training run, as a command line
             ("--image_size 64 --num_channels 192 ...") or a mapping.
         variant: For a folder: the variant of the weights, such as "fp16" or "ema" in diffusers.
-        weights: For a PyTorch file that holds several state dicts: the key or position of one. The default is the
-            averaged (EMA) weights.
+        weights: For weights of which a file holds several sets: the key, position or prefix of one; the message of an
+            ambiguous file lists them. The default is the averaged (EMA) weights.
+        subfolder: The folder below ``model`` that has the network, as in diffusers, such as "unet_ema"; a scheduler's
+            configuration is looked for in both.
 
     Returns:
         The model, with its network in float32 on the CPU.
 
     Raises:
-        CheckpointError: If a file cannot be read, or its tensors do not fit the network; the message names the file and
-            lists every mismatch.
+        CheckpointError: If a file cannot be read, or its tensors do not fit the network; the message names the file,
+            the number of mismatches, the likely cause and three of them.
         ConfigError: If a configuration, preset or flag is not supported; the message names the key.
     """
-    stored = read_model(model, preset=preset, flags=flags, variant=variant, weights=weights)
+    stored = read_model(model, preset=preset, flags=flags, variant=variant, weights=weights, subfolder=subfolder)
     schedule, prediction = None, None
     if stored.scheduler:
         with _naming(stored.scheduler_path or stored.path):
@@ -150,10 +162,24 @@ def load(
     return Pretrained(unet, schedule, prediction, config, stored.path, stored.class_names)
 
 
-def load_network(model: str | Path, **source: Any) -> UNet:
-    """Load the network alone; what its scheduler is does not matter. Arguments and errors are those of `load`."""
+def load_network(model: str | Path, torch_dtype: Any = None, **source: Any) -> UNet:
+    """Load the network alone, in float32 or ``torch_dtype``; other arguments and errors are those of `load`."""
+    check_options(source)
+    if torch_dtype is not None:
+        names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+        torch_dtype = names.get(torch_dtype, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
+        if torch_dtype not in FLOATS:
+            raise InvalidArgument(f"torch_dtype={shown(torch_dtype)} is unknown; allowed: {', '.join(names)}")
     stored = read_model(model, **source)
-    return build(stored.config, stored.tensors, stored.weights_path, stored.layout)
+    unet = build(stored.config, stored.tensors, stored.weights_path, stored.layout)
+    return unet if torch_dtype is None else unet.to(torch_dtype)
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Refuse options that `load` does not have, by name."""
+    if not given.keys() <= set(OPTIONS):
+        unknown = ", ".join(sorted(given.keys() - set(OPTIONS)))
+        raise InvalidArgument(f"from_pretrained has no option {unknown}; allowed besides: {', '.join(OPTIONS)}")
 
 
 def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
@@ -209,13 +235,14 @@ def read_model(
     flags: str | Mapping[str, Any] | None = None,
     variant: str | None = None,
     weights: str | None = None,
+    subfolder: str | None = None,
 ) -> StoredModel:
     """Read a model's files without building the network. Arguments and errors are those of `load`.
 
     Whether the tensors fit the network is not checked; `fit` does that.
     """
     path = Path(check_path("model", model))
-    for name, value in {"preset": preset, "variant": variant, "weights": weights}.items():
+    for name, value in {"preset": preset, "variant": variant, "weights": weights, "subfolder": subfolder}.items():
         optional(text)(name, value)
     if flags is not None and not isinstance(flags, (str, Mapping)):
         raise InvalidArgument(f"flags={shown(flags)}: a text, a mapping or None is needed")
@@ -227,15 +254,27 @@ def read_model(
             )
         path = BUILTIN / str(model)
     given: dict[str, Any] = {"preset": preset, "flags": flags, "variant": variant, "weights": weights}
-    is_torch = path.suffix.lower() in TORCH_SUFFIXES
-    applicable = ("variant",) if path.is_dir() else ("preset", "flags", *(("weights",) if is_torch else ()))
+    given["subfolder"] = subfolder
+    applicable = ("variant", "weights", "subfolder") if path.is_dir() else ("preset", "flags", "weights")
     for option, chosen in given.items():
         if chosen is not None and option not in applicable:
             kind = "a folder" if path.is_dir() else "a file of this kind"
             raise CheckpointError(f"{path}: {option}={shown(chosen)} does not apply to {kind}; leave it out")
     if path.is_dir():
-        return _read_folder(path, variant)
+        below = path / _checked_subfolder(path, subfolder)
+        return _read_folder(below, variant, weights, around=path)
     return _read_file(path, preset, flags, weights)
+
+
+def _checked_subfolder(path: Path, subfolder: str | None) -> str:
+    """Return the name of a folder that exists below ``path``, "" for none."""
+    if not subfolder:
+        return ""
+    parts = Path(subfolder).parts
+    if "\0" in subfolder or ".." in parts or Path(subfolder).is_absolute() or not (path / subfolder).is_dir():
+        found = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())[:20]) or "none"
+        raise CheckpointError(f"{path}: subfolder={shown(subfolder)} is no folder in it (found: {found})")
+    return subfolder
 
 
 def check_path(name: str, value: Any) -> str | os.PathLike[str]:
@@ -245,20 +284,64 @@ def check_path(name: str, value: Any) -> str | os.PathLike[str]:
     raise InvalidArgument(f"{name}={shown(value)}: a path is needed")
 
 
-def _read_folder(path: Path, variant: str | None) -> StoredModel:
-    folder = path / "unet" if (path / "unet" / "config.json").exists() else path
-    if not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{path}: no config.json and no unet/config.json; a diffusers model or pipeline folder is needed"
-        )
+def _read_folder(path: Path, variant: str | None, weights: str | None, around: Path | None = None) -> StoredModel:
+    """Read a folder; ``around`` is another one that may have the scheduler."""
+    result = _result_of_run(path, weights)
+    if result is not None:
+        return _read_file(result, None, None, weights) if result.is_file() else _read_folder(result, variant, weights)
+    folder, weights = _network_folder(path, weights)
     config = _unet_config(folder / "config.json")
     scheduler_path, scheduler = _scheduler_file(path)
-    tensors, weights_path = _read_weights(folder, variant)
+    if scheduler_path is None and around is not None:
+        scheduler_path, scheduler = _scheduler_file(around)
+    tensors, weights_path = _read_weights(folder, variant, weights)
     layout = "ddpm" if originals.layout_of(tensors) == "ddpm" else None  # diffusers 0.0.x used the names of DDPM
     with _naming(folder / "config.json"):
         names = _class_names(read_json(folder / "config.json").get(NAMES_KEY), config)
     return StoredModel(
         tensors, layout, config, scheduler, path, weights_path, class_names=names, scheduler_path=scheduler_path
+    )
+
+
+def _result_of_run(path: Path, weights: str | None) -> Path | None:
+    """Return what a run of `fastdiff train` has left in its folder, or None if the folder is of another kind.
+
+    That is the exported ``model``; before the end of the training, or of its continuation, or where ``weights`` asks
+    for a set of them, the checkpoint.
+    """
+    if any((path / name).exists() for name in ("config.json", "unet", "unet_ema")):
+        return None
+    checkpoint, model = path / CHECKPOINT, path / "model"
+    if not checkpoint.exists():
+        return model if (model / "unet" / "config.json").exists() or (model / "config.json").exists() else None
+    exported = model / "unet" / WEIGHTS
+    if weights is None and exported.exists() and exported.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns:
+        return model
+    if weights is None and exported.exists():
+        log.warning("%s: reads %s, which is newer than %s", path, CHECKPOINT, model)
+    return checkpoint
+
+
+def _network_folder(path: Path, weights: str | None) -> tuple[Path, str | None]:
+    """Return the folder with a network's config.json, and what is left of ``weights``.
+
+    A training checkpoint of diffusers' scripts has the weights in ``unet`` and their average in ``unet_ema``, which is
+    preferred; in a pipeline, which has a model_index.json, ``unet`` is what it uses.
+    """
+    both = [name for name in ("unet", "unet_ema") if (path / name / "config.json").exists()]
+    if both:
+        preferred = both[0] if (path / "model_index.json").exists() else both[-1]
+        if len(both) > 1 and weights not in both:
+            other = both[0] if preferred == both[-1] else both[-1]
+            log.warning("%s: reads the weights in %s; weights=%r reads the others", path, preferred, other)
+        return path / (weights if weights in both else preferred), None if weights in both else weights
+    if (path / "config.json").exists():
+        return path, weights
+    steps = sorted((p.name for p in path.glob("checkpoint-*") if p.is_dir()), key=lambda name: (len(name), name))
+    raise CheckpointError(
+        f"{path}: no config.json and no unet/config.json; a diffusers model or pipeline folder is needed"
+        + (f" (the last checkpoint of a training in it is {steps[-1]})" if steps else "")
+        + ("; the training in it has not written a checkpoint yet" if (path / "log.jsonl").exists() else "")
     )
 
 
@@ -312,7 +395,7 @@ def _pipeline_scheduler(folder: Path, named: str | None) -> str | None:
     return named
 
 
-def _read_weights(folder: Path, variant: str | None) -> tuple[dict[str, Tensor], Path]:
+def _read_weights(folder: Path, variant: str | None, weights: str | None) -> tuple[dict[str, Tensor], Path]:
     """Read the tensors of a folder, from safetensors, shards, or a PyTorch file, and return the file's path as well."""
     if variant is not None and re.fullmatch(r"[\w-]{1,60}", variant) is None:
         raise CheckpointError(f"{folder}: variant={shown(variant)}: a word such as fp16 is needed")
@@ -322,16 +405,16 @@ def _read_weights(folder: Path, variant: str | None) -> tuple[dict[str, Tensor],
         return folder / (name if variant is None else f"{head}.{variant}.{tail}")
 
     if named(WEIGHTS).exists():
-        return read_safetensors(named(WEIGHTS))[0], named(WEIGHTS)
+        return wrappers.choose(named(WEIGHTS), read_safetensors(named(WEIGHTS))[0], weights), named(WEIGHTS)
     head, _, tail = WEIGHTS.rpartition(".")
     indices = [named(f"{WEIGHTS}.index.json")]
     if variant is not None:  # newer versions of diffusers insert it before "safetensors"
         indices.append(folder / f"{head}.{variant}.{tail}.index.json")
     for index in indices:
         if index.exists():
-            return read_sharded(index), index
+            return wrappers.choose(index, read_sharded(index), weights), index
     if named(TORCH_WEIGHTS).exists():
-        return read_torch(named(TORCH_WEIGHTS)), named(TORCH_WEIGHTS)
+        return read_torch(named(TORCH_WEIGHTS), weights), named(TORCH_WEIGHTS)
     found = ", ".join(sorted(p.name for p in folder.iterdir()))
     raise CheckpointError(
         f"{folder}: no {named(WEIGHTS).name}, no index of shards of it, no {named(TORCH_WEIGHTS).name}; weights under "
@@ -347,10 +430,9 @@ def _read_file(
         tensors = read_torch(path, weights)
     else:
         tensors, metadata = read_safetensors(path)
-    if METADATA_KEY in metadata:
-        return _read_own(path, tensors, metadata[METADATA_KEY])
-    if all(name.startswith("model.") for name in tensors):  # EDMPrecond and similar modules wrap the network
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        if METADATA_KEY in metadata:
+            return _read_own(path, tensors, metadata[METADATA_KEY], weights)
+        tensors = wrappers.choose(path, tensors, weights)
     beside = path.parent / "config.json"
     if preset is None and flags is None and originals.layout_of(tensors) is None and beside.exists():
         scheduler_path, scheduler = _scheduler_file(path.parent)
@@ -363,7 +445,7 @@ def _read_file(
     return StoredModel(kept, original.layout, original.config, original.scheduler, path, path, original.left_out)
 
 
-def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> StoredModel:
+def _read_own(path: Path, tensors: dict[str, Tensor], text: str, weights: str | None) -> StoredModel:
     """Interpret a file by fastdiff's metadata ``text``: a training checkpoint, or a file that `convert` wrote."""
     info = json_object(f"{path}: its fastdiff metadata", text)
     missing = [key for key in ("unet", "scheduler") if key not in info]
@@ -376,8 +458,12 @@ def _read_own(path: Path, tensors: dict[str, Tensor], text: str) -> StoredModel:
         config = UNetConfig.from_dict(unet)
         check_config(scheduler)
         names = _class_names(info.get("class_names"), config)
+    if weights not in ((None, "ema", "model") if layout == "checkpoint" else (None,)):
+        holds = "'ema' and 'model'" if layout == "checkpoint" else "one set of weights only; leave it out"
+        raise CheckpointError(f"{path}: weights={weights!r}: this file holds {holds}")
     if layout == "checkpoint":
-        tensors = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        prefix = f"{weights or 'ema'}."
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     layout = layout if layout in layouts.LAYOUTS else None
     return StoredModel(tensors, layout, config, scheduler, path, path, class_names=names)
 
@@ -446,8 +532,9 @@ def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected, given twice, misshapen, not of a float type, or not finite;
-            the message lists every such tensor.
+            the message says how many are, the likely cause, and three of them.
     """
+    tensors = wrappers.choose(where, tensors)
     unet.load_state_dict(fit(unet, tensors, where, None, unet.conv_in.weight.dtype))
 
 
@@ -467,7 +554,7 @@ def fit(
     constant = {part.theirs for part in parts or () if not part.ours}
     problems = []
     given: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in (tensors if parts else _named(tensors, unet)).items():
         ours = name if parts is not None else _modern(name)
         if ours in given:
             problems.append(f"twice: {ours} (once as {name})")
@@ -491,8 +578,40 @@ def fit(
             elif name in constant and not fitted[name].eq(layouts.RESAMPLE_FILTER).all():
                 problems.append(f"value: {name} is not {layouts.RESAMPLE_FILTER} everywhere; other filters are refused")
     if problems:
-        raise CheckpointError(f"{where} does not fit this U-Net, {len(problems)} problems:\n  " + "\n  ".join(problems))
+        cause = _cause(given.keys(), shapes.keys(), problems)
+        raise CheckpointError(f"{where} does not fit this U-Net, {listed_problems(problems, cause)}")
     return fitted if parts is None else layouts.to_ours(parts, fitted, unet)
+
+
+def _named(tensors: Mapping[str, Tensor], unet: UNet) -> Mapping[str, Tensor]:
+    """Name a list of averaged parameters, whose names are their positions, in the order of diffusers' or our module."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+    if not all(name.isdecimal() for name in tensors) or len(tensors) != len(shapes):
+        return tensors
+    for order in (wrappers.parameter_order(shapes), list(shapes)):
+        if [tuple(tensor.shape) for tensor in tensors.values()] == [shapes[name] for name in order]:
+            return dict(zip(order, tensors.values(), strict=True))
+    return tensors
+
+
+def _cause(given: Set[str], needed: Set[str], problems: list[str]) -> str:
+    """Say what tensors that do not fit a network probably are, by their names; "" where that is unclear."""
+    kinds = {problem.partition(":")[0] for problem in problems}
+    for what, pattern in OTHER_WEIGHTS.items():
+        if any(re.search(pattern, name) for name in given - needed):
+            return what
+    both = len(given & needed)
+    if given and all(name.isdecimal() for name in given):
+        return f"a list of {len(given)} tensors without names, the config.json is of a network with {len(needed)}"
+    if not both:
+        return "the weights of another kind of network"
+    if kinds == {"shape"}:
+        return "the config.json is of a network with other widths (block_out_channels, in_channels, ...)"
+    if kinds == {"missing"}:
+        return "the file is incomplete, or the config.json is of a network with more blocks or layers"
+    if kinds == {"unexpected"}:
+        return "the config.json is of a network with fewer blocks or layers"
+    return "the config.json is of another network" if kinds & {"missing", "unexpected"} and len(problems) > 3 else ""
 
 
 def _modern(name: str) -> str:

@@ -8,12 +8,14 @@ alone, whose unpickler builds tensors and containers and refuses every other obj
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import io
 import math
 import os
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,13 +25,14 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fastdiff.checkpoints import wrappers
 from fastdiff.checks import is_whole
 from fastdiff.errors import CheckpointError
 from fastdiff.files import parse_json
 
 # A U-Net of 1,000 tensors (ADM's largest has 900) makes a training checkpoint of 5,000, with a header of 0.7 MB.
 MAX_HEADER = 4 << 20
-MAX_TENSORS = 1 << 14
+MAX_TENSORS = wrappers.MOST_TENSORS
 MAX_JSON = 1 << 20
 # A PyTorch archive has a pickle with names and shapes (about 40 opcodes a tensor), a record with the numbers of each
 # tensor, and a zip directory (about 100 bytes a tensor).
@@ -43,6 +46,7 @@ DTYPES = {  # in the order of the safetensors library, which writes the last one
     "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
     "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
+ZIP = b"PK\x03\x04"  # begins the files that torch.save writes
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -50,6 +54,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     """Read a JSON object from a file of at most ``limit`` bytes; a `CheckpointError` names the file."""
     with _open(path) as file:
         text = file.read(limit + 1)
+        _refuse_other_kind(path, text[:512], len(text) or 1)  # an empty text is no JSON
     if len(text) > limit:
         raise CheckpointError(f"{path}: JSON of more than {limit} bytes is refused")
     return json_object(path, text)
@@ -86,6 +91,30 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path}: changed while it was read; load it again when nothing writes to it")
 
 
+def _refuse_other_kind(path: Path, head: bytes, size: int) -> None:
+    """Name what lies in the place of weights, or of a configuration, where a download went wrong.
+
+    ``head`` is the beginning of the file of ``size`` bytes.
+    """
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if size == 0:
+        raise CheckpointError(f"{path}: an empty file; download or copy it again")
+    if text.startswith((b"version https://git-lfs", b"version https://hawser")):
+        named = re.search(rb"size (\d{1,15})", head)
+        real = f", which has {int(named[1])} bytes" if named else ""
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer of {size} bytes, not the file itself{real}; `git lfs pull` in its repository "
+            "downloads it"
+        )
+    if text.startswith((b"/annex/", b"../.git/annex", b".git/annex")):
+        raise CheckpointError(f"{path}: a git-annex pointer, not the file itself; `git annex get` downloads it")
+    if re.match(rb"(<!doctype html|<html|<head|<\?xml|<!--)", text):
+        raise CheckpointError(
+            f"{path}: an HTML or XML page of {size} bytes, such as one that asks to sign in or reports an error, not "
+            "the file itself; download it again, and look at the address"
+        )
+
+
 # safetensors ----------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +123,15 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     path = Path(path)
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
+        head = file.read(512)
+        _refuse_other_kind(path, head, size)
+        if head.startswith(ZIP):
+            raise CheckpointError(
+                f"{path}: a file that torch.save wrote, or another zip archive, under the name of a safetensors file; "
+                f"rename it to end in one of {', '.join(TORCH_SUFFIXES)}"
+            )
+        start = head[:8]
+        file.seek(8)
         if len(start) < 8:
             raise CheckpointError(f"{path}: {size} bytes; too short for a safetensors file")
         (length,) = struct.unpack("<Q", start)
@@ -198,10 +235,23 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
         problems += [f"unexpected: {name} in {shard}" for name in sorted(given.keys() - listed)]
         tensors.update(given)
     if problems:
-        raise CheckpointError(
-            f"{index} does not describe its shards, {len(problems)} problems:\n  " + "\n  ".join(problems)
-        )
+        raise CheckpointError(f"{index} does not describe its shards, {listed_problems(problems)}")
     return tensors
+
+
+def listed_problems(problems: list[str], cause: str = "") -> str:
+    """Format problems for a message: how many of each kind, the likely cause, and three examples, or one of each kind.
+
+    Every problem begins with its kind and a colon.
+    """
+    kinds = collections.Counter(problem.partition(":")[0] for problem in problems)
+    first = {problem.partition(":")[0]: problem for problem in reversed(problems)}
+    examples = [*(first[kind] for kind in kinds), *(p for p in problems if p not in first.values())]
+    examples = examples[: max(3, len(first))]
+    left = len(problems) - len(examples)
+    counts = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if left else ""
+    lines = [f"likely cause: {cause}"] * bool(cause) + examples + [f"and {left} more"] * bool(left)
+    return f"{len(problems)} problems{counts}:\n  " + "\n  ".join(lines)
 
 
 # PyTorch's files ------------------------------------------------------------------------------------------------------
@@ -210,16 +260,16 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
 def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     """Read a state dict from a file that ``torch.save`` wrote. Code in the file is refused and never run.
 
-    A file may hold several state dicts: in a dict ("model", "ema", ...), or in the list that ermongroup's trainer saves
-    (model, optimizer, epoch, step, EMA). ``entry`` chooses one by its key or position; None chooses the averaged
-    weights if there is exactly one such entry, else the only entry. The prefix "module." of data-parallel training is
-    removed.
+    A file may hold several sets of weights, in dictionaries, lists, or below prefixes; ``entry`` chooses one, as
+    `fastdiff.checkpoints.wrappers.choose` says.
 
     Raises `CheckpointError` if the file is damaged, or if the choice is ambiguous; the message lists the entries.
     """
     try:
         with _open(path) as file:
-            zipped = file.read(4) == b"PK\x03\x04"
+            head = file.read(512)
+            _refuse_other_kind(path, head, os.fstat(file.fileno()).st_size)
+            zipped = head.startswith(ZIP)
             if zipped:  # before memory is taken for the file
                 _records(path, file, os.fstat(file.fileno()).st_size)
             file.seek(0)
@@ -238,7 +288,7 @@ def read_torch(path: Path, entry: str | None = None) -> dict[str, Tensor]:
             f"{path}: damaged, or more than tensors in dicts and lists; pickles that would run code are refused, and "
             f"nothing in it was run ({reason})"
         ) from e
-    state = _entry(path, value, entry)
+    state = wrappers.choose(path, value, entry)
     # An expanded view (stride 0) of a few bytes can have a shape of terabytes.
     larger = [k for k, v in state.items() if v.layout == torch.strided and v.nbytes > v.untyped_storage().nbytes()]
     if larger:
@@ -315,44 +365,6 @@ def _directory_bytes(file: BinaryIO, size: int) -> int | None:
             return None
         directory, offset = struct.unpack("<2Q", record[40:56])
     return directory if offset + directory == begin else None
-
-
-def _entry(path: Path, value: Any, entry: str | None) -> dict[str, Tensor]:
-    """Choose a state dict of an unpickled file, as `read_torch` says."""
-    if _is_state_dict(value):
-        if entry is not None:
-            raise CheckpointError(f"{path}: weights={entry!r}: this file holds one set of weights only; leave it out")
-        return _unwrapped(value)
-    pairs = (
-        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    )
-    found = {str(k): v for k, v in pairs if _is_state_dict(v)}
-    known = ", ".join(repr(k[:80]) for k in list(found)[:20]) or "none"
-    if entry is not None:
-        if entry not in found:
-            raise CheckpointError(f"{path}: weights={entry!r} is no set of weights in this file; it holds {known}")
-        return _unwrapped(found[entry])
-    averaged = [k for k in found if "ema" in k.lower()]
-    if isinstance(value, (list, tuple)) and len(found) == 2:
-        averaged = [list(found)[1]]  # ermongroup's list: the model, later its average
-    chosen = averaged if averaged else list(found)
-    if len(chosen) != 1:
-        raise CheckpointError(f"{path}: which weights? Name one with weights=; the file holds {known}")
-    return _unwrapped(found[chosen[0]])
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and 0 < len(value) <= MAX_TENSORS
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-    )
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix "module.", and the parameters' gradients."""
-    prefix = "module." if all(k.startswith("module.") for k in state) else ""
-    return {k.removeprefix(prefix): v.detach() for k, v in state.items()}
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -25,6 +25,7 @@ from fastdiff.cli.options import (
     StepsOption,
     VarianceOption,
     read_labels,
+    read_numbers,
     read_size,
 )
 from fastdiff.errors import InvalidArgument, printable
@@ -65,6 +66,9 @@ def sample(
     guidance: GuidanceOption = 1.0,
     seed: Annotated[int, typer.Option(help="Image i depends only on (seed, i).")] = 0,
     start_index: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
+    index: Annotated[
+        str | None, typer.Option(help="These images of the seed, as 3,17, instead of --n and --start-index.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Height and width, as 32 or 24x40 (default: the model's).")] = None,
     batch_size: BatchSizeOption = None,
     backend: BackendOption = "auto",
@@ -113,20 +117,28 @@ def sample(
     """
     from fastdiff import Sampler
     from fastdiff.data.pictures import animate as write_animation
-    from fastdiff.data.pictures import grid
+    from fastdiff.data.pictures import check_picture, grid
     from fastdiff.sampler.options import Options
 
     given = locals()
     options = {name: given[flag.removeprefix("--").replace("-", "_")] for name, flag in Options.flags().items()}
     _check_files(out, animate, image, mask)
     options["size"] = None if size is None else read_size(size)
+    if index is not None:
+        options["index"] = read_numbers("--index", index)
+        n = len(options["index"])
     sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
+    for path in (out, animate):
+        if path is not None and path.suffix.lower() != ".npz":
+            check_picture(sampler.info.channels, path)
     n, options["labels"] = _labels(sampler, n, options["size"], per_class, labels)
     options |= _pictures(sampler, n, options["size"], image, mask)
     frames = []
 
     def keep(event: Event) -> None:
-        if event.indices.start == start_index:  # the animation shows the first batch
+        if event.indices[0] == (
+            start_index if index is None else options["index"][0]
+        ):  # the animation shows the first batch
             frames.append(grid(event.x, per_class))
 
     progress = sys.stderr.isatty() and not as_json
@@ -151,6 +163,7 @@ def sample(
 def _check_files(out: Path, animate: Path | None, image: Path | None, mask: Path | None) -> None:
     """Check the files, and make the folders of the written ones, before any work is done."""
     from fastdiff.data.pictures import PICTURES
+    from fastdiff.files import check_writable
 
     suffixes = (*PICTURES, ".npz")
     if out.suffix.lower() not in (*suffixes, ""):
@@ -159,7 +172,7 @@ def _check_files(out: Path, animate: Path | None, image: Path | None, mask: Path
         raise InvalidArgument(f"--animate {animate}: a .gif or .webp file is needed")
     for path in (out, animate):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
     for path in (image, mask):
         if path is not None and not path.is_file():
             raise InvalidArgument(f"{path}: no such file")

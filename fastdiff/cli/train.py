@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,11 +70,17 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="A U-Net config.json (diffusers keys); replaces the network options below.")
     ] = None,
-    channels: Annotated[str, typer.Option(help="Channels at each resolution.")] = "64,128,256",
+    channels: Annotated[
+        str | None,
+        typer.Option(help="Channels at each resolution (default: 64,128,256; of images above 64, more resolutions)."),
+    ] = None,
     layers: Annotated[int, typer.Option(help="Residual blocks per resolution.")] = 2,
     attention: Annotated[
-        str, typer.Option(help="Feature-map heights that get attention, as 16,8; empty for none.")
-    ] = "16",
+        str | None,
+        typer.Option(
+            help="Feature-map heights that get attention, as 16,8; empty for none (default: the largest up to 16)."
+        ),
+    ] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of an attention head (default: one head).")] = None,
     groups: Annotated[int, typer.Option(help="Groups of GroupNorm.")] = 32,
     dropout: Annotated[float, typer.Option(help="Dropout in the residual blocks.")] = 0.0,
@@ -101,6 +111,9 @@ def train(
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights, order and noise.")] = 0,
+    accept_changes: Annotated[
+        bool, typer.Option(help="Resume with another learning rate, batch size or the like than the run began with.")
+    ] = False,
     log_every: Annotated[int, typer.Option(help="Updates between lines of log.jsonl.")] = 50,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 1000,
     sample_every: Annotated[int, typer.Option(help="Updates between sample grids; 0 for none.")] = 1000,
@@ -166,9 +179,9 @@ def train(
     else:
         if unet_config is None:
             unet_config = _network(
-                images, read_numbers("--channels", channels), layers,
-                read_numbers("--attention", attention) if attention else [], head_dim, groups, dropout, scale_shift,
-                class_image, unconditional,
+                images, None if channels is None else read_numbers("--channels", channels), layers,
+                [] if attention == "" else None if attention is None else read_numbers("--attention", attention),
+                head_dim, groups, dropout, scale_shift, class_image, unconditional,
             )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -183,7 +196,14 @@ def train(
         print("\n".join(_lines(summary)), file=sys.stderr, flush=True)
 
     started = time.perf_counter()
-    trainer.fit(begin)
+    with _stopping(trainer) as received:
+        trainer.fit(begin, accept_changes)
+    if trainer.step < settings.steps:
+        if trainer.rank == 0:
+            saved = f"step {trainer.step} of {settings.steps} is saved in {printable(trainer.checkpoint_path)}"
+            text = f"{saved}; the same command goes on from there, and `fastdiff sample {printable(out)}` draws from it"
+            print("stopped:", text if trainer.step else "nothing was trained yet", file=sys.stderr, flush=True)
+        raise typer.Exit(128 + (received or [signal.SIGTERM])[0])
     if trainer.rank == 0:
         seconds = time.perf_counter() - started
         parameters = sum(p.numel() for p in unet.parameters())
@@ -195,6 +215,38 @@ def train(
             "summary": summary,
         }
         print(json.dumps(result) if as_json else f"{printable(out / 'model')}: step {trainer.step}, {seconds:.0f} s")
+
+
+@contextlib.contextmanager
+def _stopping(trainer: Trainer) -> Iterator[list[int]]:
+    """Let the first Ctrl-C or SIGTERM stop the training with a checkpoint; a second one acts as usual, at once.
+
+    Yields the numbers of the signals that have come.
+    """
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        trainer.stop()
+        restore()
+        text = "\nstopping after this update and saving; once more ends at once, without saving\n"
+        os.write(2, text.encode())  # a print could meet itself half-way in the interrupted code
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield received
+        return
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup and the like keep their meaning
+            signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        restore()
 
 
 def _summary(trainer: Trainer, data: Path, initial_names: tuple[str, ...] | None) -> dict[str, Any]:
@@ -269,14 +321,31 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+MAX_ATTENTION = 16  # height of the largest map that gets attention by default: its cost grows with the fourth power
+
+
+def _channels(size: tuple[int, int]) -> list[int]:
+    """Return the default channels: three resolutions, and more for images above 64, down to maps of 8 to 16."""
+    channels = [64, 128, 256]
+    halvings = len(channels) - 1
+    while min(size) >> halvings > MAX_ATTENTION and not any(side % (2 << halvings) for side in size):
+        halvings += 1
+        channels.insert(1, 128)
+    return channels
+
+
 def _network(
-    data: ImageData, channels: list[int], layers: int, attention: list[int], head_dim: int | None, groups: int,
-    dropout: float, scale_shift: bool, class_image: str | None, unconditional: bool,
+    data: ImageData, channels: list[int] | None, layers: int, attention: list[int] | None, head_dim: int | None,
+    groups: int, dropout: float, scale_shift: bool, class_image: str | None, unconditional: bool,
 ) -> UNetConfig:  # fmt: skip
     """Return the configuration of the U-Net that the options describe, for this data."""
     from fastdiff import UNetConfig
 
+    if channels is None:
+        channels = _channels(data.size)
     heights = [data.size[0] >> level for level in range(len(channels))]
+    if attention is None:
+        attention = [height for height in heights if height <= MAX_ATTENTION][:1]
     unknown = sorted(set(attention) - set(heights))
     if unknown:
         raise InvalidArgument(f"--attention {unknown[0]}: the feature maps are {', '.join(map(str, heights))} high")

@@ -26,6 +26,7 @@ import torch
 from PIL import ImageFile
 from torch.utils.data import Dataset
 
+from fastdiff import memory
 from fastdiff.checks import is_whole, one_of, whole
 from fastdiff.data.arrays import BLOCK, LAYOUTS, Arrays, check_bytes, read_idx, read_npz
 from fastdiff.data.doubts import (
@@ -63,6 +64,7 @@ log = logging.getLogger("fastdiff")
 
 # Images that are decoded when data are opened: at most so many, and of so many pixels together, which take a second.
 LOOKS, LOOK_PIXELS, MIN_LOOKS = 4096, 1 << 26, 16
+SHARE_DECODED = 0.25  # of the free memory, for decoded images that are kept
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -349,6 +351,8 @@ class ArrayData(ImageData):
 class FolderData(ImageData):
     """Image files in a folder, decoded on request by a pool of threads.
 
+    Decoded images are kept, at the size of the data set, in at most a quarter of the memory that is free now.
+
     Opening the data reads all headers, and decodes as many images, evenly spread, as about a second allows: all of
     them in a small folder. What is unreadable is left out. A file that later turns out to be unreadable is replaced by
     the next readable one, in the order of ``files``, cyclically, so that an index gives the same image in every run;
@@ -426,6 +430,9 @@ class FolderData(ImageData):
         self.doubts = (*header_doubts(heads, reading, channels), *self.look.doubts(reading), *doubts)
         self.facts, self.options = [*header_facts(heads, self.size, fit), *scan.facts()], options_of(reading, fit)
         self._bad: set[int] = set()
+        self._decoded: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}  # with the state of the file
+        bytes_of_image = self.channels * math.prod(self.size)
+        self._room = int((memory.free() or 0) * SHARE_DECODED) // bytes_of_image
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._pool_owner = 0
@@ -501,6 +508,18 @@ class FolderData(ImageData):
         raise DataError(f"{self.root}: none of {len(self.files)} images can be decoded; the last was {self.files[at]}")
 
     def _decode(self, at: int) -> np.ndarray:
+        """Return an image's pixels, which are kept while there is room, and as long as the file does not change."""
+        found = os.stat(self.files[at])
+        file = (found.st_size, found.st_mtime_ns, found.st_ino)
+        kept = self._decoded.get(at)
+        if kept is not None and kept[0] == file:
+            return kept[1]
+        pixels = self._decode_file(at)
+        if kept is not None or len(self._decoded) < self._room:
+            self._decoded[at] = file, pixels
+        return pixels
+
+    def _decode_file(self, at: int) -> np.ndarray:
         with open_image(self.files[at]) as image:
             seek(image, self._frames[at])
             pixels = pixels_of(image, self.reading)
@@ -515,10 +534,10 @@ class FolderData(ImageData):
             return self._pool
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_pool")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_pool", "_decoded")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _pool=None)
+        self.__dict__.update(state, _lock=threading.Lock(), _pool=None, _decoded={})
 
 
 _KINDS = {"folder": "a folder", "npz": "an .npz file", "idx": "an IDX file"}

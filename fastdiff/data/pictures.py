@@ -1,6 +1,6 @@
 """Conversion of image tensors into pictures: PIL images, grids, files and animations.
 
-Images are tensors [n, C, H, W] with values in [-1, 1], gray (C = 1) or RGB (C = 3).
+Images are tensors [n, C, H, W] with values in [-1, 1], gray (C = 1) or RGB (C = 3), or with an alpha channel (2 or 4).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.files import atomic_file
 
 BLOCK = 1 << 22  # numbers that are converted at a time, which takes several times their memory
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of a picture, by its channels
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -48,10 +49,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         images: Images [n, C, H, W] in [-1, 1].
 
     Returns:
-        One PIL image for each image, in mode "L" for one channel and "RGB" for three.
+        One PIL image for each image, in mode "L", "LA", "RGB" or "RGBA" for one to four channels.
 
     Raises:
-        InvalidArgument: If the images have neither one nor three channels.
+        InvalidArgument: If the images have more channels.
     """
     return [_pil(array) for array in to_uint8(images)]
 
@@ -65,11 +66,11 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Image.
         padding: Pixels between the images and around them, at least 0.
 
     Returns:
-        The picture, in mode "L" for one channel and "RGB" for three.
+        The picture, in mode "L", "LA", "RGB" or "RGBA" for one to four channels.
 
     Raises:
-        InvalidArgument: If there are no images, ``columns`` or ``padding`` is too small, or the images have neither
-            one nor three channels.
+        InvalidArgument: If there are no images, ``columns`` or ``padding`` is too small, or the images have more than
+            four channels.
     """
     array = to_uint8(images)
     n, height, width, channels = array.shape
@@ -89,9 +90,33 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Image.
 
 
 def _pil(array: NDArray[np.uint8]) -> Image.Image:
-    if array.shape[-1] not in (1, 3):
-        raise InvalidArgument(f"images of {array.shape[-1]} channels are not pictures; 1 (gray) or 3 (RGB) are")
+    check_picture(array.shape[-1])
     return Image.fromarray(array[:, :, 0] if array.shape[-1] == 1 else array)
+
+
+def check_picture(channels: int, path: str | Path = "a.png") -> None:
+    """Raise `InvalidArgument` where images of so many channels cannot be written to a picture of this name."""
+    if channels not in MODES:
+        raise InvalidArgument(
+            f"images of {channels} channels are not pictures; 1 (gray) or 3 (RGB), and one more with alpha, are. An "
+            ".npz file holds any"
+        )
+    if channels in (2, 4) and Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        raise InvalidArgument(f"{path}: a JPEG file has no alpha channel, the images have one; .png and .webp have it")
+
+
+def png(picture: Image.Image) -> bytes:
+    """Encode a picture as PNG.
+
+    Args:
+        picture: The picture.
+
+    Returns:
+        The bytes of the file.
+    """
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
@@ -135,6 +160,9 @@ def animate(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.
 
 
 def _write(picture: Image.Image, path: str | Path, **options: Any) -> None:
+    check_picture(len(picture.getbands()), path)
+    if picture.mode == "LA" and Path(path).suffix.lower() != ".png":
+        picture = picture.convert("RGBA")
     # Encoded in memory first: Pillow's errors of writing do not say what the system's are.
     encoded = io.BytesIO()
     picture.save(encoded, Image.registered_extensions()[Path(path).suffix.lower()], **options)

@@ -38,7 +38,10 @@ log = logging.getLogger("fastdiff")
 PART = 500  # images in a file
 SETTINGS = "settings.json"
 # Options of `Sampler.sample` that cannot be written to settings.json, or that this module sets itself.
-REFUSED = ("noise", "image", "mask", "strength", "repaint", "guide", "guide_through", "start_index", "callback")
+REFUSED = (
+    "noise", "image", "mask", "strength", "repaint", "guide", "guide_through", "start_index", "index", "indices",
+    "callback",
+)  # fmt: skip
 
 
 def draw(

@@ -212,7 +212,10 @@ def frechet_interval(generated: Tensor, reference: Reference) -> Estimate:
         covariances.append(((share * (y.T @ y) - torch.diag(s)) * weight).flatten().float())
         means.append(share * x.sum(0))
     k, m = torch.stack(covariances), torch.stack(means)
-    return _positive_interval(value, _deviation(torch.stack(linear), (k @ k.T).double() + 2 * m @ m.T))
+    # The distance is a difference of such numbers, whose rounding it has: where it is no larger, it may be 0.
+    rounding = 1e-13 * float(mine.root.square().sum() + other.root.square().sum() + mine.mean.square().sum())
+    deviation = _deviation(torch.stack(linear), (k @ k.T).double() + 2 * m @ m.T)
+    return _positive_interval(value if value > rounding else 0.0, deviation, rounding)
 
 
 def _frechet(a: Moments, b: Moments) -> tuple[float, Tensor, Tensor]:
@@ -483,10 +486,10 @@ def _deviation(linear: Tensor, pairs: Tensor) -> float:
     return torch.maximum(first - second, first / 2).sqrt().item()
 
 
-def _positive_interval(value: float, deviation: float) -> Estimate:
+def _positive_interval(value: float, deviation: float, rounding: float) -> Estimate:
     """Compute value exp(+- T deviation / value), for a distance that is never negative and skewed near 0."""
     if value <= 0.0 or math.isinf(deviation):
-        return Estimate(value, 0.0, T * deviation)
+        return Estimate(value, 0.0, max(T * deviation, rounding))
     factor = math.exp(min(T * deviation / value, 700.0))
     return Estimate(value, value / factor, value * factor)
 

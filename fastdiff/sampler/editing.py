@@ -7,19 +7,23 @@ functions of a `State` for each image by itself, so an image does not depend on 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fastdiff.core import noise, update
 from fastdiff.core.state import State
+from fastdiff.data import pictures
+from fastdiff.data.pixels import convert, pixels_of, why
 from fastdiff.errors import CallbackError, InvalidArgument
 from fastdiff.modes import plain_modes
 
-Guide = Callable[[Tensor, range], Tensor]
+Guide = Callable[[Tensor, Sequence[int]], Tensor]
 """log p(y | x0) of each image: (x0 [n, C, H, W] in the data's units, their global indices) -> [n], differentiable."""
 
 THROUGH = ("x0", "network")
@@ -69,7 +73,7 @@ class Inpainting:
         state.x = torch.where(self.anew, state.x, known)
 
 
-def guide(state: State, log_p: Guide, indices: range, x0_of: Tensor | None, row: int, rows: int) -> None:
+def guide(state: State, log_p: Guide, indices: Sequence[int], x0_of: Tensor | None, row: int, rows: int) -> None:
     """Change ``state.out`` by classifier guidance (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2).
 
     With g the gradient of log p(y | x0) by x_t, a = sqrt(abar) and s = sqrt(1 - abar),
@@ -152,6 +156,73 @@ def check_dense(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.device.type == "meta":
         kind = "on the device meta" if tensor.device.type == "meta" else f"of layout {tensor.layout}"
         raise InvalidArgument(f"{name} is a tensor {kind}; a plain (strided) tensor of numbers is needed")
+
+
+def as_image(image: Any, channels: int) -> Any:
+    """Return pictures of PIL, or uint8 arrays [H, W], [H, W, C] or [n, H, W, C], as floats [n, C, H, W] in [-1, 1].
+
+    They are converted to the channels of the network's images. Other arrays become tensors, and anything else is
+    returned as it is, for `check_image`.
+    """
+    if isinstance(image, Image.Image) or _are(image, Image.Image):
+        arrays = [_bytes_of(picture, channels) for picture in ([image] if isinstance(image, Image.Image) else image)]
+    elif (isinstance(image, np.ndarray) and image.dtype == np.uint8) or _are(image, np.ndarray):
+        given = image if isinstance(image, (list, tuple)) else [image] if image.ndim < 4 else image
+        arrays = [array[..., None] if array.ndim == 2 else array for array in given]
+        if any(a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] not in (1, 3, channels) for a in arrays):
+            shapes = ", ".join(str(a.shape) for a in list(given)[:3])
+            raise InvalidArgument(
+                f"image has arrays {shapes}; uint8 [H, W], [H, W, 1 or 3] or [H, W, {channels}] are needed, or a "
+                "tensor of floats in [-1, 1]"
+            )
+        arrays = [a if a.shape[-1] == channels else _converted(a, channels) for a in arrays]
+    elif isinstance(image, np.ndarray):
+        return _tensor("image", image)
+    else:
+        return image
+    if len({array.shape for array in arrays}) != 1:
+        raise InvalidArgument(f"image has {len(arrays)} pictures of several sizes; resize them to one")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def as_mask(mask: Any) -> Any:
+    """Return a picture of PIL or an array as a tensor of 0 and 1, where it is light, for `check_mask`."""
+    if isinstance(mask, Image.Image):
+        return torch.from_numpy(np.array(mask.convert("L")) > 127)
+    if not isinstance(mask, np.ndarray):
+        return mask
+    if mask.dtype == np.uint8 and mask.size and mask.max() > 1:
+        mask = mask > 127
+    return _tensor("mask", mask)
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, (list, tuple)) and len(values) > 0 and all(isinstance(v, kind) for v in values)
+
+
+def _bytes_of(picture: Image.Image, channels: int) -> NDArray[np.uint8]:
+    """Return a picture's pixels [H, W, C], its alpha only where the network's images have one."""
+    try:
+        if channels in (2, 4):
+            return np.array(picture.convert(pictures.MODES[channels]))
+        return _converted(pixels_of(picture), channels)
+    except InvalidArgument:
+        raise
+    except Exception as e:  # a picture is decoded when it is first used, and decoders raise anything
+        raise InvalidArgument(f"image cannot be read: {why(e).splitlines()[0]}") from e
+
+
+def _converted(pixels: NDArray[Any], channels: int) -> NDArray[np.uint8]:
+    if channels not in (1, 3):
+        raise InvalidArgument(f"image is a picture, but the network's images have {channels} channels; give a tensor")
+    return convert(pixels[None], channels)[0]
+
+
+def _tensor(name: str, array: NDArray[Any]) -> Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except (TypeError, ValueError) as e:
+        raise InvalidArgument(f"{name} is an array of {array.dtype}; numbers are needed") from e
 
 
 def check_image(image: Any, n: int, channels: int) -> Tensor:

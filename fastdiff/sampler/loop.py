@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -96,7 +96,7 @@ class Loop:
 
     def _output(self, r: Request, images: Tensor) -> SampleOutput:
         """Return the images of all chunks, and raise if they are not finite, or too large."""
-        output = SampleOutput(images, r.seed, r.start_index, r.table, r.nfe, r.labels, r.class_names)
+        output = SampleOutput(images, r.seed, r.index[0], r.table, r.nfe, r.labels, r.class_names, r.index)
         _check_numbers(output, self._runners.dtype)
         return output
 
@@ -104,7 +104,10 @@ class Loop:
         """Run the request's first chunk, and return the seconds of its slowest row; the first one is not counted."""
         k = r.batch_size
         labels, image, mask = (None if whole is None else whole[:k] for whole in (r.labels, r.image, r.mask))
-        first = dataclasses.replace(r, n=k, guidance=r.guidance[:k], noise=None, labels=labels, image=image, mask=mask)
+        first = dataclasses.replace(
+            r, n=k, index=r.index[:k], seed=r.seed if isinstance(r.seed, int) else r.seed[:k], guidance=r.guidance[:k],
+            noise=None, labels=labels, image=image, mask=mask,
+        )  # fmt: skip
         ends = [time.perf_counter() for _ in self.rows(first, preview=lambda _: False)]
         if len(ends) < len(r.table):
             raise Cancelled("cancelled before the first image")
@@ -215,7 +218,7 @@ def _check_numbers(output: SampleOutput, dtype: torch.dtype) -> None:
         return
     for bad, what in ((~torch.isfinite(size), "became NaN or infinite"), (size > MOST, "grew beyond any image")):
         if bad.any():
-            where = tuple(output.start_index + int(i) for i in torch.nonzero(bad)[:, 0])
+            where = tuple(output.indices[int(i)] for i in torch.nonzero(bad)[:, 0])
             reach = f", to {float(size[bad].max()):.3g}" if torch.isfinite(size[bad]).all() else ""
             raise NumericsError(
                 f"{len(where)} of {len(size)} images {what}{reach} in {dtype} (index "
@@ -224,7 +227,7 @@ def _check_numbers(output: SampleOutput, dtype: torch.dtype) -> None:
                 where,
                 output,
             )
-    indices = [output.start_index + int(i) for i in torch.nonzero(large)[:20, 0]]
+    indices = [output.indices[int(i)] for i in torch.nonzero(large)[:20, 0]]
     log.warning("images %s have values up to %.3g; images of [-1, 1] need clip=", indices, float(size.max()))
 
 
@@ -267,7 +270,7 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
     A short last chunk is padded with images that stay idle, so that no other batch size needs a runner.
     """
     indices, pad = r.indices(chunk), r.batch_size - len(chunk)
-    index = [*indices, *[0] * pad]
+    index, seeds = [*indices, *[0] * pad], [*r.seeds(chunk), *[0] * pad]
 
     def padded(z: object) -> Tensor:
         if not isinstance(z, Tensor) or tuple(z.shape) != (len(chunk), *r.shape):
@@ -288,7 +291,8 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
         x = padded(drawn)
     else:
         i = torch.tensor(index, dtype=torch.int64, device=device)
-        x = noise.normal(torch.full_like(i, noise.as_int64(r.seed)), i, torch.zeros_like(i), noise.INITIAL, r.shape)
+        s = torch.tensor([noise.as_int64(seed) for seed in seeds], dtype=torch.int64, device=device)
+        x = noise.normal(s, i, torch.zeros_like(i), noise.INITIAL, r.shape)
     first = r.table.rows[0].abar
     if image is not None and r.from_image:
         x = editing.noised(image, first, r.table.data_scale, x if first < 1.0 else None)
@@ -300,7 +304,7 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
     state = State.create(
         x,
         TableBank([r.table], device),
-        seed=r.seed,
+        seed=seeds,
         index=index,
         label=label,
         guidance=[*r.guidance[chunk.start : chunk.stop], *[1.0] * pad],
@@ -314,7 +318,7 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
     return state, inpainting
 
 
-def _noise(source: NoiseSource, row: int | None, indices: range) -> Tensor:
+def _noise(source: NoiseSource, row: int | None, indices: Sequence[int]) -> Tensor:
     """Call the caller's source of noise; what it raises is a `CallbackError`."""
     try:
         return source(row, indices)

@@ -29,7 +29,7 @@ from fastdiff.unet import UNet
 MAX_SCALES = 1 << 20
 STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
 
-NoiseSource = Callable[[int | None, range], Tensor]
+NoiseSource = Callable[[int | None, Sequence[int]], Tensor]
 """Function (row, indices) -> noise [len(indices), C, H, W]; row is None for the initial noise."""
 
 # What can exclude an option:
@@ -114,8 +114,10 @@ class Options:
         None, "--spacing", TABLE, DEADLINE, MEASURED, check=optional(check_spacing)
     )
     clip: float | str | None = option(FROM_MODEL, None, TABLE, MEASURED, check=_clip)
-    seed: int | None = option(0, "--seed")
-    start_index: int = option(0, "--start-index")
+    seed: int | Sequence[int] | None = option(0, "--seed")
+    start_index: int | Sequence[int] = option(0, "--start-index")
+    index: Sequence[int] | None = option(None, "--index")
+    indices: Sequence[int] | None = option(None)
     labels: int | str | Sequence[int | str] | Tensor | None = option(None, "--labels")
     guidance: float | Sequence[float] = option(1.0, "--guidance")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), None, MEASURED, check=_interval)
@@ -123,11 +125,11 @@ class Options:
     size: int | tuple[int, int] | None = option(None, "--size")
     noise: Tensor | NoiseSource | None = option(None)
     batch_size: int | None = option(None, "--batch-size")
-    image: Tensor | None = option(None, "--image", MEASURED)
+    image: Any = option(None, "--image", MEASURED)
     strength: float | None = option(
         None, "--strength", check=optional(partial(number, above=0, high=1, need="a number above 0, at most 1,"))
     )
-    mask: Tensor | None = option(None, "--mask", MEASURED)
+    mask: Any = option(None, "--mask", MEASURED)
     repaint: tuple[int, int] | None = option(None, None, DEADLINE, MEASURED)
     guide: Guide | None = option(None, None, DEADLINE, MEASURED)
     guide_through: str = option("x0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ class Request:
     """A checked call of `Sampler.sample`. Tensors are on the CPU."""
 
     n: int  # number of images
-    seed: int
-    start_index: int  # global index of the first image
+    seed: int | tuple[int, ...]  # of all images, or of each one
+    index: Sequence[int]  # global index of each image; a range unless the caller chose them
     shape: tuple[int, int, int]  # (C, H, W) of an image
     table: StepTable
     nfe: int  # network evaluations per image
@@ -60,9 +60,13 @@ class Request:
         """The positions 0 to n - 1, in ranges of at most ``batch_size``."""
         return [range(i, min(i + self.batch_size, self.n)) for i in range(0, self.n, self.batch_size)]
 
-    def indices(self, chunk: range) -> range:
-        """Return the global image indices of a chunk."""
-        return range(self.start_index + chunk.start, self.start_index + chunk.stop)
+    def indices(self, chunk: range) -> Sequence[int]:
+        """Return the global image indices of a chunk, a range unless the caller chose them."""
+        return self.index[chunk.start : chunk.stop]
+
+    def seeds(self, chunk: range) -> list[int]:
+        """Return the seeds of a chunk's images."""
+        return [self.seed] * len(chunk) if isinstance(self.seed, int) else list(self.seed[chunk.start : chunk.stop])
 
 
 @plain_modes()
@@ -82,10 +86,10 @@ def check(
     n = whole("n", n, 1)
     if n > MAX_IMAGES:
         raise InvalidArgument(f"n={shown(n)}: the images alone need more GiB than there are; draw fewer at a time")
-    start_index = whole("start_index", o.start_index, 0, (1 << 63) - n)
+    index = _index(n, o)
     batch_size = None if o.batch_size is None else whole("batch_size", o.batch_size, 1, but="None")
-    seed = secrets.randbits(63) if o.seed is None else check_seed(o.seed)
-    image = None if o.image is None else editing.check_image(o.image, n, info.channels)
+    seed = _seed(n, o.seed)
+    image = None if o.image is None else editing.check_image(editing.as_image(o.image, info.channels), n, info.channels)
     given = o.size if image is None or o.size is not None else (image.shape[2], image.shape[3])
     size = image_size(n, given, info)
     shape = (info.channels, *size)
@@ -116,7 +120,7 @@ def check(
     return Request(
         n=n,
         seed=seed,
-        start_index=start_index,
+        index=index,
         shape=shape,
         table=table,
         nfe=table.nfe(guided=bool((guidance != 1.0).any())),
@@ -132,6 +136,41 @@ def check(
         guide=o.guide,
         guide_through=o.guide_through,
     )
+
+
+def _seed(n: int, seed: Any) -> int | tuple[int, ...]:
+    """Return the seed, or the seed of each image where they are a list."""
+    if seed is None:
+        return secrets.randbits(63)
+    if not _is_list(seed):
+        return check_seed(seed)
+    listed = items("seed", seed, n)
+    if len(listed) != n:
+        raise InvalidArgument(f"seed={shown(seed)}: one seed, or {n} of them, one for each image, are needed")
+    return tuple(map(check_seed, listed))
+
+
+def _index(n: int, o: Options) -> Sequence[int]:
+    """Return the global index of each image: from ``start_index`` on, or as chosen."""
+    chosen = {name: getattr(o, name) for name in ("index", "indices") if getattr(o, name) is not None}
+    if _is_list(o.start_index) or (chosen and not (is_whole(o.start_index) and o.start_index == 0)):
+        chosen["start_index"] = o.start_index
+    if not chosen:
+        start = whole("start_index", o.start_index, 0, (1 << 63) - n)
+        return range(start, start + n) if not _is_list(o.seed) else (start,) * n
+    if len(chosen) > 1:
+        raise InvalidArgument(f"{' and '.join(chosen)} both say which images of the seed are drawn; give one of them")
+    ((name, value),) = chosen.items()
+    listed = items(name, value, n)
+    if len(listed) != n:
+        raise InvalidArgument(f"{name}={shown(value)}: {n} of them, one for each image, are needed")
+    return tuple(whole(name, i, 0, (1 << 63) - 1) for i in listed)
+
+
+def _is_list(value: Any) -> bool:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim > 0
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
 
 
 def _check_noise(noise: object, shape: tuple[int, ...]) -> None:
@@ -155,7 +194,7 @@ def _mask(n: int, o: Options, shape: tuple[int, int, int]) -> Tensor | None:
             raise InvalidArgument(f"{name} needs image=, to which it applies")
     if o.repaint is not None and o.mask is None:
         raise InvalidArgument(f"repaint={shown(o.repaint)} needs image= and mask=: it makes known and new pixels agree")
-    return None if o.mask is None else editing.check_mask(o.mask, n, shape)
+    return None if o.mask is None else editing.check_mask(editing.as_mask(o.mask), n, shape)
 
 
 def _check_guide(o: Options, backend: str) -> None:

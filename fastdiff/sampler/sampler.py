@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import backends, checkpoints, solvers
+from fastdiff.checkpoints.loading import check_options
 from fastdiff.checks import boolean, one_of, shown, whole
 from fastdiff.core import process
 from fastdiff.errors import ConfigError, InvalidArgument
@@ -25,7 +26,7 @@ from fastdiff.sampler.measured import NAME, Measured, read_for
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
 from fastdiff.sampler.output import Event, SampleOutput
 from fastdiff.sampler.request import Request, check
-from fastdiff.sampler.runners import Runners, usable_device
+from fastdiff.sampler.runners import FAST, Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat.run import FROM_MODEL
@@ -34,7 +35,6 @@ from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule
 
-SOURCE = ("preset", "flags", "variant", "weights")  # options of `fastdiff.checkpoints.load`
 FIXED = (
     "unet", "info", "schedule", "prediction", "backend", "device", "dtype", "fast", "determinism", "scheduler_config",
     "measurements_file",
@@ -132,6 +132,19 @@ class Sampler:
         self._measured: Measured | None = None
         self._has_read_measurements = False
         self._closed = False
+        self._shape = shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what makes the same sampler again: copies and pickles share no lock, runner or run with this one."""
+        if self._closed:
+            raise InvalidArgument("this sampler is closed, so it can be neither copied nor pickled; make another")
+        options = {
+            "prediction": self.prediction, "backend": self.backend, "device": self.device,
+            "dtype": FAST if self.fast else self.dtype, "determinism": self.determinism, "shape": self._shape,
+            "scheduler_config": self.scheduler_config, "measurements_file": self.measurements_file,
+            "class_names": self.info.class_names,
+        }  # fmt: skip
+        return _made, (type(self), self.unet, self.schedule, options)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in FIXED and name in self.__dict__:
@@ -169,7 +182,8 @@ class Sampler:
             schedule: As for `Sampler`, in place of the one that the model's scheduler configuration describes; needed
                 where the model has no such configuration.
             prediction: Likewise; None: the one of the scheduler configuration, else as for `Sampler`.
-            **source: Options of `fastdiff.checkpoints.load`, which say what an original checkpoint contains.
+            **source: Options of `fastdiff.checkpoints.load`, which say where the weights are and what an original
+                checkpoint contains; and torch_dtype, diffusers' name for dtype.
 
         Returns:
             The sampler.
@@ -181,9 +195,12 @@ class Sampler:
                 scheduler configuration where ``schedule`` is not given.
             BackendError: As for `Sampler`.
         """
-        if not source.keys() <= set(SOURCE):
-            unknown = ", ".join(sorted(source.keys() - set(SOURCE)))
-            raise InvalidArgument(f"from_pretrained has no option {unknown}; allowed besides: {', '.join(SOURCE)}")
+        if "torch_dtype" in source:
+            named = source.pop("torch_dtype")
+            if dtype is not None and named is not None and dtype != named:
+                raise InvalidArgument(f"dtype={shown(dtype)} and torch_dtype={shown(named)}: give one of them")
+            dtype = named if dtype is None else dtype
+        check_options(source)
         device = usable_device(device)
         loaded = checkpoints.load(model, **source)
         if loaded.schedule is None and schedule is None:
@@ -218,8 +235,10 @@ class Sampler:
         order: int | None = None,
         spacing: str | Sequence[float] | None = None,
         clip: float | str | None = FROM_MODEL,
-        seed: int | None = 0,
-        start_index: int = 0,
+        seed: int | Sequence[int] | None = 0,
+        start_index: int | Sequence[int] = 0,
+        index: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
         labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance: float | Sequence[float] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -227,9 +246,9 @@ class Sampler:
         size: int | tuple[int, int] | None = None,
         noise: Tensor | NoiseSource | None = None,
         batch_size: int | None = None,
-        image: Tensor | None = None,
+        image: Any = None,
         strength: float | None = None,
-        mask: Tensor | None = None,
+        mask: Any = None,
         repaint: tuple[int, int] | None = None,
         guide: Guide | None = None,
         guide_through: str = "x0",
@@ -260,9 +279,13 @@ class Sampler:
                 timesteps (`fastdiff.solvers.sigma_timesteps` makes one from sigmas). None: the model's, else trailing.
             clip: Bound of abs(x0), a positive number; None for no bound; "model" for the model's, which may be dynamic
                 thresholding, else 1.
-            seed: Seed of the noise, from 0 to 2^64 - 1; None draws one, which the output names.
+            seed: Seed of the noise, from 0 to 2^64 - 1; None draws one, which the output names. A list has one for each
+                image, and each is then image ``start_index`` of its own seed.
             start_index: Index of the first image. Image i of the result is image ``start_index + i`` of the seed, in
-                whatever batch it is drawn.
+                whatever batch it is drawn. A list is ``index``.
+            index: The index of each image, in place of ``start_index``: [3, 17] are these two images of the seed, or of
+                their seeds.
+            indices: Another name of ``index``.
             labels: Class of all images, or of each one: a number from 0 to the number of classes - 1, or the name of a
                 class, where the model has names. None: the null class; networks without one need labels if they have
                 classes.
@@ -274,12 +297,14 @@ class Sampler:
             noise: Initial noise [n, C, H, W], or a function (row, indices) -> [len(indices), C, H, W] for all noise,
                 called with row None for the initial one. None: Philox noise of (seed, index).
             batch_size: Images that are drawn at a time. None: as many as suit the network's size.
-            image: Image to start from, floats [n, C, H, W], or [C, H, W] for all, in [-1, 1]. It is noised and goes
-                through the last ``strength`` of the steps only (SDEdit).
+            image: Image to start from, floats [n, C, H, W], or [C, H, W] for all, in [-1, 1]; or a picture of PIL, a
+                list of n, or a uint8 array [H, W], [H, W, C] or [n, H, W, C]. It is noised and goes through the last
+                ``strength`` of the steps only (SDEdit).
             strength: Share of the steps that ``image`` goes through, above 0 (unchanged) up to 1 (all steps). None:
                 0.8, and with ``mask`` a run from noise alone.
             mask: 1 where ``image`` is drawn anew, 0 where it is known and kept: [H, W], [1 or C, H, W] or [n, 1 or C,
-                H, W]. After every row the known pixels, at the row's noise level, replace the drawn ones.
+                H, W]; or a picture of PIL or a uint8 array, light where it is drawn anew. After every row the known
+                pixels, at the row's noise level, replace the drawn ones.
             repaint: (jump_length, resamples), as (10, 10): every so many steps are repeated so many times (RePaint), so
                 that new pixels fit the known ones. Multi-step solvers cannot repeat steps.
             guide: Differentiable function (x0 [k, C, H, W], indices) -> log p [k]. Images are changed towards larger
@@ -320,7 +345,7 @@ class Sampler:
     @process.work()
     def invert(
         self,
-        image: Tensor,
+        image: Any,
         *,
         steps: int | None = None,
         iterations: int = 1,
@@ -342,7 +367,7 @@ class Sampler:
         In "trailing" spacing, whose steps near the image are too long, iterations help little.
 
         Args:
-            image: Images [n, C, H, W], or one [C, H, W], floats in [-1, 1].
+            image: Images [n, C, H, W], or one [C, H, W], floats in [-1, 1]; or pictures as for `sample`.
             steps: Steps of the solver, as for `sample`, where it must be the same; so must the options below.
             iterations: Network evaluations per step, at least 1: fixed-point iterations of the implicit inverse.
             spacing: As for `sample`.
@@ -369,6 +394,7 @@ class Sampler:
             steps_offset=value_of(config, "steps_offset", 0) if spacing == "leading" else 0,
             set_alpha_to_one=value_of(config, "set_alpha_to_one", True),
         )  # fmt: skip
+        image = editing.as_image(image, self.info.channels)
         n = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 1
         r = self.request(
             max(n, 1), solver=table, image=image, strength=1.0, labels=labels, guidance=guidance,
@@ -412,7 +438,7 @@ class Sampler:
         if options.get("noise") is not None:
             raise InvalidArgument("noise cannot be given to interpolate: between says what it is")
         r = self.request(n, **options)
-        first, last = (editing.end_noise(end, r.start_index, r.shape) for end in between)
+        first, last = (editing.end_noise(end, r.index[0], r.shape) for end in between)
         return self._loop.run(dataclasses.replace(r, noise=editing.slerp(first, last, r.n)), callback, progress)
 
     def stream(self, n: int, *, every: int = 1, progress: bool = False, **options: Any) -> Iterator[Event]:
@@ -511,6 +537,11 @@ class Sampler:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _made(kind: type[Sampler], unet: nn.Module, schedule: Schedule, options: dict[str, Any]) -> Sampler:
+    """Make the sampler of a copy or a pickle."""
+    return kind(unet, schedule, **options)
 
 
 def _class_names(names: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastdiff import solvers
 from fastdiff.checkpoints import save_folder
+from fastdiff.checks import boolean, shown
 from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
 from fastdiff.data import ImageData, save_picture
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument, TrainingError
@@ -46,6 +47,12 @@ log = logging.getLogger("fastdiff")
 GRID_STEPS = 25  # DDIM steps of the sample grids
 MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile")  # settings that a resumed run may change
 
+# Settings that a resumed run may change where the caller accepts it: the checkpoint still fits.
+HARMLESS = (
+    "batch_size", "accumulate", "lr", "lr_warmup", "lr_decay", "weight_decay", "grad_clip", "ema_decay", "precision",
+    "label_dropout", "min_snr_gamma", "hflip",
+)  # fmt: skip
+
 Part = tuple[range, Tensor, Tensor | None]  # positions in the stream of images, the images there (uint8), their labels
 
 
@@ -55,8 +62,8 @@ class Trainer:
     The folder ``out`` receives ``checkpoint.safetensors`` (the whole state of the run;
     `fastdiff.Sampler.from_pretrained` samples from its EMA weights), ``log.jsonl``, ``samples/step-*.png`` and, at the
     end, ``model/``, a diffusers folder with the EMA weights. A run may be interrupted at any moment, by Ctrl-C, a kill
-    or a power cut; it loses the steps since its last checkpoint. Under torchrun every process makes the same Trainer,
-    and the first one writes the files.
+    or a power cut; it loses the steps since its last checkpoint (`stop` loses none). Under torchrun every process makes
+    the same Trainer, and the first one writes the files.
 
     Args:
         unet: The network, which is itself trained, in float32.
@@ -112,6 +119,7 @@ class Trainer:
             fused=True,
         )
         self.step = 0
+        self._stopped = False
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         self._losses: list[float] = []  # of the steps since the last line of log.jsonl
         self._weights = loss_weights(self.schedule, self.config.prediction, self.config.min_snr_gamma).to(self.device)
@@ -306,8 +314,15 @@ class Trainer:
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed)
 
+    def stop(self) -> None:
+        """End `fit` after the present update with a checkpoint; it may be called from anywhere, as by a signal handler.
+
+        `fit` then returns with ``step`` less than ``config.steps`` and exports no model; another `fit` continues.
+        """
+        self._stopped = True
+
     @plain_modes(gradients=True)
-    def fit(self, on_start: Callable[[], None] | None = None) -> None:
+    def fit(self, on_start: Callable[[], None] | None = None, accept_changes: bool = False) -> None:
         """Train to ``config.steps``, from the checkpoint in ``out`` if there is one, and export the EMA weights.
 
         The caller's random state is left as it is, and does not matter.
@@ -315,6 +330,9 @@ class Trainer:
         Args:
             on_start: Called in the first process before the first update, when the folder is locked and ``step`` is
                 that of the checkpoint.
+            accept_changes: Whether a run is resumed with another learning rate, batch size, accumulation, decay,
+                clipping, precision or augmentation than it began with. Those of the network, its schedule and the data
+                never change.
 
         Raises:
             TrainingError: If the loss or the gradient is not finite, a file cannot be written, another process is
@@ -328,7 +346,7 @@ class Trainer:
         need = 4 * 4 * sum(p.numel() for p in self.unet.parameters())
         lock = locked(self.out, need) if self.rank == 0 else contextlib.nullcontext()
         with torch.random.fork_rng(ours), lock, self._processes():
-            self._resume()
+            self._resume(boolean("accept_changes", accept_changes))
             if on_start is not None and self.rank == 0:
                 on_start()
             network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # it returns a module
@@ -337,13 +355,13 @@ class Trainer:
                 network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
             with TrainingLog(self.out, self.config, self.step, self._losses, enabled=self.rank == 0) as logger:
                 self._loop(network, logger)
-            if self.rank == 0:
+            if self.rank == 0 and self.step == self.config.steps:
                 self.export(self.out / "model")
 
     def _loop(self, network: nn.Module, logger: TrainingLog) -> None:
-        config = self.config
+        config, saved = self.config, True
         with contextlib.closing(self._stream()) as stream:
-            while self.step < config.steps:
+            while self.step < config.steps and not self._stops():
                 started = time.perf_counter()
                 loss = self._update(network, [next(stream) for _ in range(config.accumulate)])
                 lr = config.lr_at(self.step)
@@ -352,8 +370,19 @@ class Trainer:
                 last = self.step == config.steps
                 if self.rank == 0 and config.sample_every and (last or self.step % config.sample_every == 0):
                     self._sample_grid(logger)
-                if self.rank == 0 and (last or self.step % config.save_every == 0):
+                saved = last or self.step % config.save_every == 0
+                if self.rank == 0 and saved:
                     self.save()
+            if self.rank == 0 and not saved:
+                self.save()
+
+    def _stops(self) -> bool:
+        """Return whether `stop` was called, in any of the processes: all of them end after the same update."""
+        if self.world == 1:
+            return self._stopped
+        stopped = torch.tensor(float(self._stopped), dtype=torch.float32, device=self.device)
+        dist.all_reduce(stopped, dist.ReduceOp.MAX)
+        return bool(stopped)
 
     def _stream(self) -> Generator[Part, None, None]:
         """Yield this process's parts of the batches from the current step on; a thread reads one part ahead."""
@@ -418,7 +447,7 @@ class Trainer:
         """
         resume.save(self.checkpoint_path, self.unet, self.ema, self.optimizer, self._info())
 
-    def _resume(self) -> None:
+    def _resume(self, accept_changes: bool) -> None:
         """Continue from the checkpoint, if there is one; one that does not fit raises, and nothing is changed."""
         if self.rank == 0:
             resume.sweep(self.out)
@@ -428,25 +457,33 @@ class Trainer:
         mine = self._info()
         try:
             kept = mine["train"].keys() - set(MAY_CHANGE)
-            changed = {f"train.{key}" for key in kept if info["train"].get(key) != mine["train"][key]}
+            old = info["train"]
+            train = {f"train.{key}": f"{shown(old.get(key))} then, {shown(mine['train'][key])} now"
+                     for key in sorted(kept) if old.get(key) != mine["train"][key]}  # fmt: skip
             # Checkpoints of earlier versions have fewer of these keys, and the network's own sample_size.
             info["unet"]["sample_size"] = mine["unet"]["sample_size"]
             mine["data"] = {key: value for key, value in mine["data"].items() if key in info["data"]}
-            changed |= {key for key in ("unet", "scheduler", "data") if info[key] != mine[key]}
-            changed |= {"class_names"} if info.get("class_names", mine["class_names"]) != mine["class_names"] else set()
+            others = {key: _difference(info[key], mine[key]) for key in ("unet", "scheduler", "data")}
+            others["class_names"] = _difference(info.get("class_names", mine["class_names"]), mine["class_names"])
             step, world = int(info["step"]), info["world_size"]
             losses = [float(loss) for loss in info.get("losses", [])]
         except (TypeError, ValueError, AttributeError) as e:
             raise CheckpointError(f"{self.checkpoint_path}: its fastdiff metadata cannot be read ({e})") from e
-        if changed:
+        changed = train | {key: text for key, text in others.items() if text}
+        harmless = changed.keys() <= {f"train.{key}" for key in HARMLESS}
+        if changed and not (harmless and accept_changes):
             raise TrainingError(
-                f"{self.checkpoint_path} was written with other settings ({', '.join(sorted(changed))}); use those, or "
-                "another folder"
+                f"{self.checkpoint_path} was written with other settings ({', '.join(sorted(changed))}): "
+                + "; ".join(f"{key}: {text}" for key, text in sorted(changed.items()))
+                + ". Use those, or another folder"
+                + (", or go on with the new ones by accept_changes=True (--accept-changes)" if harmless else "")
             )
         resume.restore(self.checkpoint_path, tensors, self.unet, self.ema, self.optimizer)
         self.step, self._losses = step, losses
         if self.rank == 0:
             log.info("resuming %s at step %d", self.checkpoint_path, step)
+            if changed:
+                log.warning("resuming with changes: %s", "; ".join(f"{k}: {v}" for k, v in sorted(changed.items())))
             if world != self.world:
                 log.warning("resuming with %d processes instead of %s: same batches, other rounding", self.world, world)
 
@@ -475,6 +512,17 @@ class Trainer:
         """
         names = self.class_names
         save_folder(path, self.ema, self.schedule, prediction=self.config.prediction, class_names=names)
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Say what was and what is, for the keys in which two values differ; "" where they are equal."""
+    if old == new:
+        return ""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f"{shown(old)} then, {shown(new)} now"
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    parts = [f"{key} {shown(old.get(key))} then, {shown(new.get(key))} now" for key in keys[:4]]
+    return ", ".join(parts) + (", ..." if len(keys) > 4 else "")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

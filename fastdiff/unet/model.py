@@ -479,12 +479,14 @@ class UNet(nn.Module):
 
         Args:
             path: The model, as in `fastdiff.checkpoints.load`.
-            **source: The options of `fastdiff.checkpoints.load`: preset, flags, variant, weights.
+            **source: The options of `fastdiff.checkpoints.load`: preset, flags, variant, weights, subfolder; and
+                torch_dtype, the dtype of the network, as in diffusers.
 
         Returns:
-            The network in float32 on the CPU, in evaluation mode.
+            The network in float32, or in torch_dtype, on the CPU, in evaluation mode.
 
         Raises:
+            InvalidArgument: If there is no such option.
             CheckpointError: If a file cannot be read, or its tensors do not fit the network.
             ConfigError: If a configuration, preset or flag is not supported.
         """

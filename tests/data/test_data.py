@@ -682,3 +682,22 @@ def test_what_is_no_data(tmp_path):
         with pytest.raises(DataError, match=message) as caught:
             load_data(path)
         assert str(path) in str(caught.value)
+
+
+def test_decoded_images_are_kept(tmp_path, monkeypatch):
+    """A file is decoded once, while there is room, also by threads and in what is pickled."""
+    for i in range(6):
+        Image.new("RGB", (40, 30), (i * 40, 1, 2)).save(tmp_path / f"{i}.png")
+    data = load_data(tmp_path, size=8)
+    decoded = []
+    inner = type(data)._decode_file
+    monkeypatch.setattr(type(data), "_decode_file", lambda self, at: (decoded.append(at), inner(self, at))[1])
+    first = data.__getitems__([0, 1, 2, 3, 4, 5])[0]
+    assert torch.equal(data.__getitems__([5, 4, 3, 2, 1, 0])[0].flip(0), first)
+    assert sorted(decoded) == [0, 1, 2, 3, 4, 5]
+    data._room = 2
+    data._decoded.clear()
+    for _ in range(2):
+        assert torch.equal(data.__getitems__([0, 1, 2, 3, 4, 5])[0], first)
+    assert len(data._decoded) == 2
+    assert torch.equal(pickle.loads(pickle.dumps(data)).__getitems__([0, 1])[0], first[:2])

@@ -62,7 +62,7 @@ def test_pil() -> None:
     assert pictures.to_pil(x)[0].getpixel((0, 0)) == (255, 0, 128)
 
 
-@pytest.mark.parametrize("channels", [2, 4, 6])
+@pytest.mark.parametrize("channels", [5, 6])
 def test_other_channel_counts_are_no_pictures(channels: int) -> None:
     x = torch.zeros(2, channels, 4, 4)
     for make in (pictures.to_pil, pictures.grid):
@@ -226,9 +226,9 @@ def test_a_failed_write_leaves_the_old_file(
 
 
 def test_images_without_a_picture_are_saved_as_arrays(tmp_path: Path) -> None:
-    out = SampleOutput(torch.zeros(2, 4, 2, 2), 1, 0, solvers.ddim(NoiseSchedule(), 1), 1, None)
-    with pytest.raises(InvalidArgument, match="4 channels"):
+    out = SampleOutput(torch.zeros(2, 5, 2, 2), 1, 0, solvers.ddim(NoiseSchedule(), 1), 1, None)
+    with pytest.raises(InvalidArgument, match="5 channels"):
         out.save(tmp_path / "a.png")
     out.save(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
-        assert arrays["images"].shape == (2, 2, 2, 4)
+        assert arrays["images"].shape == (2, 2, 2, 5)

@@ -13,7 +13,7 @@ import torch
 
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import DataError, InvalidArgument, NumericsError
-from fastdiff.evaluation import image_store
+from fastdiff.evaluation import image_store, metrics
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNetConfig
@@ -220,3 +220,14 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         image_store.load(tmp_path, 13)
     with pytest.raises(DataError, match="holds 0 images"):
         image_store.load(tmp_path / "nowhere")
+
+
+def test_the_interval_of_a_distance_that_is_rounding() -> None:
+    """Check that the distance of equal sets, which is rounding, has no interval of 600 orders of magnitude."""
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    for factor in (1e-3, 1.0, 1e3):
+        estimate = metrics.frechet_interval(factor * x, metrics.Reference(factor * x))
+        assert estimate.value == estimate.low == 0.0
+        assert 0.0 < estimate.high < factor**2
+    apart = metrics.frechet_interval(x, metrics.Reference(x + 0.1))
+    assert 0.0 < apart.low < apart.value < apart.high < 10.0

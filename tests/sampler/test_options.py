@@ -26,9 +26,9 @@ FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 # A value other than the default for every option.
 VALUES: dict[str, Any] = {
     "solver": "unipc", "steps": 7, "eta": 0.5, "variance": "beta", "order": 2, "spacing": [90, 50], "clip": None,
-    "seed": 5, "start_index": 3, "labels": 1, "guidance": 2.0, "guidance_interval": (0.2, 0.8),
-    "guidance_rescale": 0.7, "size": 16, "noise": torch.zeros(1, *SHAPE), "batch_size": 2,
-    "image": torch.zeros(1, *SHAPE), "strength": 0.5, "mask": torch.ones(8, 8), "repaint": (2, 2),
+    "seed": 5, "start_index": 3, "index": [3, 17], "indices": [3, 17], "labels": 1, "guidance": 2.0,
+    "guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7, "size": 16, "noise": torch.zeros(1, *SHAPE),
+    "batch_size": 2, "image": torch.zeros(1, *SHAPE), "strength": 0.5, "mask": torch.ones(8, 8), "repaint": (2, 2),
     "guide": lambda x0, _: x0.sum((1, 2, 3)), "guide_through": "network", "quality": 1.1, "deadline_s": 3.0,
     "compat": "diffusers",
 }  # fmt: skip
@@ -84,7 +84,12 @@ def test_the_command_line_passes_every_option_on(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Sampler, "sample", sample)
-    read = {"labels": "1", "size": "16", "spacing": "karras"}  # flags whose text is not that of the value
+    read = {
+        "index": "3,17",
+        "labels": "1",
+        "size": "16",
+        "spacing": "karras",
+    }  # flags whose text is not that of the value
     files = {"image", "mask"}  # which tests/cli reads
     flags = {name: flag for name, flag in Options.flags().items() if name not in files}
     arguments = [a for name, flag in flags.items() for a in (flag, read.get(name, str(VALUES[name])))]

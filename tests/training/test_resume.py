@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.errors import CheckpointError, TrainingError
+from fastdiff.errors import CheckpointError, InvalidArgument, TrainingError
 from fastdiff.sampler import Sampler
 from tests.training.toys import (
     VARIANTS,
@@ -76,6 +76,46 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, monkeypatch: pytest.Mo
     variant(tmp_path / "b", "plain").fit()
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+def test_a_stopped_run_is_saved_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant(tmp_path / "a", "plain").fit()
+    trainer = variant(tmp_path / "b", "plain")
+    loss = trainer._loss
+    monkeypatch.setattr(trainer, "_loss", lambda *x: (trainer.stop() if trainer.step == 4 else None, loss(*x))[1])
+    trainer.fit()
+    assert trainer.step == 5
+    assert not (tmp_path / "b" / "model").exists()
+    again, begun = variant(tmp_path / "b", "plain"), []
+    again.fit(lambda: begun.append(again.step))
+    assert begun == [5]
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("key", "new"),
+    [("lr", 3e-3), ("batch_size", 2), ("accumulate", 2), ("ema_decay", 0.9), ("grad_clip", 0.5), ("hflip", True)],
+)
+def test_harmless_changes_are_accepted_on_request(tmp_path: Path, key: str, new: Any) -> None:
+    toy_trainer(tmp_path, steps=2).fit()
+    trainer = toy_trainer(tmp_path, steps=3, **{key: new})
+    old = getattr(toy_trainer(tmp_path, steps=2).config, key)
+    with pytest.raises(TrainingError, match=rf"train\.{key}: {old} then, {new} now.*accept_changes=True"):
+        trainer.fit()
+    trainer.fit(accept_changes=True)
+    assert trainer.step == 3
+
+
+def test_other_changes_are_not_accepted(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, steps=2).fit()
+    for key, new in {"seed": 7, "prediction": "v_prediction"}.items():
+        with pytest.raises(
+            TrainingError, match=rf"train\.{key}: .* then, .*{new}.* now\. Use those, or another folder$"
+        ):
+            toy_trainer(tmp_path, steps=3, **{key: new}).fit(accept_changes=True)
+    with pytest.raises(InvalidArgument, match="accept_changes"):
+        toy_trainer(tmp_path, steps=3).fit(accept_changes="yes")
 
 
 def signal_interrupt() -> Any:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,11 @@ import torch
 from PIL import Image
 
 from fastdiff import cli
+from fastdiff.cli.train import _network
 from fastdiff.training.lock import locked
 from fastdiff.unet import UNet
 from tests.training.toys import (
+    Toys,
     answer_of,
     digests,
     log_of,
@@ -204,3 +211,53 @@ def test_command_line_resumes(tmp_path: Path, photos: Path, capsys: Any, monkeyp
     assert "train.seed" in errors
     command(capsys, monkeypatch, "train", photos, "--out", tmp_path / "whole", *SMALL, "--lr-decay", "none")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    options = [*SMALL[:-8], "--steps", "100000", "--batch-size", "4", "--log-every", "1", "--sample-every", "0"]
+    command = [sys.executable, "-m", "fastdiff", "train", str(photos), "--out", str(out), *options]
+    # A background shell ignores Ctrl-C for its children.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    deadline = time.monotonic() + 200
+    while not ((out / "log.jsonl").exists() and log_of(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, error
+    found = re.search(r"stopped: step (\d+) of 100000 is saved in .*checkpoint\.safetensors; the same command", error)
+    assert found is not None, error
+    assert int(found[1]) >= 1
+    resumed = python("-m", "fastdiff", "train", photos, "--out", out, *options, "--steps", str(int(found[1]) + 1))
+    assert f"step {int(found[1]) + 1}" in resumed.stdout
+    for folder in (out, out / "model"):  # a run's folder is a model
+        assert python("-m", "fastdiff", "info", folder).returncode == 0
+    shutil.rmtree(out / "model")
+    sampled = python(
+        "-m", "fastdiff", "sample", out, "--n", "2", "--steps", "2", "--labels", "1", "-o", tmp_path / "a.png"
+    )
+    assert sampled.returncode == 0
+    assert python("-m", "fastdiff", "convert", out, tmp_path / "m.safetensors").returncode == 0
+
+
+@pytest.mark.parametrize("size", [16, 28, 32, 48, 64, 96, 100, 128, 256])
+def test_every_usual_size_has_a_network(size: int) -> None:
+    data = Toys(size=(size, size), channels=3)
+    config = _network(data, None, 1, None, None, 32, 0.0, False, None, False)
+    heights = [size >> level for level in range(len(config.block_out_channels))]
+    attended = [h for h, kind in zip(heights, config.down_block_types, strict=True) if kind.startswith("Attn")]
+    assert attended == [h for h in heights if h <= 16][:1]
+    assert 4 <= heights[-1] <= 32
+    if size <= 64:
+        assert config.block_out_channels == (64, 128, 256)
+    x = torch.zeros(1, 3, size, size)
+    with torch.device("meta"):
+        unet = UNet(config)
+    assert (
+        unet(x.to("meta"), torch.ones(1, device="meta"), torch.ones(1, dtype=torch.int64, device="meta")).shape
+        == x.shape
+    )
