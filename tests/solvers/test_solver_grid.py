@@ -236,7 +236,7 @@ def test_unipc_bh1_ends_in_nan(wide):
         ({"_class_name": "DDPMScheduler", "timestep_spacing": "trailing"}, 61, "stray t = -1"),
         ({"_class_name": "DDPMScheduler", "timestep_spacing": "leading", "steps_offset": 1}, 1000, "leave 0 .. 999"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}, 5, "laplace"),
-        ({"_class_name": "DDPMScheduler", "thresholding": True, "sample_max_value": 0.5}, 5, "sample_max_value=0.5"),
+        ({"_class_name": "DDPMScheduler", "thresholding": True, "sample_max_value": 0.0}, 5, "sample_max_value=0.0"),
         ({"_class_name": "DPMSolverMultistepScheduler"}, 1000, "repeat"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
