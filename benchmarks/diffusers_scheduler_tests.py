@@ -6,7 +6,7 @@
 
 The argument is a checkout of diffusers or its folder ``tests``; a version near the installed one fits best. Each class
 of diffusers is replaced by a subclass of `fastdiff.Scheduler` that only fixes the name of the scheduler: nothing fills
-in attributes or translates arguments. docs/diffusers-tests.md lists the tests that fail, each with its reason.
+in attributes or translates arguments. docs/solvers.md lists the tests that fail, each with its reason.
 
 This file is also the pytest plugin that does it: pytest loads it in a process of its own, before diffusers' tests.
 """

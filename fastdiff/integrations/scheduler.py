@@ -222,10 +222,11 @@ class Scheduler:
             diffusers: Any = importlib.import_module("diffusers")
         except ImportError as e:
             raise ConfigError("compatibles are classes of diffusers, which is not installed") from e
-        own = getattr(diffusers.schedulers, self._name, None)  # None where diffusers lacks a library for the class
         karras = [scheduler.name for scheduler in diffusers.schedulers.KarrasDiffusionSchedulers]
-        names = {self._name, *(karras if own is None else own._compatibles)}
-        return [getattr(diffusers, name) for name in sorted(names) if hasattr(diffusers.schedulers, name)]
+        own = getattr(getattr(diffusers.schedulers, self._name, None), "_compatibles", karras)
+        classes = [getattr(diffusers, name, None) for name in sorted({self._name, *own})]
+        # Where a library is missing that a class needs, diffusers has a dummy of that name.
+        return [cls for cls in classes if cls is not None and type(cls).__name__ != "DummyObject"]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {to_json(self.config)}"
@@ -483,6 +484,23 @@ class Scheduler:
         if not found:
             raise InvalidArgument(f"timestep {float(timestep):g} is not one of the {len(times)} timesteps")
         return self.timesteps[found[0] + 1] if found[0] + 1 < len(times) else torch.tensor(-1, device="cpu")
+
+    def _get_variance(self, timestep: int, prev_timestep: int | None = None) -> Tensor:
+        """Return the variance of the step of DDPMScheduler or DDIMScheduler, which loops that invert a run call."""
+        if self._name not in ("DDPMScheduler", "DDIMScheduler"):
+            raise AttributeError(f"{self._name} has no _get_variance")
+        ddim = self._name == "DDIMScheduler"
+        before = int(self.previous_timestep(timestep) if prev_timestep is None else prev_timestep)
+        end = self.final_alpha_cumprod if ddim else torch.ones((), device="cpu")
+        abar, abar_next = self.alphas_cumprod[timestep], self.alphas_cumprod[before] if before >= 0 else end
+        beta = 1 - abar / abar_next
+        variance = (1 - abar_next) / (1 - abar) * beta
+        kind = "fixed_small" if ddim else self.config["variance_type"]
+        if kind in ("fixed_small", "fixed_large"):
+            return variance if ddim else beta if kind == "fixed_large" else variance.clamp(min=1e-20)
+        raise InvalidArgument(
+            f"_get_variance of variance_type={shown(kind)}: fixed_small and fixed_large are supported"
+        )
 
     # Steps ------------------------------------------------------------------------------------------------------------
 

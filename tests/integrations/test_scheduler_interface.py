@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import pickle
+import types
 import warnings
 
 import pytest
@@ -418,6 +419,41 @@ def test_exponential_betas_of_heun():
     prepared(theirs, ours)
     x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
     assert difference(run(ours, x, ours.timesteps), run(theirs, x, theirs.timesteps)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
+def test_noise_levels_of_a_beta_distribution(name, monkeypatch):
+    mpmath = pytest.importorskip("mpmath")
+
+    def quantile(share, a, b):  # in place of scipy, which need not be installed
+        return (
+            0.0
+            if share == 0
+            else float(
+                mpmath.findroot(
+                    lambda x: mpmath.betainc(a, b, 0, x, regularized=True) - share, (0.0, 1.0), solver="anderson"
+                )
+            )
+        )
+
+    module = scheduler_module(name)
+    monkeypatch.setattr(module, "is_scipy_available", lambda: True)
+    beta = types.SimpleNamespace(beta=types.SimpleNamespace(ppf=quantile))
+    monkeypatch.setattr(module, "scipy", types.SimpleNamespace(stats=beta), raising=False)
+    theirs = getattr(module, name)(use_beta_sigmas=True)
+    ours = Scheduler({"_class_name": name, "use_beta_sigmas": True})  # not from what was replaced
+    prepared(theirs, ours)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas.float(), rtol=1e-5, atol=1e-6)
+    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    assert difference(run(ours, x, ours.timesteps), run(theirs, x, theirs.timesteps)) < 2e-3
+
+
+def test_noise_levels_of_lu():
+    theirs, ours = pair({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True})
+    prepared(theirs, ours)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    x = torch.randn(SHAPE, generator=seeded(0))
+    assert difference(run(ours, x, ours.timesteps), run(theirs, x, theirs.timesteps)) < 2e-3
 
 
 @pytest.mark.parametrize("steps", [4, 10])

@@ -243,8 +243,11 @@ def test_unipc_bh1_ends_in_nan(wide):
             5,
             "algorithm_type='dpmsolver'",
         ),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, 5, "use_lu_lambdas"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, 5, "use_beta_sigmas"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True},
+            5,
+            "use_beta_sigmas",
+        ),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, 5, "use_flow_sigmas"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4}, 5, "solver_order=4"),
         ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, 5, "flow_prediction"),

@@ -270,6 +270,11 @@ class Source:
         """Return a key's value; None counts as absent."""
         return value_of(self.config, key, default)
 
+    @property
+    def lu(self) -> bool:
+        """Whether the noise levels are those of use_lu_lambdas, which DPMSolverMultistepScheduler alone has."""
+        return self.name == "DPMSolverMultistepScheduler" and bool(self.get("use_lu_lambdas", False))
+
     def refuse(self, key: str, why: str) -> ConfigError:
         """Return the error that refuses a key's value."""
         return ConfigError(f"{self.name}: {key}={shown(self.config.get(key))} is not supported: {why}")
@@ -499,13 +504,37 @@ def _times(sigmas: NDArray[np.float64], train: NDArray[np.floating[Any]]) -> NDA
 def _respaced(source: Source, between: NDArray[Any], train: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Return (t, sigma) of a spacing by sigma from between[0] to between[-1]; None where there is no such key."""
     kinds = [kind for kind in (*SIGMA_SPACINGS, "beta") if source.get(f"use_{kind}_sigmas", False)]
+    if source.lu:
+        kinds.append("exponential")  # equal steps of log sigma
     if not kinds:
         return None
-    if len(kinds) > 1 or kinds == ["beta"]:
-        raise source.refuse(f"use_{kinds[-1]}_sigmas", "one of karras and exponential is")
+    if len(kinds) > 1:
+        raise source.refuse(f"use_{kinds[-1]}_sigmas", "one spacing by sigma is")
     largest, smallest = source.get("sigma_max", float(between[0])), source.get("sigma_min", float(between[-1]))
-    sigmas = spaced_sigmas(kinds[0], source.steps, largest, smallest)
+    if kinds == ["beta"]:
+        sigmas = smallest + beta_quantiles(1.0 - np.linspace(0.0, 1.0, source.steps)) * (largest - smallest)
+    else:
+        sigmas = spaced_sigmas(kinds[0], source.steps, largest, smallest)
     return _times(sigmas, train), sigmas
+
+
+def beta_quantiles(shares: NDArray[np.float64], a: float = 0.6) -> NDArray[np.float64]:
+    """Return the quantiles of the distribution Beta(a, a), as in "Beta Sampling is All You Need" (arXiv:2407.12173).
+
+    Up to 1/2 the share below x is x^a / B(a, a) sum_n (1 - a)_n x^n / (n! (a + n)), whose terms fall by a half, and the
+    distribution is symmetric. Bisection finds y = x^a.
+    """
+    n = np.arange(60)
+    terms = np.cumprod(np.concatenate([[1.0], (n[:-1] + 1.0 - a) / (n[:-1] + 1.0)])) / (a + n)
+    scale = math.gamma(a) ** 2 / math.gamma(2.0 * a)
+    wanted = np.minimum(shares, 1.0 - shares)
+    low, high = np.zeros_like(wanted), np.full_like(wanted, 0.5**a)
+    for _ in range(60):
+        y = 0.5 * (low + high)
+        below = y * (terms * (y[:, None] ** (1.0 / a)) ** n).sum(axis=1) / scale < wanted
+        low, high = np.where(below, y, low), np.where(below, high, y)
+    x = np.where(wanted > 0.0, (0.5 * (low + high)) ** (1.0 / a), 0.0)
+    return np.where(shares <= 0.5, x, 1.0 - x)
 
 
 def _sigma_walk(
@@ -536,7 +565,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     ``final`` is the default of final_sigmas_type; None where the scheduler does not have it and ends as at "sigma_min".
     ``floor``: at "sigma_min" a spacing by sigma ends at its own last sigma, instead of that of timestep 0.
     """
-    source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False, shift_terminal=None)
+    source.only(use_flow_sigmas=False, use_dynamic_shifting=False, shift_terminal=None)
     schedule = source.schedule()
     train = _sigmas(schedule)
     single = source.name == "DPMSolverSinglestepScheduler"  # which has no other timesteps than "linspace"
@@ -553,7 +582,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
         t, sigmas = respaced
         # diffusers rounds Karras' timesteps, and cuts all of them to int64.
         cosine = dpm and not single and source.config.get("beta_schedule") == "squaredcos_cap_v2"
-        t = np.floor(t.round() if source.get("use_karras_sigmas", False) and not cosine else t)
+        t = np.floor(t.round() if (source.lu or source.get("use_karras_sigmas", False)) and not cosine else t)
         end = sigmas[-1] if floor else end
     if final is not None and source.one_of("final_sigmas_type", final, ("zero", "sigma_min")) == "zero":
         end = 0.0
