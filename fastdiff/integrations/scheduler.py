@@ -67,6 +67,20 @@ STEP_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
          "KDPM2DiscreteScheduler"), ("return_dict",),
     ),
 }  # fmt: skip
+# The arguments of each scheduler's set_timesteps after (num_inference_steps, device).
+SET_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("DDPMScheduler", "CMStochasticIterativeScheduler"), ("timesteps",)),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), ("original_inference_steps", "timesteps", "strength")),
+    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"), ("mu", "timesteps")),
+    "UniPCMultistepScheduler": ("sigmas", "mu"),
+    "DEISMultistepScheduler": ("mu",),
+    "EulerDiscreteScheduler": ("timesteps", "sigmas"),
+    "EDMEulerScheduler": ("sigmas",),
+    "HeunDiscreteScheduler": ("num_train_timesteps", "timesteps"),
+    **dict.fromkeys(
+        ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"), ("num_train_timesteps",)
+    ),
+}
 # Options of step that only some schedulers have, and the value that changes nothing.
 ONLY = {"s_churn": 0.0, "s_tmin": None, "s_tmax": None, "s_noise": None, "order": 4}
 # Schedulers of two evaluations a step.
@@ -287,7 +301,7 @@ class Scheduler:
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        *,
+        *positional: Any,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         original_inference_steps: int | None = None,
@@ -300,6 +314,7 @@ class Scheduler:
         Args:
             num_inference_steps: The number of steps, from 1 to the number of training timesteps.
             device: The device of ``timesteps``; None means the CPU.
+            *positional: Arguments in the order that diffusers' scheduler has them.
             timesteps: The falling timesteps themselves, in place of a number of steps, for the schedulers that have
                 this option in diffusers.
             sigmas: The falling noise levels, with the level at which the last step ends, for EulerDiscreteScheduler.
@@ -312,6 +327,12 @@ class Scheduler:
             InvalidArgument: If the number of steps is out of range, or an option is not this scheduler's.
             ConfigError: If the configuration does not support this number of steps.
         """
+        if positional:
+            by_name = self._by_place("set_timesteps", SET_ARGUMENTS.get(self._name, ()), positional)
+            timesteps, sigmas = by_name.get("timesteps", timesteps), by_name.get("sigmas", sigmas)
+            original_inference_steps = by_name.get("original_inference_steps", original_inference_steps)
+            strength, mu = by_name.get("strength", strength), by_name.get("mu", mu)
+            num_train_timesteps = by_name.get("num_train_timesteps", num_train_timesteps)
         given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
@@ -458,11 +479,12 @@ class Scheduler:
             InvalidArgument: If another scheduler does not have the timestep.
         """
         times = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
-        found = _found(float(timestep), times)
+        t = _listed(timestep, 1)[0]
+        found = _found(t, times)
         if not found and (self._name in MULTISTEP or self._name == "EDMDPMSolverMultistepScheduler"):
             return len(times) - 1
         if not found:
-            raise InvalidArgument(f"timestep {float(timestep):g} is not one of the {len(times)} timesteps")
+            raise InvalidArgument(f"timestep {t:g} is not one of the {len(times)} timesteps")
         return found[min(1, len(found) - 1)]
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
@@ -477,12 +499,13 @@ class Scheduler:
         Raises:
             InvalidArgument: If the run does not have the timestep.
         """
+        t = _listed(timestep, 1)[0]
         if self._asked is None:
             return timestep - 1
         times = self.timesteps.tolist()
-        found = _found(float(timestep), times)
+        found = _found(t, times)
         if not found:
-            raise InvalidArgument(f"timestep {float(timestep):g} is not one of the {len(times)} timesteps")
+            raise InvalidArgument(f"timestep {t:g} is not one of the {len(times)} timesteps")
         return self.timesteps[found[0] + 1] if found[0] + 1 < len(times) else torch.tensor(-1, device="cpu")
 
     def _get_variance(self, timestep: int, prev_timestep: int | None = None) -> Tensor:
@@ -571,10 +594,7 @@ class Scheduler:
                 options or generators do not fit.
         """
         if positional:
-            names = STEP_ARGUMENTS.get(self._name, NOISY)
-            if len(positional) > len(names):
-                raise InvalidArgument(f"{self._name}.step takes {', '.join(names)} after sample, not {len(positional)}")
-            by_name = dict(zip(names, positional, strict=False))
+            by_name = self._by_place("step", STEP_ARGUMENTS.get(self._name, NOISY), positional)
             eta, generator = by_name.pop("eta", eta), by_name.pop("generator", generator)
             use_clipped_model_output = by_name.pop("use_clipped_model_output", use_clipped_model_output)
             variance_noise, return_dict = (
@@ -583,6 +603,9 @@ class Scheduler:
             others |= by_name
         if others:
             self._check_others(others)
+        for name, value in (("model_output", model_output), ("sample", sample)):
+            if not isinstance(value, Tensor):
+                raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is needed")
         x, out = _flat(sample), _flat(model_output)
         if sample.ndim == 0 or out.shape[:1] + out.shape[2:] != x.shape[:1] + x.shape[2:]:
             raise InvalidArgument(
@@ -615,6 +638,13 @@ class Scheduler:
         if return_dict:
             return StepOutput(results)
         return tuple(results.values())[: 1 if self._name in ALONE else 2]
+
+    def _by_place(self, method: str, names: tuple[str, ...], values: Sequence[Any]) -> dict[str, Any]:
+        """Return positional arguments by the names that diffusers' scheduler gives to their places."""
+        if len(values) > len(names):
+            takes = ", ".join(names) or "nothing"
+            raise InvalidArgument(f"{self._name}.{method} takes {takes} in these places, not {len(values)} arguments")
+        return dict(zip(names, values, strict=False))
 
     def _check_others(self, others: Mapping[str, Any]) -> None:
         """Refuse options of step that do not exist, or whose values would change the result."""
@@ -740,7 +770,7 @@ class Scheduler:
             return after
         if after is not None and self._repeats(table, t, after):
             return Place(after.row - 1, after.start - 1)
-        if self._name == "DDIMScheduler" and t >= 0 and t == int(t) and not any(t == row.t for row in table.rows):
+        if self._name == "DDIMScheduler" and t >= 0 and t.is_integer() and not any(t == row.t for row in table.rows):
             self._table(alone=t)  # which refuses timesteps beyond the schedule's
             return Place(0, alone=t)
         row = self._row(table, t, after)

@@ -95,6 +95,8 @@ def lcm_timesteps(T: int, steps: int, original_steps: int, strength: float = 1.0
     """
     whole("original_steps", original_steps, 1, T)
     n = int(original_steps * strength)
+    if n < 1:
+        raise InvalidArgument(f"strength={strength:g} of {original_steps} timesteps leaves none")
     whole("steps", steps, 1, n, of="original_steps times strength" if strength < 1.0 else "")
     origin = (np.arange(1, n + 1) * (T // original_steps) - 1)[::-1]
     chosen = np.floor(np.linspace(0, n, num=steps, endpoint=False)).astype(np.int64)

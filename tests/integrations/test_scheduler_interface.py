@@ -369,7 +369,7 @@ def test_arguments_have_places_and_foreign_ones_do_nothing():
     for options in ({"s_churn": 1.0}, {"order": 2}, {"churn": 1.0}):
         with pytest.raises(InvalidArgument, match=next(iter(options))):
             ours.step(x.sin(), ours.timesteps[0], x, **options)
-    with pytest.raises(InvalidArgument, match="takes s_churn, s_tmin"):
+    with pytest.raises(InvalidArgument, match="step takes s_churn, s_tmin"):
         ours.step(x, ours.timesteps[0], x, *range(9))
 
 
@@ -384,6 +384,15 @@ def test_noise_has_diffusers_dtype(dtype):
         y = ours.step(0.1 * y, t, y, **own).prev_sample
     assert difference(y, x) < 4 * torch.finfo(dtype if dtype != torch.float64 else torch.float32).eps
     assert torch.equal(given["generator"].get_state(), own["generator"].get_state())
+
+
+def test_arguments_of_a_run_have_places():
+    ours = Scheduler.from_config(DDPMScheduler())
+    ours.set_timesteps(None, None, [900, 300])
+    assert ours.timesteps.tolist() == [900, 300]
+    ours = Scheduler({"_class_name": "HeunDiscreteScheduler"})
+    ours.set_timesteps(5, None, 1000)
+    assert len(ours.timesteps) == 9
 
 
 def test_timesteps_of_ddpm():
@@ -479,7 +488,13 @@ def test_continuous_euler_evaluates_as_often_as_diffusers(steps):
         ("DDPMScheduler", lambda s: s.set_timesteps(5, strength=0.5), "options of LCMScheduler and TCDScheduler"),
         ("EulerDiscreteScheduler", lambda s: s.set_timesteps(sigmas=[3.0]), "at least one positive noise level"),
         ("EulerDiscreteScheduler", lambda s: s.set_timesteps(5, mu=1.0), "mu= is not supported"),
+        ("LCMScheduler", lambda s: s.set_timesteps(4, strength=0.01), "strength=0.01 of 50 timesteps leaves none"),
+        ("DDIMScheduler", lambda s: s.set_timesteps(4, None, 7), "set_timesteps takes nothing in these places"),
         ("EulerDiscreteScheduler", lambda s: s.set_begin_index(1000), "begin_index=1000"),
+        ("EulerDiscreteScheduler", lambda s: s.index_for_timestep("a"), "a number, or one for each"),
+        ("DDPMScheduler", lambda s: s.previous_timestep("a"), "a number, or one for each"),
+        ("DDPMScheduler", lambda s: s.step(None, 5, torch.zeros(1, 3)), "model_output is a NoneType"),
+        ("DDPMScheduler", lambda s: s.step(torch.zeros(1, 3), float("inf"), torch.zeros(1, 3)), "timestep inf"),
         ("EulerDiscreteScheduler", lambda s: s.index_for_timestep(3.5), "timestep 3.5 is not one of the 1000"),
         ("EulerDiscreteScheduler", lambda s: s.sigma_to_t(1.0), "belongs to CMStochasticIterativeScheduler"),
     ],
