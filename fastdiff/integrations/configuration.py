@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastdiff.checks import shown
+from fastdiff.checks import items, shown
 from fastdiff.errors import ConfigError, InvalidArgument, ModifiedError
 from fastdiff.files import write_text
 from fastdiff.solvers.compat.defaults import DEFAULTS
 from fastdiff.solvers.compat.diffusers import scheduler_name
-from fastdiff.solvers.keys import KEYS, OTHERS
+from fastdiff.solvers.keys import KEYS, OTHERS, check_config
 from fastdiff.unet import changes
 
 FILE = "scheduler_config.json"
@@ -48,13 +48,13 @@ def complete(config: Mapping[str, Any], changed: Mapping[str, Any]) -> Config:
     unknown = sorted(set(changed) - known)
     if unknown:
         raise InvalidArgument(f"{', '.join(map(shown, unknown))}: no supported scheduler has this option")
-    given = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
+    defaulted = items("_use_default_values", config.get("_use_default_values", ()), 1000, error=ConfigError)
+    given = {key: value for key, value in config.items() if key not in defaulted}
     given.pop("_use_default_values", None)
     given |= changed
-    if not isinstance(given.get("_class_name"), str) and "_class_name" in given:
-        scheduler_name(given)
     name = scheduler_name(given)
     given = {key: _plain(value) for key, value in given.items()}
+    check_config(given)
     absent = sorted(key for key in DEFAULTS[name] if key not in given)
     return Config({**DEFAULTS[name], **given, **({"_use_default_values": absent} if absent else {})})
 

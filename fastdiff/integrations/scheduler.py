@@ -49,6 +49,7 @@ from fastdiff.solvers.compat.diffusers import (
     noise_schedule,
     training_betas,
 )
+from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.paths import looks_back
 
 # The arguments of each scheduler's step after (model_output, timestep, sample), in diffusers' order.
@@ -247,7 +248,9 @@ class Scheduler:
 
     def __len__(self) -> int:
         """Return the number of timesteps that the network was trained with."""
-        return int(self.config["num_train_timesteps"]) if self.schedule is None else self.schedule.timesteps
+        if self.schedule is not None:
+            return self.schedule.timesteps
+        return int(value_of(self.config, "num_train_timesteps", DEFAULTS[self._name]["num_train_timesteps"]))
 
     def __getattr__(self, name: str) -> Any:
         config = self.__dict__.get("_config", {})
