@@ -296,7 +296,11 @@ class Scheduler:
         """abar at which the last step of DDIMScheduler and PNDMScheduler ends, float32."""
         if "set_alpha_to_one" not in DEFAULTS[self._name]:
             raise AttributeError(f"{self._name} has no final_alpha_cumprod")
-        return torch.tensor(1.0, device="cpu") if self.config["set_alpha_to_one"] else self.alphas_cumprod[0]
+        return (
+            torch.tensor(1.0, dtype=torch.float32, device="cpu")
+            if self.config["set_alpha_to_one"]
+            else self.alphas_cumprod[0]
+        )
 
     # The levels of a run ----------------------------------------------------------------------------------------------
 
@@ -509,7 +513,11 @@ class Scheduler:
         found = _found(t, times)
         if not found:
             raise InvalidArgument(f"timestep {t:g} is not one of the {len(times)} timesteps")
-        return self.timesteps[found[0] + 1] if found[0] + 1 < len(times) else torch.tensor(-1, device="cpu")
+        return (
+            self.timesteps[found[0] + 1]
+            if found[0] + 1 < len(times)
+            else torch.tensor(-1, dtype=torch.int64, device="cpu")
+        )
 
     def _get_variance(self, timestep: int, prev_timestep: int | None = None) -> Tensor:
         """Return the variance of the step of DDPMScheduler or DDIMScheduler, which loops that invert a run call."""
@@ -517,7 +525,7 @@ class Scheduler:
             raise AttributeError(f"{self._name} has no _get_variance")
         ddim = self._name == "DDIMScheduler"
         before = int(self.previous_timestep(timestep) if prev_timestep is None else prev_timestep)
-        end = self.final_alpha_cumprod if ddim else torch.ones((), device="cpu")
+        end = self.final_alpha_cumprod if ddim else torch.ones((), dtype=torch.float32, device="cpu")
         abar, abar_next = self.alphas_cumprod[timestep], self.alphas_cumprod[before] if before >= 0 else end
         beta = 1 - abar / abar_next
         variance = (1 - abar_next) / (1 - abar) * beta
