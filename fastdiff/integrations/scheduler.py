@@ -382,7 +382,7 @@ class Scheduler:
         An int64 tensor [N], or float32 for a scheduler in sigma space (float64 for consistency models).
         """
         if self._timesteps is None:
-            falling = torch.arange(len(self) - 1, -1, -1, device="cpu")
+            falling = torch.arange(len(self) - 1, -1, -1, dtype=torch.int64, device="cpu")
             continuous = self.config.get("timestep_type") == "continuous"
             if not self.in_sigma:
                 self._timesteps = falling.float() if self._name in MULTISTEP else falling
