@@ -13,8 +13,9 @@ from torch import Tensor
 from fastdiff.checks import whole
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.integrations.configuration import configuration
 from fastdiff.integrations.network import BackendUNet
-from fastdiff.integrations.scheduler import configuration, draws_noise, randn
+from fastdiff.integrations.noise import draws_noise, randn
 from fastdiff.solvers import StepTable, from_config
 from fastdiff.solvers.compat.diffusers import VARIANCE_PRESERVING
 

@@ -10,137 +10,96 @@
 The samples of schedulers that diffusers runs in sigma space (Euler, Heun, DPM2, DPM++ SDE, LMS, EDM, consistency
 models) are in sigma space here as well: the sample is x_0 + sigma eps. The table's state, which is
 variance-preserving, is then sample * sqrt(abar) / sigma_data.
+
+A run that starts in the middle has a table of its own, in which a solver with a history begins at its lowest order
+(`from_config(..., start=)`). Rows have the same numbers in all tables of a run.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import importlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.loading import read_scheduler
+from fastdiff.checks import shown, whole
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
-from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument, ModifiedError
+from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
+from fastdiff.integrations.configuration import FILE, Config, complete, configuration, save, to_json
+from fastdiff.integrations.noise import Generators, draws_noise, noise_dtype, randn
+from fastdiff.integrations.outputs import ALONE, SECOND, StepOutput
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
-from fastdiff.solvers.compat.diffusers import ETA, IN_SIGMA, WITHOUT_SCHEDULE, noise_schedule, scheduler_name
+from fastdiff.solvers.compat.defaults import DEFAULTS
+from fastdiff.solvers.compat.diffusers import (
+    ETA,
+    IN_SIGMA,
+    TAKES_TIMESTEPS,
+    WITHOUT_SCHEDULE,
+    ZERO_SNR,
+    noise_schedule,
+    training_betas,
+)
+from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.paths import looks_back
-from fastdiff.unet import changes
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-@dataclasses.dataclass
-class StepOutput:
-    """Result of `Scheduler.step`.
-
-    Attributes:
-        prev_sample: The next sample, [B, C, H, W].
-        pred_original_sample: The image x_0 that the network predicts from the present sample, [B, C, H, W].
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
-def randn(shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Draw normals as diffusers' ``randn_tensor`` does, from one generator or from a list with one for each image.
-
-    A CPU generator draws on the CPU, and the normals are moved, so that they are the same on every device.
-    """
-    if isinstance(generator, (list, tuple)) and len(generator) == 1:
-        generator = generator[0]
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != shape[0]:
-            raise InvalidArgument(f"{len(generator)} generators for {shape[0]} images: one, or one for each, is needed")
-        return torch.cat([randn((1, *shape[1:]), one, device, dtype) for one in generator])
-    if not (generator is None or isinstance(generator, torch.Generator)):
-        raise InvalidArgument(
-            f"generator is a {type(generator).__name__}; a torch.Generator, a list of them or None is needed"
-        )
-    where = device
-    if generator is not None and generator.device.type != device.type:
-        if generator.device.type != "cpu":
-            raise InvalidArgument(
-                f"a generator of {generator.device} cannot draw noise for {device}; use one of the CPU"
-            )
-        where = generator.device
-    return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
-
-
-def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: float | None = None) -> bool:
-    """Return whether diffusers' scheduler draws noise in this row.
-
-    Noise that is then multiplied by zero counts, as drawing it advances the generator.
-    """
-    name = config["_class_name"]
-    if name == "DDPMScheduler":
-        return table.rows[row].t > 0
-    if name in ETA:
-        eta = ETA[name] if eta is None else eta
-        return eta > 0 and (name == "DDIMScheduler" or row < len(table) - 1)
-    if name == "LCMScheduler":
-        return row < len(table) - 1
-    if name == "CMStochasticIterativeScheduler":
-        return len(table) > 1
-    if name in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"):
-        return str(config.get("algorithm_type")).startswith("sde")
-    if name in ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
-        return table.rows[row].s > 0.0
-    return name == "EulerAncestralDiscreteScheduler"
-
-
-def configuration(source: Any) -> dict[str, Any]:
-    """Return the configuration of a diffusers scheduler, or a given one, as a dictionary with ``_class_name``.
-
-    A scheduler that is not supported, or that does not do what its configuration says, raises `ConfigError`.
-    """
-    if isinstance(source, Mapping):
-        config = dict(source)
-    elif isinstance(getattr(source, "config", None), Mapping):
-        config = {**source.config, "_class_name": type(source).__name__}
-    else:
-        raise ConfigError(f"a {type(source).__name__} is neither a scheduler nor the configuration of one")
-    name = scheduler_name(config)
-    if not isinstance(source, Mapping):
-        found = unsupported_changes(source)
-        if found:
-            raise ModifiedError(f"scheduler {name} is not what its configuration says: {changes.in_words(found)}")
-        # DDPMScheduler.step reads this attribute instead of the configuration.
-        config |= {key: value for key, value in vars(source).items() if key == "variance_type"}
-    return config
-
-
-# Attributes that a run changes, and that `set_timesteps` or the first step sets anew.
-OF_A_RUN = {
-    "num_inference_steps", "timesteps", "_timesteps", "prk_timesteps", "plms_timesteps", "sigmas", "custom_timesteps",
-    "_step_index", "_begin_index", "counter", "ets", "cur_model_output", "cur_sample", "model_outputs",
-    "timestep_list", "lower_order_nums", "last_sample", "is_scale_input_called", "prev_derivative", "dt", "sample",
-    "order_list", "log_sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "mid_point_sigma", "noise_sampler",
+# The arguments of each scheduler's step after (model_output, timestep, sample), in diffusers' order.
+NOISY = ("generator", "return_dict")
+CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise", *NOISY)
+STEP_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "DDIMScheduler": ("eta", "use_clipped_model_output", "generator", "variance_noise", "return_dict"),
+    "TCDScheduler": ("eta", *NOISY),
+    "DPMSolverMultistepScheduler": ("generator", "variance_noise", "return_dict"),
+    "EulerDiscreteScheduler": CHURN,
+    "EDMEulerScheduler": CHURN,
+    "LMSDiscreteScheduler": ("order", "return_dict"),
+    "DPMSolverSDEScheduler": ("return_dict", "s_noise"),
+    **dict.fromkeys(
+        ("PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "HeunDiscreteScheduler",
+         "KDPM2DiscreteScheduler"), ("return_dict",),
+    ),
 }  # fmt: skip
+# The arguments of each scheduler's set_timesteps after (num_inference_steps, device).
+SET_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("DDPMScheduler", "CMStochasticIterativeScheduler"), ("timesteps",)),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), ("original_inference_steps", "timesteps", "strength")),
+    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"), ("mu", "timesteps")),
+    "UniPCMultistepScheduler": ("sigmas", "mu"),
+    "DEISMultistepScheduler": ("mu",),
+    "EulerDiscreteScheduler": ("timesteps", "sigmas"),
+    "EDMEulerScheduler": ("sigmas",),
+    "HeunDiscreteScheduler": ("num_train_timesteps", "timesteps"),
+    **dict.fromkeys(
+        ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"), ("num_train_timesteps",)
+    ),
+}
+# Options of step that only some schedulers have, and the value that changes nothing.
+ONLY = {"s_churn": 0.0, "s_tmin": None, "s_tmax": None, "s_noise": None, "order": 4}
+# Schedulers of two evaluations a step.
+TWO_STAGES = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+              "DPMSolverSDEScheduler")  # fmt: skip
+# Schedulers in sigma that have the timesteps of the training before a run, one for each level.
+PLAIN = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
+# Schedulers of a multi-step solver whose samples are variance-preserving.
+MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
+             "DEISMultistepScheduler")  # fmt: skip
 
 
-def unsupported_changes(scheduler: Any) -> list[str]:
-    """List what a scheduler of diffusers does, or has, beyond its configuration."""
-    cls = type(scheduler)
-    if changes.origin(cls) != "diffusers":
-        return [f"it is a class of {cls.__module__}, not diffusers' own"]
-    found = changes.replaced_functions([cls])
-    if found:
-        return found
-    with torch.device("cpu"):  # a default device of the caller's must not be that of the new scheduler's tensors
-        ours, theirs = vars(scheduler), vars(changes.rebuilt(cls, scheduler.config))
-    found = [f"{name} was replaced" for name in ours if name not in theirs and hasattr(cls, name)]
-    ignored = OF_A_RUN | {"_internal_dict", "variance_type"}
-    other = [n for n, v in theirs.items() if n not in ignored and not changes.same(ours.get(n, found), v)]
-    return found + [f"{name} was changed" for name in other]
+class Place(NamedTuple):
+    """Where an image is in a run."""
+
+    row: int  # of the table; its length where the image is finished
+    start: int = 0  # the row at which the image started, if a solver's history depends on it
+    alone: float | None = None  # a timestep that is not one of the run, in a table of its own
 
 
 class Scheduler:
@@ -148,123 +107,458 @@ class Scheduler:
 
     Methods and attributes mean what they mean in diffusers. Beyond diffusers, `step` takes a tensor with a timestep for
     each image, so that the images of a batch may be at different steps, each with its own history, and gradients flow
-    through `step`.
+    through `step`. docs/diffusers.md describes what is refused.
 
     Args:
-        config: The content of a ``scheduler_config.json``; its ``_class_name`` must be one of the schedulers that
-            docs/solvers.md lists.
+        config: The content of a ``scheduler_config.json``, or what `from_config` takes; its ``_class_name`` must be one
+            of the schedulers that docs/solvers.md lists.
+        **options: Options that replace those of ``config``.
 
     Attributes:
-        config: The configuration, a dictionary.
-        timesteps: The timesteps of a run after `set_timesteps`, one for each evaluation of the network: an int64 tensor
-            [N], or float32 for a scheduler in sigma space.
         num_inference_steps: The number of steps of a run; None before `set_timesteps`.
         order: Evaluations of the network in a step: 2 for Heun, DPM2 and DPM++ SDE, else 1.
         schedule: The `NoiseSchedule`; None for EDM and consistency models, which have none.
 
     Raises:
         ConfigError: If the scheduler or one of its options is not supported.
+        InvalidArgument: If no scheduler has one of ``options``.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
-        self.config = configuration(config)
-        name = str(self.config["_class_name"])
+    config_name: ClassVar[str] = FILE
+    has_compatibles: ClassVar[bool] = True
+    _deprecated_kwargs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, **options: Any):
+        config = config.config if isinstance(config, Scheduler) else config
+        if isinstance(config, Mapping) and "_class_name" in options:
+            config = {**config, "_class_name": options["_class_name"]}
+        self._use(complete(configuration(config), options))
+
+    def _use(self, config: Config) -> None:
+        self._config = config
+        self._name = name = str(config["_class_name"])
         self.in_sigma = name in IN_SIGMA
         self.schedule: NoiseSchedule | None = None
         if name not in WITHOUT_SCHEDULE:
-            self.schedule = noise_schedule(self.config)
-        self.order = 2 if name.startswith(("Heun", "KDPM2", "DPMSolverSDE")) else 1
+            self.schedule = noise_schedule(config)
+        self.order = 2 if name in TWO_STAGES else 1
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._tables: dict[tuple[float | None, bool], StepTable] = {}
+        self._asked: tuple[Mapping[str, Any], dict[str, Any]] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the tables and the history of a run."""
+        self._tables: dict[tuple[Any, ...], StepTable] = {}
+        self._timesteps: Tensor | None = None
+        self._sigmas: Tensor | None = None
         self._state: State | None = None
+        self._next: list[Place | None] | None = None  # the place of each image after its last step
+        self._begin_index: int | None = None
 
     @classmethod
-    def from_config(cls, config: Any) -> Scheduler:
+    def from_config(cls, config: Any, **options: Any) -> Scheduler:
         """Make a scheduler from a configuration, a diffusers scheduler or another `Scheduler`.
 
         Args:
-            config: The configuration or the scheduler to take it from.
+            config: The configuration or the scheduler to take it from. The ``config`` of a diffusers scheduler that was
+                made by its constructor does not say of which class it is; its options do, where only one has them.
+            **options: Options that replace those of ``config``, ``_class_name`` among them.
 
         Returns:
-            The scheduler, without timesteps yet.
+            The scheduler, with the timesteps of its training.
 
         Raises:
             ConfigError: If the scheduler or one of its options is not supported.
+            InvalidArgument: If no scheduler has one of ``options``.
         """
-        return cls(configuration(config.config if isinstance(config, Scheduler) else config))
+        made = cls.__new__(cls)
+        Scheduler.__init__(made, config, **options)
+        return made
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, subfolder: str | None = None) -> Scheduler:
+    def from_pretrained(cls, path: str | Path, subfolder: str | None = None, **options: Any) -> Scheduler:
         """Make a scheduler from a folder on disk; nothing is downloaded.
 
         Args:
             path: The folder of a pipeline, or one with a ``scheduler_config.json``.
             subfolder: A folder within ``path`` to look in instead.
+            **options: Options that replace those of the file.
 
         Returns:
-            The scheduler, without timesteps yet.
+            The scheduler, with the timesteps of its training.
 
         Raises:
             CheckpointError: If there is no ``scheduler_config.json``, or it cannot be read.
             ConfigError: If the scheduler or one of its options is not supported.
+            InvalidArgument: If no scheduler has one of ``options``.
         """
         folder = Path(path) / (subfolder or "")
         config = read_scheduler(folder)
         if not config:
             raise CheckpointError(f"{folder}: no scheduler_config.json and no scheduler/scheduler_config.json")
-        return cls(config)
+        made = cls.__new__(cls)
+        Scheduler.__init__(made, config, **options)
+        return made
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``scheduler_config.json``, which `from_pretrained` and diffusers' class of the same name read.
+
+        Args:
+            save_directory: The folder, which is made if it is missing.
+
+        Raises:
+            WriteError: If the file cannot be written.
+            ConfigError: If an option cannot be written as JSON.
+        """
+        save(self.config, save_directory)
+
+    save_config = save_pretrained
+
+    def register_to_config(self, **options: Any) -> None:
+        """Set options of the configuration, known ones or others; a run starts anew.
+
+        Args:
+            **options: The options.
+
+        Raises:
+            ConfigError: If the scheduler does not support a value.
+        """
+        self._use(Config({**self.config, **options}))
+
+    @property
+    def config(self) -> Config:
+        """The configuration: every option of diffusers' scheduler, as an entry and as an attribute."""
+        return self._config
+
+    @property
+    def compatibles(self) -> list[type]:
+        """The schedulers of diffusers that can be made from this configuration; diffusers must be installed."""
+        try:
+            diffusers: Any = importlib.import_module("diffusers")
+        except ImportError as e:
+            raise ConfigError("compatibles are classes of diffusers, which is not installed") from e
+        karras = [scheduler.name for scheduler in diffusers.schedulers.KarrasDiffusionSchedulers]
+        own = getattr(getattr(diffusers.schedulers, self._name, None), "_compatibles", karras)
+        classes = [getattr(diffusers, name, None) for name in sorted({self._name, *own})]
+        # Where a library is missing that a class needs, diffusers has a dummy of that name.
+        return [cls for cls in classes if cls is not None and type(cls).__name__ != "DummyObject"]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {to_json(self.config)}"
 
     def __len__(self) -> int:
         """Return the number of timesteps that the network was trained with."""
-        return int(self.config.get("num_train_timesteps", 1000)) if self.schedule is None else self.schedule.timesteps
+        if self.schedule is not None:
+            return self.schedule.timesteps
+        return int(value_of(self.config, "num_train_timesteps", DEFAULTS[self._name]["num_train_timesteps"]))
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def __getattr__(self, name: str) -> Any:
+        config = self.__dict__.get("_config", {})
+        if name in config and not name.startswith("_"):
+            warnings.warn(f"read scheduler.config.{name} instead of scheduler.{name}", FutureWarning, stacklevel=2)
+            return config[name]
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    # The levels of the training ---------------------------------------------------------------------------------------
+
+    def _trained(self) -> NoiseSchedule:
+        if self.schedule is None:
+            raise AttributeError(f"{self._name} has no betas, as its noise levels are continuous")
+        return self.schedule
+
+    @property
+    def betas(self) -> Tensor:
+        """The betas of the training, float32 [T], computed as diffusers does."""
+        schedule = self._trained()
+        betas = training_betas(schedule)
+        if not schedule.rescale_zero_terminal_snr:
+            return betas
+        root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+        squares = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        return 1.0 - torch.cat([squares[:1], squares[1:] / squares[:-1]])
+
+    @property
+    def alphas(self) -> Tensor:
+        """1 - betas, float32 [T]."""
+        return 1.0 - self.betas
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """abar of every timestep, float32 [T]: the products of `alphas`."""
+        abar = torch.cumprod(self.alphas, dim=0)
+        infinite = self.in_sigma or self._name in MULTISTEP  # sigma would be
+        if infinite and self._trained().rescale_zero_terminal_snr:
+            abar[-1] = ZERO_SNR
+        return abar
+
+    @property
+    def final_alpha_cumprod(self) -> Tensor:
+        """abar at which the last step of DDIMScheduler and PNDMScheduler ends, float32."""
+        if "set_alpha_to_one" not in DEFAULTS[self._name]:
+            raise AttributeError(f"{self._name} has no final_alpha_cumprod")
+        return (
+            torch.tensor(1.0, dtype=torch.float32, device="cpu")
+            if self.config["set_alpha_to_one"]
+            else self.alphas_cumprod[0]
+        )
+
+    # The levels of a run ----------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        *positional: Any,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
+        num_train_timesteps: int | None = None,
+        mu: float | None = None,
+    ) -> None:
         """Choose the timesteps of a run, which start anew: the history of an earlier run is dropped.
 
         Args:
             num_inference_steps: The number of steps, from 1 to the number of training timesteps.
             device: The device of ``timesteps``; None means the CPU.
+            *positional: Arguments in the order that diffusers' scheduler has them.
+            timesteps: The falling timesteps themselves, in place of a number of steps, for the schedulers that have
+                this option in diffusers.
+            sigmas: The falling noise levels, with the level at which the last step ends, for EulerDiscreteScheduler.
+            original_inference_steps: For LCMScheduler and TCDScheduler: in place of the configuration's.
+            strength: For LCMScheduler and TCDScheduler: the share of the distillation's timesteps to choose from.
+            num_train_timesteps: The number of training timesteps, which must be the configuration's.
+            mu: The shift of flow matching, which is not supported: None.
 
         Raises:
-            InvalidArgument: If the number of steps is out of range.
+            InvalidArgument: If the number of steps is out of range, or an option is not this scheduler's.
             ConfigError: If the configuration does not support this number of steps.
         """
-        self._tables = {}
-        self._state = None
-        table = from_config(self.config, num_inference_steps)
-        self._tables[None, False] = table
-        self.num_inference_steps = num_inference_steps
-        dtype = torch.float32 if self.in_sigma else torch.int64
-        self.timesteps = torch.tensor([row.t for row in table.rows], dtype=torch.float64, device="cpu").to(
-            device, dtype
-        )
+        if positional:
+            by_name = self._by_place("set_timesteps", SET_ARGUMENTS.get(self._name, ()), positional)
+            timesteps, sigmas = by_name.get("timesteps", timesteps), by_name.get("sigmas", sigmas)
+            original_inference_steps = by_name.get("original_inference_steps", original_inference_steps)
+            strength, mu = by_name.get("strength", strength), by_name.get("mu", mu)
+            num_train_timesteps = by_name.get("num_train_timesteps", num_train_timesteps)
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise InvalidArgument(f"{' and '.join(named)} exclude each other: give one of them")
+        if mu is not None or num_train_timesteps not in (None, len(self)):
+            raise InvalidArgument(f"{self._name}: mu= is not supported, and num_train_timesteps is {len(self)}")
+        if timesteps is not None and self._name not in TAKES_TIMESTEPS:
+            raise InvalidArgument(f"{self._name} takes no timesteps=, as in diffusers; {', '.join(TAKES_TIMESTEPS)} do")
+        config: Mapping[str, Any] = self.config
+        if original_inference_steps is not None or strength != 1.0:
+            if self._name not in ("LCMScheduler", "TCDScheduler") or timesteps is not None:
+                raise InvalidArgument(
+                    "original_inference_steps= and strength= are options of LCMScheduler and TCDScheduler, with a "
+                    "number of steps"
+                )
+            changed = {} if original_inference_steps is None else {"original_inference_steps": original_inference_steps}
+            config = {**config, **changed}
+        asked: dict[str, Any] = {
+            "steps": num_inference_steps,
+            "timesteps": timesteps,
+            "sigmas": sigmas,
+            "strength": strength,
+        }
+        table = from_config(config, **asked)
+        self._forget()
+        self._asked = config, asked
+        self._tables[None, False, 0, None] = table
+        self.num_inference_steps = table.steps if num_inference_steps is None else num_inference_steps
+        self._timesteps = self._listed_times(table).to(device)
+
+    def _listed_times(self, table: StepTable) -> Tensor:
+        exact = self._name == "CMStochasticIterativeScheduler"
+        dtype = torch.float64 if exact else torch.float32 if self.in_sigma else torch.int64
+        return torch.tensor(table.timesteps, dtype=torch.float64, device="cpu").to(dtype)
 
     @property
-    def init_noise_sigma(self) -> float:
+    def timesteps(self) -> Tensor:
+        """The timesteps of a run, one for each evaluation of the network; all those of the training before a run.
+
+        An int64 tensor [N], or float32 for a scheduler in sigma space (float64 for consistency models).
+        """
+        if self._timesteps is None:
+            falling = torch.arange(len(self) - 1, -1, -1, dtype=torch.int64, device="cpu")
+            continuous = self.config.get("timestep_type") == "continuous"
+            if not self.in_sigma:
+                self._timesteps = falling.float() if self._name in MULTISTEP else falling
+            elif continuous and self.config["prediction_type"] == "v_prediction":
+                self._timesteps = 0.25 * self.sigmas[:-1].log()
+            elif self._name in PLAIN:
+                self._timesteps = falling.float()
+            else:
+                self._timesteps = self._listed_times(self._table())
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: Tensor) -> None:
+        self._timesteps = value
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise levels of a run, and the one at which it ends, float32 [N + 1]; those of the training before a run.
+
+        DDPM, DDIM, PNDM, LCM and TCD have none, as in diffusers.
+        """
+        if not (self.in_sigma or self._name in MULTISTEP):
+            raise AttributeError(f"{self._name} has no sigmas; it has alphas_cumprod")
+        if self._sigmas is None:
+            if self._asked is None and self._name in (*MULTISTEP, *PLAIN):
+                rising = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+                return rising if self._name in MULTISTEP else torch.cat([rising.flip(0), torch.zeros_like(rising[:1])])
+            table = self._table()
+            rows = [row for row in table.rows if not row.stage] if self._name in TWO_STAGES else table.rows
+            abar = [*(row.abar for row in rows), rows[-1].abar_next]
+            levels = [table.data_scale * math.sqrt((1.0 - a) / a) for a in abar]
+            sigmas = torch.tensor(levels, dtype=torch.float64, device="cpu")
+            if self._name in TWO_STAGES:  # both evaluations of a step have an entry, DPM2's of its last step too
+                last = len(sigmas) if self._name.startswith("KDPM2") else -1
+                sigmas = torch.cat([sigmas[:1], sigmas[1:last].repeat_interleave(2), sigmas[-1:]])
+            if self._name == "CMStochasticIterativeScheduler":
+                sigmas[-1] = self.config["sigma_min"]
+                sigmas = sigmas[:-1] if self._asked is None else sigmas
+            self._sigmas = sigmas.float()
+        return self._sigmas
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor:
         """The standard deviation of the initial noise, by which standard normals are multiplied."""
         if not self.in_sigma:
             return 1.0
-        table = self._table()
-        return table.init_scale * table.data_scale / math.sqrt(table.rows[0].abar)
+        if self.schedule is None:
+            largest = float(self.config["sigma_max"])
+            return largest if self._name == "CMStochasticIterativeScheduler" else math.hypot(largest, 1.0)
+        sigma = self.sigmas.max()
+        return sigma if self.config["timestep_spacing"] in ("linspace", "trailing") else (sigma**2 + 1) ** 0.5
+
+    def sigma_to_t(self, sigmas: float | np.ndarray) -> float | np.ndarray:
+        """Compute the timestep of a noise level, for CMStochasticIterativeScheduler: 250 ln(sigma).
+
+        Args:
+            sigmas: The noise level, or several.
+
+        Returns:
+            The timestep, or several.
+        """
+        if self._name != "CMStochasticIterativeScheduler":
+            raise InvalidArgument("sigma_to_t belongs to CMStochasticIterativeScheduler")
+        t = 250.0 * np.log(np.asarray(sigmas, dtype=np.float64) + 1e-44)
+        return t if t.ndim else float(t)
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next step; None before the first one, or where images are at different ones."""
+        places = set(self._next or ())
+        place = places.pop() if len(places) == 1 else None
+        return None if place is None else place.row
+
+    @property
+    def begin_index(self) -> int | None:
+        """The number of the step that starts a run; None unless `set_begin_index` was called."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Choose the step that starts a run, as for img2img, whatever the timestep that is given to it.
+
+        Args:
+            begin_index: An index of ``timesteps``.
+
+        Raises:
+            InvalidArgument: If it is out of range.
+        """
+        self._begin_index = whole("begin_index", begin_index, 0, len(self.timesteps) - 1, of="timesteps")
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Return the index of a timestep, of the second one where two are equal, as diffusers does.
+
+        Args:
+            timestep: The timestep.
+            schedule_timesteps: The timesteps to look in; None means those of the run.
+
+        Returns:
+            The index. Multi-step schedulers have the last one for a timestep that is not there, as in diffusers.
+
+        Raises:
+            InvalidArgument: If another scheduler does not have the timestep.
+        """
+        times = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
+        t = _listed(timestep, 1)[0]
+        found = _found(t, times)
+        if not found and (self._name in MULTISTEP or self._name == "EDMDPMSolverMultistepScheduler"):
+            return len(times) - 1
+        if not found:
+            raise InvalidArgument(f"timestep {t:g} is not one of the {len(times)} timesteps")
+        return found[min(1, len(found) - 1)]
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """Return the timestep after this one in a run, at less noise; -1 after the last one.
+
+        Args:
+            timestep: A timestep of the run, or any before `set_timesteps`.
+
+        Returns:
+            The timestep, as an entry of ``timesteps`` in a run.
+
+        Raises:
+            InvalidArgument: If the run does not have the timestep.
+        """
+        t = _listed(timestep, 1)[0]
+        if self._asked is None:
+            return timestep - 1
+        times = self.timesteps.tolist()
+        found = _found(t, times)
+        if not found:
+            raise InvalidArgument(f"timestep {t:g} is not one of the {len(times)} timesteps")
+        return (
+            self.timesteps[found[0] + 1]
+            if found[0] + 1 < len(times)
+            else torch.tensor(-1, dtype=torch.int64, device="cpu")
+        )
+
+    def _get_variance(self, timestep: int, prev_timestep: int | None = None) -> Tensor:
+        """Return the variance of the step of DDPMScheduler or DDIMScheduler, which loops that invert a run call."""
+        if self._name not in ("DDPMScheduler", "DDIMScheduler"):
+            raise AttributeError(f"{self._name} has no _get_variance")
+        ddim = self._name == "DDIMScheduler"
+        before = int(self.previous_timestep(timestep) if prev_timestep is None else prev_timestep)
+        end = self.final_alpha_cumprod if ddim else torch.ones((), dtype=torch.float32, device="cpu")
+        abar, abar_next = self.alphas_cumprod[timestep], self.alphas_cumprod[before] if before >= 0 else end
+        beta = 1 - abar / abar_next
+        variance = (1 - abar_next) / (1 - abar) * beta
+        kind = "fixed_small" if ddim else self.config["variance_type"]
+        if kind in ("fixed_small", "fixed_large"):
+            return variance if ddim else beta if kind == "fixed_large" else variance.clamp(min=1e-20)
+        raise InvalidArgument(
+            f"_get_variance of variance_type={shown(kind)}: fixed_small and fixed_large are supported"
+        )
+
+    # Steps ------------------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Scale a sample to the network's input: in sigma space by 1 / sqrt(sigma^2 + sigma_data^2), else not at all.
 
+        The samples may be more than those of `step`, as a batch that is doubled for classifier-free guidance.
+
         Args:
-            sample: The sample, [B, C, H, W].
+            sample: The sample, [B, ...].
             timestep: As for `step`.
 
         Returns:
             The network's input, of the sample's shape.
 
         Raises:
-            InvalidArgument: If a timestep is not one of this run, or needs a history that is missing.
+            InvalidArgument: If a timestep is not one of this run.
         """
         if not self.in_sigma:
             return sample
-        table = self._table()
-        rows = self._rows(table, timestep, sample)
+        table, times = self._table(), _listed(timestep, len(sample))
+        after = self._next or [None]
+        after = after * (len(times) // len(after)) if len(times) % len(after) == 0 else [after[0]] * len(times)
+        rows = [self._row(table, t, place) for t, place in zip(times, after, strict=True)]
         return sample * self._spread([_to_state(table, row) for row in rows], sample)
 
     def step(
@@ -272,81 +566,132 @@ class Scheduler:
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        *,
+        *positional: Any,
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> StepOutput | tuple[Tensor, Tensor]:
+        **others: Any,
+    ) -> StepOutput | tuple[Tensor, ...]:
         """Compute the next sample from the network's output, by one row of the table for every image.
 
         The step is computed in float32, or in float64 for float64 samples.
 
         Args:
-            model_output: The network's output for ``scale_model_input(sample, timestep)``, [B, C, H, W], or
-                [B, 2 C, H, W] if the variance is learned.
-            timestep: The next of ``timesteps``: a number for all images, or a tensor [B] with one for each. The first
-                of ``timesteps`` starts an image anew; a solver without a history can start at any of them. -1 leaves
-                an image as it is (except with EDM and consistency models, whose timesteps may be negative).
-            sample: The present sample, [B, C, H, W].
-            eta: The share of fresh noise, 0 to 1: for DDIM (by default 0) and TCD (by default 0.3).
+            model_output: The network's output for ``scale_model_input(sample, timestep)``, [B, C, ...], or [B, 2 C,
+                ...] if the variance is learned.
+            timestep: The next of ``timesteps``: a number for all images, or a tensor [B] with one for each. A timestep
+                that does not follow an image's last one starts it anew there, at a solver's lowest order. -1 leaves an
+                image as it is (except with EDM and consistency models, whose timesteps may be negative).
+                DDIMScheduler takes any whole timestep, as in diffusers.
+            sample: The present sample, [B, C, ...].
+            *positional: Arguments in the order that diffusers' scheduler has them.
+            eta: The share of fresh noise, 0 to 1: for DDIM (by default 0) and TCD (by default 0.3); others ignore it.
             use_clipped_model_output: For DDIM: whether the predicted noise is derived from the clipped x_0.
             generator: The source of noise: a generator, a list with one for each image, or None for torch's default.
-                Noise is drawn when diffusers draws it.
-            variance_noise: The noise to use instead, [B, C, H, W].
+                Noise is drawn when diffusers draws it, in the same dtype.
+            variance_noise: The noise to use instead, of the sample's shape.
             return_dict: Whether the result is a `StepOutput`.
+            **others: ``s_churn``, ``s_tmin``, ``s_tmax``, ``s_noise`` and ``order``, of which only the values that
+                change nothing are supported.
 
         Returns:
-            The next sample and the predicted image, as a `StepOutput` or a tuple, in the sample's dtype.
+            The next sample and the predicted image, as a `StepOutput` or a tuple of diffusers' length, in the sample's
+            dtype.
 
         Raises:
             InvalidArgument: If a timestep is not one of this run or needs a history that is missing, or if shapes,
                 options or generators do not fit.
         """
-        table = self._table(eta, bool(use_clipped_model_output))
-        if sample.ndim != 4 or model_output.shape[:1] + model_output.shape[2:] != sample.shape[:1] + sample.shape[2:]:
+        if positional:
+            by_name = self._by_place("step", STEP_ARGUMENTS.get(self._name, NOISY), positional)
+            eta, generator = by_name.pop("eta", eta), by_name.pop("generator", generator)
+            use_clipped_model_output = by_name.pop("use_clipped_model_output", use_clipped_model_output)
+            variance_noise, return_dict = (
+                by_name.pop("variance_noise", variance_noise), by_name.pop("return_dict", return_dict),
+            )  # fmt: skip
+            others |= by_name
+        if others:
+            self._check_others(others)
+        for name, value in (("model_output", model_output), ("sample", sample)):
+            if not isinstance(value, Tensor):
+                raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is needed")
+        x, out = _flat(sample), _flat(model_output)
+        if sample.ndim == 0 or out.shape[:1] + out.shape[2:] != x.shape[:1] + x.shape[2:]:
             raise InvalidArgument(
-                f"sample {tuple(sample.shape)} and model_output {tuple(model_output.shape)} must be [B, C, H, W] of "
-                "one batch and size"
+                f"sample {tuple(sample.shape)} and model_output {tuple(model_output.shape)} must be [B, C, ...] of one "
+                "batch and size"
             )
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        rows = self._rows(table, timestep, sample)
-        state = self._state_for(table, sample, dtype)
-        state.row_host = np.array(rows)
-        state.row = torch.from_numpy(state.row_host.copy()).to(sample.device)
-        state.x = sample.to(dtype) * self._spread(
-            [_to_state(table, row) if self.in_sigma else 1.0 for row in rows], state.x
-        )
-        state.out = model_output.to(dtype)
-        moving = [row for row in rows if row < len(table)]
+        eta = eta if self._name in ETA else None
+        clipped = bool(use_clipped_model_output) and self._name == "DDIMScheduler"
+        places = self._places(timestep, len(sample))
+        state = self._prepared(places, x, out, eta, clipped)
+        table = state.bank.tables[0]
+        moving = [place.row for place in places if place.row < len(table)]
         if any(draws_noise(self.config, table, row, eta) for row in moving):
             z = variance_noise
             if z is None:
-                z = randn(tuple(sample.shape), generator, sample.device, model_output.dtype)
+                dtype = noise_dtype(self._name, model_output, sample)
+                z = randn(tuple(sample.shape), generator, sample.device, dtype)
             elif z.shape != sample.shape:
                 raise InvalidArgument(
                     f"variance_noise {tuple(z.shape)} is not of the sample's shape {tuple(sample.shape)}"
                 )
-            z = z.to(sample.device, dtype)
+            z = _flat(z).to(sample.device, state.x.dtype)
             state.noise = lambda _: z
-        x0 = update.predict_x0(state) * table.data_scale
+        results = self._results(state, table, places)
+        self._next = [
+            None if place.alone is not None else place._replace(row=int(row))
+            for place, row in zip(places, state.row_host, strict=True)
+        ]
+        results = {name: value.reshape(sample.shape).to(sample.dtype) for name, value in results.items()}
+        if return_dict:
+            return StepOutput(results)
+        return tuple(results.values())[: 1 if self._name in ALONE else 2]
+
+    def _by_place(self, method: str, names: tuple[str, ...], values: Sequence[Any]) -> dict[str, Any]:
+        """Return positional arguments by the names that diffusers' scheduler gives to their places."""
+        if len(values) > len(names):
+            takes = ", ".join(names) or "nothing"
+            raise InvalidArgument(f"{self._name}.{method} takes {takes} in these places, not {len(values)} arguments")
+        return dict(zip(names, values, strict=False))
+
+    def _check_others(self, others: Mapping[str, Any]) -> None:
+        """Refuse options of step that do not exist, or whose values would change the result."""
+        for name, value in others.items():
+            if name not in ONLY:
+                raise InvalidArgument(f"{self._name}.step has no option {shown(name)}")
+            neutral = ONLY[name] if self._name != "DPMSolverSDEScheduler" or name != "s_noise" else 1.0
+            if neutral is not None and value != neutral:
+                raise InvalidArgument(f"{name}={shown(value)} is not supported; only {neutral} is")
+
+    def _results(self, state: State, table: StepTable, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Run a row for every image, and return the results' entries in diffusers' order."""
+        x0 = update.predict_x0(state)
+        second = SECOND.get(self._name)
+        before = {}
+        if second is not None:  # the result without its noise, in units of the sample at that level
+            parts = {"ax": state.x, "ao": update.split_output(state)[0], "a0": x0}
+            mean = sum(state.column(name).view(-1, 1, 1, 1) * value for name, value in parts.items())
+            ends = state.column("abar_next") if second == "denoised" else 1.0 - state.column("s") ** 2
+            before = {second: mean / ends.sqrt().view(-1, 1, 1, 1)}
         update.update(state)
         state.noise = None
         x = state.x
         if self.in_sigma:
-            x = x * self._spread([_from_state(table, row) for row in rows], x)
-        output = StepOutput(x.to(sample.dtype), x0.to(sample.dtype))
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+            x = x * self._spread([_from_state(table, place.row) for place in places], x)
+        return {"prev_sample": x, **before, "pred_original_sample": x0 * table.data_scale}
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """Add noise to images: sqrt(abar) x_0 + sqrt(1 - abar) eps, or x_0 + sigma eps in sigma space.
 
         Args:
-            original_samples: The images x_0, [B, C, H, W].
+            original_samples: The images x_0, [B, ...].
             noise: Standard normals eps, of the images' shape.
             timesteps: The timestep that gives abar, of this run or a whole one of the noise schedule: a number for all
-                images, or a tensor [B] with one for each.
+                images, or a tensor [B] with one for each. After `set_begin_index` the level is that of the next step
+                whatever the timestep, as in diffusers.
 
         Returns:
             The noisy images, in the dtype of ``original_samples``.
@@ -354,10 +699,15 @@ class Scheduler:
         Raises:
             InvalidArgument: If a timestep is neither.
         """
-        abar = np.array([self._abar(t) for t in _listed(timesteps, len(original_samples))])
+        times = _listed(timesteps, len(original_samples))
+        if self._begin_index is not None and (self.in_sigma or self._name in MULTISTEP):
+            index = self._begin_index if self.step_index is None else self.step_index
+            abar = np.array([self._table().rows[min(index, len(self._table()) - 1)].abar] * len(times))
+        else:
+            abar = np.array([self._abar(t) for t in times])
         a, s = np.sqrt(abar), np.sqrt(1.0 - abar)
         if self.in_sigma:
-            scale = self._table().data_scale if self._tables else 1.0
+            scale = self._table().data_scale
             a, s = np.ones_like(a), scale * s / a
         dtype = torch.float64 if original_samples.dtype == torch.float64 else torch.float32
         x0, eps = original_samples.to(dtype), noise.to(dtype)
@@ -369,7 +719,7 @@ class Scheduler:
         diffusers' EulerDiscreteScheduler looks up abar by the number of the step; here the timestep decides.
 
         Args:
-            sample: The images x_0, [B, C, H, W].
+            sample: The images x_0, [B, ...].
             noise: Standard normals eps, of the images' shape.
             timesteps: As for `add_noise`.
 
@@ -385,66 +735,146 @@ class Scheduler:
         v = self._spread(np.sqrt(abar), x0) * eps - self._spread(np.sqrt(1.0 - abar), x0) * x0
         return v.to(sample.dtype)
 
-    def _table(self, eta: float | None = None, clipped: bool = False) -> StepTable:
-        if self.num_inference_steps is None:
-            raise InvalidArgument("the scheduler has no timesteps yet: call set_timesteps(num_inference_steps)")
-        key = (eta, clipped)
+    # Tables and places ------------------------------------------------------------------------------------------------
+
+    def _table(
+        self, eta: float | None = None, clipped: bool = False, start: int = 0, alone: float | None = None
+    ) -> StepTable:
+        """Return the run's table, or one that starts at a row, or that has the one row of another timestep."""
+        key = (eta, clipped, start, alone)
         if key not in self._tables:
-            self._tables[key] = from_config(
-                self.config, self.num_inference_steps, eta=eta, use_clipped_model_output=clipped
-            )
+            config, asked = self._asked or self._untimed()
+            if alone is not None:
+                asked = {"steps": self.num_inference_steps, "timesteps": [alone]}
+            self._tables[key] = from_config(config, **asked, eta=eta, use_clipped_model_output=clipped, start=start)
         return self._tables[key]
 
-    def _rows(self, table: StepTable, timestep: Any, sample: Tensor) -> list[int]:
-        """Find each image's row: the next one if it has the image's timestep, else one at which a run can start."""
-        ts = _listed(timestep, len(sample))
-        state = self._state
-        following = [-1] * len(ts)
-        if state is not None and len(state.x) == len(ts):
-            following = state.row_host.tolist()
-        elif (
-            state is not None
-            and (table.history > 0 or any(row.as_ for row in table.rows))  # some row reads what an earlier one kept
-            and not all(_same(t, table.rows[0].t) for t in ts)
-        ):
+    def _untimed(self) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Return what the tables before `set_timesteps` are made from, for the schedulers that can step without it."""
+        if not self.in_sigma and self._name != "DDPMScheduler":
+            raise InvalidArgument("the scheduler has no timesteps yet: call set_timesteps(num_inference_steps)")
+        steps = len(self) + (1 if self._name == "EDMEulerScheduler" else 0)
+        if self._name in TWO_STAGES or self.schedule is None:
+            return self.config, {"steps": steps}
+        plain: dict[str, Any] = {key: False for key in self.config if key.startswith("use_")}
+        spacing = "leading" if self._name == "DDPMScheduler" else "linspace"
+        plain |= {"timestep_spacing": spacing, "steps_offset": 0}
+        if "interpolation_type" in self.config:
+            plain |= {"interpolation_type": "linear", "final_sigmas_type": "zero"}
+        return {**self.config, **plain}, {"steps": steps}
+
+    def _places(self, timestep: Any, B: int) -> list[Place]:
+        """Find each image's place: the next one if it has the image's timestep, else one at which a run can start."""
+        table, times, after = self._table(), _listed(timestep, B), self._next
+        if after is not None and len(after) != B:
+            keeps = table.history > 0 or any(row.as_ for row in table.rows)  # a row reads what an earlier one kept
+            if keeps and not all(_same(t, table.rows[0].t) for t in times):
+                raise InvalidArgument(
+                    f"{B} images, but the history is of {len(after)}: a run of {table.solver} keeps its batch"
+                )
+            after = None
+        return [self._place(table, t, place) for t, place in zip(times, after or [None] * B, strict=True)]
+
+    def _place(self, table: StepTable, t: float, after: Place | None) -> Place:
+        if self._continues(table, t, after):
+            assert after is not None
+            return after
+        if after is not None and self._repeats(table, t, after):
+            return Place(after.row - 1, after.start - 1)
+        if self._name == "DDIMScheduler" and t >= 0 and t.is_integer() and not any(t == row.t for row in table.rows):
+            self._table(alone=t)  # which refuses timesteps beyond the schedule's
+            return Place(0, alone=t)
+        row = self._row(table, t, after)
+        if row == len(table) or not looks_back(table, row):
+            return Place(row)
+        if looks_back(self._table(start=row), row):
             raise InvalidArgument(
-                f"{len(ts)} images, but the history is of {len(state.x)}: a run of {table.solver} keeps its batch"
+                f"timestep {t:g} (row {row}) is within a step of {table.solver}, which needs the rows before it; start "
+                "at the step's first timestep"
             )
-        return [self._row(table, t, after) for t, after in zip(ts, following, strict=True)]
+        return Place(row, start=row)
 
     @staticmethod
-    def _row(table: StepTable, t: float, following: int) -> int:
+    def _continues(table: StepTable, t: float, after: Place | None) -> bool:
+        return after is not None and after.row < len(table) and _same(t, table.rows[after.row].t)
+
+    def _repeats(self, table: StepTable, t: float, after: Place) -> bool:
+        """Return whether PNDM's first step is repeated, in a run that starts at the earlier of two equal timesteps.
+
+        The first step's timestep does not tell which of the two it is, and its result does not depend on it.
+        """
+        first = after.start
+        return (
+            self._name == "PNDMScheduler" and after.row == first + 1 and first > 1
+            and _same(t, table.rows[first].t) and _same(t, table.rows[first - 1].t)
+        )  # fmt: skip
+
+    def _row(self, table: StepTable, t: float, after: Place | None) -> int:
+        """Return the row of an image: the next one, or the one at which its timestep starts a run."""
+        if not math.isfinite(t):
+            raise InvalidArgument(f"timestep {t} is not one of this run's {len(table)}")
         if t == -1 and not table.continuous:
             return len(table)
-        if 0 <= following < len(table) and _same(t, table.rows[following].t):
-            return following
-        known = [i for i, row in enumerate(table.rows) if not row.stage and _same(t, row.t)]
+        if self._continues(table, t, after):
+            assert after is not None
+            return after.row
+        if self._next is None and self._begin_index is not None:
+            return self._begin_index
+        known = _found(t, table.timesteps)
         if not known:
             raise InvalidArgument(
                 f"timestep {t:g} is not one of this run's {len(table)}, {table.rows[0].t:g} .. {table.rows[-1].t:g}"
             )
-        if looks_back(table, known[0]):
-            raise InvalidArgument(
-                f"timestep {t:g} (row {known[0]}) needs the rows before it, as {table.solver} keeps a history; start "
-                f"with timesteps[0], or call the timesteps in turn"
-            )
-        return known[0]
+        # diffusers starts at the second of two equal timesteps; the first of a run starts it all the same.
+        return known[0] if known[0] == 0 else known[min(1, len(known) - 1)]
 
-    def _state_for(self, table: StepTable, sample: Tensor, dtype: torch.dtype) -> State:
-        """Return the state with this run's history, or a new one if the table, shape, device or dtype changed."""
-        state = self._state
-        if (
-            state is None
-            or state.bank.tables != (table,)
-            or state.x.shape != sample.shape
-            or (state.x.device, state.x.dtype) != (sample.device, dtype)
-        ):
-            state = self._state = State.create(sample.to(dtype), TableBank([table], sample.device, dtype))
+    def _prepared(self, places: Sequence[Place], x: Tensor, out: Tensor, eta: float | None, clipped: bool) -> State:
+        """Return the state for a step, with this run's history if shape, device and dtype did not change."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        kinds = list(dict.fromkeys([(0, None), *((place.start, place.alone) for place in places)]))
+        tables = tuple(self._table(eta, clipped, *kind) for kind in kinds)
+        old = self._state
+        if old is not None and (old.x.shape, old.x.device, old.x.dtype) != (x.shape, x.device, dtype):
+            old = None
+        state = old
+        if old is None or old.bank.tables != tables:
+            state = self._state = State.create(x.to(dtype), TableBank(tables, x.device, dtype))
+            for name in ("xs", "m1", "m2", "m3"):
+                kept = None if old is None else getattr(old, name)
+                if kept is not None and getattr(state, name) is not None:
+                    setattr(state, name, kept)
+        assert state is not None
+        state.table_host = np.array([kinds.index((place.start, place.alone)) for place in places])
+        state.row_host = np.array([place.row for place in places])
+        state.table, state.row = (torch.from_numpy(v.copy()).to(x.device) for v in (state.table_host, state.row_host))
+        own, rows = None if old is None else old.x, [place.row for place in places]
+        state.x = x.to(dtype)
+        if self.in_sigma:
+            state.x = state.x * self._spread([_to_state(tables[0], row) for row in rows], state.x)
+        state.out = out.to(dtype)
+        replaced = [self._next is not None and self._replaces(tables[0], place) for place in places]
+        if own is not None and any(replaced):
+            # The prediction x_0 = kx x + ko out is that of the caller's sample, all else that of the state's own.
+            mask = self._spread(replaced, state.x)
+            ratio = self._spread([_ratio(tables[0], row) for row in rows], state.x)
+            state.out = state.out + mask * ratio * (state.x - own)
+            state.x = torch.where(mask != 0, own, state.x)
         return state
+
+    def _replaces(self, table: StepTable, place: Place) -> bool:
+        """Return whether a row goes on from the sample that the scheduler computed, whatever the caller made of it.
+
+        UniPC's corrector computes the sample anew from the last step's start, and the second stage of DPM++ SDE from
+        the first one's, so that diffusers reads the caller's sample there for the prediction of x_0 alone.
+        """
+        if self._name == "UniPCMultistepScheduler":
+            corrected = place.row - 1 not in (self.config["disable_corrector"] or ())
+            return place.start < place.row < len(table) and corrected
+        return self._name == "DPMSolverSDEScheduler" and place.row < len(table) and bool(table.rows[place.row].stage)
 
     def _abar(self, t: float) -> float:
         """Return abar at a timestep of this run, or else of the noise schedule."""
-        if self._tables:
+        if self._asked is not None or self.schedule is None:
             for row in self._table().rows:
                 if _same(t, row.t):
                     return row.abar
@@ -454,8 +884,20 @@ class Scheduler:
 
     @staticmethod
     def _spread(factors: Any, x: Tensor) -> Tensor:
-        """Make a tensor [B, 1, 1, 1] of one factor for each image."""
+        """Make a tensor [B, 1, ...] of one factor for each image."""
         return torch.tensor(np.asarray(factors), dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return a sample of any number of dimensions as [B, C, 1, N]; one of four stays as it is."""
+    if x.ndim in (0, 4):
+        return x
+    return x.reshape(len(x), x.shape[1] if x.ndim > 1 else 1, 1, -1)
+
+
+def _ratio(table: StepTable, row: int) -> float:
+    """Return kx / ko of a row; 0 for a finished image."""
+    return table.rows[row].kx / table.rows[row].ko if row < len(table) else 0.0
 
 
 def _to_state(table: StepTable, row: int) -> float:
@@ -479,3 +921,9 @@ def _listed(timestep: Any, B: int) -> list[float]:
 def _same(a: float, b: float) -> bool:
     """Return whether two timesteps are equal up to rounding: callers have them in float32, tables in float64."""
     return abs(a - b) <= 1e-6 * max(1.0, abs(b))
+
+
+def _found(t: float, times: Sequence[float]) -> list[int]:
+    """Return the indices of a timestep: of those equal in float32, else of those equal up to rounding."""
+    near = [i for i, other in enumerate(times) if _same(t, other)]
+    return [i for i in near if np.float32(times[i]) == np.float32(t)] or near

@@ -7,6 +7,7 @@ eps_k are the last values of eps and L_k their Lagrange polynomials: in sigma fo
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -53,7 +54,8 @@ def lms(schedule: Schedule, steps: int | None = None, *, order: int = 4, **commo
 
 def lms_table(walk: Walk, order: int) -> StepTable:
     """Build the rows of `lms` for the levels of a walk."""
-    orders = [walk.order(i, order) for i in range(len(walk))]
+    whole = dataclasses.replace(walk, start=0)
+    orders = [whole.order(i, order) for i in range(len(walk))]
     if walk.levels[-1].abar_next == 1.0 and not walk.compat:
         orders[-1] = 1
     return _table(walk, "lms", orders, by_log=False)
@@ -116,7 +118,8 @@ def _table(walk: Walk, name: str, orders: Sequence[int], by_log: bool) -> StepTa
             weights = [level.sigma * w for w in weights]
         else:
             weights = sigma_weights([b.sigma for b in before], level.sigma_next)
-        eps, *m = (level.a_next * w for w in weights)
+        # LMS of a run that starts in the middle has the weights of the whole run for fewer values, as in diffusers.
+        eps, *m = (level.a_next * w for w in weights[: max(1, i - walk.start + 1)])
         rows.append(walk.row(i, x=level.a_next / level.a, eps=eps, m=m, keep="eps"))
     return walk.table(name, rows)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastdiff.checks import number, whole
 from fastdiff.errors import InvalidArgument
@@ -87,12 +88,18 @@ def _distilled(
     return Walk.of(schedule, steps, spacing=spacing, prediction=prediction, clip=clip, threshold=threshold)
 
 
-def lcm_timesteps(T: int, steps: int, original_steps: int) -> list[float]:
-    """Return LCM's timesteps: entries floor(i original_steps / steps) of T // original_steps k - 1, from the top."""
+def lcm_timesteps(T: int, steps: int, original_steps: int, strength: float = 1.0) -> list[float]:
+    """Return LCM's timesteps: entries floor(i n / steps) of the lower n of T // original_steps k - 1, from the top.
+
+    n is the share ``strength`` of ``original_steps``.
+    """
     whole("original_steps", original_steps, 1, T)
-    whole("steps", steps, 1, original_steps)
-    origin = (np.arange(1, original_steps + 1) * (T // original_steps) - 1)[::-1]
-    chosen = np.floor(np.linspace(0, original_steps, num=steps, endpoint=False)).astype(np.int64)
+    n = int(original_steps * strength)
+    if n < 1:
+        raise InvalidArgument(f"strength={strength:g} of {original_steps} timesteps leaves none")
+    whole("steps", steps, 1, n, of="original_steps times strength" if strength < 1.0 else "")
+    origin = (np.arange(1, n + 1) * (T // original_steps) - 1)[::-1]
+    chosen = np.floor(np.linspace(0, n, num=steps, endpoint=False)).astype(np.int64)
     return [float(t) for t in origin[chosen]]
 
 
@@ -193,9 +200,18 @@ def consistency(
         raise InvalidArgument(f"consistency needs an EDMSchedule, not a {type(schedule).__name__}")
     whole("train_steps", train_steps, 2, 100_000)
     n = whole("steps", 1 if steps is None else steps, 1, train_steps)
+    return consistency_table(schedule, np.arange(n) * (train_steps // n), train_steps, clip)
+
+
+def consistency_table(
+    schedule: EDMSchedule, chosen: NDArray[np.int64], train_steps: int, clip: float | None
+) -> StepTable:
+    """Build the rows of `consistency` at the noise levels whose numbers, rising from 0 for the largest, are chosen."""
+    whole("timesteps[0]", int(chosen[-1]), 0, train_steps - 1)
+    n = len(chosen)
     data, lowest = schedule.sigma_data, schedule.sigma_min
     every = spaced_sigmas("karras", train_steps, schedule.sigma_max, lowest, schedule.rho)
-    sigmas = every[np.arange(n) * (train_steps // n)].tolist()
+    sigmas = every[chosen].tolist()
     c = check_clip("clip", clip) / data
     rows = []
     for i, sigma in enumerate(sigmas):

@@ -49,10 +49,15 @@ def heun_table(walk: Walk) -> StepTable:
     for i, level in enumerate(walk.levels):
         # The states are variance-preserving, a (x_0 + sigma eps): the first row reads one at level s, the second at t.
         two = level.abar_next < 1.0
-        rows.append(walk.row(i, x0=level.a_next, eps=level.s_next, save=float(two)))
+        keep = "eps" if two and walk.compat else None
+        rows.append(walk.row(i, x0=level.a_next, eps=level.s_next, save=float(two), keep=keep))
         if two:
             end = walk.levels[i + 1].t if i < last else walk.last_time
             stage = Level(end, level.abar_next, level.abar_next)
             half = 0.5 * level.a_next * (level.sigma_next - level.sigma)
-            rows.append(walk.at(stage).row(0, x=0.5, xs=0.5 * level.a_next / level.a, eps=half, stage=1.0))
+            if walk.compat:  # as written first, so that a caller who edits x_e changes eps_e alone, as in diffusers
+                second = walk.at(stage).row(0, xs=level.a_next / level.a, eps=half, m=(half,), stage=1.0)
+            else:
+                second = walk.at(stage).row(0, x=0.5, xs=0.5 * level.a_next / level.a, eps=half, stage=1.0)
+            rows.append(second)
     return walk.table("heun", rows)

@@ -32,7 +32,7 @@ KEYS: Mapping[str, Check] = {
     "clip_sample": boolean,
     "clip_sample_range": _positive,
     "thresholding": boolean,
-    "dynamic_thresholding_ratio": functools.partial(number, above=0, high=1),
+    "dynamic_thresholding_ratio": functools.partial(number, low=0, high=1),
     "sample_max_value": _positive,
     "timestep_spacing": text,
     "steps_offset": functools.partial(whole, low=0, high=MAX_TIMESTEPS),

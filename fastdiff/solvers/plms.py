@@ -45,22 +45,25 @@ def plms(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
     return plms_table(Walk.of(schedule, steps, **common))
 
 
-def plms_table(walk: Walk, mix_outputs: bool = False, stage: Level | None = None) -> StepTable:
+def plms_table(walk: Walk, mix_outputs: bool = False, stage: tuple[Level, Level] | None = None) -> StepTable:
     """Build the rows of `plms` for the levels of a walk, or of diffusers' variant of it.
 
     With ``mix_outputs`` the history holds the network's outputs, whose combination is converted to eps at the present
-    state, as in diffusers with v-prediction. ``stage`` is the level at which the second row starts from the saved x,
-    where diffusers takes another than the first.
+    state, as in diffusers with v-prediction. ``stage`` has the level at which the second row starts from the saved x,
+    and the one at which it evaluates the network, where diffusers takes others than the walk's first and second.
     """
     if walk.levels[0].abar == 0.0:
         raise InvalidArgument("plms cannot start at zero SNR, where sigma is infinite; ddim, euler and dpmpp_2m can")
+    if stage is None and len(walk) > 1:
+        there = walk.levels[1]
+        stage = walk.levels[0], Level(there.t, there.abar, there.abar)
     rows = []
     for i, level in enumerate(walk.levels):
         # The stage does not push its eps, so in the second step m1 is the first row's.
         order = 1 if level.abar_next == 1.0 and not walk.compat else min(i + 1, 4)
-        rows.append(_row(walk, i, level, WEIGHTS[order], mix_outputs, save=float(i == 0 and len(walk) > 1)))
-        if i == 0 and len(walk) > 1:
-            rows.append(_stage(walk, level if stage is None else stage, mix_outputs))
+        rows.append(_row(walk, i, level, WEIGHTS[order], mix_outputs, save=float(i == 0 and stage is not None)))
+        if i == 0 and stage is not None:
+            rows.append(_stage(walk, *stage, mix_outputs))
     return walk.table("plms", rows)
 
 
@@ -78,10 +81,9 @@ def _row(walk: Walk, i: int, level: Level, weights: tuple[float, ...], mix_outpu
     return walk.row(i, x=x + e * ex, out=mixed[0], m=mixed[1:], keep="out", save=save)
 
 
-def _stage(walk: Walk, start: Level, mix_outputs: bool) -> Row:
+def _stage(walk: Walk, start: Level, there: Level, mix_outputs: bool) -> Row:
     """Return the row that repeats the first step from the saved x, with the mean of both values of eps."""
     x, e = _transfer(start)
-    there = Level(walk.levels[1].t, walk.levels[1].abar, walk.levels[1].abar)
     if not mix_outputs:
         return walk.at(there).row(0, xs=x, eps=0.5 * e, m=[0.5 * e], stage=1.0)
     ex, eo = eps_coefficients(walk.prediction, start.abar)

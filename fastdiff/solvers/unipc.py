@@ -82,7 +82,7 @@ def unipc_table(
     for i in range(n):
         # The corrected state is x + correction, whose entries are coefficients of row i's x_0, m1, m2 and m3.
         correction = np.zeros(4)
-        if i > 0 and i - 1 not in uncorrected and walk.levels[i - 1].abar > 0.0:
+        if i > walk.start and i - 1 not in uncorrected and walk.levels[i - 1].abar > 0.0:
             predicted = np.append(0.0, _step(walk, i - 1, orders[i - 1], solver_type)[1][:3])
             correction = _corrected(walk, i - 1, orders[i - 1], solver_type) - predicted
         factor, prediction = _step(walk, i, orders[i], solver_type)

@@ -88,6 +88,8 @@ class Walk:
     # Whether a step may end elsewhere than where the next one starts, and timesteps may repeat, as in diffusers. In the
     # table the levels join all the same, and the row of a repeated timestep is a stage.
     compat: bool = False
+    start: int = 0  # the row at which the run starts; a multi-step formula uses no row before it
+    x0_gain: float = 1.0  # factor of x_0 before it is bounded
     last_time: float = 0.0  # the network's timestep where the last step ends, if there is noise
     # The network's timestep at a sigma between two levels, and abar there, for solvers with a stage in between.
     between: Callable[[float], tuple[float, float]] | None = None
@@ -174,7 +176,8 @@ class Walk:
         """
         if self.levels[i].abar == 0.0:
             return 1
-        usable = sum(1 for level in self.levels[max(0, i - most + 1) : i + 1] if level.abar > 0.0)
+        first = max(min(self.start, i), i - most + 1)
+        usable = sum(1 for level in self.levels[first : i + 1] if level.abar > 0.0)
         return min(most, usable)
 
     def row(
@@ -197,7 +200,7 @@ class Walk:
         x_0, eps = (x - a x_0) / s, so that x = a x_0 + s eps still holds; without a bound it is the network's own.
         """
         level = self.levels[i]
-        kx, ko = x0_coefficients(self.prediction, level.abar)
+        kx, ko = (self.x0_gain * k for k in x0_coefficients(self.prediction, level.abar))
         ex, eo, e0 = 0.0, 0.0, 0.0
         if eps != 0.0 or keep == "eps":
             if math.isinf(self.c):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastdiff.checks import is_whole, number, shown, whole
 from fastdiff.errors import ConfigError
@@ -145,7 +145,7 @@ class UNetConfig:
     block_scale_factor: float = 1.0
     up_attention: str = "all"
     resample_shortcut: bool = False
-    padding_mode: str = "zeros"
+    padding_mode: Literal["zeros", "circular"] = "zeros"
 
     def __post_init__(self) -> None:
         for key in ("down_block_types", "up_block_types", "block_out_channels"):

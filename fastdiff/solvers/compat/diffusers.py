@@ -26,7 +26,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,9 @@ from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.solvers.adams import deis_table, lms_table
 from fastdiff.solvers.arguments import ARGUMENTS, check_order
+from fastdiff.solvers.compat.defaults import DEFAULTS
 from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
-from fastdiff.solvers.consistency import TCD_ETA, consistency, lcm_table, lcm_timesteps, tcd_table
+from fastdiff.solvers.consistency import TCD_ETA, consistency, consistency_table, lcm_table, lcm_timesteps, tcd_table
 from fastdiff.solvers.ddim import ddim_table
 from fastdiff.solvers.ddpm import VARIANCE_TYPES, ddpm_table
 from fastdiff.solvers.dpm2 import dpm2_table
@@ -56,20 +57,28 @@ from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.unipc import unipc_table
 from fastdiff.solvers.walk import Level, Walk
 
+if TYPE_CHECKING:
+    import torch
+
 ZERO_SNR = 2.0**-24  # abar that diffusers has in place of 0
 PRECISION = "float32"  # of diffusers' noise levels
 TIMESTEP_SPACINGS = ("trailing", "leading", "linspace")
 ETA = {"DDIMScheduler": 0.0, "TCDScheduler": TCD_ETA}  # schedulers whose step has the option eta, and its default
+EXPONENTIAL = {"HeunDiscreteScheduler": "exp"}  # schedulers that have this beta_schedule, whose betas are all equal
 EDM_PREDICTIONS = {"epsilon": "edm", "v_prediction": "v_prediction"}  # diffusers' names, and those of fastdiff
 
 
 def from_config(
     config: Mapping[str, Any],
-    steps: int,
+    steps: int | None = None,
     schedule: NoiseSchedule | None = None,
     *,
     eta: float | None = None,
     use_clipped_model_output: bool = False,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    strength: float = 1.0,
+    start: int = 0,
 ) -> StepTable:
     """Return the table of the scheduler that ``config`` describes, after its ``set_timesteps(steps)``.
 
@@ -80,11 +89,18 @@ def from_config(
     Args:
         config: A diffusers ``scheduler_config.json``; ``_class_name`` names the scheduler, and an absent key has
             diffusers' default.
-        steps: Number of steps, at least 1.
+        steps: Number of steps, at least 1; None with ``timesteps`` or ``sigmas``.
         schedule: Noise schedule in place of the configuration's.
         eta: Option of the step of DDIMScheduler (0, the default, is deterministic) and of TCDScheduler (by default
             0.3).
         use_clipped_model_output: Option of DDIMScheduler's step: take eps from the clipped x_0.
+        timesteps: Falling timesteps in place of the spacing's, for the schedulers whose ``set_timesteps`` has this
+            option, or for DDIMScheduler with ``steps``, which gives the length of its steps.
+        sigmas: Falling noise levels in place of the spacing's, the last of them, which may be 0, the run's end; for
+            EulerDiscreteScheduler.
+        strength: Share of the distillation's timesteps that LCMScheduler and TCDScheduler choose from, as for img2img.
+        start: Row at which the run starts, as in img2img: a solver with a history begins there at its lowest order. The
+            rows before it are there, but have no meaning.
 
     Returns:
         The table, with the quirks that the docstring of `fastdiff.solvers.compat.diffusers` lists.
@@ -104,13 +120,72 @@ def from_config(
     if name != "DDIMScheduler" and use_clipped_model_output:
         raise InvalidArgument(f"use_clipped_model_output is an option of DDIMScheduler, not of {name}")
     eta = ETA.get(name, 0.0) if eta is None else eta
-    source = Source(name, config, checks.whole("steps", steps, 1), schedule, eta, use_clipped_model_output)
+    times, levels = _given(name, config, timesteps, sigmas)
+    if steps is None:
+        steps = len(times) if times is not None else None if levels is None else len(levels) - 1
+    checks.number("strength", strength, 0.0, 1.0)
+    source = Source(
+        name, config, checks.whole("steps", steps, 1), schedule, eta, use_clipped_model_output, times, levels,
+        checks.whole("start", start, 0), strength,
+    )  # fmt: skip
     try:
         return SCHEDULERS[name](source)
     except FastdiffError:
         raise
     except (ArithmeticError, ValueError) as e:
         raise ConfigError(f"{name}: noise levels this extreme leave the range of float64 ({e})") from e
+
+
+# Schedulers whose set_timesteps takes timesteps, and those that take noise levels.
+TAKES_TIMESTEPS = (
+    "DDPMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "CMStochasticIterativeScheduler",
+)  # fmt: skip
+TAKES_SIGMAS = ("EulerDiscreteScheduler",)
+
+
+def _given(
+    name: str, config: Mapping[str, Any], timesteps: Any, sigmas: Any
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Check the timesteps or the noise levels of a run that were given in place of a spacing."""
+    if timesteps is not None and sigmas is not None:
+        raise InvalidArgument("timesteps and sigmas exclude each other: give one of them")
+    times = levels = None
+    if timesteps is not None:
+        if name not in (*TAKES_TIMESTEPS, "DDIMScheduler"):
+            raise InvalidArgument(f"{name} takes no timesteps=, as in diffusers; {', '.join(TAKES_TIMESTEPS)} do")
+        spaced = [key for key in config if key.startswith("use_") and key.endswith(("_sigmas", "_lambdas"))]
+        if any(config[key] for key in spaced) or (
+            config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+        ):
+            raise InvalidArgument(
+                f"timesteps= does not go with {', '.join(k for k in spaced if config[k]) or 'timestep_type=continuous'}"
+                f" of {name}, which lays out noise levels"
+            )
+        times = _falling("timesteps", timesteps, 0.0)
+    if sigmas is not None:
+        if name not in TAKES_SIGMAS:
+            raise InvalidArgument(f"{name} takes no sigmas=, as in diffusers; {', '.join(TAKES_SIGMAS)} does")
+        listed = checks.items("sigmas", sigmas, 1 << 20, need="a list of falling numbers")
+        # A last step may end at the level where it starts, as diffusers' own lists do.
+        ends = listed[-1:] if len(listed) > 1 and listed[-1] == listed[-2] else []
+        falling = [*_falling("sigmas", listed[: len(listed) - len(ends)], 0.0), *ends]
+        levels = np.array(falling, dtype=np.float32).astype(np.float64)
+        if len(levels) < 2 or levels[-2] <= 0.0:
+            raise InvalidArgument("sigmas: at least one positive noise level and the run's end, as 0, are needed")
+    return times, levels
+
+
+def _falling(name: str, values: Any, low: float) -> NDArray[np.float64]:
+    """Return a list of falling numbers, at least ``low``, as an array."""
+    listed = checks.items(name, values, 1 << 20, need="a list of falling numbers")
+    numbers = [checks.number(f"{name}[{i}]", v, low) for i, v in enumerate(listed)]
+    if not numbers:
+        raise InvalidArgument(f"{name} is empty; at least one number is needed")
+    for a, b in itertools.pairwise(numbers):
+        if a <= b:
+            raise InvalidArgument(f"{name} must fall, in descending order, got {a:g} before {b:g}")
+    return np.array(numbers, dtype=np.float64)
 
 
 def scheduler_name(config: Mapping[str, Any]) -> str:
@@ -186,10 +261,19 @@ class Source:
     given: NoiseSchedule | None  # in place of the configuration's
     eta: float
     use_clipped: bool
+    times: NDArray[np.float64] | None = None  # in place of those of the spacing
+    sigmas: NDArray[np.float64] | None = None  # noise levels in place of those of the spacing, with the last step's end
+    start: int = 0  # the row at which the run starts
+    strength: float = 1.0
 
     def get(self, key: str, default: Any) -> Any:
         """Return a key's value; None counts as absent."""
         return value_of(self.config, key, default)
+
+    @property
+    def lu(self) -> bool:
+        """Whether the noise levels are those of use_lu_lambdas, which DPMSolverMultistepScheduler alone has."""
+        return self.name == "DPMSolverMultistepScheduler" and bool(self.get("use_lu_lambdas", False))
 
     def refuse(self, key: str, why: str) -> ConfigError:
         """Return the error that refuses a key's value."""
@@ -224,9 +308,10 @@ class Source:
         """Return c and threshold of the walk; ``clips`` is clip_sample's default, None where there is no such key."""
         if thresholds and self.get("thresholding", False):
             largest = float(self.get("sample_max_value", 1.0))
-            if largest < 1.0:
-                raise self.refuse("sample_max_value", "at least 1 is needed")
-            return {"c": 1.0, "threshold": (float(self.get("dynamic_thresholding_ratio", 0.995)), largest)}
+            if largest < 1.0:  # the quantile, at least 1, is then bounded by this number, so that it always is this one
+                return {"c": 1.0, "x0_gain": 1.0 / largest}
+            # A share of 0, the smallest element, is a share so small that it is rounded away.
+            return {"c": 1.0, "threshold": (max(1e-30, float(self.get("dynamic_thresholding_ratio", 0.995))), largest)}
         if clips is not None and self.get("clip_sample", clips):
             return {"c": float(self.get("clip_sample_range", 1.0))}
         return {"c": math.inf}
@@ -240,6 +325,10 @@ class Source:
         dropped. ``top``: number of timesteps that "linspace" and "trailing" spread over, by default all T.
         """
         n = checks.whole("steps", self.steps, 1, T, of="the schedule's timesteps")
+        if self.times is not None:
+            if self.times[0] > T - 1:
+                raise InvalidArgument(f"timesteps[0]={self.times[0]:g}: the schedule's timesteps end at {T - 1}")
+            return np.trunc(self.times) if whole else self.times
         top = T if top is None else top
         spacing = self.one_of("timestep_spacing", default, TIMESTEP_SPACINGS)
         m = n + 1 if skip_last else n
@@ -257,29 +346,23 @@ class Source:
             raise self.fails(f"its timesteps {t[0]:g} .. {t[-1]:g} leave 0 .. {T - 1}")
         return t
 
-
-LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-# Schedulers whose default betas are not DDPM's, and those that have the option rescale_betas_zero_snr.
-BETAS: dict[str, dict[str, Any]] = {
-    "LCMScheduler": {**LATENT_BETAS, "beta_schedule": "scaled_linear"},
-    "TCDScheduler": {**LATENT_BETAS, "beta_schedule": "scaled_linear"},
-    "HeunDiscreteScheduler": LATENT_BETAS,
-    "KDPM2DiscreteScheduler": LATENT_BETAS,
-    "KDPM2AncestralDiscreteScheduler": LATENT_BETAS,
-    "DPMSolverSDEScheduler": LATENT_BETAS,
-}
-ZERO_SNR_SCHEDULERS = (
-    "DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-)  # fmt: skip
+    def distilled(self, T: int) -> NDArray[np.float64]:
+        """Return the timesteps of LCMScheduler and TCDScheduler."""
+        if self.times is not None:
+            return self.timesteps(T, "leading")
+        return np.array(lcm_timesteps(T, self.steps, self.get("original_inference_steps", 50), self.strength))
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """Return the noise schedule of a configuration whose scheduler is not in `WITHOUT_SCHEDULE`."""
-    name = config.get("_class_name")
-    betas = {**BETAS.get(str(name), {}), **config}
-    if name not in ZERO_SNR_SCHEDULERS:
+    options = DEFAULTS.get(str(config.get("_class_name")), {})
+    betas = {**options, **config}
+    if "rescale_betas_zero_snr" not in options:
         betas.pop("rescale_betas_zero_snr", None)
+    if betas.get("trained_betas") is None and betas.get("beta_schedule") == EXPONENTIAL.get(str(config["_class_name"])):
+        T = checks.whole("num_train_timesteps", value_of(betas, "num_train_timesteps", 1000), 1, error=ConfigError)
+        # abar(u) = e^-12u, as betas_for_alpha_bar has it
+        betas["trained_betas"] = [min(1.0 - math.exp(-12.0 / T), 0.999)] * T
     return NoiseSchedule.from_scheduler_config(betas)
 
 
@@ -288,8 +371,10 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 def _ddpm(source: Source) -> StepTable:
     schedule = source.schedule()
-    names = {"fixed_small": "posterior", "fixed_small_log": "posterior", **VARIANCE_TYPES}
-    variance = names[source.one_of("variance_type", "fixed_small", tuple(names))]
+    kind = source.get("variance_type", "fixed_small")
+    if kind in ("learned", "fixed_large_log"):
+        raise source.refuse("variance_type", f"supported are {', '.join(VARIANCE_TYPES)}, fixed_small_log")
+    variance = VARIANCE_TYPES.get(kind, "posterior")  # as diffusers, for a name that it does not know
     t = source.timesteps(schedule.timesteps, "leading")
     walk = _discrete(source, schedule, t, [*t[1:], -1], 1.0, source.bounds(True))
     return ddpm_table(walk, variance, last_beta=bool(t[-1] > 0))
@@ -307,30 +392,50 @@ def _pndm(source: Source) -> StepTable:
     if not source.get("skip_prk_steps", False):
         raise source.refuse("skip_prk_steps", "PNDM's Runge-Kutta start is not; skip_prk_steps=true is PLMS")
     schedule = source.schedule()
-    prediction = source.prediction(("epsilon", "v_prediction"))
     t = source.timesteps(schedule.timesteps, "leading")
+    if len(t) > 1:
+        t = np.array([t[0], t[1], *t[1:]])  # the second timestep comes twice
+    table = _plms_from(source, schedule, t)
+    if source.start == 0:
+        return table
+    checks.whole("start", source.start, 0, len(table) - 1, of="the rows of the table")
+    late = _plms_from(source, schedule, t[source.start :])
+    before = [*table.rows[: source.start]]
+    before[-1] = before[-1]._replace(abar_next=late.rows[0].abar)
+    return dataclasses.replace(table, rows=(*before, *late.rows))
+
+
+def _plms_from(source: Source, schedule: NoiseSchedule, t: NDArray[np.float64]) -> StepTable:
+    """Return PLMS's table for diffusers' timesteps, of which the second repeats the first step from its end.
+
+    A run that starts in the middle does so with other timesteps than it was meant for, and its steps then end one
+    timestep early, as in diffusers.
+    """
     stride = schedule.timesteps // source.steps
+    prediction = source.prediction(("epsilon", "v_prediction"))
     final = 1.0 if source.get("set_alpha_to_one", False) else schedule.abar(0)
-    walk = _discrete(source, schedule, t, t - stride, final, {"c": math.inf})
+    own = np.array([t[0], *t[2:]])
+    walk = _discrete(source, schedule, own, own - stride, final, {"c": math.inf})
     stage = None
     if len(t) > 1:
         start = t[1] + stride
         if start > schedule.timesteps - 1:
             raise source.fails(f"its second step starts from timestep {start:g}")
-        stage = Level(float(start), schedule.abar(start), schedule.abar(t[1]))
+        at = schedule.abar(t[1])
+        stage = Level(float(start), schedule.abar(start), at), Level(float(t[1]), at, at)
     return plms_table(walk, mix_outputs=prediction == "v_prediction", stage=stage)
 
 
 def _lcm(source: Source) -> StepTable:
     schedule = source.schedule()
-    t = np.array(lcm_timesteps(schedule.timesteps, source.steps, source.get("original_inference_steps", 50)))
+    t = source.distilled(schedule.timesteps)
     walk = _discrete(source, schedule, t, [*t[1:], -1], 1.0, source.bounds(False))
     return lcm_table(walk, float(source.get("timestep_scaling", 10.0)))
 
 
 def _tcd(source: Source) -> StepTable:
     schedule = source.schedule()
-    t = np.array(lcm_timesteps(schedule.timesteps, source.steps, source.get("original_inference_steps", 50)))
+    t = source.distilled(schedule.timesteps)
     walk = _discrete(source, schedule, t, [*t[1:], 0], 1.0, {"c": math.inf})
     return tcd_table(walk, source.eta, [schedule.abar(math.floor((1.0 - source.eta) * p)) for p in [*t[1:], 0]])
 
@@ -352,6 +457,21 @@ def _discrete(
 # Schedulers in sigma --------------------------------------------------------------------------------------------------
 
 
+def training_betas(schedule: NoiseSchedule) -> torch.Tensor:
+    """Return the betas of a schedule before any rescaling, computed in float32 by diffusers' operations."""
+    import torch
+
+    dtype = getattr(torch, PRECISION)
+    start, end, T = schedule.beta_start, schedule.beta_end, schedule.timesteps
+    if schedule.kind == "linear":
+        return torch.linspace(start, end, T, dtype=dtype, device="cpu")
+    if schedule.kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, T, dtype=dtype, device="cpu") ** 2
+    # These come from float64.
+    plain = dataclasses.replace(schedule, rescale_zero_terminal_snr=False)
+    return torch.tensor(plain.variances, dtype=dtype, device="cpu")
+
+
 def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
     """Return sigma of every timestep, rising, computed in float32 by the operations that diffusers uses.
 
@@ -359,15 +479,7 @@ def _sigmas(schedule: NoiseSchedule) -> NDArray[np.floating[Any]]:
     """
     import torch
 
-    dtype = getattr(torch, PRECISION)
-    start, end, T = schedule.beta_start, schedule.beta_end, schedule.timesteps
-    if schedule.kind == "linear":
-        betas = torch.linspace(start, end, T, dtype=dtype, device="cpu")
-    elif schedule.kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, T, dtype=dtype, device="cpu") ** 2
-    else:  # these come from float64
-        plain = dataclasses.replace(schedule, rescale_zero_terminal_snr=False)
-        betas = torch.tensor(plain.variances, dtype=dtype, device="cpu")
+    betas = training_betas(schedule)
     abar = torch.cumprod(1.0 - betas, dim=0)
     if schedule.rescale_zero_terminal_snr:
         root = abar.sqrt()
@@ -392,13 +504,37 @@ def _times(sigmas: NDArray[np.float64], train: NDArray[np.floating[Any]]) -> NDA
 def _respaced(source: Source, between: NDArray[Any], train: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Return (t, sigma) of a spacing by sigma from between[0] to between[-1]; None where there is no such key."""
     kinds = [kind for kind in (*SIGMA_SPACINGS, "beta") if source.get(f"use_{kind}_sigmas", False)]
+    if source.lu:
+        kinds.append("exponential")  # equal steps of log sigma
     if not kinds:
         return None
-    if len(kinds) > 1 or kinds == ["beta"]:
-        raise source.refuse(f"use_{kinds[-1]}_sigmas", "one of karras and exponential is")
+    if len(kinds) > 1:
+        raise source.refuse(f"use_{kinds[-1]}_sigmas", "one spacing by sigma is")
     largest, smallest = source.get("sigma_max", float(between[0])), source.get("sigma_min", float(between[-1]))
-    sigmas = spaced_sigmas(kinds[0], source.steps, largest, smallest)
+    if kinds == ["beta"]:
+        sigmas = smallest + beta_quantiles(1.0 - np.linspace(0.0, 1.0, source.steps)) * (largest - smallest)
+    else:
+        sigmas = spaced_sigmas(kinds[0], source.steps, largest, smallest)
     return _times(sigmas, train), sigmas
+
+
+def beta_quantiles(shares: NDArray[np.float64], a: float = 0.6) -> NDArray[np.float64]:
+    """Return the quantiles of the distribution Beta(a, a), as in "Beta Sampling is All You Need" (arXiv:2407.12173).
+
+    Up to 1/2 the share below x is x^a / B(a, a) sum_n (1 - a)_n x^n / (n! (a + n)), whose terms fall by a half, and the
+    distribution is symmetric. Bisection finds y = x^a.
+    """
+    n = np.arange(60)
+    terms = np.cumprod(np.concatenate([[1.0], (n[:-1] + 1.0 - a) / (n[:-1] + 1.0)])) / (a + n)
+    scale = math.gamma(a) ** 2 / math.gamma(2.0 * a)
+    wanted = np.minimum(shares, 1.0 - shares)
+    low, high = np.zeros_like(wanted), np.full_like(wanted, 0.5**a)
+    for _ in range(60):
+        y = 0.5 * (low + high)
+        below = y * (terms * (y[:, None] ** (1.0 / a)) ** n).sum(axis=1) / scale < wanted
+        low, high = np.where(below, y, low), np.where(below, high, y)
+    x = np.where(wanted > 0.0, (0.5 * (low + high)) ** (1.0 / a), 0.0)
+    return np.where(shares <= 0.5, x, 1.0 - x)
 
 
 def _sigma_walk(
@@ -415,7 +551,7 @@ def _sigma_walk(
         raise source.fails(f"its noise levels for {source.steps} steps repeat")
     abar = [1.0 / (1.0 + s * s) for s in [*sigmas.tolist(), final]]
     levels = tuple(Level(float(v), a, b) for v, (a, b) in zip(t, itertools.pairwise(abar), strict=True))
-    return Walk(levels, prediction or source.prediction(), compat=True, **bounds, **more)
+    return Walk(levels, prediction or source.prediction(), compat=True, start=source.start, **bounds, **more)
 
 
 def _between(train: NDArray[Any], sigma: float) -> tuple[float, float]:
@@ -429,7 +565,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     ``final`` is the default of final_sigmas_type; None where the scheduler does not have it and ends as at "sigma_min".
     ``floor``: at "sigma_min" a spacing by sigma ends at its own last sigma, instead of that of timestep 0.
     """
-    source.only(use_flow_sigmas=False, use_lu_lambdas=False, use_dynamic_shifting=False, shift_terminal=None)
+    source.only(use_flow_sigmas=False, use_dynamic_shifting=False, shift_terminal=None)
     schedule = source.schedule()
     train = _sigmas(schedule)
     single = source.name == "DPMSolverSinglestepScheduler"  # which has no other timesteps than "linspace"
@@ -446,7 +582,7 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
         t, sigmas = respaced
         # diffusers rounds Karras' timesteps, and cuts all of them to int64.
         cosine = dpm and not single and source.config.get("beta_schedule") == "squaredcos_cap_v2"
-        t = np.floor(t.round() if source.get("use_karras_sigmas", False) and not cosine else t)
+        t = np.floor(t.round() if (source.lu or source.get("use_karras_sigmas", False)) and not cosine else t)
         end = sigmas[-1] if floor else end
     if final is not None and source.one_of("final_sigmas_type", final, ("zero", "sigma_min")) == "zero":
         end = 0.0
@@ -507,6 +643,8 @@ def _dpm_singlestep(source: Source) -> StepTable:
         orders[-1] = 1
     if walk.levels[-1].abar_next == 1.0:
         orders[-1] = 1
+    for i in range(source.start, n):  # a run that starts within a group has no earlier values of x_0
+        orders[i] = min(orders[i], i - source.start + 1)
     kind = source.get("solver_type", "midpoint")
     return singlestep_table(walk, f"dpmpp_{order}s", orders, "midpoint" if kind in ("logrho", "bh1", "bh2") else kind)
 
@@ -515,9 +653,15 @@ def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
     """Return the walk of the schedulers in sigma; ``final``: whether there is a final_sigmas_type."""
     schedule = source.schedule()
     train = _sigmas(schedule)
+    end = 0.0
+    continuous = final and source.get("timestep_type", "discrete") == "continuous"
+    continuous = continuous and source.prediction() == "v_prediction"
+    if source.sigmas is not None:
+        sigmas, end = source.sigmas[:-1], float(source.sigmas[-1])
+        t = 0.25 * np.log(sigmas) if continuous else _times(sigmas, train)
+        return _single_walk(source, t, sigmas, end, bounds, train, continuous)
     t = source.timesteps(len(train), "linspace", whole=False)
     sigmas = np.interp(t, np.arange(len(train)), train)
-    end, continuous = 0.0, False
     if final and source.one_of("final_sigmas_type", "zero", ("zero", "sigma_min")) == "sigma_min":
         end = float(train[0])
     if final and source.one_of("interpolation_type", "linear", ("linear", "log_linear")) == "log_linear":
@@ -526,10 +670,23 @@ def _single(source: Source, bounds: dict[str, Any], final: bool) -> Walk:
     if respaced is not None:
         t, sigmas = respaced
         t = t.round() if source.name.startswith("KDPM2") and source.get("use_karras_sigmas", False) else t
-    elif len(sigmas) > source.steps:  # log_linear has one sigma more, at which the last step ends
+    elif len(sigmas) > source.steps and not continuous:  # log_linear has one sigma more, at which the last step ends
         sigmas, end = sigmas[:-1], float(sigmas[-1])
-    if final and source.get("timestep_type", "discrete") == "continuous" and source.prediction() == "v_prediction":
-        t, continuous = 0.25 * np.log(sigmas), True
+    if continuous:
+        t = 0.25 * np.log(sigmas)
+    return _single_walk(source, t, sigmas, end, bounds, train, continuous)
+
+
+def _single_walk(
+    source: Source,
+    t: NDArray[np.float64],
+    sigmas: NDArray[np.float64],
+    end: float,
+    bounds: dict[str, Any],
+    train: NDArray[Any],
+    continuous: bool = False,
+) -> Walk:
+    """Return the walk of a scheduler in sigma over these timesteps and noise levels."""
     abar = 1.0 / (1.0 + float(sigmas[0]) ** 2)
     scale = 1.0 if source.get("timestep_spacing", "linspace") == "leading" else math.sqrt(1.0 - abar)
     return _sigma_walk(
@@ -632,7 +789,11 @@ def _consistency(source: Source) -> StepTable:
     source.only(s_noise=1.0)
     train = source.get("num_train_timesteps", 40)
     clip = 1.0 if source.get("clip_denoised", True) else None
-    return consistency(_edm_schedule(source, time_scale=1000.0), source.steps, train_steps=train, clip=clip)
+    schedule = _edm_schedule(source, time_scale=1000.0)
+    if source.times is None:
+        return consistency(schedule, source.steps, train_steps=train, clip=clip)
+    # diffusers' timesteps count the noise levels from the largest one on, and the last of them comes first.
+    return consistency_table(schedule, np.trunc(source.times[::-1]).astype(np.int64), train, clip)
 
 
 Build = Callable[[Source], StepTable]
