@@ -290,7 +290,7 @@ def damage(change: Change) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "truncated"),
     "header only": (lambda path: os.truncate(path, 100), "truncated"),
-    "empty": (lambda path: os.truncate(path, 0), "too short"),
+    "empty": (lambda path: os.truncate(path, 0), "an empty file"),
     "noise": (lambda path: path.write_bytes(b"\x10" + bytes(7) + b"no JSON at all, bytes"), "damaged"),
     "tensor missing": (
         damage(lambda tensors, _: tensors.pop("optimizer.exp_avg.conv_in.weight")),

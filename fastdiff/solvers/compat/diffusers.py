@@ -355,11 +355,13 @@ class Source:
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """Return the noise schedule of a configuration whose scheduler is not in `WITHOUT_SCHEDULE`."""
-    options = DEFAULTS.get(str(config.get("_class_name")), {})
+    name = str(config.get("_class_name"))
+    options = DEFAULTS.get(name, {})
     betas = {**options, **config}
     if "rescale_betas_zero_snr" not in options:
         betas.pop("rescale_betas_zero_snr", None)
-    if betas.get("trained_betas") is None and betas.get("beta_schedule") == EXPONENTIAL.get(str(config["_class_name"])):
+    exponential = name in EXPONENTIAL and betas.get("beta_schedule") == EXPONENTIAL[name]
+    if betas.get("trained_betas") is None and exponential:
         T = checks.whole("num_train_timesteps", value_of(betas, "num_train_timesteps", 1000), 1, error=ConfigError)
         # abar(u) = e^-12u, as betas_for_alpha_bar has it
         betas["trained_betas"] = [min(1.0 - math.exp(-12.0 / T), 0.999)] * T
