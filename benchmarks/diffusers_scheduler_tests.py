@@ -60,7 +60,8 @@ def replacement(name: str) -> type:
         Scheduler.__init__(self, {"_class_name": name, **options})
 
     def from_config(cls: Any, config: Any, **options: Any) -> Any:
-        return Scheduler.from_config.__func__(cls, config, **{**options, "_class_name": name})  # type: ignore[attr-defined]
+        whole = Scheduler.from_config.__func__  # type: ignore[attr-defined]  # of a class method; the class is cls here
+        return whole(cls, config, **{**options, "_class_name": name})
 
     return type(name, (Scheduler,), {"__init__": init, "from_config": classmethod(from_config)})
 

@@ -74,7 +74,7 @@ def _lock(file: int, byte: int) -> bool:
             import msvcrt
 
             os.lseek(file, byte, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # Windows only
         else:
             import fcntl
 
@@ -90,7 +90,7 @@ def _unlock(file: int, byte: int) -> None:
             import msvcrt
 
             os.lseek(file, byte, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(file, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]  # Windows only
         else:
             import fcntl
 

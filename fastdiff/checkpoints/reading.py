@@ -207,8 +207,8 @@ def _place(name: str, entry: Any) -> tuple[int, int, str, list[int]]:
 def _fill(path: Path, file: BinaryIO, tensor: Tensor) -> None:
     """Read the bytes of a tensor."""
     if tensor.numel():
-        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        if file.readinto(data) < len(data):  # type: ignore[attr-defined]
+        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+        if file.readinto(data) < len(data):  # type: ignore[attr-defined]  # files have it
             raise CheckpointError(f"{path}: was cut while it was read")
 
 

@@ -159,7 +159,7 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: M
     for name in names:
         if tensors[name].numel():
             values = tensors[name].detach().cpu().contiguous()
-            file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # an array is a buffer
 
 
 def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

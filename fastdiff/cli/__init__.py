@@ -39,7 +39,7 @@ def _printable_errors() -> Iterator[None]:
         yield
     except Exception as e:  # typer's errors about arguments, whose class depends on its version, have a message
         if isinstance(getattr(e, "message", None), str):
-            e.message = printable(e.message)  # type: ignore[attr-defined]
+            e.message = printable(e.message)  # type: ignore[attr-defined]  # the line above looked
         raise
 
 
