@@ -25,6 +25,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from fastdiff.data import pictures
 from fastdiff.errors import DataError, WriteError
 from fastdiff.files import atomic_file, atomic_folder
 
@@ -137,9 +138,7 @@ def encoder(format: str) -> str | None:
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
     """Encode one image, uint8 [H, W, C], gray or RGB."""
-    file = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
-    return file.getvalue()
+    return pictures.png(Image.fromarray(pixels[:, :, 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def tar(members: dict[str, bytes]) -> bytes:
