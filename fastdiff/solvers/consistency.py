@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checks import number, whole
+from fastdiff.checks import number, shown, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.arguments import checked
@@ -81,7 +81,7 @@ def _distilled(
     if spacing is None or isinstance(spacing, str):
         if spacing is not None:
             raise InvalidArgument(
-                f"spacing={spacing!r}: {name} has its own spacing (None), or takes a list of timesteps"
+                f"spacing={shown(spacing)}: {name} has its own spacing (None), or takes a list of timesteps"
             )
         original = min(50, schedule.timesteps) if original_steps is None else original_steps
         spacing, steps = lcm_timesteps(schedule.timesteps, 4 if steps is None else steps, original), None

@@ -258,11 +258,14 @@ class StepTable:
         Raises:
             InvalidArgument: If the text is no table; the message names what does not fit.
         """
+        if not isinstance(text, (str, bytes)):
+            raise InvalidArgument(f"a step table is read from a text, not from {shown(text)}")
         try:
             data: dict[str, Any] = parse_json(text)
             if data["format"] != FORMAT or tuple(data["columns"]) != COLUMNS:
                 raise InvalidArgument(
-                    f"a step table of format {data['format']!r} with columns {data['columns']!r} cannot be read"
+                    f"a step table of format {shown(data['format'])} with columns {shown(data['columns'])} cannot be "
+                    "read"
                 )
             rows = tuple(Row(*(math.inf if v is None else v for v in row)) for row in data["rows"])
             names = [f.name for f in dataclasses.fields(cls) if f.name not in ("rows", "threshold")]
@@ -273,7 +276,7 @@ class StepTable:
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             if isinstance(e, InvalidArgument):
                 raise
-            raise InvalidArgument(f"not a step table: {type(e).__name__} {e}") from e
+            raise InvalidArgument(f"not a step table: {type(e).__name__} {str(e)[:200]}") from e
 
     def __str__(self) -> str:
         used = [name for name in COLUMNS if any(getattr(row, name) not in (0.0, math.inf) for row in self.rows)]

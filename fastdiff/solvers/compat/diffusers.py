@@ -243,7 +243,7 @@ def _spacing(options: CompatOptions, by_sigma: bool) -> dict[str, Any]:
     edm = isinstance(options.schedule, EDMSchedule)
     allowed = (*(() if edm else TIMESTEP_SPACINGS), *(SIGMA_SPACINGS if by_sigma else ()))
     if SOLVERS[options.solver].own_spacing:
-        raise InvalidArgument(f"spacing={options.spacing!r}: {options.solver} has its own spacing; leave it out")
+        raise InvalidArgument(f"spacing={shown(options.spacing)}: {options.solver} has its own spacing; leave it out")
     spacing = options.one_of("spacing", options.spacing, allowed)
     if edm:
         return {"sigma_schedule": spacing}

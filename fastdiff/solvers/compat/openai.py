@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 
+from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
 from fastdiff.solvers.ddim import ddim_table
@@ -51,7 +52,7 @@ def _respaced(options: CompatOptions, T: int) -> list[float]:
     counts = [stride] if not head else str(respacing).split(",")
     if not all(count.isascii() and count.isdigit() and len(count) < 10 for count in counts):
         raise InvalidArgument(
-            f"spacing={options.spacing!r}: with compat='openai' it is a timestep_respacing, as '250', 'ddim50', "
+            f"spacing={shown(options.spacing)}: with compat='openai' it is a timestep_respacing, as '250', 'ddim50', "
             "'10,20,30'"
         )
     numbers = [int(count) for count in counts]
@@ -59,16 +60,16 @@ def _respaced(options: CompatOptions, T: int) -> list[float]:
         for k in range(1, T):
             if len(range(0, T, k)) == numbers[0]:
                 return [float(t) for t in range(0, T, k)][::-1]
-        raise InvalidArgument(f"spacing={respacing!r}: no whole stride visits {numbers[0]} of {T} timesteps")
+        raise InvalidArgument(f"spacing={shown(respacing)}: no whole stride visits {numbers[0]} of {T} timesteps")
     ts: list[int] = []
     sizes = [T // len(numbers) + (i < T % len(numbers)) for i in range(len(numbers))]
     for start, size, count in zip(itertools.accumulate(sizes, initial=0), sizes, numbers, strict=False):
         if count > size:
-            raise InvalidArgument(f"spacing={respacing!r}: a section of {size} timesteps cannot give {count}")
+            raise InvalidArgument(f"spacing={shown(respacing)}: a section of {size} timesteps cannot give {count}")
         at = 0.0  # a running sum, so that it rounds as theirs does
         for _ in range(count):
             ts.append(start + round(at))
             at += (size - 1) / (count - 1) if count > 1 else 1.0
     if not ts:
-        raise InvalidArgument(f"spacing={respacing!r} visits no timestep; at least one is needed")
+        raise InvalidArgument(f"spacing={shown(respacing)} visits no timestep; at least one is needed")
     return [float(t) for t in reversed(ts)]
