@@ -460,7 +460,7 @@ def _read_own(path: Path, tensors: dict[str, Tensor], text: str, weights: str | 
         names = _class_names(info.get("class_names"), config)
     if weights not in ((None, "ema", "model") if layout == "checkpoint" else (None,)):
         holds = "'ema' and 'model'" if layout == "checkpoint" else "one set of weights only; leave it out"
-        raise CheckpointError(f"{path}: weights={weights!r}: this file holds {holds}")
+        raise CheckpointError(f"{path}: weights={shown(weights)}: this file holds {holds}")
     if layout == "checkpoint":
         prefix = f"{weights or 'ema'}."
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

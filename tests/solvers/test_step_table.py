@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.errors import InvalidArgument
-from fastdiff.solvers import COLUMNS, Row, StepTable, ddim, ddpm
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers import COLUMNS, Row, StepTable, ddim, ddpm, lcm
 from fastdiff.solvers.ddpm import VARIANCES
 from tests.support.solver_cases import runs
 from tests.support.trajectories import SCHEDULES
@@ -192,6 +193,19 @@ def edited(**changes):
 def test_bad_json_is_refused(text):
     with pytest.raises(InvalidArgument):
         StepTable.from_json(text)
+
+
+@pytest.mark.parametrize("text", [1 << 31, range(1 << 40), None, ["{}"]], ids=str)
+def test_a_table_is_read_from_texts_only(text):
+    """The bytes of a whole number would be as many zeros."""
+    with pytest.raises(InvalidArgument, match="a step table is read from a text"):
+        StepTable.from_json(text)
+
+
+def test_long_values_are_shown_short():
+    with pytest.raises(InvalidArgument) as caught:
+        lcm(NoiseSchedule(), 4, spacing="a" * 100_000)
+    assert len(str(caught.value)) < 500
 
 
 def test_json_is_exact():
