@@ -50,9 +50,13 @@ def choose(where: str | Path, value: Any, entry: str | None = None) -> State:
     names = ", ".join(shown(name[:80]) for name in list(found)[:20]) or "none"
     if entry is not None:
         if set(found) <= {""}:
-            raise CheckpointError(f"{where}: weights={shown(entry)}: the file holds one set of weights; leave it out")
+            raise CheckpointError(
+                f"{where}: weights={shown(entry)}: this file holds one set of weights only; leave it out"
+            )
         if entry not in found:
-            raise CheckpointError(f"{where}: weights={shown(entry)} is no set of weights here; the file holds {names}")
+            raise CheckpointError(
+                f"{where}: weights={shown(entry)} is no set of weights in this file; it holds {names}"
+            )
         return found[entry]
     averaged = [name for name in found if AVERAGED.search(name)]
     if isinstance(value, (list, tuple)) and len(found) == 2:
