@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastdiff.backends.native import cost
 from fastdiff.checkpoints.reading import read_json
-from fastdiff.checks import whole
+from fastdiff.checks import shown, whole
 from fastdiff.data.arrays import OWN, read_npz
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
@@ -167,7 +167,7 @@ def network_digest(unet: nn.Module) -> str:
 def _labels(sampler: Sampler, labels: int | str | None, start: int, n: int) -> int | str | list[int] | None:
     if labels != "cycle":
         if isinstance(labels, str) and labels not in (sampler.info.class_names or ()):
-            raise InvalidArgument(f"labels={labels!r}: 'cycle', a class, or None is needed")
+            raise InvalidArgument(f"labels={shown(labels)}: 'cycle', a class, or None is needed")
         return labels
     classes = sampler.info.classes
     return None if classes is None else [i % classes for i in range(start, start + n)]

@@ -914,7 +914,7 @@ def _listed(timestep: Any, B: int) -> list[float]:
     """List a timestep for each of B images, from a number or a tensor of one or of B."""
     values = timestep.detach().flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist()
     if len(values) not in (1, B) or any(isinstance(v, (bool, str)) or v is None for v in values):
-        raise InvalidArgument(f"timestep={timestep!r}: a number, or one for each of {B} images, is needed")
+        raise InvalidArgument(f"timestep={shown(timestep)}: a number, or one for each of {B} images, is needed")
     return [float(v) for v in values] * (B if len(values) == 1 else 1)
 
 

@@ -48,7 +48,7 @@ def resolve(o: Options, schedule: Schedule, known: Measured | None) -> tuple[Opt
         return o, None
     name = o.excluded_by(AUTO)
     if name is not None:
-        raise InvalidArgument(f"{name}={getattr(o, name)!r} needs a solver by name; 'auto' chooses all")
+        raise InvalidArgument(f"{name}={shown(getattr(o, name))} needs a solver by name; 'auto' chooses all")
     guided = bool((scales(o.guidance, None) != 1.0).any())
     steps = o.steps if o.spacing is None or isinstance(o.spacing, str) else len(o.spacing)
     solver, steps, own = auto(schedule, steps, guided)

@@ -224,7 +224,7 @@ class NetworkInfo:
         fits = shape is None or shape[0] == config.in_channels
         if not fits and (type(unet) is UNet or type(unet).__module__.partition(".")[0] == "diffusers"):
             raise InvalidArgument(
-                f"shape={shape!r} has {shape[0] if shape else 0} channels; the network takes {config.in_channels}"
+                f"shape={shown(shape)} has {shape[0] if shape else 0} channels; the network takes {config.in_channels}"
             )
         size = config.sample_size
         if size is not None and not isinstance(size, (tuple, list)):

@@ -264,7 +264,7 @@ def class_of(name: str, info: NetworkInfo) -> int:
     if name in names:
         return names.index(name)
     close = difflib.get_close_matches(name, names, 5) or [*names[:10], *(["..."] if len(names) > 10 else [])]
-    raise InvalidArgument(f"label {name!r} is unknown; the model's classes are {', '.join(close)}")
+    raise InvalidArgument(f"label {shown(name)} is unknown; the model's classes are {', '.join(close)}")
 
 
 def _labels(n: int, labels: int | str | Sequence[int | str] | Tensor | None, info: NetworkInfo) -> Tensor | None:

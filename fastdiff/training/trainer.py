@@ -533,5 +533,5 @@ def _device(device: str | torch.device | None) -> torch.device:
             found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, dtype=torch.uint8, device=found)
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
-        raise InvalidArgument(f"device={device!r} cannot be used: {str(e).splitlines()[0]}") from e
+        raise InvalidArgument(f"device={shown(device)} cannot be used: {str(e).splitlines()[0]}") from e
     return found
