@@ -96,9 +96,9 @@ Team& Engine::team() {
 
 void Engine::allocate() try {
   std::vector<std::unique_ptr<float[]>> own;
-  for (int i = 0; i < threads_; i++) own.emplace_back(new float[own_size_]());
-  common_.reset(new float[common_size_]());
-  norm_.reset(new float[2 * norm_size_]());
+  for (int i = 0; i < threads_; i++) own.push_back(std::make_unique<float[]>(own_size_));
+  common_ = std::make_unique<float[]>(common_size_);
+  norm_ = std::make_unique<float[]>(2 * norm_size_);
   own_ = std::move(own);
 } catch (const std::bad_alloc&) {
   throw ResourceError("there is no memory for " + std::to_string(space()) + " bytes of the engine's working space");
