@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+import os
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastdiff.errors import FastdiffError, InvalidArgument
 
+T = TypeVar("T")
 Bound = float | None
 Error = type[FastdiffError]
 Check = Callable[..., Any]
@@ -116,6 +118,25 @@ def text(name: str, value: Any, *, error: Error = InvalidArgument) -> str:
     if isinstance(value, str):
         return value
     raise error(f"{name}={shown(value)}: a text is needed")
+
+
+def instance(name: str, value: Any, of: type[T], hint: str = "", *, error: Error = InvalidArgument) -> T:
+    """Return ``value``, or raise ``error`` if it is no instance of the class; ``hint`` says how to get one."""
+    if isinstance(value, of):
+        return value
+    raise error(f"{name}={shown(value)}: a fastdiff.{of.__name__} is needed" + (f"; {hint}" if hint else ""))
+
+
+def from_environment(name: str, default: int | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """Return the whole number that a launcher put into the environment, or raise `InvalidArgument`."""
+    value = environment.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise InvalidArgument(f"{name} is not set in the environment, but its companion is; the launcher sets both")
+    if not value.isdecimal() or len(value) > 9:
+        raise InvalidArgument(f"{name}={shown(value)} in the environment: a whole number is needed")
+    return int(value)
 
 
 def items(name: str, value: Any, most: int, *, need: str = "a list", error: Error = InvalidArgument) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from fastdiff.checks import from_environment
 from fastdiff.errors import InvalidArgument
 
 
@@ -24,18 +25,23 @@ def share(ranks: int | None = None, environment: Mapping[str, str] = os.environ)
 def _torchrun(environment: Mapping[str, str]) -> tuple[int, int]:
     if "RANK" not in environment:
         return 0, 1
-    return _checked("RANK", _number(environment, "RANK"), "WORLD_SIZE", _number(environment, "WORLD_SIZE"))
+    return _checked(
+        "RANK",
+        from_environment("RANK", None, environment),
+        "WORLD_SIZE",
+        from_environment("WORLD_SIZE", None, environment),
+    )
 
 
 def _slurm(environment: Mapping[str, str]) -> tuple[int, int]:
     name = "SLURM_ARRAY_TASK_ID"
     if name not in environment:
         return 0, 1
-    first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
-    step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1)
-    count = max(_number(environment, "SLURM_ARRAY_TASK_COUNT"), 1)
+    first = from_environment("SLURM_ARRAY_TASK_MIN", 0, environment)
+    step = from_environment("SLURM_ARRAY_TASK_STEP", 1, environment)
+    count = max(from_environment("SLURM_ARRAY_TASK_COUNT", None, environment), 1)
     # The numbers of --array=1,5,6 have no step; two tasks of one share then divide it by their claims.
-    return (_number(environment, name) - first) // max(step, 1) % count, count
+    return (from_environment(name, None, environment) - first) // max(step, 1) % count, count
 
 
 def _kubernetes(environment: Mapping[str, str], ranks: int | None) -> tuple[int, int]:
@@ -49,21 +55,10 @@ def _kubernetes(environment: Mapping[str, str], ranks: int | None) -> tuple[int,
         return 0, 1
     if ranks is None:
         raise InvalidArgument(f"{name} is set, so ranks= (--ranks) is needed: the completions of the Kubernetes job")
-    return _checked(name, _number(environment, name), "ranks", ranks)
+    return _checked(name, from_environment(name, None, environment), "ranks", ranks)
 
 
 def _checked(name: str, index: int, of: str, count: int) -> tuple[int, int]:
     if not 0 <= index < count:
         raise InvalidArgument(f"{name}={index}, {of}={count}: the first must be from 0 to the second - 1")
     return index, count
-
-
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    value = environment.get(name)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise InvalidArgument(f"{name} is not set in the environment, but its companion is; the launcher sets both")
-    if not value.isdecimal() or len(value) > 9:
-        raise InvalidArgument(f"{name}={value[:80]!r} in the environment: a whole number is needed")
-    return int(value)

@@ -55,6 +55,7 @@ OPTIONS = ("preset", "flags", "variant", "weights", "subfolder")  # of `load`
 CHECKPOINT = "checkpoint.safetensors"  # of a training, in its folder
 TORCH_WEIGHTS = "diffusion_pytorch_model.bin"
 BUILTIN = Path(__file__).parent.parent / "models"
+MOST_PATH = 4096  # bytes of a path; more is no path on the usual systems
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OTHER_WEIGHTS = {  # by names of tensors
     "LoRA weights, which are a change of another network's weights": r"\blora|lora_|\.hada_",
@@ -278,10 +279,16 @@ def _checked_subfolder(path: Path, subfolder: str | None) -> str:
 
 
 def check_path(name: str, value: Any) -> str | os.PathLike[str]:
-    """Return a path, or raise `InvalidArgument` if the value is none."""
-    if isinstance(value, (str, os.PathLike)):
-        return value
-    raise InvalidArgument(f"{name}={shown(value)}: a path is needed")
+    """Return a path, or raise `InvalidArgument` if no file can have this one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidArgument(f"{name}={shown(value)}: a path is needed")
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError:
+        encoded = b""
+    if not encoded or b"\0" in encoded or len(encoded) > MOST_PATH:
+        raise InvalidArgument(f"{name}={shown(value)}: no file can have this path")
+    return value
 
 
 def _read_folder(path: Path, variant: str | None, weights: str | None, around: Path | None = None) -> StoredModel:

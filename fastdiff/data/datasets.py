@@ -52,7 +52,6 @@ from fastdiff.data.pixels import (
     open_image,
     pixels_of,
     scaled,
-    seek,
     to_bytes,
     values_of,
     why,
@@ -464,8 +463,7 @@ class FolderData(ImageData):
         def look(at: int) -> str | tuple[float, float, bytes]:
             path, frame, _ = entries[at]
             try:
-                with open_image(path) as image:
-                    seek(image, frame)
+                with open_image(path, frame) as image:
                     values = values_of(image, self.reading)
                 colours = values[..., :3]  # without alpha
                 return float(colours.min()), float(colours.max()), digest_of(scaled(values, self.reading))
@@ -520,8 +518,7 @@ class FolderData(ImageData):
         return pixels
 
     def _decode_file(self, at: int) -> np.ndarray:
-        with open_image(self.files[at]) as image:
-            seek(image, self._frames[at])
+        with open_image(self.files[at], self._frames[at]) as image:
             pixels = pixels_of(image, self.reading)
             if reason := misfit((pixels.shape[0], pixels.shape[1]), self.size, self.fit):  # changed after the scan
                 raise DataError(f"it is now {pixels.shape[0]}x{pixels.shape[1]}: {reason}")

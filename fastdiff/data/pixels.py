@@ -145,8 +145,8 @@ class _Unmapped(io.FileIO):
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image without decoding its pixels; one that claims more than MAX_PIXELS raises `DataError`.
+def open_image(path: Path, frame: int = 0) -> Iterator[Image.Image]:
+    """Open a frame of an image without decoding its pixels; one of more than MAX_PIXELS raises `DataError`.
 
     Threads wait for each other so that they have at most PIXELS_IN_FLIGHT open.
     """
@@ -154,7 +154,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         w, h = image.size
         if w * h > MAX_PIXELS:
             raise DataError(f"its header says {h}x{w}, more than {MAX_PIXELS} pixels")
-        with _in_flight.share(w * h):
+        if frame:
+            with _in_flight.share(w * h):  # some formats decode the frames before it
+                seek(image, frame)
+        with _in_flight.share(max(w * h, image.width * image.height)):  # the pages of a TIFF differ in size
             yield image
 
 

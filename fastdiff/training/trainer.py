@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,12 +27,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastdiff import solvers
 from fastdiff.checkpoints import save_folder
-from fastdiff.checks import boolean, shown
+from fastdiff.checkpoints.loading import check_path
+from fastdiff.checks import boolean, from_environment, instance, shown
 from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
 from fastdiff.data import ImageData, save_picture
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument, TrainingError
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import Sampler
+from fastdiff.sampler.runners import usable_device
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import resume
 from fastdiff.training.config import TrainConfig
@@ -93,12 +94,13 @@ class Trainer:
         schedule: NoiseSchedule | None = None,
         device: str | torch.device | None = None,
     ):
-        self.config = config or TrainConfig()
-        self.schedule = schedule or NoiseSchedule()
-        self.data = data
+        self.config = TrainConfig() if config is None else instance("config", config, TrainConfig)
+        self.schedule = NoiseSchedule() if schedule is None else instance("schedule", schedule, NoiseSchedule)
+        self.data = instance("data", data, ImageData, "fastdiff.load_data makes one")
+        instance("unet", unet, UNet, "fastdiff.UNet.from_pretrained reads one, diffusers' too")
         self.class_names: tuple[str, ...] | None = None if unet.config.num_classes is None else data.class_names
-        self.out = Path(out)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.out = Path(check_path("out", out))
+        self.rank, self.world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
         self._check(unet)
         if self.config.sample_every:  # now rather than at the first grid, as it may raise
             self._table = solvers.ddim(
@@ -527,11 +529,6 @@ def _difference(old: Any, new: Any) -> str:
 
 def _device(device: str | torch.device | None) -> torch.device:
     """Choose the device to train on; under torchrun each process has the CUDA device of its local rank."""
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if found.type == "cuda" and found.index is None:
-            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, dtype=torch.uint8, device=found)
-    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
-        raise InvalidArgument(f"device={shown(device)} cannot be used: {str(e).splitlines()[0]}") from e
-    return found
+    if torch.cuda.is_available() and (device is None or str(device) == "cuda"):
+        device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
+    return usable_device(device)

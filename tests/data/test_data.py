@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import logging
 import os
 import pickle
 import re
 import struct
+import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fastdiff.data import arrays
+from fastdiff.data import arrays, pixels
 from fastdiff.data.datasets import load_data
+from fastdiff.data.pixels import open_image
 from fastdiff.errors import DataError, InvalidArgument
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -701,3 +705,45 @@ def test_decoded_images_are_kept(tmp_path, monkeypatch):
         assert torch.equal(data.__getitems__([0, 1, 2, 3, 4, 5])[0], first)
     assert len(data._decoded) == 2
     assert torch.equal(pickle.loads(pickle.dumps(data)).__getitems__([0, 1])[0], first[:2])
+
+
+@pytest.mark.parametrize("pages", [1, 2])
+def test_threads_share_a_bound_of_decoded_pixels(tmp_path, monkeypatch, pages):
+    """Eight threads that read images of 64 to 4096 pixels never have more than 5000 open, and one at a time may."""
+    sizes = [8 * (i % 8 + 1) for i in range(64)]
+    for i, side in enumerate(sizes):
+        page = Image.fromarray(np.full((side, side), i, np.uint8))
+        first = page if pages == 1 else Image.fromarray(np.full((8, 8), 255, np.uint8))
+        first.save(tmp_path / f"{i:02}.tif", save_all=True, append_images=[page] * (pages - 1))
+    monkeypatch.setattr(pixels, "PIXELS_IN_FLIGHT", 5000)
+    seen, opened = [], []
+    share = pixels._in_flight.share
+
+    @contextlib.contextmanager
+    def watched(count):
+        with share(count):
+            seen.append(pixels._in_flight._pixels)
+            opened.append(count)
+            time.sleep(1e-3)
+            yield
+
+    monkeypatch.setattr(pixels._in_flight, "share", watched)
+
+    def read(i):
+        with open_image(tmp_path / f"{i:02}.tif", pages - 1) as image:
+            return int(np.asarray(image)[0, 0])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(64))) == list(range(64))
+    assert max(seen) <= 5000
+    assert max(opened) == 64 * 64
+    assert len({n for n in seen if n not in opened}) > 0  # several were open at once
+    assert pixels._in_flight._pixels == 0
+
+
+def test_an_image_beyond_the_bound_is_read_alone(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((100, 100), np.uint8)).save(tmp_path / "large.png")
+    monkeypatch.setattr(pixels, "PIXELS_IN_FLIGHT", 5000)
+    with open_image(tmp_path / "large.png") as image:
+        assert pixels._in_flight._pixels == 100 * 100
+        assert np.asarray(image).shape == (100, 100)

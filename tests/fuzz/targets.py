@@ -18,10 +18,11 @@ from fastdiff.sampler.options import Options
 from fastdiff.solvers import EDMSchedule, from_config
 from fastdiff.solvers.compat.diffusers import SCHEDULERS
 from fastdiff.solvers.walk import Walk
-from fastdiff.training import TrainConfig
+from fastdiff.training import TrainConfig, Trainer
 from tests.fuzz.corpus import JSON, VALUES
 from tests.fuzz.harness import Target
 from tests.support.unets import TINY, TINY_CLASSES, random_unet
+from tests.training.toys import Toys, toy_unet
 
 SCHEDULE = fastdiff.NoiseSchedule("linear", 40, beta_end=0.2)
 SOLVERS = (
@@ -86,7 +87,9 @@ def solver_targets() -> list[Target]:
 
 
 def add_noise(x0: Any, noise: Any, t: Any) -> Any:
-    return SCHEDULE.add_noise(x0, noise, t)
+    """Compute x_t; where an element of the image or of the noise is not finite, that of x_t may be so too."""
+    x_t = SCHEDULE.add_noise(x0, noise, t)
+    return x_t[torch.isfinite(x0 + noise).expand(x_t.shape)]
 
 
 def schedule_targets() -> list[Target]:
@@ -245,5 +248,34 @@ def file_targets() -> list[Target]:
     ]  # fmt: skip
 
 
+def trained(**given: Any) -> Any:
+    """Train a small network for one step in a folder that is deleted."""
+    with tempfile.TemporaryDirectory() as out:
+        names = [f.name for f in dataclasses.fields(TrainConfig)]
+        config = {name: given.pop(name) for name in names if name in given}
+        if "config" not in given:
+            given["config"] = TrainConfig(**config)
+        trainer = Trainer(**{"unet": toy_unet(), "out": Path(out) / "run", **given})
+        trainer.stop()  # at once: it makes the folder, the log and the checkpoint
+        trainer.fit()
+        return trainer.seconds_per_update() if trainer.config.batch_size < 1000 else None
+
+
+def trainer_targets() -> list[Target]:
+    names = [f.name for f in dataclasses.fields(TrainConfig) if f.name != "compile"]
+    base = {"data": Toys(), "device": "cpu", "batch_size": 2, "steps": 2}
+    return [
+        Target("Trainer", trained, parameters(Trainer), VALUES, base),
+        Target("Trainer of settings", trained, names, VALUES, base),
+    ]
+
+
 def all_targets() -> list[Target]:
-    return [*solver_targets(), *schedule_targets(), *config_targets(), *sampler_targets(), *file_targets()]
+    return [
+        *trainer_targets(),
+        *solver_targets(),
+        *schedule_targets(),
+        *config_targets(),
+        *sampler_targets(),
+        *file_targets(),
+    ]

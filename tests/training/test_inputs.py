@@ -154,3 +154,17 @@ def test_half_precision_networks_are_trained_in_float32(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, unet=toy_unet().bfloat16(), steps=1)
     trainer.fit()
     assert {x.dtype for x in weights_of(trainer).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("WORLD_SIZE", "-1"), ("RANK", "1" * 5000)])
+def test_numbers_of_launchers_are_checked(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidArgument, match=f"^{name}=.{{1,200}} in the environment: a whole number is needed$"):
+        Trainer(toy_unet(), Toys(), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["unet", "data", "config", "schedule", "out"])
+def test_arguments_of_another_type_are_named(tmp_path, name):
+    arguments = {"unet": toy_unet(), "data": Toys(), "out": tmp_path, "device": "cpu", name: torch.nn.Linear(2, 2)}
+    with pytest.raises(InvalidArgument, match=f"^{name}=Linear"):
+        Trainer(**arguments)
