@@ -1,0 +1,105 @@
+"""The scenes and captions of the recipe of emoji scenes, with sprites of plain shapes in place of the emoji."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from recipes.emoji_scenes import scenes
+from recipes.emoji_scenes.sprites import NOUNS, SETS, SIDE
+
+
+@pytest.fixture(scope="module")
+def composer(tmp_path_factory):
+    """Return a composer whose sprites are discs that are darker further down."""
+    y, x = np.mgrid[:SIDE, :SIDE]
+    disc = (x - SIDE / 2) ** 2 + (y - SIDE / 2) ** 2 < (SIDE / 2) ** 2
+    sprite = np.zeros((SIDE, SIDE, 4), np.uint8)
+    sprite[..., :3] = (160 - y)[..., None]
+    sprite[..., 3] = np.where(disc, 255, 0)
+    path = tmp_path_factory.mktemp("emoji") / "sprites.npz"
+    numbers = np.tile(np.arange(len(NOUNS)), len(SETS))
+    np.savez(path, sprites=np.stack([sprite] * len(numbers)), nouns=numbers, names=NOUNS)
+    return scenes.Composer(path)
+
+
+@pytest.mark.parametrize("part", ["train", "seen", "held-out"])
+def test_scenes_are_functions_of_seed_and_index(composer, part):
+    for i in range(20):
+        picture, text, scene = scenes.sample(composer, 3, i, part)
+        again, same, equal = scenes.sample(composer, 3, i, part)
+        assert np.array_equal(picture, again)
+        assert (text, scene) == (same, equal)
+        assert picture.shape == (32, 32, 3)
+        assert picture.dtype == np.uint8
+    assert len({scenes.sample(composer, 3, i, part)[1] for i in range(20)}) > 15
+
+
+def test_held_out_pairs_are_never_trained(composer):
+    """15 % of the pairs are held out, among them the documentation's example, and scenes of both parts keep to it."""
+    pairs = [("colour", colour, noun) for colour in scenes.COLOURS for noun in NOUNS]
+    pairs += [("ground", noun, ground) for noun in NOUNS for ground in scenes.GROUNDS]
+    share = np.mean([scenes.held_out(*pair) for pair in pairs])
+    assert 0.12 < share < 0.18
+    assert scenes.held_out("colour", "white", "dog")
+    assert scenes.held_out("ground", "dog", "grass")
+    for i in range(200):
+        for part in ("train", "seen", "held-out"):
+            scene = scenes.sample(composer, 0, i, part)[2]
+            kept = (bool(scene.colour) and scenes.held_out("colour", scene.colour, scene.noun)) or scenes.held_out(
+                "ground", scene.noun, scene.ground
+            )
+            assert kept == (part == "held-out")
+            assert scene.colour or part == "train"
+
+
+def test_captions_say_what_a_scene_shows(composer):
+    said = collections.Counter()
+    for i in range(500):
+        _, text, scene = scenes.sample(composer, 1, i)
+        text = text.lower()
+        assert scene.noun in text
+        colour = (scene.colour, *scenes.COLOUR_WORDS[scene.colour]) if scene.colour else ()
+        phrases = scenes.PHRASES[scene.ground]
+        said["colour"] += any(word in text for word in colour)
+        said["ground"] += any(text.endswith(phrase) for phrase in phrases)
+        if scene.size:
+            said["size"] += any(word in text for word in scenes.SIZE_WORDS[scene.size])
+        wrong = [p for g, ps in scenes.PHRASES.items() if g != scene.ground for p in ps if text.endswith(" " + p)]
+        assert not wrong
+    assert said["colour"] > 300
+    assert said["ground"] > 430
+    assert said["size"] > 130
+
+
+@pytest.mark.parametrize("colour", scenes.COLOURS)
+def test_a_recoloured_sprite_has_the_colour(composer, colour):
+    """The one of the ten colours that is nearest to the median of the sprite is the one asked for."""
+    sprite = composer.sprites["dog"][0]
+    result = scenes.recoloured(sprite, scenes.COLOURS[colour])
+    assert np.array_equal(result[..., 3], sprite[..., 3])
+    inside = result[sprite[..., 3] > 0][:, :3].astype(float)
+    distances = {
+        name: np.abs(np.median(inside, axis=0) - np.array(value)).sum() for name, value in scenes.COLOURS.items()
+    }
+    assert min(distances, key=lambda name: distances[name]) == colour
+
+
+def test_sprites_lie_within_the_scene(composer):
+    """The sprite of every place and size changes pixels of the ground, as many as its disc has."""
+    for i in range(100):
+        choose = np.random.default_rng(i)
+        scene = scenes.draw_scene(choose)
+        with_sprite = composer.picture(scene, np.random.default_rng(i))
+        alone = np.clip(np.rint(scenes.ground(scene.ground, np.random.default_rng(i))), 0, 255)
+        changed = (np.abs(with_sprite - alone) > 0).any(-1).sum()
+        low, high = scenes.SIZES[scene.size]
+        assert 0.6 * np.pi / 4 * low**2 <= changed <= np.pi / 4 * (high + 1.5) ** 2
+
+
+def test_sprites_of_other_nouns_are_refused(tmp_path):
+    np.savez(tmp_path / "s.npz", sprites=np.zeros((1, 2, 2, 4), np.uint8), nouns=np.zeros(1, int), names=("stone",))
+    with pytest.raises(SystemExit, match="run it again"):
+        scenes.Composer(tmp_path / "s.npz")
