@@ -96,8 +96,9 @@ def test_operations_in_bfloat16(replays, name, method, tolerance, isa, monkeypat
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(
+    ("rows", "threads"), [(1, 2), (5, 3), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(1, 3), (5, 2)])]
+)
 def test_operations_shared_by_threads(replays, rows, threads, isa):
     for name in ("160 channels, 12x12", "resnet blocks, 24x40", "1x1"):
         replay = replays(name, rows)
@@ -146,6 +147,7 @@ def test_every_conditioning_in_every_precision(conditioning):
         assert plain < fast <= 2.5 * torchs
 
 
+@pytest.mark.slow
 def test_the_published_network_in_every_precision():
     """The errors that the precisions promise."""
     config = PUBLISHED["ddpm-cifar10-32"]

@@ -428,6 +428,7 @@ def test_another_result_is_not_overwritten(model: str, tmp_path: Path) -> None:
         run.measure(settings(model, "eager"), save)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_here")
 def test_interrupted_it_prints_and_goes_on(model: str, tmp_path: Path) -> None:
     """Ctrl-C in a real process, in a round: exit code 130, the table so far, rounds kept; then the rest."""
@@ -546,6 +547,7 @@ def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | N
         assert relative_error(steps.step(), exact.step()) < 1e-5
 
 
+@pytest.mark.slow
 def test_openvino_runs_the_built_in_model() -> None:
     """In a process of its own, as its compiler crashes over a scale-shift network that is given as it is."""
     pytest.importorskip("openvino")
@@ -587,6 +589,7 @@ def test_what_a_cuda_graph_holds_takes_the_same_steps(guidance: float | None) ->
     assert int(graph.index) == 0
 
 
+@pytest.mark.slow
 def test_memory_is_the_engines_own(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is none of the libraries', and a few thousand parameters need little."""
     monkeypatch.setattr(worker, "PATIENCE_S", 300.0)
@@ -607,6 +610,7 @@ def test_memory_is_the_engines_own(model: str, monkeypatch: pytest.MonkeyPatch) 
 # The command ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(model: str, tmp_path: Path) -> None:
     """JSON on standard output and nothing else, progress on standard error, a file that reads the same, a picture."""
     names = ["eager", "diffusers", *(["native"] if HAS_NATIVE else [])]

@@ -256,6 +256,7 @@ def test_unreadable_files(folder):
         read_json(folder / "absent.json")
 
 
+@pytest.mark.slow
 @needs_posix
 def test_bounded_time_and_memory(tmp_path):
     """Every file that claims to be huge is refused within 5 seconds and 96 MB of address space."""

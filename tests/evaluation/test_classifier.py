@@ -184,6 +184,7 @@ def write_split(folder, name, images):
     write_idx(folder / f"{name}-labels-idx1-ubyte.gz", images.labels.byte().numpy())
 
 
+@pytest.mark.slow
 def test_training_learns_and_records(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name, n in (("train", 960), ("t10k", 100)):

@@ -230,7 +230,12 @@ def covered(n: int, f: int, shift: float, scale: float, classes: int, runs: int,
 
 @pytest.mark.parametrize(
     ("n", "f", "shift", "scale", "classes"),
-    [(300, 6, 0.0, 1.0, 0), (300, 6, 0.25, 1.0, 0), (300, 6, 0.0, 0.8, 0), (500, 16, 0.1, 1.1, 10)],
+    [
+        (300, 6, 0.0, 1.0, 0),
+        (300, 6, 0.25, 1.0, 0),
+        pytest.param(300, 6, 0.0, 0.8, 0, marks=pytest.mark.slow),
+        pytest.param(500, 16, 0.1, 1.1, 10, marks=pytest.mark.slow),
+    ],
     ids=["alike", "moved", "narrower", "classes"],
 )
 def test_distances_lie_in_their_intervals(n: int, f: int, shift: float, scale: float, classes: int) -> None:

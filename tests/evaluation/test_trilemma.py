@@ -100,6 +100,7 @@ def numbers(out: Path) -> dict[str, Any]:
     return {k: result[k] for k in ("n", "model", "points", "floor", "missing", "nearest", "settings")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_interrupted_and_resumed(
     model: Path, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

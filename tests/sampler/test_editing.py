@@ -214,6 +214,7 @@ def test_a_jump_keeps_the_marginal() -> None:
     assert 1 - row.abar_next == pytest.approx(r * (1 - plain.abar_next) + 1 - r)
 
 
+@pytest.mark.slow
 def test_repaint_comes_near_the_conditional() -> None:
     """Two Gaussian pixels of correlation rho, one known: the other has mean m + rho (k - m), variance 1 - rho^2.
 

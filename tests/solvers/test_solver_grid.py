@@ -79,8 +79,14 @@ def direct(solver: Solver, prediction: str, spacing: str, steps: int, table: Ste
     return dataclasses.replace(solver.build(LINEAR, **options), init_scale=table.init_scale)
 
 
+# The runs of these take diffusers ten times as long as the others'; the tests below run them at a few numbers of steps.
+LONG = ("dpm2", "dpm2_ancestral", "dpmpp_sde")
+
+
 @pytest.mark.parametrize(
-    ("solver", "prediction"), [(s, p) for s in GRID for p in s.predictions], ids=lambda v: getattr(v, "name", v)
+    ("solver", "prediction"),
+    [pytest.param(s, p, marks=[pytest.mark.slow] * (s.name in LONG)) for s in GRID for p in s.predictions],
+    ids=lambda v: getattr(v, "name", v),
 )
 def test_runs_equal_diffusers(solver, prediction, wide):
     compared = 0

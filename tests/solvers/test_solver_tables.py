@@ -268,6 +268,7 @@ def test_moments_are_solved(r, b):
         assert abs(sum(terms) - b[j]) <= 1e-13 * (max(map(abs, terms)) + 1)
 
 
+@pytest.mark.slow
 def test_a_table_does_not_depend_on_the_linear_algebra_of_the_processor():
     """To the last bit, by which a run that is gone on with elsewhere is known: linear algebra made for another one."""
     code = "import tests.solvers.test_solver_tables as t; print(t.digests())"

@@ -115,7 +115,9 @@ print(json.dumps({"message": message, "same": same, "hidden": hidden}))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-@pytest.mark.parametrize(("percent", "file"), [("50", "checkpoint.safetensors"), ("0", "log.jsonl")])
+@pytest.mark.parametrize(
+    ("percent", "file"), [("50", "checkpoint.safetensors"), pytest.param("0", "log.jsonl", marks=pytest.mark.slow)]
+)
 def test_a_full_disk(tmp_path: Path, percent: str, file: str) -> None:
     toy_trainer(tmp_path / "a", steps=6).fit()
     result = python("-c", FULL, tmp_path / "b", percent)
