@@ -6,8 +6,11 @@ import collections
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from recipes.emoji_scenes import scenes
+from recipes.emoji_scenes import scenes, words
 from recipes.emoji_scenes.sprites import NOUNS, SETS, SIDE
 
 
@@ -103,3 +106,64 @@ def test_sprites_of_other_nouns_are_refused(tmp_path):
     np.savez(tmp_path / "s.npz", sprites=np.zeros((1, 2, 2, 4), np.uint8), nouns=np.zeros(1, int), names=("stone",))
     with pytest.raises(SystemExit, match="run it again"):
         scenes.Composer(tmp_path / "s.npz")
+
+
+def random_bert():
+    """Return BERT's weights by their names, and the same layers of torch."""
+    torch.manual_seed(0)
+    weights = {
+        "embeddings.word_embeddings.weight": torch.randn(9, words.WIDTH),
+        "embeddings.position_embeddings.weight": torch.randn(5, words.WIDTH),
+        "embeddings.token_type_embeddings.weight": torch.randn(2, words.WIDTH),
+        "embeddings.LayerNorm.weight": torch.ones(words.WIDTH),
+        "embeddings.LayerNorm.bias": torch.zeros(words.WIDTH),
+    }
+    layers = []
+    for i in range(words.LAYERS):
+        layer = nn.TransformerEncoderLayer(
+            words.WIDTH, words.HEADS, 1536, 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True
+        )
+        layers.append(layer)
+        own = {
+            "attention.output.dense": layer.self_attn.out_proj, "attention.output.LayerNorm": layer.norm1,
+            "intermediate.dense": layer.linear1, "output.dense": layer.linear2, "output.LayerNorm": layer.norm2,
+        }  # fmt: skip
+        for kind in ("weight", "bias"):
+            qkv = getattr(layer.self_attn, f"in_proj_{kind}").chunk(3)
+            for name, part in zip(("query", "key", "value"), qkv, strict=True):
+                weights[f"encoder.layer.{i}.attention.self.{name}.{kind}"] = part
+            weights |= {f"encoder.layer.{i}.{name}.{kind}": getattr(module, kind) for name, module in own.items()}
+    return weights, layers
+
+
+@torch.no_grad()
+def test_the_encoder_of_words_is_bert():
+    weights, layers = random_bert()
+    ids = torch.tensor([[2, 5, 3, 8], [2, 7, 7, 3]])
+    x = weights["embeddings.word_embeddings.weight"][ids] + weights["embeddings.position_embeddings.weight"][:4]
+    x = F.layer_norm(x + weights["embeddings.token_type_embeddings.weight"][0], (words.WIDTH,), eps=1e-12)
+    for layer in layers:
+        x = layer.train()(x)  # without the shortcuts of evaluation
+    torch.testing.assert_close(words.encode(weights, ids), x, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_of_words_keeps_what_is_alike():
+    """Vectors of 200 numbers that 100 numbers describe keep their order of likeness as bytes."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(500, 100, generator=generator) @ torch.randn(100, 200, generator=generator)
+    table, scale = words.reduced(vectors)
+    assert (table.dtype, tuple(table.shape), tuple(scale.shape)) == (torch.int8, (500, 128), (128,))
+    found = F.normalize(table.float() * scale, dim=-1)
+    nearest = found @ F.normalize(found[:50] + 0.1 * torch.randn(50, 128, generator=generator), dim=-1).T
+    assert nearest.argmax(0).tolist() == list(range(50))
+    kept = torch.corrcoef(
+        torch.stack(
+            [
+                (found @ found.T).flatten(),
+                F.cosine_similarity(
+                    vectors[:, None] - vectors.mean(0), vectors[None] - vectors.mean(0), dim=-1
+                ).flatten(),
+            ]
+        )
+    )[0, 1]
+    assert kept > 0.8

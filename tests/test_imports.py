@@ -22,6 +22,7 @@ ORDER = (
     "files",
     "memory",
     "checks",
+    "text",
     "modes",
     "schedule",
     "solvers",
