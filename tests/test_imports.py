@@ -38,6 +38,7 @@ ORDER = (
     "bench",
     "evaluation",
     "bulk",
+    "serving",
     "cli",
     "__main__",
 )
