@@ -214,55 +214,76 @@ class BoundEngine {
     return engine_.profile(first, last, [this] { take_rows(); });
   }
 
-  // Runs one step of a batch in one call: the network, guidance and, where `advance_rows`, the update and row += 1.
-  void step(Floats x, Integers row, ConstIntegers table, ConstIntegers entry, ConstIntegers label,
-            ConstFloats class_image, Floats net, Floats out, ConstFloats bank, ConstFloats guidance, float rescale,
+  // Runs one step of a batch in one call: the network, guidance and, where `advance_rows`, the update and row += 1. Only
+  // the `images` take it, all where it is None; `guided` are the numbers, in that list, of those that are evaluated with
+  // the null label too.
+  void step(Floats x, Integers row, ConstIntegers table, ConstIntegers entry, ConstIntegers images,
+            ConstIntegers guided, ConstIntegers label, int64_t null_label, ConstFloats class_image,
+            ConstFloats null_image, Floats net, Floats out, ConstFloats bank, ConstFloats guidance, ConstFloats rescale,
             bool advance_rows, ConstIntegers lengths, ConstIntegers seed, ConstIntegers index, Floats xs, Floats m1,
             Floats m2, Floats m3) {
     require(x.ndim() == 4 && x.size() > 0, "x is not [images, channels, height, width]");
-    const std::vector<int64_t> images = shape_of(x);
-    const int64_t B = images[0], C = images[1], H = images[2], W = images[3], rows = guidance.is_valid() ? 2 * B : B;
+    const std::vector<int64_t> shape = shape_of(x);
+    const int64_t B = shape[0], C = shape[1], H = shape[2], W = shape[3];
     require(C == x_.at(1) && H == x_.at(2) && W == x_.at(3),
-            "x is " + describe(images) + "; the network was prepared for [images, " + std::to_string(x_.at(1)) + ", " +
+            "x is " + describe(shape) + "; the network was prepared for [images, " + std::to_string(x_.at(1)) + ", " +
                 std::to_string(x_.at(2)) + ", " + std::to_string(x_.at(3)) + "]");
-    require(rows <= INT_MAX, "too many images");
+    require(B <= INT_MAX / 2, "too many images");
     if (advance_rows)
       require(out_channels_ == C || out_channels_ == 2 * C,
               "the network gives " + std::to_string(out_channels_) + " channels; " + std::to_string(C) +
                   " are needed, or " + std::to_string(2 * C) + " where the variance is learned");
-    check_shape(x, images, "x");
+    // From here on, indices are those that were checked, whatever another thread writes into the arrays.
+    std::vector<int64_t> image_of_row = chosen(images, B, "images");
+    const int64_t taking = static_cast<int64_t>(image_of_row.size());
+    const std::vector<int64_t> paired = guided.is_valid() ? chosen(guided, taking, "guided") : std::vector<int64_t>{};
+    require(paired.empty() || guidance.is_valid(), "images are guided, but guidance is None");
+    std::vector<int> pair(taking, -1);
+    for (const int64_t i : paired) {
+      pair[i] = static_cast<int>(image_of_row.size());
+      image_of_row.push_back(image_of_row[i]);
+    }
+    const int64_t rows = static_cast<int64_t>(image_of_row.size());
+    check_shape(x, shape, "x");
     check_shape(net, {rows, H, W, padded(out_channels_)}, "net");
     check_shape(out, {B, out_channels_, H, W}, "out");
     check_shape(guidance, {B}, "guidance");
-    check_shape(label, {rows}, "label");
-    check_shape(class_image, {rows, H, W, C}, "class_image");
+    check_shape(rescale, {B}, "rescale");
+    check_shape(label, {B}, "label");
+    check_shape(class_image, {B, H, W, C}, "class_image");
+    check_shape(null_image, {H, W, C}, "null_image");
     check_shape(seed, {B}, "seed");
     check_shape(index, {B}, "index");
-    check_shape(xs, images, "xs");
-    check_shape(m1, images, "m1");
-    check_shape(m2, images, "m2");
-    check_shape(m3, images, "m3");
+    check_shape(xs, shape, "xs");
+    check_shape(m1, shape, "m1");
+    check_shape(m2, shape, "m2");
+    check_shape(m3, shape, "m3");
     const Places places(bank, table, ConstIntegers(row), B);
     check_shape(entry, {places.tables, places.bank.rows}, "entry");
     check_shape(lengths, {places.tables}, "lengths");
     require(label.is_valid() || !uses(By::label), "the network has classes, but label is None");
-    require(class_image.is_valid() || class_image_.shape.empty(), "the network has a class image, but it is None");
-    // From here on, indices are those that were checked, whatever another thread writes into the arrays.
-    std::vector<int64_t> timesteps(B), labels(label.is_valid() ? rows : 0);
-    for (int64_t i = 0; i < B; i++)
-      timesteps[i] = checked(entry.data()[places.table[i] * places.bank.rows + places.row[i]], By::timestep);
-    for (size_t i = 0; i < labels.size(); i++) labels[i] = checked(label.data()[i], By::label);
+    const bool shows_class = !class_image_.shape.empty();
+    require(!shows_class || (class_image.is_valid() && (paired.empty() || null_image.is_valid())),
+            "the network has a class image, but it is None");
+    std::vector<int64_t> timesteps(rows), labels(label.is_valid() ? rows : 0);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t i = image_of_row[r];
+      timesteps[r] = checked(entry.data()[places.table[i] * places.bank.rows + places.row[i]], By::timestep);
+      if (label.is_valid()) labels[r] = checked(r < taking ? label.data()[i] : null_label, By::label);
+    }
 
     const NetworkInputs inputs{x_.floats(), timesteps_now_.data(), labels_now_.data(), class_image_.floats(), out_};
     Batch batch{};
-    batch.images = static_cast<int>(B);
-    batch.guided = guidance.is_valid();
+    batch.rows = static_cast<int>(rows);
+    batch.conditional = static_cast<int>(taking);
+    batch.image_of_row = image_of_row.data();
+    batch.timestep = timesteps.data();
+    batch.label = labels.empty() ? nullptr : labels.data();
     batch.image_size = C * H * W;
     batch.out_size = H * W * padded(out_channels_);
     batch.x = x.data();
-    batch.timestep = timesteps.data();
-    batch.label = labels.empty() ? nullptr : labels.data();
-    batch.class_image = class_image_.shape.empty() ? nullptr : class_image.data();
+    batch.class_image = shows_class ? class_image.data() : nullptr;
+    batch.null_image = data_or_null(null_image);
     batch.net = net.data();
 
     GuideArgs guide;
@@ -270,9 +291,9 @@ class BoundEngine {
     guide.table = places.table.data();
     guide.row = places.row.data();
     guide.guidance = data_or_null(guidance);
-    guide.rescale = rescale;
-    guide.images = batch.images;
-    guide.guided = batch.guided;
+    guide.rescale = data_or_null(rescale);
+    guide.taking = {image_of_row.data(), batch.conditional};
+    guide.pair = pair.data();
     guide.out_channels = out_channels_;
     guide.channels = std::min(static_cast<int>(C), out_channels_);
     guide.padded = padded(out_channels_);
@@ -282,6 +303,7 @@ class BoundEngine {
 
     UpdateArgs update;
     update.bank = places.bank;
+    update.taking = guide.taking;
     update.table = guide.table;
     update.row = guide.row;
     update.seed = seed.data();
@@ -300,7 +322,7 @@ class BoundEngine {
     const WithoutGil without_gil;
     if (!advance_rows) return engine_.forward(inputs, batch, guide);
     engine_.step(inputs, batch, guide, update);
-    advance(row.data(), places.table.data(), lengths.data(), batch.images);
+    advance(row.data(), places.table.data(), lengths.data(), guide.taking);
   }
 
   int64_t space() const { return engine_.space(); }
@@ -517,10 +539,12 @@ inline void bind_engine(nb::module_& m) {
       .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "norm"_a.none(),
            "bf16"_a, "dst"_a)
       .def("step", &BoundEngine::step, nb::kw_only(), "x"_a.noconvert(), "row"_a.noconvert(), "table"_a.noconvert(),
-           "entry"_a.noconvert(), "label"_a.noconvert().none(), "class_image"_a.noconvert().none(), "net"_a.noconvert(),
-           "out"_a.noconvert(), "bank"_a.noconvert(), "guidance"_a.noconvert().none(), "rescale"_a, "advance_rows"_a,
-           "lengths"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(), "xs"_a.noconvert().none(),
-           "m1"_a.noconvert().none(), "m2"_a.noconvert().none(), "m3"_a.noconvert().none())
+           "entry"_a.noconvert(), "images"_a.noconvert().none(), "guided"_a.noconvert().none(),
+           "label"_a.noconvert().none(), "null_label"_a, "class_image"_a.noconvert().none(),
+           "null_image"_a.noconvert().none(), "net"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(),
+           "guidance"_a.noconvert().none(), "rescale"_a.noconvert().none(), "advance_rows"_a, "lengths"_a.noconvert(),
+           "seed"_a.noconvert(), "index"_a.noconvert(), "xs"_a.noconvert().none(), "m1"_a.noconvert().none(),
+           "m2"_a.noconvert().none(), "m3"_a.noconvert().none())
       .def("run", &BoundEngine::run, "first"_a, "last"_a)
       .def("profile", &BoundEngine::profile, "first"_a, "last"_a)
       .def_prop_ro("space", &BoundEngine::space)

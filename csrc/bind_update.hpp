@@ -8,6 +8,7 @@
 
 #include <climits>
 #include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,6 +29,25 @@ inline Range image_range(int begin, int end, int images) {
     throw std::invalid_argument("images " + std::to_string(begin) + " to " + std::to_string(end) + " of a batch of " +
                                 std::to_string(images));
   return {begin, end};
+}
+
+// Returns the numbers in `list`, which ascend and are below `count`; all of them where it is None.
+inline std::vector<int64_t> chosen(const Array<const int64_t>& list, int64_t count, const std::string& name) {
+  if (!list.is_valid()) {
+    std::vector<int64_t> all(count);
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
+  require(list.ndim() == 1, name + " is " + describe(shape_of(list)) + ", one dimension is needed");
+  check_memory(list, name);
+  std::vector<int64_t> numbers(list.data(), list.data() + list.size());
+  int64_t last = -1;
+  for (const int64_t i : numbers) {
+    require(i > last && i < count,
+            name + " has " + std::to_string(i) + ": ascending numbers below " + std::to_string(count) + " are needed");
+    last = i;
+  }
+  return numbers;
 }
 
 // Each image's place in a bank of tables, copied, so that the indices that were checked are those that are used.
@@ -82,8 +102,8 @@ inline void bind_update(nb::module_& m) {
   m.def(
       "update",
       [](Floats x, ConstFloats out, ConstFloats bank, Integers table, Integers row, Integers seed, Integers index,
-         ConstFloats z, ConstFloats x0_scale, Floats xs, Floats m1, Floats m2, Floats m3, int begin, int end,
-         const std::string& isa) {
+         ConstFloats z, ConstFloats x0_scale, Floats xs, Floats m1, Floats m2, Floats m3, Integers images, int begin,
+         int end, const std::string& isa) {
         const Kernels& kernels = choose_kernels(isa);
         const std::vector<int64_t> shape = image_shape(x, "x");
         const int64_t B = shape[0], C = shape[1], H = shape[2], W = shape[3];
@@ -98,9 +118,10 @@ inline void bind_update(nb::module_& m) {
         check_shape(m2, shape, "m2");
         check_shape(m3, shape, "m3");
         const Places places(bank, table, row, B);
-        const std::vector<int64_t> zeros(B);
+        const std::vector<int64_t> zeros(B), taking = chosen(images, B, "images");
         UpdateArgs args;
         args.bank = places.bank;
+        args.taking = {taking.data(), static_cast<int>(taking.size())};
         args.table = places.table.data();
         args.row = places.row.data();
         args.seed = seed.is_valid() ? seed.data() : zeros.data();
@@ -116,7 +137,7 @@ inline void bind_update(nb::module_& m) {
         args.out = out.data();
         args.z = data_or_null(z);
         args.x0_scale = data_or_null(x0_scale);
-        for (int64_t i = 0; i < B; ++i) {
+        for (const int64_t i : taking) {
           const Coefficients k = args.bank(args.table[i], args.row[i]);
           if (k.s != 0.0f && !args.z && !(seed.is_valid() && index.is_valid()))
             throw std::invalid_argument("image " + std::to_string(i) + " needs noise: give z, or seed and index");
@@ -124,18 +145,18 @@ inline void bind_update(nb::module_& m) {
             throw std::invalid_argument("image " + std::to_string(i) + " needs a learned variance, in " +
                                         std::to_string(2 * C) + " channels of out");
         }
-        const Range images = image_range(begin, end, static_cast<int>(B));
+        const Range which = image_range(begin, end, args.taking.count);
         const WithoutGil without_gil;
-        kernels.update(args, images);
+        kernels.update(args, which);
       },
       "x"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(), "table"_a.noconvert(), "row"_a.noconvert(),
       nb::kw_only(), "seed"_a.noconvert().none() = nb::none(), "index"_a.noconvert().none() = nb::none(),
       "z"_a.noconvert().none() = nb::none(), "x0_scale"_a.noconvert().none() = nb::none(),
       "xs"_a.noconvert().none() = nb::none(), "m1"_a.noconvert().none() = nb::none(),
-      "m2"_a.noconvert().none() = nb::none(), "m3"_a.noconvert().none() = nb::none(), "begin"_a = 0, "end"_a = -1,
-      "isa"_a = "",
-      "Apply one row of the table to images begin to end - 1 (default: all) in place, without row += 1 "
-      "(fastdiff.core.update.update).");
+      "m2"_a.noconvert().none() = nb::none(), "m3"_a.noconvert().none() = nb::none(),
+      "images"_a.noconvert().none() = nb::none(), "begin"_a = 0, "end"_a = -1, "isa"_a = "",
+      "Apply one row of the table, in place and without row += 1, to the given images, or all where they are None; of "
+      "these to numbers begin to end - 1 (fastdiff.core.update.update).");
 
   m.def(
       "guide",
@@ -157,17 +178,20 @@ inline void bind_update(nb::module_& m) {
         args.bank = places.bank;
         args.table = places.table.data();
         args.row = places.row.data();
+        const std::vector<float> phi(B, rescale);
+        std::vector<int> pair(B);
+        std::iota(pair.begin(), pair.end(), static_cast<int>(B));
         args.guidance = data_or_null(guidance);
-        args.rescale = rescale;
-        args.images = static_cast<int>(B);
-        args.guided = guided;
+        args.rescale = phi.data();
+        args.taking.count = static_cast<int>(B);
+        args.pair = guided ? pair.data() : nullptr;
         args.channels = channels;
         args.out_channels = static_cast<int>(C);
         args.padded = static_cast<int>(given[3]);
         args.pixels = static_cast<int64_t>(H * W);
         args.net = net.data();
         args.out = out.data();
-        const Range images = image_range(begin, end, args.images);
+        const Range images = image_range(begin, end, args.taking.count);
         const WithoutGil without_gil;
         kernels.guide(args, images);
       },
@@ -189,7 +213,7 @@ inline void bind_update(nb::module_& m) {
         const std::vector<int64_t> tables(table.data(), table.data() + images);
         for (const int64_t t : tables)
           require(t >= 0 && t < static_cast<int64_t>(lengths.size()), "there is no table " + std::to_string(t));
-        advance(row.data(), tables.data(), lengths.data(), static_cast<int>(images));
+        advance(row.data(), tables.data(), lengths.data(), {nullptr, static_cast<int>(images)});
       },
       "row"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(),
       "Add 1 to row in place; a finished image stays at the identity row of its table.");

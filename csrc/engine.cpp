@@ -22,14 +22,15 @@ constexpr int most_threads = 4096;
 
 }  // namespace
 
-Engine::Engine(const Kernels& kernels, int threads, int rows) : kernels_(kernels), threads_(threads), rows_(rows) {
+Engine::Engine(const Kernels& kernels, int threads, int capacity)
+    : kernels_(kernels), threads_(threads), capacity_(capacity), rows_(capacity) {
   if (threads < 1 || threads > most_threads)
     throw std::invalid_argument("threads: from 1 to " + std::to_string(most_threads) + " is needed");
-  if (rows < 1) throw std::invalid_argument("rows: at least 1 is needed");
+  if (capacity < 1) throw std::invalid_argument("rows: at least 1 is needed");
 }
 
-Engine::Split Engine::split(const ConvArgs& conv) const {
-  const int strips = rows_ * conv.map.strips(), members = threads_;
+Engine::Split Engine::split(const ConvArgs& conv, int rows) const {
+  const int strips = rows * conv.map.strips(), members = threads_;
   const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() / (conv.bf16 ? 2 : 1) + panel);
   // Among the blocks that fit, take the largest one whose number of items nearly fills the last group of six that a
   // product computes at a time. The weights of a 1x1 convolution fit into the cache, so that its blocks may be smaller.
@@ -60,13 +61,16 @@ void Engine::add(const Op& op) {
   const auto wants_norm = [this](const NormArgs& norm) {
     int width = 0;
     for (int s = 0; s < norm.count; s++) width += padded(norm.channels[s]);
-    norm_size_ = std::max<int64_t>(norm_size_, static_cast<int64_t>(rows_) * width);
+    norm_size_ = std::max<int64_t>(norm_size_, static_cast<int64_t>(capacity_) * width);
   };
   if (const auto* conv = std::get_if<ConvOp>(&op)) {
-    const Split how = split(conv->conv);
-    const int items = how.block * conv->conv.items();
-    if (how.panels) common_size_ = std::max(common_size_, conv->conv.load_size(items));
-    wants(conv->conv.space() + conv->conv.product_size(items) + (how.panels ? 0 : conv->conv.load_size(items)));
+    // Fewer rows may be split otherwise, and then need more space than all of them.
+    for (int rows = 1; rows <= capacity_; rows++) {
+      const Split how = split(conv->conv, rows);
+      const int items = how.block * conv->conv.items();
+      if (how.panels) common_size_ = std::max(common_size_, conv->conv.load_size(items));
+      wants(conv->conv.space() + conv->conv.product_size(items) + (how.panels ? 0 : conv->conv.load_size(items)));
+    }
     wants_norm(conv->norm);
   } else if (const auto* pool = std::get_if<PoolOp>(&op)) {
     wants(pool->pool.space());
@@ -106,6 +110,7 @@ void Engine::allocate() try {
 
 void Engine::run(int first, int last, const std::function<void()>& begin) {
   const Use use(*this);
+  rows_ = capacity_;
   if (begin) begin();
   run_ops(first, last);
 }
@@ -118,12 +123,13 @@ void Engine::forward(const NetworkInputs& inputs, const Batch& batch, const Guid
 void Engine::step(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide, const UpdateArgs& update) {
   const Use use(*this);
   evaluate(inputs, batch, guide);
-  auto work = [&](int member) { kernels_.update(update, share({0, batch.images}, member, threads_)); };
+  auto work = [&](int member) { kernels_.update(update, share({0, update.taking.count}, member, threads_)); };
   team_->run(work);
 }
 
 std::vector<int64_t> Engine::profile(int first, int last, const std::function<void()>& begin) {
   const Use use(*this);
+  rows_ = capacity_;
   if (begin) begin();
   run_ops(first, last);
   std::vector<int64_t> times(last - first);
@@ -139,21 +145,25 @@ void Engine::run_ops(int first, int last) {
 }
 
 void Engine::evaluate(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide) {
-  for (int64_t first = 0; first < batch.rows(); first += rows_) {
-    const int n = static_cast<int>(std::min<int64_t>(rows_, batch.rows() - first));
-    for (int i = 0; i < n; i++) {
-      const int64_t row = first + i, image = row % batch.images;
+  const int parts = ceil_div(batch.rows, capacity_);
+  for (int part = 0; part < parts; part++) {
+    const Range rows = share({0, batch.rows}, part, parts);
+    rows_ = rows.size();
+    for (int i = 0; i < rows_; i++) {
+      const int row = rows.begin + i;
+      const int64_t image = batch.image_of_row[row];
       std::copy_n(batch.x + image * batch.image_size, batch.image_size, inputs.x + i * batch.image_size);
-      inputs.timestep[i] = batch.timestep[image];
+      inputs.timestep[i] = batch.timestep[row];
       if (batch.label != nullptr) inputs.label[i] = batch.label[row];
-      if (batch.class_image != nullptr)
-        std::copy_n(batch.class_image + row * batch.image_size, batch.image_size,
-                    inputs.class_image + i * batch.image_size);
+      if (batch.class_image != nullptr) {
+        const float* from = row < batch.conditional ? batch.class_image + image * batch.image_size : batch.null_image;
+        std::copy_n(from, batch.image_size, inputs.class_image + i * batch.image_size);
+      }
     }
     run_ops(0, size());
-    std::copy_n(inputs.out, n * batch.out_size, batch.net + first * batch.out_size);
+    std::copy_n(inputs.out, rows_ * batch.out_size, batch.net + rows.begin * batch.out_size);
   }
-  auto work = [&](int member) { kernels_.guide(guide, share({0, batch.images}, member, threads_)); };
+  auto work = [&](int member) { kernels_.guide(guide, share({0, guide.taking.count}, member, threads_)); };
   team_->run(work);
 }
 
@@ -190,7 +200,7 @@ void Engine::run_op(int member, const EmbedArgs& op) {
 void Engine::run_op(int member, const ConvOp& op) {
   ConvArgs conv = op.conv;
   run_norm(member, op.norm, conv.src.scale, conv.src.shift);
-  const Split how = split(conv);
+  const Split how = split(conv, rows_);
   const Range strips{0, rows_ * conv.map.strips()}, panels{0, conv.panels()};
   const int items = how.block * conv.items();
   float* space = own(member);

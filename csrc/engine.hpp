@@ -48,36 +48,38 @@ struct NetworkInputs {
   const float* out;    // [rows, out_size]
 };
 
-// The present state of a batch. Where it is guided, rows past the first `images` are the unconditional evaluations.
+// A step of a batch: the evaluations of the network, each for an image that takes the step, and their inputs. The first
+// `conditional` rows are evaluated with the images' own labels, the others with the null label.
 struct Batch {
-  int images;
-  bool guided;
-  int64_t image_size;        // numbers per image
-  int64_t out_size;          // numbers per row of the network's output
-  const float* x;            // [images, image_size]
-  const int64_t* timestep;   // [images]: index of a timestep's embedding
-  const int64_t* label;      // [rows]; null where the network has no labels
-  const float* class_image;  // [rows, image_size]; null where the network has none
-  float* net;                // [rows, out_size]
-  int rows() const { return guided ? 2 * images : images; }
+  int rows, conditional;
+  const int64_t* image_of_row;  // [rows]
+  const int64_t* timestep;      // [rows]: index of a timestep's embedding
+  const int64_t* label;         // [rows]; null where the network has no labels
+  int64_t image_size;           // numbers per image
+  int64_t out_size;             // numbers per row of the network's output
+  const float* x;               // [images, image_size]
+  const float* class_image;     // [images, image_size]; null where the network has none
+  const float* null_image;      // [image_size], that of the null label; read for rows that are not conditional
+  float* net;                   // [rows, out_size]
 };
 
 class Engine {
  public:
-  // rows: number of evaluations of the network that one run of the operations makes.
-  Engine(const Kernels& kernels, int threads, int rows);
+  // capacity: the most evaluations of the network that one run of the operations makes. All buffers are [capacity, ...],
+  // and a run for fewer rows uses the first ones.
+  Engine(const Kernels& kernels, int threads, int capacity);
 
   // Appends an operation. Throws std::invalid_argument if the instruction set cannot run it, std::logic_error once the
   // engine has run.
   void add(const Op& op);
   int size() const { return static_cast<int>(ops_.size()); }
-  // Runs operations `first` to `last` - 1, in order, after `begin` if there is one: no other thread uses the engine
-  // during either. This and all below throw ResourceError if memory or threads are
+  // Runs operations `first` to `last` - 1, in order and for all rows, after `begin` if there is one: no other thread uses
+  // the engine during either. This and all below throw ResourceError if memory or threads are
   // missing, which leaves the engine as it was.
   void run(int first, int last, const std::function<void()>& begin = nullptr);
-  // Runs all operations for every row of the batch, as many rows at a time as the engine has, and then guidance.
+  // Runs all operations for every row of the batch, in equal parts that the engine has room for, and then guidance.
   void forward(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide);
-  // Runs forward, and then the update of every image by the row of its table, which the caller advances.
+  // Runs forward, and then the update of the images by the rows of their tables, which the caller advances.
   void step(const NetworkInputs& inputs, const Batch& batch, const GuideArgs& guide, const UpdateArgs& update);
   // Runs `begin` and twice the operations, and returns the nanoseconds that each took the second time.
   std::vector<int64_t> profile(int first, int last, const std::function<void()>& begin = nullptr);
@@ -91,7 +93,7 @@ class Engine {
     int block;
     bool panels;
   };
-  Split split(const ConvArgs& conv) const;
+  Split split(const ConvArgs& conv, int rows) const;
   // What a call has while it runs: the team, and the working space.
   struct Use {
     explicit Use(Engine& engine);
@@ -114,7 +116,8 @@ class Engine {
   enum Phase { open, adding, closed };  // whether operations may be added
 
   const Kernels& kernels_;
-  const int threads_, rows_;
+  const int threads_, capacity_;
+  int rows_;  // of the present run
   std::shared_ptr<Team> team_;
   std::atomic<Phase> phase_{open};
   std::vector<Op> ops_;

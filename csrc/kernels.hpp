@@ -172,7 +172,8 @@ struct InputArgs {
   float* dst;   // [rows, H, W, padded]
 };
 
-// The kernels of one instruction set. Each processes a part of an operation (`rows`, `strips`, `units` or `images`).
+// The kernels of one instruction set. Each processes a part of an operation: `rows`, `strips`, `units` or `images`, of
+// which update and guide count those that take the step.
 // `space` is working memory of args.space() numbers that the caller provides.
 struct Kernels {
   const char* name;

@@ -41,10 +41,19 @@ struct Bank {
   }
 };
 
-// Advances every image by one row, up to the identity row of its table. lengths: [tables], without the identity row.
-inline void advance(int64_t* row, const int64_t* table, const int64_t* lengths, int images) {
-  for (int i = 0; i < images; ++i)
-    if (row[i] < lengths[table[i]]) ++row[i];
+// The images of a batch that take a step; those left out keep their place and are not read.
+struct Taking {
+  const int64_t* image = nullptr;  // [count]; null: images 0 to count - 1
+  int count = 0;
+  int64_t operator()(int i) const { return image ? image[i] : i; }
+};
+
+// Advances images by one row, up to the identity row of their tables. lengths: [tables], without the identity row.
+inline void advance(int64_t* row, const int64_t* table, const int64_t* lengths, const Taking& images) {
+  for (int i = 0; i < images.count; ++i) {
+    const int64_t image = images(i);
+    if (row[image] < lengths[table[image]]) ++row[image];
+  }
 }
 
 // Returns the weight of guidance, 1 + g (guidance - 1). The product is volatile so that it is rounded, as in the
@@ -59,6 +68,7 @@ inline float guidance_weight(float g, float guidance) {
 // nothing. A learned variance (sv) needs out_channels = 2 channels and is ignored otherwise, so the caller checks that.
 struct UpdateArgs {
   Bank bank;
+  Taking taking;
   const int64_t* table = nullptr;  // [images]
   const int64_t* row = nullptr;    // [images]; advance() comes after the update
   const int64_t* seed = nullptr;   // [images], 64 bits as a signed integer; read for Philox noise only, as is index
@@ -82,14 +92,14 @@ struct GuideArgs {
   const int64_t* table = nullptr;
   const int64_t* row = nullptr;
   const float* guidance = nullptr;  // [images]; 1 is off
-  float rescale = 0.0f;
-  int images = 0;       // images of the whole batch
-  bool guided = false;  // row images + i of net is the unconditional one of image i; else bank to guidance are not read
-  int channels = 0;     // channels that are guided; the others (v) are copied from the conditional row
+  const float* rescale = nullptr;   // [images]; null: 0, which is off
+  Taking taking;                    // row i of net is the conditional one of image taking(i)
+  const int* pair = nullptr;        // [taking.count]: its unconditional row, or -1: it is not guided; null: none is
+  int channels = 0;                 // channels that are guided; the others (v) are copied from the conditional row
   int out_channels = 0;
   int padded = 0;              // channels of a pixel of net, including padding
   int64_t pixels = 0;          // H W
-  const float* net = nullptr;  // [images or 2 images, H, W, padded]
+  const float* net = nullptr;  // [rows, H, W, padded]
   float* out = nullptr;        // [images, out_channels, H, W]
 };
 

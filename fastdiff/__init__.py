@@ -23,6 +23,7 @@ _EXPORTS = {
     "Trainer": "fastdiff.training",
     "TrainConfig": "fastdiff.training",
     "bulk": "fastdiff.bulk",
+    "Engine": "fastdiff.serving",
     "FastdiffError": "fastdiff.errors",
 }
 # Further names of modules, kept for code written for an earlier layout of the package.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fastdiff.sampler import SampleOutput as SampleOutput
     from fastdiff.sampler import Sampler as Sampler
     from fastdiff.schedule import NoiseSchedule as NoiseSchedule
+    from fastdiff.serving import Engine as Engine
     from fastdiff.solvers import StepTable as StepTable
     from fastdiff.training import TrainConfig as TrainConfig
     from fastdiff.training import Trainer as Trainer

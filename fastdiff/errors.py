@@ -128,7 +128,35 @@ class TrainingError(FastdiffError, RuntimeError):
 
 
 class Cancelled(FastdiffError):
-    """The call was ended between two steps by `Sampler.cancel`."""
+    """The call was ended between two steps by `Sampler.cancel`, or the job by `Job.cancel` or the end of its engine."""
+
+
+class EngineClosed(FastdiffError, RuntimeError):
+    """An engine takes no jobs any more: it was closed, is draining, or a step failed; the message says which."""
+
+
+class QueueFull(FastdiffError, RuntimeError):
+    """An engine has more queued work than it may have.
+
+    Attributes:
+        retry_after_s: Seconds after which there is room, as far as it can be foreseen.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 0.0):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineImpossible(FastdiffError, TimeoutError):
+    """A job cannot be finished before its deadline, and was refused at once; the message says when it could be."""
+
+
+class DeadlineMissed(FastdiffError, TimeoutError):
+    """A job that was accepted was not finished before its deadline, and was ended there."""
+
+
+class JobTimeout(FastdiffError, TimeoutError):
+    """The time for which a caller waited for a job is over; the job goes on."""
 
 
 class ReentrantCall(FastdiffError, RuntimeError):

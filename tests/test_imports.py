@@ -39,6 +39,7 @@ ORDER = (
     "bench",
     "evaluation",
     "bulk",
+    "serving",
     "cli",
     "__main__",
 )

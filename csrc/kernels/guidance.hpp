@@ -62,7 +62,8 @@ double sum_of_squares(const float* x, int n, double mean) {
 //     out = phi out std(c) / std(out) + (1 - phi) out,    std over the guided elements of the image
 //
 // Deviations are relative to a mean computed before them, so a mean much larger than its deviation costs no precision.
-void guide_image(const GuideArgs& args, const float* conditional, const float* unconditional, float w, float* out) {
+void guide_image(const GuideArgs& args, const float* conditional, const float* unconditional, float w, float phi,
+                 float* out) {
   alignas(64) float c[chunk], u[chunk];
   const Range guided = {0, args.channels};
   const auto read = [&](const float* row, int channel, int64_t begin, int n, float* dst) {
@@ -77,11 +78,11 @@ void guide_image(const GuideArgs& args, const float* conditional, const float* u
       const Vec without = load(u + i, part);
       store(dst + i, without + w * (load(c + i, part) - without), part);
     });
-    if (args.rescale == 0.0f) return;
+    if (phi == 0.0f) return;
     sum_c += sum_of(c, n);
     sum_out += sum_of(dst, n);
   });
-  if (args.rescale == 0.0f) return;
+  if (phi == 0.0f) return;
 
   const double size = static_cast<double>(args.channels * args.pixels);
   double squares_c = 0.0, squares_out = 0.0;
@@ -92,23 +93,26 @@ void guide_image(const GuideArgs& args, const float* conditional, const float* u
   });
   // phi out ratio + (1 - phi) out as one product. The ratio of sums is that of variances, as their sizes are equal.
   const float ratio = static_cast<float>(std::sqrt(squares_c / squares_out));
-  const float factor = args.rescale * ratio + (1.0f - args.rescale);
+  const float factor = phi * ratio + (1.0f - phi);
   for_planes(guided, args.pixels, [&](int channel, int64_t begin, int n) {
     float* dst = out + channel * args.pixels + begin;
     for_vectors(n, [&](int i, auto part) { store(dst + i, factor * load(dst + i, part), part); });
   });
 }
 
-// Guides the given images. An image whose weight is 1 gets its conditional output bit for bit; its unconditional output
-// is not read.
-void guide(const GuideArgs& args, Range images) {
+// Guides the images that take the step, from number `which.begin` of them on. An image whose weight is 1 gets its
+// conditional output bit for bit; its unconditional output is not read.
+void guide(const GuideArgs& args, Range which) {
   const int64_t row_size = args.pixels * args.padded;
-  for (int image = images.begin; image < images.end; ++image) {
-    const float* conditional = args.net + image * row_size;
+  for (int i = which.begin; i < which.end; ++i) {
+    const int64_t image = args.taking(i);
+    const int pair = args.pair ? args.pair[i] : -1;
+    const float* conditional = args.net + i * row_size;
     float* out = args.out + image * args.out_channels * args.pixels;
     const float w =
-        args.guided ? guidance_weight(args.bank(args.table[image], args.row[image]).g, args.guidance[image]) : 1.0f;
-    if (w != 1.0f) guide_image(args, conditional, args.net + (args.images + image) * row_size, w, out);
+        pair >= 0 ? guidance_weight(args.bank(args.table[image], args.row[image]).g, args.guidance[image]) : 1.0f;
+    if (w != 1.0f)
+      guide_image(args, conditional, args.net + pair * row_size, w, args.rescale ? args.rescale[image] : 0.0f, out);
     for_planes({w != 1.0f ? args.channels : 0, args.out_channels}, args.pixels, [&](int channel, int64_t begin, int n) {
       gather(conditional + begin * args.padded + channel, args.padded, n, out + channel * args.pixels + begin);
     });

@@ -145,7 +145,7 @@ void update_block(const Coefficients& k, const Slice& at, int n) {
 }
 
 // Applies the row k to an image.
-void update_image(const UpdateArgs& args, const Coefficients& k, int image) {
+void update_image(const UpdateArgs& args, const Coefficients& k, int64_t image) {
   alignas(64) float z[chunk];
   const int64_t size = args.channels * args.pixels;
   const bool learned = k.sv != 0.0f && args.out_channels > args.channels;
@@ -172,9 +172,11 @@ void update_image(const UpdateArgs& args, const Coefficients& k, int image) {
   }
 }
 
-// Applies to each of the given images the row of its table, without advancing it.
-void update(const UpdateArgs& args, Range images) {
-  for (int image = images.begin; image < images.end; ++image) {
+// Applies to images that take the step, from number `which.begin` of them on, the row of their tables, without advancing
+// them.
+void update(const UpdateArgs& args, Range which) {
+  for (int i = which.begin; i < which.end; ++i) {
+    const int64_t image = args.taking(i);
     Coefficients k = args.bank(args.table[image], args.row[image]);
     if (args.x0_scale) {
       k.kx *= args.x0_scale[image];

@@ -243,6 +243,115 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
   expect(rest == 0, c.name() + ": padding is not zero");
 }
 
+// Steps `rows` evaluations of the images that `image_of_row` names, the last `guided` of them unconditional, on an engine
+// for `capacity` rows whose buffers have exactly that many, and returns the images and `net` one after the other.
+std::vector<float> step_some(const Kernels& kernels, int threads, int capacity, Method method,
+                             const std::vector<int64_t>& image_of_row, int guided) {
+  constexpr int images = 6, C = 3, H = 9, W = 7, outputs = 70, pixels = H * W;
+  const int rows = static_cast<int>(image_of_row.size()), taking = rows - guided;
+  generator.seed(7);
+  std::vector<float> inputs_x(static_cast<size_t>(capacity) * C * pixels), x = random(images * C * pixels);
+  std::vector<float> map(static_cast<size_t>(capacity) * pixels * padded(C)),
+      out(static_cast<size_t>(capacity) * pixels * padded(C)),
+      middle(static_cast<size_t>(capacity) * pixels * padded(outputs));
+  std::vector<int64_t> timestep(capacity), label(capacity), timesteps(rows);
+  const auto conv = [&](int from, int to, std::vector<float>& src, std::vector<float>& dst, std::vector<float>& packed,
+                        std::vector<float>& bias) {
+    const Case c{capacity, H, W, {from}, to, 3, 1, false, false, false, method};
+    ConvOp op{};
+    ConvArgs& a = op.conv;
+    a.src.count = 1;
+    a.src.data[0] = src.data();
+    a.src.channels[0] = padded(from);
+    a.src.map = a.map = {H, W};
+    a.kernel = 3;
+    a.stride = a.padding = 1;
+    a.method = method;
+    a.outputs = padded(to);
+    a.inverse_divide = 1.0f;
+    packed = pack(c, random(static_cast<size_t>(to) * from * 9), a);
+    bias = random(to);
+    bias.resize(a.outputs);
+    a.weights = packed.data();
+    a.bias = bias.data();
+    a.dst = dst.data();
+    return op;
+  };
+  std::vector<float> weights, more_weights, bias, more_bias;
+  Engine engine(kernels, threads, capacity);
+  engine.add(InputArgs{inputs_x.data(), RowVectors{}, capacity, C, {H, W}, false, 0, map.data()});
+  engine.add(conv(C, outputs, map, middle, weights, bias));
+  engine.add(conv(outputs, C, middle, out, more_weights, more_bias));
+
+  std::vector<float> net(static_cast<size_t>(rows) * pixels * padded(C)), guided_out(images * C * pixels);
+  Batch batch{};
+  batch.rows = rows;
+  batch.conditional = taking;
+  batch.image_of_row = image_of_row.data();
+  batch.timestep = timesteps.data();
+  batch.image_size = C * pixels;
+  batch.out_size = pixels * padded(C);
+  batch.x = x.data();
+  batch.net = net.data();
+  Coefficients k{};
+  k.ax = 0.5f, k.ao = 0.25f, k.g = 1.0f, k.c = 1.0f;
+  const std::vector<int64_t> zeros(images);
+  std::vector<int> pair(taking, -1);
+  for (int i = taking; i < rows; i++)
+    pair[std::find(image_of_row.begin(), image_of_row.begin() + taking, image_of_row[i]) - image_of_row.begin()] = i;
+  std::vector<float> scale(images, 2.0f), rescale(images, 0.5f);
+  GuideArgs guide;
+  guide.bank = {&k.t, 1};
+  guide.table = guide.row = zeros.data();
+  guide.guidance = scale.data();
+  guide.rescale = rescale.data();
+  guide.taking = {image_of_row.data(), taking};
+  guide.pair = pair.data();
+  guide.channels = guide.out_channels = C;
+  guide.padded = padded(C);
+  guide.pixels = pixels;
+  guide.net = net.data();
+  guide.out = guided_out.data();
+  UpdateArgs update;
+  update.bank = guide.bank;
+  update.taking = guide.taking;
+  update.table = update.row = update.seed = update.index = zeros.data();
+  update.channels = update.out_channels = C;
+  update.pixels = pixels;
+  update.x = x.data();
+  update.out = guided_out.data();
+  engine.step({inputs_x.data(), timestep.data(), label.data(), nullptr, out.data()}, batch, guide, update);
+  x.insert(x.end(), net.begin(), net.end());
+  return x;
+}
+
+// Checks that fewer rows than an engine has room for, and more, have the bits that they have on an engine of their own,
+// and that images that take no step stay as they are.
+void check_some_rows(const Kernels& kernels, int threads, Method method) {
+  const std::vector<std::pair<std::vector<int64_t>, int>> steps = {{{0}, 0},
+                                                                   {{5}, 0},
+                                                                   {{1, 4}, 0},
+                                                                   {{2, 3, 3}, 1},
+                                                                   {{0, 1, 2, 3, 4, 5}, 0},
+                                                                   {{0, 2, 5, 0, 5}, 2},
+                                                                   {{0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5}, 6}};
+  for (const auto& [rows, guided] : steps) {
+    const std::vector<float> own = step_some(kernels, threads, static_cast<int>(rows.size()), method, rows, guided);
+    for (int capacity : {1, 2, 5, 12})
+      expect(step_some(kernels, threads, capacity, method, rows, guided) == own,
+             std::string(kernels.name) + ": " + std::to_string(rows.size()) + " rows on an engine for " +
+                 std::to_string(capacity));
+    generator.seed(7);
+    const std::vector<float> before = random(6 * 3 * 63);
+    for (int64_t image = 0; image < 6; image++) {
+      const bool taking = std::find(rows.begin(), rows.end(), image) != rows.end();
+      const bool same =
+          std::equal(before.begin() + image * 189, before.begin() + (image + 1) * 189, own.begin() + image * 189);
+      expect(same != taking, "image " + std::to_string(image) + " takes a step, or does not");
+    }
+  }
+}
+
 void check_attention(const Kernels& kernels, int threads, int rows, int pixels, int heads, int d) {
   const int inner = heads * d, stride = padded(3 * inner);
   const std::vector<float> qkv = random_map(rows * pixels, 3 * inner);
@@ -358,6 +467,7 @@ int main() {
         check_conv(*kernels, threads, {2, 9, 3, {20, 7}, 70, 3, 1, true, false, false, method, true});
         check_conv(*kernels, threads, {1, 1, 1, {3}, 1, 3, 1, false, false, false, method, true});
       }
+      for (Method method : methods) check_some_rows(*kernels, threads, method);
       check_conv(*kernels, threads, {3, 6, 10, {33}, 20, 3, 2, false, false, false, Method::direct});
       check_conv(*kernels, threads, {3, 6, 10, {33}, 20, 3, 2, false, true, false, Method::direct, true});
       check_conv(*kernels, threads, {3, 5, 7, {33}, 200, 1, 1, false, true, true, Method::direct});

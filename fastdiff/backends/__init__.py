@@ -12,11 +12,11 @@ import logging
 
 from torch import nn
 
-from fastdiff.backends.base import BACKENDS, BITWISE_ROWS, Runner, Spec
+from fastdiff.backends.base import BACKENDS, BITWISE_ROWS, STEPWISE, Runner, Spec
 from fastdiff.errors import InvalidArgument
 from fastdiff.unet import UNet
 
-__all__ = ["BACKENDS", "BITWISE_ROWS", "Runner", "Spec", "choose", "prepare"]
+__all__ = ["BACKENDS", "BITWISE_ROWS", "STEPWISE", "Runner", "Spec", "choose", "prepare"]
 
 log = logging.getLogger("fastdiff")
 

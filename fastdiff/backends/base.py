@@ -12,6 +12,8 @@ from fastdiff.core.state import State
 from fastdiff.errors import BackendError
 
 BACKENDS = ("eager", "compiled", "native", "triton")
+# Backends that advance some images of a batch at the cost of these alone.
+STEPWISE = ("native", "eager")
 # Batch size for which algorithms and launch configurations are chosen where results must not depend on the batch.
 BITWISE_ROWS = 8
 
@@ -29,6 +31,8 @@ class Spec:
         determinism: "seed", or "bitwise" (`native` and `triton` only): an image's bits do not depend on the rest of
             its batch.
         fast: Whether bfloat16 may round more for speed; `native` only.
+        frozen: Whether no weight changes from now on, and all batches are `fastdiff.core.slots.Slots` of ``batch``
+            images: what a step needs is then allocated once, and changes are not looked for.
         tables: Number of tables for which a CUDA graph reserves memory. A state with more causes another capture.
         rows: Number of rows per table for which a CUDA graph reserves memory.
     """
@@ -40,6 +44,7 @@ class Spec:
     null_label: int | None = None
     determinism: str = "seed"
     fast: bool = False
+    frozen: bool = False
     tables: int = 8
     rows: int = 1024
 

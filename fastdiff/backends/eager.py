@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +35,12 @@ class EagerRunner:
     @plain_modes()
     def forward(self, state: State) -> None:
         """Evaluate the network, with guidance, and set ``state.out``."""
-        self.evaluate(state, bool(state.guided_host.any()))
+        if state.taking is None:
+            self.evaluate(state, bool(state.guided_host.any()))
+        else:
+            part = state.select(state.taking)
+            self._evaluate_some(part, np.flatnonzero(part.guided_host))
+            state.put(state.taking, part)
 
     def forward_with_gradient(self, state: State) -> Tensor:
         """Run `forward` and return the x by which ``state.out`` can be differentiated; ``state.x`` has no graph."""
@@ -68,10 +74,31 @@ class EagerRunner:
         conditional, unconditional = both.chunk(2)
         state.out = update.guide(conditional, unconditional, w, state.x.shape[1], state.guidance_rescale)
 
+    def _evaluate_some(self, state: State, guided: np.ndarray) -> None:
+        """Set ``state.out``, from two network rows for each of the images ``guided`` and one for each other."""
+        if not 0 < len(guided) < len(state.x):
+            self.evaluate(state, bool(len(guided)))
+            return
+        assert state.label is not None, "guidance needs labels"
+        t, i = state.column("t"), torch.from_numpy(guided).to(state.x.device)
+        null = torch.full_like(state.label[i], self.spec.null_label or 0)
+        x = torch.cat([state.x, state.x[i]])
+        net = self._call(x, torch.cat([t, t[i]]), torch.cat([state.label, null])).to(state.x.dtype)
+        w, rescale, k = 1.0 + state.column("g") * (state.guidance - 1.0), state.guidance_rescale, len(state.x)
+        if isinstance(rescale, Tensor) and rescale.ndim == 2:
+            rescale = rescale[i]
+        state.out = net[:k].clone()
+        state.out[i] = update.guide(net[i], net[k:], w[i], state.x.shape[1], rescale)
+
     @plain_modes()
     def update(self, state: State) -> None:
         """Apply one row of the table to every image, and increment its row."""
-        update.update(state)
+        if state.taking is None:
+            update.update(state)
+        else:
+            part = state.select(state.taking)
+            update.update(part)
+            state.put(state.taking, part)
 
     def advance(self, state: State, noisy: bool) -> None:
         """Do the device's part of `update`, with noise if ``noisy``. Reads no values from the device."""

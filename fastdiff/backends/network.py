@@ -157,12 +157,13 @@ class EmbeddingTables:
             self.classes.copy_(embed_classes(self.unet))
 
     @plain_modes()
-    def entries(self, bank: TableBank) -> Tensor:
-        """Return the row of ``times`` for each row of each table, int64 [tables, rows] on the CPU.
+    def entries(self, bank: TableBank, places: Sequence[int] | None = None) -> Tensor:
+        """Return the row of ``times`` for each row of the bank's tables, or of those at ``places``.
 
-        Timesteps that were not embedded yet are embedded now.
+        The result is int64 [tables, rows] on the CPU. Timesteps that were not embedded yet are embedded now.
         """
-        t, inverse = np.unique(bank.host[..., COLUMNS.index("t")], return_inverse=True)
+        timesteps = (bank.host if places is None else bank.host[list(places)])[..., COLUMNS.index("t")]
+        t, inverse = np.unique(timesteps, return_inverse=True)
         wanted = t.tolist()
         if len(self.places.keys() | set(wanted)) > self.most:
             self.places = {}
@@ -176,5 +177,5 @@ class EmbeddingTables:
             t32 = torch.tensor(new, dtype=torch.float32, device=self.times.device)
             self.times[first:end] = embed_timesteps(self.unet, t32)
             self.places |= {v: first + i for i, v in enumerate(new)}
-        places = np.array([self.places[v] for v in wanted], dtype=np.int64)
-        return torch.from_numpy(places[inverse.reshape(bank.host.shape[:2])])
+        found = np.array([self.places[v] for v in wanted], dtype=np.int64)
+        return torch.from_numpy(found[inverse.reshape(timesteps.shape)])

@@ -36,6 +36,10 @@ class TableBank:
         self.learned = any(table.learned_variance for table in tables)
 
 
+CHANGED = ("x", "xs", "m1", "m2", "m3", "out", "row")  # fields of a state that a step changes
+TENSORS = (*CHANGED, "table", "seed", "index", "label", "guidance", "x0_scale")  # those with an entry for each image
+
+
 @dataclasses.dataclass(eq=False)  # compared and hashed by identity, so that backends can cache by state
 class State:
     """A batch of B images during sampling, each at its own row of its own table.
@@ -55,7 +59,8 @@ class State:
     table_host: np.ndarray
     row_host: np.ndarray
     guidance_host: np.ndarray  # float64
-    guidance_rescale: float | Tensor = 0.0  # phi of `fastdiff.core.update.guide`, or the tensor that it takes instead
+    guidance_rescale: float | Tensor = 0.0  # phi of `fastdiff.core.update.guide`, or a tensor that it takes instead
+    taking: np.ndarray | None = None  # the images that the next step advances, int64, ascending; None for all of them
     noise: Noise | None = None  # None for Philox
     # The network's output after guidance, [B, C or 2C, H, W], set by `Runner.forward` and read by `Runner.update`;
     # undefined after a whole step.
@@ -134,6 +139,32 @@ class State:
         """Mask of images that need a conditional and an unconditional evaluation, bool [B]."""
         return self.column_host("g") * (self.guidance_host - 1.0) != 0.0
 
+    @property
+    def everyone(self) -> np.ndarray:
+        """The images that the next step advances, int64."""
+        return np.arange(len(self.x)) if self.taking is None else self.taking
+
+    def select(self, images: np.ndarray) -> State:
+        """Return copies of some images, a batch of their own, of which `put` takes over what a step has changed."""
+        i = torch.from_numpy(images).to(self.x.device)
+        tensors = {name: None if held is None else held[i] for name in TENSORS for held in [getattr(self, name)]}
+        rescale = self.guidance_rescale
+        if isinstance(rescale, Tensor) and rescale.ndim == 2:
+            rescale = rescale[i]
+        hosts = {name: getattr(self, name)[images] for name in ("table_host", "row_host", "guidance_host")}
+        return dataclasses.replace(self, **tensors, **hosts, guidance_rescale=rescale, taking=None)
+
+    def put(self, images: np.ndarray, part: State) -> None:
+        """Take over what a step has changed of the images that ``part`` has copies of, and its ``out``."""
+        i = torch.from_numpy(images).to(self.x.device)
+        if part.out is not None and (self.out is None or self.out.shape[1:] != part.out.shape[1:]):
+            self.out = part.out.new_zeros(len(self.x), *part.out.shape[1:])
+        for name in CHANGED:
+            held, new = getattr(self, name), getattr(part, name)
+            if held is not None and new is not None:
+                held[i] = new
+        self.row_host[images] = part.row_host
+
     def advance(self) -> None:
         """Increment the rows, on the device and in the mirror; a finished image stays at its table's identity row."""
         self.advance_device()
@@ -141,11 +172,19 @@ class State:
 
     def advance_device(self) -> None:
         """Increment the rows on the device."""
-        self.row = torch.minimum(self.row + 1, self.bank.lengths[self.table])
+        if self.taking is None:
+            self.row = torch.minimum(self.row + 1, self.bank.lengths[self.table])
+        else:
+            i = torch.from_numpy(self.taking).to(self.row.device)
+            self.row[i] = torch.minimum(self.row[i] + 1, self.bank.lengths[self.table[i]])
 
     def advance_host(self) -> None:
         """Increment the rows in the mirror."""
-        self.row_host = np.minimum(self.row_host + 1, self.bank.lengths_host[self.table_host])
+        if self.taking is None:
+            self.row_host = np.minimum(self.row_host + 1, self.bank.lengths_host[self.table_host])
+        else:
+            i = self.taking
+            self.row_host[i] = np.minimum(self.row_host[i] + 1, self.bank.lengths_host[self.table_host[i]])
 
     def idle(self, images: Sequence[int]) -> None:
         """Send images to the identity row: those that were cancelled, or that only pad the batch."""

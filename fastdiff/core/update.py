@@ -136,6 +136,12 @@ def threshold(state: State) -> None:
     state.x0_scale = None
     if not state.bank.thresholds:
         return
+    if state.taking is not None:
+        part = state.select(state.taking)
+        threshold(part)
+        state.x0_scale = torch.ones_like(state.guidance)
+        state.x0_scale[torch.from_numpy(state.taking).to(state.x.device)] = part.x0_scale
+        return
     out, _ = split_output(state)
     x0 = _combine(state.coefficients(), state.x, kx=state.x, ko=out).abs().flatten(1)
     c = state.column("c")
@@ -189,14 +195,18 @@ def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, 
 
     c and u are the network's outputs with and without labels, [B, C or 2C, H, W]; channels beyond C, of a learned
     variance, are those of c. An image whose weight w [B] is 1 keeps c bit for bit. ``rescale`` is phi, 0 for off, or
-    the tensor [phi, 1 - phi] on the device.
+    the tensor (phi, 1 - phi) on the device, or a tensor [B, 2] of them, in which 0 is off too.
     """
     c, u = conditional[:, :channels], unconditional[:, :channels]
     w = w.view(-1, 1, 1, 1)
     out = u + w * (c - u)
     if isinstance(rescale, Tensor) or rescale:
-        phi, rest = (rescale[0], rescale[1]) if isinstance(rescale, Tensor) else (rescale, 1.0 - rescale)
+        phi, rest, plain = rescale, 1.0 - rescale, out
+        if isinstance(rescale, Tensor):
+            phi, rest = rescale[..., 0].view(-1, 1, 1, 1), rescale[..., 1].view(-1, 1, 1, 1)
         std_c, std_out = c.std(dim=(1, 2, 3), keepdim=True), out.std(dim=(1, 2, 3), keepdim=True)
         out = phi * (out * (std_c / std_out)) + rest * out
+        if isinstance(rescale, Tensor) and rescale.ndim == 2:
+            out = torch.where(rescale[:, 0].view(-1, 1, 1, 1) == 0.0, plain, out)
     out = torch.where(w == 1.0, c, out)
     return torch.cat([out, conditional[:, channels:]], dim=1) if conditional.shape[1] > channels else out

@@ -97,7 +97,7 @@ class Loop:
     def _output(self, r: Request, images: Tensor) -> SampleOutput:
         """Return the images of all chunks, and raise if they are not finite, or too large."""
         output = SampleOutput(images, r.seed, r.index[0], r.table, r.nfe, r.labels, r.class_names, r.index)
-        _check_numbers(output, self._runners.dtype)
+        check_numbers(output, self._runners.dtype)
         return output
 
     def seconds_per_row(self, r: Request) -> float:
@@ -209,7 +209,7 @@ def _empty(r: Request) -> Tensor:
         ) from e
 
 
-def _check_numbers(output: SampleOutput, dtype: torch.dtype) -> None:
+def check_numbers(output: SampleOutput, dtype: torch.dtype) -> None:
     """Raise `NumericsError` where images are NaN, infinite or too large to be any; warn where they are suspicious."""
     low, high = torch.aminmax(output.images.flatten(1), dim=1)
     size = torch.maximum(-low, high) / max(1.0, output.table.data_scale)  # NaN where a value is
@@ -286,18 +286,12 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
         inpainting = Inpainting(image, torch.cat([anew, anew.new_zeros(pad, *anew.shape[1:])]))
     source = r.noise
     if isinstance(source, Tensor):
-        x = padded(source[chunk.start : chunk.stop])
+        z = padded(source[chunk.start : chunk.stop])
     elif source is not None:
-        x = padded(drawn)
+        z = padded(drawn)
     else:
-        i = torch.tensor(index, dtype=torch.int64, device=device)
-        s = torch.tensor([noise.as_int64(seed) for seed in seeds], dtype=torch.int64, device=device)
-        x = noise.normal(s, i, torch.zeros_like(i), noise.INITIAL, r.shape)
-    first = r.table.rows[0].abar
-    if image is not None and r.from_image:
-        x = editing.noised(image, first, r.table.data_scale, x if first < 1.0 else None)
-    else:
-        x = x * r.table.init_scale
+        z = initial_noise(seeds, index, r.shape, device)
+    x = at_first_row(r, z, image)
     label = None
     if r.labels is not None:
         label = torch.cat([r.labels[chunk.start : chunk.stop], r.labels[:1].expand(pad)])
@@ -316,6 +310,23 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
     if pad:
         state.idle(range(len(chunk), r.batch_size))
     return state, inpainting
+
+
+def initial_noise(
+    seeds: Sequence[int], index: Sequence[int], shape: tuple[int, int, int], device: torch.device
+) -> Tensor:
+    """Draw the initial noise of images, of unit variance, [images, C, H, W]."""
+    i = torch.tensor(index, dtype=torch.int64, device=device)
+    s = torch.tensor([noise.as_int64(seed) for seed in seeds], dtype=torch.int64, device=device)
+    return noise.normal(s, i, torch.zeros_like(i), noise.INITIAL, shape)
+
+
+def at_first_row(r: Request, z: Tensor, image: Tensor | None) -> Tensor:
+    """Return the states of images before the first row, from their initial noise z and the image they start from."""
+    first = r.table.rows[0].abar
+    if image is not None and r.from_image:
+        return editing.noised(image, first, r.table.data_scale, z if first < 1.0 else None)
+    return z * r.table.init_scale
 
 
 def _noise(source: NoiseSource, row: int | None, indices: Sequence[int]) -> Tensor:

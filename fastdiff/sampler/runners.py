@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import ValuesView
 from typing import Any
@@ -14,7 +15,7 @@ from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.evaluation import Conversion, Evaluation
 from fastdiff.backends.native import NativeRunner
 from fastdiff.checks import shown
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import BackendError, InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.sampler.options import NetworkInfo
 from fastdiff.unet import changes
@@ -76,6 +77,19 @@ class Runners:
             runner = backends.prepare(self.backend, network, spec)
         self.prepared[spec] = runner
         return runner
+
+    def stepwise(self, capacity: int, shape: tuple[int, int, int]) -> backends.Runner:
+        """Return a runner for `Slots` of ``capacity`` images, of the weights as they are now.
+
+        `BackendError` is raised where the backend advances whole batches only.
+        """
+        if self.backend not in backends.STEPWISE:
+            raise BackendError(
+                f"backend {self.backend!r} advances whole batches only, so images cannot join and leave a batch "
+                f"between its steps; {' and '.join(map(repr, backends.STEPWISE))} can"
+            )
+        spec = dataclasses.replace(self._spec(capacity, shape), frozen=True)
+        return backends.prepare(self.backend, self._network(), spec)
 
     def _make_room(self) -> None:
         """Free the runners that were not used for longest, so that calls of any sizes take bounded memory."""

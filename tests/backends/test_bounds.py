@@ -119,9 +119,10 @@ class Valid:
         entry = np.arange(bank.host.shape[0] * bank.host.shape[1], dtype=np.int64).reshape(bank.host.shape[:2])
         return {
             "x": floats(*shape), "row": np.zeros_like(index), "table": index % 2, "entry": entry % TIMES,
-            "label": np.arange(rows, dtype=np.int64) % LABELS, "class_image": floats(rows, self.H, self.W, 3),
-            "net": zeros(rows, self.H, self.W, G), "out": zeros(*shape), "bank": bank.values.numpy(),
-            "guidance": floats(images) if guided else None, "rescale": 0.5, "advance_rows": True,
+            "images": index.copy(), "guided": index.copy() if guided else index[:0].copy(),
+            "label": index % LABELS, "null_label": LABELS - 1, "class_image": floats(images, self.H, self.W, 3),
+            "null_image": floats(self.H, self.W, 3), "net": zeros(rows, self.H, self.W, G), "out": zeros(*shape),
+            "bank": bank.values.numpy(), "guidance": floats(images), "rescale": floats(images), "advance_rows": True,
             "lengths": bank.lengths.numpy(), "seed": index, "index": index.copy(), "xs": zeros(*shape),
             "m1": zeros(*shape), "m2": zeros(*shape), "m3": zeros(*shape),
         }  # fmt: skip
@@ -141,7 +142,7 @@ def functions() -> dict[str, dict[str, Any]]:
     return {
         "update": {
             "x": floats(*shape), "out": floats(*shape), **place, "seed": index, "index": index.copy(), **history,
-            "z": None, "x0_scale": floats(3), "begin": 0, "end": -1, "isa": "",
+            "z": None, "x0_scale": floats(3), "images": np.array([0, 2]), "begin": 0, "end": -1, "isa": "",
         },
         "guide": {
             "out": zeros(*shape), "net": floats(6, 3, 5, G), **place, "guidance": floats(3), "channels": 2,
@@ -324,7 +325,19 @@ def test_a_number_of_threads_that_no_machine_has(number):
     [
         ("entry", np.full((2, 4), TIMES, np.int64), f"timestep {TIMES} of a table of {TIMES}"),
         ("entry", np.full((2, 4), -1, np.int64), "timestep -1"),
-        ("label", np.full(6, LABELS, np.int64), f"label {LABELS} of a table of {LABELS}"),
+        ("label", np.full(3, LABELS, np.int64), f"label {LABELS} of a table of {LABELS}"),
+        ("null_label", LABELS, f"label {LABELS} of a table of {LABELS}"),
+        ("images", np.array([0, 1, 3]), "images has 3: ascending numbers below 3"),
+        ("images", np.array([0, 2, 1]), "images has 1: ascending"),
+        ("images", np.array([-1, 1, 2]), "images has -1"),
+        ("images", np.array([0, 1]), "guided has 2: ascending numbers below 2"),
+        ("images", np.array([[0, 1, 2]]), "one dimension"),
+        ("guided", np.array([0, 0, 1]), "guided has 0: ascending"),
+        ("guided", np.array([0, 1]), r"net is \[6, 8, 8, 16\], \[5, "),
+        ("guidance", None, "guidance is None"),
+        ("rescale", floats(4), r"rescale is \[4\], \[3\] is needed"),
+        ("null_image", None, "class image"),
+        ("null_image", floats(8, 8, 4), "null_image is"),
         ("label", None, "label is None"),
         ("class_image", None, "class image"),
         ("row", np.full(3, 4, np.int64), "row 4 of table"),

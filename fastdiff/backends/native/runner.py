@@ -5,10 +5,13 @@ Products are of float32, or of bfloat16 with sums in float32; everything between
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 import os
 import weakref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +24,15 @@ from fastdiff.backends.network import EmbeddingTables, embedding_checksum
 from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
-from fastdiff.core.state import State, TableBank
+from fastdiff.core.state import State
 from fastdiff.errors import BackendError
 from fastdiff.modes import exact_products, plain_modes
 from fastdiff.solvers.table import StepTable
 from fastdiff.unet import UNet
 
 MOST_TIMES = 4096  # timesteps whose embeddings are kept, about 100 MB
+MAP_BYTES = 64 << 20  # class images that are kept
+_NONE = np.zeros(0, dtype=np.int64)
 PACKINGS = 3  # attempts to pack weights that another thread changes meanwhile
 
 
@@ -44,7 +49,8 @@ class StateCache:
 
     tables: tuple[StepTable, ...]  # those for which ``entries`` was made
     entries: Tensor  # row of the embedded timesteps for each row of each table, int64 [tables, rows]
-    labels: dict[bool, tuple[Tensor, Tensor | None]]  # labels and class images of the rows, by whether they are guided
+    images: dict[bool, tuple[Tensor, Tensor]]  # class images, and that of the null label; by whether images are guided
+    shown: np.ndarray  # the labels of those class images; of no image before they are made
 
 
 class NativeRunner:
@@ -71,7 +77,9 @@ class NativeRunner:
         self.programs: dict[int, NativeProgram] = {}  # by their number of rows
         self.arena = aligned(0)
         self.embedded_from = embedding_checksum(self.unet)
-        self.embeddings = EmbeddingTables(self.unet, self.program, torch.device("cpu"), TIMES, MOST_TIMES)
+        room = MOST_TIMES if self.spec.frozen else TIMES  # pages of memory that nothing is written to take none
+        self.embeddings = EmbeddingTables(self.unet, self.program, torch.device("cpu"), room, MOST_TIMES)
+        self.maps: collections.OrderedDict[int, Tensor] = collections.OrderedDict()  # by label, the latest used last
         self.states: weakref.WeakKeyDictionary[State, StateCache] = weakref.WeakKeyDictionary()
 
     @plain_modes()
@@ -83,6 +91,7 @@ class NativeRunner:
     def update(self, state: State) -> None:
         """Apply one row of the table to every image in place, and increment its row."""
         out, v = update.split_output(state)  # checks the number of channels
+        taking = None if state.taking is None else torch.from_numpy(state.taking)
         z = update.update_noise(state) if state.noise is not None else None
         update.threshold(state)
         state.x = state.x.contiguous()
@@ -90,7 +99,8 @@ class NativeRunner:
             self.native.update(
                 state.x, state.out if v is not None else out.contiguous(), state.bank.values, state.table, state.row,
                 seed=state.seed, index=state.index, z=None if z is None else z.contiguous(),
-                x0_scale=state.x0_scale, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, isa=self.isa,
+                x0_scale=state.x0_scale, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, images=taking,
+                isa=self.isa,
             )  # fmt: skip
         except (TypeError, ValueError) as e:
             raise BackendError(f"backend 'native' cannot update these images: {e}") from e
@@ -113,12 +123,13 @@ class NativeRunner:
         return {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
 
     def _run(self, state: State, advance: bool) -> None:
-        guided = bool(state.guided_host.any())
-        rows = len(state.x) * (1 + guided)
+        guided = np.flatnonzero(state.guided_host[state.everyone])
+        # Algorithms may depend on the number of rows that a program has room for.
+        room = len(state.x) * (1 + (self.spec.null_label is not None if self.spec.frozen else len(guided) > 0))
         for _ in range(PACKINGS):
             cache = self._follow(state)
-            label, class_images = self._labels(state, cache, guided)
-            program = self._program(part_rows(rows, self.row_bytes))
+            class_images, null_image = self._class_images(state, cache, len(guided) > 0)
+            program = self._program(part_rows(room, self.row_bytes))
             if program is not None:
                 break
         else:
@@ -128,34 +139,65 @@ class NativeRunner:
         H, W, C = self.program.buffers["out"].shape
         state.x = state.x.contiguous()
         state.out = torch.empty(len(state.x), C, H, W, dtype=torch.float32, device="cpu")
+        rows = len(state.everyone) + len(guided)
         net = torch.empty(rows, *program.out.shape[1:], dtype=torch.float32, device="cpu")
+        phi = state.guidance_rescale
+        if not isinstance(phi, Tensor):
+            rescale = torch.full_like(state.guidance, phi) if phi else None
+        else:
+            rescale = phi[:, 0].contiguous()
         try:
             program.engine.step(
-                x=state.x, row=state.row, table=state.table, entry=cache.entries, label=label, net=net, out=state.out,
-                class_image=class_images, bank=state.bank.values, guidance=state.guidance if guided else None,
-                rescale=state.guidance_rescale, advance_rows=advance, lengths=state.bank.lengths, seed=state.seed,
-                index=state.index, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
+                x=state.x, row=state.row, table=state.table, entry=cache.entries, images=state.taking, guided=guided,
+                label=None if state.label is None else state.label.contiguous(), null_label=self.spec.null_label or 0,
+                class_image=class_images, null_image=null_image, net=net, out=state.out, bank=state.bank.values,
+                guidance=state.guidance, rescale=rescale, advance_rows=advance, lengths=state.bank.lengths,
+                seed=state.seed, index=state.index, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
             )  # fmt: skip
         except (TypeError, ValueError) as e:
             raise BackendError(f"backend 'native' cannot run this step: {e}") from e
 
-    def _labels(self, state: State, cache: StateCache, guided: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return each row's label, and its class image [H, W, C] where the network has those."""
-        if state.label is None:
+    def _class_images(self, state: State, cache: StateCache, guided: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return the images' class images [B, H, W, C] and that of the null label, where the network has those."""
+        if state.label is None or self.unet.class_encoder is None:
             return None, None
-        if guided not in cache.labels:
-            label, images = state.label, None
-            if guided:
-                label = torch.cat([label, torch.full_like(label, self.spec.null_label or 0)])
-            if self.unet.class_encoder is not None:
-                distinct, place = torch.unique(label, return_inverse=True)
-                # PyTorch splits sums by the number of rows, so bits would depend on the labels of other images.
-                groups = distinct.split(1) if self.spec.determinism == "bitwise" else (distinct,)
-                with exact_products():
-                    maps = torch.cat([self.unet.class_encoder(labels, self.spec.shape[1:]) for labels in groups])
-                images = maps.float().permute(0, 2, 3, 1)[place].contiguous()
-            cache.labels[guided] = label.contiguous(), images
-        return cache.labels[guided]
+        null = self.spec.null_label or 0
+        if self.spec.determinism != "bitwise" and not self.spec.frozen:
+            if guided not in cache.images:
+                labels = torch.cat([state.label, state.label.new_tensor([null])]) if guided else state.label
+                distinct, place = torch.unique(labels, return_inverse=True)
+                images = self._encoded(distinct)[place].contiguous()
+                cache.images[guided] = images[: len(state.x)], images[-1]
+            return cache.images[guided]
+        # PyTorch splits sums by the number of rows, so each label is encoded alone: bits do not depend on other images.
+        now = state.label.numpy()
+        if not np.array_equal(cache.shown, now):
+            if not cache.images:
+                null_image = self._map(null)
+                blank = torch.zeros(len(now), *null_image.shape, dtype=torch.float32, device="cpu")
+                cache.images = dict.fromkeys((False, True), (blank, null_image))
+                cache.shown = np.full_like(now, -1)
+            for i in np.flatnonzero(cache.shown != now).tolist():
+                cache.images[guided][0][i] = self._map(int(now[i]))
+            cache.shown = now.copy()
+        return cache.images[guided]
+
+    def _map(self, label: int) -> Tensor:
+        """Return the class image of a label, [H, W, C]."""
+        if label not in self.maps:
+            most = max(1, MAP_BYTES // (4 * math.prod(self.spec.shape)))
+            while len(self.maps) >= most:
+                self.maps.popitem(last=False)
+            self.maps[label] = self._encoded(torch.tensor([label], dtype=torch.int64, device="cpu"))[0].contiguous()
+        self.maps.move_to_end(label)
+        return self.maps[label]
+
+    def _encoded(self, labels: Tensor) -> Tensor:
+        """Return the class images of labels, [labels, H, W, C]."""
+        assert self.unet.class_encoder is not None
+        with exact_products():
+            images: Tensor = self.unet.class_encoder(labels, self.spec.shape[1:])
+        return images.float().permute(0, 2, 3, 1)
 
     def _follow(self, state: State) -> StateCache:
         """Notice changes: of the process and the tables at every step, of the network at a state's first step."""
@@ -166,24 +208,38 @@ class NativeRunner:
             refuse("native", reasons_against(self.unet, self.spec))
             if self.weights is not Weights.of(self.unet, self.native):
                 self._reset()
-        if cache is None or cache.tables is not state.bank.tables:
+        if cache is None:
+            cache = self.states[state] = StateCache((), torch.zeros(0, 0, dtype=torch.int64, device="cpu"), {}, _NONE)
+        if cache.tables is not state.bank.tables:
+            if not self.spec.frozen:
+                cache.images, cache.shown = {}, _NONE
             known = len(self.embeddings.places)
-            entries = self._entries(state.bank)
+            self._enter(state, cache)
             # New rows of the table of timesteps must be of the same weights as the others.
-            if len(self.embeddings.places) != known and embedding_checksum(self.unet) != self.embedded_from:
+            new = len(self.embeddings.places) != known
+            if new and not self.spec.frozen and embedding_checksum(self.unet) != self.embedded_from:
                 self._reset()
-                entries = self._entries(state.bank)
-            cache = self.states[state] = StateCache(state.bank.tables, entries, {})
+                cache = self.states[state] = StateCache((), cache.entries[:0], {}, _NONE)
+                self._enter(state, cache)
         return cache
 
-    def _entries(self, bank: TableBank) -> Tensor:
-        times, places = self.embeddings.times, self.embeddings.places
-        entries = self.embeddings.entries(bank)
-        if self.embeddings.times is not times:
-            self.programs.clear()  # they hold the address of the former tensor
+    def _enter(self, state: State, cache: StateCache) -> None:
+        """Find the embedded timesteps of the tables that are new, and set ``cache.entries``."""
+        times, places, bank = self.embeddings.times, self.embeddings.places, state.bank
+        same = cache.entries.shape == bank.host.shape[:2]
+        new = [i for i, table in enumerate(bank.tables) if not (same and cache.tables[i] is table)]
+        entries = self.embeddings.entries(bank, new)
         if self.embeddings.places is not places:
             self.states.clear()  # each asks for its entries again at its next step
-        return entries
+            self.states[state] = cache
+            entries, new = self.embeddings.entries(bank), list(range(len(bank.tables)))
+        if self.embeddings.times is not times:
+            self.programs.clear()  # they hold the address of the former tensor
+        if len(new) == len(bank.tables):
+            cache.entries = entries
+        else:
+            cache.entries[new] = entries
+        cache.tables = bank.tables
 
     def _program(self, rows: int) -> NativeProgram | None:
         """Return the program for ``rows`` rows; None, and start anew, if the weights have changed since the first step.

@@ -1,0 +1,674 @@
+"""`Engine`: one network for many callers, whose images share its steps."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import copy
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastdiff
+from fastdiff.checks import number, one_of, optional, shown, text, whole
+from fastdiff.core import process
+from fastdiff.core.slots import Slots
+from fastdiff.errors import (
+    BackendError,
+    Cancelled,
+    DeadlineImpossible,
+    DeadlineMissed,
+    EngineClosed,
+    InvalidArgument,
+    NumericsError,
+    QueueFull,
+)
+from fastdiff.modes import plain_modes
+from fastdiff.sampler import Event, SampleOutput, Sampler, choice
+from fastdiff.sampler.editing import Inpainting
+from fastdiff.sampler.loop import at_first_row, check_numbers, initial_noise
+from fastdiff.sampler.options import Options
+from fastdiff.sampler.request import Request
+from fastdiff.serving import scheduler
+from fastdiff.serving.job import Job
+from fastdiff.serving.scheduler import Curve, Load, Want
+from fastdiff.solvers import StepTable
+
+log = logging.getLogger("fastdiff")
+
+MOST_SLOTS = 64
+SLOT_BYTES = 256 << 20  # of all images in flight
+MOST_TABLES = 256  # whose coefficients are kept
+LINGER_S = 1.0  # for which the thread of an engine without jobs waits for one
+SLOW_STEP_S = 0.2  # a step that takes longer is measured once
+FOLLOW = 0.1  # weight of the last step in the present cost of steps
+CHOSEN = ("solver", "steps", "eta", "variance", "order", "quality")  # what another setting replaces
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """The present load of an engine, and what it has done.
+
+    Attributes:
+        waiting: Jobs whose first step has not begun.
+        running: Jobs whose images are in flight.
+        queued_s: Seconds of work in all jobs.
+        images: Images in flight.
+        step_rows: Network rows of the last step.
+        steps: Steps so far.
+        image_steps: Rows of step tables that images have taken.
+        finished: Jobs that were finished.
+        failed: Jobs that ended with an error.
+        cancelled: Jobs that were cancelled.
+        refused: Calls of `Engine.submit` that were refused for lack of time or room.
+        previews_dropped: Previews that no one read in time.
+        cap: Network rows of a step of several jobs.
+        step_s: Seconds of a step of so many.
+    """
+
+    waiting: int
+    running: int
+    queued_s: float
+    images: int
+    step_rows: int
+    steps: int
+    image_steps: int
+    finished: int
+    failed: int
+    cancelled: int
+    refused: int
+    previews_dropped: int
+    cap: int
+    step_s: float
+
+
+class Task:
+    """A job on the engine's side."""
+
+    def __init__(self, job: Job, r: Request, arrived: float, deadline: float | None, previews: int):
+        self.job, self.request = job, r
+        self.arrived = self.served = arrived
+        self.deadline = deadline
+        self.due = math.inf
+        self.width = [1 + (g != 1.0) for g in r.guidance.tolist()]  # of most rows
+        guided = sum(1 for row in r.table.rows if row.g)
+        self.rows = len(r.table) * r.n + guided * sum(w - 1 for w in self.width)  # network rows that are left
+        self.at_once = sum(self.width[: scheduler.TOGETHER])
+        self.shows = {len(r.table) * (i + 1) // (previews + 1) - 1 for i in range(previews)} - {-1}
+        self.slots: dict[int, int] = {}  # by the position of an image
+        self.begun = self.ended = 0  # images
+        self.x, self.result = torch.empty(0), torch.empty(0)
+        self.coefficients: Any = None
+        self.known: Load | None = None  # the load, until the job takes a step
+        self.ready = False  # whether it may take one
+
+    def load(self, slots: Slots) -> Load:
+        """Return what the scheduler sees."""
+        if self.known is None:
+            wants = [Want((self, i), slots.network_rows([slot]), True) for i, slot in self.slots.items()]
+            more = range(self.begun, min(self.begun + scheduler.TOGETHER, self.request.n))
+            wants += [Want((self, i), self.width[i], False) for i in more]
+            self.known = Load(self, self.arrived, self.due, self.served, wants, self.rows)
+        return self.known
+
+
+class Engine:
+    """Draws images for many callers at once with one network, whose steps their images share.
+
+    Images at any steps of any solvers, with and without guidance, join a batch and leave it between two steps. Each
+    step, a scheduler chooses the jobs that are due first, so that short jobs do not wait for long ones. With
+    determinism "bitwise" an image has the same bits whatever else runs.
+
+    Methods may be called from any thread, and from tasks of asyncio. As a context manager the engine closes itself. It
+    works in a thread of its own, which it has only while there are jobs.
+
+    Args:
+        model: Name of a built-in model, a path, or a `Sampler`, of which the engine takes a copy: it draws with the
+            weights that the network has now.
+        max_rows: Network rows of a step at most, at least 1; a guided image has two. None: as many as pay off, by what
+            steps cost when the engine is made.
+        max_queue_s: Seconds of work that may be queued; jobs beyond are refused.
+        determinism: As for `Sampler`, with the backend native; "seed" is needed for others.
+        backend: As for `Sampler`; "native" and "eager" can advance the images of a batch separately.
+        device: As for `Sampler`.
+        dtype: As for `Sampler`.
+        **source: Further options of `Sampler.from_pretrained`.
+
+    Raises:
+        InvalidArgument: If a value is not allowed, or options for loading are given with a `Sampler`.
+        BackendError: If the backend cannot run the network, or advances whole batches only.
+        CheckpointError: If the model cannot be loaded.
+    """
+
+    @process.work()
+    def __init__(
+        self,
+        model: str | Path | Sampler,
+        *,
+        max_rows: int | None = None,
+        max_queue_s: float = 30.0,
+        determinism: str = "bitwise",
+        backend: str = "auto",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        **source: Any,
+    ):
+        most = None if max_rows is None else whole("max_rows", max_rows, 1)
+        self._max_queue_s = number("max_queue_s", max_queue_s, above=0, need="a positive number of seconds")
+        given = {"determinism": (determinism, "bitwise"), "backend": (backend, "auto"), "device": (device, None),
+                 "dtype": (dtype, None), **{name: (value, None) for name, value in source.items()}}  # fmt: skip
+        if isinstance(model, Sampler):
+            for name, (value, default) in given.items():
+                if value != default:
+                    raise InvalidArgument(
+                        f"{name}={shown(value)}: a Sampler has its own; give a name or a path instead"
+                    )
+            self._sampler = copy.deepcopy(model)
+        else:
+            options = {name: value for name, (value, _) in given.items()}
+            self._sampler = Sampler.from_pretrained(model, **options)
+        info = self._sampler.info
+        if info.size is None:
+            raise InvalidArgument("the network's configuration has no sample_size, so the size of images is not known")
+        self._shape = (info.channels, *info.size)
+        self._runners = self._sampler._runners
+        capacity = max(2 * scheduler.TOGETHER, min(MOST_SLOTS, SLOT_BYTES // (24 * math.prod(self._shape))))
+        self._runner = self._runners.stepwise(capacity, self._shape)
+        labelled = info.classes is not None or info.null_label is not None
+        self._slots = Slots(capacity, self._shape, self._sampler.device, labelled)
+        self._curve = self._measured(most)
+        self._changed = threading.Condition()  # also guards what follows
+        self._tasks: dict[Task, None] = {}
+        self._tables: collections.OrderedDict[StepTable, Any] = collections.OrderedDict()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._refusal = ""  # why no job is taken
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+
+    # Callers --------------------------------------------------------------------------------------------------------
+
+    @process.work()
+    @plain_modes()
+    def submit(
+        self,
+        n: int = 1,
+        *,
+        deadline_s: float | None = None,
+        on_deadline: str = "fail",
+        priority: float = 0,
+        previews: int = 0,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> Job:
+        """Queue a job, and return at once.
+
+        Args:
+            n: Number of images, at least 1.
+            deadline_s: Seconds from now after which the images are of no use: the job is refused at once if it cannot
+                be finished by then, and ends with `DeadlineMissed` if it is not. None for no deadline.
+            on_deadline: "fail", or "degrade": a job that cannot be finished in time is drawn with the best setting that
+                can, by the model's measurements, in place of its solver and steps.
+            priority: A unit of priority makes a job due a second earlier; from -1000 to 1000.
+            previews: Number of previews of each image, which ``async for event in job`` yields, from 0 to 1000.
+            request_id: The job's name, at most 200 characters; None: one is made.
+            **options: Options of `Sampler.sample`. Not possible are batch_size, guide, noise as a function, and another
+                size than the network's own.
+
+        Returns:
+            The job.
+
+        Raises:
+            InvalidArgument: If an option is not allowed; the message says what is.
+            QueueFull: If so much work is queued that the job would exceed ``max_queue_s``.
+            DeadlineImpossible: If the deadline cannot be kept.
+            EngineClosed: If the engine was closed, is draining or has failed, or was made in another process.
+        """
+        arrived = time.monotonic()
+        deadline = None
+        if deadline_s is not None:
+            deadline = arrived + number("deadline_s", deadline_s, above=0, need="a positive number of seconds")
+        one_of("on_deadline", on_deadline, ("fail", "degrade"))
+        priority = number("priority", priority, low=-1000, high=1000)
+        previews = whole("previews", previews, 0, 1000)
+        optional(text)("request_id", request_id)
+        if request_id is not None and not 1 <= len(request_id) <= 200:
+            raise InvalidArgument(f"request_id={shown(request_id)}: from 1 to 200 characters are needed")
+        self._check_open()
+        _check_possible(options)
+        measured = self._degradable(options) if on_deadline == "degrade" else None
+        r = self._checked(n, options)
+        job = Job(request_id or f"job-{secrets.token_hex(8)}", self._eta)
+
+        def planned(r: Request) -> Task:
+            task = Task(job, r, arrived, deadline, previews)
+            task.due = scheduler.due(arrived, self._curve.run_s(task.rows, task.at_once), deadline, priority)
+            return task
+
+        with self._changed:
+            task, late = planned(r), None
+            try:
+                self._admit(task)
+            except DeadlineImpossible as e:
+                late = e
+        if late is not None:
+            if measured is None:
+                raise late
+            task = planned(self._degraded(n, measured, task, late))
+            with self._changed:
+                self._admit(task)
+        try:
+            self._prepare(task)
+        except BaseException:
+            with self._changed:
+                self._tasks.pop(task, None)
+            raise
+        self._start(task)
+        return job
+
+    async def generate(self, n: int = 1, **options: Any) -> SampleOutput:
+        """Run a job in a task of asyncio; cancelling the task cancels the job.
+
+        Args:
+            n: Number of images, at least 1.
+            **options: Options of `submit`.
+
+        Returns:
+            The images.
+
+        Raises:
+            FastdiffError: As `submit` and `Job.result` raise.
+        """
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, n, **options))
+        try:
+            job = await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(lambda done: None if done.exception() else done.result().cancel())
+            raise
+        try:
+            return await job
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+
+    def stats(self) -> Stats:
+        """Return the present load."""
+        with self._changed:
+            tasks, counts, curve = list(self._tasks), dict(self._counts), self._curve
+            dropped = counts.get("dropped", 0) + sum(task.job.previews_dropped for task in tasks)
+        running = [task for task in tasks if task.begun]
+        return Stats(
+            waiting=len(tasks) - len(running), running=len(running),
+            queued_s=sum(task.rows for task in tasks) * curve.row_s, images=sum(len(task.slots) for task in running),
+            previews_dropped=dropped, cap=curve.cap, step_s=curve.seconds(curve.cap),
+            **{name: counts.get(name, 0) for name in
+               ("step_rows", "steps", "image_steps", "finished", "failed", "cancelled", "refused")},
+        )  # fmt: skip
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no more jobs, and wait until the present ones have ended.
+
+        Args:
+            timeout_s: Seconds to wait at most; None for no limit.
+
+        Returns:
+            Whether all have ended; those that have not go on.
+        """
+        if timeout_s is not None:
+            number("timeout_s", timeout_s, low=0)
+        with self._changed:
+            self._refusal = self._refusal or "is draining"
+            return self._changed.wait_for(lambda: not self._tasks, timeout_s)
+
+    def close(self) -> None:
+        """Cancel all jobs, end the thread and free everything; a step that runs is finished first."""
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            self._closed, self._refusal = True, "is closed"
+            tasks, thread = list(self._tasks), self._thread
+            self._changed.notify_all()
+        for task in tasks:
+            task.job.settle(error=Cancelled(f"job {task.job.id} was cancelled: its engine was closed"))
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._changed:
+            for task in list(self._tasks):
+                self._forget(task)
+        self._sampler.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # Admission --------------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineClosed("the engine was made in another process, of which this is a fork; make another engine")
+        if self._refusal:
+            raise EngineClosed(f"the engine {self._refusal}; make another engine")
+
+    def _checked(self, n: int, options: dict[str, Any]) -> Request:
+        r = self._sampler.request(n, **options)
+        if r.shape != self._shape:
+            size, own = ("x".join(map(str, shape[1:])) for shape in (r.shape, self._shape))
+            raise InvalidArgument(f"size={size}: an Engine draws images of the network's own size, {own}")
+        return r
+
+    def _admit(self, task: Task) -> None:
+        """Take a task into the queue, or refuse it. Called with the lock."""
+        self._check_open()
+        curve = self._curve
+        queued_s, run_s = sum(t.rows for t in self._tasks) * curve.row_s, task.rows * curve.row_s
+        if self._tasks and queued_s + run_s > self._max_queue_s:
+            self._counts["refused"] += 1
+            raise QueueFull(
+                f"{queued_s:.3g} s of work are queued, and {run_s:.3g} s more would exceed {self._max_queue_s:g} s; "
+                "try again later, or give the engine a larger max_queue_s",
+                max(queued_s + run_s - self._max_queue_s, 0.0),
+            )
+        if task.deadline is not None:
+            run_s, finish_s = self._run_s(task), self._finish_s(task)
+            if time.monotonic() + finish_s > task.deadline:
+                self._counts["refused"] += 1
+                raise DeadlineImpossible(
+                    f"deadline_s={task.deadline - task.arrived:.3g} cannot be kept: the job would be finished after "
+                    f"about {finish_s:.3g} s, {finish_s - run_s:.3g} s of which it would wait; ask for fewer steps or "
+                    "images, or for on_deadline='degrade'"
+                )
+        self._tasks[task] = None
+
+    def _run_s(self, task: Task) -> float:
+        return self._curve.run_s(task.rows, task.at_once)
+
+    def _finish_s(self, task: Task) -> float:
+        """Return the seconds until a task is finished: what is due before it, and itself. Called with the lock."""
+        others = [t for t in self._tasks if t is not task and t.due <= task.due]
+        return sum(t.rows for t in others) * self._curve.row_s + self._run_s(task)
+
+    def _eta(self, job: Job) -> float:
+        with self._changed:
+            task = next((task for task in self._tasks if task.job is job), None)
+            return 0.0 if task is None else self._finish_s(task)
+
+    def _degradable(self, options: dict[str, Any]) -> Options:
+        """Return the options without a setting; refuse what measurements say nothing about."""
+        o = Options.named("submit", {name: value for name, value in options.items() if name not in CHOSEN})
+        points, why = choice.comparable(o, self._sampler.measurements())
+        if not points:
+            raise InvalidArgument(f"on_deadline='degrade' needs measurements of this model for these options: {why}")
+        return o
+
+    def _degraded(self, n: int, o: Options, task: Task, late: DeadlineImpossible) -> Request:
+        """Return the request with the best measured setting for which there is time."""
+        assert task.deadline is not None
+        with self._changed:
+            waits = self._finish_s(task) - self._run_s(task)
+        left = task.deadline - time.monotonic() - waits
+        row_s = self._curve.run_s(sum(task.width), task.at_once)  # of one row of all images
+        if left <= 0.0:
+            raise late
+        try:
+            chosen = choice.in_time(
+                dataclasses.replace(o, deadline_s=left), self._sampler.schedule, self._sampler.measurements(), n=n,
+                chunks=1, seconds=row_s, elapsed=0.0,
+            )  # fmt: skip
+        except InvalidArgument as e:
+            raise DeadlineImpossible(f"{late}; the shortest measured setting takes too long, too") from e
+        r = self._checked(n, vars(chosen))
+        log.info("job %s: %s with %d rows, for its deadline", task.job.id, r.table.solver, len(r.table))
+        return r
+
+    def _prepare(self, task: Task) -> None:
+        """Do what a job needs before its first step, in the caller's thread: its noise and the numbers of its table."""
+        r, device = task.request, self._sampler.device
+        everyone = range(r.n)
+        z = r.noise if isinstance(r.noise, Tensor) else initial_noise(r.seeds(everyone), r.index, r.shape, device)
+        image = None if r.image is None else r.image.to(device)
+        task.x = at_first_row(r, z.detach().to(device=device, dtype=torch.float32), image)
+        task.result = torch.empty((r.n, *r.shape), dtype=torch.float32, device="cpu")
+        with self._changed:
+            known = self._tables.get(r.table)
+        coefficients = r.table.coefficients if known is None else known[1]
+        with self._changed:
+            # The bank of the slots knows tables by identity: equal ones are the same object.
+            table, task.coefficients = self._tables.setdefault(r.table, (r.table, coefficients))
+            self._tables.move_to_end(table)
+            while len(self._tables) > MOST_TABLES:
+                self._tables.popitem(last=False)
+        task.request = dataclasses.replace(r, table=table)
+
+    def _start(self, task: Task) -> None:
+        """Hand a prepared task to the thread."""
+        with self._changed:
+            if task not in self._tasks:
+                return
+            task.known = None
+            task.ready = True
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="fastdiff engine", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    # The thread -------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Take steps while there are jobs. An error that is not one job's ends all of them, and the engine."""
+        try:
+            while self._has_work():
+                with process.work():
+                    self._step()
+        except BaseException as e:
+            log.exception("a step of the engine failed")
+            self._fail(e)
+
+    def _has_work(self) -> bool:
+        """Wait for jobs; return False, and forget the thread, if there are none for a while or the engine is closed."""
+        with self._changed:
+            if not any(task.ready for task in self._tasks) and not self._closed:
+                self._changed.wait(LINGER_S)
+            if self._closed or not self._tasks:
+                self._thread = None
+                return False
+            return True
+
+    def _fail(self, e: BaseException) -> None:
+        what = f"failed: a step raised {type(e).__name__}: {e}"
+        with self._changed:
+            self._refusal, self._thread = self._refusal or what, None
+            tasks = list(self._tasks)
+        for task in tasks:
+            error = BackendError(f"job {task.job.id} was ended, because its engine {what}")
+            error.__cause__ = e
+            task.job.settle(error=error)
+        with self._changed:
+            for task in tasks:
+                self._forget(task)
+
+    @plain_modes()
+    def _step(self) -> None:
+        """Take one step: end jobs that were cancelled or are late, choose images, advance them, finish jobs."""
+        now = time.monotonic()
+        with self._changed:
+            tasks, curve = [task for task in self._tasks if task.ready], self._curve
+        live = []
+        for task in tasks:
+            if task.deadline is not None and now > task.deadline:
+                task.job.settle(error=DeadlineMissed(f"job {task.job.id} was not finished before its deadline"))
+            if task.job.done():
+                self._retire(task)
+            else:
+                live.append(task)
+        chosen = scheduler.pick(now, [task.load(self._slots) for task in live], curve, len(self._slots.free))
+        if not chosen:
+            return
+        by_task: dict[Task, list[int]] = {}
+        for task, i in chosen:
+            by_task.setdefault(task, []).append(i)
+        for task, images in by_task.items():
+            for i in images:
+                if i not in task.slots:
+                    self._enter(task, i)
+        rows = self._advance(by_task)
+        seconds, now = time.monotonic() - now, time.monotonic()
+        for task, images in by_task.items():
+            task.served, task.known = now, None
+            self._leave(task, images)
+            if task.ended == task.request.n:
+                self._finish(task)
+        with self._changed:
+            scale = curve.scale * ((1.0 - FOLLOW) + FOLLOW * seconds / curve.seconds(rows))
+            self._curve = dataclasses.replace(curve, scale=scale)
+            self._counts.update(steps=1, image_steps=len(chosen))
+            self._counts["step_rows"] = rows
+
+    def _enter(self, task: Task, i: int) -> None:
+        """Put image i of a job into a slot."""
+        r = task.request
+        if not task.begun:
+            task.job.begin()
+        seed = r.seed if isinstance(r.seed, int) else r.seed[i]
+        task.slots[i] = self._slots.admit(
+            task.x[i], r.table, seed=seed, index=r.index[i], label=None if r.labels is None else int(r.labels[i]),
+            guidance=float(r.guidance[i]), rescale=r.guidance_rescale, coefficients=task.coefficients,
+        )  # fmt: skip
+        task.begun += 1
+
+    def _advance(self, by_task: dict[Task, list[int]]) -> int:
+        """Advance images by a row, show previews, and return the number of network rows."""
+        slots, state = self._slots, self._slots.state
+        at = [task.slots[i] for task, images in by_task.items() for i in images]
+        rows = 0
+        known: list[tuple[Task, list[int], Tensor]] = []
+        shown: list[tuple[Task, list[int], int]] = []
+        for task, images in by_task.items():
+            mine = slots.network_rows([task.slots[i] for i in images])
+            rows += mine
+            task.rows -= mine
+            if task.request.mask is not None:
+                part = state.select(torch.tensor([task.slots[i] for i in images]).numpy())
+                known.append((task, images, self._inpainting(task, images).known(part)))
+            if task.shows:
+                length = len(task.request.table)
+                for i in images:
+                    row = length - slots.rows_left(task.slots[i])
+                    if row in task.shows:
+                        shown.append((task, [i], row))
+        previews = [task.slots[i] for task, (i,), _ in shown]
+        x0 = slots.step(self._runner, at, previews)
+        for task, images, pixels in known:
+            i = torch.tensor([task.slots[image] for image in images], device=state.x.device)
+            anew = self._inpainting(task, images).anew
+            state.x[i] = torch.where(anew, state.x[i], pixels)
+        self._runners.give_back()
+        for k, (task, (i,), row) in enumerate(shown):
+            assert x0 is not None
+            x = state.x[task.slots[i]][None].clone()
+            task.job.show(Event(row, len(task.request.table), (task.request.index[i],), x, x0[k][None]))
+        return rows
+
+    def _inpainting(self, task: Task, images: Sequence[int]) -> Inpainting:
+        r, device = task.request, self._sampler.device
+        assert r.image is not None
+        assert r.mask is not None
+        return Inpainting(r.image[list(images)].to(device), r.mask[list(images)].to(device))
+
+    def _leave(self, task: Task, images: list[int]) -> None:
+        """Take images that are finished out of their slots."""
+        for i in images:
+            slot = task.slots[i]
+            if self._slots.rows_left(slot) == 0:
+                task.result[i].copy_(self._slots.state.x[slot])
+                self._slots.retire(slot)
+                del task.slots[i]
+                task.ended += 1
+
+    def _finish(self, task: Task) -> None:
+        """Give a job its images, or the error that they are no numbers."""
+        r = task.request
+        output = SampleOutput(task.result, r.seed, r.index[0], r.table, r.nfe, r.labels, r.class_names, r.index)
+        try:
+            check_numbers(output, self._sampler.dtype)
+        except NumericsError as e:
+            task.job.settle(error=e)
+        else:
+            task.job.settle(output, receipt=self._receipt(task, output))
+        self._retire(task)
+
+    def _receipt(self, task: Task, output: SampleOutput) -> dict[str, Any]:
+        r, sampler = task.request, self._sampler
+        return {
+            "id": task.job.id, "n": r.n, "seed": r.seed, "indices": list(r.index),
+            "labels": None if r.labels is None else r.labels.tolist(), "solver": r.table.solver, "rows": len(r.table),
+            "table_sha256": hashlib.sha256(r.table.to_json().encode()).hexdigest(), "nfe": r.nfe,
+            "guidance": r.guidance.tolist(), "guidance_rescale": r.guidance_rescale, "backend": sampler.backend,
+            "dtype": str(sampler.dtype).removeprefix("torch."), "determinism": sampler.determinism,
+            "version": fastdiff.__version__, "sha256": hashlib.sha256(output.images.numpy().tobytes()).hexdigest(),
+        }  # fmt: skip
+
+    def _retire(self, task: Task) -> None:
+        """Take all images of a job that has ended out of their slots."""
+        for slot in task.slots.values():
+            self._slots.retire(slot)
+        task.slots = {}
+        with self._changed:
+            self._forget(task)
+
+    def _forget(self, task: Task) -> None:
+        """Count the outcome of a job that has ended. Called with the lock."""
+        if task in self._tasks:
+            del self._tasks[task]
+            self._counts.update([task.job.state])
+            self._counts["dropped"] += task.job.previews_dropped
+            self._changed.notify_all()
+
+    @plain_modes()
+    def _measured(self, most: int | None) -> Curve:
+        """Measure what steps cost, on empty slots: twice the rows each time, until a step takes long."""
+        points: list[tuple[int, float]] = []
+        rows = 1
+        while rows <= min(2 * scheduler.TOGETHER, most or 2 * scheduler.TOGETHER):
+            best = math.inf
+            for repetition in range(4):
+                begin = time.perf_counter()
+                self._slots.step(self._runner, range(rows))
+                self._runners.give_back()
+                if repetition > 0:
+                    best = min(best, time.perf_counter() - begin)
+                if repetition > 0 and best > SLOW_STEP_S:
+                    break
+            points.append((rows, best))
+            rows *= 2
+        return Curve(tuple(points), most=most)
+
+
+def _check_possible(options: dict[str, Any]) -> None:
+    """Refuse options of `Sampler.sample` that would call the caller's code during a step, or have no meaning here."""
+    for name, why in (
+        ("guide", "it would run the caller's code in every step of everyone's images"),
+        ("batch_size", "the engine chooses what runs together"),
+        ("callback", "previews= has events without stopping the engine"),
+        ("progress", "Job.eta_s says how long it takes"),
+    ):
+        if options.get(name):
+            raise InvalidArgument(f"{name}= cannot be given to an Engine: {why}")
+    if callable(options.get("noise")) and not isinstance(options["noise"], Tensor):
+        raise InvalidArgument(
+            "noise= as a function cannot be given to an Engine: it would run the caller's code in every step of "
+            "everyone's images; give a tensor of initial noise"
+        )
