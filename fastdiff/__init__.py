@@ -16,6 +16,8 @@ _EXPORTS = {
     "StepTable": "fastdiff.solvers",
     "UNet": "fastdiff.unet",
     "UNetConfig": "fastdiff.unet",
+    "UNetCondition": "fastdiff.unet",
+    "UNetConditionConfig": "fastdiff.unet",
     "Sampler": "fastdiff.sampler",
     "SampleOutput": "fastdiff.sampler",
     "Scheduler": "fastdiff.integrations",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from fastdiff.training import TrainConfig as TrainConfig
     from fastdiff.training import Trainer as Trainer
     from fastdiff.unet import UNet as UNet
+    from fastdiff.unet import UNetCondition as UNetCondition
+    from fastdiff.unet import UNetConditionConfig as UNetConditionConfig
     from fastdiff.unet import UNetConfig as UNetConfig
 
 __all__ = ["__version__", *_EXPORTS]

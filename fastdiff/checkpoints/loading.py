@@ -19,12 +19,12 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.checkpoints import layouts, originals, wrappers
 from fastdiff.checkpoints.reading import (
@@ -44,7 +44,7 @@ from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS, noise_schedule, scheduler_name
 from fastdiff.solvers.keys import check_config, unknown_keys, value_of
 from fastdiff.solvers.walk import Schedule
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 
 log = logging.getLogger("fastdiff")
 
@@ -52,6 +52,7 @@ NAMES_KEY = "_class_names"  # of a network's config.json: the name of each class
 METADATA_KEY = "fastdiff"  # of a safetensors file's metadata: a JSON object that describes the model in the file
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIONS = ("preset", "flags", "variant", "weights", "subfolder")  # of `load`
+FOLDER_OPTIONS = ("variant", "weights", "subfolder")  # of `load`, where the model is a folder
 CHECKPOINT = "checkpoint.safetensors"  # of a training, in its folder
 TORCH_WEIGHTS = "diffusion_pytorch_model.bin"
 BUILTIN = Path(__file__).parent.parent / "models"
@@ -61,7 +62,7 @@ OTHER_WEIGHTS = {  # by names of tensors
     "LoRA weights, which are a change of another network's weights": r"\blora|lora_|\.hada_",
     "the state of an optimizer": r"exp_avg|momentum_buffer",
     "the weights of an autoencoder (VAE), not of a U-Net": r"^(encoder|decoder)\.|quant_conv",
-    "the weights of a text-conditioned U-Net, which fastdiff does not run": r"\.attn2\.|transformer_blocks",
+    "the weights of a text-conditioned U-Net, which UNetCondition loads": r"\.attn2\.|transformer_blocks",
 }
 # Earlier versions of diffusers named the projections of an attention so.
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -166,21 +167,51 @@ def load(
 def load_network(model: str | Path, torch_dtype: Any = None, **source: Any) -> UNet:
     """Load the network alone, in float32 or ``torch_dtype``; other arguments and errors are those of `load`."""
     check_options(source)
-    if torch_dtype is not None:
-        names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-        torch_dtype = names.get(torch_dtype, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
-        if torch_dtype not in FLOATS:
-            raise InvalidArgument(f"torch_dtype={shown(torch_dtype)} is unknown; allowed: {', '.join(names)}")
+    dtype = _float_type(torch_dtype)
     stored = read_model(model, **source)
     unet = build(stored.config, stored.tensors, stored.weights_path, stored.layout)
-    return unet if torch_dtype is None else unet.to(torch_dtype)
+    return unet if dtype is None else unet.to(dtype)
 
 
-def check_options(given: Mapping[str, Any]) -> None:
+def load_condition(model: str | Path, torch_dtype: Any = None, **source: Any) -> UNetCondition:
+    """Load a text-conditioned network from a folder of diffusers; see `UNetCondition.from_pretrained`."""
+    check_options(source, FOLDER_OPTIONS)
+    dtype = _float_type(torch_dtype)
+    for name, value in source.items():
+        optional(text)(name, value)
+    path = Path(check_path("path", model))
+    if not os.path.isdir(path):
+        raise CheckpointError(f"{shown(str(model))[1:-1]}: no such folder exists; a diffusers folder is needed")
+    below = path / _checked_subfolder(path, source.get("subfolder"))
+    folder, weights = _network_folder(below, source.get("weights"))
+    config = read_json(folder / "config.json")
+    with _naming(folder / "config.json"):
+        name = config.get("_class_name", "UNet2DConditionModel")
+        if name != "UNet2DConditionModel":
+            raise ConfigError(f"_class_name {shown(name)} is not supported by UNetCondition; UNet2DConditionModel is")
+        described = UNetConditionConfig.from_dict(config)
+    tensors, weights_path = _read_weights(folder, source.get("variant"), weights)
+    with torch.device("meta"):
+        unet = UNetCondition(described)
+    fitted = fit(unet, tensors, weights_path, None, dtype or torch.float32)
+    unet.to(dtype or torch.float32).to_empty(device="cpu").load_state_dict(fitted)
+    return unet.eval()
+
+
+def _float_type(torch_dtype: Any) -> torch.dtype | None:
+    """Return the dtype that a caller names, or raise `InvalidArgument`."""
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    dtype = names.get(torch_dtype, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
+    if dtype is not None and not any(dtype is known for known in FLOATS):
+        raise InvalidArgument(f"torch_dtype={shown(torch_dtype)} is unknown; allowed: {', '.join(names)}")
+    return dtype
+
+
+def check_options(given: Mapping[str, Any], allowed: Collection[str] = OPTIONS) -> None:
     """Refuse options that `load` does not have, by name."""
-    if not given.keys() <= set(OPTIONS):
-        unknown = ", ".join(sorted(given.keys() - set(OPTIONS)))
-        raise InvalidArgument(f"from_pretrained has no option {unknown}; allowed besides: {', '.join(OPTIONS)}")
+    if not given.keys() <= set(allowed):
+        unknown = ", ".join(sorted(given.keys() - set(allowed)))
+        raise InvalidArgument(f"from_pretrained has no option {unknown}; allowed besides: {', '.join(allowed)}")
 
 
 def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
@@ -272,7 +303,7 @@ def _checked_subfolder(path: Path, subfolder: str | None) -> str:
     if not subfolder:
         return ""
     parts = Path(subfolder).parts
-    if "\0" in subfolder or ".." in parts or Path(subfolder).is_absolute() or not (path / subfolder).is_dir():
+    if "\0" in subfolder or ".." in parts or Path(subfolder).is_absolute() or not os.path.isdir(path / subfolder):
         found = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())[:20]) or "none"
         raise CheckpointError(f"{path}: subfolder={shown(subfolder)} is no folder in it (found: {found})")
     return subfolder
@@ -503,7 +534,8 @@ def _unet_config(path: Path) -> UNetConfig:
         if name == "UNetModel":
             return originals.old_unet_config(config)
         if name not in ("UNet2DModel", "fastdiff.UNet"):
-            raise ConfigError(f"_class_name {shown(name)} is not supported; UNet2DModel is")
+            hint = "; UNetCondition.from_pretrained loads it" if name == "UNet2DConditionModel" else ""
+            raise ConfigError(f"_class_name {shown(name)} is not supported; UNet2DModel is{hint}")
         return UNetConfig.from_dict(config)
 
 
@@ -546,14 +578,18 @@ def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -
 
 
 def fit(
-    unet: UNet, tensors: Mapping[str, Tensor], where: str | Path, layout: str | None, dtype: torch.dtype | None
+    unet: UNet | UNetCondition,
+    tensors: Mapping[str, Tensor],
+    where: str | Path,
+    layout: str | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Convert the tensors of a file to the names and shapes of the state dict of ``unet``, which may be on "meta".
 
     ``layout`` None stands for diffusers' names; ``dtype`` None keeps that of each tensor. Errors are those of
     `load_weights`, with the names of the file.
     """
-    parts = None if layout is None else layouts.pieces(unet, layout)
+    parts = layouts.pieces(unet, layout) if layout is not None and isinstance(unet, UNet) else None
     if parts is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     else:
@@ -571,7 +607,7 @@ def fit(
     fitted = {}
     for name in sorted(shapes.keys() & given.keys()):
         tensor, shape = given[name], shapes[name]
-        if parts is None and ".attentions." in name and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+        if parts is None and ".attentions." in name and tensor.shape[2:] == (1, 1) and len(shape) == 2:
             tensor = tensor[:, :, 0, 0]
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.device.type != "cpu":
             kind = tensor.dtype if tensor.layout == torch.strided and tensor.device.type == "cpu" else "no plain tensor"
@@ -587,10 +623,10 @@ def fit(
     if problems:
         cause = _cause(given.keys(), shapes.keys(), problems)
         raise CheckpointError(f"{where} does not fit this U-Net, {listed_problems(problems, cause)}")
-    return fitted if parts is None else layouts.to_ours(parts, fitted, unet)
+    return layouts.to_ours(parts, fitted, unet) if parts is not None and isinstance(unet, UNet) else fitted
 
 
-def _named(tensors: Mapping[str, Tensor], unet: UNet) -> Mapping[str, Tensor]:
+def _named(tensors: Mapping[str, Tensor], unet: nn.Module) -> Mapping[str, Tensor]:
     """Name a list of averaged parameters, whose names are their positions, in the order of diffusers' or our module."""
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
     if not all(name.isdecimal() for name in tensors) or len(tensors) != len(shapes):
@@ -605,7 +641,8 @@ def _cause(given: Set[str], needed: Set[str], problems: list[str]) -> str:
     """Say what tensors that do not fit a network probably are, by their names; "" where that is unclear."""
     kinds = {problem.partition(":")[0] for problem in problems}
     for what, pattern in OTHER_WEIGHTS.items():
-        if any(re.search(pattern, name) for name in given - needed):
+        found = [any(re.search(pattern, name) for name in names) for names in (given - needed, needed)]
+        if found == [True, False]:
             return what
     both = len(given & needed)
     if given and all(name.isdecimal() for name in given):

@@ -153,8 +153,6 @@ class UNetConfig:
             if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
                 raise ConfigError(f"{key}={shown(value)}: a list of 1 to {MAX_LEVELS} entries is needed")
             object.__setattr__(self, key, tuple(value))
-        if isinstance(self.sample_size, list):
-            object.__setattr__(self, "sample_size", tuple(self.sample_size))
         self._check_whole_numbers()
         self._check_numbers()
         self._check_choices()
@@ -166,26 +164,17 @@ class UNetConfig:
         checked: dict[str, Any] = {}
         for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", *OPTIONAL_SIZES):
             if getattr(self, key) is not None or key not in OPTIONAL_SIZES:
-                checked[key] = _size(key, getattr(self, key), MAX_LAYERS if key == "layers_per_block" else MAX_SIZE)
+                checked[key] = size(key, getattr(self, key), MAX_LAYERS if key == "layers_per_block" else MAX_SIZE)
         widths = enumerate(self.block_out_channels)
-        checked["block_out_channels"] = tuple(_size(f"block_out_channels[{i}]", width) for i, width in widths)
-        if self.sample_size is not None:
-            sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size, self.sample_size)
-            if len(sides) != 2:
-                raise ConfigError(f"sample_size={shown(self.sample_size)}: a number or two (height, width) are allowed")
-            height, width = _size("sample_size height", sides[0]), _size("sample_size width", sides[1])
-            checked["sample_size"] = (height, width) if isinstance(self.sample_size, tuple) else height
+        checked["block_out_channels"] = tuple(size(f"block_out_channels[{i}]", width) for i, width in widths)
+        checked["sample_size"] = sample_size(self.sample_size)
         for key, value in checked.items():
             object.__setattr__(self, key, value)
 
     def _check_numbers(self) -> None:
         factors = ("mid_block_scale_factor", "block_scale_factor", "timestep_scale")
         for key in ("dropout", "norm_eps", "freq_shift", *factors):
-            value = getattr(self, key)
-            checked = number(key, value, need="a finite number", error=ConfigError)
-            if abs(checked) > MAX_NUMBER or 0.0 < abs(checked) < 1.0 / MAX_NUMBER:
-                raise ConfigError(f"{key}={shown(value)}: it is beyond what float32 holds with its squares")
-            object.__setattr__(self, key, value if type(value) in (int, float) else checked)
+            object.__setattr__(self, key, finite(key, getattr(self, key)))
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout!r}: 0 <= dropout < 1 is needed")
         if self.norm_eps <= 0:
@@ -218,10 +207,7 @@ class UNetConfig:
             "padding_mode": ("zeros", "circular"),
         }
         for key, allowed in choices.items():
-            value = getattr(self, key)
-            # True == 1 == 1.0, but not here
-            if not any(type(value) is type(a) and value == a for a in allowed):
-                raise ConfigError(f"{key}={shown(value)} is not supported; allowed: {', '.join(map(repr, allowed))}")
+            choice(key, getattr(self, key), allowed)
 
     def _check_blocks(self) -> None:
         n = len(self.block_out_channels)
@@ -362,20 +348,7 @@ class UNetConfig:
         Raises:
             ConfigError: If a key is unknown or its value is not supported; the message names the key.
         """
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"a U-Net configuration is an object with keys, not {type(config).__name__}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if not all(isinstance(key, str) for key in config):
-            raise ConfigError(f"the keys of a U-Net configuration are texts: {shown(list(config))}")
-        unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
-        if unknown and config.get("_class_name") == "UNet2DModel":
-            log.warning(
-                "unknown keys of a UNet2DModel are ignored, as in diffusers: %s", ", ".join(map(shown, unknown))
-            )
-        elif unknown:
-            names = ", ".join(shown(key)[1:-1] for key in unknown[:20])
-            raise ConfigError(f"unknown U-Net configuration keys: {names}; allowed: {', '.join(sorted(known))}")
-        return cls(**{k: v for k, v in config.items() if k in known})
+        return cls(**known_fields(cls, config, "UNet2DModel"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a diffusers ``config.json``.
@@ -390,8 +363,57 @@ class UNetConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
 
 
-def _size(name: str, value: Any, most: int = MAX_SIZE) -> int:
+# Parts that the configurations of all networks have in common ---------------------------------------------------------
+
+
+def size(name: str, value: Any, most: int = MAX_SIZE) -> int:
+    """Return a size as an int, or raise `ConfigError`."""
     return whole(name, value, 1, most, error=ConfigError)
+
+
+def sample_size(value: Any) -> int | tuple[int, int] | None:
+    """Return the side of images, or (height, width), or None as it is; raise `ConfigError` for anything else."""
+    if value is None:
+        return None
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2:
+        raise ConfigError(f"sample_size={shown(value)}: a number or two (height, width) are allowed")
+    height, width = size("sample_size height", sides[0]), size("sample_size width", sides[1])
+    return (height, width) if isinstance(value, (tuple, list)) else height
+
+
+def finite(name: str, value: Any) -> float:
+    """Return a number that float32 holds with its square and inverse, or raise `ConfigError`."""
+    checked = number(name, value, need="a finite number", error=ConfigError)
+    if abs(checked) > MAX_NUMBER or 0.0 < abs(checked) < 1.0 / MAX_NUMBER:
+        raise ConfigError(f"{name}={shown(value)}: it is beyond what float32 holds with its squares")
+    return value if type(value) in (int, float) else checked
+
+
+def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise `ConfigError` if a value is none of those allowed; True, 1 and 1.0 are different."""
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise ConfigError(f"{name}={shown(value)} is not supported; allowed: {', '.join(map(repr, allowed))}")
+
+
+def known_fields(cls: type[Any], config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
+    """Return the fields of a configuration's class that the contents of a ``config.json`` have.
+
+    Keys that start with "_" are ignored. Other unknown keys are refused, unless ``_class_name`` is ``class_name``, a
+    network of diffusers, which ignores them with a warning.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"a U-Net configuration is an object with keys, not {type(config).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    if not all(isinstance(key, str) for key in config):
+        raise ConfigError(f"the keys of a U-Net configuration are texts: {shown(list(config))}")
+    unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
+    if unknown and config.get("_class_name") == class_name:
+        log.warning("unknown keys of a %s are ignored, as in diffusers: %s", class_name, ", ".join(map(shown, unknown)))
+    elif unknown:
+        names = ", ".join(shown(key)[1:-1] for key in unknown[:20])
+        raise ConfigError(f"unknown U-Net configuration keys: {names}; allowed: {', '.join(sorted(known))}")
+    return {k: v for k, v in config.items() if k in known}
 
 
 # The fields that diffusers does not have, with their defaults, which describe a network of diffusers.

@@ -10,6 +10,7 @@ residual up/down-sampling; Ho & Salimans 2022 (arXiv:2207.12598) for the null la
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import plain_modes
+from fastdiff.unet.condition_config import UNetConditionConfig
 from fastdiff.unet.config import UNetConfig
 
 DTYPE = torch.float32  # of new weights, whatever torch's default is
@@ -102,7 +104,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(
         self,
-        config: UNetConfig,
+        config: UNetConfig | UNetConditionConfig,
         in_channels: int,
         out_channels: int,
         resample: str | None = None,
@@ -192,13 +194,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling by 2, or to ``size``, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        if size is not None:
+            return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

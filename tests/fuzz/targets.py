@@ -21,6 +21,7 @@ from fastdiff.solvers.walk import Walk
 from fastdiff.training import TrainConfig, Trainer
 from tests.fuzz.corpus import JSON, VALUES
 from tests.fuzz.harness import Target
+from tests.support.conditions import TINY as CONDITION
 from tests.support.unets import TINY, TINY_CLASSES, random_unet
 from tests.training.toys import Toys, toy_unet
 
@@ -160,13 +161,20 @@ def config_targets() -> list[Target]:
     targets.append(Target("from_config", from_config, parameters(from_config), VALUES, steps))
     unet = [f.name for f in dataclasses.fields(fastdiff.UNetConfig)]
     small = {k: v for k, v in TINY.to_dict().items()}
+    condition = [f.name for f in dataclasses.fields(fastdiff.UNetConditionConfig)]
     targets += [
         Target("UNetConfig", fastdiff.UNetConfig, unet, VALUES, small),
         Target("UNetConfig.from_dict", lambda **config: fastdiff.UNetConfig.from_dict(config), unet, JSON, small),
         Target("UNetConfig.from_dict itself", fastdiff.UNetConfig.from_dict, ["config"], VALUES),
         Target("UNetConfig.like", fastdiff.UNetConfig.like, ["codebase", *unet], VALUES, {**small, "codebase": "ho"}),
+        Target("UNetConditionConfig", fastdiff.UNetConditionConfig, condition, VALUES, CONDITION),
+        Target(
+            "UNetConditionConfig.from_dict", lambda **config: fastdiff.UNetConditionConfig.from_dict(config), condition,
+            JSON, CONDITION,
+        ),
+        Target("UNetConditionConfig.from_dict itself", fastdiff.UNetConditionConfig.from_dict, ["config"], VALUES),
         Target("TrainConfig", TrainConfig, [f.name for f in dataclasses.fields(TrainConfig)], VALUES),
-    ]
+    ]  # fmt: skip
     return targets
 
 
@@ -240,6 +248,10 @@ def file_targets() -> list[Target]:
             {"model": model, "device": "cpu", "backend": "eager"},
         ),
         Target("UNet.from_pretrained", lambda path: fastdiff.UNet.from_pretrained(path), ["path"], VALUES),
+        Target(
+            "UNetCondition.from_pretrained", fastdiff.UNetCondition.from_pretrained,
+            ["path", "torch_dtype", "variant", "weights", "subfolder"], VALUES, {"path": model},
+        ),
         Target("convert", convert, ["src", "to", "preset", "flags", "variant", "weights"], VALUES,
             {"src": model, "dst": out / "converted"}),
         Target("save_folder", save_folder, ["schedule", "prediction"], VALUES,
