@@ -105,7 +105,7 @@ def _in_memory_order(t: Tensor) -> Tensor:
     if t.is_contiguous():
         return t
     t = t.permute(sorted(range(t.ndim), key=lambda d: (-t.stride(d), -t.shape[d])))
-    return t.reshape(-1)
+    return t.contiguous().view(-1)
 
 
 def _words(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
