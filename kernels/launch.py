@@ -55,12 +55,14 @@ class Launch:
     def compile(self) -> None:
         """Compile and load the kernel without running it.
 
-        Raises `BackendError` if the compiler fails or its cache cannot be used. ``reference`` still works then.
+        Raises `BackendError` if the compiler fails, its cache cannot be used, or the GPU lacks the memory or registers
+        that the kernel needs. ``reference`` still works then.
         """
         try:
-            self.kernel.warmup(
+            compiled = self.kernel.warmup(
                 **self.arguments, grid=self.grid, num_warps=self.config.num_warps, num_stages=self.config.num_stages
             )
+            compiled._init_handles()  # loads it; a launch would do so at the first run, in the midst of a capture
         except Exception as e:  # the compiler, the driver and the file system raise many types
             raise BackendError(f"kernel {self.op} ({self.key}, {self.config}) cannot be compiled: {e}") from e
 

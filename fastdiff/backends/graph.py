@@ -13,11 +13,12 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -80,25 +81,49 @@ class Variant:
 
 
 class Pool:
-    """Memory pool shared by all graphs of a network. They must run one after the other, as intermediates overlap."""
+    """Memory of all graphs of a network on a device. They must run one after the other, as intermediates overlap.
+
+    Memory belongs to the stream on which it is allocated, so all captures use the same side stream.
+    """
 
     def __init__(self, cuda: Any):
         self.cuda = cuda
-        self.handle = cuda.graph_pool_handle()
         self.lock = threading.RLock()  # a signal handler that interrupts a replay may replay another graph
-        self.stream: Any = None
+        self.stream: Any = None  # the stream that used the pool last
+        self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._handle: Any = None
+        self._side: Any = None
 
-    def replay(self, graph: Any, device: torch.device) -> None:
-        """Replay a graph on the current stream, after the replays of any other stream."""
-        with self.lock:
+    @contextlib.contextmanager
+    def entered(self, device: torch.device) -> Iterator[None]:
+        """Make ``device`` the current one, and its current stream wait for what other streams did with the pool.
+
+        All that reads or writes memory of graphs happens within, copies into their buffers included.
+        """
+        with self.lock, self.cuda.device(device):
             stream = self.cuda.current_stream(device)
             if self.stream is not None and self.stream != stream:
                 stream.wait_stream(self.stream)
             self.stream = stream
-            graph.replay()
+            yield
+
+    def handle(self) -> Any:
+        """Return the handle for the next capture.
+
+        PyTorch gives a pool up with its last graph, and a capture with the old handle would then fail an assertion.
+        """
+        if not self.graphs:
+            self._handle = self.cuda.graph_pool_handle()
+        return self._handle
+
+    def side(self) -> Any:
+        """Return the stream of all captures, which follows the current one from now on."""
+        self._side = self._side or self.cuda.Stream()
+        self._side.wait_stream(self.stream)
+        return self._side
 
 
-_pools: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
+_pools: weakref.WeakKeyDictionary[nn.Module, dict[torch.device, Pool]] = weakref.WeakKeyDictionary()
 
 
 class GraphRunner:
@@ -112,11 +137,12 @@ class GraphRunner:
         self.network = network
         self.spec = spec
         self.cuda = cuda
-        self.pool = _pools.get(network) or _pools.setdefault(network, Pool(cuda))  # threads may come here at once
+        self.pool = _pools.setdefault(network, {}).setdefault(spec.device, Pool(cuda))  # threads may come here at once
         self.graphs: dict[Variant, Any] = {}
         self.buffers: State | None = None
         self.bank: TableBank | None = None  # the bank whose tables are in the static buffers
         self.attached: weakref.ref[State] | None = None  # the state that aliases the static buffers
+        self.stream: Any = None  # the stream on which it stepped last
         self.weights: list[Tensor] = []
 
     @plain_modes()
@@ -128,7 +154,8 @@ class GraphRunner:
     def update(self, state: State) -> None:
         """Apply one row of the table to every image, and increment its row."""
         if state.noise is not None or state.bank.thresholds:
-            update.update(state)
+            with self.pool.entered(self.spec.device):
+                update.update(state)
         else:
             self._replay("update", state)
 
@@ -144,7 +171,7 @@ class GraphRunner:
     def capture(self, state: State, part: str = "step") -> None:
         """Capture the graph that ``state`` needs next, unless it exists. Takes no step."""
         variant = Variant.of(part, state)
-        with plain_modes(), self.cuda.device(self.spec.device):
+        with plain_modes(), self.pool.entered(self.spec.device):
             self._ensure_buffers(state)
             if self.attached is None or self.attached() is not state:
                 self._follow_weights()
@@ -153,13 +180,14 @@ class GraphRunner:
 
     def _replay(self, part: str, state: State) -> None:
         variant = Variant.of(part, state)
-        known = variant in self.graphs and self.bank is state.bank
-        if not known or self.attached is None or self.attached() is not state:
-            self.capture(state, part)
-        self._attach(state)
-        if part != "forward" and state.bank.learned:
-            update.split_output(state)  # checks the number of channels
-        self.pool.replay(self.graphs[variant], self.spec.device)
+        with self.pool.entered(self.spec.device):
+            known = variant in self.graphs and self.bank is state.bank
+            if not known or self.attached is None or self.attached() is not state:
+                self.capture(state, part)
+            self._attach(state)
+            if part != "forward" and state.bank.learned:
+                update.split_output(state)  # checks the number of channels
+            self.graphs[variant].replay()
         if part != "forward":
             state.advance_host()
 
@@ -188,6 +216,7 @@ class GraphRunner:
             if isinstance(b.guidance_rescale, Tensor) and state.guidance_rescale:
                 phi = state.guidance_rescale
                 b.guidance_rescale.copy_(torch.tensor([phi, 1.0 - phi], dtype=torch.float32, device="cpu"))
+        self.stream = self.pool.stream
         if self.bank is not state.bank:
             self.bank = state.bank
             tables, rows, _ = state.bank.values.shape
@@ -201,14 +230,21 @@ class GraphRunner:
                 setattr(state, name, mine)
 
     def _detach(self) -> None:
-        """Give the attached state copies of the static buffers in their place."""
+        """Give the attached state copies of the static buffers in their place.
+
+        They are made on that state's stream, on which its owner may read them without another wait.
+        """
         state = None if self.attached is None else self.attached()
         self.attached = None
-        if state is not None:
+        if state is None:
+            return
+        with self.cuda.stream(self.stream):
             for name in BUFFERS:
                 held = getattr(state, name)
                 if held is not None and held is getattr(self.buffers, name):
                     setattr(state, name, held.clone())
+        if self.stream != self.pool.stream:
+            self.pool.stream.wait_stream(self.stream)
 
     def _follow_weights(self) -> None:
         """Drop all graphs if weights have other addresses now, since graphs hold the former ones."""
@@ -230,8 +266,7 @@ class GraphRunner:
             self.graphs.clear()
         cuda, buffers = self.cuda, self.buffers
         assert buffers is not None
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
+        side = self.pool.side()
         with cuda.stream(side):
             for _ in range(WARM_UPS):
                 out = self._run(variant)
@@ -241,7 +276,7 @@ class GraphRunner:
         graph = cuda.CUDAGraph()
         try:
             # "thread_local", so that other threads may go on with their own work.
-            with cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
+            with cuda.graph(graph, pool=self.pool.handle(), stream=side, capture_error_mode="thread_local"):
                 self._run(variant)
         except torch.OutOfMemoryError:
             raise
@@ -250,6 +285,7 @@ class GraphRunner:
                 f"the network cannot be captured in a CUDA graph: {str(e).splitlines()[0]}; backend='eager' runs "
                 "networks that ask the device for values"
             ) from e
+        self.pool.graphs.add(graph)
         self.graphs[variant] = graph
 
     def _run(self, variant: Variant) -> Tensor | None:

@@ -79,27 +79,50 @@ def plain_checksum(tensors: Sequence[Tensor]) -> int:
         sum over i = 1, 2, ... of mix(word_i ^ c i)  modulo 2^64,    c = floor(2^64 / golden ratio)
 
     ``mix`` maps different words to different ones, and each bit of its result depends on all bits of the word; so
-    neither flips of signs nor exchanged weights cancel. One value is read from the device.
+    neither flips of signs nor exchanged weights cancel. One value is read from the device, and no tensor is copied but
+    in parts: one that is dense in another order, as with torch.channels_last, is read in the order of its memory, and
+    its strides are words too, on the host.
     """
-    c = 0x9E3779B97F4A7C15 - (1 << 64)
+    dense = [_in_memory_order(t) for t in tensors]
+    strides = [n for t, d in zip(tensors, dense, strict=True) if d.shape != t.shape for n in (*t.shape, *t.stride())]
+    total = int(_mixed(torch.tensor(strides, dtype=torch.int64, device="cpu"), 0).numpy())
     sums, first = [], 1
-    for words in _words(tensors):
-        i = torch.arange(first, first + len(words), dtype=torch.int64, device=words.device)
-        sums.append(_mix(words ^ (i * c)).sum())
+    for words in _words(dense):
+        sums.append(_mixed(words, first))
         first += len(words)
-    return int(torch.stack(sums).sum()) % (1 << 64) if sums else 0
+    return (total + (int(torch.stack(sums).sum()) if sums else 0)) % (1 << 64)
+
+
+def _mixed(words: Tensor, first: int) -> Tensor:
+    """Sum the mixed words, of which the first has the number ``first``, modulo 2^64."""
+    c = 0x9E3779B97F4A7C15 - (1 << 64)
+    i = torch.arange(first, first + len(words), dtype=torch.int64, device=words.device)
+    return _mix(words ^ (i * c)).sum()
+
+
+def _in_memory_order(t: Tensor) -> Tensor:
+    """Return a tensor's numbers, flat if it is not row-major, without a copy unless it has gaps or overlaps."""
+    if t.is_contiguous():
+        return t
+    t = t.permute(sorted(range(t.ndim), key=lambda d: (-t.stride(d), -t.shape[d])))
+    return t.contiguous().view(-1)
 
 
 def _words(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the words of tensors, int64, in parts of about `WORDS_BYTES`."""
+    """Yield the words of contiguous tensors, int64, in parts of about `WORDS_BYTES`."""
     parts: list[Tensor] = []
+    held = 0
     for tensor in tensors:
-        for part in tensor.contiguous().flatten().view(torch.uint8).split(WORDS_BYTES):
-            parts += [part, part.new_zeros(-len(part) % 8)]
-            if sum(map(len, parts)) >= WORDS_BYTES:
+        whole = tensor.view(-1).view(torch.uint8)
+        for part in (whole,) if len(whole) <= WORDS_BYTES else whole.split(WORDS_BYTES):
+            parts.append(part)
+            if len(part) % 8:
+                parts.append(part.new_zeros(-len(part) % 8))
+            held += -(-len(part) // 8) * 8
+            if held >= WORDS_BYTES:
                 yield torch.cat(parts).view(torch.int64)
-                parts = []
-    if parts:
+                parts, held = [], 0
+    if held:
         yield torch.cat(parts).view(torch.int64)
 
 

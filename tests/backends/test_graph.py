@@ -300,7 +300,7 @@ def test_batch_sizes_share_a_pool_the_largest_first() -> None:
         runner.step(state)
         same(twin, state)
     assert cuda.captures == 3
-    assert graphed(random_unet(TINY), a_spec(1), cuda)[0].pool.handle == (0, 2), "another network has another pool"
+    assert graphed(random_unet(TINY), a_spec(1), cuda)[0].pool.handle() == (0, 2), "another network has another pool"
 
 
 def test_streams_wait_for_each_other() -> None:
@@ -317,8 +317,128 @@ def test_streams_wait_for_each_other() -> None:
         other.step(b)
     one.step(a)
     assert cuda.log == [
-        ("replay", 0), ("wait", "side", "main"), ("replay", 1), ("replay", 1), ("wait", "main", "side"), ("replay", 0)
+        ("replay", 0), ("wait", "side 2", "main"), ("replay", 1), ("replay", 1), ("wait", "main", "side 2"),
+        ("replay", 0),
     ]  # fmt: skip
+
+
+class Touches(TorchDispatchMode):
+    """Adds ("touch", stream) to the log for each operation on memory of ``tensors``, the static buffers for example."""
+
+    def __init__(self, cuda: FakeCuda, tensors: list[Tensor]):
+        super().__init__()
+        self.cuda = cuda
+        self.places = {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(leaf.untyped_storage()._cdata in self.places for leaf in leaves):
+            self.cuda.log.append(("touch", self.cuda.current_stream().name))
+        return operation(*args, **(kwargs or {}))
+
+
+def static(runner: GraphRunner) -> list[Tensor]:
+    assert runner.buffers is not None
+    held = [getattr(runner.buffers, name) for name in graph.BUFFERS]
+    return [t for t in (*held, runner.buffers.bank.values, runner.buffers.bank.lengths) if t is not None]
+
+
+def without_repeats(log: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return [entry for i, entry in enumerate(log) if i == 0 or entry != log[i - 1]]
+
+
+def test_static_buffers_are_touched_after_the_wait() -> None:
+    """A state that moves in on another stream waits before it is copied; the one that it drives out has its own stream.
+
+    Its copies are made where its owner reads them, in order with the owner's work.
+    """
+    runner, cuda = graphed(Still(), a_spec(2))
+    a, b = (a_state(2, solvers.ddim(SCHEDULE, 5), seed=s) for s in (1, 2))
+    twins = [a_state(2, solvers.ddim(SCHEDULE, 5), seed=s) for s in (1, 2)]
+    runner.step(a)
+    cuda.log.clear()
+    other = cuda.Stream()
+    with Touches(cuda, static(runner)):
+        with cuda.stream(other):
+            runner.step(b)
+        runner.step(a)
+    assert without_repeats(cuda.log) == [
+        ("wait", "side 2", "main"), ("touch", "main"), ("wait", "side 2", "main"), ("touch", "side 2"), ("replay", 0),
+        ("wait", "main", "side 2"), ("touch", "side 2"), ("wait", "main", "side 2"), ("touch", "main"), ("replay", 0),
+    ]  # fmt: skip
+    eager = EagerRunner(Still(), a_spec(2))
+    for twin, state, steps in zip(twins, (a, b), (2, 1), strict=True):
+        for _ in range(steps):
+            eager.step(twin)
+        same(twin, state)
+
+
+@pytest.mark.parametrize("part", ["step", "capture", "update"])
+def test_all_work_of_a_runner_waits_for_other_streams(part: str) -> None:
+    """So do captures ahead, and the part of a step that the host computes."""
+    unet, cuda = Still(), FakeCuda()
+    runner = graphed(unet, a_spec(2), cuda)[0]
+    noise_of = {"noise": lambda row: torch.zeros(2, *SHAPE)} if part == "update" else {}
+    a = a_state(2, solvers.ddpm(SCHEDULE, 5), **noise_of)
+    b = a_state(2, multistep(solvers.ddim(SCHEDULE, 5)))
+    runner.step(a)
+    cuda.log.clear()
+    with Touches(cuda, static(runner)), cuda.stream(cuda.Stream()):
+        if part == "update":
+            runner.update(a)
+        elif part == "capture":
+            graph.capture({runner: b})
+        else:
+            runner.step(b)
+    assert cuda.log[0] == ("wait", "side 2", "main"), "before anything else"
+    assert len(cuda.log) > 1
+
+
+def test_captures_of_a_pool_are_on_one_stream() -> None:
+    """Memory of a pool belongs to the stream of its capture; on another stream it would be allocated anew."""
+    unet, cuda = Still(), FakeCuda()
+    runners = [graphed(unet, a_spec(n), cuda)[0] for n in (1, 2)]
+    for runner in runners:
+        for table in (solvers.ddim(SCHEDULE, 5), solvers.ddpm(SCHEDULE, 5)):
+            with cuda.stream(cuda.Stream()):  # the caller's own
+                runner.step(a_state(runner.spec.batch, table))
+    captured = [entry[2:] for entry in cuda.log if entry[0] == "capture"]
+    assert len(captured) == 4
+    assert len(set(captured)) == 1, "one pool, one stream"
+    graphed(Still(), a_spec(1), cuda)[0].step(a_state(1, solvers.ddim(SCHEDULE, 5)))
+    assert {entry[2:] for entry in cuda.log if entry[0] == "capture"} - set(captured), "another network has others"
+
+
+def test_devices_have_pools_of_their_own() -> None:
+    unet, cuda = Still(), FakeCuda()
+    meta = dataclasses.replace(a_spec(1), device=torch.device("meta"))
+    assert graphed(unet, meta, cuda)[0].pool is not graphed(unet, a_spec(1), cuda)[0].pool
+    assert graphed(unet, a_spec(2), cuda)[0].pool is graphed(unet, a_spec(1), cuda)[0].pool
+
+
+def test_a_pool_without_graphs_is_not_captured_into() -> None:
+    """PyTorch asserts that a pool's handle is in use or new. Here the substitute does."""
+    unet, cuda = Still(), FakeCuda()
+    runner, other = graphed(unet, a_spec(2), cuda)[0], graphed(unet, a_spec(1), cuda)[0]
+    for expected in ((0, 1), (0, 2)):  # all graphs are gone: weights have moved
+        unet.scale = nn.Parameter(torch.tensor(-0.3))
+        runner.step(a_state(2, solvers.ddim(SCHEDULE, 5)))
+        assert cuda.log[-2][:3] == ("capture", cuda.captures - 1, expected)
+    other.step(a_state(1, solvers.ddim(SCHEDULE, 5)))
+    runner.graphs.clear()
+    runner.step(a_state(2, solvers.ddim(SCHEDULE, 5)))
+    assert cuda.log[-2][2] == (0, 2), "a graph of the other batch size keeps the pool"
+
+
+def test_a_failed_capture_leaves_the_pool_usable() -> None:
+    unet, cuda = Asking(), FakeCuda()
+    runner = graphed(unet, a_spec(2), cuda)[0]
+    for _ in range(2):
+        with pytest.raises(BackendError, match="cannot be captured"):
+            runner.step(a_state(2, solvers.ddim(SCHEDULE, 3)))
+    runner.device_step = EagerRunner(Still(), a_spec(2))
+    runner.step(a_state(2, solvers.ddim(SCHEDULE, 3)))
+    assert cuda.kinds()[-1] == "replay"
 
 
 def test_graphs_of_a_runner_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import re
 
@@ -19,6 +20,7 @@ from fastdiff.core.lower import embed_classes, embed_timesteps, lower
 from fastdiff.core.state import TableBank
 from fastdiff.unet import UNet
 from tests.support.changed import CHANGES, GLOBAL_CHANGES, Twisted, attribute, circular
+from tests.support.fake_cuda import Counter
 from tests.support.unets import TINY, TINY_CLASSES, VARIANTS, change, random_unet
 
 CPU = torch.device("cpu")
@@ -132,6 +134,42 @@ def swap(w: Tensor, draw) -> None:
     flat = w.view(-1)
     i, j = (draw(st.integers(0, flat.numel() - 1)) for _ in range(2))
     flat[i], flat[j] = flat[j].clone(), flat[i].clone()
+
+
+def test_a_checksum_of_a_network_asks_the_device_once():
+    """A fresh state of the backend `triton` computes it: reads of values cost most, then copies and operations."""
+    module = random_unet(change(**VARIANTS["layers"]))
+    for kind in (torch.contiguous_format, torch.channels_last):
+        weights = [p.detach() for p in module.to(memory_format=kind).parameters()]
+        with Counter() as counter:
+            plain_checksum(weights)
+        counts = collections.Counter(counter.seen)
+        assert counts["_local_scalar_dense"] == 1
+        assert not {"clone", "copy_", "_to_copy"} & counts.keys()
+        assert counts["cat"] <= 1 + sum(w.nbytes for w in weights) // network.WORDS_BYTES
+        assert counts.total() <= 4 * len(weights) + 20 * counts["cat"]
+
+
+def test_the_layout_of_weights_is_a_part_of_them():
+    """The same memory read by other strides, or in channels_last, where the order of memory is another."""
+    square = torch.randn(8, 8)
+    assert plain_checksum([square.T]) != plain_checksum([square])
+    image = torch.randn(4, 8, 3, 3).to(memory_format=torch.channels_last)
+    flat = image.permute(0, 2, 3, 1)
+    assert flat.is_contiguous()
+    seen = {plain_checksum([t]) for t in (image, flat, image.contiguous(), image.view(2, 2, 8, 3, 3), flat.flatten())}
+    assert len(seen) == 4, "the memory of two is one, as is their layout"
+    for edit in (lambda w: w[1, 2, 0, 1].neg_(), lambda w: w.copy_(w.flip(1)), lambda w: w.copy_(w.mT.clone())):
+        edited = image.clone()
+        edit(edited)
+        assert edited.is_contiguous(memory_format=torch.channels_last)
+        assert plain_checksum([edited]) != plain_checksum([image])
+    gaps, overlaps = torch.randn(8, 8)[:, ::2], torch.randn(1, 8).expand(8, 8)
+    for strided in (gaps, overlaps):
+        before = plain_checksum([strided])
+        assert before == plain_checksum([strided])
+        strided[0, 3].neg_()
+        assert plain_checksum([strided]) != before
 
 
 MODULE = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Linear(5, 7), nn.GroupNorm(2, 6))

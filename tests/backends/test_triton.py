@@ -13,6 +13,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,99 @@ def test_kernels_that_cannot_be_compiled_leave_the_network_to_pytorch(
             plain.step(other)
     assert [r.message for r in caplog.records if "Read-only file system" in r.message] == [caplog.records[0].message]
     assert relative_error(state.x, other.x) <= 1e-5
+
+
+@pytest.mark.parametrize("op", ["norm.apply", "guidance", "update"])
+def test_kernels_that_cannot_be_loaded_leave_the_network_to_pytorch(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """A tuned file may name configurations that need too much memory; all are loaded before a capture."""
+
+    class TooLarge:
+        @staticmethod
+        def _init_handles() -> None:
+            raise ValueError("out of resource: shared memory")
+
+    def compile_all(launch: Launch) -> None:
+        if launch.op == op:
+            fails = types.SimpleNamespace(warmup=lambda **_: TooLarge)
+            plain_compile(dataclasses.replace(launch, kernel=fails))
+
+    plain_compile = Launch.compile
+    monkeypatch.setattr(Launch, "compile", compile_all)
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+    case = CASES["guidance"]
+    state = start(case)
+    runner = TritonRunner(random_unet(case.config), spec_of(state, torch.float32, case), FakeCuda(), compute_on_device)
+    runner.step(state)
+    assert runner.instead is not None
+    bitwise = dataclasses.replace(runner.spec, determinism="bitwise")
+    with pytest.raises(BackendError, match=f"kernel {op} .*out of resource"):
+        TritonRunner(random_unet(case.config), bitwise, FakeCuda(), compute_on_device).step(start(case))
+
+
+def test_every_kernel_of_a_step_is_compiled_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole steps and of halves, guided and not, with and without a history."""
+    compiled: set[Any] = set()
+
+    def binary(launch: Launch) -> Any:
+        values = {k: v.dtype if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
+        special = {p.name for p in launch.kernel.params if not p.do_not_specialize}
+        return launch.op, launch.config, tuple((k, v) for k, v in values.items() if k in special)
+
+    def run(launch: Launch) -> None:
+        assert binary(launch) in compiled, f"{launch.op} is compiled while it is captured"
+
+    monkeypatch.setattr(Launch, "compile", lambda launch: compiled.add(binary(launch)))
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+    for name in ("unconditional", "guidance interval", "rescale", "everything", "everything but rescaling"):
+        case = CASES[name]
+        compiled.clear()
+        state = start(case)
+        runner = TritonRunner(random_unet(case.config), spec_of(state, torch.float32, case), FakeCuda(), run)
+        for _ in range(3):
+            runner.step(state)
+        runner.forward(state)
+        runner.update(state)
+
+
+def test_the_device_of_a_runner_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles and launches for the current device, which need not be the one that the network is on."""
+    seen: list[tuple[str, Any]] = []
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+    case, cuda = CASES["guidance"], FakeCuda()
+
+    def note(kind: str) -> None:
+        seen.append((kind, cuda.devices[-1] if cuda.devices else "another"))
+
+    monkeypatch.setattr(Launch, "compile", lambda launch: note("compile"))
+    state = start(case)
+    spec = spec_of(state, torch.float32, case)
+    runner = TritonRunner(
+        random_unet(case.config), spec, cuda, lambda launch: note("launch")
+    )  # fmt: skip
+    follow = runner.device_step.follow
+    monkeypatch.setattr(runner.device_step, "follow", lambda *a: note("tables") or follow(*a))
+    runner.step(state)
+    runner.forward(state)
+    runner.update(state)
+    assert {kind for kind, _ in seen} == {"compile", "launch", "tables"}
+    assert {device for _, device in seen} == {spec.device}
+    assert not cuda.devices
+
+
+def test_tables_and_weights_are_written_after_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that replay on another stream may still read them."""
+    monkeypatch.setattr(Launch, "compile", lambda launch: None)
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+    case, cuda = CASES["guidance"], FakeCuda()
+    state = start(case)
+    runner = TritonRunner(random_unet(case.config), spec_of(state, torch.float32, case), cuda, compute_on_device)
+    runner.step(state)
+    cuda.log.clear()
+    follow = runner.device_step.follow
+    monkeypatch.setattr(runner.device_step, "follow", lambda *a: cuda.log.append(("follow",)) or follow(*a))
+    with cuda.stream(cuda.Stream()):
+        runner.step(start(case))
+    assert cuda.log[:2] == [("wait", "side 2", "main"), ("follow",)]
 
 
 # Where it cannot run --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ GPU = Device("NVIDIA H100 80GB HBM3", 132)
 class Kernel:
     """Stands in for a kernel of `triton.jit`: it doubles x, or fails as the compiler does."""
 
-    def __init__(self, error: Exception | None = None):
-        self.error, self.runs, self.compiled = error, [], []
+    def __init__(self, error: Exception | None = None, load_error: Exception | None = None):
+        self.error, self.load_error, self.runs, self.compiled, self.loads = error, load_error, [], [], 0
 
     def __getitem__(self, grid):
         def run(x, y, SIZE, num_warps, num_stages):  # noqa: N803
@@ -55,6 +56,12 @@ class Kernel:
         if self.error is not None:
             raise self.error
         self.compiled.append((grid, SIZE, num_warps, num_stages))
+        return types.SimpleNamespace(_init_handles=self.load)
+
+    def load(self):
+        if self.load_error is not None:
+            raise self.load_error
+        self.loads += 1
 
 
 @operation
@@ -78,6 +85,7 @@ def test_a_launch_runs_compiles_and_is_remade():
     launch.compile()
     assert not kernel.runs
     assert kernel.compiled == [((2,), 32, 4, 1)]
+    assert kernel.loads == 1
     launch()
     assert kernel.runs == [((2,), 32, 4, 1)]
     assert torch.equal(y, 2 * x)
@@ -97,6 +105,20 @@ def test_what_cannot_be_compiled_says_so_and_has_a_reference(error):
     assert caught.value.__cause__ is error
     launch.reference()
     assert torch.equal(y, 2 * x)
+
+
+class OutOfResources(Exception):
+    """As Triton's, which has no common base with its other errors."""
+
+
+def test_what_cannot_be_loaded_says_so_before_it_is_run():
+    """Triton loads a kernel at its first run, which for a graph would be in the midst of a capture."""
+    error = OutOfResources("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
+    kernel = Kernel(load_error=error)
+    with pytest.raises(BackendError, match="cannot be compiled: out of resource: shared memory") as caught:
+        double(torch.arange(4.0), torch.empty(4), kernel).compile()
+    assert caught.value.__cause__ is error
+    assert not kernel.runs
 
 
 # Configurations -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ It has those properties of a real capture that matter to the caller:
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,6 +128,7 @@ class FakeCuda:
     """Substitute for `torch.cuda`.
 
     ``log`` has the calls in order: ("wait", stream, other), ("capture", number, pool, stream), ("replay", number).
+    ``devices`` are those that were made the current one, the outermost first. A pool is gone with its last graph.
     """
 
     def __init__(self) -> None:
@@ -134,12 +136,16 @@ class FakeCuda:
         self.captures = 0
         self.pools = 0
         self.streams = [FakeStream(self, "main")]
+        self.made = 0
+        self.devices: list[Any] = []
+        self.held: dict[Any, weakref.WeakSet[FakeGraph]] = {}
 
     def kinds(self) -> list[str]:
         return [entry[0] for entry in self.log]
 
     def Stream(self) -> FakeStream:  # noqa: N802 - as in torch.cuda
-        return FakeStream(self, "side")
+        self.made += 1
+        return FakeStream(self, "side" if self.made == 1 else f"side {self.made}")
 
     def CUDAGraph(self) -> FakeGraph:  # noqa: N802 - as in torch.cuda
         return FakeGraph(self)
@@ -153,7 +159,11 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def device(self, device: Any) -> Iterator[None]:
-        yield
+        self.devices.append(device)
+        try:
+            yield
+        finally:
+            self.devices.pop()
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -167,6 +177,8 @@ class FakeCuda:
     def graph(self, graph: FakeGraph, *, pool: Any, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local", "other threads' work would end the capture"
         assert not any(kind == "capturing" for kind in self.kinds()[-1:]), "one capture within another"
+        assert pool not in self.held or self.held[pool], "INTERNAL ASSERT FAILED: it->second->use_count > 0"
+        self.held.setdefault(pool, weakref.WeakSet()).add(graph)
         graph.number = self.captures
         self.captures += 1
         self.log.append(("capture", graph.number, pool, stream.name))

@@ -12,7 +12,7 @@ import dataclasses
 import importlib.util
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,10 +147,18 @@ class TritonStep:
             return function(*tensors)
         return torch.cat([function(*row) for row in zip(*(t.split(1) for t in tensors), strict=True)])
 
+    def kernels(self, state: State, guided: bool) -> Iterator[Launch]:
+        """Yield a launch of every kernel that a step of ``state`` or its halves run, to be compiled."""
+        yield from self.network(state, guided)
+        assert state.out is not None
+        yield self._update(state, state.out)
+        if guided:
+            net = self.buffers[2 * len(state.x)].net
+            yield self._guide(state, net)
+            yield self._update(state, net, state.guidance)
+
     def evaluate(self, state: State, guided: bool) -> None:
         """Evaluate the network, with guidance on 2B rows if ``guided``, and set ``state.out``."""
-        from fastdiff.kernels import guidance
-
         net = self._evaluate(state, guided)
         if not guided:
             return
@@ -161,12 +169,7 @@ class TritonStep:
             C, phi = state.x.shape[1], state.guidance_rescale
             state.out.copy_(self._in_turn(lambda c, u, w: update.guide(c, u, w, C, phi), conditional, unconditional, w))
         else:
-            self.run(
-                guidance.guide(
-                    net, state.out, bank=state.bank.values, table=state.table, row=state.row, guidance=state.guidance,
-                    channels=state.x.shape[1], chosen_for=self.chosen_for,
-                )
-            )  # fmt: skip
+            self.run(self._guide(state, net))
 
     def _evaluate(self, state: State, guided: bool) -> Tensor:
         """Evaluate the network alone. Returns its output, with the unconditional half behind it if ``guided``."""
@@ -178,25 +181,31 @@ class TritonStep:
     def advance(self, state: State, noisy: bool) -> None:
         """Apply a row of the table to every image; ``noisy`` is not needed, as the kernel decides for each row."""
         assert state.out is not None, "evaluate comes before advance"
-        self._advance(state, state.out)
+        self.run(self._update(state, state.out))
 
     def whole(self, state: State, guided: bool, noisy: bool) -> None:
         """Evaluate the network, then guide and update in one launch; rescaled guidance has launches of its own."""
         if guided and not rescaled(state):
-            self._advance(state, self._evaluate(state, guided), state.guidance)
+            self.run(self._update(state, self._evaluate(state, guided), state.guidance))
         else:
             self.evaluate(state, guided)
             self.advance(state, noisy)
 
-    def _advance(self, state: State, out: Tensor, guidance: Tensor | None = None) -> None:
+    def _guide(self, state: State, net: Tensor) -> Launch:
+        from fastdiff.kernels import guidance
+
+        return guidance.guide(
+            net, state.out, bank=state.bank.values, table=state.table, row=state.row, guidance=state.guidance,
+            channels=state.x.shape[1], chosen_for=self.chosen_for,
+        )  # fmt: skip
+
+    def _update(self, state: State, out: Tensor, guidance: Tensor | None = None) -> Launch:
         from fastdiff.kernels import update as kernel_update
 
-        self.run(
-            kernel_update.update(
-                state.x, out, state.bank.values, state.table, state.row, state.bank.lengths, state.seed, state.index,
-                self.arrived, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, guidance=guidance,
-                chosen_for=self.chosen_for,
-            )
+        return kernel_update.update(
+            state.x, out, state.bank.values, state.table, state.row, state.bank.lengths, state.seed, state.index,
+            self.arrived, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3, guidance=guidance,
+            chosen_for=self.chosen_for,
         )  # fmt: skip
 
 
@@ -208,9 +217,9 @@ def rescaled(state: State) -> bool:
 class TritonRunner:
     """Runner that replays graphs of a `TritonStep`, after changes of tables and weights have been taken over.
 
-    Where a kernel cannot be compiled, or triton's cache cannot be used, PyTorch runs the network instead, in float32,
-    and one warning says so. With determinism "bitwise", which PyTorch cannot give, a `BackendError` is raised. Tests
-    replace ``cuda``, and compute a launch's reference by ``run``.
+    Where a kernel cannot be compiled or loaded, or triton's cache cannot be used, PyTorch runs the network instead, in
+    float32, and one warning says so. With determinism "bitwise", which PyTorch cannot give, a `BackendError` is raised.
+    Tests replace ``cuda``, and compute a launch's reference by ``run``.
     """
 
     def __init__(
@@ -221,25 +230,31 @@ class TritonRunner:
         self.cuda = cuda
         self.device_step = TritonStep(unet, spec, run)
         self.graphs = GraphRunner(self.device_step, unet, spec, cuda)
-        self.kernels_compiled: set[bool] = set()  # for guided steps, for unguided ones
+        self.kernels_compiled: set[tuple[bool, ...]] = set()  # kinds of steps: guided or not, and what they keep
         self.instead: GraphRunner | None = None
         self.known: weakref.WeakSet[State] = weakref.WeakSet()
 
     def forward(self, state: State) -> None:
         """Evaluate the network, with guidance, and set ``state.out``."""
-        self._runner(state).forward(state)
+        with self.graphs.pool.entered(self.spec.device):
+            self._runner(state).forward(state)
 
     def update(self, state: State) -> None:
         """Apply one row of the table to every image, and increment its row."""
-        self._runner(state).update(state)
+        with self.graphs.pool.entered(self.spec.device):
+            self._runner(state).update(state)
 
     def step(self, state: State) -> None:
         """Do both, in one CUDA graph."""
-        self._runner(state).step(state)
+        with self.graphs.pool.entered(self.spec.device):
+            self._runner(state).step(state)
 
     @plain_modes()
     def _runner(self, state: State) -> Runner:
-        """Return the runner for ``state``, after taking over its tables and the network's current weights."""
+        """Return the runner for ``state``, after taking over its tables and the network's current weights.
+
+        It writes tables and weights that graphs read, and compiles for the current device: the pool is entered before.
+        """
         if self.instead is None:
             fresh = state not in self.known
             if fresh:
@@ -251,11 +266,12 @@ class TritonRunner:
         return self.instead or self.graphs
 
     def _compile(self, state: State, guided: bool) -> None:
-        """Compile every kernel of the network before its first step."""
-        if guided in self.kernels_compiled:
+        """Compile every kernel of a step before the first of its kind."""
+        kind = (guided, *(held is None for held in (state.xs, state.m1, state.m2, state.m3)))
+        if kind in self.kernels_compiled:
             return
         try:
-            for launch in self.device_step.network(dataclasses.replace(state), guided):
+            for launch in self.device_step.kernels(dataclasses.replace(state), guided):
                 launch.compile()
         except BackendError as e:
             if self.spec.determinism == "bitwise":
@@ -263,4 +279,4 @@ class TritonRunner:
             log.warning("backend triton: %s; PyTorch runs the network instead, in float32", e)
             spec = dataclasses.replace(self.spec, dtype=torch.float32)
             self.instead = GraphRunner(EagerRunner(self.unet, spec), self.unet, spec, self.cuda)
-        self.kernels_compiled.add(guided)
+        self.kernels_compiled.add(kind)
