@@ -35,9 +35,9 @@ ORDER = (
     "sampler",
     "integrations",
     "training",
+    "bulk",
     "bench",
     "evaluation",
-    "bulk",
     "cli",
     "__main__",
 )
