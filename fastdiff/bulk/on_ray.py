@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument, WorkerError
 
 ADDRESS = r"local|auto|([\w.\-]+|\[[\da-fA-F:]+\]):\d{1,5}"
+ANSWER_S = 10.0  # in which the head of a cluster has to answer
 OBJECTS = 80 << 20  # bytes of the object store of a Ray of this machine, which holds counts; Ray needs 75 MiB
 
 
@@ -57,8 +59,11 @@ def connected(address: str) -> Iterator[None]:
     if address == "local":
         options |= {"num_cpus": native_threads.number(), "include_dashboard": False, "object_store_memory": OBJECTS}
     try:
+        if ":" in address:  # Ray would wait for minutes where nobody answers
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
         ray.init(address, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError, AssertionError) as e:
+    except (OSError, RuntimeError, ValueError, OverflowError, AssertionError) as e:
         raise WorkerError(f"ray={address}: there is no connection ({type(e).__name__}: {str(e)[:300]})") from e
     try:
         yield

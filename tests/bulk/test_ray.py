@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -68,9 +69,23 @@ def test_more_actors_than_free_processors_are_refused(monkeypatch: pytest.Monkey
         on_ray.number(None, False)
 
 
-OPEN = {"RAY_AUTH_MODE": "disabled"}  # of a cluster: there is no token to be had in a file
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "127.0.0.1:99999", "no-such-machine.invalid:6379"])
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    class Ray:
+        is_initialized = staticmethod(lambda: False)
+
+    monkeypatch.setattr(on_ray, "_package", lambda: Ray)
+    on_ray.check(address)
+    with (
+        pytest.raises(WorkerError, match=re.escape(f"ray={address}: there is no connection (")),
+        on_ray.connected(address),
+    ):
+        raise AssertionError("there was an answer")
+
 
 # With Ray -------------------------------------------------------------------------------------------------------------
+
+OPEN = {"RAY_AUTH_MODE": "disabled"}  # of a cluster: there is no token to be had in a file
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +181,7 @@ def test_a_cluster_by_its_address(tmp_path: Path, model: str) -> None:
         head.communicate(timeout=60)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     generate = ["fastdiff", *command(model, tmp_path / "c", "--n", str(N), "--ray", f"127.0.0.1:{port}")]
-    with running(generate, RAY_gcs_rpc_server_connect_timeout_s="1", **OPEN) as process:
+    with running(generate, **OPEN) as process:
         _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert f"error: ray=127.0.0.1:{port}: there is no connection" in err
