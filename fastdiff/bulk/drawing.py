@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fastdiff import memory
+from fastdiff.backends.native import cost
 from fastdiff.backends.native import threads as native_threads
 from fastdiff.bulk import job as jobs
-from fastdiff.bulk import local
+from fastdiff.bulk import local, on_ray, trial
 from fastdiff.bulk.job import Job
 from fastdiff.bulk.ranks import share
 from fastdiff.bulk.shards import SUFFIXES
@@ -28,6 +29,7 @@ PATIENCE_S = 600.0
 MAX_WORKERS = 1024
 MAX_RANKS = 1 << 20
 THREADS = 1  # of a worker: processes of one thread wait for nobody
+SMALL = 5000  # network evaluations of a job that is worth no measurement
 LIBRARIES = 512 << 20  # bytes of a process that has imported torch
 LOOK_S = 1.0  # between two looks at the folder, for the progress
 
@@ -59,6 +61,7 @@ class Report:
         drawn: Images that were missing when the call began; other machines may have drawn some of them.
         shards: Number of shards.
         workers: Worker processes of this call; 0 where it drew the images itself.
+        threads: Threads of each.
         seconds: Time that the call took, loading and starting included.
         first_shard_s: Time until the first new shard was there; None if none was missing.
     """
@@ -68,6 +71,7 @@ class Report:
     drawn: int
     shards: int
     workers: int
+    threads: int
     seconds: float
     first_shard_s: float | None
 
@@ -82,6 +86,7 @@ def generate(
     labels: int | str | Sequence[int | str] | None = "cycle",
     seed: int = 0,
     workers: int | None = None,
+    ray: str | None = None,
     ranks: int | None = None,
     patience_s: float = PATIENCE_S,
     backend: str = "auto",
@@ -108,7 +113,12 @@ def generate(
         labels: Class of the images, as numbers or names: "cycle" for all classes in turns, one class for all, a list
             whose entries the images take in turns, or None. Networks without classes have no labels.
         seed: Seed of the noise, from 0 to 2^64 - 1.
-        workers: Worker processes, each of one thread; None: one for each processor, as far as the memory suffices.
+        workers: Worker processes, each of one thread, or one for each GPU in turns. None: for each processor, as far as
+            the memory suffices, or for each GPU. Where it takes long and the images do not depend on the number of
+            threads, it is measured whether one process of all threads is faster.
+        ray: Where actors of Ray are the workers: "local" for a Ray of this machine, "auto" for the cluster that this
+            machine belongs to, or a cluster's address, as "10.0.0.1:6379". All machines share the folder and the
+            model's files. None: processes of this machine are the workers.
         ranks: Number of completions, in an indexed job of Kubernetes; torchrun and Slurm arrays need none.
         patience_s: Seconds after which a worker that has drawn no batch is replaced.
         backend: As for `Sampler`, as are device, dtype and determinism.
@@ -126,12 +136,14 @@ def generate(
         InvalidArgument: If an argument is not allowed, before anything heavy runs.
         JobError: If the folder belongs to another job, or has other files; every setting that differs is named.
         WriteError: If a file cannot be written, as on a full disk; what is finished is kept.
-        WorkerError: If workers end again and again without finishing anything.
+        WorkerError: If workers end again and again without finishing anything, or there is no connection to Ray.
         CheckpointError: If the model cannot be loaded; ``Sampler`` lists its other errors.
         NumericsError: If images became NaN or infinite; their shard is not written.
     """
     started = time.monotonic()
     _check(n, out, format, seed, patience_s, progress)
+    if ray is not None:
+        on_ray.check(ray)
     for name, value, most in (("shard_size", shard_size, jobs.MAX_IMAGES), ("workers", workers, MAX_WORKERS),
                               ("ranks", ranks, MAX_RANKS), ("batch_size", batch_size, None)):  # fmt: skip
         if value is not None:
@@ -139,11 +151,14 @@ def generate(
     options = {**jobs.options_of(options), "seed": int(seed)}
     rank, world = share(ranks)
     if isinstance(model, Sampler):
-        if workers is not None:
-            raise InvalidArgument(f"workers={workers} load the model from its files; give its path, not a Sampler")
+        for name, value in (("workers", workers), ("ray", ray)):
+            if value is not None:
+                raise InvalidArgument(
+                    f"{name}={value}: workers load the model from its files; give its path, not a Sampler"
+                )
         job = _job(model, None, n, out, format, shard_size, labels, batch_size, options, torch.get_num_threads())
         jobs.begin(job)
-        watch, count = _Watch(job, started, progress), 0
+        watch, used = _Watch(job, started, progress), (0, torch.get_num_threads())
         try:
             work(job, model, rank, world, patience_s, watch.add)
         finally:
@@ -151,19 +166,49 @@ def generate(
     else:
         with _sampler(model, backend, device, dtype, determinism) as sampler:
             job = _job(sampler, model, n, out, format, shard_size, labels, batch_size, options, THREADS)
-            each = _bytes_each(sampler, job)
-            on_cpu = sampler.device.type == "cpu"
+            needs = _Needs.of(sampler, job)
         del sampler  # each worker has its own
         jobs.begin(job)
         watch = _Watch(job, started, progress)
-        count = _number(workers, each) if on_cpu or workers is not None else 1
-        count = min(count, len(watch.missing))
         try:
-            if count:
-                local.run(job.folder, count, THREADS, (rank, world), patience_s, watch.look)
+            used = _run(job, needs, workers, ray, (rank, world), patience_s, watch)
         finally:
             tidy(job)
-    return watch.report(count)
+    return watch.report(*used)
+
+
+def _run(
+    job: Job, needs: _Needs, workers: int | None, ray: str | None, share: tuple[int, int], patience_s: float,
+    watch: _Watch,
+) -> tuple[int, int]:  # fmt: skip
+    """Run workers until the job is finished; return how many there were, and the threads of each."""
+    most = len(watch.missing)
+    if not most:
+        return 0, THREADS
+    folder = job.folder.resolve()
+    if ray is not None:
+        with on_ray.connected(ray):
+            count = min(on_ray.number(workers, needs.device.type == "cuda"), most)
+            on_ray.run(folder, count, needs.device.type == "cuda", THREADS, share, patience_s, watch.look)
+        return count, THREADS
+    gpus: list[str] = []
+    threads = THREADS
+    if needs.device.type == "cpu":
+        count = min(_number(workers, needs.bytes_each), most)
+        if workers is None and job.settings["threads"] is None:
+            count, threads = _choice(job, count, needs.seconds * most / len(job.shards))
+    else:
+        gpus = local.gpus(needs.device.index) if needs.device.type == "cuda" else []
+        count = min(workers or len(gpus) or 1, most)
+    local.run(folder, count, threads, share, patience_s, watch.look, gpus)
+    return count, threads
+
+
+def _choice(job: Job, workers: int, seconds: float) -> trial.Workers:
+    """Choose between so many processes, which share the processors, and one; a measurement is for long jobs."""
+    processors = native_threads.number()
+    many, one = (workers, max(1, processors // workers)), (1, processors)
+    return trial.faster(job.folder, [many, one]) if many != one and seconds > trial.WORTH_S else many
 
 
 def _check(n: Any, out: Any, format: Any, seed: Any, patience_s: Any, progress: Any) -> None:
@@ -204,12 +249,30 @@ def _job(
     return Job(Path(out), settings, call)
 
 
-def _bytes_each(sampler: Sampler, job: Job) -> int:
-    """Estimate the memory of a worker: libraries, weights (read, and packed), a batch's activations, a shard."""
-    weights = sum(p.numel() * 4 for p in sampler.unet.parameters())
-    h, w, c = job.shape
-    batch = job.call["batch_size"]
-    return LIBRARIES + 3 * weights + batch * sampler.info.activation_bytes((h, w)) + 8 * len(job.indices(0)) * h * w * c
+@dataclasses.dataclass(frozen=True)
+class _Needs:
+    """Needs of the workers of a job: a device, memory, and time."""
+
+    device: torch.device
+    bytes_each: int  # libraries, weights (read, and packed), a batch's activations, a shard
+    seconds: float  # of the whole job on all processors; 0 where the number of threads is fixed or nothing is predicted
+
+    @classmethod
+    def of(cls, sampler: Sampler, job: Job) -> _Needs:
+        """Estimate them."""
+        weights = sum(p.numel() * 4 for p in sampler.unet.parameters())
+        h, w, c = job.shape
+        batch = job.call["batch_size"]
+        activations, shard = batch * sampler.info.activation_bytes((h, w)), 8 * len(job.indices(0)) * h * w * c
+        seconds = 0.0
+        r = jobs.request(sampler, 1, job.call["options"], job.labels(range(1)), 1)
+        # The first prediction of a process takes a second.
+        if job.settings["threads"] is None and sampler.backend == "native" and job.n * r.nfe >= SMALL:
+            found = cost.estimate(
+                sampler.unet, (h, w), job.n, r.nfe, batch, job.settings["dtype"], guided=r.nfe > len(r.table)
+            )
+            seconds = found.seconds or 0.0
+        return cls(sampler.device, LIBRARIES + 3 * weights + activations + shard, seconds)
 
 
 def _number(workers: int | None, bytes_each: int) -> int:
@@ -246,7 +309,7 @@ class _Watch:
             self._last = time.monotonic()
             self._show(flying)
 
-    def report(self, workers: int) -> Report:
+    def report(self, workers: int, threads: int) -> Report:
         """Return the report of the finished job."""
         self._show(0)
         job = self._job
@@ -256,6 +319,7 @@ class _Watch:
             drawn=job.n - self._before,
             shards=len(job.shards),
             workers=workers,
+            threads=threads,
             seconds=time.monotonic() - self._started,
             first_shard_s=self._first,
         )

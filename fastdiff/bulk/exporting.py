@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from fastdiff.bulk import job as jobs
 from fastdiff.bulk.job import Job
+from fastdiff.bulk.loading import read_good
 from fastdiff.bulk.shards import METADATA, png, tar
-from fastdiff.bulk.work import read_shard
 from fastdiff.checks import shown
-from fastdiff.errors import DataError, InvalidArgument, JobError
+from fastdiff.errors import InvalidArgument, JobError
 from fastdiff.files import atomic_file, atomic_folder
 
 
@@ -86,11 +86,7 @@ def _check_new(name: str, path: str | Path | None) -> None:
 def _shards(job: Job, tick: Callable[[], None]) -> Iterator[tuple[range, NDArray[np.uint8]]]:
     """Yield the indices and images of each shard."""
     for shard in job.shards:
-        try:
-            pixels = read_shard(job, shard)
-        except DataError as e:
-            raise JobError(f"{job.path(shard)}: {e}; `fastdiff verify {job.folder} --redraw` mends it") from e
-        yield job.indices(shard), pixels
+        yield job.indices(shard), read_good(job, shard)
         tick()
 
 

@@ -24,10 +24,9 @@ import torch
 import fastdiff.backends.native as native
 from fastdiff import __version__
 from fastdiff.bulk import shards
-from fastdiff.checkpoints.reading import read_json
+from fastdiff.checkpoints.reading import network_digest, read_json
 from fastdiff.checks import Check, Error, is_whole, number, one_of, optional, shown, text, whole
 from fastdiff.errors import CheckpointError, InvalidArgument, JobError
-from fastdiff.evaluation.image_store import network_digest
 from fastdiff.files import write_text
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.options import Options

@@ -1,71 +1,59 @@
-"""Worker processes of this machine: they are started, watched, and replaced when they die or hang.
+"""Worker processes of this machine.
 
 Each is spawned and loads the model itself. It ends when the pipe to its parent does, so none outlives a killed parent.
 """
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff import errors
-from fastdiff.bulk import job as jobs
-from fastdiff.bulk.work import work
-from fastdiff.errors import FastdiffError, WorkerError, WriteError
+from fastdiff.bulk import watching
+from fastdiff.bulk.watching import LOOK_S, Counts, Message
+from fastdiff.errors import InvalidArgument
 
-log = logging.getLogger("fastdiff")
-
-TRIES = 3  # of a worker that ends without having finished a shard
-LOOK_S = 0.5  # between two looks at the workers
+GPU = "CUDA_VISIBLE_DEVICES"
 
 
-class _Worker:
-    """A place for a process: its rank, and what is known of the processes that were there."""
+class _Process(watching.Place):
+    """A place for a process."""
 
-    def __init__(self, context: Any, counts: Any, place: int):
-        self._context, self._counts, self._place = context, counts, place
-        self.failures, self.published = 0, 0
-        self.beat, self.since = -1, time.monotonic()
+    def __init__(self, number: int, patience_s: float, context: Any, counts: Any, arguments: tuple[Any, ...]):
+        super().__init__(number, patience_s)
+        self._context, self._counts, self._arguments = context, counts, arguments
 
-    def start(self, *arguments: Any) -> None:
-        """Start a process in this place."""
+    def start(self) -> None:
+        self._counts[3 * self.number + 1] = self._counts[3 * self.number + 2]  # what was drawn in vain
         self.pipe, other = self._context.Pipe()
-        self.process = self._context.Process(target=_run, args=(other, self._counts, self._place, *arguments))
+        self.process = self._context.Process(target=_run, args=(other, self._counts, self.number, *self._arguments))
         self.process.start()
         other.close()
-        self.since = time.monotonic()
 
-    def look(self) -> float:
-        """Return for how many seconds the process has given no sign of life."""
-        beat = self._counts[3 * self._place]
-        if beat != self.beat:
-            self.beat, self.since = beat, time.monotonic()
-        return time.monotonic() - self.since
-
-    def message(self) -> Any:
-        """Return what the process has sent, ("done",) or an error; None if it has sent nothing."""
+    def message(self) -> Message | None:
         try:
             return self.pipe.recv() if self.pipe.poll() else None
         except (EOFError, OSError):
             return None
 
-    def has_progressed(self) -> bool:
-        """Return whether the place has published a shard since the last call."""
-        before, self.published = self.published, self._counts[3 * self._place + 2]
-        return self.published > before
+    def end(self) -> str | None:
+        if self.process.is_alive():
+            return None
+        code = self.process.exitcode
+        return f"ended with exit code {code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+
+    def counts(self) -> Counts:
+        beat, drawn, published = self._counts[3 * self.number : 3 * self.number + 3]
+        return beat, drawn, published
 
     def kill(self) -> None:
-        """End the process."""
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -78,105 +66,69 @@ def run(
     share: tuple[int, int],
     patience_s: float,
     watch: Callable[[int], None],
+    gpus: Sequence[str] = (),
 ) -> None:
-    """Run workers until the job is finished.
+    """Run worker processes until the job is finished.
 
-    ``watch`` is called about twice a second with the number of images that the workers have drawn but not yet
-    published. Errors of fastdiff in a worker are raised here, when all workers have ended.
+    ``gpus`` are the devices that the workers take in turns, one each, as CUDA_VISIBLE_DEVICES names them. ``watch`` is
+    called as by `fastdiff.bulk.watching.run`, which says more.
     """
     context = multiprocessing.get_context("spawn")
-    counts = context.Array("q", 3 * workers, lock=False)  # of each worker: signs of life, images drawn, and published
+    counts = context.Array("q", 3 * workers, lock=False)
     rank, world = share
-    places = [_Worker(context, counts, place) for place in range(workers)]
-    patience = dict.fromkeys(range(workers), patience_s)
-    arguments = [(str(folder), rank * workers + p, world * workers, threads, patience_s) for p in range(workers)]
-    running: set[int] = set()
-    try:
-        for place, worker in enumerate(places):
-            worker.start(*arguments[place])
-            running.add(place)
-        while running:
-            wait([end for p in running for end in (places[p].process.sentinel, places[p].pipe)], LOOK_S)
-            watch(sum(counts[1::3]) - sum(counts[2::3]))
-            for place in sorted(running):
-                worker = places[place]
-                message = worker.message()
-                if message is not None and message[0] == "done":
-                    worker.process.join()
-                    running.discard(place)
-                    continue
-                if message is not None:
-                    raise _error(*message)
-                reason = _trouble(worker, patience[place])
-                if reason is None:
-                    continue
-                hung = worker.process.is_alive()
-                worker.kill()
-                patience[place] *= 1 + hung  # a slow worker is no hanging one
-                _count_failure(worker, place, reason)
-                log.warning("worker %d %s; another one takes its place", place, reason)
-                worker.start(*arguments[place])
-    finally:
-        for place in running:
-            places[place].kill()
+    places = []
+    for p in range(workers):
+        environment = {GPU: gpus[p % len(gpus)]} if gpus else {}
+        arguments = (environment, str(folder), rank * workers + p, world * workers, threads, patience_s)
+        places.append(_Process(p, patience_s, context, counts, arguments))
+    watching.run(places, _pause, watch)
 
 
-def _trouble(worker: _Worker, patience_s: float) -> str | None:
-    """Return why a worker has to be replaced; None if it works."""
-    if not worker.process.is_alive():
-        code = worker.process.exitcode
-        return f"ended with exit code {code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-    if worker.look() > patience_s:
-        return f"has drawn nothing in {patience_s:.0f} s"
-    return None
+def _pause(places: Sequence[_Process]) -> None:
+    wait([end for place in places for end in (place.process.sentinel, place.pipe)], LOOK_S)
 
 
-def _count_failure(worker: _Worker, place: int, reason: str) -> None:
-    worker.failures = 1 if worker.has_progressed() else worker.failures + 1
-    if worker.failures >= TRIES:
-        raise WorkerError(
-            f"worker {place} {reason}, the {TRIES}rd time without a finished shard; what is finished is kept. Fewer "
-            "workers or a smaller batch_size take less memory, and a larger patience_s is for slower ones"
-        )
+def gpus(index: int | None = None, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the GPUs that this process may give to its workers, as CUDA_VISIBLE_DEVICES names them.
 
-
-def _error(name: str, text: str, number: int | None) -> FastdiffError:
-    """Make an error of a worker anew in this process."""
-    kind = getattr(errors, name, None)
-    if kind is WriteError:
-        return WriteError(text, number)
-    if isinstance(kind, type) and issubclass(kind, FastdiffError):
-        return kind(text)
-    return WorkerError(f"{name}: {text}")
+    Where torchrun has started several processes on this machine, each has its own part of them. ``index`` chooses one
+    of those that are visible, as in the device "cuda:1".
+    """
+    count = torch.cuda.device_count()
+    listed = environment.get(GPU)
+    names = [str(i) for i in range(count)] if listed is None else [name.strip() for name in listed.split(",")][:count]
+    if index is not None:
+        if index >= len(names):
+            raise InvalidArgument(f"device=cuda:{index}: {len(names)} GPUs are visible here")
+        return [names[index]]
+    rank, world = environment.get("LOCAL_RANK", ""), environment.get("LOCAL_WORLD_SIZE", "")
+    if not names or not (rank.isdecimal() and world.isdecimal()):
+        return names
+    return names[int(rank) :: max(int(world), 1)] or [names[int(rank) % len(names)]]
 
 
 def _run(
-    pipe: Any, counts: Any, place: int, folder: str, rank: int, world: int, threads: int, patience_s: float
-) -> None:
+    pipe: Any, counts: Any, place: int, environment: Mapping[str, str], folder: str, rank: int, world: int,
+    threads: int, patience_s: float,
+) -> None:  # fmt: skip
     """Work in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process ends with its pipe
-    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
-    torch.set_num_threads(threads)
+    os.environ.update(environment)  # before the first call of CUDA, which reads it
+    ignore_interrupts_and_end_with(pipe)
 
     def drawn(images: int, published: bool) -> None:
         counts[3 * place] += 1
         counts[3 * place + 1 + published] += images
 
-    try:
-        job = jobs.read(folder)
-        with job.sampler() as sampler:
-            work(job, sampler, rank, world, patience_s, drawn)
-    except Exception as e:
-        known = isinstance(e, FastdiffError)
-        name = type(e).__name__
-        text = Exception.__str__(e) if known else f"{name}: {e}"
-        pipe.send((name if known else "WorkerError", text, getattr(e, "errno", None)))
-    else:
-        pipe.send(("done",))
+    pipe.send(watching.serve(folder, rank, world, threads, patience_s, drawn))
+
+
+def ignore_interrupts_and_end_with(pipe: Any) -> None:
+    """Leave Ctrl-C to the parent, and end this process when the parent has gone, which closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
 
 
 def _end_with(pipe: Any) -> None:
-    """End this process when its parent has gone, which closes the pipe."""
     try:
         pipe.recv()
     except (EOFError, OSError):

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import hashlib
 import io
+import json
 import math
 import os
 import pickletools
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.checkpoints import wrappers
 from fastdiff.checks import is_whole
@@ -382,4 +383,20 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def network_digest(unet: nn.Module) -> str:
+    """Compute the SHA-256 of a network: of its class, its configuration, and its tensors with their names.
+
+    Folders of images have it in their settings.
+    """
+    digest = hashlib.sha256()
+    config = getattr(unet, "config", None)
+    to_dict = getattr(config, "to_dict", None)
+    described = to_dict() if callable(to_dict) else dict(config) if isinstance(config, dict) else None
+    digest.update(json.dumps([type(unet).__qualname__, described], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(unet.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

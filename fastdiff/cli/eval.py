@@ -50,7 +50,10 @@ def eval(
     ] = None,
     fit: FitOption = None,
     samples: Annotated[
-        Path | None, typer.Option(help="Judge these images instead of MODEL's: an .npz, or a folder.")
+        Path | None,
+        typer.Option(
+            help="Judge these images instead of MODEL's: an .npz, a folder of pictures, or one of `fastdiff generate`."
+        ),
     ] = None,
     features: FeaturesOption = "fashion-mnist",
     labels_of: Annotated[

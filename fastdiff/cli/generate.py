@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -31,7 +32,7 @@ from fastdiff.cli.options import (
 from fastdiff.errors import InvalidArgument, JobError, printable
 
 if TYPE_CHECKING:
-    from fastdiff.bulk import Progress
+    from fastdiff.bulk import Progress, Report
 
 OTHER_JOB = 3  # exit code where the folder is another job's: trying again does not help
 EVERY_S = 5.0  # between two lines of progress
@@ -55,8 +56,19 @@ def generate(
         ),
     ] = "cycle",
     workers: Annotated[
-        str, typer.Option(help="Worker processes of one thread each; auto: as many as processors and memory allow.")
+        str,
+        typer.Option(
+            help="Worker processes of one thread each, or one for each GPU in turns; auto: as many as processors, "
+            "memory or GPUs allow. Before long jobs auto measures whether one process of all threads is faster."
+        ),
     ] = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Let actors of Ray be the workers: local, auto, or the address of a cluster that shares the folder.",
+        ),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Completions of the indexed Kubernetes job that runs this command.")
     ] = None,
@@ -111,10 +123,13 @@ def generate(
     options["labels"] = _labels(labels)
     count = None if workers == "auto" else _workers(workers)
     try:
-        report = bulk.generate(
-            model, n, out, format=format, shard_size=shard_size, workers=count, ranks=ranks, patience_s=patience,
-            determinism=determinism, backend=backend, device=device, dtype=dtype, progress=_on_stderr(), **options,
-        )  # fmt: skip
+        # Ray prints to standard output that a worker has died.
+        with contextlib.redirect_stdout(sys.stderr):
+            report = bulk.generate(
+                model, n, out, format=format, shard_size=shard_size, workers=count, ray=ray, ranks=ranks,
+                patience_s=patience, determinism=determinism, backend=backend, device=device, dtype=dtype,
+                progress=_on_stderr(), **options,
+            )  # fmt: skip
     except JobError as e:
         print(f"error: {e}", file=sys.stderr)
         raise typer.Exit(OTHER_JOB) from None
@@ -126,7 +141,12 @@ def generate(
         return
     print(f"{printable(out)}: {report.images} images in {report.shards} shards, {report.drawn} of them new")
     if report.drawn:
-        print(f"{report.seconds:.1f} s, the first shard after {report.first_shard_s:.1f} s, {report.workers} workers")
+        print(f"{report.seconds:.1f} s, the first shard after {report.first_shard_s:.1f} s, {_workers_text(report)}")
+
+
+def _workers_text(report: Report) -> str:
+    each = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    return f"{report.workers} workers of {each}" if report.workers else each
 
 
 def _workers(text: str) -> int:

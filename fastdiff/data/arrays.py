@@ -44,14 +44,14 @@ class Arrays(NamedTuple):
     unused: tuple[str, ...] = ()  # the names of arrays that are none of these
 
 
-def check_bytes(where: str, what: str, size: int) -> None:
-    """Refuse an array of more bytes than this machine should hold, by a `DataError`."""
+def check_bytes(where: str, what: str, size: int, instead: str = "use a folder") -> None:
+    """Refuse an array of more bytes than this machine should hold, by a `DataError`, which says what to do instead."""
     limit = MAX_BYTES
     left = memory.free()
     if left is not None:
         limit = min(limit, left // 2)  # the arrays are converted, and the network needs memory too
     if size > limit:
-        raise DataError(f"{where}: {what} would take {size} bytes, more than the {limit} allowed here; use a folder")
+        raise DataError(f"{where}: {what} would take {size} bytes, more than the {limit} allowed here; {instead}")
 
 
 def _check_images(where: str, shape: tuple[int, ...]) -> None:

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.backends.native import cost
-from fastdiff.checkpoints.reading import read_json
+from fastdiff.checkpoints.reading import network_digest, read_json
 from fastdiff.checks import shown, whole
 from fastdiff.data.arrays import OWN, read_npz
 from fastdiff.data.pictures import to_uint8
@@ -149,19 +149,6 @@ def check_settings(folder: str | Path, expected: dict[str, Any]) -> None:
         raise DataError(f"{folder} holds images, but no {SETTINGS} that says what they are of; use another folder")
     else:
         write_text(path, json.dumps(expected, indent=2) + "\n")
-
-
-def network_digest(unet: nn.Module) -> str:
-    """Compute the SHA-256 of a network: of its class, its configuration, and its tensors with their names."""
-    digest = hashlib.sha256()
-    config = getattr(unet, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    described = to_dict() if callable(to_dict) else dict(config) if isinstance(config, dict) else None
-    digest.update(json.dumps([type(unet).__qualname__, described], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(unet.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _labels(sampler: Sampler, labels: int | str | None, start: int, n: int) -> int | str | list[int] | None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.data.datasets import FolderData, open_data
+from fastdiff.bulk.loading import is_job, load
+from fastdiff.checks import one_of
+from fastdiff.data.datasets import ArrayData, FolderData, open_data
 from fastdiff.data.pixels import Reading
 from fastdiff.data.summary import describe
 from fastdiff.errors import DataError, InvalidArgument
@@ -97,9 +99,11 @@ def load_images(
     labels: Path | None = None,
     options: Mapping[str, Any] | None = None,
     labelled: bool = False,
+    n: int | None = None,
 ) -> Loaded:
     """Load all images of a source that `load_data` takes, with the labels of ``labels`` or, if asked, of an .npz.
 
+    A folder of `fastdiff.bulk` is a source too, which may be unfinished if its first ``n`` images are there.
     With ``shape`` None, the images keep their own. Otherwise colour is not made gray, nor gray colour, unless
     ``options``, some of `DATA_OPTIONS`, have the channels; `DataError` says so.
     """
@@ -111,10 +115,20 @@ def load_images(
     # Folders that name other classes than the labels do are no classes here.
     depth = None if labels is not None or (labelled and path.is_file()) else 0
     size = None if shape is None else shape[1:]
-    data = open_data(
-        path, reading, labels=labels, size=size, channels=given.get("channels"), fit=fit, layout=given.get("layout"),
-        class_depth=depth,
-    )  # fmt: skip
+    data: ArrayData | FolderData
+    if is_job(path):
+        for name in ("frames", "profile", "layout"):
+            if given.get(name) is not None:
+                raise InvalidArgument(f"{name}={given[name]!r} is for other sources, but {path} is the folder of a job")
+        one_of("fit", fit, ("crop", "pad"))
+        arrays = load(path, n)
+        classes, names = (arrays.labels, arrays.class_names) if labelled else (None, None)
+        data = ArrayData(path, arrays.images, classes, size, given.get("channels"), fit, reading, names)
+    else:
+        data = open_data(
+            path, reading, labels=labels, size=size, channels=given.get("channels"), fit=fit,
+            layout=given.get("layout"), class_depth=depth,
+        )  # fmt: skip
     images, classes = data.__getitems__(range(len(data)))
     if isinstance(data, FolderData) and data.unreadable:  # no image counts twice
         keep = [i for i in range(len(data)) if i not in data.unreadable]

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints.reading import read_json, read_safetensors
+from fastdiff.bulk.loading import is_job
+from fastdiff.checkpoints.reading import network_digest, read_json, read_safetensors
 from fastdiff.checkpoints.saving import write_safetensors
 from fastdiff.data.summary import data_lines, duration, line
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
@@ -78,11 +79,12 @@ def evaluate(
 
     Args:
         model: A model, as `Sampler.from_pretrained` takes it.
-        samples: Images to judge in place of the model's: an .npz, a folder of pictures or of parts, or an IDX file.
+        samples: Images to judge in place of the model's: an .npz, a folder of pictures or of parts, an IDX file, or a
+            folder of `fastdiff.bulk.generate`, finished or, with ``n``, finished up to image n - 1.
         n: The number of images, at least 20; None means 5,000, or all of ``samples``.
-        data: Real images, as `fastdiff.data.load_data` takes them, or a folder with MNIST's four files, which also has
-            held-out images; None means the training images of the built-in model, if Debian's package has installed
-            them.
+        data: Real images, as `fastdiff.data.load_data` takes them, a folder of `fastdiff.bulk.generate`, or a folder
+            with MNIST's four files, which also has held-out images; None means the training images of the built-in
+            model, if Debian's package has installed them.
         held_out: Real images that the model was not trained on, whose scores are reported beside the model's.
         fit: "crop" or "pad" real images to the size of the judged ones; None pads MNIST's files and crops others.
         features_of: The network whose features are compared, as `features` takes it.
@@ -106,6 +108,7 @@ def evaluate(
 
     Raises:
         CheckpointError: If the model or the weights of the features cannot be read.
+        JobError: If a folder of `fastdiff.bulk.generate` is unfinished or damaged.
         DataError: If images are missing or cannot be read.
         InvalidArgument: If an argument is wrong or does not fit another.
     """
@@ -135,7 +138,7 @@ def evaluate(
         summary |= {"model": _described(sampler, str(model), settings, n)}
         seconds = None if announce is None else image_store.expected_seconds(sampler, n, **options)
     else:
-        loaded = _samples(Path(samples), None if judge.network is None else (1, SIZE, SIZE), fit, data_options)
+        loaded = _samples(Path(samples), None if judge.network is None else (1, SIZE, SIZE), fit, data_options, n)
         images, labels = loaded.images, loaded.labels
         if len(images) < (n or MIN_IMAGES):
             raise DataError(f"{samples} holds {len(images)} images, {n or MIN_IMAGES} are needed")
@@ -345,7 +348,7 @@ def cached_features(extract: Extractor, images: Tensor, folder: Path, progress: 
 
     Features that are in no file are computed and stored.
     """
-    network = image_store.network_digest(extract.network)
+    network = network_digest(extract.network)
     found: list[Tensor] = []
     progress(0, len(images))
     for start in range(0, len(images), CHUNK):
@@ -375,9 +378,11 @@ def _stored_features(path: Path, n: int) -> Tensor | None:
     return stored if fits else None
 
 
-def _samples(path: Path, shape: Shape | None, fit: str, options: Mapping[str, Any] | None) -> Loaded:
+def _samples(
+    path: Path, shape: Shape | None, fit: str, options: Mapping[str, Any] | None, n: int | None = None
+) -> Loaded:
     """Load images to judge and their labels, which an .npz and parts whose classes take turns have."""
-    if path.is_dir() and (path / "000000.npz").is_file():
+    if not is_job(path) and (path / "000000.npz").is_file():
         images = image_store.load(path)
         settings = read_json(path / image_store.SETTINGS) if (path / image_store.SETTINGS).is_file() else {}
         if shape is not None and tuple(images.shape[1:]) != shape:
@@ -388,7 +393,7 @@ def _samples(path: Path, shape: Shape | None, fit: str, options: Mapping[str, An
         cycle = settings.get("labels") == "cycle"
         labels = torch.arange(n, dtype=torch.int64, device="cpu") % len(CLASS_NAMES) if cycle else None
         return Loaded(images, labels, None, described)
-    return load_images(path, shape, fit, options=options, labelled=True)
+    return load_images(path, shape, fit, options=options, labelled=True, n=n)
 
 
 def _accuracy(judge: nn.Module, features: Tensor, labels: Tensor | None) -> dict[str, float] | None:

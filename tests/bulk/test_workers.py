@@ -20,7 +20,7 @@ import typer
 
 from fastdiff import bulk, cli
 from fastdiff.bulk import job as jobs
-from fastdiff.bulk import local
+from fastdiff.bulk import local, watching
 from fastdiff.errors import CheckpointError, JobError, WorkerError, WriteError
 from tests.bulk.jobs import N, begun, draw, files, leftovers, saved, tiny
 
@@ -161,12 +161,12 @@ def test_errors_of_workers_are_raised_here(tmp_path: Path) -> None:
     job_with_model(tmp_path / "a", str(tmp_path / "gone"))
     with pytest.raises(CheckpointError, match="gone"):
         local.run(tmp_path / "a", 1, 1, (0, 1), 600, lambda _: None)
-    error = local._error("WriteError", "disk", 28)
+    error = watching.error("WriteError", "disk", 28)
     assert isinstance(error, WriteError)
     assert error.errno == 28
-    assert isinstance(local._error("JobError", "other", None), JobError)
+    assert isinstance(watching.error("JobError", "other", None), JobError)
     for name in ("logging", "printable", "_LINE", "Nonsense", "ValueError"):
-        assert isinstance(local._error(name, "x", None), WorkerError)
+        assert isinstance(watching.error(name, "x", None), WorkerError)
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_commands(tmp_path: Path, model: str, call: Call) -> None:
     code, out, err = call(*arguments)
     assert code == 0, err
     assert "job: 6 images in 2 shards, 6 of them new" in out
-    assert re.search(r"s, the first shard after [\d.]+ s, 1 workers", out)
+    assert re.search(r"s, the first shard after [\d.]+ s, 1 workers of 1 thread", out)
     assert "0 of 6 images\n" in err
     assert "6 of 6 images, " in err
     code, out, _ = call(*arguments, "--json")

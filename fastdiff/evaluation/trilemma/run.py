@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff import __version__
 from fastdiff.bench import machine
-from fastdiff.checkpoints.reading import read_json, weights_digest
+from fastdiff.checkpoints.reading import network_digest, read_json, weights_digest
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
 from fastdiff.evaluation import image_store
 from fastdiff.evaluation.metrics import Extractor, Reference, features, measure
@@ -61,7 +61,7 @@ class Judge:
     def digest(self) -> str:
         """The SHA-256 of the real images and the features' network, which measurements depend on."""
         images = self.real.images.numpy().tobytes()
-        return hashlib.sha256(images + image_store.network_digest(self.extract.network).encode()).hexdigest()
+        return hashlib.sha256(images + network_digest(self.extract.network).encode()).hexdigest()
 
 
 Earlier = dict[str, dict[int, dict[str, Any]]]  # by name and n: {"frechet": {"value", "low", "high"}, ...}
