@@ -89,7 +89,7 @@ DATA_FLAGS = {"channels": "--image-channels", "features_of": "--features", **{
     for name in ("value_range", "frames", "alpha", "profile", "layout", "class_depth", "class_names", "labels",
                  "labels_of", "size", "fit")
 }}  # fmt: skip
-_ARGUMENT = re.compile(rf"\b({'|'.join(DATA_FLAGS)})=(?:\"([\w-]+)\"|\((-?[\d.]+), (-?[\d.]+)\)|(\d+)\b)?")
+_ARGUMENT = re.compile(rf"\b({'|'.join(DATA_FLAGS)})=(?:\"([\w-]+)\"|\((-?[\d.]+), (-?[\d.]+)\)|(\d+(?:x\d+)?)\b)?")
 
 
 def in_flags(text: str) -> str:

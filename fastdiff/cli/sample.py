@@ -239,9 +239,10 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
     import torch
 
     from fastdiff.data.doubts import picture_doubts
+    from fastdiff.data.pictures import MODES
     from fastdiff.data.pixels import convert, fit_to, headers, misfit, open_image, scaled, values_of, why
 
-    if channels not in (1, 3):
+    if channels not in MODES:
         raise InvalidArgument(f"{option} {path}: this model's images have {channels} channels, so they are no pictures")
     try:
         heads = headers(path)

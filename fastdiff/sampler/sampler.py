@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import backends, checkpoints, solvers
+from fastdiff import backends, checkpoints
 from fastdiff.checkpoints.loading import check_options
 from fastdiff.checks import boolean, one_of, shown, whole
 from fastdiff.core import process
@@ -32,6 +32,7 @@ from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.prediction import check_prediction
+from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule
 
@@ -348,6 +349,7 @@ class Sampler:
         image: Any,
         *,
         steps: int | None = None,
+        solver: str = "ddim",
         iterations: int = 1,
         spacing: str | Sequence[float] | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
@@ -357,19 +359,22 @@ class Sampler:
         callback: Callable[[Event], None] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Compute the noise from which deterministic DDIM draws ``image``.
+        """Compute the noise from which a deterministic solver draws ``image``.
 
             noise = sampler.invert(image, steps=50, labels=9)
             sampler.sample(len(image), noise=noise, steps=50, labels=9, clip=None)      # image again, or edited
 
         It is an approximation, which improves with ``steps``, and with ``iterations`` and a spacing by sigma together:
         on the built-in model 50 steps reach 25 dB, and 3 iterations in "karras" or "exponential" spacing more than 40.
-        In "trailing" spacing, whose steps near the image are too long, iterations help little.
+        In "trailing" spacing, whose steps near the image are too long, iterations help little. ``solver="dpmpp_2m"``
+        is of order 2, without iterations.
 
         Args:
             image: Images [n, C, H, W], or one [C, H, W], floats in [-1, 1]; or pictures as for `sample`.
             steps: Steps of the solver, as for `sample`, where it must be the same; so must the options below.
-            iterations: Network evaluations per step, at least 1: fixed-point iterations of the implicit inverse.
+            solver: "ddim", "dpmpp_1", "dpmpp_2m" or "dpmpp_3m".
+            iterations: Network evaluations per step, at least 1: fixed-point iterations of the implicit inverse, of
+                "ddim" only.
             spacing: As for `sample`.
             labels: As for `sample`.
             guidance: As for `sample`.
@@ -389,10 +394,17 @@ class Sampler:
         spacing = None if spacing is None else check_spacing("spacing", spacing)
         if spacing is None and isinstance(self.schedule, NoiseSchedule):
             spacing = value_of(config, "timestep_spacing", "trailing")
-        table = solvers.ddim_inversion(
-            self.schedule, steps, iterations=iterations, spacing=spacing, prediction=self.prediction,
-            steps_offset=value_of(config, "steps_offset", 0) if spacing == "leading" else 0,
-            set_alpha_to_one=value_of(config, "set_alpha_to_one", True),
+        solver = one_of("solver", solver, [name for name, known in SOLVERS.items() if known.inverse is not None])
+        inverse = SOLVERS[solver].inverse
+        assert inverse is not None
+        own: dict[str, Any] = {}
+        if solver == "ddim":
+            own = {"iterations": iterations, "set_alpha_to_one": value_of(config, "set_alpha_to_one", True)}
+        elif whole("iterations", iterations, 1, 1000) != 1:
+            raise InvalidArgument(f"iterations={iterations}: solver={solver!r} takes one evaluation a step; ddim more")
+        table = inverse(
+            self.schedule, steps, spacing=spacing, prediction=self.prediction,
+            steps_offset=value_of(config, "steps_offset", 0) if spacing == "leading" else 0, **own,
         )  # fmt: skip
         image = editing.as_image(image, self.info.channels)
         n = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 1

@@ -88,6 +88,7 @@ class Walk:
     # Whether a step may end elsewhere than where the next one starts, and timesteps may repeat, as in diffusers. In the
     # table the levels join all the same, and the row of a repeated timestep is a stage.
     compat: bool = False
+    ascending: bool = False  # whether the levels rise, from an image to noise
     start: int = 0  # the row at which the run starts; a multi-step formula uses no row before it
     x0_gain: float = 1.0  # factor of x_0 before it is bounded
     last_time: float = 0.0  # the network's timestep where the last step ends, if there is noise
@@ -235,6 +236,7 @@ class Walk:
             len(self) if steps is None else steps,
             tuple(rows),
             init_scale=self.init_scale,
+            ascending=self.ascending,
             continuous=self.continuous,
             threshold=self.threshold,
             data_scale=self.data_scale,

@@ -134,8 +134,10 @@ class Trainer:
                 "in_channels (learned variances are not trained here)"
             )
         if any(side % config.stride for side in data.size):
+            near = "x".join(str(max(side // config.stride, 1) * config.stride) for side in data.size)
             raise InvalidArgument(
-                f"images of {data.size[0]}x{data.size[1]}: both must be multiples of the U-Net's stride {config.stride}"
+                f"images of {data.size[0]}x{data.size[1]}: both must be multiples of the U-Net's stride "
+                f"{config.stride}, as size={near}"
             )
         if config.conditional and config.num_classes is None:
             raise InvalidArgument(
