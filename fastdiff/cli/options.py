@@ -131,6 +131,14 @@ def read_numbers(option: str, text: str) -> list[int]:
         raise InvalidArgument(f"{option} {text}: whole numbers separated by commas are needed") from e
 
 
+def read_decimals(option: str, text: str) -> list[float]:
+    """Parse a comma-separated list of numbers, as "40,0.05,50,1.003"; `InvalidArgument` names the option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InvalidArgument(f"{option} {text}: numbers separated by commas are needed") from e
+
+
 def read_labels(text: str, info: NetworkInfo) -> list[int]:
     """Parse the value of --labels, as "4,10" or "dog,cat" or, where classes are named by numbers, "#4"."""
     from fastdiff.sampler.request import class_of

@@ -234,6 +234,7 @@ class Sampler:
         eta: float = 0.0,
         variance: str | None = None,
         order: int | None = None,
+        churn: float | Sequence[float] | None = None,
         spacing: str | Sequence[float] | None = None,
         clip: float | str | None = FROM_MODEL,
         seed: int | Sequence[int] | None = 0,
@@ -276,6 +277,8 @@ class Sampler:
             variance: Noise of ddpm: "posterior", "beta", "none" or "learned_range"; None: the model's.
             order: Number of evaluations that a step of unipc or deis (1 to 3, 2 by default) or of lms (1 to 4, 4 by
                 default) uses.
+            churn: For euler and heun, EDM's stochastic sampler: S_churn, or (S_churn, S_tmin, S_tmax, S_noise). None
+                is off.
             spacing: "trailing", "leading", "linspace", "quadratic", "karras", "exponential", or a decreasing list of
                 timesteps (`fastdiff.solvers.sigma_timesteps` makes one from sigmas). None: the model's, else trailing.
             clip: Bound of abs(x0), a positive number; None for no bound; "model" for the model's, which may be dynamic

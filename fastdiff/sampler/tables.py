@@ -101,6 +101,8 @@ def _build(
 def _of_code_base(o: Options, name: str, schedule: Schedule, prediction: str, config: Mapping[str, Any]) -> StepTable:
     """Return the table of ``compat``, which may start late where that needs no other table."""
     assert o.compat is not None
+    if o.churn is not None:
+        raise InvalidArgument(f"compat={o.compat!r} has no churn={shown(o.churn)}; leave one of them out")
     options = CompatOptions(
         o.compat, name, schedule, prediction, config,
         steps=o.steps, eta=o.eta, variance=o.variance, order=o.order, spacing=o.spacing, clip=o.clip,

@@ -13,10 +13,9 @@ from fastdiff.solvers.dpmpp import dpmpp_table
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.table import Row, StepTable
-from fastdiff.solvers.walk import Level, Schedule, Walk
+from fastdiff.solvers.walk import Level, Schedule, Walk, noised
 
 MAX_REPEATED = 1_000_000  # steps that RePaint adds at most
-LINEAR = ("ax", "ao", "a0", "as_")  # coefficients of a row's result in a table without history
 
 
 def step_starts(table: StepTable) -> list[int]:
@@ -124,15 +123,8 @@ def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> Ste
         if jumps.get(at):
             jumps[at] -= 1
             at += jump_length
-            rows[-1] = _jump(rows[-1], steps[n - at][0].abar)
+            rows[-1] = noised(rows[-1], steps[n - at][0].abar)
     return dataclasses.replace(table, rows=tuple(rows), ascending=True)
-
-
-def _jump(row: Row, abar: float) -> Row:
-    """Append to a row the forward process from its abar_next to ``abar``."""
-    r = abar / row.abar_next
-    s = math.sqrt(r * row.s**2 + 1.0 - r)
-    return row._replace(abar_next=abar, s=s, **{name: math.sqrt(r) * getattr(row, name) for name in LINEAR})
 
 
 @checked

@@ -37,6 +37,7 @@ OPTIONS = {
     "eta": "; the noise of ddpm is variance",
     "variance": "; the noise of ddim is eta",
     "order": "; dpmpp_1 to dpmpp_3m say theirs",
+    "churn": "",
 }
 
 
@@ -160,6 +161,7 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(
         euler,
         "Euler's method in sigma (Karras et al. 2022).",
+        options=("churn",),
         diffusers=DiffusersScheduler("EulerDiscreteScheduler", by_sigma=True, edm="EDMEulerScheduler"),
     ),
     "euler_ancestral": Solver(
@@ -170,6 +172,7 @@ SOLVERS: dict[str, Solver] = {
     "heun": Solver(
         heun,
         "Heun's method of order 2, two evaluations a step (Karras et al. 2022).",
+        options=("churn",),
         diffusers=DiffusersScheduler("HeunDiscreteScheduler", by_sigma=True),
     ),
     "dpm2": Solver(
