@@ -19,7 +19,7 @@ from fastdiff.checks import boolean, one_of, shown, whole
 from fastdiff.core import process
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
-from fastdiff.sampler import choice, editing
+from fastdiff.sampler import adaptive, choice, editing
 from fastdiff.sampler.editing import Guide
 from fastdiff.sampler.loop import Loop, Stream
 from fastdiff.sampler.measured import NAME, Measured, read_for
@@ -455,6 +455,36 @@ class Sampler:
         r = self.request(n, **options)
         first, last = (editing.end_noise(end, r.index[0], r.shape) for end in between)
         return self._loop.run(dataclasses.replace(r, noise=editing.slerp(first, last, r.n)), callback, progress)
+
+    @process.work()
+    def adapt(
+        self, n: int = 8, *, order: int = 3, rtol: float = 0.05, atol: float = 0.0078, **options: Any
+    ) -> StepTable:
+        """Find steps that suit the model: each is as long as its error on ``n`` images allows (dpm_adaptive).
+
+            table = sampler.adapt(rtol=0.05, labels=9)
+            sampler.sample(64, solver=table, labels=9)
+
+        It is the adaptive DPM-Solver of k-diffusion (Lu et al. 2022, arXiv:2206.00927, section 3.3), whose accepted
+        steps are kept as a table, with a last step to zero noise. Finding them takes the evaluations of the rejected
+        steps besides.
+
+        Args:
+            n: Number of images on which the steps are tried, at least 1. Their errors count together.
+            order: 2 or 3, the order of the solver and the evaluations of the network in a step.
+            rtol: Error that a step may have relative to the values of the sample, above 0.
+            atol: Error that a step may have at least, in units of the data, above 0.
+            **options: Options of `sample` that say which images are tried and how: seed, start_index, labels, guidance,
+                clip, size and the like.
+
+        Returns:
+            The table, for ``solver=`` of `sample`.
+
+        Raises:
+            InvalidArgument: If an option is not allowed, or the tolerances need more than 1000 trials.
+            NumericsError: If images became NaN or infinite.
+        """
+        return adaptive.find(self, n, order, rtol, atol, options)
 
     def stream(self, n: int, *, every: int = 1, progress: bool = False, **options: Any) -> Iterator[Event]:
         """Run `sample` row by row; leaving the loop over the events, or `cancel`, ends the run and frees its memory.

@@ -38,7 +38,7 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
         return _of_code_base(o, o.solver, schedule, prediction, scheduler_config)
     if o.spacing is not None and "spacing" not in solver.shared:
         raise InvalidArgument(f"spacing={shown(o.spacing)}: {o.solver} has its own spacing; leave it out")
-    shared = _shared(o, solver, schedule, prediction, scheduler_config)
+    shared = shared_options(o, solver, schedule, prediction, scheduler_config)
     table = _build(solver, schedule, o.steps, o, scheduler_config, shared)
     if o.late is None:
         return table
@@ -61,7 +61,7 @@ def _given_table(o: Options, table: StepTable) -> StepTable:
     return table if o.late is None else starting_at(table, late_start(table, o.late))
 
 
-def _shared(
+def shared_options(
     o: Options, solver: Solver, schedule: Schedule, prediction: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the options that all solvers share, from the call or else from the model."""
