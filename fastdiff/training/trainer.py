@@ -45,7 +45,8 @@ from fastdiff.unet import UNet
 log = logging.getLogger("fastdiff")
 
 GRID_STEPS = 25  # DDIM steps of the sample grids
-MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile")  # settings that a resumed run may change
+# Settings that a resumed run may change.
+MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile", "gradient_checkpointing")
 
 # Settings that a resumed run may change where the caller accepts it: the checkpoint still fits.
 HARMLESS = (
@@ -355,7 +356,11 @@ class Trainer:
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
                 network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
-            with TrainingLog(self.out, self.config, self.step, self._losses, enabled=self.rank == 0) as logger:
+            recomputed = self.unet.gradient_checkpointing() if self.config.gradient_checkpointing else None
+            with (
+                recomputed or contextlib.nullcontext(),
+                TrainingLog(self.out, self.config, self.step, self._losses, enabled=self.rank == 0) as logger,
+            ):
                 self._loop(network, logger)
             if self.rank == 0 and self.step == self.config.steps:
                 self.export(self.out / "model")
