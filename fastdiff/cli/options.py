@@ -89,7 +89,7 @@ DATA_FLAGS = {"channels": "--image-channels", "features_of": "--features", **{
     for name in ("value_range", "frames", "alpha", "profile", "layout", "class_depth", "class_names", "labels",
                  "labels_of", "size", "fit")
 }}  # fmt: skip
-_ARGUMENT = re.compile(rf"\b({'|'.join(DATA_FLAGS)})=(?:\"([\w-]+)\"|\((-?[\d.]+), (-?[\d.]+)\)|(\d+)\b)?")
+_ARGUMENT = re.compile(rf"\b({'|'.join(DATA_FLAGS)})=(?:\"([\w-]+)\"|\((-?[\d.]+), (-?[\d.]+)\)|(\d+(?:x\d+)?)\b)?")
 
 
 def in_flags(text: str) -> str:
@@ -129,6 +129,14 @@ def read_numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as e:
         raise InvalidArgument(f"{option} {text}: whole numbers separated by commas are needed") from e
+
+
+def read_decimals(option: str, text: str) -> list[float]:
+    """Parse a comma-separated list of numbers, as "40,0.05,50,1.003"; `InvalidArgument` names the option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InvalidArgument(f"{option} {text}: numbers separated by commas are needed") from e
 
 
 def read_labels(text: str, info: NetworkInfo) -> list[int]:

@@ -24,6 +24,7 @@ from fastdiff.cli.options import (
     SpacingOption,
     StepsOption,
     VarianceOption,
+    read_decimals,
     read_labels,
     read_numbers,
     read_size,
@@ -57,6 +58,9 @@ def sample(
     variance: VarianceOption = None,
     order: Annotated[
         int | None, typer.Option(help="Evaluations that a step uses: unipc and deis 1-3, lms 1-4.")
+    ] = None,
+    churn: Annotated[
+        str | None, typer.Option(help="euler, heun: S_churn of EDM's sampler, or S_churn,S_tmin,S_tmax,S_noise.")
     ] = None,
     spacing: SpacingOption = None,
     compat: Annotated[
@@ -124,6 +128,7 @@ def sample(
     options = {name: given[flag.removeprefix("--").replace("-", "_")] for name, flag in Options.flags().items()}
     _check_files(out, animate, image, mask)
     options["size"] = None if size is None else read_size(size)
+    options["churn"] = None if churn is None else read_decimals("--churn", churn)
     if index is not None:
         options["index"] = read_numbers("--index", index)
         n = len(options["index"])
@@ -239,9 +244,10 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
     import torch
 
     from fastdiff.data.doubts import picture_doubts
+    from fastdiff.data.pictures import MODES
     from fastdiff.data.pixels import convert, fit_to, headers, misfit, open_image, scaled, values_of, why
 
-    if channels not in (1, 3):
+    if channels not in MODES:
         raise InvalidArgument(f"{option} {path}: this model's images have {channels} channels, so they are no pictures")
     try:
         heads = headers(path)

@@ -109,6 +109,9 @@ def train(
     hflip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Compute activations twice instead of keeping them: less memory, more time.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights, order and noise.")] = 0,
     accept_changes: Annotated[
@@ -146,7 +149,8 @@ def train(
         steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,
         label_dropout=label_dropout, hflip=hflip, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
         weight_decay=weight_decay, grad_clip=grad_clip, ema_decay=ema_decay, precision=precision, compile=compile_,
-        seed=seed, log_every=log_every, save_every=save_every, sample_every=sample_every,
+        gradient_checkpointing=gradient_checkpointing, seed=seed, log_every=log_every, save_every=save_every,
+        sample_every=sample_every,
     )  # fmt: skip
     noise = NoiseSchedule(schedule, timesteps)
     if init is not None and config is not None:

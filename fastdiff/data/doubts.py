@@ -125,9 +125,9 @@ def header_doubts(heads: Sequence[tuple[Path, Header]], reading: Reading, channe
 def picture_doubts(head: Header, values: np.ndarray, channels: int) -> list[str]:
     """Return what happens to one picture that becomes an image of so many channels, other than its fitting."""
     found = [f"it has {head.frames} pages or frames, of which the first alone is used"] if head.frames > 1 else []
-    found += ["its alpha channel is composited over white"] if head.alpha else []
+    found += ["its alpha channel is composited over white"] if head.alpha and channels in (1, 3) else []
     found += [f"its colours are {head.profile}, which is ignored"] if head.profile is not None else []
-    found += ["its colours become gray"] if head.channels == 3 and channels == 1 else []
+    found += ["its colours become gray"] if head.channels == 3 and channels in (1, 2) else []
     high = float(values[..., :3].max()) * (257 if head.depth == "16-bit colour" else 1)
     if head.depth.startswith("16") and 0 < high < 32768:
         found.append(f"its 16-bit values reach {high:g} of 65535 alone, so that it is dark")

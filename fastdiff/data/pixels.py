@@ -80,13 +80,17 @@ def misfit(own: tuple[int, int], size: tuple[int, int], fit: str) -> str | None:
 
 
 def convert(images: np.ndarray, channels: int, alpha: str | None = None) -> np.ndarray:
-    """Convert uint8 images [n, h, w, 1 | 3 | 4] to [n, h, w, channels], for 1 or 3 channels.
+    """Convert uint8 images [n, h, w, 1 | 3 | 4] to [n, h, w, channels], for gray (1), RGB (3), or either with alpha.
 
-    Alpha is composited over white or black, or dropped, and colour becomes luma with the weights of ITU-R 601:
+    Where the result has alpha (2 or 4 channels), it is kept, and opaque where there was none. Else it is composited
+    over white or black, or dropped. Colour becomes luma with the weights of ITU-R 601:
 
         c' = round((c a + back (255 - a)) / 255)
         y = (19595 r + 38470 g + 7471 b + 2^15) / 2^16
     """
+    if channels in (2, 4):
+        opacity = images[..., 3:] if images.shape[3] == 4 else np.full_like(images[..., :1], 255)
+        return np.concatenate([convert(images[..., :3], channels - 1), opacity], axis=3)
     if images.shape[3] == 4 and alpha == "drop":
         images = images[..., :3]
     elif images.shape[3] == 4:
@@ -132,7 +136,8 @@ def fit_to(images: np.ndarray, size: tuple[int, int], fit: str) -> np.ndarray:
         return images
     out = np.empty((len(images), H, W, images.shape[3]), np.uint8)
     for image, result in zip(images, out, strict=True):
-        source = Image.fromarray(np.ascontiguousarray(image if image.shape[2] == 3 else image[..., 0]))
+        # Pillow weighs colours by their alpha.
+        source = Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[2] == 1 else image))
         result[:] = np.asarray(source.resize((W, H), Image.Resampling.LANCZOS)).reshape(result.shape)
     return out
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 # Schedulers whose tuple is (prev_sample,) alone, and those whose second entry is no pred_original_sample.
 ALONE = (
-    "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
-    "DEISMultistepScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler",
+    "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+    "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler",
 )  # fmt: skip
 SECOND = {"LCMScheduler": "denoised", "TCDScheduler": "pred_noised_sample"}
 

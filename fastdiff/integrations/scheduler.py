@@ -58,14 +58,17 @@ CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise", *NOISY)
 STEP_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "DDIMScheduler": ("eta", "use_clipped_model_output", "generator", "variance_noise", "return_dict"),
     "TCDScheduler": ("eta", *NOISY),
-    "DPMSolverMultistepScheduler": ("generator", "variance_noise", "return_dict"),
+    **dict.fromkeys(
+        ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"),
+        ("generator", "variance_noise", "return_dict"),
+    ),
     "EulerDiscreteScheduler": CHURN,
     "EDMEulerScheduler": CHURN,
     "LMSDiscreteScheduler": ("order", "return_dict"),
     "DPMSolverSDEScheduler": ("return_dict", "s_noise"),
     **dict.fromkeys(
         ("PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "HeunDiscreteScheduler",
-         "KDPM2DiscreteScheduler"), ("return_dict",),
+         "KDPM2DiscreteScheduler", "DDIMInverseScheduler"), ("return_dict",),
     ),
 }  # fmt: skip
 # The arguments of each scheduler's set_timesteps after (num_inference_steps, device).
@@ -90,8 +93,10 @@ TWO_STAGES = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2Ancestral
 # Schedulers in sigma that have the timesteps of the training before a run, one for each level.
 PLAIN = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
 # Schedulers of a multi-step solver whose samples are variance-preserving.
-MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
-             "DEISMultistepScheduler")  # fmt: skip
+MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
+             "UniPCMultistepScheduler", "DEISMultistepScheduler")  # fmt: skip
+# Schedulers that lead from an image to noise.
+INVERSE = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
 
 
 class Place(NamedTuple):
@@ -383,6 +388,7 @@ class Scheduler:
         """
         if self._timesteps is None:
             falling = torch.arange(len(self) - 1, -1, -1, dtype=torch.int64, device="cpu")
+            falling = falling.flip(0) if self._name in INVERSE else falling
             continuous = self.config.get("timestep_type") == "continuous"
             if not self.in_sigma:
                 self._timesteps = falling.float() if self._name in MULTISTEP else falling

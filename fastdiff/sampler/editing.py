@@ -201,10 +201,8 @@ def _are(values: Any, kind: type) -> bool:
 
 
 def _bytes_of(picture: Image.Image, channels: int) -> NDArray[np.uint8]:
-    """Return a picture's pixels [H, W, C], its alpha only where the network's images have one."""
+    """Return a picture's pixels [H, W, C]; its alpha is composited over white where the network's images have none."""
     try:
-        if channels in (2, 4):
-            return np.array(picture.convert(pictures.MODES[channels]))
         return _converted(pixels_of(picture), channels)
     except InvalidArgument:
         raise
@@ -213,7 +211,7 @@ def _bytes_of(picture: Image.Image, channels: int) -> NDArray[np.uint8]:
 
 
 def _converted(pixels: NDArray[Any], channels: int) -> NDArray[np.uint8]:
-    if channels not in (1, 3):
+    if channels not in pictures.MODES:
         raise InvalidArgument(f"image is a picture, but the network's images have {channels} channels; give a tensor")
     return convert(pixels[None], channels)[0]
 

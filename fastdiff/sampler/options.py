@@ -19,6 +19,7 @@ from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.sampler.editing import Guide
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.arguments import ARGUMENTS
+from fastdiff.solvers.churn import check_churn
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.ddpm import VARIANCES
 from fastdiff.solvers.registry import SOLVERS
@@ -58,6 +59,11 @@ def _clip(name: str, value: Any, *, error: Error = InvalidArgument) -> Any:
             raise error(f"{name}={shown(value)}: a positive number, None or {FROM_MODEL!r} is needed")
         return value
     check_clip(name, value, error=error)
+    return value
+
+
+def _churn(name: str, value: Any, *, error: Error = InvalidArgument) -> Any:
+    check_churn(name, value, error=error)
     return value
 
 
@@ -109,6 +115,9 @@ class Options:
     )
     order: int | None = option(
         None, "--order", TABLE, AUTO, QUALITY, DEADLINE, MEASURED, check=optional(partial(whole, low=1))
+    )
+    churn: float | Sequence[float] | None = option(
+        None, "--churn", TABLE, AUTO, QUALITY, DEADLINE, MEASURED, check=optional(_churn)
     )
     spacing: str | Sequence[float] | None = option(
         None, "--spacing", TABLE, DEADLINE, MEASURED, check=optional(check_spacing)

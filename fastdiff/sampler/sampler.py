@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import backends, checkpoints, solvers
+from fastdiff import backends, checkpoints
 from fastdiff.checkpoints.loading import check_options
 from fastdiff.checks import boolean, one_of, shown, whole
 from fastdiff.core import process
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
-from fastdiff.sampler import choice, editing
+from fastdiff.sampler import adaptive, choice, editing
 from fastdiff.sampler.editing import Guide
 from fastdiff.sampler.loop import Loop, Stream
 from fastdiff.sampler.measured import NAME, Measured, read_for
@@ -32,6 +32,7 @@ from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.prediction import check_prediction
+from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule
 
@@ -233,6 +234,7 @@ class Sampler:
         eta: float = 0.0,
         variance: str | None = None,
         order: int | None = None,
+        churn: float | Sequence[float] | None = None,
         spacing: str | Sequence[float] | None = None,
         clip: float | str | None = FROM_MODEL,
         seed: int | Sequence[int] | None = 0,
@@ -275,6 +277,8 @@ class Sampler:
             variance: Noise of ddpm: "posterior", "beta", "none" or "learned_range"; None: the model's.
             order: Number of evaluations that a step of unipc or deis (1 to 3, 2 by default) or of lms (1 to 4, 4 by
                 default) uses.
+            churn: For euler and heun, EDM's stochastic sampler: S_churn, or (S_churn, S_tmin, S_tmax, S_noise). None
+                is off.
             spacing: "trailing", "leading", "linspace", "quadratic", "karras", "exponential", or a decreasing list of
                 timesteps (`fastdiff.solvers.sigma_timesteps` makes one from sigmas). None: the model's, else trailing.
             clip: Bound of abs(x0), a positive number; None for no bound; "model" for the model's, which may be dynamic
@@ -348,6 +352,7 @@ class Sampler:
         image: Any,
         *,
         steps: int | None = None,
+        solver: str = "ddim",
         iterations: int = 1,
         spacing: str | Sequence[float] | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
@@ -357,19 +362,22 @@ class Sampler:
         callback: Callable[[Event], None] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Compute the noise from which deterministic DDIM draws ``image``.
+        """Compute the noise from which a deterministic solver draws ``image``.
 
             noise = sampler.invert(image, steps=50, labels=9)
             sampler.sample(len(image), noise=noise, steps=50, labels=9, clip=None)      # image again, or edited
 
         It is an approximation, which improves with ``steps``, and with ``iterations`` and a spacing by sigma together:
         on the built-in model 50 steps reach 25 dB, and 3 iterations in "karras" or "exponential" spacing more than 40.
-        In "trailing" spacing, whose steps near the image are too long, iterations help little.
+        In "trailing" spacing, whose steps near the image are too long, iterations help little. ``solver="dpmpp_2m"``
+        is of order 2, without iterations.
 
         Args:
             image: Images [n, C, H, W], or one [C, H, W], floats in [-1, 1]; or pictures as for `sample`.
             steps: Steps of the solver, as for `sample`, where it must be the same; so must the options below.
-            iterations: Network evaluations per step, at least 1: fixed-point iterations of the implicit inverse.
+            solver: "ddim", "dpmpp_1", "dpmpp_2m" or "dpmpp_3m".
+            iterations: Network evaluations per step, at least 1: fixed-point iterations of the implicit inverse, of
+                "ddim" only.
             spacing: As for `sample`.
             labels: As for `sample`.
             guidance: As for `sample`.
@@ -389,10 +397,17 @@ class Sampler:
         spacing = None if spacing is None else check_spacing("spacing", spacing)
         if spacing is None and isinstance(self.schedule, NoiseSchedule):
             spacing = value_of(config, "timestep_spacing", "trailing")
-        table = solvers.ddim_inversion(
-            self.schedule, steps, iterations=iterations, spacing=spacing, prediction=self.prediction,
-            steps_offset=value_of(config, "steps_offset", 0) if spacing == "leading" else 0,
-            set_alpha_to_one=value_of(config, "set_alpha_to_one", True),
+        solver = one_of("solver", solver, [name for name, known in SOLVERS.items() if known.inverse is not None])
+        inverse = SOLVERS[solver].inverse
+        assert inverse is not None
+        own: dict[str, Any] = {}
+        if solver == "ddim":
+            own = {"iterations": iterations, "set_alpha_to_one": value_of(config, "set_alpha_to_one", True)}
+        elif whole("iterations", iterations, 1, 1000) != 1:
+            raise InvalidArgument(f"iterations={iterations}: solver={solver!r} takes one evaluation a step; ddim more")
+        table = inverse(
+            self.schedule, steps, spacing=spacing, prediction=self.prediction,
+            steps_offset=value_of(config, "steps_offset", 0) if spacing == "leading" else 0, **own,
         )  # fmt: skip
         image = editing.as_image(image, self.info.channels)
         n = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 1
@@ -440,6 +455,36 @@ class Sampler:
         r = self.request(n, **options)
         first, last = (editing.end_noise(end, r.index[0], r.shape) for end in between)
         return self._loop.run(dataclasses.replace(r, noise=editing.slerp(first, last, r.n)), callback, progress)
+
+    @process.work()
+    def adapt(
+        self, n: int = 8, *, order: int = 3, rtol: float = 0.05, atol: float = 0.0078, **options: Any
+    ) -> StepTable:
+        """Find steps that suit the model: each is as long as its error on ``n`` images allows (dpm_adaptive).
+
+            table = sampler.adapt(rtol=0.05, labels=9)
+            sampler.sample(64, solver=table, labels=9)
+
+        It is the adaptive DPM-Solver of k-diffusion (Lu et al. 2022, arXiv:2206.00927, section 3.3), whose accepted
+        steps are kept as a table, with a last step to zero noise. Finding them takes the evaluations of the rejected
+        steps besides.
+
+        Args:
+            n: Number of images on which the steps are tried, at least 1. Their errors count together.
+            order: 2 or 3, the order of the solver and the evaluations of the network in a step.
+            rtol: Error that a step may have relative to the values of the sample, above 0.
+            atol: Error that a step may have at least, in units of the data, above 0.
+            **options: Options of `sample` that say which images are tried and how: seed, start_index, labels, guidance,
+                clip, size and the like.
+
+        Returns:
+            The table, for ``solver=`` of `sample`.
+
+        Raises:
+            InvalidArgument: If an option is not allowed, or the tolerances need more than 1000 trials.
+            NumericsError: If images became NaN or infinite.
+        """
+        return adaptive.find(self, n, order, rtol, atol, options)
 
     def stream(self, n: int, *, every: int = 1, progress: bool = False, **options: Any) -> Iterator[Event]:
         """Run `sample` row by row; leaving the loop over the events, or `cancel`, ends the run and frees its memory.

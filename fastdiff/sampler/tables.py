@@ -38,7 +38,7 @@ def step_table(o: Options, schedule: Schedule, prediction: str, scheduler_config
         return _of_code_base(o, o.solver, schedule, prediction, scheduler_config)
     if o.spacing is not None and "spacing" not in solver.shared:
         raise InvalidArgument(f"spacing={shown(o.spacing)}: {o.solver} has its own spacing; leave it out")
-    shared = _shared(o, solver, schedule, prediction, scheduler_config)
+    shared = shared_options(o, solver, schedule, prediction, scheduler_config)
     table = _build(solver, schedule, o.steps, o, scheduler_config, shared)
     if o.late is None:
         return table
@@ -61,7 +61,7 @@ def _given_table(o: Options, table: StepTable) -> StepTable:
     return table if o.late is None else starting_at(table, late_start(table, o.late))
 
 
-def _shared(
+def shared_options(
     o: Options, solver: Solver, schedule: Schedule, prediction: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the options that all solvers share, from the call or else from the model."""
@@ -101,6 +101,8 @@ def _build(
 def _of_code_base(o: Options, name: str, schedule: Schedule, prediction: str, config: Mapping[str, Any]) -> StepTable:
     """Return the table of ``compat``, which may start late where that needs no other table."""
     assert o.compat is not None
+    if o.churn is not None:
+        raise InvalidArgument(f"compat={o.compat!r} has no churn={shown(o.churn)}; leave one of them out")
     options = CompatOptions(
         o.compat, name, schedule, prediction, config,
         steps=o.steps, eta=o.eta, variance=o.variance, order=o.order, spacing=o.spacing, clip=o.clip,

@@ -11,7 +11,7 @@ from fastdiff.solvers.dpmpp_stages import dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
-from fastdiff.solvers.paths import ddim_inversion, repaint, starting_at
+from fastdiff.solvers.paths import ddim_inversion, dpmpp_inversion, repaint, starting_at
 from fastdiff.solvers.plms import plms
 from fastdiff.solvers.singlestep import dpmpp_2s, dpmpp_3s
 from fastdiff.solvers.spacing import SIGMA_SPACINGS, SPACINGS, sigma_timesteps, timesteps
@@ -40,6 +40,7 @@ __all__ = [
     "dpmpp_3m",
     "dpmpp_3m_sde",
     "dpmpp_3s",
+    "dpmpp_inversion",
     "dpmpp_sde",
     "euler",
     "euler_ancestral",

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from fastdiff.checks import Check, Error, boolean, number, one_of, shown, whole
 from fastdiff.errors import FastdiffError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers.churn import check_churn
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.prediction import PREDICTIONS
 from fastdiff.solvers.spacing import check_spacing
@@ -51,6 +52,7 @@ ARGUMENTS: Mapping[str, Check] = {
     "threshold": check_threshold,
     "final": functools.partial(one_of, allowed=("zero", "sigma_min")),
     "eta": functools.partial(number, low=0, need="0 or a positive number"),
+    "churn": check_churn,
     "eps_from": functools.partial(one_of, allowed=("clipped", "output")),
     "set_alpha_to_one": boolean,
     "lower_order_final": boolean,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastdiff.checks import number
 from fastdiff.solvers.arguments import checked
+from fastdiff.solvers.churn import check_churn, churned
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
 
@@ -15,7 +17,13 @@ if TYPE_CHECKING:
 
 
 @checked
-def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
+def euler(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    churn: float | Sequence[float] = 0.0,
+    **common: Unpack[Common],
+) -> StepTable:
     """Build the table of Euler's method in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1, first order only).
 
     For dx/dsigma = eps with x = x_0 + sigma eps, a step from sigma_s to sigma_t is
@@ -27,6 +35,9 @@ def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]
     Args:
         schedule: Noise levels that the network was trained with.
         steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        churn: S_churn of the paper's algorithm 2, or (S_churn, S_tmin, S_tmax, S_noise): before a step at a level from
+            S_tmin to S_tmax, noise of standard deviation S_noise raises it by the factor 1 + min(S_churn / steps,
+            sqrt(2) - 1). 0 adds none.
         **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
             `Walk.of`.
 
@@ -36,7 +47,7 @@ def euler(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]
     Raises:
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    return euler_table(Walk.of(schedule, steps, **common), "euler", 0.0)
+    return euler_table(churned(Walk.of(schedule, steps, **common), check_churn("churn", churn)), "euler", 0.0)
 
 
 @checked
@@ -75,5 +86,5 @@ def euler_table(walk: Walk, name: str, eta: float) -> StepTable:
     for i, level in enumerate(walk.levels):
         up = eta * level.s_next * math.sqrt(max(0.0, 1.0 - (level.sigma_next / level.sigma) ** 2))
         down = math.sqrt(level.s_next**2 - up**2)
-        rows.append(walk.row(i, x0=level.a_next, eps=down, z=up))
+        rows.append(walk.continued(i, walk.row(i, x0=level.a_next, eps=down, z=up)))
     return walk.table(name, rows)

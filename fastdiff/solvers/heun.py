@@ -1,11 +1,13 @@
-"""Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithm 1, which is deterministic)."""
+"""Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithms 1, deterministic, and 2, with churn)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.solvers.arguments import checked
+from fastdiff.solvers.churn import check_churn, churned
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Level, Schedule, Walk
 
@@ -14,7 +16,13 @@ if TYPE_CHECKING:
 
 
 @checked
-def heun(schedule: Schedule, steps: int | None = None, **common: Unpack[Common]) -> StepTable:
+def heun(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    churn: float | Sequence[float] = 0.0,
+    **common: Unpack[Common],
+) -> StepTable:
     """Build the table of Heun's second-order method (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
 
     For dx/dsigma = eps with x = x_0 + sigma eps, a step from sigma_s to sigma_t is two rows:
@@ -28,6 +36,9 @@ def heun(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
     Args:
         schedule: Noise levels that the network was trained with.
         steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an `EDMSchedule`).
+        churn: S_churn of the paper's algorithm 2, or (S_churn, S_tmin, S_tmax, S_noise): before a step at a level from
+            S_tmin to S_tmax, noise of standard deviation S_noise raises it by the factor 1 + min(S_churn / steps,
+            sqrt(2) - 1). 0 adds none.
         **common: Options that all solvers share: spacing, prediction, clip, threshold, steps_offset and final, as in
             `Walk.of`.
 
@@ -37,7 +48,7 @@ def heun(schedule: Schedule, steps: int | None = None, **common: Unpack[Common])
     Raises:
         InvalidArgument: If an option is out of range, or the schedule starts at zero SNR, where sigma is infinite.
     """
-    return heun_table(Walk.of(schedule, steps, **common))
+    return heun_table(churned(Walk.of(schedule, steps, **common), check_churn("churn", churn)))
 
 
 def heun_table(walk: Walk) -> StepTable:
@@ -45,19 +56,18 @@ def heun_table(walk: Walk) -> StepTable:
     if walk.levels[0].abar == 0.0:
         raise InvalidArgument("heun cannot start at zero SNR, where sigma is infinite; ddim, euler and dpmpp_2m can")
     rows = []
-    last = len(walk) - 1
     for i, level in enumerate(walk.levels):
         # The states are variance-preserving, a (x_0 + sigma eps): the first row reads one at level s, the second at t.
         two = level.abar_next < 1.0
         keep = "eps" if two and walk.compat else None
         rows.append(walk.row(i, x0=level.a_next, eps=level.s_next, save=float(two), keep=keep))
         if two:
-            end = walk.levels[i + 1].t if i < last else walk.last_time
-            stage = Level(end, level.abar_next, level.abar_next)
+            stage = Level(walk.end(i), level.abar_next, level.abar_next)
             half = 0.5 * level.a_next * (level.sigma_next - level.sigma)
             if walk.compat:  # as written first, so that a caller who edits x_e changes eps_e alone, as in diffusers
                 second = walk.at(stage).row(0, xs=level.a_next / level.a, eps=half, m=(half,), stage=1.0)
             else:
                 second = walk.at(stage).row(0, x=0.5, xs=0.5 * level.a_next / level.a, eps=half, stage=1.0)
             rows.append(second)
+        rows[-1] = walk.continued(i, rows[-1])
     return walk.table("heun", rows)

@@ -96,7 +96,8 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
 
 
 # Schedulers that bound x0 where ``clip_sample`` is absent, and those that do not; the others have no such key.
-CLIPS = {"DDPMScheduler": True, "DDIMScheduler": True, "LCMScheduler": False, "HeunDiscreteScheduler": False}
+CLIPS = {"DDPMScheduler": True, "DDIMScheduler": True, "DDIMInverseScheduler": True, "LCMScheduler": False,
+         "HeunDiscreteScheduler": False}  # fmt: skip
 
 
 def clips(config: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Tables for image editing: late starts (SDEdit, img2img), resampling (RePaint) and DDIM inversion."""
+"""Tables for image editing: late starts (SDEdit, img2img), resampling (RePaint) and inversion."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from fastdiff.checks import is_number, shown, whole
 from fastdiff.errors import InvalidArgument
-from fastdiff.solvers.arguments import checked
+from fastdiff.solvers.arguments import check_order, checked
+from fastdiff.solvers.dpmpp import dpmpp_table
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.table import Row, StepTable
-from fastdiff.solvers.walk import Level, Schedule, Walk
+from fastdiff.solvers.walk import Level, Schedule, Walk, noised
 
 MAX_REPEATED = 1_000_000  # steps that RePaint adds at most
-LINEAR = ("ax", "ao", "a0", "as_")  # coefficients of a row's result in a table without history
 
 
 def step_starts(table: StepTable) -> list[int]:
@@ -123,15 +123,8 @@ def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> Ste
         if jumps.get(at):
             jumps[at] -= 1
             at += jump_length
-            rows[-1] = _jump(rows[-1], steps[n - at][0].abar)
+            rows[-1] = noised(rows[-1], steps[n - at][0].abar)
     return dataclasses.replace(table, rows=tuple(rows), ascending=True)
-
-
-def _jump(row: Row, abar: float) -> Row:
-    """Append to a row the forward process from its abar_next to ``abar``."""
-    r = abar / row.abar_next
-    s = math.sqrt(r * row.s**2 + 1.0 - r)
-    return row._replace(abar_next=abar, s=s, **{name: math.sqrt(r) * getattr(row, name) for name in LINEAR})
 
 
 @checked
@@ -196,6 +189,60 @@ def ddim_inversion(
     return StepTable(
         "ddim_inversion", len(walk), tuple(rows),
         init_scale=walk.init_scale, ascending=True, continuous=edm, data_scale=walk.data_scale,
+    )  # fmt: skip
+
+
+@checked
+def dpmpp_inversion(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    order: int = 2,
+    spacing: str | Sequence[float] | None = None,
+    prediction: str | None = None,
+    steps_offset: int = 0,
+) -> StepTable:
+    """Build the table of DPM-Solver++ from an image to the noise that the solver with ``clip=None`` turns into it.
+
+    The multi-step formulas of `dpmpp_2m` and `dpmpp_3m` hold for steps in either direction; here lambda falls, so that
+    h is negative. diffusers' DPMSolverMultistepInverseScheduler is the same with its own levels. The image is taken to
+    have the schedule's lowest noise level, at which lambda is finite.
+
+    Args:
+        schedule: Noise levels that the network was trained with.
+        steps: Number of steps, as in the solver that leads back.
+        order: 1 for `dpmpp_1`, 2 for `dpmpp_2m`, 3 for `dpmpp_3m`.
+        spacing: As in the solver that leads back.
+        prediction: What the network predicts, see `Walk.of`.
+        steps_offset: As in the solver that leads back.
+
+    Returns:
+        A table of one row a step; one less where the run back ends at the lowest level itself, as "leading" and
+        "linspace" do. Its result divided by the table's init_scale is the noise.
+
+    Raises:
+        InvalidArgument: If an option is out of range, there is one level alone, or the schedule has zero SNR, from
+            which nothing leads back.
+    """
+    check_order(order, 3)
+    down = Walk.of(
+        schedule, steps, spacing=spacing, prediction=prediction, clip=None, steps_offset=steps_offset, final="sigma_min"
+    )
+    if down.levels[0].abar == 0.0:
+        raise InvalidArgument("nothing leads back from zero SNR (abar = 0); a schedule without it is needed")
+    times = [*(level.t for level in down.levels[1:]), down.last_time]
+    up = tuple(
+        Level(t, level.abar_next, level.abar)
+        for level, t in zip(down.levels, times, strict=True)
+        if level.abar_next > level.abar
+    )[::-1]
+    if not up:
+        raise InvalidArgument("one step at the lowest noise level leads nowhere; more steps are needed")
+    walk = dataclasses.replace(down, levels=up, ascending=True, output_scale=1.0, data_scale=1.0)
+    table = dpmpp_table(walk, "dpmpp_inversion", order, "heun" if order == 3 else "midpoint")
+    first = table.rows[0]._replace(abar=1.0)  # the first row reads the image itself
+    return dataclasses.replace(
+        table, steps=len(down), rows=(first, *table.rows[1:]), data_scale=down.data_scale
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ docs/adding-a-solver.md describes how to add one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastdiff.solvers.dpmpp_stages import dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.euler import euler, euler_ancestral
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.keys import value_of
+from fastdiff.solvers.paths import ddim_inversion, dpmpp_inversion
 from fastdiff.solvers.plms import plms
 from fastdiff.solvers.singlestep import dpmpp_2s, dpmpp_3s
 from fastdiff.solvers.table import StepTable
@@ -35,6 +37,7 @@ OPTIONS = {
     "eta": "; the noise of ddpm is variance",
     "variance": "; the noise of ddim is eta",
     "order": "; dpmpp_1 to dpmpp_3m say theirs",
+    "churn": "",
 }
 
 
@@ -62,6 +65,8 @@ class Solver:
     own_spacing: bool = False  # whether it chooses its timesteps itself, so that the model's spacing does not apply
     # Arguments of ``function`` that the model's scheduler configuration decides where the caller does not.
     from_model: Mapping[str, Callable[[Config], Any]] = dataclasses.field(default_factory=dict)
+    # The table from an image to the noise that the solver turns into it, (schedule, steps, **options); None for none.
+    inverse: Callable[..., StepTable] | None = None
     diffusers: DiffusersScheduler | None = None  # None where diffusers does not have the solver
     others: tuple[str, ...] = ()  # the other code bases, "openai" or "ho", that have it
 
@@ -93,6 +98,10 @@ def _dpm(order: int, algorithm: str = "dpmsolver++") -> DiffusersScheduler:
     )
 
 
+def _inverse(order: int) -> Callable[..., StepTable]:
+    return functools.partial(dpmpp_inversion, order=order)
+
+
 def _dpm_singlestep(order: int, **more: str) -> DiffusersScheduler:
     return DiffusersScheduler("DPMSolverSinglestepScheduler", {"solver_order": order, **more}, by_sigma=True)
 
@@ -102,6 +111,7 @@ SOLVERS: dict[str, Solver] = {
         ddim,
         "Denoising diffusion implicit models (Song et al. 2021).",
         options=("eta",),
+        inverse=ddim_inversion,
         from_model={"set_alpha_to_one": lambda config: value_of(config, "set_alpha_to_one", True)},
         diffusers=DiffusersScheduler("DDIMScheduler"),
         others=("openai", "ho"),
@@ -115,9 +125,13 @@ SOLVERS: dict[str, Solver] = {
         diffusers=DiffusersScheduler("DDPMScheduler"),
         others=("openai", "ho"),
     ),
-    "dpmpp_1": Solver(dpmpp_1, "DPM-Solver++ of order 1 (Lu et al. 2022).", diffusers=_dpm(1)),
-    "dpmpp_2m": Solver(dpmpp_2m, "DPM-Solver++(2M), multi-step, of order 2 (Lu et al. 2022).", diffusers=_dpm(2)),
-    "dpmpp_3m": Solver(dpmpp_3m, "DPM-Solver++(3M), multi-step, of order 3 (Lu et al. 2022).", diffusers=_dpm(3)),
+    "dpmpp_1": Solver(dpmpp_1, "DPM-Solver++ of order 1 (Lu et al. 2022).", inverse=_inverse(1), diffusers=_dpm(1)),
+    "dpmpp_2m": Solver(
+        dpmpp_2m, "DPM-Solver++(2M), multi-step, of order 2 (Lu et al. 2022).", inverse=_inverse(2), diffusers=_dpm(2)
+    ),
+    "dpmpp_3m": Solver(
+        dpmpp_3m, "DPM-Solver++(3M), multi-step, of order 3 (Lu et al. 2022).", inverse=_inverse(3), diffusers=_dpm(3)
+    ),
     "dpmpp_2m_sde": Solver(
         dpmpp_2m_sde, "SDE-DPM-Solver++(2M), stochastic (Lu et al. 2022).", diffusers=_dpm(2, "sde-dpmsolver++")
     ),
@@ -147,6 +161,7 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(
         euler,
         "Euler's method in sigma (Karras et al. 2022).",
+        options=("churn",),
         diffusers=DiffusersScheduler("EulerDiscreteScheduler", by_sigma=True, edm="EDMEulerScheduler"),
     ),
     "euler_ancestral": Solver(
@@ -157,6 +172,7 @@ SOLVERS: dict[str, Solver] = {
     "heun": Solver(
         heun,
         "Heun's method of order 2, two evaluations a step (Karras et al. 2022).",
+        options=("churn",),
         diffusers=DiffusersScheduler("HeunDiscreteScheduler", by_sigma=True),
     ),
     "dpm2": Solver(

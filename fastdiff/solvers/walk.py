@@ -88,9 +88,12 @@ class Walk:
     # Whether a step may end elsewhere than where the next one starts, and timesteps may repeat, as in diffusers. In the
     # table the levels join all the same, and the row of a repeated timestep is a stage.
     compat: bool = False
+    ascending: bool = False  # whether the levels rise, from an image to noise
     start: int = 0  # the row at which the run starts; a multi-step formula uses no row before it
     x0_gain: float = 1.0  # factor of x_0 before it is bounded
     last_time: float = 0.0  # the network's timestep where the last step ends, if there is noise
+    ends: tuple[float, ...] = ()  # the network's timestep where each step ends, if the next one starts elsewhere
+    added: float = 1.0  # standard deviation of the noise between the end of a step and the start of the next one
     # The network's timestep at a sigma between two levels, and abar there, for solvers with a stage in between.
     between: Callable[[float], tuple[float, float]] | None = None
 
@@ -169,6 +172,18 @@ class Walk:
     def __len__(self) -> int:
         return len(self.levels)
 
+    def end(self, i: int) -> float:
+        """Return the network's timestep where step i ends."""
+        if self.ends:
+            return self.ends[i]
+        return self.levels[i + 1].t if i + 1 < len(self) else self.last_time
+
+    def continued(self, i: int, row: Row) -> Row:
+        """Append to the last row of step i the noise that leads to where the next step starts, if it does elsewhere."""
+        if i + 1 == len(self) or self.levels[i + 1].abar == row.abar_next:
+            return row
+        return noised(row, self.levels[i + 1].abar, self.added)
+
     def order(self, i: int, most: int) -> int:
         """Return how many of rows i, i-1, ... a multi-step formula can use, at most ``most``.
 
@@ -235,10 +250,32 @@ class Walk:
             len(self) if steps is None else steps,
             tuple(rows),
             init_scale=self.init_scale,
+            ascending=self.ascending,
             continuous=self.continuous,
             threshold=self.threshold,
             data_scale=self.data_scale,
         )
+
+
+LINEAR = ("ax", "ao", "a0", "a1", "a2", "a3", "as_")  # coefficients of a row's result, but for the noise
+
+
+def forward(abar: float, abar_next: float, noise: float = 1.0) -> tuple[float, float]:
+    """Return the factors of x and of z in the forward process from one level to one of more noise.
+
+        x_u = sqrt(r) x_p + noise sqrt(1 - r) z,    r = abar_u / abar_p          (Ho et al. 2020, eq. 2)
+
+    In sigma space this is x_u = x_p + noise sqrt(sigma_u^2 - sigma_p^2) z.
+    """
+    r = abar_next / abar
+    return math.sqrt(r), noise * math.sqrt(1.0 - r)
+
+
+def noised(row: Row, abar: float, noise: float = 1.0) -> Row:
+    """Append to a row the forward process from its abar_next to ``abar``, which needs no network."""
+    x, z = forward(row.abar_next, abar, noise)
+    scaled = {name: x * getattr(row, name) for name in LINEAR}
+    return row._replace(abar_next=abar, s=math.hypot(x * row.s, z), **scaled)
 
 
 def _between(schedule: Schedule, sigma: float) -> tuple[float, float]:

@@ -44,6 +44,8 @@ class TrainConfig:
         precision: Precision of the network's evaluation, "fp32" or "bf16" (autocast). Weights, loss and update are
             float32 in both.
         compile: Whether the network is compiled by ``torch.compile``.
+        gradient_checkpointing: Whether blocks compute their activations anew in the backward pass, which takes less
+            memory and more time, and changes no result.
         seed: Seed of everything that is random, from 0 to 2^64 - 1.
         log_every: Updates between lines of the log, at least 1.
         save_every: Updates between checkpoints, at least 1.
@@ -71,6 +73,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     precision: str = "fp32"
     compile: bool = False
+    gradient_checkpointing: bool = False
     seed: int = 0
     log_every: int = 50
     save_every: int = 1000
@@ -88,7 +91,7 @@ class TrainConfig:
             value = getattr(self, key)
             listed = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
             self._need(key, isinstance(value, str) and value in allowed, listed)
-        for key in ("hflip", "compile"):
+        for key in ("hflip", "compile", "gradient_checkpointing"):
             object.__setattr__(self, key, boolean(key, getattr(self, key)))
         self._need_number("lr", "a positive number", above=True)
         if not (isinstance(self.grad_clip, float) and self.grad_clip == math.inf):

@@ -46,7 +46,8 @@ from fastdiff.unet import UNet
 log = logging.getLogger("fastdiff")
 
 GRID_STEPS = 25  # DDIM steps of the sample grids
-MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile")  # settings that a resumed run may change
+# Settings that a resumed run may change.
+MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile", "gradient_checkpointing")
 
 # Settings that a resumed run may change where the caller accepts it: the checkpoint still fits.
 HARMLESS = (
@@ -136,8 +137,10 @@ class Trainer:
                 "in_channels (learned variances are not trained here)"
             )
         if any(side % config.stride for side in data.size):
+            near = "x".join(str(max(side // config.stride, 1) * config.stride) for side in data.size)
             raise InvalidArgument(
-                f"images of {data.size[0]}x{data.size[1]}: both must be multiples of the U-Net's stride {config.stride}"
+                f"images of {data.size[0]}x{data.size[1]}: both must be multiples of the U-Net's stride "
+                f"{config.stride}, as size={near}"
             )
         if config.conditional and config.num_classes is None:
             raise InvalidArgument(
@@ -355,7 +358,11 @@ class Trainer:
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
                 network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
-            with TrainingLog(self.out, self.config, self.step, self._losses, enabled=self.rank == 0) as logger:
+            recomputed = self.unet.gradient_checkpointing() if self.config.gradient_checkpointing else None
+            with (
+                recomputed or contextlib.nullcontext(),
+                TrainingLog(self.out, self.config, self.step, self._losses, enabled=self.rank == 0) as logger,
+            ):
                 self._loop(network, logger)
             if self.rank == 0 and self.step == self.config.steps:
                 self.export(self.out / "model")

@@ -9,14 +9,16 @@ residual up/down-sampling; Ho & Salimans 2022 (arXiv:2207.12598) for the null la
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import plain_modes
@@ -102,6 +104,8 @@ class ResnetBlock(nn.Module):
     out = (shortcut(resample(x)) + conv2(silu(h))) / scale_factor
     """
 
+    recompute = False  # whether activations are computed anew in the backward pass (gradient checkpointing)
+
     def __init__(
         self,
         config: UNetConfig | UNetConditionConfig,
@@ -138,6 +142,11 @@ class ResnetBlock(nn.Module):
         return self.norm2(h) * (1 + scale) + shift
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, emb, use_reentrant=False)
+        return self._compute(x, emb)
+
+    def _compute(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(self._resampled(F.silu(self.norm1(x))))
         x = self._resampled(x)
         h = self.second_norm(h, self.time_emb_proj(F.silu(emb))[:, :, None, None])
@@ -153,6 +162,8 @@ class Attention(nn.Module):
     out = (x + W_o softmax(q k^T / sqrt(d)) v) / scale_factor
     """
 
+    recompute = False  # as in `ResnetBlock`
+
     def __init__(self, channels: int, head_dim: int, groups: int | None, eps: float, scale_factor: float = 1.0):
         super().__init__()
         self.head_dim = head_dim
@@ -166,6 +177,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels, dtype=DTYPE)])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, use_reentrant=False)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2)  # [B, HW, C]
@@ -457,6 +473,24 @@ class UNet(nn.Module):
         for up in self.up_blocks:
             h = up(h, skips, emb)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    @contextlib.contextmanager
+    def gradient_checkpointing(self) -> Iterator[None]:
+        """Let residual and attention blocks compute their activations anew in the backward pass, within this context.
+
+        A training then takes less memory and about a third more time. Outputs and gradients are the same.
+
+        Yields:
+            Nothing; the blocks are as they were afterwards.
+        """
+        blocks = [m for m in self.modules() if isinstance(m, (ResnetBlock, Attention))]
+        for block in blocks:
+            block.recompute = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.recompute
 
     def zero_residuals_(self) -> UNet:
         """Zero the last layer of every residual branch and of the network, as Ho et al. 2020 do before training.

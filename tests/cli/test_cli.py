@@ -469,6 +469,34 @@ def test_what_happens_to_an_image_is_said(model: str, call: Call, caplog: pytest
     assert_refused(call(*arguments, "float.tif"), ("float.tif cannot be read: floating-point pixels",))
 
 
+def test_an_image_with_alpha(call: Call, caplog: pytest.LogCaptureFixture) -> None:
+    """A network of images with alpha keeps that of the picture, shrunk with it; another picture is opaque."""
+    config = dataclasses.replace(TINY_CLASSES, in_channels=4, out_channels=4, num_class_embeds=None, null_label=None)
+    checkpoint.save_folder("clear", random_unet(config), NoiseSchedule("linear", 100, beta_end=0.1))
+    pixels = np.full((16, 16, 4), (200, 9, 90, 255), np.uint8)
+    pixels[:, ::2] = (0, 255, 0, 0)  # invisible, so that its colour is not mixed into the others
+    Image.fromarray(pixels).save("clear.png")
+    Image.fromarray(pixels[..., :3]).save("opaque.png")
+    options = ("sample", "clear", "--n", "1", "--steps", "4", "--backend", "eager", "--strength", "0.25", "-o", "a.npz")
+    sampler = Sampler.from_pretrained("clear", backend="eager", device="cpu")
+    shrunk = {
+        "clear.png": Image.fromarray(pixels),
+        "opaque.png": Image.fromarray(pixels[..., :3]),
+    }
+    for name, picture in shrunk.items():
+        code, _, err = call(*options, "--image", name)
+        assert code == 0, err
+        small = picture.resize((8, 8), Image.Resampling.LANCZOS).convert("RGBA")
+        expected = sampler.sample(1, steps=4, image=small, strength=0.25)
+        assert np.array_equal(np.load("a.npz")["images"], images.to_uint8(expected.images))
+    mixed = np.array(Image.fromarray(pixels).resize((8, 8), Image.Resampling.LANCZOS))[4, 4, :3]
+    assert np.abs(mixed.astype(int) - (200, 9, 90)).max() <= 1
+    assert "alpha" not in caplog.text
+    five = dataclasses.replace(config, in_channels=5, out_channels=5)
+    checkpoint.save_folder("five", random_unet(five), NoiseSchedule("linear", 100, beta_end=0.1))
+    assert_refused(call("sample", "five", *options[2:], "--image", "clear.png"), ("5 channels", "no pictures"))
+
+
 @pytest.mark.parametrize("name", ["film.gif", "film.webp"])
 def test_animate(name: str, model: str, call: Call) -> None:
     code, _, err = call("sample", model, "--n", "4", "--steps", "6", "--animate", name, "--out", "a.png")

@@ -98,7 +98,8 @@ def test_a_run_starts_in_the_middle(config, begin):
             ours.set_begin_index(first)
         x0, z = torch.randn((2, *SHAPE), generator=seeded(0))
         t = theirs.timesteps[first : first + 1]
-        x, y = theirs.add_noise(x0, z, t), ours.add_noise(x0, z, t)
+        y = ours.add_noise(x0, z, t)
+        x = theirs.add_noise(x0, z, t) if hasattr(theirs, "add_noise") else y  # DDIMInverseScheduler has none
         assert difference(y, x) < 1e-4
         x = run(theirs, x, theirs.timesteps[first:], **given)
         y = run(ours, y, ours.timesteps[first:], **own)

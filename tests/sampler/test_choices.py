@@ -19,6 +19,7 @@ from fastdiff.checkpoints import save_folder
 from fastdiff.errors import FastdiffError, InvalidArgument, WriteError
 from fastdiff.files import check_writable
 from fastdiff.sampler import Sampler
+from fastdiff.sampler.editing import as_image
 from tests.support.unets import TINY, TINY_CLASSES, random_unet
 
 HUGE = (1 << 64) - 1
@@ -297,3 +298,26 @@ def test_spawned_workers() -> None:
     )
     (images,) = list(loader)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_picture_of_any_kind_for_a_network_of_any_kind(channels: int) -> None:
+    """Alpha is kept where the network's images have it, opaque where the picture has none, or composited over white."""
+    clear = np.array([[[200, 100, 50, 128]]], np.uint8)
+    over = ((clear[..., :3].astype(int) * 128 + 255 * 127 + 127) // 255).astype(np.uint8)
+    luma = lambda rgb: np.array(Image.fromarray(rgb).convert("L"))[..., None]  # noqa: E731
+    opaque = np.full((1, 1, 1), 255, np.uint8)
+    rgb = clear[..., :3]
+    expected = {
+        1: (luma(over), luma(rgb)),
+        2: (np.concatenate([luma(rgb), clear[..., 3:]], 2), np.concatenate([luma(rgb), opaque], 2)),
+        3: (over, rgb),
+        4: (clear, np.concatenate([rgb, opaque], 2)),
+    }[channels]
+    for given, want in zip((Image.fromarray(clear), Image.fromarray(rgb)), expected, strict=True):
+        read = as_image(given.resize((8, 8), Image.Resampling.NEAREST), channels)
+        assert read.shape == (1, channels, 8, 8)
+        assert torch.equal(read[0, :, 3, 3], torch.from_numpy(want[0, 0]).float() / 127.5 - 1.0)
+    assert torch.equal(
+        as_image(np.tile(rgb, (8, 8, 1)), channels), as_image(Image.fromarray(np.tile(rgb, (8, 8, 1))), channels)
+    )

@@ -312,6 +312,27 @@ def test_inversion_is_ddim_upwards() -> None:
     assert by_steps[2] < 0.5 * by_steps[0]
 
 
+@pytest.mark.parametrize(
+    ("solver", "least", "largest"), [("dpmpp_1", 0.8, 0.1), ("dpmpp_2m", 1.7, 0.02), ("dpmpp_3m", 0.8, 1e-3)]
+)
+def test_inversion_by_dpm_solver_converges(solver: str, least: float, largest: float) -> None:
+    """The run there and back by a solver of order p misses the image by steps to the power -p.
+
+    With order 3 the rest is that the image is taken to have the lowest noise level.
+    """
+    sampler = Sampler(
+        Gaussian(torch.zeros(2), 0.25 * torch.eye(2)), SCHEDULE, backend="eager", shape=(1, 1, 2), dtype="float64"
+    )
+    x = torch.tensor([[[[0.7, -0.4]]]])
+    errors = []
+    for steps in (16, 32):
+        z = sampler.invert(x, steps=steps, solver=solver, spacing="exponential")
+        back = sampler.sample(1, steps=steps, solver=solver, spacing="exponential", noise=z, clip=None).images
+        errors.append(float((back - x).abs().max()))
+    assert math.log2(errors[0] / errors[1]) >= least, errors
+    assert errors[1] < largest
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "edm"])
 def test_inversion_rows_undo_ddims(prediction: str) -> None:
     """For any output of the network, the inverse row leads from the x_p that ddim makes of x_t back to x_t."""
@@ -590,6 +611,9 @@ def test_bad_edits(options: dict[str, Any], words: str, monkeypatch: pytest.Monk
     [
         (lambda s: s.invert("a.png"), "image is a str"),
         (lambda s: s.invert(X, iterations=0), "iterations=0"),
+        (lambda s: s.invert(X, solver="unipc"), "solver='unipc' is unknown; allowed: ddim, dpmpp_1, dpmpp_2m, dpm"),
+        (lambda s: s.invert(X, solver="dpmpp_2m", iterations=2), "takes one evaluation a step"),
+        (lambda s: s.invert(X, solver="dpmpp_2m", steps=1, spacing=[0]), "leads nowhere"),
         (lambda s: s.invert(X, steps=101), "steps=101"),
         (lambda s: s.invert(X[:0]), "image has shape"),
         (lambda s: s.interpolate(3, (1,)), "two ends"),

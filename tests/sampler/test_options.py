@@ -25,8 +25,9 @@ from tests.sampler.by_hand import SCHEDULE, SHAPE
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 # A value other than the default for every option.
 VALUES: dict[str, Any] = {
-    "solver": "unipc", "steps": 7, "eta": 0.5, "variance": "beta", "order": 2, "spacing": [90, 50], "clip": None,
-    "seed": 5, "start_index": 3, "index": [3, 17], "indices": [3, 17], "labels": 1, "guidance": 2.0,
+    "solver": "unipc", "steps": 7, "eta": 0.5, "variance": "beta", "order": 2, "churn": [40.0],
+    "spacing": [90, 50], "clip": None, "seed": 5,
+    "start_index": 3, "index": [3, 17], "indices": [3, 17], "labels": 1, "guidance": 2.0,
     "guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7, "size": 16, "noise": torch.zeros(1, *SHAPE),
     "batch_size": 2, "image": torch.zeros(1, *SHAPE), "strength": 0.5, "mask": torch.ones(8, 8), "repaint": (2, 2),
     "guide": lambda x0, _: x0.sum((1, 2, 3)), "guide_through": "network", "quality": 1.1, "deadline_s": 3.0,
@@ -87,6 +88,7 @@ def test_the_command_line_passes_every_option_on(
     read = {
         "index": "3,17",
         "labels": "1",
+        "churn": "40",
         "size": "16",
         "spacing": "karras",
     }  # flags whose text is not that of the value

@@ -34,7 +34,11 @@ def test_every_public_solver_is_in_the_registry():
         for name, signature in signatures.items()
         if signature.return_annotation == "StepTable" and next(iter(signature.parameters)) == "schedule"
     }
-    assert found - {"ddim_inversion"} == set(SOLVERS)  # inversion runs from an image to noise
+    # Inversions run from an image to noise, and belong to the solver that leads back.
+    inverse = {"ddim_inversion", "dpmpp_inversion"}
+    assert found - inverse == set(SOLVERS)
+    entries = [solver.inverse for solver in SOLVERS.values() if solver.inverse is not None]
+    assert {getattr(f, "func", f).__name__ for f in entries} == inverse
     for name, solver in SOLVERS.items():
         assert solver.function is getattr(solvers, name)
 

@@ -37,6 +37,8 @@ MODULES = {
     "KDPM2AncestralDiscreteScheduler": "k_dpm_2_ancestral_discrete",
     "DPMSolverSDEScheduler": "dpmsolver_sde",
     "TCDScheduler": "tcd",
+    "DDIMInverseScheduler": "ddim_inverse",
+    "DPMSolverMultistepInverseScheduler": "dpmsolver_multistep_inverse",
 }
 
 

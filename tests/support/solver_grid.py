@@ -47,6 +47,8 @@ class Solver:
             return ("leading",)
         if self.scheduler == SINGLE:
             return ("linspace", *SIGMAS)
+        if self.scheduler == "DDIMInverseScheduler":
+            return TIMESTEPS[:2]
         return (*TIMESTEPS, *(SIGMAS if self.sigmas else ()))
 
     def config(self, prediction: str, spacing: str) -> dict[str, Any]:
@@ -176,6 +178,20 @@ GRID = [
         "TCDScheduler",
         (("beta_schedule", "linear"), *DDPM_BETAS),
         differs="the last step ends at zero noise",
+    ),
+    Solver(
+        "ddim, inverse",
+        solvers.ddim_inversion,
+        "DDIMInverseScheduler",
+        (("clip_sample", False),),
+        predictions=NO_SAMPLE,
+        differs="the network is evaluated at the level of the sample it reads",
+    ),
+    Solver(
+        "dpmpp_2m, inverse",
+        solvers.dpmpp_inversion,
+        "DPMSolverMultistepInverseScheduler",
+        differs="the levels are those of `dpmpp_2m`, backwards",
     ),
     Solver("euler, EDM", solvers.euler, "EDMEulerScheduler", predictions=NO_SAMPLE),
     Solver("dpmpp_2m, EDM", solvers.dpmpp_2m, "EDMDPMSolverMultistepScheduler", predictions=NO_SAMPLE),

@@ -261,3 +261,46 @@ def test_every_usual_size_has_a_network(size: int) -> None:
         unet(x.to("meta"), torch.ones(1, device="meta"), torch.ones(1, dtype=torch.int64, device="meta")).shape
         == x.shape
     )
+
+
+@pytest.mark.slow  # a minute: each command is a process that imports torch
+@pytest.mark.parametrize("size", [16, 28, 32, 48, 64, 96, 128, 256])
+def test_a_first_training_of_photographs(tmp_path: Path, size: int) -> None:
+    """The README's command, with a tiny network and budget, on photographs larger than the size; then its pictures."""
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (300, 260 + i), (i * 50, 20, 90)).save(tmp_path / f"photos/{i}.jpg")
+    budget = (
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--sample-every",
+        "0",
+        "--channels",
+        "8,8,8",
+        "--groups",
+        "4",
+        "--layers",
+        "1",
+    )
+    result = python(
+        "-m", "fastdiff", "train", tmp_path / "photos", "--size", str(size), "--out", tmp_path / "run", *budget
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"4 images, {size}x{size}, colour" in result.stderr
+    drawn = python(
+        "-m", "fastdiff", "sample", tmp_path / "run", "--n", "1", "--steps", "1", "--out", tmp_path / "a.png"
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (size, size)
+
+
+def test_a_size_that_no_network_has_names_one_that_works(
+    tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("train", photos, "--out", tmp_path / "out", *SMALL, "--channels", "8,8", "--size", "7")
+    code, errors = command(capsys, monkeypatch, *line)
+    assert code == 2
+    assert errors.splitlines()[-1].endswith("multiples of the U-Net's stride 2, as --size 6x6")

@@ -36,12 +36,17 @@ TWO_STAGES: Options = {**LATENT_BETAS, **BY_SIGMA, **SPACING}
 DEFAULTS: Mapping[str, Options] = {
     "DDPMScheduler": {**BETAS, **CLIP, **THRESHOLD, **LEADING, **ZERO_SNR, "variance_type": "fixed_small"},
     "DDIMScheduler": {**BETAS, **CLIP, **THRESHOLD, **LEADING, **ZERO_SNR, "set_alpha_to_one": True},
+    "DDIMInverseScheduler": {**BETAS, **CLIP, **LEADING, **ZERO_SNR, "set_alpha_to_one": True},
     "PNDMScheduler": {**BETAS, **LEADING, "skip_prk_steps": False, "set_alpha_to_one": False},
     "LCMScheduler": DISTILLED,
     "TCDScheduler": DISTILLED,
     "DPMSolverMultistepScheduler": {
         **BETAS, **DPM, **THRESHOLD, **BY_SIGMA, **FLOW, **LOW, **SPACING, **ZERO_SNR, "lower_order_final": True,
         "euler_at_final": False, "use_lu_lambdas": False, "lambda_min_clipped": -math.inf, "variance_type": None,
+    },
+    "DPMSolverMultistepInverseScheduler": {
+        **BETAS, **DPM, **THRESHOLD, **BY_SIGMA, **SPACING, "use_flow_sigmas": False, "flow_shift": 1.0,
+        "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -math.inf, "variance_type": None,
     },
     "DPMSolverSinglestepScheduler": {
         **BETAS, **DPM, **THRESHOLD, **BY_SIGMA, **FLOW, **LOW, "lower_order_final": False,

@@ -14,6 +14,8 @@ Where diffusers departs from the method:
 - Timesteps of spacings by sigma are rounded, so that some repeat; the rows of a repeated timestep are stages.
 - The solvers in sigma compute noise levels in float32 and have abar = 2^-24 for zero terminal SNR. Their initial noise
   has the standard deviation sqrt(1 - abar) with "linspace" and "trailing" (Euler, Heun, LMS), 1 elsewhere.
+- DDIM's inverse evaluates the network at the level where a step ends, and takes the sample to be at that where it
+  starts. DPM-Solver++'s takes an image to be at the level of its first timestep.
 - UniPC with "bh1" ends in NaN where the last step goes to sigma = 0, as do order 2 (heun) and 3 of DPM-Solver++ where a
   spacing by sigma ends at "sigma_min" after 15 or more steps. This is not reproduced: the table has the limit, which is
   finite.
@@ -50,6 +52,7 @@ from fastdiff.solvers.euler import euler_table
 from fastdiff.solvers.heun import heun_table
 from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.plms import plms_table
+from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.singlestep import singlestep_table
 from fastdiff.solvers.spacing import SIGMA_SPACINGS, spaced_sigmas
@@ -428,6 +431,29 @@ def _plms_from(source: Source, schedule: NoiseSchedule, t: NDArray[np.float64]) 
     return plms_table(walk, mix_outputs=prediction == "v_prediction", stage=stage)
 
 
+def _ddim_inverse(source: Source) -> StepTable:
+    """Return the table of DDIM from less to more noise: x' = a_t x_0 + s_t eps, both predicted at the step's start."""
+    schedule = source.schedule()
+    T, n = schedule.timesteps, checks.whole("steps", source.steps, 1, schedule.timesteps, of="the schedule's timesteps")
+    if source.one_of("timestep_spacing", "leading", ("leading", "trailing")) == "leading":
+        t = np.arange(n) * (T // n) + source.get("steps_offset", 0)
+    else:
+        t = np.arange(T, 0, -T / n)[::-1].round() - 1
+    if len(t) != n or t[0] < 0 or t[-1] > T - 1:
+        raise source.fails(f"its timesteps {t[0]:g} .. {t[-1]:g} leave 0 .. {T - 1}")
+    prediction, image = source.prediction(), 1.0 if source.get("set_alpha_to_one", True) else schedule.abar(0)
+    starts = [schedule.abar(p) if p >= 0 else image for p in (t - T // n).tolist()]
+    if prediction == "sample" and max(starts) == 1.0:
+        raise source.refuse("set_alpha_to_one", "the image x_0 says nothing about eps where there is no noise")
+    levels = tuple(Level(p, start, schedule.abar(p)) for p, start in zip(t.tolist(), starts, strict=True))
+    walk = Walk(levels, prediction, compat=True, ascending=True, **source.bounds(True, thresholds=False))
+    rows = []
+    for i, level in enumerate(levels):
+        ex, eo = eps_coefficients(prediction, level.abar)
+        rows.append(walk.row(i, x=level.s_next * ex, out=level.s_next * eo, x0=level.a_next))
+    return walk.table("ddim_inversion", rows)
+
+
 def _lcm(source: Source) -> StepTable:
     schedule = source.schedule()
     t = source.distilled(schedule.timesteps)
@@ -597,6 +623,41 @@ def _order(source: Source, default: int = 2) -> int:
 
 def _dpm(source: Source) -> StepTable:
     return _dpm_table(source, _multistep(source, final="zero", floor=False, bounds=source.bounds(None)))
+
+
+def _dpm_inverse(source: Source) -> StepTable:
+    """Return the table of DPM-Solver++ over rising levels, from that of the first timestep to the noisiest one."""
+    source.only(use_flow_sigmas=False)
+    if source.get("algorithm_type", "dpmsolver++") == "sde-dpmsolver++":
+        raise source.refuse("algorithm_type", "diffusers' noise is then NaN, as the SDE has no inverse")
+    train = _sigmas(source.schedule())
+    T, n = len(train), checks.whole("steps", source.steps, 1, len(train), of="the schedule's timesteps")
+    top = T - int(np.searchsorted(-np.log(train)[::-1], source.get("lambda_min_clipped", -math.inf)))
+    spacing = source.one_of("timestep_spacing", "linspace", TIMESTEP_SPACINGS)
+    if spacing == "linspace":
+        t = np.linspace(0, top - 1, n + 1).round()[:-1]
+    elif spacing == "leading":
+        t = np.arange(n) * float(top // (n + 1)) + source.get("steps_offset", 0)
+    else:
+        t = np.arange(top, 0, -T / n).round()[::-1] - 1
+    respaced = _respaced(source, train, train)
+    if respaced is None:
+        sigmas, end = np.interp(t, np.arange(T), train), float(train[top - 1])
+    else:
+        t, sigmas = respaced
+        t, end = t.round() if source.get("use_karras_sigmas", False) else t, float(sigmas[-1])
+    t = np.floor(np.unique(t))  # so that rounding to a timestep twice cuts the run short, as in diffusers
+    ends = [*sigmas.tolist(), end][: len(t) + 1]
+    if t[0] < 0 or t[-1] > T - 1 or not (np.diff(ends[:-1]) > 0).all():
+        raise source.fails(f"its noise levels for {n} steps repeat, or leave the schedule")
+    if len(t) > 1 and t[0] == t[1]:  # its run begins at the second of them
+        raise source.fails(f"its first timestep {t[0]:g} for {n} steps comes twice, so that the run leaves its levels")
+    abar = [1.0 / (1.0 + s * s) for s in ends]
+    levels = tuple(Level(float(p), a, b) for p, (a, b) in zip(t, itertools.pairwise(abar), strict=True))
+    walk = Walk(
+        levels, source.prediction(), compat=True, ascending=True, start=source.start, **source.bounds(None)
+    )  # fmt: skip
+    return _dpm_table(source, walk)
 
 
 def _dpm_table(source: Source, walk: Walk) -> StepTable:
@@ -803,10 +864,12 @@ Build = Callable[[Source], StepTable]
 VARIANCE_PRESERVING: dict[str, Build] = {
     "DDPMScheduler": _ddpm,
     "DDIMScheduler": _ddim,
+    "DDIMInverseScheduler": _ddim_inverse,
     "PNDMScheduler": _pndm,
     "LCMScheduler": _lcm,
     "TCDScheduler": _tcd,
     "DPMSolverMultistepScheduler": _dpm,
+    "DPMSolverMultistepInverseScheduler": _dpm_inverse,
     "DPMSolverSinglestepScheduler": _dpm_singlestep,
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
