@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastdiff.backends.base import Runner
 
 ROWS = 1024  # rows per table that have room from the start
+MOST_ROWS = 4096  # each place has room for as many as the longest table
 # The table of a slot that no image is in: it changes nothing.
 EMPTY = StepTable("empty", 1, (Row(t=0.0, abar=0.5, abar_next=0.5, kx=0.0, ko=0.0, ax=1.0, g=0.0),))
 
@@ -109,8 +110,9 @@ class Slots:
     ) -> int:  # fmt: skip
         """Put an image, its initial noise x [C, H, W], into a free slot at the first row of its table.
 
-        Returns the slot. `InvalidArgument` is raised where there is no free one. What earlier images have left in it is
-        not read: the coefficient of a history that a table has not made yet is zero.
+        Its table has at most `MOST_ROWS` rows. Returns the slot. `InvalidArgument` is raised where there is no free
+        one. What earlier images have left in it is not read: the coefficient of a history that a table has not made
+        yet is zero.
         """
         if not self.free:
             raise InvalidArgument(f"all {len(self.state.x)} slots are taken")

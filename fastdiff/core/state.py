@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,11 +148,15 @@ class State:
     def select(self, images: np.ndarray) -> State:
         """Return copies of some images, a batch of their own, of which `put` takes over what a step has changed."""
         i = torch.from_numpy(images).to(self.x.device)
-        tensors = {name: None if held is None else held[i] for name in TENSORS for held in [getattr(self, name)]}
+        tensors: dict[str, Any] = {
+            name: None if held is None else held[i] for name in TENSORS for held in [getattr(self, name)]
+        }
         rescale = self.guidance_rescale
         if isinstance(rescale, Tensor) and rescale.ndim == 2:
             rescale = rescale[i]
-        hosts = {name: getattr(self, name)[images] for name in ("table_host", "row_host", "guidance_host")}
+        hosts: dict[str, Any] = {
+            name: getattr(self, name)[images] for name in ("table_host", "row_host", "guidance_host")
+        }
         return dataclasses.replace(self, **tensors, **hosts, guidance_rescale=rescale, taking=None)
 
     def put(self, images: np.ndarray, part: State) -> None:

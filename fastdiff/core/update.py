@@ -139,6 +139,7 @@ def threshold(state: State) -> None:
     if state.taking is not None:
         part = state.select(state.taking)
         threshold(part)
+        assert part.x0_scale is not None, "some table has a threshold"
         state.x0_scale = torch.ones_like(state.guidance)
         state.x0_scale[torch.from_numpy(state.taking).to(state.x.device)] = part.x0_scale
         return
@@ -201,12 +202,13 @@ def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, 
     w = w.view(-1, 1, 1, 1)
     out = u + w * (c - u)
     if isinstance(rescale, Tensor) or rescale:
-        phi, rest, plain = rescale, 1.0 - rescale, out
+        each = isinstance(rescale, Tensor) and rescale.ndim == 2
         if isinstance(rescale, Tensor):
-            phi, rest = rescale[..., 0].view(-1, 1, 1, 1), rescale[..., 1].view(-1, 1, 1, 1)
+            phi, rest = (rescale[:, i].view(-1, 1, 1, 1) if each else rescale[i] for i in (0, 1))
+        else:
+            phi, rest = rescale, 1.0 - rescale
         std_c, std_out = c.std(dim=(1, 2, 3), keepdim=True), out.std(dim=(1, 2, 3), keepdim=True)
-        out = phi * (out * (std_c / std_out)) + rest * out
-        if isinstance(rescale, Tensor) and rescale.ndim == 2:
-            out = torch.where(rescale[:, 0].view(-1, 1, 1, 1) == 0.0, plain, out)
+        rescaled = phi * (out * (std_c / std_out)) + rest * out
+        out = torch.where(phi == 0.0, out, rescaled) if each else rescaled
     out = torch.where(w == 1.0, c, out)
     return torch.cat([out, conditional[:, channels:]], dim=1) if conditional.shape[1] > channels else out

@@ -74,7 +74,7 @@ class Loop:
 
     def run(self, r: Request, callback: Callable[[Event], None] | None, progress: bool) -> SampleOutput:
         """Run all rows and return the images. Raises what `Sampler.sample` lists, but for `InvalidArgument`."""
-        result = self._turns.take(_empty, r)
+        result = self._turns.take(empty, r)
         done = 0
         rows = self.rows(r, preview=lambda _: callback is not None, progress=progress)
         with contextlib.closing(rows):  # else the traceback of an error would keep the state in memory
@@ -198,7 +198,7 @@ class Stream(Iterator[Event]):
 
 
 @plain_modes()
-def _empty(r: Request) -> Tensor:
+def empty(r: Request) -> Tensor:
     """Return memory for all images; the chunks are copied into it."""
     try:
         return torch.empty((r.n, *r.shape), dtype=torch.float32, device="cpu")

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastdiff
+from fastdiff import __version__
 from fastdiff.checks import number, one_of, optional, shown, text, whole
 from fastdiff.core import process
-from fastdiff.core.slots import Slots
+from fastdiff.core.slots import MOST_ROWS, Slots
+from fastdiff.core.turns import reentrant
 from fastdiff.errors import (
     BackendError,
     Cancelled,
@@ -38,7 +39,7 @@ from fastdiff.errors import (
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import Event, SampleOutput, Sampler, choice
 from fastdiff.sampler.editing import Inpainting
-from fastdiff.sampler.loop import at_first_row, check_numbers, initial_noise
+from fastdiff.sampler.loop import at_first_row, check_numbers, empty, initial_noise
 from fastdiff.sampler.options import Options
 from fastdiff.sampler.request import Request
 from fastdiff.serving import scheduler
@@ -54,6 +55,8 @@ MOST_TABLES = 256  # whose coefficients are kept
 LINGER_S = 1.0  # for which the thread of an engine without jobs waits for one
 SLOW_STEP_S = 0.2  # a step that takes longer is measured once
 FOLLOW = 0.1  # weight of the last step in the present cost of steps
+MOST_CHANGE = 4.0  # by which one step can have been slower or faster: a process may have been stopped meanwhile
+AHEAD = 64  # images whose noise is drawn when their job is submitted; that of others while it runs, a few at a time
 CHOSEN = ("solver", "steps", "eta", "variance", "order", "quality")  # what another setting replaces
 
 
@@ -109,7 +112,8 @@ class Task:
         self.shows = {len(r.table) * (i + 1) // (previews + 1) - 1 for i in range(previews)} - {-1}
         self.slots: dict[int, int] = {}  # by the position of an image
         self.begun = self.ended = 0  # images
-        self.x, self.result = torch.empty(0), torch.empty(0)
+        self.x: list[Tensor] = []  # the images of so many before their first row, those that have begun as well
+        self.result: Tensor | None = None
         self.coefficients: Any = None
         self.known: Load | None = None  # the load, until the job takes a step
         self.ready = False  # whether it may take one
@@ -250,26 +254,23 @@ class Engine:
         _check_possible(options)
         measured = self._degradable(options) if on_deadline == "degrade" else None
         r = self._checked(n, options)
-        job = Job(request_id or f"job-{secrets.token_hex(8)}", self._eta)
+        job = Job(request_id or f"job-{secrets.token_hex(8)}", self._eta, self._check_outside)
 
         def planned(r: Request) -> Task:
             task = Task(job, r, arrived, deadline, previews)
+            task.result = empty(r)
             task.due = scheduler.due(arrived, self._curve.run_s(task.rows, task.at_once), deadline, priority)
             return task
 
-        with self._changed:
-            task, late = planned(r), None
+        task = planned(r)
+        try:
             try:
                 self._admit(task)
-            except DeadlineImpossible as e:
-                late = e
-        if late is not None:
-            if measured is None:
-                raise late
-            task = planned(self._degraded(n, measured, task, late))
-            with self._changed:
+            except DeadlineImpossible as late:
+                if measured is None:
+                    raise
+                task = planned(self._degraded(n, measured, task, late))
                 self._admit(task)
-        try:
             self._prepare(task)
         except BaseException:
             with self._changed:
@@ -304,7 +305,11 @@ class Engine:
             raise
 
     def stats(self) -> Stats:
-        """Return the present load."""
+        """Return the present load.
+
+        Returns:
+            The numbers of jobs and steps, and what they cost.
+        """
         with self._changed:
             tasks, counts, curve = list(self._tasks), dict(self._counts), self._curve
             dropped = counts.get("dropped", 0) + sum(task.job.previews_dropped for task in tasks)
@@ -328,6 +333,7 @@ class Engine:
         """
         if timeout_s is not None:
             number("timeout_s", timeout_s, low=0)
+        self._check_outside()
         with self._changed:
             self._refusal = self._refusal or "is draining"
             return self._changed.wait_for(lambda: not self._tasks, timeout_s)
@@ -363,16 +369,29 @@ class Engine:
         if self._refusal:
             raise EngineClosed(f"the engine {self._refusal}; make another engine")
 
+    def _check_outside(self) -> None:
+        """Refuse to wait in the engine's own thread, in a function that it calls."""
+        if self._thread is threading.current_thread():
+            raise reentrant("the engine")
+
     def _checked(self, n: int, options: dict[str, Any]) -> Request:
         r = self._sampler.request(n, **options)
         if r.shape != self._shape:
             size, own = ("x".join(map(str, shape[1:])) for shape in (r.shape, self._shape))
             raise InvalidArgument(f"size={size}: an Engine draws images of the network's own size, {own}")
+        if len(r.table) > MOST_ROWS:
+            raise InvalidArgument(f"{len(r.table)} rows of {r.table.solver}: an Engine runs at most {MOST_ROWS}")
         return r
 
     def _admit(self, task: Task) -> None:
-        """Take a task into the queue, or refuse it. Called with the lock."""
-        self._check_open()
+        """Take a task into the queue, or refuse it."""
+        with self._changed:
+            self._check_open()
+            self._check_room(task)
+            self._tasks[task] = None
+
+    def _check_room(self, task: Task) -> None:
+        """Refuse a task for which there is no room or time. Called with the lock."""
         curve = self._curve
         queued_s, run_s = sum(t.rows for t in self._tasks) * curve.row_s, task.rows * curve.row_s
         if self._tasks and queued_s + run_s > self._max_queue_s:
@@ -391,7 +410,6 @@ class Engine:
                     f"about {finish_s:.3g} s, {finish_s - run_s:.3g} s of which it would wait; ask for fewer steps or "
                     "images, or for on_deadline='degrade'"
                 )
-        self._tasks[task] = None
 
     def _run_s(self, task: Task) -> float:
         return self._curve.run_s(task.rows, task.at_once)
@@ -436,12 +454,8 @@ class Engine:
 
     def _prepare(self, task: Task) -> None:
         """Do what a job needs before its first step, in the caller's thread: its noise and the numbers of its table."""
-        r, device = task.request, self._sampler.device
-        everyone = range(r.n)
-        z = r.noise if isinstance(r.noise, Tensor) else initial_noise(r.seeds(everyone), r.index, r.shape, device)
-        image = None if r.image is None else r.image.to(device)
-        task.x = at_first_row(r, z.detach().to(device=device, dtype=torch.float32), image)
-        task.result = torch.empty((r.n, *r.shape), dtype=torch.float32, device="cpu")
+        r = task.request
+        self._draw(task, AHEAD)
         with self._changed:
             known = self._tables.get(r.table)
         coefficients = r.table.coefficients if known is None else known[1]
@@ -452,6 +466,17 @@ class Engine:
             while len(self._tables) > MOST_TABLES:
                 self._tables.popitem(last=False)
         task.request = dataclasses.replace(r, table=table)
+
+    def _draw(self, task: Task, images: int) -> None:
+        """Make the states before the first row of some more images of a job."""
+        r, device, first = task.request, self._sampler.device, len(task.x)
+        chunk = range(first, min(first + images, r.n))
+        if isinstance(r.noise, Tensor):
+            z = r.noise[first : chunk.stop].detach().to(device=device, dtype=torch.float32)
+        else:
+            z = initial_noise(r.seeds(chunk), r.indices(chunk), r.shape, device)
+        image = None if r.image is None else r.image[first : chunk.stop].to(device)
+        task.x += at_first_row(r, z, image)
 
     def _start(self, task: Task) -> None:
         """Hand a prepared task to the thread."""
@@ -532,8 +557,8 @@ class Engine:
             if task.ended == task.request.n:
                 self._finish(task)
         with self._changed:
-            scale = curve.scale * ((1.0 - FOLLOW) + FOLLOW * seconds / curve.seconds(rows))
-            self._curve = dataclasses.replace(curve, scale=scale)
+            slower = min(max(seconds / curve.seconds(rows), 1.0 / MOST_CHANGE), MOST_CHANGE)
+            self._curve = dataclasses.replace(curve, scale=curve.scale * (1.0 + FOLLOW * (slower - 1.0)))
             self._counts.update(steps=1, image_steps=len(chosen))
             self._counts["step_rows"] = rows
 
@@ -543,10 +568,13 @@ class Engine:
         if not task.begun:
             task.job.begin()
         seed = r.seed if isinstance(r.seed, int) else r.seed[i]
+        if i >= len(task.x):
+            self._draw(task, scheduler.TOGETHER)
         task.slots[i] = self._slots.admit(
             task.x[i], r.table, seed=seed, index=r.index[i], label=None if r.labels is None else int(r.labels[i]),
             guidance=float(r.guidance[i]), rescale=r.guidance_rescale, coefficients=task.coefficients,
         )  # fmt: skip
+        task.x[i] = torch.empty(0)  # the memory is free once no image that was drawn with it waits
         task.begun += 1
 
     def _advance(self, by_task: dict[Task, list[int]]) -> int:
@@ -557,9 +585,9 @@ class Engine:
         known: list[tuple[Task, list[int], Tensor]] = []
         shown: list[tuple[Task, list[int], int]] = []
         for task, images in by_task.items():
-            mine = slots.network_rows([task.slots[i] for i in images])
-            rows += mine
-            task.rows -= mine
+            taken = slots.network_rows([task.slots[i] for i in images])
+            rows += taken
+            task.rows -= taken
             if task.request.mask is not None:
                 part = state.select(torch.tensor([task.slots[i] for i in images]).numpy())
                 known.append((task, images, self._inpainting(task, images).known(part)))
@@ -572,9 +600,8 @@ class Engine:
         previews = [task.slots[i] for task, (i,), _ in shown]
         x0 = slots.step(self._runner, at, previews)
         for task, images, pixels in known:
-            i = torch.tensor([task.slots[image] for image in images], device=state.x.device)
-            anew = self._inpainting(task, images).anew
-            state.x[i] = torch.where(anew, state.x[i], pixels)
+            mine = torch.tensor([task.slots[i] for i in images], device=state.x.device)
+            state.x[mine] = torch.where(self._inpainting(task, images).anew, state.x[mine], pixels)
         self._runners.give_back()
         for k, (task, (i,), row) in enumerate(shown):
             assert x0 is not None
@@ -590,6 +617,7 @@ class Engine:
 
     def _leave(self, task: Task, images: list[int]) -> None:
         """Take images that are finished out of their slots."""
+        assert task.result is not None
         for i in images:
             slot = task.slots[i]
             if self._slots.rows_left(slot) == 0:
@@ -601,6 +629,7 @@ class Engine:
     def _finish(self, task: Task) -> None:
         """Give a job its images, or the error that they are no numbers."""
         r = task.request
+        assert task.result is not None
         output = SampleOutput(task.result, r.seed, r.index[0], r.table, r.nfe, r.labels, r.class_names, r.index)
         try:
             check_numbers(output, self._sampler.dtype)
@@ -618,7 +647,7 @@ class Engine:
             "table_sha256": hashlib.sha256(r.table.to_json().encode()).hexdigest(), "nfe": r.nfe,
             "guidance": r.guidance.tolist(), "guidance_rescale": r.guidance_rescale, "backend": sampler.backend,
             "dtype": str(sampler.dtype).removeprefix("torch."), "determinism": sampler.determinism,
-            "version": fastdiff.__version__, "sha256": hashlib.sha256(output.images.numpy().tobytes()).hexdigest(),
+            "version": __version__, "sha256": hashlib.sha256(output.images.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
 
     def _retire(self, task: Task) -> None:

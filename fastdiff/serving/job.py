@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
+from fastdiff.checks import number
 from fastdiff.errors import Cancelled, FastdiffError, JobTimeout
 from fastdiff.sampler import Event, SampleOutput
 
@@ -29,10 +30,11 @@ class Job:
         id: Its name: the request_id of `Engine.submit`, or one that the engine chose.
     """
 
-    def __init__(self, name: str, eta: Callable[[Job], float]):
+    def __init__(self, name: str, eta: Callable[[Job], float], check_outside: Callable[[], None]):
         self.id = name
         self.previews_dropped = 0
         self._eta = eta
+        self._check_outside = check_outside
         self._changed = threading.Condition()  # also guards all that follows
         self._running = False
         self._output: SampleOutput | None = None
@@ -85,9 +87,14 @@ class Job:
 
         Raises:
             JobTimeout: If the time is over; the job goes on.
+            ReentrantCall: If the engine's own thread, in a function that it calls, would wait.
             Cancelled: If the job was cancelled.
             FastdiffError: Whatever else ended it.
         """
+        if timeout is not None:
+            number("timeout", timeout, low=0)
+        if not self.done():
+            self._check_outside()
         with self._changed:
             if not self._changed.wait_for(lambda: self._done, timeout):
                 raise JobTimeout(f"job {self.id} was not finished within {timeout:g} s; it goes on")

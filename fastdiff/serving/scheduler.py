@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TOGETHER = 8  # images of one job that advance together, even where more rows make a step no cheaper
 GAIN = 1.05  # by how much twice the rows must raise the rows per second to be worth it
@@ -70,7 +70,7 @@ class Curve:
 class Want(NamedTuple):
     """An unfinished image: its name, the network rows of its next step, and whether it has a slot already."""
 
-    image: Hashable
+    image: Any
     rows: int
     begun: bool
 
@@ -109,7 +109,7 @@ def order(now: float, loads: Sequence[Load]) -> list[Load]:
     return sorted(loads, key=lambda j: (0, j.served) if now - j.served >= AGEING_S else (1, j.due))
 
 
-def pick(now: float, loads: Sequence[Load], curve: Curve, free: int | None = None) -> list[Hashable]:
+def pick(now: float, loads: Sequence[Load], curve: Curve, free: int | None = None) -> list[Any]:
     """Choose the images that take the next step.
 
     The most urgent job has up to `TOGETHER` network rows, and the next ones what is left of the curve's `cap`. An image
@@ -124,7 +124,7 @@ def pick(now: float, loads: Sequence[Load], curve: Curve, free: int | None = Non
     Returns:
         The names of the images.
     """
-    chosen: list[Hashable] = []
+    chosen: list[Any] = []
     rows = 0
     for load in order(now, loads):
         limit = curve.cap if chosen else curve.together

@@ -31,6 +31,7 @@ from fastdiff.errors import (
     JobTimeout,
     NumericsError,
     QueueFull,
+    ReentrantCall,
 )
 from fastdiff.serving import engine as serving
 from fastdiff.serving.scheduler import Curve
@@ -98,6 +99,7 @@ CALLS: list[dict[str, Any]] = [
     {"n": 1, "steps": 6, "labels": 1, "image": torch.full((1, 3, 8, 8), 0.5), "strength": 0.5},
     {"n": 2, "steps": 5, "labels": 2, "image": torch.full((2, 3, 8, 8), -0.2), "mask": torch.eye(8), "previews": 2},
     {"n": 2, "steps": 4, "labels": 2, "image": torch.zeros(2, 3, 8, 8), "mask": torch.eye(8), "repaint": (2, 2)},
+    {"n": 70, "solver": "ddim", "steps": 2, "labels": 1, "seed": 3, "eta": 1.0},
     {"n": 20, "solver": "unipc", "steps": 3, "labels": 4 - 1, "index": [2 * i for i in range(20)]},
 ]
 
@@ -367,6 +369,40 @@ def test_results_that_are_not_there_in_time(engine, monkeypatch):
     assert repr(job) == "Job(mine, finished)"
 
 
+def test_functions_that_the_engine_calls_may_use_it_but_not_wait(engine, monkeypatch):
+    gate, got = Gate(engine, monkeypatch), []
+
+    def more(job: Any) -> None:
+        other = engine.submit(1, steps=2, labels=1)
+        for wait in (other.result, engine.drain):
+            try:
+                wait()
+            except FastdiffError as e:
+                got.append(e)
+        assert job.result().nfe == 1
+        got.append(other)
+
+    job = engine.submit(1, steps=1, labels=1)
+    job.add_done_callback(more)
+    gate.open()
+    job.result(SECONDS)
+    end = time.monotonic() + SECONDS
+    while len(got) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert [type(e) for e in got[:2]] == [ReentrantCall] * 2
+    assert got[2].result(SECONDS).nfe == 2
+
+
+def test_an_engine_may_be_closed_by_a_function_that_it_calls(sampler):
+    engine = Engine(sampler)
+    job, other = engine.submit(1, steps=1, labels=1), engine.submit(1, steps=90, solver="ddpm", labels=1)
+    job.add_done_callback(lambda job: engine.close())
+    job.result(SECONDS)
+    with pytest.raises(Cancelled):
+        other.result(SECONDS)
+    engine.close()
+
+
 def test_callbacks_that_raise_are_logged(shared, caplog):
     job = shared.submit(1, steps=1, labels=1)
     job.result(SECONDS)
@@ -533,6 +569,11 @@ def test_a_reader_who_is_slow_stops_nothing(shared, monkeypatch):
         ({"batch_size": 4}, "batch_size= cannot be given to an Engine"),
         ({"callback": print}, "callback= cannot be given to an Engine"),
         ({"progress": True}, "progress= cannot be given"),
+        ({"noise": torch.zeros(1, 3, 8, 4)}, "noise has shape"),
+        (
+            {"image": torch.zeros(1, 3, 8, 8), "mask": torch.eye(8), "steps": 90, "repaint": (1, 60)},
+            "runs at most 4096",
+        ),
         ({"size": 16}, "size=16x16: an Engine draws images of the network's own size, 8x8"),
         ({"labels": 9}, "label 9 is out of range"),
         ({"stepps": 3}, "has no option stepps"),
