@@ -175,6 +175,7 @@ def one_in_bias(unet: UNet) -> UNet:
     for block in folded.modules():
         if isinstance(block, ResnetBlock):
             block.__class__ = _OneInBias
+            assert block.time_emb_proj is not None
             scale, shift = block.time_emb_proj.bias.chunk(2)
             block.time_emb_proj.bias = torch.nn.Parameter(torch.cat([1 + scale, shift]))
     return folded.eval()

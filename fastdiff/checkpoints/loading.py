@@ -201,7 +201,9 @@ def load_condition(model: str | Path, torch_dtype: Any = None, **source: Any) ->
 def _float_type(torch_dtype: Any) -> torch.dtype | None:
     """Return the dtype that a caller names, or raise `InvalidArgument`."""
     names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-    dtype = names.get(torch_dtype, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
+    dtype: torch.dtype | None = torch_dtype
+    if isinstance(torch_dtype, str) and torch_dtype in names:
+        dtype = names[torch_dtype]
     if dtype is not None and not any(dtype is known for known in FLOATS):
         raise InvalidArgument(f"torch_dtype={shown(torch_dtype)} is unknown; allowed: {', '.join(names)}")
     return dtype

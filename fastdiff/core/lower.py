@@ -1,5 +1,7 @@
 """Lowering of a U-Net to a `Program`: the walk of `UNet.forward`, which emits fused operations instead of computing.
 
+The decoder of an autoencoder (`Decoder`) consists of the same blocks and is lowered in the same way.
+
 Fusion is decided here, while emitting. A GroupNorm and its SiLU go into the operation that reads the result; bias, time
 embedding, residual and statistics go into the operation that writes; a concatenation is two sources; nearest doubling
 is a flag of the convolution after it; the projections of an attention are one product before it and one after it, and
@@ -19,6 +21,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.modes import exact_products, plain_modes
 from fastdiff.unet import UNet
 from fastdiff.unet import model as modules
+from fastdiff.unet.decoder import Decoder, DecoderBlock
 
 CHUNK = 64  # timesteps embedded at a time; fixed, so that an embedding's bits do not depend on their number
 
@@ -28,12 +31,18 @@ def lower(unet: UNet, size: tuple[int, int]) -> Program:
     stride = unet.config.stride
     if any(v < 1 or v % stride for v in size):
         raise InvalidArgument(f"size={size}: height and width must be multiples of {stride} for this U-Net")
-    return _Emitter(unet, size).program()
+    return _Emitter(unet, size).program(unet)
 
 
-def projection_keys(unet: UNet) -> list[str]:
+def lower_decoder(decoder: Decoder, size: tuple[int, int]) -> Program:
+    """Lower a decoder to a program for latents of ``size`` (height, width); its weights may be on "meta"."""
+    return _Emitter(decoder, size).decoder(decoder)
+
+
+def projection_keys(unet: nn.Module) -> list[str]:
     """Return the key prefixes of every block's time projection, in the order in which ``projections`` holds them."""
-    return [f"{name}.time_emb_proj" for name, m in unet.named_modules() if isinstance(m, modules.ResnetBlock)]
+    blocks = ((name, m) for name, m in unet.named_modules() if isinstance(m, modules.ResnetBlock))
+    return [f"{name}.time_emb_proj" for name, m in blocks if m.time_emb_proj is not None]
 
 
 @plain_modes()
@@ -77,16 +86,16 @@ def embed_classes(unet: UNet) -> Tensor:
 class _Emitter:
     """Collector of operations and buffers. Methods that emit return the name of the buffer they write."""
 
-    def __init__(self, unet: UNet, size: tuple[int, int]):
-        self.unet = unet
+    def __init__(self, network: nn.Module, size: tuple[int, int]):
+        self.network = network
         self.size = size
         self.ops: list[Op] = []
         self.buffers: dict[str, Buffer] = {}
         self.emb: dict[str, int] = {}
         self.width = 0
-        for key in projection_keys(unet):
+        for key in projection_keys(network):
             self.emb[key] = self.width
-            projection = unet.get_submodule(key)
+            projection = network.get_submodule(key)
             assert isinstance(projection, nn.Linear)
             self.width += projection.out_features
 
@@ -94,10 +103,10 @@ class _Emitter:
         self.buffers[name] = Buffer(name, shape, external)
         return name
 
-    def program(self) -> Program:
-        unet, config = self.unet, self.unet.config
+    def program(self, unet: UNet) -> Program:
+        config = unet.config
         H, W = self.size
-        self._embedding()
+        self._embedding(unet)
         src = [self.buffer("x", (H, W, config.in_channels), external=True)]
         if config.class_image is not None:
             src.append(self.buffer("class_image", (H, W, config.in_channels), external=True))
@@ -115,30 +124,48 @@ class _Emitter:
                 h = self._resampled(f"down_blocks.{i}.downsamplers.0", h)
                 skips.append(h)
         if unet.mid_block is not None:
-            h = self._resnet("mid_block.resnets.0", (h,))
-            if unet.mid_block.attentions is not None:
-                h = self._attention("mid_block.attentions.0", h)
-            h = self._resnet("mid_block.resnets.1", (h,))
+            h = self._mid(unet.mid_block, h)
         for i, up in enumerate(unet.up_blocks):
             assert isinstance(up, modules.UpBlock)
             for j in range(len(up.resnets)):
                 h = self._layer(f"up_blocks.{i}", up, j, (h, skips.pop()))
             if up.upsamplers is not None:
                 h = self._resampled(f"up_blocks.{i}.upsamplers.0", h)
-        self.buffer("out", (H, W, config.out_channels), external=True)
+        return self._finished(h, config.out_channels)
+
+    def decoder(self, decoder: Decoder) -> Program:
+        h = self._conv("conv_in", (self.buffer("latent", (*self.size, decoder.config.latent_channels), external=True),))
+        h = self._mid(decoder.mid_block, h)
+        for i, up in enumerate(decoder.up_blocks):
+            assert isinstance(up, DecoderBlock)
+            for j in range(len(up.resnets)):
+                h = self._layer(f"up_blocks.{i}", up, j, (h,))
+            if up.upsamplers is not None:
+                h = self._resampled(f"up_blocks.{i}.upsamplers.0", h)
+        return self._finished(h, decoder.config.out_channels)
+
+    def _mid(self, block: modules.MidBlock, h: str) -> str:
+        h = self._resnet("mid_block.resnets.0", (h,))
+        if block.attentions is not None:
+            h = self._attention("mid_block.attentions.0", h)
+        return self._resnet("mid_block.resnets.1", (h,))
+
+    def _finished(self, h: str, channels: int) -> Program:
+        H, W, _ = self.buffers[h].shape
+        self.buffer("out", (H, W, channels), external=True)
         self._conv("conv_out", (h,), norm=self._norm("conv_norm_out", silu=True), dst="out")
         return Program(tuple(self.ops), self.buffers)
 
-    def _embedding(self) -> None:
-        if self.unet.class_embedding is None:
+    def _embedding(self, unet: UNet) -> None:
+        if unet.class_embedding is None:
             self.buffer("projections", (1, 1, self.width), external=True)
             return
-        features = self.unet.config.temb_channels
+        features = unet.config.temb_channels
         src: tuple[str, ...] = (
             self.buffer("time", (1, 1, features), external=True),
             self.buffer("class", (1, 1, features), external=True),
         )
-        if self.unet.config.class_before_mlp:
+        if unet.config.class_before_mlp:
             hidden = self.buffer("hidden", (1, 1, features))
             self.ops.append(Embed(hidden, src))
             src = (self._conv("time_embedding.linear_2", (hidden,)),)
@@ -147,7 +174,7 @@ class _Emitter:
         self.ops.append(Conv("projections", ("emb",), tuple(self.emb), kernel=1, padding=(0, 0)))
 
     def _norm(self, key: str, silu: bool, modulation: int | None = None) -> Norm:
-        module = self.unet.get_submodule(key)
+        module = self.network.get_submodule(key)
         assert isinstance(module, nn.GroupNorm)
         return Norm(key, module.num_groups, module.eps, silu, modulation)
 
@@ -173,7 +200,7 @@ class _Emitter:
     ) -> str:
         """Emit a convolution or linear layer, whose sizes are those of the module at the first of ``keys``."""
         keys = (keys,) if isinstance(keys, str) else keys
-        layers = [self.unet.get_submodule(key) for key in keys]
+        layers = [self.network.get_submodule(key) for key in keys]
         kernel = stride = 1
         circular = False
         if isinstance(layers[0], nn.Conv2d):
@@ -194,16 +221,18 @@ class _Emitter:
         )
         return dst
 
-    def _layer(self, key: str, block: modules.DownBlock | modules.UpBlock, j: int, src: tuple[str, ...]) -> str:
+    def _layer(
+        self, key: str, block: modules.DownBlock | modules.UpBlock | DecoderBlock, j: int, src: tuple[str, ...]
+    ) -> str:
         """Emit a residual block and, if the block has one there, its attention."""
         h = self._resnet(f"{key}.resnets.{j}", src)
         j -= len(block.resnets) - len(block.attentions or ())
         return h if j < 0 else self._attention(f"{key}.attentions.{j}", h)
 
     def _resnet(self, key: str, src: tuple[str, ...]) -> str:
-        block = self.unet.get_submodule(key)
+        block = self.network.get_submodule(key)
         assert isinstance(block, modules.ResnetBlock)
-        emb = self.emb[f"{key}.time_emb_proj"]
+        emb = self.emb.get(f"{key}.time_emb_proj")
         norm: Norm | None = self._norm(f"{key}.norm1", silu=True)
         h = src
         if block.resample == "down":
@@ -222,7 +251,7 @@ class _Emitter:
         return name
 
     def _attention(self, key: str, x: str) -> str:
-        block = self.unet.get_submodule(key)
+        block = self.network.get_submodule(key)
         assert isinstance(block, modules.Attention)
         norm = None if block.group_norm is None else self._norm(f"{key}.group_norm", silu=False)
         H, W, C = self.buffers[x].shape
@@ -240,7 +269,7 @@ class _Emitter:
         return self._conv(out, (core,), residual=x, divide=block.scale_factor, merged=merged, channels=C)
 
     def _resampled(self, key: str, h: str) -> str:
-        block = self.unet.get_submodule(key)
+        block = self.network.get_submodule(key)
         if isinstance(block, modules.ResnetBlock):
             return self._resnet(key, (h,))
         if isinstance(block, modules.Upsample):

@@ -150,6 +150,7 @@ class Program:
     time, class   where classes are embedded: the embeddings of timestep and label, which `Embed` adds; with
                   class_before_mlp they are the output of the time MLP's first layer
     projections   elsewhere: every block's projection of the time embedding, concatenated
+    latent        in place of all of these: what a decoder decodes
     out           the network's output (NCHW in memory)
     """
 

@@ -40,6 +40,62 @@ def make_circular(reference: nn.Module, unet: nn.Module) -> None:
             m.padding_mode = "circular"
 
 
+def plain_processors() -> tuple[type, ...]:
+    """Return the classes of attention processors whose results differ by rounding alone."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    return AttnProcessor, AttnProcessor2_0
+
+
+def attention_changes(module: nn.Module) -> list[str]:
+    """List attention processors other than diffusers' own, and layers of dropout that are in training."""
+    found = []
+    for name, m in module.named_modules():
+        processor = getattr(m, "processor", None)
+        if processor is not None and (type(processor) not in plain_processors() or vars(processor)):
+            found.append(f"{name} has another attention processor than diffusers' own ({type(processor).__name__})")
+        if isinstance(m, nn.Dropout) and m.training and m.p > 0:
+            found.append(f"{name} is in training, with dropout (call unet.eval())")
+    return found
+
+
+def give_parameters(theirs: nn.Module, module: nn.Module) -> tuple[bool, bool]:
+    """Give fastdiff's module the parameters that a diffusers module has now.
+
+    The result is whether they fit, and whether some are other objects than before.
+    """
+    given = dict(theirs.named_parameters(remove_duplicate=False))
+    own = dict(module.named_parameters(remove_duplicate=False))
+    if given.keys() != own.keys() or any(p.shape != own[name].shape for name, p in given.items()):
+        return False, False
+    if all(p is own[name] for name, p in given.items()):
+        return True, False
+    for name, p in given.items():
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path)._parameters[leaf] = p
+    return True, True
+
+
+def versions(parameters: list[dict[str, Any]]) -> list[tuple[int, int, torch.dtype]]:
+    """Return the identity, version and dtype of all weights; edits of ``.data`` within a call do not show in them."""
+    weights = [p for some in parameters for p in some.values() if p is not None]
+    return [(id(p), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
+
+
+def front_of(module: nn.Module, **members: Any) -> Any:
+    """Return an object that is the module in all but some members of its class.
+
+    The module itself is left alone: the object is of a subclass, and its ``__dict__`` is the module's own, so that
+    whatever is set on one is set on both.
+    """
+    kind = type(module)
+    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    same["__reduce_ex__"] = lambda _, protocol: (copy.copy, (module,))  # copies and pickles are the module's
+    front: Any = object.__new__(type(kind.__name__, (kind,), {**same, **members}))
+    object.__setattr__(front, "__dict__", vars(module))
+    return front
+
+
 class BackendUNet:
     """A pipeline's ``UNet2DModel``, run by a backend; "auto" means `native`.
 
@@ -72,12 +128,10 @@ class BackendUNet:
     def unsupported_changes(self) -> list[str]:
         """List what the module does beyond its configuration; then only its own code can run it."""
         from diffusers import UNet2DModel
-        from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
         if self.backend == "eager":
             return []
-        plain = (AttnProcessor, AttnProcessor2_0)  # their results differ by rounding alone
-        found = changes.global_changes(self.unet, (UNet2DModel, *plain))
+        found = changes.global_changes(self.unet, (UNet2DModel, *plain_processors()))
         if not found:
             if self.reference is None:  # not before: a reference has the changes of its classes too
                 with torch.device("meta"):
@@ -86,28 +140,14 @@ class BackendUNet:
                     make_circular(self.reference, self.unet)
             found += changes.overridden(self.unet, UNet2DModel)
             found += changes.differences(self.unet, self.reference, IGNORED)
-        for name, m in self.unet.named_modules():
-            processor = getattr(m, "processor", None)
-            if processor is not None and (type(processor) not in plain or vars(processor)):
-                found.append(f"{name} has another attention processor than diffusers' own ({type(processor).__name__})")
-            if isinstance(m, nn.Dropout) and m.training and m.p > 0:
-                found.append(f"{name} is in training, with dropout (call unet.eval())")
-        if not found and not self._share_parameters():
-            found.append("its parameters are not those of its configuration")
+        found += attention_changes(self.unet)
+        if not found:
+            fits, other = give_parameters(self.unet, self.module)
+            if not fits:
+                found.append("its parameters are not those of its configuration")
+            if other:
+                self.runners.clear()
         return found
-
-    def _share_parameters(self) -> bool:
-        """Give fastdiff's module the parameters that the diffusers module has now; return whether they fit."""
-        theirs = dict(self.unet.named_parameters(remove_duplicate=False))
-        own = dict(self.module.named_parameters(remove_duplicate=False))
-        if theirs.keys() != own.keys() or any(p.shape != own[name].shape for name, p in theirs.items()):
-            return False
-        if any(p is not own[name] for name, p in theirs.items()):
-            for name, p in theirs.items():
-                path, _, leaf = name.rpartition(".")
-                self.module.get_submodule(path)._parameters[leaf] = p
-            self.runners.clear()
-        return True
 
     def reasons_against(self) -> list[str]:
         """List every reason why the backend cannot run the network on this machine, in its present dtype and device."""
@@ -162,13 +202,7 @@ class BackendUNet:
         The module itself is left alone, so other pipelines may use it at the same time: the front is an object of a
         subclass, and its ``__dict__`` is the module's own, so that whatever is set on one is set on both.
         """
-        unet, kind = self.unet, type(self.unet)
-        members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        members["forward"] = BackendForward(self)
-        members["__reduce_ex__"] = lambda _, protocol: (copy.copy, (unet,))  # copies and pickles are the module's
-        front: Any = object.__new__(type(kind.__name__, (kind,), members))
-        object.__setattr__(front, "__dict__", vars(unet))
-        return front
+        return front_of(self.unet, forward=BackendForward(self))
 
 
 class BackendForward:
@@ -181,19 +215,14 @@ class BackendForward:
         self.network = network
         self.state: State | None = None
         self.parameters = [m._parameters for m in network.unet.modules()]
-        self.versions = self._versions()
+        self.versions = versions(self.parameters)
         self.is_left = False  # whether the weights became what no backend can run
-
-    def _versions(self) -> list[tuple[int, int]]:
-        """Return the identity and version of all weights; edits of ``.data`` within a call do not show in them."""
-        weights = [p for parameters in self.parameters for p in parameters.values() if p is not None]
-        return [(id(p), 0 if p.is_inference() else p._version) for p in weights]
 
     def _follow_weights(self) -> None:
         """Notice weights that the pipeline has changed in the middle of its call."""
-        versions = self._versions()
-        if versions != self.versions:
-            self.versions, self.state = versions, None  # backends look at the weights when they see a new state
+        now = versions(self.parameters)
+        if now != self.versions:
+            self.versions, self.state = now, None  # backends look at the weights when they see a new state
             self.is_left = bool(self.network.unsupported_changes())
 
     def __call__(

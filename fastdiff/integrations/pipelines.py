@@ -1,12 +1,13 @@
 """`accelerate`: makes fastdiff run the network, or the whole loop, of a diffusers pipeline.
 
 The pipeline stays the same object. Its class becomes a subclass of its own class, of the same name, that differs in
-``__call__`` and, within a call, in ``unet``:
+``__call__`` and, within a call, in ``unet`` and ``vae``:
 
 - DDPMPipeline and DDIMPipeline, and subclasses that keep their ``__call__``, run a `PipelineLoop`: the table of the
   pipeline's scheduler, with the noise that diffusers would draw, in the same order.
 - Any other pipeline runs its own ``__call__``, in which ``pipeline.unet`` is a front of the network, which a backend
-  runs. Nothing is put into the network itself, so other pipelines, accelerated or not, may run it in other threads.
+  runs, and ``pipeline.vae`` (or ``vqvae``) a front of the autoencoder, whose decoder the native engine runs. Nothing is
+  put into the modules themselves, so other pipelines, accelerated or not, may run them in other threads.
 
 Every call looks at the network, its weights and the scheduler anew, so that all of them may change between calls. What
 would differ from diffusers by more than rounding is refused, or left to diffusers' own code:
@@ -28,6 +29,7 @@ from fastdiff.backends.base import refuse
 from fastdiff.checks import one_of
 from fastdiff.core.turns import Lock
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument, ModifiedError
+from fastdiff.integrations.decoder import BackendDecoder
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
 from fastdiff.unet.changes import in_words, replaced
@@ -41,20 +43,23 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
     """Make fastdiff run a diffusers pipeline.
 
     fastdiff runs the whole loop of DDPMPipeline and DDIMPipeline, for the schedulers DDPM, DDIM, PNDM (PLMS), LCM,
-    DPMSolverMultistep, UniPC and DEIS, and the network of other pipelines. The same arguments and generators give the
-    images that diffusers gives, up to rounding, and leave the generators in the state in which diffusers leaves them.
+    DPMSolverMultistep, UniPC and DEIS; of other pipelines the network, and by `native` the decoder of the autoencoder.
+    The same arguments and generators give the images that diffusers gives, up to rounding, and leave the generators in
+    the state in which diffusers leaves them.
 
     The pipeline remains an instance of its class, and saves, moves and shows its components as before;
     ``pipeline.unaccelerate()`` undoes the change. Weights are shared, not copied; `native` has packed ones besides.
 
     Args:
-        pipeline: The pipeline; its ``unet`` must be a ``UNet2DModel``.
+        pipeline: The pipeline; its ``unet`` must be a ``UNet2DModel``, or its ``vae`` or ``vqvae`` an ``AutoencoderKL``
+            or ``VQModel``.
         backend: "native", "compiled" or "eager"; or "auto": `native` where it can run, which is in float32 on a CPU,
             while elsewhere diffusers' own code runs, and the log says why.
         strict: Whether a network or scheduler that is not supported is an error. If False, that part is left to
             diffusers, and the log says so once. A supported one that was modified, so that it is no longer what its
             configuration says (a patched method, a hook, an attribute), is left to diffusers in any case, unless
-            ``strict`` is True and ``backend`` is named.
+            ``strict`` is True and ``backend`` is named. A decoder that cannot be run is left to diffusers in any case,
+            and so is a network beside a decoder that can; the log says so once.
 
     Returns:
         The same object.
@@ -93,13 +98,41 @@ def _accelerated(base: Any) -> type:
         calls = vars(self).get("_fastdiff")  # another thread may have undone `accelerate` just now
         return base.__call__(self, *args, **kwargs) if calls is None else calls.run(self, args, kwargs)
 
-    return type(base.__name__, (_Accelerated, base), {**same, "__call__": call})
+    parts = {name: _part(name) for name in AUTOENCODERS if not hasattr(base, name)}
+    return type(base.__name__, (_Accelerated, base), {**same, **parts, "__call__": call})
+
+
+AUTOENCODERS = ("vae", "vqvae")
+
+
+def _part(name: str) -> property:
+    """Make the property of a pipeline's part: in a thread that runs a call, its front, if the call has one."""
+
+    def front(pipeline: Any) -> Any:
+        calls = vars(pipeline).get("_fastdiff")  # another thread may have undone `accelerate` just now
+        return None if calls is None else calls.fronts.get(name)
+
+    def get(pipeline: Any) -> Any:
+        if name not in vars(pipeline):
+            raise AttributeError(f"{type(pipeline).__name__} has no {name}")
+        part, shown = vars(pipeline)[name], front(pipeline)
+        return shown if shown is not None and vars(shown) is vars(part) else part
+
+    def put(pipeline: Any, part: Any) -> None:
+        if part is None or part is not front(pipeline):
+            vars(pipeline)[name] = part
+
+    def drop(pipeline: Any) -> None:
+        vars(pipeline).pop(name, None)
+
+    return property(get, put, drop)
 
 
 class _Accelerated:
     """The methods that an accelerated pipeline has beyond those of its own class."""
 
     _fastdiff: PipelineCalls
+    unet = _part("unet")
 
     def unaccelerate(self) -> Any:
         """Undo `accelerate`.
@@ -110,23 +143,6 @@ class _Accelerated:
         self.__class__ = self._fastdiff.base  # a call that is running in another thread ends with diffusers' own code
         del self.__dict__["_fastdiff"]
         return self
-
-    @property
-    def unet(self) -> Any:
-        """The pipeline's network; in a thread that runs a call, the network's front (see `BackendUNet.front`)."""
-        if "unet" not in vars(self):
-            raise AttributeError(f"{type(self).__name__} has no unet")
-        unet, front = vars(self)["unet"], self._front()
-        return front if front is not None and vars(front) is vars(unet) else unet
-
-    @unet.setter
-    def unet(self, unet: Any) -> None:
-        if unet is None or unet is not self._front():
-            vars(self)["unet"] = unet
-
-    def _front(self) -> Any:
-        calls = vars(self).get("_fastdiff")  # another thread may have undone `accelerate` just now
-        return None if calls is None else calls.front
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass cannot be imported, so copies and pickles name the base class, and accelerate the new object.
@@ -151,14 +167,16 @@ class PipelineCalls:
         self.backend = backend
         self.strict = strict
         self.network: BackendUNet | None = None
+        self.decoders: dict[str, BackendDecoder] = {}
+        self.decoding = False  # whether the pipeline has had a decoder of a supported kind
         self.lock = Lock()
         self.warned: set[str] = set()
         self._running = threading.local()
 
     @property
-    def front(self) -> Any:
-        """The front of the network that the call which this thread is running uses; None outside of calls."""
-        return getattr(self._running, "front", None)
+    def fronts(self) -> dict[str, Any]:
+        """The fronts of the pipeline's parts that the call which this thread is running uses; none outside of calls."""
+        return getattr(self._running, "fronts", {})
 
     @property
     def whole_loop(self) -> bool:
@@ -172,6 +190,7 @@ class PipelineCalls:
 
     def check(self, pipeline: Any) -> None:
         """Raise the errors that a call would raise."""
+        self.decoders_of(pipeline)
         self.network_of(pipeline)
         if self.whole_loop:
             with self.unsupported("scheduler"):
@@ -181,31 +200,75 @@ class PipelineCalls:
         """Run one call of the pipeline, as far as it is supported; diffusers runs the rest."""
         arguments = inspect.signature(self.base.__call__).bind(pipeline, *args, **kwargs)
         with self.lock.held:
+            decoders = self.decoders_of(pipeline)
             network = self.network_of(pipeline)
-            if network is None:
-                return self.base.__call__(*arguments.args, **arguments.kwargs)
-            outer = self.front  # set if this call is made within another one
+            outer = self.fronts  # not empty if this call is made within another one
             try:
-                if self.whole_loop and network.accepts(None, pipeline.unet.config.sample_size):
+                if network is not None and self.whole_loop and network.accepts(None, pipeline.unet.config.sample_size):
                     arguments.apply_defaults()
                     loop = PipelineLoop(pipeline, network, dict(arguments.arguments))
                     with self.unsupported("scheduler"):
                         loop.prepare()
                     if loop.table is not None:
                         return loop.run()
-                self._running.front = None if self.backend == "eager" else network.front()
+                fronts = {name: decoder.front(self.warn_once) for name, decoder in decoders.items()}
+                if network is not None and self.backend != "eager":
+                    fronts["unet"] = network.front()
+                self._running.fronts = fronts
                 return self.base.__call__(*arguments.args, **arguments.kwargs)
             except BaseException:
-                network.forget_interrupted()
+                for part in (network, *decoders.values()):
+                    if part is not None:
+                        part.forget_interrupted()
                 raise
             finally:
-                self._running.front = outer
+                self._running.fronts = outer
+
+    def decoders_of(self, pipeline: Any) -> dict[str, BackendDecoder]:
+        """Return the decoders that the engine runs, by the names of the autoencoders; others are left to diffusers."""
+        ready = {}
+        for name in AUTOENCODERS if self.backend in ("auto", "native") and not self.whole_loop else ():
+            vae = vars(pipeline).get(name)
+            if getattr(vae, "decoder", None) is None or hasattr(self.base, name):
+                continue
+            what = f"{self.base.__name__}.{name}"
+            try:
+                known = self.decoders.get(name)
+                decoder = known if known is not None and known.is_of(vae) else BackendDecoder(vae)
+            except ConfigError as e:
+                self.warn_once(f"the decoder of {what} is left to diffusers: {e}")
+                continue
+            self.decoders[name], self.decoding = decoder, True
+            changed = decoder.unsupported_changes()
+            missing = [] if changed else decoder.reasons_against()
+            if changed:
+                self.warn_once(
+                    f"the decoder of {what} is left to diffusers, as it is not what its configuration says: "
+                    f"{in_words(changed)}"
+                )
+            elif missing:
+                self.warn_once(
+                    f"the decoder of {what} is left to diffusers; the native engine cannot run it: {'; '.join(missing)}"
+                )
+            else:
+                ready[name] = decoder
+        return ready
 
     def network_of(self, pipeline: Any) -> BackendUNet | None:
-        """Return the pipeline's network, ready to run; None if it is left to diffusers."""
+        """Return the pipeline's network, ready to run; None if it is left to diffusers.
+
+        Beside a decoder that is supported, a network of another kind is no error.
+        """
         from diffusers import UNet2DModel
 
         unet = vars(pipeline).get("unet", getattr(pipeline, "unet", None))  # the network itself, in nested calls too
+        if self.decoding and not isinstance(unet, UNet2DModel):
+            if unet is not None:
+                self.warn_once(
+                    f"the network of {self.base.__name__} is left to diffusers: it has a {type(unet).__name__} as its "
+                    "unet; a UNet2DModel is supported"
+                )
+            return None
         with self.unsupported("network"):
             if not isinstance(unet, UNet2DModel):
                 what = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"

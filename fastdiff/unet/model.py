@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import plain_modes
-from fastdiff.unet.condition_config import UNetConditionConfig
 from fastdiff.unet.config import UNetConfig
+
+if TYPE_CHECKING:
+    from fastdiff.unet.condition_config import UNetConditionConfig
+    from fastdiff.unet.decoder import DecoderConfig
 
 DTYPE = torch.float32  # of new weights, whatever torch's default is
 CLASS_MAP_SIZE = 8  # side of the map that the class encoder computes, before it is resized to the input's size
@@ -102,13 +105,15 @@ class ResnetBlock(nn.Module):
     h = norm2(h + W silu(emb))                       time_scale_shift "default"
     h = norm2(h) (1 + scale) + shift                 "scale_shift", [scale, shift] = W silu(emb)
     out = (shortcut(resample(x)) + conv2(silu(h))) / scale_factor
+
+    Where the configuration's ``temb_channels`` is None, there is no embedding, and emb is None.
     """
 
     recompute = False  # whether activations are computed anew in the backward pass (gradient checkpointing)
 
     def __init__(
         self,
-        config: UNetConfig | UNetConditionConfig,
+        config: UNetConfig | UNetConditionConfig | DecoderConfig,
         in_channels: int,
         out_channels: int,
         resample: str | None = None,
@@ -120,7 +125,10 @@ class ResnetBlock(nn.Module):
         self.scale_factor = float(config.block_scale_factor if scale_factor is None else scale_factor)
         self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=config.norm_eps, dtype=DTYPE)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, dtype=DTYPE)
-        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1), dtype=DTYPE)
+        self.time_emb_proj = None
+        if config.temb_channels is not None:
+            width = out_channels * (2 if self.scale_shift else 1)
+            self.time_emb_proj = nn.Linear(config.temb_channels, width, dtype=DTYPE)
         self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=config.norm_eps, dtype=DTYPE)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, dtype=DTYPE)
@@ -141,15 +149,19 @@ class ResnetBlock(nn.Module):
         scale, shift = emb.chunk(2, dim=1)
         return self.norm2(h) * (1 + scale) + shift
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._compute, x, emb, use_reentrant=False)
         return self._compute(x, emb)
 
-    def _compute(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, emb: Tensor | None) -> Tensor:
         h = self.conv1(self._resampled(F.silu(self.norm1(x))))
         x = self._resampled(x)
-        h = self.second_norm(h, self.time_emb_proj(F.silu(emb))[:, :, None, None])
+        if self.time_emb_proj is None:
+            h = self.norm2(h)
+        else:
+            assert emb is not None
+            h = self.second_norm(h, self.time_emb_proj(F.silu(emb))[:, :, None, None])
         h = self.conv2(self.dropout(F.silu(h)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
@@ -216,7 +228,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE)
 
-    def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None, size: Sequence[int] | None = None) -> Tensor:
         if size is not None:
             return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -297,7 +309,7 @@ class UpBlock(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention and residual block at the lowest resolution."""
 
-    def __init__(self, config: UNetConfig, channels: int):
+    def __init__(self, config: UNetConfig | DecoderConfig, channels: int):
         super().__init__()
         factor = float(config.mid_block_scale_factor)
         self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels, scale_factor=factor) for _ in range(2))
@@ -310,7 +322,7 @@ class MidBlock(nn.Module):
                 [Attention(channels, config.head_dim(channels), groups, config.norm_eps, factor)]
             )
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         x = self.resnets[0](x, emb)
         if self.attentions is not None:
             x = self.attentions[0](x)

@@ -719,6 +719,24 @@ def line_others(how):
         torch.testing.assert_close(fastdiff.accelerate(pipeline)(2), expected, rtol=1e-4, atol=1e-5)
 
 
+def line_decoder(how):
+    class Decoding(DiffusionPipeline):
+        def __init__(self, vae):
+            super().__init__()
+            self.register_modules(vae=vae)
+
+        def __call__(self, z):
+            return self.vae.decode(z).sample
+
+    if extension() is None:
+        return
+    pipeline = Decoding(diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval())
+    with torch.no_grad():
+        expected = pipeline(torch.ones(2, 4, 6, 6))
+        torch.testing.assert_close(fastdiff.accelerate(pipeline)(torch.ones(2, 4, 6, 6)), expected)
+    assert pipeline._fastdiff.decoders.keys() == {"vae"}
+
+
 def line_own_loop(how):
     scheduler = Scheduler.from_config(diffusers.HeunDiscreteScheduler())
     scheduler.set_timesteps(3)
@@ -759,6 +777,7 @@ LINES = {
     "DDPMPipeline, DDIMPipeline, subclasses": line_whole,
     "their schedulers": line_schedulers,
     "any other pipeline with a UNet2DModel": line_others,
+    "any pipeline whose vae or vqvae is an AutoencoderKL or VQModel": line_decoder,
     "a loop of your own": line_own_loop,
     "a network or scheduler that was modified": line_modified,
     "anything else": line_unsupported,

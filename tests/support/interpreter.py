@@ -6,6 +6,7 @@ It works in the arena of the program's plan, where memory that is not alive or n
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 from fastdiff.core.lower import embed_classes, embed_timesteps
 from fastdiff.core.plan import STATISTICS, Plan, plan
 from fastdiff.core.program import STRIP, Attention, Conv, Embed, Input, Norm, Op, Pool, Program
-from fastdiff.unet import UNet
 
 
 def strip_statistics(x: Tensor) -> Tensor:
@@ -27,9 +27,9 @@ def strip_statistics(x: Tensor) -> Tensor:
 
 
 class Interpreter:
-    """Runs a program in the precision of ``unet`` for a fixed number of rows."""
+    """Runs a program in the precision of ``unet``, which may be a decoder, for a fixed number of rows."""
 
-    def __init__(self, program: Program, unet: UNet, rows: int):
+    def __init__(self, program: Program, unet: Any, rows: int):
         self.program = program
         self.unet = unet
         self.rows = rows
@@ -43,6 +43,16 @@ class Interpreter:
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Compute `UNet.forward` by the program."""
         self.set_inputs(x, t, labels)
+        return self.run()
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Compute `Decoder.forward` by the program."""
+        out = torch.full((len(z), *self.shape("out")), math.nan).to(z)
+        self.external = {"latent": z.permute(0, 2, 3, 1), "out": out}
+        return self.run()
+
+    def run(self) -> Tensor:
         self.view_bytes(0, self.plan.size).fill_(0xFF)  # NaN
         for i, op in enumerate(self.program.ops):
             result = self.compute(op)

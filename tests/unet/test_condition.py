@@ -95,11 +95,11 @@ def test_variants_set_every_field_that_can_be_set():
     assert {*TINY, *(key for changes in VARIANTS.values() for key in changes)} | fixed == names
 
 
-@pytest.mark.parametrize("size", [(5, 5), (9, 14), (7, 16), (1, 3)])
-@pytest.mark.parametrize("variant", ["depth of each level", "padding 0", "reverse depth"])
-def test_sizes_that_are_no_multiple(size, variant):
-    if variant == "padding 0" and min(size) < 4:
-        size = (6, 11)
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("depth of each level", (5, 5)), ("padding 0", (9, 14)), ("reverse depth", (7, 16)), ("reverse depth", (1, 3))],
+)
+def test_sizes_that_are_no_multiple(variant, size):
     assert_equals_diffusers(config(**VARIANTS[variant]), size)
 
 
@@ -180,7 +180,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(described=configs(), seed=st.integers(0, 1000))
 def test_generated_configurations(described, seed):
     assert_equals_diffusers(described, seed=seed)
@@ -389,7 +389,7 @@ def test_a_network_without_text_takes_none():
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["tiny", "linear projections", "text_time"])
+@pytest.mark.parametrize("variant", ["tiny", "text_time"])
 def test_folders_of_diffusers_load(tmp_path, variant):
     unet = random_condition(config(**VARIANTS[variant]))
     twin = diffusers_condition(unet)

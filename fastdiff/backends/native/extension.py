@@ -33,6 +33,11 @@ def multiplies_bf16(native: ModuleType) -> bool:
 
 def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     """List every reason why `native` cannot run the network; empty where it can."""
+    return network_reasons(unet) + engine_reasons(spec.dtype, spec.device)
+
+
+def engine_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """List every reason why the engine cannot run any network in this dtype on this device; empty where it can."""
     reasons = []
     native = extension()
     if native is None:
@@ -41,11 +46,10 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons.append("this processor has none of the instruction sets it was built for (x86-64: AVX2 and FMA)")
     elif isa() not in ("", *native.isas()):
         reasons.append(f"FASTDIFF_ISA={isa()!r} is not available; available: {', '.join(native.isas())}")
-    reasons += network_reasons(unet)
-    if spec.device.type != "cpu":
-        reasons.append(f"it runs on the CPU, not on {spec.device}")
-    if spec.dtype not in (torch.float32, torch.bfloat16):
-        reasons.append(f"it computes in float32 or bfloat16, not in {str(spec.dtype).removeprefix('torch.')}")
-    if spec.dtype == torch.bfloat16 and native is not None and not multiplies_bf16(native):
+    if device.type != "cpu":
+        reasons.append(f"it runs on the CPU, not on {device}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"it computes in float32 or bfloat16, not in {str(dtype).removeprefix('torch.')}")
+    if dtype == torch.bfloat16 and native is not None and not multiplies_bf16(native):
         reasons.append("the processor, or FASTDIFF_ISA, has no products of bfloat16 (x86-64: AVX-512 BF16)")
     return reasons

@@ -11,12 +11,11 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.backends.network import checksum, merged_layer
 from fastdiff.core.program import Conv
-from fastdiff.unet import UNet
 
 # Points of the Winograd transforms (csrc/kernels/winograd.hpp); infinity is the last one of each.
 POINTS = {"winograd2": (0.0, 1.0, -1.0), "winograd4": (0.0, 0.75, -0.75, 1.5, -1.5)}
@@ -61,7 +60,7 @@ def pack(
     return U.contiguous()
 
 
-def _state(unet: UNet) -> dict[str, Tensor]:
+def _state(unet: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in unet.state_dict().items()}
 
 
@@ -71,7 +70,7 @@ class Weights:
     ``made_from`` is the checksum of the network's weights, by which `of` notices changes.
     """
 
-    def __init__(self, unet: UNet, native: ModuleType, made_from: int | None):
+    def __init__(self, unet: nn.Module, native: ModuleType, made_from: int | None):
         self.native = native
         self.state = _state(unet)
         self.packed: dict[tuple[Any, ...], Tensor] = {}
@@ -79,14 +78,14 @@ class Weights:
         self.lock = threading.RLock()
 
     @classmethod
-    def shapes(cls, unet: UNet, native: ModuleType) -> Weights:
+    def shapes(cls, unet: nn.Module, native: ModuleType) -> Weights:
         """Return weights on "meta", from which the size of every packing is known before anything is packed."""
         weights = cls(unet, native, None)
         weights.state = {k: v.to("meta") for k, v in weights.state.items()}
         return weights
 
     @classmethod
-    def of(cls, unet: UNet, native: ModuleType) -> Weights:
+    def of(cls, unet: nn.Module, native: ModuleType) -> Weights:
         """Return the shared weights of a network, new ones if they have changed since the last call."""
         now = checksum(unet)
         with _weights_lock:
@@ -95,7 +94,7 @@ class Weights:
                 known = _weights[unet] = cls(unet, native, now)
             return known
 
-    def unless_changed(self, unet: UNet, build: Callable[[], Built]) -> Built | None:
+    def unless_changed(self, unet: nn.Module, build: Callable[[], Built]) -> Built | None:
         """Return what ``build`` makes of packed weights; None if it packed some that are not those of ``made_from``.
 
         Those are dropped. Another thread, or a callback that exchanges the weights during a run, may have changed them.
@@ -138,7 +137,7 @@ class Weights:
             return self.packed[key]
 
 
-_weights: weakref.WeakKeyDictionary[UNet, Weights] = weakref.WeakKeyDictionary()
+_weights: weakref.WeakKeyDictionary[nn.Module, Weights] = weakref.WeakKeyDictionary()
 _weights_lock = threading.Lock()
 
 

@@ -65,6 +65,7 @@ class ProgramInputs:
     times: Tensor  # embeddings of timesteps, float32 [timesteps, features]
     classes: Tensor | None  # embeddings of labels, float32 [labels, features], where the network has them
     class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
+    latent: Tensor | None = None  # float32 [rows, H, W, padded C], of a decoder, which reads nothing else
 
 
 def array(tensor: Tensor) -> Any:
@@ -109,6 +110,8 @@ class NativeProgram:
 
     def buffer(self, name: str) -> Tensor:
         """Return a view of a buffer in the arena, [rows, H, W, padded C]."""
+        if name == "latent" and self.inputs.latent is not None:
+            return self.inputs.latent
         H, W, C = self.program.buffers[name].shape
         shape = (self.rows, H, W, self._padded(C))
         return self.out if name == "out" else self._view(self.layout.offsets[name], shape)
