@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all kernel-check figures gpu sanitize sanitize-python arm-check lint format docs examples ray-check wheel-check clean
+.PHONY: help sample native test test-all kernel-check figures gpu sanitize sanitize-python arm-check lint format docs examples bulk-check wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -118,9 +118,9 @@ examples: $(READY)  ## run every script of examples/ in an empty folder
 	tests/examples_check.sh
 
 # Ray, and what its data sets need, are 150 MB, which few need: not in .venv until this is run.
-ray-check: $(READY)  ## install Ray into .venv, run its tests and its recipe
+bulk-check: $(READY)  ## install Ray into .venv; run bulk jobs on it, under torchrun and with processes that are killed
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'ray[data]>=2.40'
-	$(BIN)/python -m pytest -q tests/bulk/test_ray.py
+	$(BIN)/python -m pytest -m slow tests/bulk
 	tests/examples_check.sh ray_data
 
 wheel-check: $(READY)  ## build the wheel, install it elsewhere and use it there

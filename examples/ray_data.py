@@ -30,8 +30,8 @@ class Drawer:
 
 def main() -> None:
     """Draw the images with all processors but one."""
-    # Little passes through the store of objects, and nobody looks at the dashboard.
-    ray.init(include_dashboard=False, object_store_memory=200 << 20)
+    # On a cluster: ray.init("auto"). Little passes through the store of objects, and nobody looks at the dashboard.
+    ray.init("local", include_dashboard=False, object_store_memory=200 << 20)
     # Reading needs a processor too: with a pool of all of them the pipeline would wait for ever.
     pool = int(ray.cluster_resources()["CPU"]) - 1
     if pool < 1:

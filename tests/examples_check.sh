@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every script of examples/ as a reader would, on its own, in an empty folder; or those that are named.
-# ray_data.py, which needs Ray, is run by `make ray-check` only.
+# ray_data.py, which needs Ray, is run by `make bulk-check` only.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)

@@ -151,11 +151,9 @@ def generate(
     options = {**jobs.options_of(options), "seed": int(seed)}
     rank, world = share(ranks)
     if isinstance(model, Sampler):
-        for name, value in (("workers", workers), ("ray", ray)):
-            if value is not None:
-                raise InvalidArgument(
-                    f"{name}={value}: workers load the model from its files; give its path, not a Sampler"
-                )
+        if workers is not None or ray is not None:
+            given = f"workers={workers}" if ray is None else f"ray={ray}"
+            raise InvalidArgument(f"{given}: workers load the model from its files; give its path, not a Sampler")
         job = _job(model, None, n, out, format, shard_size, labels, batch_size, options, torch.get_num_threads())
         jobs.begin(job)
         watch, used = _Watch(job, started, progress), (0, torch.get_num_threads())

@@ -7,11 +7,13 @@ restarts are off: they have no end where an actor cannot start, and do not apply
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,9 @@ def check(address: Any) -> None:
 
 def _package() -> Any:
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError as e:
         raise InvalidArgument("ray= needs Ray, which is not installed: pip install 'fastdiff[ray]'") from e
-    return ray
 
 
 @contextlib.contextmanager
@@ -55,6 +56,7 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    handler = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options |= {"num_cpus": native_threads.number(), "include_dashboard": False, "object_store_memory": OBJECTS}
@@ -69,6 +71,8 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has set its own
 
 
 def number(workers: int | None, gpu: bool) -> int:
@@ -92,14 +96,14 @@ class _Drawer:
     def __init__(self) -> None:
         self._counts = [0, 0, 0]
 
-    def work(self, *arguments: Any) -> Message:
-        """Work on a job, with the arguments of `fastdiff.bulk.watching.serve`."""
+    def work(self, folder: str, rank: int, world: int, threads: int, patience_s: float) -> Message:
+        """Work on a job, as `fastdiff.bulk.watching.serve` does."""
 
         def drawn(images: int, published: bool) -> None:
             self._counts[0] += 1
             self._counts[1 + published] += images
 
-        return watching.serve(*arguments, drawn)
+        return watching.serve(folder, rank, world, threads, patience_s, drawn)
 
     def counts(self) -> tuple[str, int, list[int]]:
         """Return the node and the process of this worker, and its counts."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from fastdiff.bulk import job as jobs
 from fastdiff.bulk.job import Job
 from fastdiff.bulk.local import ignore_interrupts_and_end_with
+from fastdiff.errors import FastdiffError
 from fastdiff.sampler import Sampler
 
 log = logging.getLogger("fastdiff")
@@ -55,7 +57,12 @@ def measure(folder: Path, workers: int, threads: int) -> float | None:
             pipes.append(pipe)
             processes.append(process)
         end = time.monotonic() + LIMIT_S
-        rates = [pipe.recv() if pipe.poll(max(0.0, end - time.monotonic())) else None for pipe in pipes]
+        rates: list[float] = []
+        for pipe in pipes:
+            if not pipe.poll(max(0.0, end - time.monotonic())):
+                return None
+            rates.append(pipe.recv())
+        return sum(rates)
     except (EOFError, OSError):
         return None
     finally:
@@ -64,24 +71,24 @@ def measure(folder: Path, workers: int, threads: int) -> float | None:
             process.join()
         for pipe in pipes:
             pipe.close()
-    return None if None in rates else sum(rates)
 
 
 def _run(pipe: Any, barrier: Any, folder: str, threads: int) -> None:
     """Measure in a process of its own; an error ends it without an answer."""
     ignore_interrupts_and_end_with(pipe)
     torch.set_num_threads(threads)
-    job = jobs.read(folder)
-    with job.sampler() as sampler, contextlib.closing(_rows(job, sampler)) as rows:
-        next(rows)  # packs the weights
-        barrier.wait(LIMIT_S)
-        count, started = 0, time.monotonic()
-        while count < 2 or time.monotonic() - started < WINDOW_S:
-            count += next(rows)
-        pipe.send(count / (time.monotonic() - started))
+    with contextlib.suppress(FastdiffError, threading.BrokenBarrierError):  # a worker that draws will say it
+        job = jobs.read(folder)
+        with job.sampler() as sampler, contextlib.closing(_rows(job, sampler)) as rows:
+            next(rows)  # packs the weights
+            barrier.wait(LIMIT_S)
+            count, started = 0, time.monotonic()
+            while count < 2 or time.monotonic() - started < WINDOW_S:
+                count += next(rows)
+            pipe.send(count / (time.monotonic() - started))
 
 
-def _rows(job: Job, sampler: Sampler) -> Iterator[int]:
+def _rows(job: Job, sampler: Sampler) -> Generator[int, None, None]:
     """Draw a batch of the job again and again; yield the number of images at each row of the table."""
     batch = job.batches(0)[0]
     while True:

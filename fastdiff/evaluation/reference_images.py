@@ -122,8 +122,8 @@ def load_images(
                 raise InvalidArgument(f"{name}={given[name]!r} is for other sources, but {path} is the folder of a job")
         one_of("fit", fit, ("crop", "pad"))
         arrays = load(path, n)
-        classes, names = (arrays.labels, arrays.class_names) if labelled else (None, None)
-        data = ArrayData(path, arrays.images, classes, size, given.get("channels"), fit, reading, names)
+        numbers, names = (arrays.labels, arrays.class_names) if labelled else (None, None)
+        data = ArrayData(path, arrays.images, numbers, size, given.get("channels"), fit, reading, names)
     else:
         data = open_data(
             path, reading, labels=labels, size=size, channels=given.get("channels"), fit=fit,

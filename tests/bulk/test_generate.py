@@ -237,7 +237,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "image": {"image": torch.zeros(3, 8, 8)}, "guide": {"guide": print}, "start": {"start_index": 1},
     "deadline": {"deadline_s": 3.0}, "unknown": {"stepps": 3}, "steps": {"steps": 0}, "batch": {"batch_size": 0},
     "table": {"solver": fastdiff.solvers.ddim(fastdiff.NoiseSchedule(), 3)}, "guidances": {"guidance": [1.0, 2.0]},
-    "progress": {"progress": 3}, "spacing": {"spacing": [object()]},
+    "progress": {"progress": 3}, "spacing": {"spacing": [object()]}, "prompts": {"prompts": ["a dog"]},
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Actors of Ray as workers. `make ray-check` installs Ray and runs all of this; most tests need the real one."""
+"""Actors of Ray as workers. `make bulk-check` installs Ray and runs all of this; most tests need the real one."""
 
 from __future__ import annotations
 

@@ -103,6 +103,7 @@ def test_a_measurement(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPat
 def test_a_measurement_that_fails_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     job_with_model(tmp_path / "a", str(tmp_path / "gone"))
     assert trial.measure(tmp_path / "a", 1, 1) is None
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def _asleep(*arguments: Any) -> None:

@@ -35,6 +35,7 @@ PARSED = {
     "fastdiff convert cifar10": "needs the result of the next one",
     "fastdiff convert ddpm.ckpt": "needs a published checkpoint",
     "fastdiff eval": "needs Fashion-MNIST's files",
+    "fastdiff generate fashion-mnist --n 50000 --steps 10 --ray": "needs Ray; make bulk-check has it",
     "fastdiff train": "trains for hours",
     "fastdiff trilemma": "draws and measures for minutes to hours",
 }
@@ -125,7 +126,7 @@ def check(words: list[str]) -> None:
             found = re.fullmatch(r"\.(\[(\w+)\])?", wanted)
             assert found, f"{wanted} is not this repository"
             assert found[2] is None or found[2] in extras, f"there is no extra {found[2]}"
-    elif program == "torchrun":
+    elif program in ("torchrun", "ray"):
         parse(arguments[arguments.index("fastdiff") + 1 :])
     elif program == "sbatch":
         parse(shlex.split(arguments[-1])[1:])
