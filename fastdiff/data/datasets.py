@@ -9,6 +9,7 @@ before anything is allocated or decompressed, and no pickle is ever loaded.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import operator
@@ -75,7 +76,7 @@ class ImageData(Dataset[Batch]):
     Subclasses define ``__len__`` and ``__getitems__``; a `torch.utils.data.DataLoader` or a `Trainer` uses both.
 
     Attributes:
-        channels: The number of channels C, 1 (gray) or 3 (RGB).
+        channels: The number of channels C, 1 (gray) or 3 (RGB); more with condition images.
         size: Height and width of the images in pixels, (H, W).
         num_classes: The number of classes; None for data without labels.
         class_names: The names of the classes, where the data has names.
@@ -258,6 +259,41 @@ def open_data(
     data = ArrayData(path, arrays.images, found, target, channels, fit, reading, names)
     data.doubts = (*doubts, *data.doubts)
     return data
+
+
+class ConditionedData(ImageData):
+    """Images, each with a condition image of the same size that a network goes by, as channels after the image's own.
+
+    A `Trainer` noises as many channels as its network gives, and feeds the others to it as they are.
+
+    Args:
+        images: The images to learn to draw, with their labels if they have any.
+        condition: The condition image of each, in the same order.
+
+    Raises:
+        DataError: If the two do not have as many images of one size.
+    """
+
+    def __init__(self, images: ImageData, condition: ImageData) -> None:
+        if len(images) != len(condition) or tuple(images.size) != tuple(condition.size):
+            raise DataError(
+                f"{len(images)} images of {images.size[0]}x{images.size[1]}, but {len(condition)} condition images of "
+                f"{condition.size[0]}x{condition.size[1]}; one of the same size is needed for each"
+            )
+        self.images, self.condition = images, condition
+        self.channels, self.size = images.channels + condition.channels, images.size
+        self.num_classes, self.class_names, self.labels = images.num_classes, images.class_names, images.labels
+        self.skipped = (*images.skipped, *condition.skipped)
+        self.doubts, self.facts, self.look = (*images.doubts, *condition.doubts), images.facts, images.look
+        self.options = {**images.options, "condition": dict(condition.options)}
+        self.digest = hashlib.sha256(f"{images.digest}/{condition.digest}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        images, labels = self.images.__getitems__(indices)
+        return torch.cat([images, self.condition.__getitems__(indices)[0]], dim=1), labels
 
 
 class ArrayData(ImageData):
