@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from fastdiff import memory
 from fastdiff.checks import is_whole, one_of, whole
+from fastdiff.data import tars
 from fastdiff.data.arrays import BLOCK, LAYOUTS, Arrays, check_bytes, read_idx, read_npz
 from fastdiff.data.doubts import (
     ALPHA_DOUBT,
@@ -148,7 +149,7 @@ def load_data(
     class_depth: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> ArrayData | FolderData:
-    """Open a folder of images, an ``.npz`` file or an IDX file (``.gz`` or not) as a data set.
+    """Open a folder of images, an ``.npz``, ``.tar`` or IDX file (``.gz`` or not) as a data set.
 
     Files of a folder that are unreadable or do not fit are left out, and the "fastdiff" logger names each. It also
     warns of everything else about the data that is doubtful, and names the argument below that settles it.
@@ -157,7 +158,8 @@ def load_data(
         path: The data. A folder is searched recursively; if every image lies in a sub-folder, the sorted names of the
             first level's sub-folders are the classes. An ``.npz`` file holds uint8 images [N, H, W], [N, H, W, C] or
             [N, C, H, W] under ``images``, ``x`` or ``arr_0``, and may hold integer labels [N] under ``labels`` or ``y``
-            (or ``arr_1`` beside ``arr_0``) and their names under ``class_names``. IDX is the format of MNIST.
+            (or ``arr_1`` beside ``arr_0``) and their names under ``class_names``. IDX is the format of MNIST. A
+            ``.tar`` file, or a folder of nothing else, is as WebDataset has it: ``000012.png``, ``000012.cls``.
         labels: The IDX file of labels that belongs to an IDX file of images.
         size: The images' size: an int for H = W, or (H, W). None keeps the size of the data, whose images must then
             all have the same.
@@ -228,6 +230,9 @@ def open_data(
         )
     if layout is not None and kind != "npz":
         raise InvalidArgument(f"layout={layout!r} is for the array of an .npz file, but {path} is {_KINDS[kind]}")
+    shards = tars.archives(path) if kind == "folder" else [path] if kind == "tar" else []
+    if shards:
+        return _tar_data(path, shards, target, channels, fit, reading, class_depth, names)
     if kind == "folder":
         return FolderData(path, target, channels, fit, reading, class_depth, names)
     for name, value in (("frames", reading.frames), ("profile", reading.profile)):
@@ -258,6 +263,22 @@ def open_data(
         names = None
     data = ArrayData(path, arrays.images, found, target, channels, fit, reading, names)
     data.doubts = (*doubts, *data.doubts)
+    return data
+
+
+def _tar_data(
+    path: Path, shards: Sequence[Path], size: tuple[int, int] | None, channels: int | None, fit: str, reading: Reading,
+    class_depth: int | None, names: tuple[str, ...] | None,
+) -> ArrayData:  # fmt: skip
+    """Read tar files of images into memory."""
+    if reading.frames == "all" or (class_depth or 0) > 1:
+        option = "frames='all'" if reading.frames == "all" else f"class_depth={class_depth}"
+        raise InvalidArgument(f"{option} is for folders of images, but {path} is {_KINDS['tar']}")
+    arrays, skipped, doubts = tars.read_tars(shards, size, channels, fit, reading, class_depth != 0)
+    if names is not None and arrays.labels is None:
+        raise InvalidArgument(f"class_names= needs labels, which {path} does not have")
+    data = ArrayData(path, arrays.images, arrays.labels, None, channels, fit, class_names=names)
+    data.skipped, data.doubts, data.options = tuple(skipped), (*doubts, *data.doubts), options_of(reading, fit)
     return data
 
 
@@ -576,7 +597,7 @@ class FolderData(ImageData):
         self.__dict__.update(state, _lock=threading.Lock(), _pool=None, _decoded={})
 
 
-_KINDS = {"folder": "a folder", "npz": "an .npz file", "idx": "an IDX file"}
+_KINDS = {"folder": "a folder", "npz": "an .npz file", "idx": "an IDX file", "tar": "a .tar file"}
 
 
 def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -603,14 +624,18 @@ def _kind(path: Path) -> str:
         if not stat.S_ISREG(mode):
             raise DataError(f"{path} is neither a folder nor a regular file")
         with path.open("rb") as file:
-            magic = file.read(4)
+            head = file.read(263)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot open {path}: {why(error)}") from error
-    if magic[:2] == b"PK":
+    if head[:2] == b"PK":
         return "npz"
-    if magic[:2] in (b"\x1f\x8b", b"\0\0"):
+    if head[257:262] == b"ustar":
+        return "tar"
+    if head[:2] in (b"\x1f\x8b", b"\0\0"):
         return "idx"
-    raise DataError(f"{path} is neither a folder of images, an .npz file nor an IDX file (gzipped or not)")
+    if head[:4] == b"PAR1":
+        raise DataError(f"{path} is a Parquet file, which is not read; write its images into a folder or a .tar file")
+    raise DataError(f"{path} is neither a folder of images, an .npz, .tar nor IDX file (gzipped or not)")
 
 
 def _cpus() -> int:
