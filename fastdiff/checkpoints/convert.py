@@ -72,7 +72,7 @@ def convert(
     stored = read_model(src, preset=preset, flags=flags, variant=variant, weights=weights)
     unet = empty(stored.config)
     state = fit(unet, stored.tensors, stored.weights_path, stored.layout, dtype=None)
-    info = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler}
+    info: dict[str, Any] = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler}
     info |= {} if stored.class_names is None else {"class_names": list(stored.class_names)}
     if to == "onnx":
         unet.load_state_dict(state, assign=True)
