@@ -62,14 +62,13 @@ class EagerRunner:
     def evaluate(self, state: State, guided: bool) -> None:
         """Set ``state.out``, from two network rows per image if ``guided``. Reads no values from the device."""
         t = state.column("t")
+        x = state.x if state.condition is None else torch.cat([state.x, state.condition], dim=1)
         if not guided:
-            state.out = self._call(state.x, t, state.label).to(state.x.dtype)
+            state.out = self._call(x, t, state.label).to(state.x.dtype)
             return
         assert state.label is not None, "guidance needs labels"
         null = torch.full_like(state.label, self.spec.null_label or 0)
-        both = self._call(torch.cat([state.x, state.x]), torch.cat([t, t]), torch.cat([state.label, null])).to(
-            state.x.dtype
-        )
+        both = self._call(torch.cat([x, x]), torch.cat([t, t]), torch.cat([state.label, null])).to(state.x.dtype)
         w = 1.0 + state.column("g") * (state.guidance - 1.0)
         conditional, unconditional = both.chunk(2)
         state.out = update.guide(conditional, unconditional, w, state.x.shape[1], state.guidance_rescale)

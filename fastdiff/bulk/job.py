@@ -48,6 +48,7 @@ REFUSED = {
     "noise": "it cannot be written to job.json",
     "image": "it cannot be written to job.json",
     "mask": "it cannot be written to job.json",
+    "condition": "it cannot be written to job.json",
     "strength": "it belongs to image=, which cannot be written to job.json",
     "repaint": "it belongs to image=, which cannot be written to job.json",
     "guide": "it cannot be written to job.json",

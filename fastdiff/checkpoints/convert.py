@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.checkpoints import layouts
+from fastdiff.checkpoints import layouts, onnx
 from fastdiff.checkpoints.loading import METADATA_KEY, check_path, empty, fit, read_model
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES
 from fastdiff.checkpoints.saving import plain, save_pipeline, write_safetensors, writing
@@ -23,11 +23,11 @@ from fastdiff.modes import plain_modes
 
 # Endings that promise a file of another kind; a folder of such a name would surprise. Names of folders may have dots.
 OTHER_ENDINGS = (
-    ".onnx", ".engine", ".plan", ".trt", ".pb", ".tflite", ".h5", ".hdf5", ".keras", ".mlmodel", ".mlpackage", ".gguf",
+    ".engine", ".plan", ".trt", ".pb", ".tflite", ".h5", ".hdf5", ".keras", ".mlmodel", ".mlpackage", ".gguf",
     ".ggml", ".npz", ".npy", ".pkl", ".pickle", ".json", ".yaml", ".yml", ".zip", ".tar", ".gz", ".msgpack", ".pt2",
     ".ptl", ".torchscript", ".xml", ".jit", ".so", ".txt", ".png", ".jpg",
 )  # fmt: skip
-FORMATS = ("diffusers", "safetensors", *layouts.LAYOUTS)
+FORMATS = ("diffusers", "safetensors", "onnx", *layouts.LAYOUTS)
 
 
 @plain_modes()
@@ -51,8 +51,9 @@ def convert(
         to: The format, one of `FORMATS`. "diffusers" is a pipeline folder, which diffusers can load if it has such a
             network. "safetensors" is one file with the configuration in its metadata. "ddpm", "openai", "openai-new"
             and "edm" are one file with the tensors that the original code loads: a ``.safetensors`` file, with the
-            configuration in its metadata, or a ``.pt`` file, without. None chooses "safetensors" if ``dst`` ends in
-            ".safetensors", else "diffusers".
+            configuration in its metadata, or a ``.pt`` file, without. "onnx" is one file in float32, computed by
+            torch.onnx and checked with onnxruntime (the extra ``onnx``), which is not converted back. None chooses
+            "safetensors" or "onnx" if ``dst`` ends so, else "diffusers".
         preset: As in `load`.
         flags: As in `load`.
         variant: As in `load`.
@@ -71,7 +72,13 @@ def convert(
     stored = read_model(src, preset=preset, flags=flags, variant=variant, weights=weights)
     unet = empty(stored.config)
     state = fit(unet, stored.tensors, stored.weights_path, stored.layout, dtype=None)
-    if to == "diffusers":
+    info: dict[str, Any] = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler}
+    info |= {} if stored.class_names is None else {"class_names": list(stored.class_names)}
+    if to == "onnx":
+        unet.load_state_dict(state, assign=True)
+        with writing(dst):
+            onnx.write(dst, unet, info)
+    elif to == "diffusers":
         save_pipeline(dst, stored.config, state, stored.scheduler, stored.class_names)
     else:
         if to in layouts.LAYOUTS:
@@ -80,8 +87,7 @@ def convert(
                 raise ConfigError(f"{stored.path} cannot be written as {to!r}: " + "; ".join(reasons))
             state = layouts.to_theirs(layouts.pieces(unet, to), state)
         layout = to if to in layouts.LAYOUTS else "diffusers"
-        info = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler, "layout": layout}
-        info |= {} if stored.class_names is None else {"class_names": list(stored.class_names)}
+        info |= {"layout": layout}
         with writing(dst), atomic_file(dst) as file:
             if dst.suffix.lower() == ".safetensors":
                 write_safetensors(file, state, {METADATA_KEY: json.dumps(info)})
@@ -101,15 +107,17 @@ def convert(
 def _format(dst: Path, to: str | None) -> str:
     """Return the format ``to``, or the one that the name of ``dst`` implies; raise `ConfigError` if they conflict."""
     suffix = dst.suffix.lower()
-    is_file = suffix in (".safetensors", *TORCH_SUFFIXES)
+    is_file = suffix in (".safetensors", ".onnx", *TORCH_SUFFIXES)
     if suffix in OTHER_ENDINGS:
         raise ConfigError(
-            f"{dst}: {suffix} files are not written; a file ends in .safetensors, .pt, .ckpt or .bin, and "
+            f"{dst}: {suffix} files are not written; a file ends in .safetensors, .onnx, .pt, .ckpt or .bin, and "
             "another name is a folder's"
         )
     if to is None and suffix in TORCH_SUFFIXES:
         raise ConfigError(f"{dst}: which tensors? Give the format, one of {', '.join(layouts.LAYOUTS)}")
-    to = optional(text)("to", to, error=ConfigError) or ("safetensors" if is_file else "diffusers")
+    to = optional(text)("to", to, error=ConfigError) or (
+        "onnx" if suffix == ".onnx" else "safetensors" if is_file else "diffusers"
+    )
     if to not in FORMATS:
         raise ConfigError(f"format {shown(to)} is unknown; allowed: {', '.join(FORMATS)}")
     if is_file == (to == "diffusers"):
@@ -118,4 +126,8 @@ def _format(dst: Path, to: str | None) -> str:
         )
     if to == "safetensors" and suffix != ".safetensors":
         raise ConfigError(f"{dst}: format 'safetensors' is written as a .safetensors file")
+    if (to == "onnx") != (suffix == ".onnx"):
+        raise ConfigError(f"{dst}: format 'onnx', and no other, is written as an .onnx file")
+    if to == "onnx":
+        onnx.check_packages(dst)
     return to

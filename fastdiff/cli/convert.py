@@ -15,14 +15,14 @@ from fastdiff.errors import printable
 def convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A model: a folder, a file, or a built-in name.")],
     dst: Annotated[
-        Path, typer.Argument(metavar="DST", help="A folder (diffusers), or a file: .safetensors, .pt, .ckpt.")
+        Path, typer.Argument(metavar="DST", help="A folder (diffusers), or a file: .safetensors, .pt, .ckpt, .onnx.")
     ],
     to: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="diffusers (a folder), safetensors (one file), or the tensors of an original code base: ddpm, openai, "
-            "openai-new, edm (default: by DST).",
+            help="diffusers (a folder), safetensors or onnx (one file), or the tensors of an original code base: ddpm, "
+            "openai, openai-new, edm (default: by DST).",
         ),
     ] = None,
     preset: Annotated[
@@ -39,7 +39,8 @@ def convert(
 ) -> None:
     """Write a model in another format. No bit of a tensor changes, so converting back restores the original.
 
-    PyTorch files are read without running the code in them.
+    PyTorch files are read without running the code in them. ONNX files (pip install 'fastdiff[onnx]') are for other
+    programs, and are not converted back.
 
     Examples:
 

@@ -61,7 +61,8 @@ FitOption = Annotated[
 FeaturesOption = Annotated[
     str,
     typer.Option(
-        help="Network that computes features: fashion-mnist, a classifier's file, or a .pth of Inception's weights."
+        help="Network that computes features: fashion-mnist, a classifier's file, a .pth of Inception's weights, or "
+        "random, for any images."
     ),
 ]
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def train(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A folder of images, an .npz, or an IDX (MNIST) file, .gz or not.")
+        Path, typer.Argument(metavar="DATA", help="A folder of images, an .npz, .tar, or IDX (MNIST) file, .gz or not.")
     ],
     out: Annotated[
         Path,

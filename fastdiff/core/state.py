@@ -66,6 +66,7 @@ class State:
     # The network's output after guidance, [B, C or 2C, H, W], set by `Runner.forward` and read by `Runner.update`;
     # undefined after a whole step.
     out: Tensor | None = None
+    condition: Tensor | None = None  # clean channels [B, K, H, W] that the network reads after those of x
     x0_scale: Tensor | None = None  # 1/q of dynamic thresholding, set between forward and update
     xs: Tensor | None = None  # the saved x; None where no table saves
     m1: Tensor | None = None  # the history, latest first; None where no table has so many entries

@@ -4,7 +4,10 @@
 functions turn tensors of images in [-1, 1] into PIL images, grids, picture files and animations.
 """
 
-from fastdiff.data.datasets import ArrayData, FolderData, ImageData, load_data
+from fastdiff.data.datasets import ArrayData, ConditionedData, FolderData, ImageData, load_data
 from fastdiff.data.pictures import animate, grid, save_picture, to_pil, to_uint8
 
-__all__ = ["ArrayData", "FolderData", "ImageData", "animate", "grid", "load_data", "save_picture", "to_pil", "to_uint8"]
+__all__ = [
+    "ArrayData", "ConditionedData", "FolderData", "ImageData", "animate", "grid", "load_data", "save_picture", "to_pil",
+    "to_uint8",
+]  # fmt: skip

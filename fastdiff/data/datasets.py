@@ -9,6 +9,7 @@ before anything is allocated or decompressed, and no pickle is ever loaded.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import operator
@@ -28,6 +29,7 @@ from torch.utils.data import Dataset
 
 from fastdiff import memory
 from fastdiff.checks import is_whole, one_of, whole
+from fastdiff.data import tars
 from fastdiff.data.arrays import BLOCK, LAYOUTS, Arrays, check_bytes, read_idx, read_npz
 from fastdiff.data.doubts import (
     ALPHA_DOUBT,
@@ -74,7 +76,7 @@ class ImageData(Dataset[Batch]):
     Subclasses define ``__len__`` and ``__getitems__``; a `torch.utils.data.DataLoader` or a `Trainer` uses both.
 
     Attributes:
-        channels: The number of channels C, 1 (gray) or 3 (RGB).
+        channels: The number of channels C, 1 (gray) or 3 (RGB); more with condition images.
         size: Height and width of the images in pixels, (H, W).
         num_classes: The number of classes; None for data without labels.
         class_names: The names of the classes, where the data has names.
@@ -146,7 +148,7 @@ def load_data(
     class_depth: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> ArrayData | FolderData:
-    """Open a folder of images, an ``.npz`` file or an IDX file (``.gz`` or not) as a data set.
+    """Open a folder of images, an ``.npz``, ``.tar`` or IDX file (``.gz`` or not) as a data set.
 
     Files of a folder that are unreadable or do not fit are left out, and the "fastdiff" logger names each. It also
     warns of everything else about the data that is doubtful, and names the argument below that settles it.
@@ -155,7 +157,8 @@ def load_data(
         path: The data. A folder is searched recursively; if every image lies in a sub-folder, the sorted names of the
             first level's sub-folders are the classes. An ``.npz`` file holds uint8 images [N, H, W], [N, H, W, C] or
             [N, C, H, W] under ``images``, ``x`` or ``arr_0``, and may hold integer labels [N] under ``labels`` or ``y``
-            (or ``arr_1`` beside ``arr_0``) and their names under ``class_names``. IDX is the format of MNIST.
+            (or ``arr_1`` beside ``arr_0``) and their names under ``class_names``. IDX is the format of MNIST. A
+            ``.tar`` file, or a folder of nothing else, is as WebDataset has it: ``000012.png``, ``000012.cls``.
         labels: The IDX file of labels that belongs to an IDX file of images.
         size: The images' size: an int for H = W, or (H, W). None keeps the size of the data, whose images must then
             all have the same.
@@ -226,6 +229,9 @@ def open_data(
         )
     if layout is not None and kind != "npz":
         raise InvalidArgument(f"layout={layout!r} is for the array of an .npz file, but {path} is {_KINDS[kind]}")
+    shards = tars.archives(path) if kind == "folder" else [path] if kind == "tar" else []
+    if shards:
+        return _tar_data(path, shards, target, channels, fit, reading, class_depth, names)
     if kind == "folder":
         return FolderData(path, target, channels, fit, reading, class_depth, names)
     for name, value in (("frames", reading.frames), ("profile", reading.profile)):
@@ -257,6 +263,57 @@ def open_data(
     data = ArrayData(path, arrays.images, found, target, channels, fit, reading, names)
     data.doubts = (*doubts, *data.doubts)
     return data
+
+
+def _tar_data(
+    path: Path, shards: Sequence[Path], size: tuple[int, int] | None, channels: int | None, fit: str, reading: Reading,
+    class_depth: int | None, names: tuple[str, ...] | None,
+) -> ArrayData:  # fmt: skip
+    """Read tar files of images into memory."""
+    if reading.frames == "all" or (class_depth or 0) > 1:
+        option = "frames='all'" if reading.frames == "all" else f"class_depth={class_depth}"
+        raise InvalidArgument(f"{option} is for folders of images, but {path} is {_KINDS['tar']}")
+    arrays, skipped, doubts = tars.read_tars(shards, size, channels, fit, reading, class_depth != 0)
+    if names is not None and arrays.labels is None:
+        raise InvalidArgument(f"class_names= needs labels, which {path} does not have")
+    data = ArrayData(path, arrays.images, arrays.labels, None, channels, fit, class_names=names)
+    data.skipped, data.doubts, data.options = tuple(skipped), (*doubts, *data.doubts), options_of(reading, fit)
+    return data
+
+
+class ConditionedData(ImageData):
+    """Images, each with a condition image of the same size that a network goes by, as channels after the image's own.
+
+    A `Trainer` noises as many channels as its network gives, and feeds the others to it as they are.
+
+    Args:
+        images: The images to learn to draw, with their labels if they have any.
+        condition: The condition image of each, in the same order.
+
+    Raises:
+        DataError: If the two do not have as many images of one size.
+    """
+
+    def __init__(self, images: ImageData, condition: ImageData) -> None:
+        if len(images) != len(condition) or tuple(images.size) != tuple(condition.size):
+            raise DataError(
+                f"{len(images)} images of {images.size[0]}x{images.size[1]}, but {len(condition)} condition images of "
+                f"{condition.size[0]}x{condition.size[1]}; one of the same size is needed for each"
+            )
+        self.images, self.condition = images, condition
+        self.channels, self.size = images.channels + condition.channels, images.size
+        self.num_classes, self.class_names, self.labels = images.num_classes, images.class_names, images.labels
+        self.skipped = (*images.skipped, *condition.skipped)
+        self.doubts, self.facts, self.look = (*images.doubts, *condition.doubts), images.facts, images.look
+        self.options = {**images.options, "condition": dict(condition.options)}
+        self.digest = hashlib.sha256(f"{images.digest}/{condition.digest}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        images, labels = self.images.__getitems__(indices)
+        return torch.cat([images, self.condition.__getitems__(indices)[0]], dim=1), labels
 
 
 class ArrayData(ImageData):
@@ -537,7 +594,7 @@ class FolderData(ImageData):
         self.__dict__.update(state, _lock=threading.Lock(), _pool=None, _decoded={})
 
 
-_KINDS = {"folder": "a folder", "npz": "an .npz file", "idx": "an IDX file"}
+_KINDS = {"folder": "a folder", "npz": "an .npz file", "idx": "an IDX file", "tar": "a .tar file"}
 
 
 def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -564,14 +621,18 @@ def _kind(path: Path) -> str:
         if not stat.S_ISREG(mode):
             raise DataError(f"{path} is neither a folder nor a regular file")
         with path.open("rb") as file:
-            magic = file.read(4)
+            head = file.read(263)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot open {path}: {why(error)}") from error
-    if magic[:2] == b"PK":
+    if head[:2] == b"PK":
         return "npz"
-    if magic[:2] in (b"\x1f\x8b", b"\0\0"):
+    if head[257:262] == b"ustar":
+        return "tar"
+    if head[:2] in (b"\x1f\x8b", b"\0\0"):
         return "idx"
-    raise DataError(f"{path} is neither a folder of images, an .npz file nor an IDX file (gzipped or not)")
+    if head[:4] == b"PAR1":
+        raise DataError(f"{path} is a Parquet file, which is not read; write its images into a folder or a .tar file")
+    raise DataError(f"{path} is neither a folder of images, an .npz, .tar nor IDX file (gzipped or not)")
 
 
 def _cpus() -> int:

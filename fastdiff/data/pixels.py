@@ -88,6 +88,8 @@ def convert(images: np.ndarray, channels: int, alpha: str | None = None) -> np.n
         c' = round((c a + back (255 - a)) / 255)
         y = (19595 r + 38470 g + 7471 b + 2^15) / 2^16
     """
+    if images.shape[3] == channels:
+        return images
     if channels in (2, 4):
         opacity = images[..., 3:] if images.shape[3] == 4 else np.full_like(images[..., :1], 255)
         return np.concatenate([convert(images[..., :3], channels - 1), opacity], axis=3)

@@ -39,8 +39,8 @@ PART = 500  # images in a file
 SETTINGS = "settings.json"
 # Options of `Sampler.sample` that cannot be written to settings.json, or that this module sets itself.
 REFUSED = (
-    "noise", "image", "mask", "strength", "repaint", "guide", "guide_through", "start_index", "index", "indices",
-    "callback",
+    "noise", "image", "mask", "condition", "strength", "repaint", "guide", "guide_through", "start_index", "index",
+    "indices", "callback",
 )  # fmt: skip
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES
 from fastdiff.errors import InvalidArgument, NumericsError
-from fastdiff.evaluation import inception
+from fastdiff.evaluation import inception, random_features
 from fastdiff.evaluation.classifier import Classifier
+from fastdiff.evaluation.random_features import RandomFeatures
 from fastdiff.modes import exact_products, plain_modes
 
 BLOCK = 2048  # rows that are processed at a time
@@ -110,7 +111,7 @@ def measure(generated: Tensor, reference: Reference | Tensor) -> dict[str, Estim
 class Extractor:
     """A function from images, float32 [N, C, H, W] in [-1, 1], to features, float32 [N, F] on the CPU."""
 
-    network: Classifier | inception.Inception
+    network: Classifier | inception.Inception | RandomFeatures
     device: torch.device
 
     @plain_modes()
@@ -126,7 +127,8 @@ def features(name: str | Path = "fashion-mnist", device: str | torch.device = "c
     Args:
         name: A built-in model's name or a classifier's file, which give F = 96 features of 1x32x32 images; or a PyTorch
             file (.pth, .pt) with the weights of Inception-v3, which gives F = 2048 features of images of any size (see
-            `fastdiff.evaluation.inception`).
+            `fastdiff.evaluation.inception`); or "random", which gives F = 224 features of gray or colour images of any
+            size (see `fastdiff.evaluation.random_features`).
         device: The device to run the network on.
 
     Returns:
@@ -135,6 +137,8 @@ def features(name: str | Path = "fashion-mnist", device: str | torch.device = "c
     Raises:
         CheckpointError: If the file cannot be used; the message says why.
     """
+    if name == random_features.NAME:
+        return Extractor(RandomFeatures().to(device), torch.device(device))
     network = inception.load(name) if Path(name).suffix.lower() in TORCH_SUFFIXES else Classifier.load(name)
     return Extractor(network.to(device), torch.device(device))
 

@@ -28,7 +28,7 @@ from fastdiff.checkpoints.reading import network_digest, read_json, read_safeten
 from fastdiff.checkpoints.saving import write_safetensors
 from fastdiff.data.summary import data_lines, duration, line
 from fastdiff.errors import CheckpointError, DataError, InvalidArgument
-from fastdiff.evaluation import image_store
+from fastdiff.evaluation import image_store, random_features
 from fastdiff.evaluation.classifier import CLASS_NAMES, SIZE, Classifier
 from fastdiff.evaluation.metrics import Extractor, Reference, features, measure, share_interval, thinned
 from fastdiff.evaluation.reference_images import (
@@ -173,7 +173,7 @@ class Judge:
     """The network whose features are compared, and whose classes an accuracy is of."""
 
     name: str
-    network: Classifier | None  # None for Inception, which has no classes of the images
+    network: Classifier | None  # None for Inception and random features, which have no classes of the images
     accepted: bool  # whether the caller says that images without names of classes are of its data set
 
     @classmethod
@@ -189,7 +189,9 @@ class Judge:
     def described(self) -> dict[str, Any]:
         """A description, for JSON."""
         if self.network is None:
-            return {"features": self.name, "kind": "Inception-v3, for images of any size and colour", "classes": None}
+            random = self.name == random_features.NAME
+            network = "a network of random weights, which sees textures and colours," if random else "Inception-v3,"
+            return {"features": self.name, "kind": f"{network} for images of any size and colour", "classes": None}
         kind = f"a classifier of Fashion-MNIST, for gray images of {SIZE}x{SIZE}"
         return {"features": self.name, "kind": kind, "classes": list(self.network.class_names)}
 
@@ -206,7 +208,7 @@ class Judge:
         return (
             f"nothing says that {what} is of the judge's data set, Fashion-MNIST: there is no class accuracy, and "
             f'distances by features of clothes mean little for other images; labels_of="{self.name}" says that it is, '
-            "features_of= takes the weights of Inception"
+            'features_of="random" fits any images, and features_of= takes the weights of Inception'
         )
 
 
@@ -264,7 +266,7 @@ def check_shape(extract: Extractor, features_of: str, model: str, shape: Shape) 
     if isinstance(extract.network, Classifier) and shape != (1, SIZE, SIZE):
         raise InvalidArgument(
             f"{features_of} judges images of 1x{SIZE}x{SIZE}, those of {model} are {'x'.join(map(str, shape))}; "
-            "give the weights of Inception as --features"
+            "give the weights of Inception as --features, or --features random"
         )
 
 

@@ -158,30 +158,32 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise InvalidArgument(f"{name} is a tensor {kind}; a plain (strided) tensor of numbers is needed")
 
 
-def as_image(image: Any, channels: int) -> Any:
+def as_image(image: Any, channels: int, name: str = "image") -> Any:
     """Return pictures of PIL, or uint8 arrays [H, W], [H, W, C] or [n, H, W, C], as floats [n, C, H, W] in [-1, 1].
 
     They are converted to the channels of the network's images. Other arrays become tensors, and anything else is
     returned as it is, for `check_image`.
     """
     if isinstance(image, Image.Image) or _are(image, Image.Image):
-        arrays = [_bytes_of(picture, channels) for picture in ([image] if isinstance(image, Image.Image) else image)]
+        arrays = [
+            _bytes_of(picture, channels, name) for picture in ([image] if isinstance(image, Image.Image) else image)
+        ]
     elif (isinstance(image, np.ndarray) and image.dtype == np.uint8) or _are(image, np.ndarray):
         given = image if isinstance(image, (list, tuple)) else [image] if image.ndim < 4 else image
         arrays = [array[..., None] if array.ndim == 2 else array for array in given]
         if any(a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] not in (1, 3, channels) for a in arrays):
             shapes = ", ".join(str(a.shape) for a in list(given)[:3])
             raise InvalidArgument(
-                f"image has arrays {shapes}; uint8 [H, W], [H, W, 1 or 3] or [H, W, {channels}] are needed, or a "
+                f"{name} has arrays {shapes}; uint8 [H, W], [H, W, 1 or 3] or [H, W, {channels}] are needed, or a "
                 "tensor of floats in [-1, 1]"
             )
-        arrays = [a if a.shape[-1] == channels else _converted(a, channels) for a in arrays]
+        arrays = [a if a.shape[-1] == channels else _converted(a, channels, name) for a in arrays]
     elif isinstance(image, np.ndarray):
-        return _tensor("image", image)
+        return _tensor(name, image)
     else:
         return image
     if len({array.shape for array in arrays}) != 1:
-        raise InvalidArgument(f"image has {len(arrays)} pictures of several sizes; resize them to one")
+        raise InvalidArgument(f"{name} has {len(arrays)} pictures of several sizes; resize them to one")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
@@ -200,19 +202,19 @@ def _are(values: Any, kind: type) -> bool:
     return isinstance(values, (list, tuple)) and len(values) > 0 and all(isinstance(v, kind) for v in values)
 
 
-def _bytes_of(picture: Image.Image, channels: int) -> NDArray[np.uint8]:
+def _bytes_of(picture: Image.Image, channels: int, name: str) -> NDArray[np.uint8]:
     """Return a picture's pixels [H, W, C]; its alpha is composited over white where the network's images have none."""
     try:
-        return _converted(pixels_of(picture), channels)
+        return _converted(pixels_of(picture), channels, name)
     except InvalidArgument:
         raise
     except Exception as e:  # a picture is decoded when it is first used, and decoders raise anything
-        raise InvalidArgument(f"image cannot be read: {why(e).splitlines()[0]}") from e
+        raise InvalidArgument(f"{name} cannot be read: {why(e).splitlines()[0]}") from e
 
 
-def _converted(pixels: NDArray[Any], channels: int) -> NDArray[np.uint8]:
+def _converted(pixels: NDArray[Any], channels: int, name: str) -> NDArray[np.uint8]:
     if channels not in pictures.MODES:
-        raise InvalidArgument(f"image is a picture, but the network's images have {channels} channels; give a tensor")
+        raise InvalidArgument(f"{name} is a picture, but the network takes {channels} channels there; give a tensor")
     return convert(pixels[None], channels)[0]
 
 
@@ -223,20 +225,20 @@ def _tensor(name: str, array: NDArray[Any]) -> Tensor:
         raise InvalidArgument(f"{name} is an array of {array.dtype}; numbers are needed") from e
 
 
-def check_image(image: Any, n: int, channels: int) -> Tensor:
+def check_image(image: Any, n: int, channels: int, name: str = "image") -> Tensor:
     """Return the image as float32 [n, C, H, W] on the CPU; [C, H, W] is for all."""
     if not isinstance(image, Tensor) or not image.is_floating_point():
         got = f"a tensor of {image.dtype}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
-        raise InvalidArgument(f"image is {got}; a tensor of floats in [-1, 1] is needed (of uint8: x / 127.5 - 1)")
-    check_dense("image", image)
+        raise InvalidArgument(f"{name} is {got}; a tensor of floats in [-1, 1] is needed (of uint8: x / 127.5 - 1)")
+    check_dense(name, image)
     full = image if image.ndim == 4 else image[None]
     if full.ndim != 4 or full.shape[1] != channels or len(full) not in (1, n) or 0 in full.shape:
         raise InvalidArgument(
-            f"image has shape {tuple(image.shape)}; ({n}, {channels}, H, W), or ({channels}, H, W) for all, is needed"
+            f"{name} has shape {tuple(image.shape)}; ({n}, {channels}, H, W), or ({channels}, H, W) for all, is needed"
         )
     full = full.detach().to("cpu", torch.float32)
     if not torch.isfinite(full).all():
-        raise InvalidArgument("image has NaN or infinite values")
+        raise InvalidArgument(f"{name} has NaN or infinite values")
     return full.expand(n, *full.shape[1:])
 
 

@@ -103,10 +103,12 @@ class Loop:
     def seconds_per_row(self, r: Request) -> float:
         """Run the request's first chunk, and return the seconds of its slowest row; the first one is not counted."""
         k = r.batch_size
-        labels, image, mask = (None if whole is None else whole[:k] for whole in (r.labels, r.image, r.mask))
+        labels, image, mask, condition = (
+            None if whole is None else whole[:k] for whole in (r.labels, r.image, r.mask, r.condition)
+        )
         first = dataclasses.replace(
             r, n=k, index=r.index[:k], seed=r.seed if isinstance(r.seed, int) else r.seed[:k], guidance=r.guidance[:k],
-            noise=None, labels=labels, image=image, mask=mask,
+            noise=None, labels=labels, image=image, mask=mask, condition=condition,
         )  # fmt: skip
         ends = [time.perf_counter() for _ in self.rows(first, preview=lambda _: False)]
         if len(ends) < len(r.table):
@@ -307,6 +309,9 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
         if source is None or isinstance(source, Tensor)
         else lambda row: padded(_noise(source, row, indices)),
     )
+    if r.condition is not None:
+        condition = r.condition[chunk.start : chunk.stop].to(device)
+        state.condition = torch.cat([condition, condition.new_zeros(pad, *condition.shape[1:])])
     if pad:
         state.idle(range(len(chunk), r.batch_size))
     return state, inpainting

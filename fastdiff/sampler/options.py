@@ -139,6 +139,7 @@ class Options:
         None, "--strength", check=optional(partial(number, above=0, high=1, need="a number above 0, at most 1,"))
     )
     mask: Any = option(None, "--mask", MEASURED)
+    condition: Any = option(None, None, DEADLINE)
     repaint: tuple[int, int] | None = option(None, None, DEADLINE, MEASURED)
     guide: Guide | None = option(None, None, DEADLINE, MEASURED)
     guide_through: str = option("x0")
@@ -198,13 +199,14 @@ class Options:
 class NetworkInfo:
     """Facts about a network, read from a `UNetConfig` or a diffusers config, or given as a shape."""
 
-    channels: int  # of its input
+    channels: int  # of its images
     size: tuple[int, int] | None  # height and width that it was trained for; None where its configuration has none
     out_channels: int | None = None  # None where they are unknown
     stride: int = 1  # height and width must be multiples of it
     width: int = 64  # channels of the first block, from which memory is estimated
     classes: int | None = None  # number of classes without the null class; None where it has none, or they are unknown
     null_label: int | None = None  # None where it has no null class, so that it cannot be guided
+    condition: int = 0  # channels of the condition image that it reads after those of the image
     described: bool = False  # whether it has a configuration; without one any label is passed on to it
     class_names: tuple[str, ...] | None = None  # of the classes from 0 on; None where they have no names
 
@@ -230,6 +232,8 @@ class NetworkInfo:
             raise ConfigError(
                 f"class_embed_type={config.class_embed_type!r} is not fed by labels, so a Sampler cannot run it"
             )
+        # A network with fewer channels of output than of input reads a condition image after the image.
+        condition = max(config.in_channels - config.out_channels, 0) if shape is None else 0
         fits = shape is None or shape[0] == config.in_channels
         if not fits and (type(unet) is UNet or type(unet).__module__.partition(".")[0] == "diffusers"):
             raise InvalidArgument(
@@ -241,13 +245,14 @@ class NetworkInfo:
         null = getattr(config, "null_label", None)
         embeds = config.num_class_embeds
         return cls(
-            channels=config.in_channels if shape is None else shape[0],
+            channels=config.in_channels - condition if shape is None else shape[0],
             size=(None if size is None else tuple(size)) if shape is None else shape[1:],
             out_channels=config.out_channels if fits else None,  # a wrapper's configuration may be that of its inside
             stride=1 << (len(config.block_out_channels) - 1),
             width=max(config.block_out_channels[0], 1),
             classes=None if embeds is None else embeds - (null is not None),
             null_label=null,
+            condition=condition,
             described=True,
         )
 

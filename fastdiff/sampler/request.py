@@ -51,6 +51,7 @@ class Request:
     batch_size: int  # the images are drawn in chunks of at most so many
     image: Tensor | None = None  # float32 [n, C, H, W]
     from_image: bool = False  # whether the run starts at the noised image, not at noise alone
+    condition: Tensor | None = None  # float32 [n, K, H, W], which the network reads besides
     mask: Tensor | None = None  # bool [n, 1 or C, H, W], True where the image is drawn anew
     guide: Guide | None = None
     guide_through: str = "x0"
@@ -90,11 +91,17 @@ def check(
     batch_size = None if o.batch_size is None else whole("batch_size", o.batch_size, 1, but="None")
     seed = _seed(n, o.seed)
     image = None if o.image is None else editing.check_image(editing.as_image(o.image, info.channels), n, info.channels)
-    given = o.size if image is None or o.size is not None else (image.shape[2], image.shape[3])
+    condition = _condition(n, o, info)
+    sized = condition if image is None else image
+    given = o.size if sized is None or o.size is not None else (sized.shape[2], sized.shape[3])
     size = image_size(n, given, info)
     shape = (info.channels, *size)
     if image is not None and tuple(image.shape[1:]) != shape:
         raise InvalidArgument(f"size={shown(o.size)}, but image is {image.shape[2]}x{image.shape[3]}")
+    if condition is not None and tuple(condition.shape[2:]) != size:
+        raise InvalidArgument(
+            f"images of {size[0]}x{size[1]}, but condition is {condition.shape[2]}x{condition.shape[3]}"
+        )
     mask = _mask(n, o, shape)
     _check_guide(o, backend)
     table = step_table(o, schedule, prediction, scheduler_config)
@@ -132,10 +139,26 @@ def check(
         batch_size=min(n, batch_size or default_batch),
         image=image,
         from_image=o.late is not None,
+        condition=condition,
         mask=mask,
         guide=o.guide,
         guide_through=o.guide_through,
     )
+
+
+def _condition(n: int, o: Options, info: NetworkInfo) -> Tensor | None:
+    """Return the condition images, which the network needs or does not take."""
+    if o.condition is None and info.condition:
+        raise InvalidArgument(
+            f"the network takes {info.channels + info.condition} channels and gives {info.channels}, so it needs "
+            f"condition= with {info.condition} channels: an image to go by for each image, as [n, C, H, W] in [-1, 1]"
+        )
+    if o.condition is None:
+        return None
+    if not info.condition:
+        raise InvalidArgument("condition= is for networks with more channels of input than of output; this one has not")
+    condition = editing.as_image(o.condition, info.condition, "condition")
+    return editing.check_image(condition, n, info.condition, "condition")
 
 
 def _seed(n: int, seed: Any) -> int | tuple[int, ...]:

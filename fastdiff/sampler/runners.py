@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastdiff import backends
+from fastdiff.backends.base import refuse
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.evaluation import Conversion, Evaluation
 from fastdiff.backends.native import NativeRunner
@@ -59,7 +60,11 @@ class Runners:
         self.global_changes: list[str] = []
         first = self._spec(1, (info.channels, *(info.size or (info.stride,) * 2)))
         self.backend = backend
-        if backend == "auto":
+        if info.condition:
+            self.backend = "eager" if backend == "auto" else backend
+            condition = f"the network reads a condition image of {info.condition} channels, which eager alone feeds it"
+            refuse(backend, [condition] if backend not in ("auto", "eager") else [])
+        elif backend == "auto":
             self.backend = backends.choose(unet, first)
         self.runner(first.batch, first.shape)  # raises now where the backend cannot run
 

@@ -251,6 +251,7 @@ class Sampler:
         image: Any = None,
         strength: float | None = None,
         mask: Any = None,
+        condition: Any = None,
         repaint: tuple[int, int] | None = None,
         guide: Guide | None = None,
         guide_through: str = "x0",
@@ -309,6 +310,8 @@ class Sampler:
             mask: 1 where ``image`` is drawn anew, 0 where it is known and kept: [H, W], [1 or C, H, W] or [n, 1 or C,
                 H, W]; or a picture of PIL or a uint8 array, light where it is drawn anew. After every row the known
                 pixels, at the row's noise level, replace the drawn ones.
+            condition: Images that the network goes by, for one with more channels of input than of output (a
+                super-resolution network's small image, enlarged): as ``image``, with the channels that are left.
             repaint: (jump_length, resamples), as (10, 10): every so many steps are repeated so many times (RePaint), so
                 that new pixels fit the known ones. Multi-step solvers cannot repeat steps.
             guide: Differentiable function (x0 [k, C, H, W], indices) -> log p [k]. Images are changed towards larger

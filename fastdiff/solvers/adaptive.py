@@ -34,7 +34,7 @@ def _step(walk: Walk, i: int, order: int) -> list[Row]:
     if level.abar_next == 1.0:
         return [walk.row(i, x0=1.0)]
     h = level.log_sigma - level.log_sigma_next
-    shares = (0.5,) if order == 2 else (R1, 2.0 * R1)
+    shares: tuple[float, ...] = (0.5,) if order == 2 else (R1, 2.0 * R1)
     assert walk.between is not None
     stages = [walk.between(level.sigma * math.exp(-r * h)) for r in shares]
     inside = [Level(t, abar, abar) for t, abar in stages]

@@ -131,10 +131,10 @@ class Trainer:
         config, data, batch = unet.config, self.data, self.config.batch_size
         if data.channels != config.in_channels:
             raise InvalidArgument(f"the images have {data.channels} channels, the U-Net takes {config.in_channels}")
-        if config.out_channels != config.in_channels:
+        if config.out_channels > config.in_channels:
             raise InvalidArgument(
                 f"out_channels={config.out_channels}: training needs out_channels={config.in_channels}, as many as "
-                "in_channels (learned variances are not trained here)"
+                "in_channels, or fewer with a condition image (learned variances are not trained here)"
             )
         if any(side % config.stride for side in data.size):
             near = "x".join(str(max(side // config.stride, 1) * config.stride) for side in data.size)
@@ -162,10 +162,10 @@ class Trainer:
                 f"batch_size={batch} must be a multiple of processes x accumulate = "
                 f"{self.world} x {self.config.accumulate}"
             )
-        if self.config.sample_every and data.channels not in (1, 3):
+        if self.config.sample_every and config.out_channels not in (1, 3):
             raise InvalidArgument(
-                f"sample_every={self.config.sample_every}: images of {data.channels} channels are not pictures; 0 is "
-                "needed"
+                f"sample_every={self.config.sample_every}: images of {config.out_channels} channels are not pictures; "
+                "0 is needed"
             )
 
     # ---- the draws of a step: functions of the seed and the position in the stream of images -------------------------
@@ -235,7 +235,7 @@ class Trainer:
             labels = labels.to(self.device)
             if self.unet.config.null_label is not None:
                 labels = torch.where(w2 < int(c.label_dropout * 2**32), self.unet.config.null_label, labels)
-        noise = normal(seed, index, row, TRAIN_NOISE, tuple(x0.shape[1:]))
+        noise = normal(seed, index, row, TRAIN_NOISE, (self.unet.config.out_channels, *x0.shape[2:]))
         return x0, noise, t, labels
 
     def seconds_per_update(self) -> float:
@@ -262,9 +262,14 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def _loss(self, network: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Compute w_t ||target - network(x_t, t)||^2, the mean over images and elements (algorithm 1, line 5)."""
+        """Compute w_t ||target - network(x_t, t)||^2, the mean over images and elements (algorithm 1, line 5).
+
+        Channels of ``x0`` after those of the noise are a condition image, which the network reads as it is.
+        """
+        x0, condition = x0[:, : noise.shape[1]], x0[:, noise.shape[1] :]
         a, s = self.schedule.signal_and_noise(t, x0.ndim, torch.float32)
-        x_t = (a * x0 + s * noise).to(memory_format=torch.channels_last)
+        x_t = torch.cat([a * x0 + s * noise, condition], dim=1) if condition.shape[1] else a * x0 + s * noise
+        x_t = x_t.to(memory_format=torch.channels_last)
         bf16 = self.config.precision == "bf16"
         # Within a caller's own autocast the cache would outlive the step, and hold the weights from before it.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
@@ -502,7 +507,13 @@ class Trainer:
         classes = sampler.info.classes
         labels = None if classes is None else [label for label in range(min(classes, 10)) for _ in range(8)]
         n = 64 if labels is None else len(labels)
-        output = sampler.sample(n, solver=self._table, seed=self.config.seed, labels=labels, size=self.data.size)
+        condition = None
+        if sampler.info.condition:
+            given, _ = self.data.__getitems__([i % len(self.data) for i in range(n)])
+            condition = given[:, sampler.info.channels :].float() / 127.5 - 1.0
+        output = sampler.sample(
+            n, solver=self._table, seed=self.config.seed, labels=labels, size=self.data.size, condition=condition
+        )
         picture = output.grid(columns=8)
         path = self.out / "samples" / f"step-{self.step:07d}.png"
         with resume.writing(path):

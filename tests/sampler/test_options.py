@@ -29,7 +29,8 @@ VALUES: dict[str, Any] = {
     "spacing": [90, 50], "clip": None, "seed": 5,
     "start_index": 3, "index": [3, 17], "indices": [3, 17], "labels": 1, "guidance": 2.0,
     "guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7, "size": 16, "noise": torch.zeros(1, *SHAPE),
-    "batch_size": 2, "image": torch.zeros(1, *SHAPE), "strength": 0.5, "mask": torch.ones(8, 8), "repaint": (2, 2),
+    "batch_size": 2, "image": torch.zeros(1, *SHAPE), "strength": 0.5, "mask": torch.ones(8, 8),
+    "condition": torch.zeros(1, *SHAPE), "repaint": (2, 2),
     "guide": lambda x0, _: x0.sum((1, 2, 3)), "guide_through": "network", "quality": 1.1, "deadline_s": 3.0,
     "compat": "diffusers",
 }  # fmt: skip

@@ -123,6 +123,7 @@ def test_the_memory_of_a_process(tmp_path: Path) -> None:
     assert less < 0.75 * plain
 
 
+@pytest.mark.slow  # two processes
 def test_the_option_of_the_command(tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
