@@ -41,7 +41,7 @@ from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet, UNetConfig
-from tests.backends.test_backends import CASES, Case, check, spec_of, start
+from tests.backends.test_backends import CASES, MICRO_CLASSES, Case, check, spec_of, start
 from tests.core.test_program import CLASS_IMAGES, image_size
 from tests.support.fake_cuda import FakeCuda
 from tests.support.paths import ROOT
@@ -462,6 +462,50 @@ def test_every_kernel_of_a_step_is_compiled_before_it_is_captured(monkeypatch: p
             runner.step(state)
         runner.forward(state)
         runner.update(state)
+
+
+def test_inference_mode_around_any_part_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that are made in it cannot be written outside of it, where a runner is used by another caller."""
+    monkeypatch.setattr(Launch, "compile", lambda launch: None)
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+
+    def write(launch: Launch) -> None:
+        if launch.op == "update":
+            return compute_on_device(launch)
+        for name in ("dst", "out", "sums", "norm", "statistics", "timestep"):
+            if launch.arguments.get(name) is not None:
+                launch.arguments[name].fill_(0)
+
+    def images(config: UNetConfig, made: str) -> list[torch.Tensor]:
+        def made_in(part: str) -> Any:
+            return torch.inference_mode(made in (part, "all"))
+
+        options = {} if config.num_class_embeds is None else {"label": [1, 3], "guidance": [2.0, 1.0]}
+        with made_in("network"):
+            unet = random_unet(config)
+        with made_in("runner"):
+            spec = Spec(2, (3, 8, 8), torch.float32, CPU, null_label=4)
+            runner = TritonRunner(unet, spec, FakeCuda(), write)
+        found = []
+        for edited in (False, True):
+            if edited:
+                with made_in("edit"):
+                    unet.conv_in.weight.data.mul_(1.25)
+            for table in (solvers.ddim(SCHEDULE, 4), solvers.ddpm(SCHEDULE, 4, threshold=(0.9, 2.0))):
+                with made_in("state"):
+                    state = State.create(random_images(config, 2), TableBank([table], CPU), **options)
+                with made_in("steps"):
+                    runner.step(state)
+                runner.forward(state)
+                runner.update(state)
+                found.append(state.x.clone())
+        return found
+
+    without = change(MICRO_CLASSES, num_class_embeds=None, null_label=None)
+    for config, parts in ((MICRO_CLASSES, ("network", "runner", "state", "steps", "edit", "all")), (without, ("all",))):
+        expected = images(config, "")
+        for made in parts:
+            assert all(torch.equal(a, b) for a, b in zip(images(config, made), expected, strict=True)), made
 
 
 def test_the_device_of_a_runner_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ class TritonStep:
     ``run`` runs a launch; tests compute its reference instead.
     """
 
+    @plain_modes()
     def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
         from fastdiff.backends.triton.launches import Weights
 
