@@ -46,6 +46,9 @@ class CompiledStep:
         self._evaluate = compile_copy(EagerRunner.evaluate, mode=mode)
         self._advances: dict[tuple[bool, ...], Callable[..., None]] = {}
 
+    def take_labels(self, state: State) -> None:
+        """Do nothing: every step reads the labels."""
+
     def evaluate(self, state: State, guided: bool) -> None:
         """Set ``state.out``."""
         self._evaluate(self.eager, state, guided)

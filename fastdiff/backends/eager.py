@@ -59,6 +59,9 @@ class EagerRunner:
                 state.x = x
         return leaf
 
+    def take_labels(self, state: State) -> None:
+        """Do nothing: every step reads the labels."""
+
     def evaluate(self, state: State, guided: bool) -> None:
         """Set ``state.out``, from two network rows per image if ``guided``. Reads no values from the device."""
         t = state.column("t")

@@ -42,6 +42,9 @@ BUFFERS = (*CHANGED, "table", "seed", "index", "label", "guidance")  # fields th
 class DeviceStep(Protocol):
     """A step and its two halves, as operations on the device alone, none of which depends on values read from it."""
 
+    def take_labels(self, state: State) -> None:
+        """Compute what depends on labels alone: they have changed, and the steps to come have these."""
+
     def evaluate(self, state: State, guided: bool) -> None:
         """Evaluate the network, with guidance on 2B rows if ``guided``, and set ``state.out``, in place or not."""
 
@@ -228,6 +231,8 @@ class GraphRunner:
                 if its is not None:
                     mine.copy_(its)
                 setattr(state, name, mine)
+                if name == "label":
+                    self.device_step.take_labels(state)
 
     def _detach(self) -> None:
         """Give the attached state copies of the static buffers in their place.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -20,18 +21,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="the kernels need triton, which is installed on Linux x86-64 only")
 
 import fastdiff
 from fastdiff import solvers
 from fastdiff.backends import BITWISE_ROWS, Spec
+from fastdiff.backends import network as shared
 from fastdiff.backends.graph import GraphRunner
 from fastdiff.backends.triton import TritonRunner, TritonStep
 from fastdiff.backends.triton import runner as triton
 from fastdiff.core import noise, update
 from fastdiff.core.lower import lower
-from fastdiff.core.program import Conv
+from fastdiff.core.program import Attention, Conv
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
 from fastdiff.kernels import library as kernel_library
@@ -41,12 +44,13 @@ from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet, UNetConfig
-from tests.backends.test_backends import CASES, Case, check, spec_of, start
+from tests.backends.test_backends import CASES, MICRO_CLASSES, Case, check, spec_of, start
 from tests.core.test_program import CLASS_IMAGES, image_size
 from tests.support.fake_cuda import FakeCuda
 from tests.support.paths import ROOT
 from tests.support.tuned_file import library_everywhere, tuning
 from tests.support.unets import (  # fmt: skip
+    ATTENTION_EVERYWHERE,
     OWN_VARIANTS,
     PUBLISHED,
     TINY,
@@ -307,7 +311,10 @@ def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., No
     assert counts["library.products"] + counts["conv.partial"] == counts["epilogue.finish"] > 0
     doubled = sum(isinstance(op, Conv) and op.upsample for op in program.ops)
     assert counts["library.products"] == (kinds["Conv"] - doubled if library else 0)
-    assert counts["norm.finalise"] == counts["norm.apply"] == sum(program.norm(op) is not None for op in program.ops)
+    # A merged attention and the product before it read one norm of one map, which is computed once.
+    norms = {(op.src[isinstance(op, Attention) :], program.norm(op)) for op in program.ops if program.norm(op)}
+    assert counts["norm.finalise"] == counts["norm.apply"] == len(norms)
+    assert len(norms) == sum(program.norm(op) is not None for op in program.ops) - kinds["Attention"]
     assert set(counts) <= {
         "input", "norm.finalise", "norm.apply", "conv.conv", "conv.partial", "library.products", "epilogue.finish",
         "epilogue.combine", "attention.attention",
@@ -338,6 +345,100 @@ def test_a_whole_step_is_the_network_and_one_update(name: str) -> None:
     fused = name == "guidance"
     assert (listed[-1].arguments["guidance"] is not None) == fused
     assert len(listed[-1].arguments["out"]) == len(state.x) * (1 + fused)
+
+
+def test_a_norm_that_two_operations_read_is_launched_once() -> None:
+    """Nothing else may use its memory in between, so it is only remembered until the next norm."""
+    for config in (change(attention_head_dim=None), change(**ATTENTION_EVERYWHERE, attention_head_dim=None)):
+        listed = launches(config, 2)
+        applied = [launch for launch in listed if launch.op == "norm.apply"]
+        read = [a.arguments["first"].data_ptr() for a in applied]
+        assert all(one != other for one, other in itertools.pairwise(read)), "no map twice in a row"
+        attentions = [launch for launch in listed if launch.op == "attention.attention"]
+        assert attentions
+        for attention in attentions:
+            keys = attention.arguments["k"].data_ptr()
+            before = [launch for launch in listed[: listed.index(attention)] if launch.op == "norm.apply"]
+            assert before[-1].arguments["dst"].data_ptr() == keys, "its keys are the last norm"
+
+
+# Turns ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners are made without a GPU, and compile nothing."""
+    monkeypatch.setattr(Launch, "compile", lambda launch: None)
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_samples_that_take_turns_embed_their_timesteps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where both tables together have more timesteps than one table may have."""
+    embedded: list[int] = []
+    embed = shared.embed_timesteps
+    monkeypatch.setattr(shared, "embed_timesteps", lambda unet, t: embedded.append(len(t)) or embed(unet, t))
+    unet = random_unet(MICRO_CLASSES)
+    spec = Spec(2, (3, 8, 8), torch.float32, CPU, null_label=4, rows=6)
+    runner = TritonRunner(unet, spec, FakeCuda(), compute_on_device)
+    tables = [solvers.ddim(SCHEDULE, 6), solvers.ddim(SCHEDULE, spacing=[950.0, 750.0, 550.0, 350.0, 150.0])]
+    states, alone = (
+        [State.create(random_images(TINY, 2), TableBank([table], CPU), label=[1, 2]) for table in tables]
+        for _ in range(2)
+    )
+    looked_up: list[TableBank] = []
+    entries = runner.device_step.embeddings.entries
+    monkeypatch.setattr(
+        runner.device_step.embeddings, "entries", lambda bank: looked_up.append(bank) or entries(bank)
+    )  # fmt: skip
+    for _ in range(4):
+        for state in states:
+            runner.step(state)
+    assert sum(embedded) == 11
+    assert looked_up == [state.bank for state in states]
+    for state in alone:
+        plain = Direct(unet, spec)
+        for _ in range(4):
+            plain.step(state)
+    assert all(torch.equal(a.x, b.x) for a, b in zip(states, alone, strict=True))
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["unguided", "guided"])
+def test_class_images_are_computed_when_a_state_moves_in(guidance: float) -> None:
+    config = change(MICRO_CLASSES, **CLASS_IMAGES["class image, add"])
+    unet, spec = random_unet(config), Spec(2, (3, 8, 8), torch.float32, CPU, null_label=4)
+    table = solvers.ddim(SCHEDULE, 8).with_guidance_interval(0.3, 0.6)
+
+    def states() -> list[State]:
+        return [
+            State.create(random_images(config, 2), TableBank([table], CPU), label=labels, guidance=guidance)
+            for labels in ([1, 2], [3, 0])
+        ]
+
+    taking_turns, alone = states(), states()
+    for state in alone:
+        plain = Direct(unet, spec)
+        for _ in range(8):
+            plain.step(state)
+    runner = TritonRunner(unet, spec, FakeCuda(), compute_on_device)
+    for _ in range(4):
+        for state in taking_turns:
+            runner.step(state)
+            runner.step(state)
+    assert unet.class_encoder is not None
+    weights = {p.untyped_storage()._cdata for p in unet.class_encoder.parameters()}
+    read = {
+        leaf.untyped_storage()._cdata
+        for captured in runner.graphs.graphs.values()
+        for _, args, kwargs, _ in captured.calls
+        for leaf in tree_leaves((args, kwargs))
+        if isinstance(leaf, torch.Tensor)
+    }
+    assert len(read) > 10
+    assert not weights & read, "no step computes them"
+    for a, b in zip(taking_turns, alone, strict=True):
+        assert torch.equal(a.x, b.x)
 
 
 # Capture --------------------------------------------------------------------------------------------------------------
@@ -462,6 +563,50 @@ def test_every_kernel_of_a_step_is_compiled_before_it_is_captured(monkeypatch: p
             runner.step(state)
         runner.forward(state)
         runner.update(state)
+
+
+def test_inference_mode_around_any_part_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that are made in it cannot be written outside of it, where a runner is used by another caller."""
+    monkeypatch.setattr(Launch, "compile", lambda launch: None)
+    monkeypatch.setattr(triton, "reasons_against", lambda unet, spec: [])
+
+    def write(launch: Launch) -> None:
+        if launch.op == "update":
+            return compute_on_device(launch)
+        for name in ("dst", "out", "sums", "norm", "statistics", "timestep"):
+            if launch.arguments.get(name) is not None:
+                launch.arguments[name].fill_(0)
+
+    def images(config: UNetConfig, made: str) -> list[torch.Tensor]:
+        def made_in(part: str) -> Any:
+            return torch.inference_mode(made in (part, "all"))
+
+        options = {} if config.num_class_embeds is None else {"label": [1, 3], "guidance": [2.0, 1.0]}
+        with made_in("network"):
+            unet = random_unet(config)
+        with made_in("runner"):
+            spec = Spec(2, (3, 8, 8), torch.float32, CPU, null_label=4)
+            runner = TritonRunner(unet, spec, FakeCuda(), write)
+        found = []
+        for edited in (False, True):
+            if edited:
+                with made_in("edit"):
+                    unet.conv_in.weight.data.mul_(1.25)
+            for table in (solvers.ddim(SCHEDULE, 4), solvers.ddpm(SCHEDULE, 4, threshold=(0.9, 2.0))):
+                with made_in("state"):
+                    state = State.create(random_images(config, 2), TableBank([table], CPU), **options)
+                with made_in("steps"):
+                    runner.step(state)
+                runner.forward(state)
+                runner.update(state)
+                found.append(state.x.clone())
+        return found
+
+    without = change(MICRO_CLASSES, num_class_embeds=None, null_label=None)
+    for config, parts in ((MICRO_CLASSES, ("network", "runner", "state", "steps", "edit", "all")), (without, ("all",))):
+        expected = images(config, "")
+        for made in parts:
+            assert all(torch.equal(a, b) for a, b in zip(images(config, made), expected, strict=True)), made
 
 
 def test_the_device_of_a_runner_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,9 @@ def _tensors(unet: UNet) -> dict[str, Tensor]:
 class Buffers:
     """Buffers that a program's operations read and write, with activations in ``dtype``.
 
-    ``timestep``, int64 [rows], is the row of the embedded timesteps for each row, ``net``, float32 [rows, C, H, W], the
-    network's output where guidance follows, ``space`` scratch memory by purpose, for one operation at a time.
+    ``timestep``, int64 [rows], is the row of the embedded timesteps for each row, ``label`` its class, ``class_images``
+    float32 [rows, H, W, C], where the network has them, ``net``, float32 [rows, C, H, W], the network's output where
+    guidance follows, ``space`` scratch memory by purpose, for one operation at a time.
     """
 
     def __init__(self, program: Program, rows: int, dtype: torch.dtype, device: torch.device):
@@ -96,6 +97,7 @@ class Buffers:
         self.arena = torch.zeros(self.layout.size, dtype=torch.uint8, device=device)
         self.timestep = torch.zeros(rows, dtype=torch.int64, device=device)
         self.label = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.class_images: Tensor | None = None
         self.embedding = {
             op.dst: torch.zeros(rows, *program.buffers[op.dst].shape, dtype=torch.float32, device=device)
             for op in program.ops
@@ -138,13 +140,13 @@ class Launches:
     """The launches of a program's operations, in order, from the images of ``state`` to ``out`` [rows, C, H, W].
 
     Rows of ``buffers`` beyond the number of images are the images again, with other labels. ``entries`` is the row of
-    the embedded timesteps for each row of each table, int64 [tables, rows]; ``class_images`` is float32 [rows, H, W,
-    C], where the network has them. Configurations are chosen for ``chosen_for`` rows; None: for those of ``buffers``.
+    the embedded timesteps for each row of each table, int64 [tables, rows]. Configurations are chosen for
+    ``chosen_for`` rows; None: for those of ``buffers``.
     """
 
     def __init__(
         self, buffers: Buffers, weights: Weights, state: State, out: Tensor, entries: Tensor,
-        embeddings: EmbeddingTables, class_images: Tensor | None, chosen_for: int | None = None,
+        embeddings: EmbeddingTables, chosen_for: int | None = None,
     ):  # fmt: skip
         self.buffers = buffers
         self.weights = weights
@@ -152,9 +154,9 @@ class Launches:
         self.out = out
         self.entries = entries
         self.embeddings = embeddings
-        self.class_images = class_images
         self.chosen_for = chosen_for
         self.list: list[Launch] = []
+        self.held: tuple[tuple[str, ...], Norm] | None = None  # the sources and norm that "normalised" holds
         for op in buffers.program.ops:
             self._add(op)
         # The input's launch comes first: it also looks up the rows' embedded timesteps.
@@ -162,10 +164,11 @@ class Launches:
 
     def _add(self, op: Op) -> None:
         b = self.buffers
+        assert self.held is None or op.dst not in self.held[0], "a buffer is written once"
         if isinstance(op, Input):
             self.list.append(
                 input.input(
-                    self.state.x, b[op.dst], center=op.center, combine=op.class_image, class_image=self.class_images,
+                    self.state.x, b[op.dst], center=op.center, combine=op.class_image, class_image=b.class_images,
                     table=self.state.table, row=self.state.row, entries=self.entries, timestep=b.timestep,
                     chosen_for=self.chosen_for,
                 )
@@ -246,6 +249,9 @@ class Launches:
             return sources
         rows, H, W, _ = sources[0].shape
         dst = b.scratch("normalised", rows, H, W, b.channels(src))
+        if self.held == (src, norm):  # attention reads what the product before it has read
+            return [dst]
+        self.held = src, norm
         finalised = self._finalised(src, norm)
         self.list.append(kernel_norm.apply(sources, finalised, dst, silu=norm.silu, chosen_for=self.chosen_for))
         return [dst]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastdiff")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_TABLES = 4  # full tables whose embedded timesteps are kept, so that so many samples can take turns
 
 
 def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
@@ -84,6 +85,7 @@ class TritonStep:
     ``run`` runs a launch; tests compute its reference instead.
     """
 
+    @plain_modes()
     def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
         from fastdiff.backends.triton.launches import Weights
 
@@ -96,7 +98,10 @@ class TritonStep:
         self.buffers: dict[int, Buffers] = {}
         self.bank: TableBank | None = None
         self.entries = torch.zeros(spec.tables, spec.rows + 1, dtype=torch.int64, device=spec.device)
-        self.embeddings = EmbeddingTables(unet, self.program, spec.device, spec.rows + 1, spec.rows + 1)
+        most = MOST_TABLES * (spec.rows + 1)
+        self.embeddings = EmbeddingTables(unet, self.program, spec.device, spec.rows + 1, most)
+        # For each bank in use the `EmbeddingTables.places` and the entries, as samples may take turns.
+        self.found: weakref.WeakKeyDictionary[TableBank, tuple[dict[float, int], Tensor]] = weakref.WeakKeyDictionary()
         self.arrived = torch.zeros(spec.batch, dtype=torch.int32, device=spec.device)
 
     def follow(self, bank: TableBank, fresh: bool) -> bool:
@@ -111,7 +116,10 @@ class TritonStep:
             self.embeddings.refresh()
         self.bank = bank
         times, held = self.embeddings.times, self.entries
-        entries = self.embeddings.entries(bank)
+        places, entries = self.found.get(bank, (None, None))
+        if entries is None or places is not self.embeddings.places:
+            entries = self.embeddings.entries(bank).to(self.spec.device)
+            self.found[bank] = self.embeddings.places, entries
         room = [max(pair) for pair in zip(held.shape, entries.shape, strict=True)]
         if room != list(held.shape):
             self.entries = held.new_zeros(room)
@@ -127,19 +135,28 @@ class TritonStep:
         rows = images * (1 + guided)
         if rows not in self.buffers:
             self.buffers[rows] = Buffers(self.program, rows, self.spec.dtype, self.spec.device)
+            self.take_labels(state)
         b = self.buffers[rows]
         if state.out is None:
             state.out = torch.zeros(images, C, *state.x.shape[2:], dtype=torch.float32, device=state.x.device)
-        class_images: Tensor | None = None
-        if state.label is not None:
+        out = b.net if guided else state.out
+        return Launches(b, self.weights, state, out, self.entries, self.embeddings, self.chosen_for).list
+
+    def take_labels(self, state: State) -> None:
+        """Set the labels of all rows, and the class images of networks that have them, which no step changes."""
+        images, encoder = len(state.x), self.unet.class_encoder
+        for rows in (images, 2 * images):
+            b = self.buffers.get(rows)
+            if b is None or state.label is None:
+                continue
             b.label[:images].copy_(state.label)
             b.label[images:].fill_(self.spec.null_label or 0)
-            encoder = self.unet.class_encoder
             if encoder is not None:
                 maps = self._in_turn(lambda label: encoder(label, self.spec.shape[1:]), b.label)
-                class_images = maps.permute(0, 2, 3, 1).float().contiguous()
-        out = b.net if guided else state.out
-        return Launches(b, self.weights, state, out, self.entries, self.embeddings, class_images, self.chosen_for).list
+                maps = maps.permute(0, 2, 3, 1).float().contiguous()
+                if b.class_images is None:
+                    b.class_images = maps
+                b.class_images.copy_(maps)
 
     def _in_turn(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply ``function`` to all rows at once or, where bits must not depend on their number, to one at a time."""
