@@ -104,7 +104,8 @@ def _in_memory_order(t: Tensor) -> Tensor:
     """Return a tensor's numbers, flat if it is not row-major, without a copy unless it has gaps or overlaps."""
     if t.is_contiguous():
         return t
-    t = t.permute(sorted(range(t.ndim), key=lambda d: (-t.stride(d), -t.shape[d])))
+    strides = t.stride()
+    t = t.permute(sorted(range(t.ndim), key=lambda d: (-strides[d], -t.shape[d])))
     return t.contiguous().view(-1)
 
 
