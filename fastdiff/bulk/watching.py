@@ -129,6 +129,7 @@ def serve(folder: str, rank: int, world: int, threads: int, patience_s: float, d
     try:
         job = jobs.read(folder)
         with job.sampler() as sampler:
+            drawn(0, False)  # a sign of life, as loading may take long
             work(job, sampler, rank, world, patience_s, drawn)
     except Exception as e:
         known = isinstance(e, FastdiffError)
