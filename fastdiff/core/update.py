@@ -203,12 +203,15 @@ def guide(conditional: Tensor, unconditional: Tensor, w: Tensor, channels: int, 
     out = u + w * (c - u)
     if isinstance(rescale, Tensor) or rescale:
         each = isinstance(rescale, Tensor) and rescale.ndim == 2
+        phi: float | Tensor
+        rest: float | Tensor
         if isinstance(rescale, Tensor):
             phi, rest = (rescale[:, i].view(-1, 1, 1, 1) if each else rescale[i] for i in (0, 1))
         else:
             phi, rest = rescale, 1.0 - rescale
         std_c, std_out = c.std(dim=(1, 2, 3), keepdim=True), out.std(dim=(1, 2, 3), keepdim=True)
         rescaled = phi * (out * (std_c / std_out)) + rest * out
-        out = torch.where(phi == 0.0, out, rescaled) if each else rescaled
+        off = rescale[:, 0].view(-1, 1, 1, 1) == 0.0 if isinstance(rescale, Tensor) and each else None
+        out = rescaled if off is None else torch.where(off, out, rescaled)
     out = torch.where(w == 1.0, c, out)
     return torch.cat([out, conditional[:, channels:]], dim=1) if conditional.shape[1] > channels else out
