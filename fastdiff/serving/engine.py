@@ -316,7 +316,8 @@ class Engine:
         running = [task for task in tasks if task.begun]
         return Stats(
             waiting=len(tasks) - len(running), running=len(running),
-            queued_s=sum(task.rows for task in tasks) * curve.row_s, images=sum(len(task.slots) for task in running),
+            queued_s=sum(task.rows for task in tasks if not task.job.done()) * curve.row_s,
+            images=sum(len(task.slots) for task in running),
             previews_dropped=dropped, cap=curve.cap, step_s=curve.seconds(curve.cap),
             **{name: counts.get(name, 0) for name in
                ("step_rows", "steps", "image_steps", "finished", "failed", "cancelled", "refused")},
@@ -393,8 +394,9 @@ class Engine:
     def _check_room(self, task: Task) -> None:
         """Refuse a task for which there is no room or time. Called with the lock."""
         curve = self._curve
-        queued_s, run_s = sum(t.rows for t in self._tasks) * curve.row_s, task.rows * curve.row_s
-        if self._tasks and queued_s + run_s > self._max_queue_s:
+        queued = self._queued()
+        queued_s, run_s = sum(t.rows for t in queued) * curve.row_s, task.rows * curve.row_s
+        if queued and queued_s + run_s > self._max_queue_s:
             self._counts["refused"] += 1
             raise QueueFull(
                 f"{queued_s:.3g} s of work are queued, and {run_s:.3g} s more would exceed {self._max_queue_s:g} s; "
@@ -411,12 +413,16 @@ class Engine:
                     "images, or for on_deadline='degrade'"
                 )
 
+    def _queued(self) -> list[Task]:
+        """Return the tasks that still cost something: not those that were cancelled since the last step."""
+        return [task for task in self._tasks if not task.job.done()]
+
     def _run_s(self, task: Task) -> float:
         return self._curve.run_s(task.rows, task.at_once)
 
     def _finish_s(self, task: Task) -> float:
         """Return the seconds until a task is finished: what is due before it, and itself. Called with the lock."""
-        others = [t for t in self._tasks if t is not task and t.due <= task.due]
+        others = [t for t in self._queued() if t is not task and t.due <= task.due]
         return sum(t.rows for t in others) * self._curve.row_s + self._run_s(task)
 
     def _eta(self, job: Job) -> float:
