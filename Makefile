@@ -118,9 +118,9 @@ examples: $(READY)  ## run every script of examples/ in an empty folder
 	tests/examples_check.sh
 
 # Ray, and what its data sets need, are 150 MB, which few need: not in .venv until this is run.
-bulk-check: $(READY)  ## install Ray into .venv; run bulk jobs on it, under torchrun and with processes that are killed
+bulk-check: $(READY)  ## install Ray into .venv; run bulk jobs on it and under torchrun, with processes that are killed
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'ray[data]>=2.40'
-	$(BIN)/python -m pytest -m slow tests/bulk
+	$(BIN)/python -m pytest -m slow tests/bulk/test_ray.py tests/bulk/test_workers.py
 	tests/examples_check.sh ray_data
 
 wheel-check: $(READY)  ## build the wheel, install it elsewhere and use it there

@@ -91,7 +91,7 @@ def test_workers_draw_what_one_process_draws(tmp_path: Path, model: str) -> None
 def test_dead_and_stopped_workers_are_replaced(tmp_path: Path, model: str) -> None:
     draw(tiny(), tmp_path / "a", n=1200)
     out = tmp_path / "b"
-    arguments = command(model, out, "--n", "1200", "--workers", "3", "--patience", "20", "--json")
+    arguments = command(model, out, "--n", "1200", "--workers", "3", "--patience", "60", "--json")
     with running(["fastdiff", *arguments]) as process:
         until(lambda: list(out.glob("shards/*.json")))
         first = children(process.pid)
