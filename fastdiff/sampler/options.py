@@ -25,7 +25,7 @@ from fastdiff.solvers.ddpm import VARIANCES
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.table import check_clip
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 MAX_SCALES = 1 << 20
 STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
@@ -232,10 +232,16 @@ class NetworkInfo:
             raise ConfigError(
                 f"class_embed_type={config.class_embed_type!r} is not fed by labels, so a Sampler cannot run it"
             )
+        own = type(unet) in (UNet, UNetCondition) or type(unet).__module__.partition(".")[0] == "diffusers"
+        if own and getattr(config, "cross_attention_dim", None) is not None:
+            raise ConfigError(
+                f"cross_attention_dim={shown(config.cross_attention_dim)}: the network reads text, which a Sampler "
+                "does not give it yet; use a loop with fastdiff.Scheduler, or a module that holds the text"
+            )
         # A network with fewer channels of output than of input reads a condition image after the image.
         condition = max(config.in_channels - config.out_channels, 0) if shape is None else 0
         fits = shape is None or shape[0] == config.in_channels
-        if not fits and (type(unet) is UNet or type(unet).__module__.partition(".")[0] == "diffusers"):
+        if not fits and own:
             raise InvalidArgument(
                 f"shape={shown(shape)} has {shape[0] if shape else 0} channels; the network takes {config.in_channels}"
             )

@@ -28,6 +28,8 @@ from tests.sampler.by_hand import (
     Probe,
     sampler_of,
 )
+from tests.support.conditions import config as condition_config
+from tests.support.conditions import diffusers_condition, random_condition
 from tests.support.unets import TINY, TINY_CLASSES, random_unet
 
 
@@ -238,3 +240,23 @@ def test_a_table_as_solver() -> None:
     assert isinstance(out.table, StepTable)
     assert torch.equal(out.images, sampler.sample(2, steps=4, seed=3).images)
     assert torch.equal(out.images, sampler.sample(2, solver=TABLE, steps=4, seed=3).images)
+
+
+@pytest.mark.parametrize("diffusers", [False, True])
+def test_networks_that_read_text_are_refused(diffusers):
+    """They are also refused before they are called; a module that gives them their text is a network like any other."""
+    unet = random_condition(condition_config(), 0)
+    with pytest.raises(ConfigError, match=r"cross_attention_dim=\d+: the network reads text"):
+        Sampler(diffusers_condition(unet) if diffusers else unet)
+
+    class WithText(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = unet, unet.config
+
+        def forward(self, x, t):
+            text = torch.ones(len(x), 3, unet.config.cross_attention_dim)
+            return self.inner(x, t, text)
+
+    images = Sampler(WithText(), shape=(unet.config.in_channels, 8, 8)).sample(1, steps=2).images
+    assert images.isfinite().all()
