@@ -27,7 +27,7 @@ OTHER_ENDINGS = (
     ".ggml", ".npz", ".npy", ".pkl", ".pickle", ".json", ".yaml", ".yml", ".zip", ".tar", ".gz", ".msgpack", ".pt2",
     ".ptl", ".torchscript", ".xml", ".jit", ".so", ".txt", ".png", ".jpg",
 )  # fmt: skip
-FORMATS = ("diffusers", "safetensors", "onnx", *layouts.LAYOUTS)
+FORMATS = ("diffusers", "safetensors", *layouts.LAYOUTS, "onnx")
 
 
 @plain_modes()
