@@ -27,7 +27,7 @@ OTHER_ENDINGS = (
     ".ggml", ".npz", ".npy", ".pkl", ".pickle", ".json", ".yaml", ".yml", ".zip", ".tar", ".gz", ".msgpack", ".pt2",
     ".ptl", ".torchscript", ".xml", ".jit", ".so", ".txt", ".png", ".jpg",
 )  # fmt: skip
-FORMATS = ("diffusers", "safetensors", "onnx", *layouts.LAYOUTS)
+FORMATS = ("diffusers", "safetensors", *layouts.LAYOUTS, "onnx")
 
 
 @plain_modes()
@@ -73,11 +73,11 @@ def convert(
     unet = empty(stored.config)
     state = fit(unet, stored.tensors, stored.weights_path, stored.layout, dtype=None)
     info: dict[str, Any] = {"unet": stored.config.to_dict(), "scheduler": stored.scheduler}
-    info |= {} if stored.class_names is None else {"class_names": list(stored.class_names)}
+    names = {} if stored.class_names is None else {"class_names": list(stored.class_names)}
     if to == "onnx":
         unet.load_state_dict(state, assign=True)
         with writing(dst):
-            onnx.write(dst, unet, info)
+            onnx.write(dst, unet, info | names)
     elif to == "diffusers":
         save_pipeline(dst, stored.config, state, stored.scheduler, stored.class_names)
     else:
@@ -87,7 +87,7 @@ def convert(
                 raise ConfigError(f"{stored.path} cannot be written as {to!r}: " + "; ".join(reasons))
             state = layouts.to_theirs(layouts.pieces(unet, to), state)
         layout = to if to in layouts.LAYOUTS else "diffusers"
-        info |= {"layout": layout}
+        info |= {"layout": layout} | names
         with writing(dst), atomic_file(dst) as file:
             if dst.suffix.lower() == ".safetensors":
                 write_safetensors(file, state, {METADATA_KEY: json.dumps(info)})

@@ -299,7 +299,7 @@ class Scheduler:
     @property
     def final_alpha_cumprod(self) -> Tensor:
         """abar at which the last step of DDIMScheduler and PNDMScheduler ends, float32."""
-        if "set_alpha_to_one" not in DEFAULTS[self._name]:
+        if "set_alpha_to_one" not in DEFAULTS[self._name] or self._name in INVERSE:
             raise AttributeError(f"{self._name} has no final_alpha_cumprod")
         return (
             torch.tensor(1.0, dtype=torch.float32, device="cpu")

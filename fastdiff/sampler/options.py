@@ -159,7 +159,8 @@ class Options:
         names = {field.name for field in dataclasses.fields(cls)}
         if not options.keys() <= names:
             unknown = ", ".join(sorted(options.keys() - names))
-            raise InvalidArgument(f"{method} has no option {unknown}; allowed: {', '.join(sorted(names))}")
+            allowed = ", ".join(sorted(names - {"indices"}))  # which is another name of index
+            raise InvalidArgument(f"{method} has no option {unknown}; allowed: {allowed}")
         return cls(**options)
 
     @classmethod

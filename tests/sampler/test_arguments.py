@@ -167,7 +167,7 @@ def test_a_network_without_a_size_needs_one(nothing_runs: Callable[[Sampler], Sa
     ("options", "needles"),
     [
         *[({"every": every}, (f"every={every!r}", "at least 1")) for every in (0, -1, 1.5, True, None)],
-        ({"callback": print}, ("callback", "allowed: batch_size, clip")),
+        ({"callback": print}, ("callback", "allowed: batch_size, churn, clip")),
         ({"stepz": 4}, ("stepz", "steps")),
     ],
     ids=lambda value: str(value)[:60],
