@@ -576,7 +576,7 @@ def test_kernels_that_cannot_be_loaded_leave_the_network_to_pytorch(monkeypatch:
 
 
 def test_every_kernel_of_a_step_is_compiled_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole steps and of halves, guided and not, with and without a history."""
+    """Take whole steps and halves, guided and not, with and without a history."""
     compiled: set[Any] = set()
 
     def binary(launch: Launch) -> Any:
