@@ -91,7 +91,9 @@ def finish(
         blocks = Blocks.of(H, W, config.pixels)
         return cdiv(blocks.count(like), config.pixels // blocks.pixels) * cdiv(N, config.channels)
 
-    config = config or choose_filling("epilogue.finish", key, sums, candidates, programs)
+    config = config or choose_filling(
+        "epilogue.finish", key, sums, candidates, programs, lambda config: config.channels < 2 * N
+    )
     blocks = Blocks.of(H, W, config.pixels)
     assert statistics is None or statistics.shape == (rows, blocks.strips, blocks.parts, 2, N)
     return Launch(
@@ -176,8 +178,9 @@ def combine(
     like = chosen_for or rows
     key = f"{like}x{strips}x{number}x{C}"
     config = config or choose_filling(
-        "epilogue.combine", key, parts, COMBINE_CANDIDATES, lambda config: like * strips * cdiv(C, config.channels)
-    )
+        "epilogue.combine", key, parts, COMBINE_CANDIDATES, lambda config: like * strips * cdiv(C, config.channels),
+        lambda config: config.channels < 2 * C,
+    )  # fmt: skip
     return Launch(
         op="epilogue.combine",
         key=key,

@@ -21,6 +21,7 @@ from fastdiff.errors import BackendError
 from fastdiff.files import parse_json, write_text
 
 CONFIGS = Path(__file__).parent / "configs"
+LIMITS = ((1 << 31) - 1, 65535, 65535)  # of programs along each axis of a grid (CUDA programming guide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Launch:
     candidates: tuple[Config, ...]  # all configurations that may be chosen for the operation
     reference: Callable[[], None]  # computes the same result into the same tensors in torch
     remake: Callable[[Any], Launch] | None = None  # builds the launch with another configuration, for tuning and tests
+
+    def __post_init__(self) -> None:
+        if any(n > most for n, most in zip(self.grid, LIMITS, strict=False)):
+            raise BackendError(
+                f"kernel {self.op} ({self.key}): a grid of {self.grid} programs is beyond CUDA's {LIMITS}; "
+                "use a smaller batch_size, or smaller images"
+            )
 
     def __call__(self) -> None:
         """Run the kernel on the current stream."""
@@ -146,10 +154,17 @@ def choose(op: str, key: str, device: Device, candidates: tuple[C, ...], heurist
     raise BackendError(f"{path}: {op} {key}: {fields} is no candidate any more; tune again")
 
 
-def choose_filling(op: str, key: str, tensor: Tensor, candidates: tuple[C, ...], programs: Callable[[C], int]) -> C:
-    """Choose as `choose` does for the GPU that holds ``tensor``, with `fill` as the heuristic."""
+def choose_filling(
+    op: str, key: str, tensor: Tensor, candidates: tuple[C, ...], programs: Callable[[C], int],
+    fits: Callable[[C], bool] = lambda config: True,
+) -> C:  # fmt: skip
+    """Choose as `choose` does for the GPU that holds ``tensor``, with `fill` as the heuristic, among those that fit.
+
+    A tile that is twice as wide as its map does not fit, as half of its threads would be idle. The last candidate does.
+    """
     device = device_of(tensor)
-    return choose(op, key, device, candidates, lambda: fill(candidates, programs, device))
+    fitting = tuple(filter(fits, candidates)) or candidates[-1:]
+    return choose(op, key, device, candidates, lambda: fill(fitting, programs, device))
 
 
 def fill(candidates: tuple[C, ...], programs: Callable[[C], int], device: Device) -> C:

@@ -257,6 +257,7 @@ def apply(
     config = config or choose_filling(
         "norm.apply", key, dst, APPLY_CANDIDATES,
         lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels),
+        lambda config: config.channels < 2 * C,
     )  # fmt: skip
     return Launch(
         op="norm.apply",

@@ -76,8 +76,9 @@ def pool(
     like = chosen_for or rows
     key = f"{like}x{H}x{W}x{C0}+{C1} {name_of(src[0].dtype)} {name_of(dst.dtype)}"
     config = config or choose_filling(
-        "pool", key, dst, CANDIDATES, lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels)
-    )
+        "pool", key, dst, CANDIDATES, lambda config: like * cdiv(H * W, config.pixels) * cdiv(C, config.channels),
+        lambda config: config.channels < 2 * C,
+    )  # fmt: skip
     return Launch(
         op="pool",
         key=key,

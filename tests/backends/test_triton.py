@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import itertools
 import json
 import logging
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,39 @@ def test_a_norm_that_two_operations_read_is_launched_once() -> None:
             assert before[-1].arguments["dst"].data_ptr() == keys, "its keys are the last norm"
 
 
+def test_batch_sizes_share_packed_weights() -> None:
+    """And those of one network are freed with it; weights that change in a run are those of all that it computes."""
+    unet, table = random_unet(MICRO_CLASSES), solvers.ddim(SCHEDULE, 4)
+    runners = {n: Direct(unet, Spec(n, (3, 8, 8), torch.float32, CPU, null_label=4)) for n in (1, 2)}
+    states = {n: State.create(random_images(TINY, n), TableBank([table], CPU), label=[1] * n) for n in runners}
+    for n, runner in runners.items():
+        runner.step(states[n])
+    one, two = (runner.steps.weights for runner in runners.values())
+    assert one is two
+    assert TritonStep(random_unet(MICRO_CLASSES), runners[1].steps.spec, compute).weights is not one
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.data.mul_(1.1)
+    before = dataclasses.replace(states[2], x=states[2].x.clone(), row=states[2].row.clone(), out=None)
+    runners[1].fresh = True  # another sample, which finds the change
+    runners[1].step(State.create(random_images(TINY, 1), TableBank([table], CPU), label=[1]))
+    runners[2].step(states[2])  # in the midst of its run
+    new = random_unet(MICRO_CLASSES)
+    new.load_state_dict(unet.state_dict())
+    Direct(new, runners[2].steps.spec).step(before)
+    assert torch.equal(states[2].x, before.x)
+    held = weakref.ref(unet)
+    del unet, runners, runner
+    gc.collect()
+    assert held() is None
+
+
+def test_batches_beyond_a_grid_are_refused() -> None:
+    for batch, refused in ((32767, False), (32768, True)):
+        reasons = triton.reasons_against(random_unet(MICRO_CLASSES), Spec(batch, (3, 8, 8), torch.float32, CPU))
+        assert any("at most 32767 images at a time" in reason for reason in reasons) == refused
+
+
 # Turns ----------------------------------------------------------------------------------------------------------------
 
 
@@ -541,7 +576,7 @@ def test_kernels_that_cannot_be_loaded_leave_the_network_to_pytorch(monkeypatch:
 
 
 def test_every_kernel_of_a_step_is_compiled_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole steps and of halves, guided and not, with and without a history."""
+    """Take whole steps and halves, guided and not, with and without a history."""
     compiled: set[Any] = set()
 
     def binary(launch: Launch) -> Any:

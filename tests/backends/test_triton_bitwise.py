@@ -63,7 +63,7 @@ def step(name: str, batch: int, guided: bool, determinism: str, halves: bool = F
     spec = Spec(batch, (3, *(unet.config.sample_size,) * 2), torch.bfloat16, META, 10, determinism)
     listed: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch, META:
-        patch.setattr(launches, "Weights", lambda *_: weights)
+        patch.setattr(launches.Weights, "of", lambda *_: weights)
         steps = TritonStep(unet, spec, listed.append)
         bank = TableBank([solvers.ddim(SCHEDULE, 2)], META)
         state = State.create(torch.empty(batch, *spec.shape), bank, label=[1] * batch, guidance=1.0 + guided)

@@ -30,11 +30,26 @@ def parts_of(out: Path) -> dict:
     return json.loads((out / "gpu.json").read_text(encoding="utf-8"))["parts"]
 
 
-def test_the_dry_run(call: ModuleType, tmp_path: Path) -> None:
+# What fastdiff itself does not need, and a machine with a GPU may lack.
+ABSENT = (
+    "diffusers", "hypothesis", "pytest", "_pytest", "xdist", "torchmetrics", "transformers", "accelerate", "matplotlib",
+    "tensorboard", "openvino", "onnxruntime", "onnxscript", "nanobind", "datasets", "pandas", "scipy", "torchvision",
+)  # fmt: skip
+BLOCK = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {names} else find(name, *rest)
+"""
+
+
+def test_the_dry_run_where_packages_are_absent(call: ModuleType, tmp_path: Path) -> None:
     from fastdiff.kernels.launch import tuned
     from tests.support.kernel_cases import CASES
 
-    environment = {**os.environ, "FASTDIFF_GPU_OUT": str(tmp_path / "out")}
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(BLOCK.format(names=ABSENT))
+    environment = {**os.environ, "FASTDIFF_GPU_OUT": str(tmp_path / "out"), "PYTHONPATH": str(tmp_path / "hook")}
     run = subprocess.run([sys.executable, PACKAGE, "--dry-run"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -56,11 +71,26 @@ def test_the_dry_run(call: ModuleType, tmp_path: Path) -> None:
     for name in ("cifar10 B=1", "cifar10 B=256", "celebahq B=1"):
         contenders = parts[name]["result"]["contenders"]
         assert {"eager", "compiled", "baseline: one graph, max-autotune"} <= set(contenders)
+        assert "No module named 'diffusers'" in contenders.pop("baseline: diffusers, compiled U-Net")["absent"]
         assert all(row["img_steps_per_s"] > 0 for row in contenders.values())
         assert parts[name]["result"]["stand_in"], "what stands in for a card says so"
     text = (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")
     assert "a dry run on a CPU: no figure means anything" in text
     assert all(f"## {name}: ok" in text for name in call.PARTS)
+
+
+def test_the_diffusers_baseline(call: ModuleType, tmp_path: Path) -> None:
+    """Where diffusers is installed, or its wheels are in a folder."""
+    pytest.importorskip("diffusers", reason="an extra")
+    import torch
+
+    from benchmarks.gpu import jobs, networks
+
+    run = call.Run(tmp_path, True, time.time() + 99, None, {})
+    unet = networks.unet_of(networks.tiny(), torch.float32, run.device)
+    images = jobs.diffusers_job(run, unet, 2, 2)()
+    assert images.shape == (2, 3, 8, 8)
+    assert images.isfinite().all()
 
 
 def test_one_part_may_fail(call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,16 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
 
 from tests.support.kernel_cases import CASES
-from tests.support.kernel_harness import Case, Guarded, check
+from tests.support.kernel_harness import (
+    PER_ACCUMULATION,
+    Case,
+    Guarded,
+    accumulations,
+    check,
+    compare,
+    product,
+    tf32,
+)
 from tests.support.paths import ROOT
 
 
@@ -82,6 +92,99 @@ def test_harness_finds(spoil, message):
     else:
         with pytest.raises(AssertionError, match=message):
             check(case)
+
+
+CONVOLUTIONS = [name for name in CASES if name.startswith("conv ") and CASES[name]().accumulations]
+
+
+class Wrong:
+    """A convolution with an error, computed by its reference."""
+
+    def __init__(self, case: Case, weight=lambda w: w, src=lambda x: x):
+        self.case = case
+        operands = {
+            "src": tuple(src(t) for t in case.arguments["src"]),
+            "weight": tuple(weight(t) for t in case.arguments["weight"]),
+        }
+        self.wrong = case.op(**case.arguments | operands, config=case.config)
+
+    def __call__(self):
+        self.wrong.reference()
+
+    def reference(self):
+        self.case.op(**self.case.arguments, config=self.case.config).reference()
+
+
+def without_a_tap(w):
+    w = w.clone()
+    w[:, w.shape[1] // 2] = 0
+    return w
+
+
+def swapped_taps(w):
+    return w[:, [1, 0, *range(2, w.shape[1])]] if w.shape[1] > 1 else w.roll(1, 2)
+
+
+def plain_tf32(t):
+    return torch.from_numpy(tf32(t.numpy())) if t.dtype == torch.float32 else t
+
+
+@pytest.mark.parametrize(
+    "error", [{"weight": without_a_tap}, {"weight": swapped_taps}, {"weight": plain_tf32, "src": plain_tf32}]
+)
+def test_planted_errors_of_convolutions_are_found(error):
+    """The band for what tensor cores cut off hides no missing or exchanged tap, and no plain TF32."""
+    checked = 0
+    for name in CONVOLUTIONS:
+        case = CASES[name]()
+        src = case.arguments["src"][0]
+        if src.shape[1:3] == (1, 1) or "large mean" in name:
+            continue  # all taps but one are outside; or float32 keeps fewer digits of the products than TF32
+        if plain_tf32 in error.values() and src.dtype != torch.float32:
+            continue
+
+        def op(case=case, config=None, **arguments):
+            return Wrong(dataclasses.replace(case, arguments=arguments), **error)
+
+        with pytest.raises(AssertionError, match="values are off"):
+            check(dataclasses.replace(case, op=op))
+        checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "precision"),
+    [
+        (torch.float32, 4, "TF32x3"),
+        (torch.float32, 4, "TF32"),
+        (torch.bfloat16, 2, "IEEE"),
+        (torch.float16, 2, "IEEE"),
+    ],
+)
+def test_what_tensor_cores_cut_off_is_within_the_band(dtype, size, precision):
+    """Sums of many products, all of one sign too, where each is cut off in the same direction; plain TF32 is not."""
+    rng = torch.Generator().manual_seed(0)
+    for K, positive in ((64, True), (1152, False), (1152, True), (4608, True)):
+        a, b = (torch.randn(shape, generator=rng).to(dtype).float() for shape in ((16, K), (K, 16)))
+        a, b = (a.abs(), b.abs()) if positive else (a, b)
+        exact = a.double() @ b.double()
+        got = torch.from_numpy(product(a.numpy(), b.numpy(), torch.zeros(16, 16).numpy(), size, precision))
+        band = 4.0 + PER_ACCUMULATION * accumulations(dtype, K)
+        if precision == "TF32":
+            with pytest.raises(AssertionError, match="values are off"):
+                compare("sums", got, exact, a @ b, None, band)
+        else:
+            assert compare("sums", got, exact, a @ b, None, band) <= 1.0
+            if positive:
+                assert (got.double() <= exact + 2.0**-24 * exact.abs()).all(), "toward zero"
+
+
+def test_the_former_band_called_correct_kernels_wrong():
+    """Tensor cores that cut off the sums of a large convolution of positive numbers."""
+    a, b = torch.rand(16, 4608).bfloat16().float(), torch.rand(4608, 16).bfloat16().float()
+    got = torch.from_numpy(product(a.numpy(), b.numpy(), torch.zeros(16, 16).numpy(), 2, "IEEE"))
+    with pytest.raises(AssertionError, match="values are off"):
+        compare("sums", got, a.double() @ b.double(), a @ b, None, 4.0)
 
 
 def test_gaps_of_a_strided_tensor_are_guarded():

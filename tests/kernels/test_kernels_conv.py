@@ -14,11 +14,12 @@ pytest.importorskip("triton", reason="triton is not installed: its wheels are fo
 
 from fastdiff.core.lower import lower
 from fastdiff.core.program import STRIP
-from fastdiff.kernels import conv
+from fastdiff.kernels import conv, epilogue, norm
 from fastdiff.kernels.launch import NO_GPU
 from fastdiff.kernels.tiles import Blocks
 from fastdiff.unet import UNet
-from tests.support.cases_conv import harvest
+from tests.support.cases_conv import Shape, harvest
+from tests.support.cases_norm import meta
 
 
 @pytest.mark.parametrize("channels", [(5,), (5, 3)])
@@ -88,6 +89,47 @@ def test_heuristics_at_the_published_layers(name, rows, dtype):
             ) == config.splits * math.prod(shape.out)
     if rows == 1 and name == "ddpm-cifar10-32":
         assert any(shape.problem(shape.shipped(dtype)).choose(splits=True).splits > 1 for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pixels", "channels"),
+    [(32, 128, 128), (34, 64, 64), (64, 128, 128), (256, 128, 128)],
+    ids=["128 of 132 busy", "a few more than a wave", "two waves", "eight"],
+)
+def test_tiles_are_chosen_by_waves(rows, pixels, channels):
+    """A wave of 128 programs is nearly one of 132; one program more than a wave costs another."""
+    shape = Shape(rows, (16, 16), (256,), 256)
+    problem = shape.problem(shape.shipped(torch.bfloat16))
+    config = problem.heuristic(True)
+    assert (config.pixels, config.channels) == (pixels, channels)
+
+
+@pytest.mark.parametrize("name", ["ddpm-cifar10-32", "ddpm-celebahq-256"])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_no_wave_is_mostly_idle(name, rows):
+    """Where a layer is split into tiles alone, they use at least half of the multiprocessors of all their waves."""
+    for shape in layers(name, rows):
+        problem = shape.problem(shape.shipped(torch.bfloat16))
+        config = problem.heuristic(True)
+        programs = problem.tiles(config) * problem.phases
+        waves = math.ceil(programs / NO_GPU.processors)
+        if waves > 1:
+            assert programs >= 0.5 * waves * NO_GPU.processors, (shape, config)
+
+
+@pytest.mark.parametrize("C", [32, 64, 96, 128, 256, 384])
+def test_tiles_are_not_twice_as_wide_as_the_map(C):
+    """Half of the threads of such a tile would be idle, however many of them there are."""
+    launch = norm.apply(
+        (meta(64, 32, 32, C, dtype=torch.bfloat16),), meta(64, 3, C), meta(64, 32, 32, C, dtype=torch.bfloat16),
+        silu=True,
+    )  # fmt: skip
+    assert launch.config.channels < 2 * C
+    blocks = Blocks.of(16, 16, 128)
+    combined = epilogue.combine(
+        meta(4096, blocks.strips, blocks.parts, 2, C), meta(4096, blocks.strips, 2, C), blocks=blocks
+    )
+    assert combined.config.channels < 2 * C
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,15 @@ def test_what_cannot_be_loaded_says_so_before_it_is_run():
     assert not kernel.runs
 
 
+@pytest.mark.parametrize("grid", [(1 << 31,), (1, 65536), (1, 1, 65536)])
+def test_grids_beyond_the_limits_of_cuda_are_refused(grid):
+    """A launch would fail with an error of the driver that names nothing."""
+    launch = double(torch.arange(4.0), torch.empty(4), Kernel())
+    assert dataclasses.replace(launch, grid=tuple(n - 1 for n in grid) + (1,) * (len(grid) == 1)).op == "double"
+    with pytest.raises(BackendError, match=r"kernel double \(4\): a grid of .* smaller batch_size"):
+        dataclasses.replace(launch, grid=grid)
+
+
 # Configurations -------------------------------------------------------------------------------------------------------
 
 

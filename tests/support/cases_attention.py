@@ -12,7 +12,7 @@ from fastdiff.kernels import attention
 from fastdiff.kernels.attention import CANDIDATES, AttentionConfig
 from fastdiff.kernels.launch import Launch, name_of
 from tests.support.cases_norm import meta, normal, poison
-from tests.support.kernel_harness import DTYPES, Case
+from tests.support.kernel_harness import DTYPES, Case, accumulations
 
 CASES: dict[str, Callable[[], Case]] = {}
 SHIPPED: dict[str, Callable[[], Launch]] = {}
@@ -33,14 +33,29 @@ def attention_case(
         "q": q, "k": k, "v": v, "dst": poison(*size, heads * head_dim, dtype=dtype), "heads": heads,
         "head_dim": head_dim,
     }  # fmt: skip
-    return Case(attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config)
+    return Case(
+        attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config,
+        accumulations=both_products(size, head_dim, dtype),
+    )  # fmt: skip
+
+
+def both_products(size: tuple[int, int, int], head_dim: int, dtype: torch.dtype) -> float:
+    """Return how many times tensor cores add to a score and to a sum of values.
+
+    An error of a large score is a relative error of its exponential, but then the reference in float32 has it too.
+    """
+    _, H, W = size
+    return accumulations(dtype, head_dim) + accumulations(dtype, H * W)
 
 
 def shared_case(size: tuple[int, int, int], C: int, dtype: torch.dtype, config: AttentionConfig) -> Case:
     """Build a case in which k and v are the same map."""
     q, x = (normal(*size, C, seed=seed, dtype=dtype) for seed in (0, 1))
     arguments = {"q": q, "k": x, "v": None, "dst": poison(*size, C, dtype=dtype), "heads": 1, "head_dim": C}
-    return Case(attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config)
+    return Case(
+        attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config,
+        accumulations=both_products(size, C, dtype),
+    )  # fmt: skip
 
 
 SMALL = AttentionConfig(4, 1, queries=16, keys=16, width=32, depth=16)  # not shipped: small, to save time

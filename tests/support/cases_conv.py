@@ -19,7 +19,7 @@ from fastdiff.kernels.library import LIBRARY
 from fastdiff.kernels.tiles import Blocks
 from fastdiff.unet import UNet
 from tests.support.cases_norm import meta, normal, poison
-from tests.support.kernel_harness import DTYPES, Case
+from tests.support.kernel_harness import DTYPES, Case, accumulations
 from tests.support.unets import RESNET_BLOCKS, THREE_LEVELS, change
 
 CASES: dict[str, Callable[[], Case]] = {}
@@ -79,6 +79,10 @@ class Shape:
             "weight": library.pack(weight, self.channels, dtype, (self.padding, after)), "padding": after
         }  # fmt: skip
 
+    def accumulations(self, dtype: torch.dtype) -> float:
+        """Return how many times tensor cores add to a sum."""
+        return accumulations(dtype, (4 if self.upsample else self.kernel**2) * sum(self.channels))
+
     def problem(self, operands: dict[str, Any]) -> Problem:
         return Problem.of(operands["src"], operands["weight"], self.out, self.stride)
 
@@ -118,7 +122,9 @@ def conv_case(
         blocks = shape.problem(operands).blocks(config)
         arguments["statistics"] = poison(rows, blocks.strips, blocks.parts, 2, N)
         writes += ("statistics",)
-    return Case(conv.conv, arguments, writes, apart={"statistics": 3}, config=config)
+    return Case(
+        conv.conv, arguments, writes, apart={"statistics": 3}, accumulations=shape.accumulations(dtype), config=config
+    )  # fmt: skip
 
 
 def finishing(shape: Shape, dtype: torch.dtype, more: str) -> dict[str, Any]:
@@ -169,7 +175,7 @@ for config in conv.CANDIDATES:
 
 def partial_case(shape: Shape, dtype: torch.dtype, config: ConvConfig) -> Case:
     arguments = shape.operands(dtype) | {"sums": poison(config.splits, *shape.out)}
-    return Case(conv.partial, arguments, ("sums",), config=config)
+    return Case(conv.partial, arguments, ("sums",), accumulations=shape.accumulations(dtype), config=config)
 
 
 for name in ("3x3", "3x3 of two", "upsampled", "of three channels", "linear"):
@@ -295,7 +301,10 @@ def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: LayerConfig 
     if "statistics" in more:
         arguments["statistics"] = poison(rows, -(-H // STRIP), 2, N)
         writes += ("statistics",)
-    return Case(layer, arguments, writes, apart={"statistics": 2}, config=config, scratch=scratch)
+    count = 0.0 if config == LIBRARY else shape.accumulations(dtype)
+    return Case(
+        layer, arguments, writes, apart={"statistics": 2}, accumulations=count, config=config, scratch=scratch
+    )  # fmt: skip
 
 
 # Layers of small networks, in the configurations that heuristics choose.

@@ -42,6 +42,8 @@ class Case:
             compared separately.
         band: error allowed in addition to the reference's, in float32 roundings of the largest value; for fast
             exponentials and sums in another order.
+        accumulations: number of times that tensor cores add to a sum, `accumulations`. They cut sums off, toward zero,
+            where the reference rounds them, so each may cost a rounding more.
         config: None: the operation chooses.
         within: largest absolute error, if that is specified.
         scratch: names of arguments that may hold anything afterwards.
@@ -52,6 +54,7 @@ class Case:
     writes: tuple[str, ...]
     apart: dict[str, int] = dataclasses.field(default_factory=dict)
     band: float = 4.0
+    accumulations: float = 0.0
     config: Config | None = None
     within: float | None = None
     scratch: tuple[str, ...] = ()
@@ -137,7 +140,8 @@ def check(case: Case) -> dict[str, float]:
             assert torch.equal(got, plain), f"{name}: {got} is not {plain}"
             shares[name] = 0.0
             continue
-        shares[name] = compare(name, got, best, plain, case.apart.get(name), case.band)
+        band = case.band + PER_ACCUMULATION * case.accumulations
+        shares[name] = compare(name, got, best, plain, case.apart.get(name), band)
         if case.within is not None:
             assert (got - best).abs().max() <= case.within, f"{name}: off by more than {case.within}"
     return shares
@@ -162,25 +166,85 @@ def compare(name: str, got: Tensor, exact: Tensor, plain: Tensor, apart: int | N
     return float(worst)
 
 
-def mend_interpreter() -> None:
-    """Correct two faults of Triton's interpreter.
+# Tensor cores ---------------------------------------------------------------------------------------------------------
 
-    It stores bfloat16 as integers, and multiplies matrices of those integers. And it passes bounds of loops, which are
-    arrays of one number, to ``int``, which NumPy 2.4 refuses.
+# They compute sums of ``DEPTHS`` products and a float32 at a time, and cut off what does not fit into a float32 (Fasi,
+# Higham, Mikaitis & Pranesh 2021: Numerical behavior of NVIDIA tensor cores). With halves that is one addition to the
+# sum of a tile for every 16 products; with float32 as three products of TF32 numbers it is three for every 8.
+DEPTHS = {2: 16, 4: 8}  # by the size of an operand in bytes: MMA's k of bfloat16 and float16, and of TF32
+# A sum is cut off by half a rounding unit of float32 on average, 2^-24 of it, and always toward zero.
+PER_ACCUMULATION = 0.5
+
+
+def accumulations(dtype: torch.dtype, products: int) -> float:
+    """Return how many times tensor cores add to a sum of so many products."""
+    return products / DEPTHS[dtype.itemsize] * (3 if dtype == torch.float32 else 1)
+
+
+def cut_off(x: Any) -> Any:
+    """Round float64 toward zero to float32."""
+    import numpy as np
+
+    nearest = x.astype(np.float32)
+    over = np.abs(nearest) > np.abs(x)
+    nearest.view(np.int32)[over] -= 1  # the next number toward zero
+    return nearest
+
+
+def tf32(x: Any) -> Any:
+    """Keep the bits of a float32 that tensor cores read: 10 of its mantissa."""
+    import numpy as np
+
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def multiply_as_tensor_cores(a: Any, b: Any, sums: Any, depth: int) -> Any:
+    """Return sums + a b, float32, as tensor cores add the products of float32 [..., M, K] and [..., K, N]."""
+    import numpy as np
+
+    for k in range(0, a.shape[-1], depth):
+        part = a[..., k : k + depth].astype(np.float64) @ b[..., k : k + depth, :].astype(np.float64)
+        sums = cut_off(sums.astype(np.float64) + part)
+    return sums
+
+
+def product(a: Any, b: Any, sums: Any, size: int, precision: str) -> Any:
+    """Return sums + a b as Triton has tensor cores compute it, from operands of ``size`` bytes given as float32."""
+    import numpy as np
+
+    if size == 2:
+        return multiply_as_tensor_cores(a, b, sums, DEPTHS[2])
+    if precision == "TF32":
+        return multiply_as_tensor_cores(tf32(a), tf32(b), sums, DEPTHS[4])
+    assert precision == "TF32x3"
+    # What is cut off from the products of remainders is too small to matter, so these are added at once.
+    ah, bh = tf32(a), tf32(b)
+    total = multiply_as_tensor_cores(tf32(a - ah), bh, np.zeros_like(sums), a.shape[-1])
+    total = multiply_as_tensor_cores(ah, tf32(b - bh), total, a.shape[-1])
+    return multiply_as_tensor_cores(ah, bh, total, DEPTHS[4]) + sums
+
+
+def mend_interpreter() -> None:
+    """Let Triton's interpreter multiply matrices as tensor cores do, and correct a fault of it.
+
+    It would round each sum to nearest, and it stores bfloat16 as integers, which it multiplies. And it passes bounds of
+    loops, which are arrays of one number, to ``int``, which NumPy 2.4 refuses.
     """
     import numpy as np
     from triton import language as tl
     from triton.runtime import interpreter
 
-    dot, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+    patch = interpreter._patch_lang_tensor
 
     def as_float32(x: Any) -> Any:
         if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            return x.data.astype(np.float32)
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, as_float32(a), as_float32(b), *rest)
+    def create_dot(self: Any, a: Any, b: Any, sums: Any, precision: Any, *_: Any) -> Any:
+        size = a.dtype.scalar.primitive_bitwidth // 8
+        result = product(as_float32(a), as_float32(b), sums.data, size, precision.name)
+        return interpreter.TensorHandle(result, sums.dtype.scalar)
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)

@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff.bench.networks import PUBLISHED, random_unet, randomize_
@@ -107,9 +106,16 @@ OWN_VARIANTS = {
 }
 
 
-@st.composite
-def configs(draw):
-    """Draw a configuration that diffusers supports too."""
+def configs():
+    """Return a strategy for configurations that diffusers supports too; the GPU checks do without hypothesis."""
+    from hypothesis import strategies as st
+
+    return st.composite(_config)()
+
+
+def _config(draw):
+    from hypothesis import strategies as st
+
     levels = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 4))
     first = st.integers(math.ceil(4 / groups), 4)

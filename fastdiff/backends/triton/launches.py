@@ -8,6 +8,7 @@ convolution is done by the launch that computes it or, where its products are sp
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,25 +29,34 @@ from fastdiff.unet import UNet
 
 
 class Weights:
-    """Packed weights of a network, whose addresses stay when the network's weights change, as graphs hold them."""
+    """Packed weights of a network, which all batch sizes share.
+
+    Their addresses stay when the network's weights change, as graphs hold them. ``version`` is the number of changes.
+    """
 
     def __init__(self, unet: UNet, device: torch.device):
-        self.unet = unet
         self.device = device
         self.made: dict[Any, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]] = {}
         self.made_from = checksum(unet)
         self.tensors = _tensors(unet)
+        self.version = 0
 
-    def follow(self) -> bool:
-        """Pack again if the network's weights have changed, and return whether they have."""
-        now = checksum(self.unet)
+    @classmethod
+    def of(cls, unet: UNet, device: torch.device) -> Weights:
+        """Return the packed weights of a network on a device, new ones at the first call."""
+        known = _weights.setdefault(unet, {})  # values hold tensors of the network, not the network itself
+        return known.get(device) or known.setdefault(device, cls(unet, device))
+
+    def follow(self, unet: UNet) -> None:
+        """Pack again if the network's weights have changed."""
+        now = checksum(unet)
         if now == self.made_from:
-            return False
-        self.made_from, self.tensors = now, _tensors(self.unet)
+            return
+        self.made_from, self.tensors = now, _tensors(unet)
         for make, tensors in self.made.values():
             for tensor, new in zip(tensors, make(), strict=True):
                 tensor.copy_(new)
-        return True
+        self.version += 1
 
     def conv(
         self, op: Conv, channels: Sequence[int], dtype: torch.dtype, config: conv.LayerConfig
@@ -77,6 +87,8 @@ class Weights:
 def _tensors(unet: UNet) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in unet.state_dict().items()}
 
+
+_weights: weakref.WeakKeyDictionary[UNet, dict[torch.device, Weights]] = weakref.WeakKeyDictionary()
 
 # Buffers and operations -----------------------------------------------------------------------------------------------
 

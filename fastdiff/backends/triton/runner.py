@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastdiff")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_IMAGES = 32767  # CUDA's limit along a grid's second and third axis, for two rows per image
 MOST_TABLES = 4  # full tables whose embedded timesteps are kept, so that so many samples can take turns
 
 
@@ -61,6 +62,8 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons.append(f"it computes in float32, bfloat16 or float16, not in {str(spec.dtype).removeprefix('torch.')}")
     if spec.fast:
         reasons.append("it has one kind of bfloat16 only; use dtype='bfloat16'")
+    if spec.batch > MOST_IMAGES:
+        reasons.append(f"it runs at most {MOST_IMAGES} images at a time, not {spec.batch}; use a smaller batch_size")
     return reasons
 
 
@@ -94,7 +97,8 @@ class TritonStep:
         self.run = run
         self.chosen_for = BITWISE_ROWS if spec.determinism == "bitwise" else None
         self.program = lower(unet, spec.shape[1:])
-        self.weights = Weights(unet, spec.device)
+        self.weights = Weights.of(unet, spec.device)
+        self.version = self.weights.version  # of the weights by which timesteps are embedded
         self.buffers: dict[int, Buffers] = {}
         self.bank: TableBank | None = None
         self.entries = torch.zeros(spec.tables, spec.rows + 1, dtype=torch.int64, device=spec.device)
@@ -105,14 +109,17 @@ class TritonStep:
         self.arrived = torch.zeros(spec.batch, dtype=torch.int32, device=spec.device)
 
     def follow(self, bank: TableBank, fresh: bool) -> bool:
-        """Take over the tables of ``bank`` and, if a state is ``fresh``, changed weights.
+        """Take over the tables of ``bank`` and changed weights, for which a ``fresh`` state looks.
 
         Return whether tensors have moved whose addresses graphs may hold.
         """
-        changed = fresh and self.weights.follow()
+        if fresh:
+            self.weights.follow(self.unet)
+        changed = self.version != self.weights.version  # here, or for another batch size
         if self.bank is bank and not changed:
             return False
         if changed:
+            self.version = self.weights.version
             self.embeddings.refresh()
         self.bank = bank
         times, held = self.embeddings.times, self.entries
@@ -277,8 +284,11 @@ class TritonRunner:
             if fresh:
                 refuse("triton", reasons_against(self.unet, self.spec))
                 self.known.add(state)
+            version = self.device_step.version
             if self.device_step.follow(state.bank, fresh):
                 self.graphs.graphs.clear()
+            if self.device_step.version != version:  # class images are computed from weights
+                self.device_step.take_labels(state)
             self._compile(state, bool(state.guided_host.any()))
         return self.instead or self.graphs
 
