@@ -231,6 +231,7 @@ def test_native(case: Case, isa: str) -> None:
     check("native", case, rounding=4.0)  # Winograd's transforms: F(4x4, 3x3) rounds about four times as much
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_micro() -> None:
     check("compiled", MICRO)

@@ -220,6 +220,7 @@ def anonymous_bytes(pid: int) -> int:
     return 1024 * sum(map(int, re.findall(r"(?:RssAnon|VmSwap):\s*(\d+)", status)))
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
 def test_peak_memory_is_near_a_real_process_s():

@@ -55,7 +55,9 @@ def samplers(n: int) -> list[Sampler]:
     return [Sampler(random_unet(TINY), NoiseSchedule(), backend="native") for _ in range(n)]
 
 
-@pytest.mark.parametrize(("n", "calls"), [(1, 15), (64, 64), pytest.param(8, 500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n", "calls"), [(1, 15), (16, 16), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(64, 64), (8, 500)])]
+)
 def test_samplers_share_the_threads_of_one_team(n, calls):
     gc.collect()
     before = threads_now()

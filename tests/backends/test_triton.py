@@ -740,6 +740,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_interpreted_steps_equal_the_references() -> None:
     """The kernels themselves, two guided steps with noise, whole and in halves, in an interpreter's process."""
     result = subprocess.run(

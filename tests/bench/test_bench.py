@@ -485,6 +485,7 @@ def test_the_processor_is_told_by_generation(monkeypatch: pytest.MonkeyPatch) ->
 # Engines --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_engines_that_fail_are_named_and_the_others_go_on(model: str) -> None:
     table = {
         "eager": CONTENDERS["eager"],
