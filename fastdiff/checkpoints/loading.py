@@ -312,9 +312,15 @@ def _checked_subfolder(path: Path, subfolder: str | None) -> str:
 
 
 def check_path(name: str, value: Any) -> str | os.PathLike[str]:
-    """Return a path, or raise `InvalidArgument` if no file can have this one."""
-    if not isinstance(value, (str, os.PathLike)):
-        raise InvalidArgument(f"{name}={shown(value)}: a path is needed")
+    """Return a path, or raise `InvalidArgument` if the value is none."""
+    if isinstance(value, (str, os.PathLike)):
+        return value
+    raise InvalidArgument(f"{name}={shown(value)}: a path is needed")
+
+
+def check_new_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """Return a path of a file or folder to be made, or raise `InvalidArgument` if none can have it."""
+    check_path(name, value)
     try:
         encoded = os.fsencode(value)
     except UnicodeEncodeError:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -580,7 +581,9 @@ class Engine:
             task.x[i], r.table, seed=seed, index=r.index[i], label=None if r.labels is None else int(r.labels[i]),
             guidance=float(r.guidance[i]), rescale=r.guidance_rescale, coefficients=task.coefficients,
         )  # fmt: skip
-        task.x[i] = torch.empty(0)  # the memory is free once no image that was drawn with it waits
+        task.x[i] = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )  # the memory is free once no image that was drawn with it waits
         task.begun += 1
 
     def _advance(self, by_task: dict[Task, list[int]]) -> int:
@@ -595,7 +598,7 @@ class Engine:
             rows += taken
             task.rows -= taken
             if task.request.mask is not None:
-                part = state.select(torch.tensor([task.slots[i] for i in images]).numpy())
+                part = state.select(np.array([task.slots[i] for i in images], np.int64))
                 known.append((task, images, self._inpainting(task, images).known(part)))
             if task.shows:
                 length = len(task.request.table)
@@ -606,7 +609,7 @@ class Engine:
         previews = [task.slots[i] for task, (i,), _ in shown]
         x0 = slots.step(self._runner, at, previews)
         for task, images, pixels in known:
-            mine = torch.tensor([task.slots[i] for i in images], device=state.x.device)
+            mine = torch.tensor([task.slots[i] for i in images], dtype=torch.int64, device=state.x.device)
             state.x[mine] = torch.where(self._inpainting(task, images).anew, state.x[mine], pixels)
         self._runners.give_back()
         for k, (task, (i,), row) in enumerate(shown):

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastdiff import solvers
 from fastdiff.checkpoints import save_folder
-from fastdiff.checkpoints.loading import check_path
+from fastdiff.checkpoints.loading import check_new_path
 from fastdiff.checks import boolean, from_environment, instance, shown
 from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
 from fastdiff.data import ImageData, save_picture
@@ -100,7 +100,7 @@ class Trainer:
         self.data = instance("data", data, ImageData, "fastdiff.load_data makes one")
         instance("unet", unet, UNet, "fastdiff.UNet.from_pretrained reads one, diffusers' too")
         self.class_names: tuple[str, ...] | None = None if unet.config.num_classes is None else data.class_names
-        self.out = Path(check_path("out", out))
+        self.out = Path(check_new_path("out", out))
         self.rank, self.world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
         self._check(unet)
         if self.config.sample_every:  # now rather than at the first grid, as it may raise

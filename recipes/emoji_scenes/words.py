@@ -53,7 +53,8 @@ def installed() -> Path:
 def sentence_vectors(weights: dict[str, Tensor], vocabulary: list[str]) -> Tensor:
     """Return the normalised mean of MiniLM's last states for each piece as a sentence of its own, [V, 384]."""
     numbers = WordPiece(vocabulary).numbers
-    ids = torch.tensor([[numbers[BEGIN], n, numbers[END]] for n in range(len(vocabulary))])
+    rows = [[numbers[BEGIN], n, numbers[END]] for n in range(len(vocabulary))]
+    ids = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return torch.cat([F.normalize(encode(weights, part).mean(1), dim=-1) for part in ids.split(512)])
 
 

@@ -522,7 +522,7 @@ NETWORKS: dict[str, tuple[Any, float | None]] = {
         pytest.param(name, *NETWORKS[case], id=f"{name}, {case}", marks=pytest.mark.slow if slow else ())
         for name in ("native", "eager", "diffusers", "diffusers-last", "openvino")
         for case in NETWORKS
-        for slow in (name == "openvino" and case != "class image, guided",)
+        for slow in (name == "openvino",)
     ],
 )
 def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | None) -> None:

@@ -303,7 +303,7 @@ def test_formats_that_cannot_be(file, tmp_path):
             convert(path, tmp_path / name, to=to, **options)
         assert words in str(caught.value)
         assert not (tmp_path / name).exists()
-    assert FORMATS == ("diffusers", "safetensors", "ddpm", "openai", "openai-new", "edm")
+    assert FORMATS == ("diffusers", "safetensors", "ddpm", "openai", "openai-new", "edm", "onnx")
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)

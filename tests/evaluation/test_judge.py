@@ -113,6 +113,7 @@ def test_a_model_of_other_classes_has_no_accuracy(tmp_path: Path, mnist: Path) -
     assert "of the held-out images as their class: they may be of another data set" in misread
 
 
+@pytest.mark.slow
 def test_the_summary_in_a_shell(tmp_path: Path, mnist: Path) -> None:
     network = model(tmp_path / "digits", [str(i) for i in range(10)])
     result = shell(tmp_path, network, "--n", 20, "--steps", 1, "--data", mnist, "--json")

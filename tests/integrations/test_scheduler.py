@@ -45,7 +45,11 @@ def difference(a, b):
     return float((a.double() - b.double()).abs().max() / b.double().abs().max())
 
 
-@pytest.mark.parametrize("solver", GRID, ids=lambda solver: solver.name)
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param(s, marks=[pytest.mark.slow] * s.name.startswith("dpm2")) for s in GRID],
+    ids=lambda s: s.name,
+)
 def test_every_step_is_diffusers(solver):
     """Compare every step in float32, as it is used, up to diffusers' own rounding.
 

@@ -148,6 +148,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_code_follows_changes(quick_compiler: list[Any]) -> None:
     """Dynamo's own guards see neither hooks nor methods of classes that are replaced after it has compiled."""
     unet = random_unet(TINY)

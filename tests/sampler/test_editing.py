@@ -520,6 +520,7 @@ def test_classifier_free_guidance_with_every_solver(backend: str, solver: str) -
     assert len(out.table) < out.nfe < 2 * len(out.table)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation() -> None:
     """Run the blocks of docs/editing.md after the first, on a sampler that notes what each call returned."""
     text = (ROOT / "docs" / "editing.md").read_text(encoding="utf-8")

@@ -54,6 +54,7 @@ def test_too_little_memory_is_said_before_the_work(monkeypatch, free, n, needles
     sampler.request(n, size=512)
 
 
+@pytest.mark.slow
 @needs_posix
 def test_a_run_takes_the_memory_of_its_images(tmp_path):
     """The images, and a chunk's state; joining and checking them took four times as much. Saving takes less yet."""

@@ -214,7 +214,9 @@ def compare(solver, steps, prediction, cases, dtype=torch.float64, schedule="lin
     [
         # In float32, which differs by rounding alone, two numbers of steps are enough for every day.
         pytest.param(
-            n, dtype, marks=pytest.mark.slow if n in LONG or (dtype == torch.float32 and n not in (2, 50)) else ()
+            n,
+            dtype,
+            marks=pytest.mark.slow if n in (61, *LONG) or (dtype == torch.float32 and n not in (2, 50)) else (),
         )
         for n in (*STEPS, *LONG)
         for dtype in TOLERANCE
@@ -227,7 +229,7 @@ def test_runs_equal_diffusers(solver, steps, prediction, dtype):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("steps", LONG)
+@pytest.mark.parametrize("steps", [pytest.param(n, marks=[pytest.mark.slow] * (n != T)) for n in LONG])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_long_runs_equal_diffusers(solver, steps, prediction):
     """Every value of every option, over the three predictions; all combinations are in the slow test above."""

@@ -48,6 +48,7 @@ def test_the_loss_is_of_the_image_alone(tmp_path: Path) -> None:
     assert torch.allclose(loss, ((out - target("epsilon", image, noise, a, s)) ** 2).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_to_copy_the_condition(tmp_path: Path) -> None:
     """Where the condition is the image itself, the network that is trained with it draws what it is given."""
     data = Toys(64, classes=None)

@@ -219,10 +219,11 @@ print(json.dumps(report))
     ("name", "seed"),
     [
         ("dropout", 2),
-        pytest.param("plain", 1, marks=pytest.mark.slow),
-        pytest.param("bf16", 3, marks=pytest.mark.slow),
+        ("plain", 1),
+        ("bf16", 3),
     ],
 )
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path, name: str, seed: int) -> None:
     report = answer_of(python("-c", KILLER, tmp_path, name, str(seed)))
     print(f"seed {seed}: {report}")

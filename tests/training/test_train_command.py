@@ -214,7 +214,7 @@ def test_command_line_resumes(tmp_path: Path, photos: Path, capsys: Any, monkeyp
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     options = [*SMALL[:-8], "--steps", "100000", "--batch-size", "4", "--log-every", "1", "--sample-every", "0"]
