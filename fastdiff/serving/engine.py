@@ -581,9 +581,8 @@ class Engine:
             task.x[i], r.table, seed=seed, index=r.index[i], label=None if r.labels is None else int(r.labels[i]),
             guidance=float(r.guidance[i]), rescale=r.guidance_rescale, coefficients=task.coefficients,
         )  # fmt: skip
-        task.x[i] = torch.empty(
-            0, dtype=torch.float32, device="cpu"
-        )  # the memory is free once no image that was drawn with it waits
+        # The memory is free once no image that was drawn with it waits.
+        task.x[i] = torch.empty(0, dtype=torch.float32, device="cpu")
         task.begun += 1
 
     def _advance(self, by_task: dict[Task, list[int]]) -> int:

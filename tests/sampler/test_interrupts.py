@@ -153,7 +153,7 @@ assert not sampler._runners.prepared
     )
 
 
-@pytest.mark.parametrize("backend", ["native", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), BACKENDS[1]])
 def test_interrupts_at_any_moment(backend: str) -> None:
     """A hundred exceptions of a handler, each at another moment of a call; no lock stays taken, no image is wrong."""
     run(
