@@ -25,9 +25,13 @@
 
 #if defined(__SANITIZE_THREAD__)
 #define TSAN 1
+#elif defined(__SANITIZE_ADDRESS__)
+#define ASAN 1
 #elif defined(__has_feature)
 #if __has_feature(thread_sanitizer)
 #define TSAN 1
+#elif __has_feature(address_sanitizer)
+#define ASAN 1
 #endif
 #endif
 
@@ -242,7 +246,9 @@ void check_fork() {
       other.add();
       while (!stop) other.run();
     });
+#if !defined(ASAN)  // in a child, its allocator waits for ever for a thread of the parent that was within it
   for (int i = 0; i < 10; i++) expect(exit_code(runs) == 0, "a fork while other threads run engines");
+#endif
   stop = true;
   for (std::thread& other : others) other.join();
   expect(example->run() == right, "the parent's engine works after forks");

@@ -229,7 +229,7 @@ def test_runs_equal_diffusers(solver, steps, prediction, dtype):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("steps", [pytest.param(n, marks=[pytest.mark.slow] * (n != T)) for n in LONG])
+@pytest.mark.parametrize("steps", [pytest.param(n, marks=pytest.mark.slow) for n in LONG])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_long_runs_equal_diffusers(solver, steps, prediction):
     """Every value of every option, over the three predictions; all combinations are in the slow test above."""

@@ -215,13 +215,16 @@ def test_command_line_resumes(tmp_path: Path, photos: Path, capsys: Any, monkeyp
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, photos: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:  # fmt: skip
     out = tmp_path / "out"
     options = [*SMALL[:-8], "--steps", "100000", "--batch-size", "4", "--log-every", "1", "--sample-every", "0"]
-    command = [sys.executable, "-m", "fastdiff", "train", str(photos), "--out", str(out), *options]
+    arguments = [sys.executable, "-m", "fastdiff", "train", str(photos), "--out", str(out), *options]
     # A background shell ignores Ctrl-C for its children.
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        arguments, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
     deadline = time.monotonic() + 200
     while not ((out / "log.jsonl").exists() and log_of(out)) and time.monotonic() < deadline:
@@ -235,13 +238,11 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, photos: Path, numb
     resumed = python("-m", "fastdiff", "train", photos, "--out", out, *options, "--steps", str(int(found[1]) + 1))
     assert f"step {int(found[1]) + 1}" in resumed.stdout
     for folder in (out, out / "model"):  # a run's folder is a model
-        assert python("-m", "fastdiff", "info", folder).returncode == 0
+        assert command(capsys, monkeypatch, "info", folder) == (0, "")
     shutil.rmtree(out / "model")
-    sampled = python(
-        "-m", "fastdiff", "sample", out, "--n", "2", "--steps", "2", "--labels", "1", "-o", tmp_path / "a.png"
-    )
-    assert sampled.returncode == 0
-    assert python("-m", "fastdiff", "convert", out, tmp_path / "m.safetensors").returncode == 0
+    options = ["--n", "2", "--steps", "2", "--labels", "1", "-o", tmp_path / "a.png"]
+    assert command(capsys, monkeypatch, "sample", out, *options)[0] == 0
+    assert command(capsys, monkeypatch, "convert", out, tmp_path / "m.safetensors")[0] == 0
 
 
 @pytest.mark.parametrize("size", [16, 28, 32, 48, 64, 96, 100, 128, 256])
