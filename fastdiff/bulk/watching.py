@@ -5,6 +5,7 @@ What runs a worker, a process of this machine or an actor of Ray, is a subclass 
 
 from __future__ import annotations
 
+import abc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ Counts = tuple[int, int, int]
 """Of a place: signs of life, images drawn, images published."""
 
 
-class Place:
+class Place(abc.ABC):
     """A place for a worker: its number, and what is known of the workers that were there."""
 
     def __init__(self, number: int, patience_s: float):
@@ -36,25 +37,25 @@ class Place:
         self._failures, self._published = 0, 0
         self._beat, self._since = -1, 0.0
 
+    @abc.abstractmethod
     def start(self) -> None:
         """Start a worker in this place."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def message(self) -> Message | None:
         """Return what the worker has said; None if it has said nothing."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def end(self) -> str | None:
         """Return how the worker has ended without a message; None if it runs."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def counts(self) -> Counts:
         """Return the counts of all workers that were in this place."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def kill(self) -> None:
         """End the worker, however it is."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Start a worker, and the time in which it has to give a sign of life."""

@@ -38,7 +38,16 @@ class TableBank:
 
 
 CHANGED = ("x", "xs", "m1", "m2", "m3", "out", "row")  # fields of a state that a step changes
-TENSORS = (*CHANGED, "table", "seed", "index", "label", "guidance", "x0_scale")  # those with an entry for each image
+TENSORS = (
+    *CHANGED,
+    "table",
+    "seed",
+    "index",
+    "label",
+    "guidance",
+    "x0_scale",
+    "condition",
+)  # with an entry for each image
 
 
 @dataclasses.dataclass(eq=False)  # compared and hashed by identity, so that backends can cache by state

@@ -187,6 +187,11 @@ class Engine:
         info = self._sampler.info
         if info.size is None:
             raise InvalidArgument("the network's configuration has no sample_size, so the size of images is not known")
+        if info.condition:
+            raise InvalidArgument(
+                f"the network reads a condition image of {info.condition} channels, which an Engine does not give it "
+                "yet; a Sampler does"
+            )
         self._shape = (info.channels, *info.size)
         self._runners = self._sampler._runners
         capacity = max(2 * scheduler.TOGETHER, min(MOST_SLOTS, SLOT_BYTES // (24 * math.prod(self._shape))))

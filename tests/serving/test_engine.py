@@ -35,7 +35,7 @@ from fastdiff.errors import (
 )
 from fastdiff.serving import engine as serving
 from fastdiff.serving.scheduler import Curve
-from tests.support.unets import TINY_CLASSES, change, random_unet
+from tests.support.unets import TINY, TINY_CLASSES, change, random_unet
 
 if native.extension() is None:
     pytest.skip("fastdiff._native is not built", allow_module_level=True)
@@ -632,3 +632,9 @@ def test_networks_without_a_size_are_refused():
 def test_public_names():
     assert fastdiff.Engine is Engine
     assert dataclasses.is_dataclass(serving.Stats)
+
+
+def test_networks_with_a_condition_image_are_refused():
+    unet = random_unet(change(TINY, in_channels=6, out_channels=3))
+    with pytest.raises(InvalidArgument, match="a condition image of 3 channels, which an Engine does not give it yet"):
+        Engine(Sampler(unet, backend="eager"))
