@@ -279,8 +279,9 @@ def test_a_cancelled_job_costs_nothing_at_once(engine, monkeypatch):
 
 def test_cancelled_images_leave_before_the_next_step(engine, monkeypatch):
     gate = Gate(engine, monkeypatch)
-    job, other = engine.submit(4, steps=50, labels=1), engine.submit(1, steps=3, labels=1)
+    job = engine.submit(4, steps=50, labels=1)
     gate.reached()
+    other = engine.submit(1, steps=3, labels=1)
     assert engine.stats().images == 4
     assert job.cancel()
     assert not job.cancel()
