@@ -32,8 +32,11 @@ from fastdiff.cli.options import (
 from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
+    from fastdiff.text import CaptionEncoder
     from fastdiff.training import ImageData, Trainer
-    from fastdiff.unet import UNetConfig
+    from fastdiff.unet import UNetCondition, UNetConfig
+
+TEXT_CHANNELS, TEXT_HEAD = 128, 32  # of the states of captions; of a head of attention to them
 
 
 def train(
@@ -64,6 +67,14 @@ def train(
         str | None, typer.Option(help="Names of the classes in the order of their numbers, separated by commas.")
     ] = None,
     unconditional: Annotated[bool, typer.Option(help="Ignore the labels of the data.")] = False,
+    captions: Annotated[
+        str | None,
+        typer.Option(
+            help="Train a model that reads prompts: txt for a text file beside each image, or a .jsonl file of the "
+            "folder with file_name and text."
+        ),
+    ] = None,
+    caption_tokens: Annotated[int, typer.Option(help="Pieces of words that a caption may have, and 2.")] = 64,
     init: Annotated[
         str | None, typer.Option(help="Start from this model's network and weights instead of the options below.")
     ] = None,
@@ -166,6 +177,14 @@ def train(
             f"`fastdiff info {init}`"
         )
     unet_config = UNetConfig.from_dict(read_json(config)) if config is not None else None
+    if captions is not None and (init is not None or config is not None or class_image is not None or scale_shift):
+        raise InvalidArgument(
+            "--captions makes a network of its own; leave out --init, --config, --class-image and --scale-shift"
+        )
+    if captions is not None and (class_depth or class_names is not None or labels is not None):
+        raise InvalidArgument(
+            "--captions takes the place of classes; leave out --class-depth, --class-names and --labels"
+        )
     if unconditional and (class_depth or class_names is not None):
         raise InvalidArgument("--unconditional ignores classes; leave out --class-depth and --class-names")
     if out.is_dir() and os.environ.get("RANK", "0") == "0":
@@ -175,9 +194,12 @@ def train(
         images = open_data(
             data, Reading(read_range(value_range), frames, alpha, profile), labels=labels,
             size=None if size is None else read_size(size), channels=image_channels, fit=fit, layout=layout,
-            class_depth=0 if unconditional else class_depth,
+            class_depth=0 if unconditional or captions is not None else class_depth,
             class_names=None if class_names is None else [name.strip() for name in class_names.split(",")],
+            captions=captions,
         )  # fmt: skip
+    encoder = None
+    unet: UNet | UNetCondition
     if given is not None:
         unet = given.unet
     else:
@@ -185,13 +207,16 @@ def train(
             unet_config = _network(
                 images, None if channels is None else read_numbers("--channels", channels), layers,
                 [] if attention == "" else None if attention is None else read_numbers("--attention", attention),
-                head_dim, groups, dropout, scale_shift, class_image, unconditional,
+                head_dim, groups, dropout, scale_shift, class_image, unconditional or captions is not None,
             )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            unet = UNet(unet_config).zero_residuals_()
+            if captions is None:
+                unet = UNet(unet_config).zero_residuals_()
+            else:
+                unet, encoder = _captioned(unet_config, head_dim or TEXT_HEAD, caption_tokens)
     with flags_in_errors():
-        trainer = Trainer(unet, images, out, settings, noise, device=device)
+        trainer = Trainer(unet, images, out, settings, noise, device=device, text_encoder=encoder)
     summary: dict[str, Any] = {}
 
     def begin() -> None:
@@ -373,3 +398,29 @@ def _network(
         null_label=classes,
         class_image=class_image if classes is not None else None,
     )
+
+
+def _captioned(config: UNetConfig, head_dim: int, tokens: int) -> tuple[UNetCondition, CaptionEncoder]:
+    """Return a network with attention to captions where ``config`` has attention, and the encoder of the captions."""
+    from fastdiff import UNetCondition, UNetConditionConfig
+    from fastdiff.text import CaptionEncoder, CaptionEncoderConfig
+
+    reads = [kind.startswith("Attn") for kind in config.down_block_types]
+    condition = UNetConditionConfig(
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=tuple("CrossAttnDownBlock2D" if r else "DownBlock2D" for r in reads),
+        up_block_types=tuple("CrossAttnUpBlock2D" if r else "UpBlock2D" for r in reversed(reads)),
+        attention_head_dim=tuple(max(c // head_dim, 1) for c in config.block_out_channels),
+        norm_num_groups=config.norm_num_groups,
+        dropout=config.dropout,
+        cross_attention_dim=TEXT_CHANNELS,
+        use_linear_projection=True,
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=TEXT_CHANNELS,
+    )
+    encoder = CaptionEncoder(CaptionEncoderConfig(channels=TEXT_CHANNELS, tokens=tokens))
+    return UNetCondition(condition).zero_residuals_(), encoder

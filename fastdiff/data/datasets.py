@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from PIL import ImageFile
 from torch.utils.data import Dataset
 
 from fastdiff import memory
-from fastdiff.checks import is_whole, one_of, whole
+from fastdiff.checks import is_whole, one_of, shown, whole
 from fastdiff.data import tars
 from fastdiff.data.arrays import BLOCK, LAYOUTS, Arrays, check_bytes, read_idx, read_npz
+from fastdiff.data.captions import read_captions
 from fastdiff.data.doubts import (
     ALPHA_DOUBT,
     Look,
@@ -149,6 +150,7 @@ def load_data(
     layout: str | None = None,
     class_depth: int | None = None,
     class_names: Sequence[str] | None = None,
+    captions: str | None = None,
 ) -> ArrayData | FolderData:
     """Open a folder of images, an ``.npz``, ``.tar`` or IDX file (``.gz`` or not) as a data set.
 
@@ -182,6 +184,9 @@ def load_data(
             well. None: 1 where every image lies in a sub-folder, else 0.
         class_names: The classes in the order of their numbers: for arrays a name for every label from 0 on, for a
             folder the names of its sub-folders. None: the names in the data, if it has any.
+        captions: Where the captions of a folder's images are: "txt" for a text file beside each image, of its name with
+            that ending, or the name of a file in the folder, such as "metadata.jsonl", of JSON lines with "file_name"
+            and "text". None reads no captions.
 
     Returns:
         The data set: a `FolderData` for a folder, else an `ArrayData`.
@@ -193,7 +198,7 @@ def load_data(
     reading = Reading(value_range, frames, alpha, profile)
     data = open_data(
         path, reading, labels=labels, size=size, channels=channels, fit=fit, layout=layout, class_depth=class_depth,
-        class_names=class_names,
+        class_names=class_names, captions=captions,
     )  # fmt: skip
     for file, reason in data.skipped:
         log.warning("skipped %s: %s", printable(file), reason)
@@ -213,6 +218,7 @@ def open_data(
     layout: str | None = None,
     class_depth: int | None = None,
     class_names: Sequence[str] | None = None,
+    captions: str | None = None,
 ) -> ArrayData | FolderData:
     """Open data as `load_data` does, without logging what is skipped or doubtful: the caller reports both."""
     path = Path(path)
@@ -232,10 +238,13 @@ def open_data(
     if layout is not None and kind != "npz":
         raise InvalidArgument(f"layout={layout!r} is for the array of an .npz file, but {path} is {_KINDS[kind]}")
     shards = tars.archives(path) if kind == "folder" else [path] if kind == "tar" else []
+    if captions is not None and (kind != "folder" or shards):
+        what = _KINDS["tar" if shards else kind]
+        raise InvalidArgument(f"captions={shown(captions)} is for a folder of images, but {path} is {what}")
     if shards:
         return _tar_data(path, shards, target, channels, fit, reading, class_depth, names)
     if kind == "folder":
-        return FolderData(path, target, channels, fit, reading, class_depth, names)
+        return FolderData(path, target, channels, fit, reading, class_depth, names, captions)
     for name, value in (("frames", reading.frames), ("profile", reading.profile)):
         if value is not None:
             raise InvalidArgument(f"{name}={value!r} is for files of images, but {path} is {_KINDS[kind]}")
@@ -424,6 +433,7 @@ class FolderData(ImageData):
         reading: The choices of `load_data` that files leave open.
         class_depth: As for `load_data`.
         class_names: As for `load_data`.
+        captions: As for `load_data`.
 
     Attributes:
         files: The usable files, sorted; a file of several frames that are all used is listed as often.
@@ -444,6 +454,7 @@ class FolderData(ImageData):
         reading: Reading = DEFAULT,
         class_depth: int | None = None,
         class_names: tuple[str, ...] | None = None,
+        captions: str | None = None,
     ) -> None:
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise DataError(
@@ -483,6 +494,10 @@ class FolderData(ImageData):
         self.class_names, self.labels, doubts = find_classes(root, scan, self.files, class_depth, class_names)
         self.num_classes = None if self.class_names is None else len(self.class_names)
         places = "\n".join(f"{path.relative_to(root).as_posix()} {frame}" for path, frame, _ in used)
+        if captions is not None:
+            texts = read_captions(root, self.files, captions)
+            self.captions = _Captions(self, texts)
+            places += "\n" + "\n".join(texts)
         self.digest = digest_of(np.frombuffer(places.encode(errors="surrogateescape"), np.uint8)).hex()
         heads = [(path, head) for path, _, head in used]
         self.doubts = (*header_doubts(heads, reading, channels), *self.look.doubts(reading), *doubts)
@@ -539,6 +554,20 @@ class FolderData(ImageData):
                     found.add_digest(seen[2])
         return bad
 
+    def standing_for(self, index: int) -> int:
+        """Return the index of the image that `__getitems__` gives for an index: another one's for an unreadable file.
+
+        Args:
+            index: The index, from 0 to ``len(self) - 1``.
+
+        Returns:
+            The index itself, or that of the next image that is readable so far.
+        """
+        for step in range(len(self.files)):
+            if (index + step) % len(self.files) not in self._bad:
+                return (index + step) % len(self.files)
+        return index
+
     def _load(self, index: int) -> tuple[int, np.ndarray]:
         """Decode the first readable image at or after an index; return its own index and its pixels."""
         for step in range(len(self.files)):
@@ -594,6 +623,26 @@ class FolderData(ImageData):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _pool=None, _decoded={})
+
+
+class _Captions(Sequence[str]):
+    """The captions of a folder's images, of the image that stands for each one."""
+
+    def __init__(self, data: FolderData, texts: Sequence[str]):
+        self.data, self.texts = data, texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        (checked,) = self.data._check([index])
+        return self.texts[self.data.standing_for(checked)]
 
 
 _KINDS = {"folder": "a folder", "npz": "an .npz file", "idx": "an IDX file", "tar": "a .tar file"}

@@ -52,6 +52,8 @@ class Captions(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(SCENES))]
+        if not 0 <= index < SCENES:
+            raise IndexError(f"scene {index} of {SCENES}")
         return caption_of(self.seed, index)
 
 

@@ -23,8 +23,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastdiff import cli
+from fastdiff import NoiseSchedule, checkpoints, cli
 from tests.docs.pages import EXAMPLES, PAGES, blocks, name, prose
+from tests.support.captioned import network_and_encoder
 from tests.support.paths import ROOT
 
 GROUP = typer.main.get_command(cli.app)
@@ -68,10 +69,17 @@ def photos() -> None:
             Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(f"photos/{label}/{i}.png")
 
 
+def captioned() -> None:
+    """Write a model that reads texts in the folder runs/captions."""
+    unet, encoder = network_and_encoder()
+    checkpoints.save_folder("runs/captions", unet, NoiseSchedule(), text_encoder=encoder)
+
+
 # Makes the files that a page's examples read.
 PREPARE: dict[str, Callable[[], None]] = {
     "docs/diffusers.md": lambda: pipeline_folder("path/to/ddim"),
     "docs/sampling.md": lambda: pipeline_folder("path/to/ddpm"),
+    "docs/text.md": captioned,
     "docs/training.md": photos,
 }
 
