@@ -84,6 +84,7 @@ def generate(
     format: str = "npz",
     shard_size: int | None = None,
     labels: int | str | Sequence[int | str] | None = "cycle",
+    prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     workers: int | None = None,
     ray: str | None = None,
@@ -112,6 +113,7 @@ def generate(
         shard_size: Images of a shard, at least 1; None: at most 1000, fewer where there are few or large ones.
         labels: Class of the images, as numbers or names: "cycle" for all classes in turns, one class for all, a list
             whose entries the images take in turns, or None. Networks without classes have no labels.
+        prompts: For a network that reads text: a text for all images, or a list whose entries they take in turns.
         seed: Seed of the noise, from 0 to 2^64 - 1.
         workers: Worker processes, each of one thread, or one for each GPU in turns. None: for each processor, as far as
             the memory suffices, or for each GPU. Where it takes long and the images do not depend on the number of
@@ -140,6 +142,7 @@ def generate(
         CheckpointError: If the model cannot be loaded; ``Sampler`` lists its other errors.
         NumericsError: If images became NaN or infinite; their shard is not written.
     """
+    local.check_guarded()
     started = time.monotonic()
     _check(n, out, format, seed, patience_s, progress)
     if ray is not None:
@@ -154,7 +157,8 @@ def generate(
         if workers is not None or ray is not None:
             given = f"workers={workers}" if ray is None else f"ray={ray}"
             raise InvalidArgument(f"{given}: workers load the model from its files; give its path, not a Sampler")
-        job = _job(model, None, n, out, format, shard_size, labels, batch_size, options, torch.get_num_threads())
+        asked = _asked(model, n, labels, prompts)
+        job = _job(model, None, n, out, format, shard_size, asked, batch_size, options, torch.get_num_threads())
         jobs.begin(job)
         watch, used = _Watch(job, started, progress), (0, torch.get_num_threads())
         try:
@@ -163,7 +167,8 @@ def generate(
             tidy(job)
     else:
         with _sampler(model, backend, device, dtype, determinism) as sampler:
-            job = _job(sampler, model, n, out, format, shard_size, labels, batch_size, options, THREADS)
+            asked = _asked(sampler, n, labels, prompts)
+            job = _job(sampler, model, n, out, format, shard_size, asked, batch_size, options, THREADS)
             needs = _Needs.of(sampler, job)
         del sampler  # each worker has its own
         jobs.begin(job)
@@ -233,16 +238,23 @@ def _sampler(
     return Sampler.from_pretrained(model, backend, device, dtype, determinism)
 
 
+def _asked(sampler: Sampler, n: int, labels: Any, prompts: Any) -> jobs.Asked:
+    """Return what the images show, of arguments of `generate`."""
+    return {
+        "labels": jobs.repeated_labels(labels, n, sampler),
+        "prompts": jobs.repeated_prompts(prompts, n, sampler),
+    }
+
+
 def _job(
     sampler: Sampler, model: str | Path | None, n: int, out: str | Path, format: str, shard_size: int | None,
-    labels: Any, batch_size: int | None, options: dict[str, Any], threads: int,
+    asked: jobs.Asked, batch_size: int | None, options: dict[str, Any], threads: int,
 ) -> Job:  # fmt: skip
     """Return the job that the arguments describe."""
-    repeated = jobs.repeated_labels(labels, n, sampler)
-    settings = jobs.settings(sampler, n, options, repeated, format, shard_size, batch_size, threads)
+    settings = jobs.settings(sampler, n, options, asked, format, shard_size, batch_size, threads)
     if model is not None and Path(model).exists():
         model = Path(model).resolve()
-    batch = jobs.request(sampler, min(n, settings["shard_size"]), options, repeated, batch_size).batch_size
+    batch = jobs.request(sampler, min(n, settings["shard_size"]), options, asked, batch_size).batch_size
     call = {"model": None if model is None else str(model), "batch_size": batch, "options": options}
     return Job(Path(out), settings, call)
 
@@ -263,7 +275,7 @@ class _Needs:
         batch = job.call["batch_size"]
         activations, shard = batch * sampler.info.activation_bytes((h, w)), 8 * len(job.indices(0)) * h * w * c
         seconds = 0.0
-        r = jobs.request(sampler, 1, job.call["options"], job.labels(range(1)), 1)
+        r = jobs.request(sampler, 1, job.call["options"], job.asks(range(1)), 1)
         # The first prediction of a process takes a second.
         if job.settings["threads"] is None and sampler.backend == "native" and job.n * r.nfe >= SMALL:
             found = cost.estimate(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import fastdiff.backends.native as native
 from fastdiff import __version__
@@ -55,6 +56,9 @@ REFUSED = {
     "deadline_s": "what it chooses depends on the machine; name a solver and steps, or quality=",
 }
 
+Asked = Mapping[str, "list[Any] | None"]
+"""What the images show, in turns: "labels" has classes, "prompts" texts; None where there are none."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -83,7 +87,7 @@ class Job:
     def layout(self) -> shards.Layout:
         """How a shard is written."""
         s = self.settings
-        return shards.Layout(s["format"], self.shape, s["seed"], s["class_names"])
+        return shards.Layout(s["format"], self.shape, s["seed"], s["class_names"], s.get("prompts"))
 
     @property
     def shards(self) -> range:
@@ -104,6 +108,12 @@ class Job:
         """Return the classes of some images; None where they have none."""
         repeated = self.settings["labels"]
         return None if repeated is None else [repeated[i % len(repeated)] for i in indices]
+
+    def asks(self, indices: range) -> dict[str, Any]:
+        """Return the options of `Sampler.sample` that say what some images show: their classes, or their prompts."""
+        repeated = self.settings.get("prompts")
+        prompts = None if repeated is None else [repeated[i % len(repeated)] for i in indices]
+        return {"labels": self.labels(indices), "prompts": prompts}
 
     def path(self, shard: int) -> Path:
         """Return the path of a shard's images, a file or a folder."""
@@ -144,7 +154,8 @@ class Job:
     def check(self, sampler: Sampler) -> None:
         """Raise `JobError` if a sampler, or this machine, would draw other images than those of the job."""
         s, call = self.settings, self.call
-        here = settings(sampler, s["n"], call["options"], s["labels"], s["format"], s["shard_size"], call["batch_size"],
+        asked = {"labels": s["labels"], "prompts": s.get("prompts")}
+        here = settings(sampler, s["n"], call["options"], asked, s["format"], s["shard_size"], call["batch_size"],
                         torch.get_num_threads())  # fmt: skip
         differing(self.folder, s, here)
 
@@ -196,30 +207,43 @@ def repeated_labels(labels: Any, n: int, sampler: Sampler) -> list[int] | None:
     return checked
 
 
-def request(
-    sampler: Sampler, k: int, options: Mapping[str, Any], labels: list[int] | None, batch: int | None
-) -> Request:
+def repeated_prompts(prompts: Any, n: int, sampler: Sampler) -> list[str] | None:
+    """Return the prompts that the images take in turns, as `generate` takes them; each of them is checked."""
+    if prompts is None:
+        return None
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(listed, (list, tuple)) or not 1 <= len(listed) <= min(n, MAX_LABELS):
+        raise InvalidArgument(
+            f"prompts={shown(prompts)}: a text, or a list of 1 to {min(n, MAX_LABELS)} texts, which the images take in "
+            "turns, is needed"
+        )
+    for i in range(0, len(listed), 64):
+        sampler.request(len(listed[i : i + 64]), prompts=list(listed[i : i + 64]))
+    return list(listed)
+
+
+def request(sampler: Sampler, k: int, options: Mapping[str, Any], asked: Asked, batch: int | None) -> Request:
     """Check the drawing of k images."""
-    repeated = None if labels is None else [labels[i % len(labels)] for i in range(k)]
-    return sampler.request(k, **options, labels=repeated, batch_size=batch)
+    repeated = {name: None if v is None else [v[i % len(v)] for i in range(k)] for name, v in asked.items()}
+    return sampler.request(k, **options, **repeated, batch_size=batch)
 
 
 def settings(
     sampler: Sampler,
     n: int,
     options: Mapping[str, Any],
-    labels: list[int] | None,
+    asked: Asked,
     format: str,
     shard_size: int | None,
     batch: int | None,
     threads: int,
 ) -> dict[str, Any]:
     """Collect everything that decides the files of a job, ready for JSON."""
-    r = request(sampler, 1, options, labels, 1)
+    r = request(sampler, 1, options, asked, 1)
     c, h, w = r.shape
     if c not in (1, 3):
         raise InvalidArgument(f"images of {c} channels are no pictures, which a bulk job writes; 1 or 3 are needed")
-    default = request(sampler, min(n, SHARD), options, labels, batch).batch_size
+    default = request(sampler, min(n, SHARD), options, asked, batch).batch_size
     if shard_size is None:
         most = max(1, min(SHARD, SHARD_BYTES // (c * h * w)))
         shard_size = min(most, max(default, math.ceil(n / SHARDS)))
@@ -230,12 +254,13 @@ def settings(
         "n": n,
         "format": format,
         "shard_size": shard_size,
-        "model": network_digest(sampler.unet),
+        "model": _model_digest(sampler),
         "table": hashlib.sha256(r.table.to_json().encode()).hexdigest(),
         "solver": r.table.solver,
         "nfe": r.nfe,
         "seed": r.seed,
-        "labels": labels,
+        "labels": asked["labels"],
+        "prompts": asked["prompts"],
         "class_names": None if r.class_names is None else list(r.class_names),
         "guidance": float(r.guidance[0]),
         "guidance_rescale": r.guidance_rescale,
@@ -253,6 +278,19 @@ def settings(
         "encoder": shards.encoder(format),
         "version": __version__,
     }
+
+
+def _model_digest(sampler: Sampler) -> str:
+    """Compute the SHA-256 of a model, of its text encoder too where it has one."""
+    if sampler.text_encoder is None:
+        return network_digest(sampler.unet)
+    if not isinstance(sampler.text_encoder, nn.Module):
+        raise InvalidArgument(
+            f"the text encoder is a {type(sampler.text_encoder).__name__}; a bulk job needs a torch module, whose "
+            "weights it can compare"
+        )
+    both = network_digest(sampler.unet) + network_digest(sampler.text_encoder)
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def _processor(sampler: Sampler) -> str:
@@ -319,6 +357,7 @@ def read(folder: str | Path) -> Job:
         "shape": (_shape, {}),
         "seed": (whole, {"low": 0}),
         "labels": (_classes, {}),
+        "prompts": (_names, {}),
         "class_names": (_names, {}),
         "backend": (text, {}), "device": (text, {}), "dtype": (text, {}), "determinism": (text, {}),
     }  # fmt: skip
@@ -327,8 +366,8 @@ def read(folder: str | Path) -> Job:
     optional(text)(f"{path}: model", call.get("model"), error=JobError)
     whole(f"{path}: batch_size", call.get("batch_size"), 1, error=JobError)
     options = call.get("options")
-    if not isinstance(options, dict) or not options.keys().isdisjoint(("labels", "batch_size")):
-        raise JobError(f"{path}: the object options, without labels and batch_size, is needed")
+    if not isinstance(options, dict) or not options.keys().isdisjoint(("labels", "prompts", "batch_size")):
+        raise JobError(f"{path}: the object options, without labels, prompts and batch_size, is needed")
     try:
         options_of(options)
     except InvalidArgument as e:

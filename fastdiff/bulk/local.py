@@ -21,6 +21,7 @@ from fastdiff.bulk.watching import LOOK_S, Counts, Message
 from fastdiff.errors import InvalidArgument
 
 GPU = "CUDA_VISIBLE_DEVICES"
+UNGUARDED = 78  # exit code of a worker that was about to start workers itself
 
 
 class _Process(watching.Place):
@@ -47,6 +48,11 @@ class _Process(watching.Place):
         if self.process.is_alive():
             return None
         code = self.process.exitcode
+        if code == UNGUARDED:
+            raise InvalidArgument(
+                "generate starts processes, and each of them imports the script that calls it: call it under\n"
+                '    if __name__ == "__main__":\nor with a Sampler in the place of the model, which draws here'
+            )
         return f"ended with exit code {code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
     def counts(self) -> Counts:
@@ -82,6 +88,15 @@ def run(
         arguments = (environment, str(folder), rank * workers + p, world * workers, threads, patience_s)
         places.append(_Process(p, patience_s, context, counts, arguments))
     watching.run(places, _pause, watch)
+
+
+def check_guarded() -> None:
+    """End this process where it is a worker that is still importing the script of its parent, which calls `generate`.
+
+    It would start workers itself. The parent knows the exit code and says what to do.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(UNGUARDED)
 
 
 def _pause(places: Sequence[_Process]) -> None:

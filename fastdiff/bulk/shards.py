@@ -45,6 +45,7 @@ class Layout:
     shape: tuple[int, int, int]  # (H, W, C)
     seed: int
     class_names: list[str] | None
+    prompts: list[str] | None = None  # which the images take in turns, by their indices
 
     def encode(self, pixels: NDArray[np.uint8], indices: range, labels: list[int] | None) -> Content:
         """Encode images, uint8 [n, H, W, C], as the file or the folder of a shard."""
@@ -68,6 +69,8 @@ class Layout:
             arrays["labels"] = np.asarray(labels, np.int64)
             if self.class_names is not None:
                 arrays["class_names"] = np.array(self.class_names)
+        if self.prompts is not None:
+            arrays["prompts"] = np.array([self.prompts[i % len(self.prompts)] for i in indices])
         file = io.BytesIO()
         np.savez(file, **arrays)
         return file.getvalue()
@@ -89,6 +92,8 @@ class Layout:
             facts["label"] = label
             if self.class_names is not None and label < len(self.class_names):
                 facts["class_name"] = self.class_names[label]
+        if self.prompts is not None:
+            facts["prompt"] = self.prompts[index % len(self.prompts)]
         return facts
 
     def metadata(self, indices: range, labels: list[int] | None) -> Iterator[str]:

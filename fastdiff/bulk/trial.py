@@ -93,6 +93,6 @@ def _rows(job: Job, sampler: Sampler) -> Generator[int, None, None]:
     batch = job.batches(0)[0]
     while True:
         for _ in sampler.stream(
-            len(batch), labels=job.labels(batch), batch_size=job.call["batch_size"], **job.call["options"]
+            len(batch), **job.asks(batch), batch_size=job.call["batch_size"], **job.call["options"]
         ):
             yield len(batch)

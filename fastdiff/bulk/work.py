@@ -130,7 +130,7 @@ def draw_batch(job: Job, sampler: Sampler, batch: range) -> NDArray[np.uint8]:
     """Draw the images of some indices, uint8 [n, H, W, C]."""
     call = job.call
     output = sampler.sample(
-        len(batch), start_index=batch.start, labels=job.labels(batch), batch_size=call["batch_size"], **call["options"]
+        len(batch), start_index=batch.start, **job.asks(batch), batch_size=call["batch_size"], **call["options"]
     )
     return to_uint8(output.images)
 

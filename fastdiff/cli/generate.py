@@ -55,6 +55,13 @@ def generate(
             "numbers or names, which the images take in turns."
         ),
     ] = "cycle",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a model that reads text: a file with a prompt in each line, which the images take in turns."
+        ),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What --guidance leads away from (default: no text).")] = None,
     workers: Annotated[
         str,
         typer.Option(
@@ -121,6 +128,7 @@ def generate(
     options = {name: given[key] for name, key in flags.items() if key in given}
     options["size"] = None if size is None else read_size(size)
     options["labels"] = _labels(labels)
+    options["prompts"] = None if prompts is None else _lines("--prompts", prompts)
     count = None if workers == "auto" else _workers(workers)
     try:
         # Ray prints to standard output that a worker has died.
@@ -162,16 +170,21 @@ def _labels(text: str) -> str | list[int | str] | None:
         return None if text == "none" else text
     path = Path(text)
     if path.suffix and path.is_file():
-        try:
-            parts = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as e:
-            raise InvalidArgument(f"--labels {text} cannot be read as text ({e})") from e
-        parts = parts[:-1] if not parts[-1] else parts
+        parts = _lines("--labels", path)
     elif path.suffix:
         raise InvalidArgument(f"--labels {text}: there is no such file")
     else:
         parts = text.split(",")
     return [_class(part.strip()) for part in parts]
+
+
+def _lines(option: str, path: Path) -> list[str]:
+    """Read the lines of a file of an option."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as e:
+        raise InvalidArgument(f"{option} {path} cannot be read as text ({e})") from e
+    return lines[:-1] if not lines[-1] else lines
 
 
 def _class(text: str) -> int | str:

@@ -58,8 +58,9 @@ def files(folder: Path) -> dict[str, str]:
 
 def begun(folder: Path, sampler: Sampler, **options: Any) -> Job:
     """Write the job.json of the job of these tests alone."""
-    settings = jobs.settings(sampler, N, {"steps": 1, "seed": 0}, [0, 1, 2, 3], options.get("format", "npz"), SHARD, 3,
-                             torch.get_num_threads())  # fmt: skip
+    call, asked = {"steps": 1, "seed": 0}, {"labels": [0, 1, 2, 3], "prompts": None}
+    threads = torch.get_num_threads()
+    settings = jobs.settings(sampler, N, call, asked, options.get("format", "npz"), SHARD, 3, threads)
     job = Job(folder, settings, {"model": None, "batch_size": 3, "options": {"steps": 1, "seed": 0}})
     jobs.begin(job)
     return job

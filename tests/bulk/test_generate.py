@@ -302,7 +302,9 @@ def test_images_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
 )
 def test_shards_have_a_sensible_size(n: int, size: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "request", _without_memory(jobs.request))
-    found = jobs.settings(tiny(), n, {"steps": 2, "size": size, "seed": 0}, [0], "npz", None, None, 1)
+    found = jobs.settings(
+        tiny(), n, {"steps": 2, "size": size, "seed": 0}, {"labels": [0], "prompts": None}, "npz", None, None, 1
+    )
     assert found["shard_size"] == expected
 
 

@@ -49,7 +49,9 @@ def processes(*calls: tuple[Any, ...]) -> Iterator[list[Any]]:
 
 def job_of(folder: Path, sampler: Sampler, n: int, format: str) -> Job:
     """Write the job.json of a job with many small shards."""
-    settings = jobs.settings(sampler, n, {"steps": 1, "seed": 0}, [0, 1, 2, 3], format, 4, 3, 1)
+    settings = jobs.settings(
+        sampler, n, {"steps": 1, "seed": 0}, {"labels": [0, 1, 2, 3], "prompts": None}, format, 4, 3, 1
+    )
     job = Job(folder, settings, {"model": None, "batch_size": 3, "options": {"steps": 1, "seed": 0}})
     jobs.begin(job)
     return job
