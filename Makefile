@@ -8,7 +8,7 @@ READY := .venv/.ready
 CSRC := $(shell find csrc -type f -not -path 'csrc/inplace/*')
 CXX_FILES := $(filter %.cpp %.hpp %.inc,$(CSRC))
 
-.PHONY: help sample native test test-all kernel-check figures gpu sanitize sanitize-python arm-check lint format docs examples bulk-check wheel-check clean
+.PHONY: help sample native test test-all kernel-check figures gpu sanitize sanitize-python sanitize-threads arm-check lint format docs examples bulk-check wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -43,23 +43,29 @@ sample: $(READY)  ## draw 80 images with the built-in model into out/samples.png
 	$(BIN)/fastdiff sample fashion-mnist --per-class 8 --guidance 2 --out out/samples.png
 
 # Each test has one thread (tests/conftest.py), so two processes fill two cores; what compares times runs after them.
-define RUN_TESTS
-$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m '$(1) not alone'
-$(BIN)/python -m pytest -m '$(1) alone'
-endef
+# tests/docs, tests/kernels and examples of help texts are left to the targets docs, kernel-check and examples:
+# tests/test_stages.py checks that no test is left to none.
 JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest
+marked = $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests)
 
-test: $(READY)  ## run the tests that take minutes at most
-	$(call RUN_TESTS,not slow and)
+test: $(READY)  ## run the tests that take minutes at most, but for those of docs, kernel-check and examples
+	$(PYTEST) -n $(JOBS) --dist worksteal --ignore=tests/docs --ignore=tests/kernels \
+		-m 'not slow and not alone and not example'
+	$(PYTEST) $(call marked,alone) -m 'not slow and alone'
 
 test-all: $(READY)  ## run every test
-	$(call RUN_TESTS,)
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m 'not alone'
+	$(PYTEST) $(call marked,alone) -m alone
 
-kernel-check: $(READY)  ## compile every Triton kernel that is shipped for sm_80, sm_90 and sm_100, without a GPU: no spills
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_80 .aot-sm_90 .aot-sm_100
+kernel-check: $(READY)  ## interpret the Triton kernels, and compile all that is shipped for sm_80, sm_90 and sm_100: no spills
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_90 .aot-sm_100 .aot-sm_80 .interpreted
 
 .aot-%:
-	$(BIN)/python -m pytest -p no:cacheprovider -q tests/kernels/test_kernels_aot.py -k $*
+	$(PYTEST) -p no:cacheprovider -q tests/kernels/test_kernels_aot.py -k $*
+
+.interpreted:
+	$(PYTEST) -p no:cacheprovider -q tests/kernels -m 'not slow'
 
 figures: $(READY)  ## measure every figure of the README and docs/ here, into out/figures: hours, on a machine that does nothing else
 	benchmarks/figures.sh
@@ -69,10 +75,12 @@ gpu:  ## on an NVIDIA GPU: check, tune and measure all that needs one (GPU_ARGS=
 	$(PYTHON) benchmarks/gpu $(GPU_ARGS)
 
 SANITIZE ?= address;undefined
+# Compiled with sanitizers, the kernels of AVX-512 take minutes: they are left out where no processor could run them.
+QUICK = $(shell test -f /proc/cpuinfo && ! grep -q -m 1 avx512f /proc/cpuinfo && echo ON || echo OFF)
 
 sanitize: $(VENV)  ## run the engine's C++ tests under sanitizers (SANITIZE=thread: that one)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))" -G Ninja \
-		-D FASTDIFF_TESTS=ON -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE
+		-D FASTDIFF_TESTS=ON -D FASTDIFF_QUICK=$(QUICK) -D FASTDIFF_SANITIZE="$(SANITIZE)" --log-level=NOTICE
 	@$(BIN)/cmake --build "build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))"
 	@"build/sanitize-$(firstword $(subst ;, ,$(SANITIZE)))/fastdiff_tests"
 
@@ -97,6 +105,10 @@ sanitize-python: $(VENV)  ## run the Python tests of the engine's bounds, memory
 	FASTDIFF_NATIVE_FOLDER=$(SANITIZE_PYTHON) $(SANITIZED) $(BIN)/python -m pytest --capture=sys -q -p no:cacheprovider \
 		-p tests.support.sanitized tests/backends/test_bounds.py tests/backends/test_weights.py $(SANITIZED_TESTS)
 
+sanitize-threads:  ## run sanitize-python with ThreadSanitizer, where addresses may be fixed
+	@if setarch -R true; then $(MAKE) --no-print-directory sanitize-python SANITIZE=thread; \
+		else echo 'ThreadSanitizer needs fixed addresses, which are not permitted here: skipped'; fi
+
 arm-check: $(VENV)  ## run the engine's C++ tests for arm64 in an emulator, where a cross compiler is installed
 	tests/arm_check.sh
 
@@ -111,16 +123,18 @@ format: $(READY)  ## fix style and formatting where a tool can
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: $(VENV)  ## build the documentation into build/docs: a broken link or reference is an error
+docs: $(READY)  ## build the documentation into build/docs, where a broken link is an error, and run its blocks of code
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(PYTEST) -n $(JOBS) -q tests/docs -m 'not slow'
 
-examples: $(READY)  ## run every script of examples/ in an empty folder
+examples: $(READY)  ## run every script of examples/ in an empty folder, and the examples of the command line's help
 	tests/examples_check.sh
+	$(PYTEST) -n $(JOBS) -q $(call marked,example) -m 'not slow and example'
 
 # Ray, and what its data sets need, are 150 MB, which few need: not in .venv until this is run.
 bulk-check: $(READY)  ## install Ray into .venv; run bulk jobs on it and under torchrun, with processes that are killed
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'ray[data]>=2.40'
-	$(BIN)/python -m pytest -m slow tests/bulk/test_ray.py tests/bulk/test_workers.py
+	$(PYTEST) -m slow tests/bulk/test_ray.py tests/bulk/test_workers.py tests/training/test_processes.py
 	tests/examples_check.sh ray_data
 
 wheel-check: $(READY)  ## build the wheel, install it elsewhere and use it there

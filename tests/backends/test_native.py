@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import random
 import threading
@@ -65,9 +66,21 @@ def force(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr("fastdiff.backends.native.program.choose_method", choose)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("method", ["direct", "winograd2", "winograd4"])
-@pytest.mark.parametrize("name", NETWORKS)
+METHODS = ["direct", "winograd2", "winograd4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "isa"),
+    [
+        # Of each network, every method and every instruction set once; all combinations are slow.
+        pytest.param(*case, marks=[pytest.mark.slow] * (sum(turns) % len(METHODS) != 0))
+        for case, turns in zip(
+            itertools.product(NETWORKS, METHODS, ISAS),
+            itertools.product(range(len(NETWORKS)), range(len(METHODS)), range(len(ISAS))),
+            strict=True,
+        )
+    ],
+)
 def test_operations(replays, name, method, isa, monkeypatch):
     replay = replays(name, 3)
     force(monkeypatch, method)
@@ -168,7 +181,7 @@ def test_operations_of_the_published_network(replays, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("method", ["direct", "winograd2", "winograd4"])
+@pytest.mark.parametrize("method", METHODS)
 def test_statistics_at_a_large_mean(replays, method, isa, monkeypatch):
     """The variance is that of the deviations: E[x^2] - E[x]^2 would lose every digit at a mean of 10^4 deviations."""
     force(monkeypatch, method)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from fastdiff import NoiseSchedule, Sampler
 from fastdiff.backends.native import threads
 from fastdiff.backends.native.extension import extension as load
 from fastdiff.errors import BackendError
+from tests.support import warm
 from tests.support.unets import TINY, random_unet
 
 extension = load()
@@ -157,9 +156,7 @@ def test_no_memory_for_the_working_space():
 
 @pytest.fixture(scope="module")
 def forks() -> dict[str, int]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "tests.support.forks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    done = warm.run("-m", "tests.support.forks", timeout=550)
     codes = {name: int(code) for name, code in (line.split() for line in done.stdout.splitlines())}
     assert done.stderr == ""
     return {**codes, "itself": done.returncode}

@@ -640,6 +640,7 @@ def test_the_command_in_a_process_of_its_own(model: str, tmp_path: Path) -> None
     assert colours > 10
 
 
+@pytest.mark.example
 @pytest.mark.usefixtures("_here")
 def test_examples(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

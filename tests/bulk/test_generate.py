@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fastdiff.bulk import work as working
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import CheckpointError, InvalidArgument, JobError, NumericsError
 from tests.bulk.jobs import N, draw, files, leftovers, tiny
+from tests.support import warm
 from tests.support.unets import TINY, change
 
 FORMATS = ("npz", "png", "webdataset", "imagefolder")
@@ -349,7 +349,7 @@ print(*peaks)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak has another unit elsewhere")
 def test_memory_is_flat_in_n(tmp_path: Path) -> None:
     """5,000 images are 15 MB of pixels, and would be 61 MB as floats; 2 MiB more than for 500 are allowed."""
-    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "npz"], capture_output=True, text=True)
+    run = warm.run("-c", PEAK, tmp_path, "npz")
     assert run.returncode == 0, run.stderr
     few, many = map(int, run.stdout.split())
     assert many - few < 2 << 10, (few, many)

@@ -19,19 +19,9 @@ from fastdiff.evaluation.classifier import CLASS_NAMES
 from fastdiff.sampler import Sampler
 from tests.bulk.jobs import draw, tiny
 from tests.bulk.test_verify_export import flip
-from tests.evaluation.test_eval import idx, pictures
 from tests.support.unets import TINY_CLASSES, change
 
 N = 26
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mnist")
-    for name, n, seed in (("train", 40, 0), ("t10k", 30, 1)):
-        idx(folder / f"{name}-images-idx3-ubyte.gz", pictures(n, seed))
-        idx(folder / f"{name}-labels-idx1-ubyte.gz", np.arange(n) % 10)
-    return folder
 
 
 def gray(names: Any = CLASS_NAMES) -> Sampler:

@@ -75,6 +75,7 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     raise AssertionError("it did not happen")
 
 
+@pytest.mark.slow  # three processes, which import torch; make bulk-check runs it
 def test_workers_draw_what_one_process_draws(tmp_path: Path, model: str) -> None:
     draw(tiny(), tmp_path / "a")
     seen: list[bulk.Progress] = []

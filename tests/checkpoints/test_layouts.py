@@ -387,7 +387,7 @@ def karras_algorithm_1(song, z, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0,
     return x
 
 
-@pytest.mark.parametrize("source", ["file", "folder"])
+@pytest.mark.parametrize("source", [pytest.param("file", marks=pytest.mark.slow), "folder"])
 def test_edm_networks_run_as_the_paper_does(file, tmp_path, source):
     """Sample NVlabs/edm's file, and the folder that it is converted to, whose scheduler diffusers can read."""
     path, _ = file("DDPM++")
@@ -426,7 +426,9 @@ def classed_reference(labels, w):
     return karras_algorithm_1(guided, EDM_NOISE.double(), 4)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.slow), pytest.param("native", marks=needs_native)]
+)
 def test_edm_networks_of_classes_run_as_the_paper_does(file, backend):
     """Sampling agrees with the paper's algorithm for labels, the null label, and guidance."""
     sampler = fastdiff.Sampler.from_pretrained(file(CLASSED)[0], backend=backend)

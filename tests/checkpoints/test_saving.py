@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -24,6 +22,7 @@ from fastdiff.files import atomic_file, write_text
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.unet import UNetConfig
 from tests.support import oracles as oracle
+from tests.support import warm
 from tests.support.checkpoints import assert_equal_weights, names, needs_posix, run_python
 from tests.support.unets import TINY, random_unet, randomize_
 
@@ -181,7 +180,7 @@ def test_kills_of_plain_writes(tmp_path):
     """
     rng = random.Random(1)
     for _ in range(10):
-        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(path)])
+        process = warm.Process("-c", textwrap.dedent(code), path)
         try:
             deadline = time.monotonic() + 30
             while not path.exists() and time.monotonic() < deadline:
@@ -189,7 +188,7 @@ def test_kills_of_plain_writes(tmp_path):
             time.sleep(rng.uniform(0.0, 0.2))
         finally:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
         content = path.read_bytes()
         assert content in (b"a" * (4 << 20), b"b" * (4 << 20))
         for leftover in tmp_path.iterdir():

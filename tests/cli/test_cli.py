@@ -33,6 +33,7 @@ from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 from tests.support import oracles as oracle
+from tests.support import warm
 from tests.support.unets import TINY_CLASSES, random_unet, randomize_
 
 CLASSES = 4
@@ -49,9 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def shell(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run ``fastdiff`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fastdiff", *arguments], cwd=folder, capture_output=True, text=True, timeout=600
-    )
+    return warm.run("-m", "fastdiff", *arguments, cwd=folder)
 
 
 def commands() -> dict[str, Callable[..., None]]:
@@ -170,6 +169,7 @@ def test_examples_can_be_copied_from_the_help(command: str, help_text: Callable[
     assert EXAMPLE.findall(help_text(command)) == examples(command)
 
 
+@pytest.mark.example
 @pytest.mark.parametrize("example", examples("sample"))
 def test_sample_examples(example: str, call: Call) -> None:
     """Run the examples with fewer images and steps."""
@@ -189,6 +189,7 @@ def test_sample_examples(example: str, call: Call) -> None:
         assert name in out or name.endswith(".gif")
 
 
+@pytest.mark.example
 @pytest.mark.parametrize("example", examples("info"))
 def test_info_examples(example: str, call: Call) -> None:
     code, out, err = call(*shlex.split(example)[1:])
@@ -201,6 +202,7 @@ def test_info_examples(example: str, call: Call) -> None:
 # convert --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.example
 def test_convert_examples(call: Call) -> None:
     """Run the examples in their order, as each uses the result of the one before, on a small original."""
     network = randomize_(oracle.DDPM(32, 3, (1, 1), 1, (8,), 3, 16))
@@ -283,6 +285,7 @@ def train_arguments(example: str, folder: Path) -> list[str]:
     return [*arguments, *SMALL]
 
 
+@pytest.mark.example
 @pytest.mark.parametrize("example", [e for e in examples("train") if e.startswith("fastdiff")])
 def test_train_examples(example: str, call: Call, tmp_path: Path) -> None:
     arguments = train_arguments(example, tmp_path)[1:]
@@ -317,10 +320,12 @@ FIELDS = {"out", "images", "shape", "seed", "solver", "rows", "nfe", "backend", 
 
 
 def test_sample_with_the_built_in_model(tmp_path: Path) -> None:
-    result = shell(
-        tmp_path, "sample", "fashion-mnist", "--n", "3", "--steps", "2", "--labels", "9,0", "--guidance", "2",
-        "--seed", "5", "--device", "cpu", "--json", "--out", "deep/boots.png",
-    )  # fmt: skip
+    arguments = [
+        "sample", "fashion-mnist", "--n", "3", "--steps", "2", "--labels", "9,0", "--guidance", "2", "--seed", "5",
+        "--device", "cpu", "--json", "--out", "deep/boots.png",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "fastdiff", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     said = json.loads(result.stdout)

@@ -81,7 +81,9 @@ def test_generated_configurations(config, seed):
     assert_equals_module(config, seed=seed)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("celebahq" in name)) for name in PUBLISHED]
+)
 def test_published_networks(name):
     config = PUBLISHED[name]
     if name == "ddpm-cifar10-32":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shlex
-import struct
 import subprocess
 import sys
 import time
@@ -25,30 +23,11 @@ from fastdiff.evaluation import evaluate, image_store, inception, metrics, refer
 from fastdiff.evaluation.classifier import CLASS_NAMES, Classifier
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
+from tests.support import warm
+from tests.support.mnist import TEST, TRAIN, idx, pictures
 from tests.support.unets import TINY_CLASSES, change, random_unet
 
 NUMBERS = ("frechet", "kernel", "precision", "recall")
-
-
-def idx(path: Path, array: np.ndarray) -> None:
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
-
-def pictures(n: int, seed: int) -> np.ndarray:
-    """uint8 [n, 28, 28]: blocks of random brightness."""
-    rng = np.random.default_rng(seed)
-    return np.kron(rng.integers(0, 256, (n, 7, 7)), np.ones((4, 4))).astype(np.uint8)
-
-
-@pytest.fixture(scope="session")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MNIST's four files, of random images."""
-    folder = tmp_path_factory.mktemp("mnist")
-    for name, n, seed in (("train", 120, 0), ("t10k", 40, 1)):
-        idx(folder / f"{name}-images-idx3-ubyte.gz", pictures(n, seed))
-        idx(folder / f"{name}-labels-idx1-ubyte.gz", np.arange(n) % 10)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fastdiff", "eval", *map(str, arguments)],
-        cwd=folder, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    return warm.run("-m", "fastdiff", "eval", *arguments, cwd=folder)
 
 
 def refused(folder: Path, *arguments: Any) -> str:
@@ -88,7 +64,7 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "out" / "eval" / "report.json").read_text())
-    assert (report["n"], report["real_images"], report["held_out"]["n"]) == (20, 120, 20)
+    assert (report["n"], report["real_images"], report["held_out"]["n"]) == (20, TRAIN, 20)
     assert report["model"] == "fashion-mnist"
     assert {k: report["settings"][k] for k in ("solver", "nfe", "seed", "guidance", "labels")} == {
         "solver": "ddim", "nfe": 4, "seed": 3, "guidance": 2.0, "labels": "cycle",
@@ -100,9 +76,9 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
     )
     assert (kept.float() / 127.5 - 1 - drawn.images.clamp(-1, 1)).abs().max() < 0.02
     logits, features = judge.judge(kept.float() / 127.5 - 1)
-    reference = judge.judge(padded(pictures(120, 0)))[1]
+    reference = judge.judge(padded(pictures(TRAIN, 0)))[1]
     expected = metrics.measure(features, reference)
-    test_logits, test_features = (metrics.thinned(t, 20) for t in judge.judge(padded(pictures(40, 1))))
+    test_logits, test_features = (metrics.thinned(t, 20) for t in judge.judge(padded(pictures(TEST, 1))))
     floor = metrics.measure(test_features, reference)
     assert report["metrics"].keys() == expected.keys() == set(NUMBERS)
     for name in NUMBERS:
@@ -113,12 +89,13 @@ def test_the_built_in_model_in_a_shell(mnist: Path, tmp_path: Path) -> None:
             assert values["high"] == pytest.approx(wanted[name].high, rel=1e-3, abs=1e-6)
     read = (logits.argmax(1) == torch.arange(20) % 10).double().mean().item()
     assert report["accuracy"]["value"] == pytest.approx(read)
-    test_read = test_logits.argmax(1) == metrics.thinned(torch.arange(40) % 10, 20)
+    test_read = test_logits.argmax(1) == metrics.thinned(torch.arange(TEST) % 10, 20)
     assert report["held_out"]["accuracy"]["value"] == pytest.approx(test_read.double().mean().item())
-    for word in ("images: 20 of 20", "features of the real images: 120 of 120", "distances"):
+    for word in ("images: 20 of 20", f"features of the real images: {TRAIN} of {TRAIN}", "distances"):
         assert word in result.stderr
 
 
+@pytest.mark.example
 @pytest.mark.parametrize("example", re.findall(r"^\s*(fastdiff .*)$", cli.eval.eval.__doc__ or "", re.MULTILINE))
 def test_examples(example: str, mnist: Path, tmp_path: Path) -> None:
     """As they stand but for time and data: 20 images, two steps, small files."""
@@ -210,7 +187,7 @@ def test_given_images(mnist: Path, model: Path, tmp_path: Path) -> None:
 
 
 def test_copies_of_the_data_have_no_distance(mnist: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", images=pictures(120, 0))
+    np.savez(tmp_path / "a.npz", images=pictures(TRAIN, 0))
     report = evaluate(samples=tmp_path / "a.npz", data=mnist, out=tmp_path / "out")
     found = report["metrics"]
     assert found["frechet"]["value"] < 1e-9 < report["held_out"]["metrics"]["frechet"]["value"]

@@ -16,19 +16,11 @@ from fastdiff.errors import DataError, InvalidArgument
 from fastdiff.evaluation import evaluate, inception
 from fastdiff.evaluation.classifier import CLASS_NAMES
 from fastdiff.schedule import NoiseSchedule
-from tests.evaluation.test_eval import idx, pictures, shell
+from tests.evaluation.test_eval import shell
+from tests.support.mnist import pictures
 from tests.support.unets import TINY_CLASSES, change, random_unet
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mnist")
-    for name, n, seed in (("train", 40, 0), ("t10k", 30, 1)):
-        idx(folder / f"{name}-images-idx3-ubyte.gz", pictures(n, seed))
-        idx(folder / f"{name}-labels-idx1-ubyte.gz", np.arange(n) % 10)
-    return folder
 
 
 def judged(path: Path, mnist: Path, **options: Any) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def covered(n: int, f: int, shift: float, scale: float, classes: int, runs: int,
 @pytest.mark.parametrize(
     ("n", "f", "shift", "scale", "classes"),
     [
-        (300, 6, 0.0, 1.0, 0),
+        pytest.param(300, 6, 0.0, 1.0, 0, marks=pytest.mark.slow),
         (300, 6, 0.25, 1.0, 0),
         pytest.param(300, 6, 0.0, 0.8, 0, marks=pytest.mark.slow),
         pytest.param(500, 16, 0.1, 1.1, 10, marks=pytest.mark.slow),
@@ -245,7 +245,7 @@ def test_distances_lie_in_their_intervals(n: int, f: int, shift: float, scale: f
         assert 0.85 < width < 1.25, (name, width)
 
 
-@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.2, 0.9)])
+@pytest.mark.parametrize(("shift", "scale"), [pytest.param(0.0, 1.0, marks=pytest.mark.slow), (0.2, 0.9)])
 def test_precision_and_recall_lie_in_their_intervals(shift: float, scale: float) -> None:
     for name, (hits, width) in covered(300, 6, shift, scale, 0, 150, ("precision recall",)).items():
         assert 0.89 <= hits <= 0.995, (name, hits)

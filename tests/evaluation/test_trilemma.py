@@ -200,6 +200,7 @@ def checkpoint_of(path: Path, seed: int) -> Path:
     return path
 
 
+@pytest.mark.example
 @pytest.mark.parametrize(
     "example", re.findall(r"^\s*(fastdiff trilemma .*)$", str(cli.trilemma.trilemma.__doc__), re.MULTILINE)
 )

@@ -71,7 +71,9 @@ def assert_left_to_diffusers(pipeline, words, caplog, *, images=True, least=None
 # The network ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 != 0)) for i, name in enumerate(VARIANTS)]
+)
 def test_a_network_as_it_was_made_has_no_changes(name):
     unet = diffusers_twin(random_unet(change(**VARIANTS[name]))).train()
     network = BackendUNet(unet, "native")

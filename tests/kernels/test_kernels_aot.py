@@ -1,6 +1,6 @@
 """Tests that compile the Triton kernels without a GPU: registers are not spilled, and shared memory suffices.
 
-``make kernel-check`` runs all of this; ``make test`` compiles one launch of each kind.
+``make kernel-check`` selects the tests that compile by their targets: they are slow.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ def folder(tmp_path_factory):
         yield path
 
 
-FIRST = {name.split()[0]: name for name in reversed(SHIPPED)}  # the first launch of each kind
-
-
 def on_target(name: str, capability: int):
-    quick = capability == 90 and name in FIRST.values()
-    marks = () if quick else pytest.mark.slow
-    return pytest.param(name, capability, marks=marks, id=f"{name} sm_{capability}")
+    return pytest.param(name, capability, id=f"{name} sm_{capability}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "capability"), [on_target(name, target) for name in SHIPPED for target in TARGETS])
 def test_compiles_without_spills(folder, name, capability):
     launch = SHIPPED[name]()
@@ -47,7 +43,7 @@ def test_compiles_without_spills(folder, name, capability):
         assert binary.tensor_cores(capability), f"no {capability} tensor-core instruction"
 
 
-@pytest.mark.slow  # `make kernel-check` runs them, as their names have a target
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONES, ids="{} sm_90".format)
 def test_compiles_where_sizes_are_ones(folder, name):
     """The compiler makes arguments of 1 constants, which have no methods; interpreted kernels do not show that."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.core import noise
 from fastdiff.errors import InvalidArgument
-from fastdiff.sampler import Sampler
+from fastdiff.sampler import Sampler, adaptive
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
 from fastdiff.solvers.walk import Walk
@@ -135,7 +135,8 @@ def test_smaller_tolerances_take_more_steps_and_err_less() -> None:
         ({"speed": 1}, "has no option speed"),
     ],
 )
-def test_what_is_refused(options: dict[str, Any], words: str) -> None:
+def test_what_is_refused(options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "MOST_STEPS", 30)
     with pytest.raises(InvalidArgument) as caught:
         sampler_of().adapt(**options)
     assert words in str(caught.value)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from fastdiff.backends.native import extension
-from tests.support.paths import ROOT
+from tests.support import warm
 
-WAIT = 240  # seconds; importing torch takes most of them on a busy machine
+WAIT = 240  # seconds
 BACKENDS = ["eager", pytest.param("native", marks=pytest.mark.skipif(extension() is None, reason="it is not built"))]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
 
 START = """
-import os, signal, sys, threading, time
+import faulthandler, os, signal, sys, threading, time
 import torch
 import fastdiff
 from fastdiff.errors import Cancelled, ReentrantCall
@@ -24,6 +22,7 @@ from fastdiff.sampler import Sampler
 from tests.sampler.by_hand import SCHEDULE
 from tests.support.unets import TINY, random_unet
 
+faulthandler.enable()
 torch.set_num_threads(1)
 BACKEND = sys.argv[1]
 unet = random_unet(TINY)
@@ -94,9 +93,7 @@ def child(work, seconds=60):
 
 def run(code: str, backend: str) -> str:
     """Run a script after `START`; it fails if it does not end, or ends with an error."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-X", "faulthandler", "-c", START + code, backend]
-    result = subprocess.run(script, capture_output=True, text=True, timeout=WAIT, env=environment, cwd=ROOT)
+    result = warm.run("-c", START + code, backend, timeout=WAIT)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

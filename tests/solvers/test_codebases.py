@@ -245,8 +245,13 @@ def compare(
     return error(run([table], network, noise), expected), table
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("solver", THEIRS)
+@pytest.mark.parametrize(
+    ("solver", "model"),
+    [
+        pytest.param(solver, model, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for (i, solver), (j, model) in itertools.product(enumerate(THEIRS), enumerate(MODELS))
+    ],
+)
 def test_schedulers_of_diffusers(solver: str, model: str, wide: None) -> None:
     """The model's configuration, under whatever scheduler the solver is."""
     config = MODELS[model]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from fastdiff.checkpoints import load
 from fastdiff.checkpoints.loading import WEIGHTS
 from fastdiff.errors import CheckpointError, FastdiffError
+from tests.support import warm
 from tests.support.unets import TINY, random_images
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="limits and SIGKILL are POSIX")
@@ -51,7 +50,6 @@ def names(folder):
 
 
 def run_python(code, *arguments, check=True):
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = warm.run("-c", textwrap.dedent(code), *arguments)
     assert not check or result.returncode == 0, result.stderr
     return result

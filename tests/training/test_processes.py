@@ -24,6 +24,7 @@ toy_trainer(f"{out}/rank-{rank}", steps=4, accumulate=2, log_every=1, sample_eve
 """
 
 
+@pytest.mark.slow  # two processes, and one that starts them; make bulk-check runs it
 def test_two_processes_train_as_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     script = tmp_path / "ranked.py"
     script.write_text(RANKED)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from fastdiff import cli
 from fastdiff.cli.train import _network
 from fastdiff.training.lock import locked
 from fastdiff.unet import UNet
+from tests.support import warm
 from tests.training.toys import (
     Toys,
     answer_of,
@@ -221,11 +221,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
     options = [*SMALL[:-8], "--steps", "100000", "--batch-size", "4", "--log-every", "1", "--sample-every", "0"]
-    arguments = [sys.executable, "-m", "fastdiff", "train", str(photos), "--out", str(out), *options]
-    # A background shell ignores Ctrl-C for its children.
-    process = subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    )
+    process = warm.Process("-m", "fastdiff", "train", photos, "--out", out, *options)
     deadline = time.monotonic() + 200
     while not ((out / "log.jsonl").exists() and log_of(out)) and time.monotonic() < deadline:
         time.sleep(0.05)

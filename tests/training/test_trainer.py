@@ -306,8 +306,8 @@ def test_it_learns(tmp_path: Path) -> None:
         block_out_channels=(16, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
     )
     settings = {
-        "steps": 300, "batch_size": 32, "lr": 8e-3, "lr_warmup": 10, "lr_decay": "cosine", "prediction": "v_prediction",
-        "ema_decay": 0.95, "log_every": 10, "save_every": 300,
+        "steps": 120, "batch_size": 32, "lr": 1.2e-2, "lr_warmup": 10, "lr_decay": "cosine",
+        "prediction": "v_prediction", "ema_decay": 0.95, "log_every": 10, "save_every": 120,
     }  # fmt: skip
     trainer = toy_trainer(tmp_path, unet=unet, data=data, timesteps=100, **settings)
     trainer.fit()

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.training import ArrayData, TrainConfig, Trainer
 from fastdiff.unet import UNet, UNetConfig
+from tests.support import warm
 from tests.support.paths import ROOT
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]  # of a checkpoint's tensors and info
@@ -104,7 +105,9 @@ def rewrite(path: Path, change: Change) -> None:
 
 
 def python(*arguments: str | Path, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run another Python, with one thread, as its bits are compared and processes share a machine."""
+    """Run another Python; it has one thread, as its bits are compared."""
+    if not environment:
+        return warm.run(*arguments, timeout=timeout)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
     return subprocess.run(
