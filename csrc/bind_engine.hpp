@@ -21,8 +21,11 @@
 
 namespace fastdiff {
 
-// By which number a row finds its vector: its own, that of its timestep, or that of its label.
-enum class By { row, timestep, label };
+// By which number a row finds its vector: its own, or that of its timestep, label or prompt.
+enum class By { row, timestep, label, prompt };
+constexpr int numbers = 3;  // kinds of numbers besides a row's own: number_of(by) is from 0 to 2
+constexpr const char* number_names[numbers] = {"timestep", "label", "prompt"};
+constexpr int number_of(By by) { return static_cast<int>(by) - 1; }
 
 // A vector for each row, from number `offset` of a row of `values` on.
 struct BoundVectors {
@@ -31,6 +34,7 @@ struct BoundVectors {
   int64_t offset;
 };
 
+// A GroupNorm, or where there are no groups a LayerNorm of one source, which needs no statistics.
 struct BoundNorm {
   std::vector<Operand> statistics;  // [rows, strips, 2, padded channels] of each source
   std::vector<int> channels;        // of each source, without padding
@@ -55,9 +59,9 @@ class BoundEngine {
   using ConstIntegers = Array<const int64_t>;
 
   // x: [rows, channels, height, width]; out: [rows, height, width, padded out_channels]; class_image: [rows, height,
-  // width, channels]. run() takes each row's timestep and label, which are [rows], from those arrays.
+  // width, channels]. run() takes each row's timestep, label and prompt, which are [rows], from those arrays.
   BoundEngine(const std::string& isa, int threads, nb::handle x, nb::handle out, int out_channels, nb::handle timestep,
-              nb::handle label, nb::handle class_image)
+              nb::handle label, nb::handle prompt, nb::handle class_image)
       : x_(operand<float>(x, 4, "x")), rows_(rows_of(x_)), engine_(choose_kernels(isa), threads, rows_) {
     use(x_);
     const Maps maps = this->maps(out, "out");
@@ -67,16 +71,17 @@ class BoundEngine {
         "out is not [rows, height, width, channels] of x with " + std::to_string(out_channels) + " channels, padded");
     out_ = maps.data;
     out_channels_ = out_channels;
-    timestep_ = use(operand<const int64_t>(timestep, 1, "timestep"));
-    label_ = use(operand<const int64_t>(label, 1, "label"));
-    require(timestep_.at(0) == rows_ && label_.at(0) == rows_, "timestep and label need a number for each row");
+    const nb::handle given[numbers] = {timestep, label, prompt};
+    for (int k = 0; k < numbers; k++) {
+      given_[k] = use(operand<const int64_t>(given[k], 1, number_names[k]));
+      require(given_[k].at(0) == rows_, std::string(number_names[k]) + " needs a number for each row");
+      now_[k].resize(rows_);
+    }
     if (!class_image.is_none()) {
       class_image_ = use(operand<float>(class_image, 4, "class_image"));
       require(class_image_.shape == std::vector<int64_t>{rows_, x_.at(2), x_.at(3), x_.at(1)},
               "class_image is " + describe(class_image_.shape) + ": [rows, height, width, channels] of x is needed");
     }
-    timesteps_now_.resize(rows_);
-    labels_now_.resize(rows_);
   }
 
   void input(bool center, int combine, nb::handle dst) {
@@ -99,7 +104,7 @@ class BoundEngine {
   }
 
   void conv(const std::vector<nb::object>& src, int kernel, int stride, int padding, bool circular, bool upsample,
-            Method method, const std::optional<BoundNorm>& norm, bool silu, bool bf16, nb::handle weights,
+            Method method, const std::optional<BoundNorm>& norm, bool silu, bool geglu, bool bf16, nb::handle weights,
             nb::handle bias, const std::optional<BoundVectors>& emb, int emb_channels, nb::handle residual,
             float divide, nb::handle dst, nb::handle statistics) {
     ConvOp op{};
@@ -128,9 +133,13 @@ class BoundEngine {
     a.circular = circular;
     a.upsample = upsample;
     a.method = method;
+    a.geglu = geglu;
     a.bf16 = bf16;
+    require(!geglu || (kernel == 1 && stride == 1 && !upsample && !emb && residual.is_none() && statistics.is_none() &&
+                       divide == 1.0f),
+            "geglu: a product without emb, residual, divide and statistics is needed");
     a.weights = packed(weights, a);
-    a.bias = vector(bias, a.outputs, "bias");
+    a.bias = vector(bias, geglu ? static_cast<int64_t>(a.panels()) * panel : a.outputs, "bias");
     a.emb_channels = emb_channels;
     require(emb_channels >= 0 && emb_channels <= a.outputs, "emb_channels: more than dst has");
     if (emb) a.emb = vectors(*emb, emb_channels, "emb");
@@ -144,7 +153,12 @@ class BoundEngine {
     }
     a.inverse_divide = 1.0f / divide;
     if (!statistics.is_none()) a.statistics = this->statistics(statistics, to.map(), a.outputs, "statistics");
-    op.norm = norm_of(norm, a.src);
+    if (norm && norm->groups == 0) {
+      require(kernel == 1 && stride == 1 && !upsample && !silu, "a LayerNorm is before a product, without silu");
+      layer_norm(*norm, a.src);
+    } else {
+      op.norm = norm_of(norm, a.src);
+    }
     add(op);
   }
 
@@ -161,9 +175,10 @@ class BoundEngine {
     add(op);
   }
 
-  // src: (queries, keys and values side by side) or (queries, what keys and values are).
-  void attention(const std::vector<nb::object>& src, int heads, int head_dim, const std::optional<BoundNorm>& norm,
-                 bool bf16, nb::handle dst) {
+  // src: (queries, keys and values side by side); or (queries, what keys and values are); or, with the keys and values of
+  // prompts, text [prompts, keys, both side by side], (queries).
+  void attention(const std::vector<nb::object>& src, int heads, int head_dim, nb::handle text,
+                 const std::optional<BoundNorm>& norm, bool bf16, nb::handle dst) {
     AttentionOp op{};
     AttentionArgs& a = op.attention;
     require(src.size() == 1 || src.size() == 2, "one or two sources are needed");
@@ -173,20 +188,32 @@ class BoundEngine {
     fits(queries, to.height, to.width, queries.channels, "src");
     fits(keys, to.height, to.width, keys.channels, "src");
     require(inner <= to.channels && padded(static_cast<int>(inner)) == to.channels, "dst: heads * head_dim is needed");
-    if (src.size() == 1) {
-      require(3 * inner <= keys.channels, "src: 3 * heads * head_dim channels are needed");
-      require(!norm, "a norm needs two sources");
-      a.keys = keys.data == nullptr ? nullptr : keys.data + inner;
-      a.values = keys.data == nullptr ? nullptr : keys.data + 2 * inner;
-    } else {
-      require(heads == 1 && inner <= queries.channels && padded(head_dim) == keys.channels,
-              "two sources need one head that is as wide as they are");
-      a.keys = a.values = keys.data;
-    }
     a.queries = queries.data;
     a.query_stride = queries.channels;
     a.key_stride = keys.channels;
-    a.pixels = to.height * to.width;
+    a.pixels = a.keys_count = to.height * to.width;
+    const auto from = [](const float* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; };
+    const int64_t apart = static_cast<int64_t>(a.pixels) * a.key_stride;
+    require(src.size() == 2 || !norm, "a norm needs two sources");
+    if (!text.is_none()) {
+      require(src.size() == 1 && inner <= queries.channels, "src: queries of heads * head_dim channels are needed");
+      const Operand bank = operand<const float>(text, 3, "text");
+      require(bank.at(2) == 2 * inner && bank.at(1) <= most / 64,
+              "text is " + describe(bank.shape) + ": [prompts, keys, 2 * heads * head_dim] is needed");
+      use(bank);
+      a.keys_count = static_cast<int>(bank.at(1));
+      a.key_stride = static_cast<int>(2 * inner);
+      a.keys = {bank.floats(), indices(By::prompt, bank.at(0)), bank.at(1) * bank.at(2)};
+      a.values = {from(bank.floats(), inner), a.keys.index, a.keys.stride};
+    } else if (src.size() == 1) {
+      require(3 * inner <= keys.channels, "src: 3 * heads * head_dim channels are needed");
+      a.keys = {from(keys.data, inner), nullptr, apart};
+      a.values = {from(keys.data, 2 * inner), nullptr, apart};
+    } else {
+      require(heads == 1 && inner <= queries.channels && padded(head_dim) == keys.channels,
+              "two sources need one head that is as wide as they are");
+      a.keys = a.values = {keys.data, nullptr, apart};
+    }
     a.heads = heads;
     a.head_dim = head_dim;
     a.bf16 = bf16;
@@ -218,10 +245,10 @@ class BoundEngine {
   // the `images` take it, all where it is None; `guided` are the numbers, in that list, of those that are evaluated with
   // the null label too.
   void step(Floats x, Integers row, ConstIntegers table, ConstIntegers entry, ConstIntegers images,
-            ConstIntegers guided, ConstIntegers label, int64_t null_label, ConstFloats class_image,
-            ConstFloats null_image, Floats net, Floats out, ConstFloats bank, ConstFloats guidance, ConstFloats rescale,
-            bool advance_rows, ConstIntegers lengths, ConstIntegers seed, ConstIntegers index, Floats xs, Floats m1,
-            Floats m2, Floats m3) {
+            ConstIntegers guided, ConstIntegers label, int64_t null_label, ConstIntegers prompts,
+            ConstIntegers null_prompts, ConstFloats class_image, ConstFloats null_image, Floats net, Floats out,
+            ConstFloats bank, ConstFloats guidance, ConstFloats rescale, bool advance_rows, ConstIntegers lengths,
+            ConstIntegers seed, ConstIntegers index, Floats xs, Floats m1, Floats m2, Floats m3) {
     require(x.ndim() == 4 && x.size() > 0, "x is not [images, channels, height, width]");
     const std::vector<int64_t> shape = shape_of(x);
     const int64_t B = shape[0], C = shape[1], H = shape[2], W = shape[3];
@@ -250,6 +277,8 @@ class BoundEngine {
     check_shape(guidance, {B}, "guidance");
     check_shape(rescale, {B}, "rescale");
     check_shape(label, {B}, "label");
+    check_shape(prompts, {B}, "prompts");
+    check_shape(null_prompts, {B}, "null_prompts");
     check_shape(class_image, {B, H, W, C}, "class_image");
     check_shape(null_image, {H, W, C}, "null_image");
     check_shape(seed, {B}, "seed");
@@ -262,23 +291,28 @@ class BoundEngine {
     check_shape(entry, {places.tables, places.bank.rows}, "entry");
     check_shape(lengths, {places.tables}, "lengths");
     require(label.is_valid() || !uses(By::label), "the network has classes, but label is None");
+    require(!uses(By::prompt) || (prompts.is_valid() && (paired.empty() || null_prompts.is_valid())),
+            "the network reads text, but prompts or null_prompts are None");
     const bool shows_class = !class_image_.shape.empty();
     require(!shows_class || (class_image.is_valid() && (paired.empty() || null_image.is_valid())),
             "the network has a class image, but it is None");
-    std::vector<int64_t> timesteps(rows), labels(label.is_valid() ? rows : 0);
+    std::vector<int64_t> timesteps(rows), labels(label.is_valid() ? rows : 0), texts(uses(By::prompt) ? rows : 0);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t i = image_of_row[r];
       timesteps[r] = checked(entry.data()[places.table[i] * places.bank.rows + places.row[i]], By::timestep);
       if (label.is_valid()) labels[r] = checked(r < taking ? label.data()[i] : null_label, By::label);
+      if (!texts.empty()) texts[r] = checked((r < taking ? prompts : null_prompts).data()[i], By::prompt);
     }
 
-    const NetworkInputs inputs{x_.floats(), timesteps_now_.data(), labels_now_.data(), class_image_.floats(), out_};
+    const NetworkInputs inputs{x_.floats(),    now_[0].data(),        now_[1].data(),
+                               now_[2].data(), class_image_.floats(), out_};
     Batch batch{};
     batch.rows = static_cast<int>(rows);
     batch.conditional = static_cast<int>(taking);
     batch.image_of_row = image_of_row.data();
     batch.timestep = timesteps.data();
     batch.label = labels.empty() ? nullptr : labels.data();
+    batch.prompt = texts.empty() ? nullptr : texts.data();
     batch.image_size = C * H * W;
     batch.out_size = H * W * padded(out_channels_);
     batch.x = x.data();
@@ -420,9 +454,14 @@ class BoundEngine {
       require(count == rows_ || count == 1, name + ": a vector for each row, or one for all, is needed");
       return {base, nullptr, count == 1 ? 0 : stride};
     }
-    int64_t& limit = v.by == By::timestep ? timesteps_ : labels_;
-    limit = std::min(limit, count);
-    return {base, v.by == By::timestep ? timesteps_now_.data() : labels_now_.data(), stride};
+    return {base, indices(v.by, count), stride};
+  }
+
+  // Returns where operations read the number of each row, of a table of `count` entries.
+  const int64_t* indices(By by, int64_t count) {
+    const int k = number_of(by);
+    limit_[k] = std::min(limit_[k], count);
+    return now_[k].data();
   }
 
   float* statistics(nb::handle given, Map map, int channels, const std::string& name) {
@@ -460,35 +499,50 @@ class BoundEngine {
     return a;
   }
 
-  bool uses(By by) const { return (by == By::timestep ? timesteps_ : labels_) != INT64_MAX; }
+  // Has the products of `src` read it through a LayerNorm.
+  void layer_norm(const BoundNorm& norm, Sources& src) {
+    require(src.count == 1 && norm.statistics.empty() && norm.channels.size() == 1 && !norm.modulation,
+            "a LayerNorm needs one source, and neither statistics nor modulation");
+    const int channels = norm.channels[0];
+    require(channels >= 1 && channels <= most && padded(channels) == src.channels[0],
+            "the norm's channels are not those of the source");
+    src.norm_channels = channels;
+    src.eps = norm.eps;
+    src.gamma = vector(norm.gamma, src.channels[0], "gamma");
+    src.beta = vector(norm.beta, src.channels[0], "beta");
+  }
 
-  // Returns the number of a timestep or label after checking that its vector exists.
+  bool uses(By by) const { return limit_[number_of(by)] != INT64_MAX; }
+
+  // Returns the number of a timestep, label or prompt after checking that its vector exists.
   int64_t checked(int64_t number, By by) const {
     if (!uses(by)) return 0;
-    const int64_t limit = by == By::timestep ? timesteps_ : labels_;
-    require(number >= 0 && number < limit, std::string(by == By::timestep ? "timestep " : "label ") +
-                                               std::to_string(number) + " of a table of " + std::to_string(limit));
+    const int64_t limit = limit_[number_of(by)];
+    require(number >= 0 && number < limit,
+            number_names[number_of(by)] + (" " + std::to_string(number)) + " of a table of " + std::to_string(limit));
     return number;
   }
 
-  // Takes over each row's timestep and label, for operations that run without a step. Only one thread may do so at a
-  // time, and not while operations run.
+  // Takes over each row's numbers, for operations that run without a step. Only one thread may do so at a time, and not
+  // while operations run.
   void take_rows() {
-    for (int i = 0; i < rows_; i++) {
-      timesteps_now_[i] = checked(static_cast<const int64_t*>(timestep_.data)[i], By::timestep);
-      labels_now_[i] = checked(static_cast<const int64_t*>(label_.data)[i], By::label);
-    }
+    for (const By by : {By::timestep, By::label, By::prompt})
+      for (int i = 0; i < rows_; i++) {
+        const int k = number_of(by);
+        now_[k][i] = checked(static_cast<const int64_t*>(given_[k].data)[i], by);
+      }
   }
 
   Operand x_;
   int rows_;
   Engine engine_;
-  Operand timestep_, label_, class_image_;
+  Operand given_[numbers], class_image_;
   float* out_ = nullptr;
   int out_channels_ = 0;
   bool runs_ = true, sealed_ = false;
-  int64_t timesteps_ = INT64_MAX, labels_ = INT64_MAX;  // number of vectors; the largest number where none is read
-  std::vector<int64_t> timesteps_now_, labels_now_;     // the indices that operations read, which no one else can write
+  // Number of entries of the tables that operations read by timestep, label and prompt; the largest number for none.
+  int64_t limit_[numbers] = {INT64_MAX, INT64_MAX, INT64_MAX};
+  std::vector<int64_t> now_[numbers];  // the indices that operations read, which no one else can write
   std::vector<nb::ndarray<>> kept_;
 };
 
@@ -499,7 +553,11 @@ inline void bind_engine(nb::module_& m) {
       .value("winograd2", Method::winograd2)
       .value("winograd4", Method::winograd4);
 
-  nb::enum_<By>(m, "By").value("row", By::row).value("timestep", By::timestep).value("label", By::label);
+  nb::enum_<By>(m, "By")
+      .value("row", By::row)
+      .value("timestep", By::timestep)
+      .value("label", By::label)
+      .value("prompt", By::prompt);
 
   nb::class_<BoundVectors>(m, "RowVectors")
       .def(
@@ -527,24 +585,26 @@ inline void bind_engine(nb::module_& m) {
       "modulation"_a = nb::none());
 
   nb::class_<BoundEngine>(m, "Engine")
-      .def(nb::init<const std::string&, int, nb::handle, nb::handle, int, nb::handle, nb::handle, nb::handle>(),
-           "isa"_a, "threads"_a, nb::kw_only(), "x"_a, "out"_a, "out_channels"_a, "timestep"_a, "label"_a,
+      .def(nb::init<const std::string&, int, nb::handle, nb::handle, int, nb::handle, nb::handle, nb::handle,
+                    nb::handle>(),
+           "isa"_a, "threads"_a, nb::kw_only(), "x"_a, "out"_a, "out_channels"_a, "timestep"_a, "label"_a, "prompt"_a,
            "class_image"_a.none() = nb::none())
       .def("input", &BoundEngine::input, nb::kw_only(), "center"_a, "combine"_a, "dst"_a)
       .def("embed", &BoundEngine::embed, nb::kw_only(), "time"_a, "classes"_a, "features"_a, "dst"_a)
       .def("conv", &BoundEngine::conv, nb::kw_only(), "src"_a, "kernel"_a, "stride"_a, "padding"_a, "circular"_a,
-           "upsample"_a, "method"_a, "norm"_a.none(), "silu"_a, "bf16"_a, "weights"_a, "bias"_a, "emb"_a.none(),
-           "emb_channels"_a, "residual"_a.none(), "divide"_a, "dst"_a, "statistics"_a.none())
+           "upsample"_a, "method"_a, "norm"_a.none(), "silu"_a, "geglu"_a, "bf16"_a, "weights"_a, "bias"_a,
+           "emb"_a.none(), "emb_channels"_a, "residual"_a.none(), "divide"_a, "dst"_a, "statistics"_a.none())
       .def("pool", &BoundEngine::pool, nb::kw_only(), "src"_a, "norm"_a.none(), "silu"_a, "dst"_a)
-      .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "norm"_a.none(),
-           "bf16"_a, "dst"_a)
+      .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "text"_a.none(),
+           "norm"_a.none(), "bf16"_a, "dst"_a)
       .def("step", &BoundEngine::step, nb::kw_only(), "x"_a.noconvert(), "row"_a.noconvert(), "table"_a.noconvert(),
            "entry"_a.noconvert(), "images"_a.noconvert().none(), "guided"_a.noconvert().none(),
-           "label"_a.noconvert().none(), "null_label"_a, "class_image"_a.noconvert().none(),
-           "null_image"_a.noconvert().none(), "net"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(),
-           "guidance"_a.noconvert().none(), "rescale"_a.noconvert().none(), "advance_rows"_a, "lengths"_a.noconvert(),
-           "seed"_a.noconvert(), "index"_a.noconvert(), "xs"_a.noconvert().none(), "m1"_a.noconvert().none(),
-           "m2"_a.noconvert().none(), "m3"_a.noconvert().none())
+           "label"_a.noconvert().none(), "null_label"_a, "prompts"_a.noconvert().none(),
+           "null_prompts"_a.noconvert().none(), "class_image"_a.noconvert().none(), "null_image"_a.noconvert().none(),
+           "net"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(), "guidance"_a.noconvert().none(),
+           "rescale"_a.noconvert().none(), "advance_rows"_a, "lengths"_a.noconvert(), "seed"_a.noconvert(),
+           "index"_a.noconvert(), "xs"_a.noconvert().none(), "m1"_a.noconvert().none(), "m2"_a.noconvert().none(),
+           "m3"_a.noconvert().none())
       .def("run", &BoundEngine::run, "first"_a, "last"_a)
       .def("profile", &BoundEngine::profile, "first"_a, "last"_a)
       .def_prop_ro("space", &BoundEngine::space)

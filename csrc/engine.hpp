@@ -44,6 +44,7 @@ struct NetworkInputs {
   float* x;            // [rows, image_size]
   int64_t* timestep;   // [rows]
   int64_t* label;      // [rows]
+  int64_t* prompt;     // [rows]
   float* class_image;  // [rows, image_size]; null where the network has none
   const float* out;    // [rows, out_size]
 };
@@ -55,6 +56,7 @@ struct Batch {
   const int64_t* image_of_row;  // [rows]
   const int64_t* timestep;      // [rows]: index of a timestep's embedding
   const int64_t* label;         // [rows]; null where the network has no labels
+  const int64_t* prompt;        // [rows]; null where the network reads no text
   int64_t image_size;           // numbers per image
   int64_t out_size;             // numbers per row of the network's output
   const float* x;               // [images, image_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,22 @@ class TableBank:
         self.learned = any(table.learned_variance for table in tables)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Texts:
+    """The texts of a batch of images. An image's text is an index into them, like a label."""
+
+    states: Tensor  # of each text's tokens, float32 [texts, tokens, channels]
+    vectors: Tensor | None = None  # the class vector that belongs to each text, float32 [texts, width]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def contents(self, i: int) -> bytes:
+        """Return a digest of a text's numbers, which is the same for equal texts."""
+        parts = [self.states[i]] if self.vectors is None else [self.states[i], self.vectors[i]]
+        return hashlib.blake2b(b"".join(p.detach().cpu().contiguous().numpy().tobytes() for p in parts)).digest()
+
+
 CHANGED = ("x", "xs", "m1", "m2", "m3", "out", "row")  # fields of a state that a step changes
 TENSORS = (
     *CHANGED,
@@ -44,6 +61,8 @@ TENSORS = (
     "seed",
     "index",
     "label",
+    "prompts",
+    "null_prompts",
     "guidance",
     "x0_scale",
     "condition",
@@ -75,6 +94,9 @@ class State:
     # The network's output after guidance, [B, C or 2C, H, W], set by `Runner.forward` and read by `Runner.update`;
     # undefined after a whole step.
     out: Tensor | None = None
+    texts: Texts | None = None  # those that the network reads; None for a network that reads none
+    prompts: Tensor | None = None  # the text of each image, int64 [B]
+    null_prompts: Tensor | None = None  # the text of each image's unconditional half; None where no image is guided
     condition: Tensor | None = None  # clean channels [B, K, H, W] that the network reads after those of x
     x0_scale: Tensor | None = None  # 1/q of dynamic thresholding, set between forward and update
     xs: Tensor | None = None  # the saved x; None where no table saves

@@ -27,7 +27,7 @@ native = pytest.importorskip("fastdiff._native", reason="the native extension is
 G, PANEL, By, Method = native.GROUP, native.PANEL, native.By, native.Method
 SCHEDULE = NoiseSchedule("linear", 100, beta_end=0.1)
 REFUSED = (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, BufferError)
-TIMES, LABELS = 5, 4
+TIMES, LABELS, TEXTS = 5, 4, 3
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -66,9 +66,24 @@ class Valid:
         both = self.norm([channels, 3], modulation=self.vectors(5, By.row, 2 * (channels + 3) + 5))
         self.conv("two", [b, a], [channels, 3], self.maps(channels), method=Method.winograd2, norm=both, silu=True)
         qkv = self.maps(3 * 2 * 6)
-        several = {"src": [qkv], "heads": 2, "head_dim": 6, "norm": None, "bf16": False, "dst": self.maps(12)}
+        several = {"src": [qkv], "heads": 2, "head_dim": 6, "text": None, "norm": None, "bf16": False}
+        several["dst"] = self.maps(12)
         self.calls["heads"] = "attention", several
-        single = {"src": [self.maps(channels), b], "heads": 1, "head_dim": channels, "norm": self.norm([channels])}
+        reads = {**several, "src": [self.maps(12)], "text": floats(TEXTS, 7, 2 * 12), "dst": self.maps(12)}
+        self.calls["text"] = "attention", reads
+        layer = "Norm", {
+            "statistics": [], "channels": [channels], "groups": 0, "eps": 1e-5, "gamma": floats(padded(channels)),
+            "beta": floats(padded(channels)), "modulation": None,
+        }  # fmt: skip
+        gates = -(-padded(channels) // (PANEL // 2)) * PANEL
+        gated = {"kernel": 1, "padding": 0, "norm": layer, "geglu": True, "outputs": gates, "emb_channels": channels}
+        self.conv("geglu", [b], [channels], self.maps(channels), **gated)
+        by_prompt = {"time": self.vectors(0, By.timestep), "classes": self.vectors(0, By.prompt, padded(channels))}
+        self.calls["embed text"] = "embed", {
+            **by_prompt, "features": channels, "dst": zeros(rows, 1, 1, padded(channels)),
+        }  # fmt: skip
+        single = {"src": [self.maps(channels), b], "heads": 1, "head_dim": channels, "text": None}
+        single["norm"] = self.norm([channels])
         self.calls["attention"] = "attention", {**single, "bf16": False, "dst": self.maps(channels)}
         both = {"time": self.vectors(0, By.timestep), "classes": self.vectors(0, By.label)}
         self.calls["embed"] = "embed", {**both, "features": channels, "dst": zeros(rows, 1, 1, padded(channels))}
@@ -82,7 +97,8 @@ class Valid:
 
     def vectors(self, offset: int, by: Any, width: int | None = None) -> tuple[str, dict[str, Any]]:
         values = {By.timestep: self.times, By.label: self.classes}.get(by)
-        values = floats(self.rows, width) if values is None else values
+        if values is None:
+            values = floats(self.rows if by == By.row else TEXTS, width)
         return "RowVectors", {"values": values, "by": by, "offset": offset}
 
     def norm(self, channels: list[int], modulation: Any = None) -> tuple[str, dict[str, Any]]:
@@ -96,9 +112,9 @@ class Valid:
         outputs = changes.pop("outputs", self.C)
         arguments = {
             "src": src, "kernel": 3, "stride": 1, "padding": 1, "circular": False, "upsample": False,
-            "method": Method.direct, "norm": None, "silu": False, "bf16": False, "bias": floats(padded(outputs)),
-            "emb": None, "emb_channels": outputs, "residual": None, "divide": 1.0, "dst": dst, "statistics": None,
-            **changes,
+            "method": Method.direct, "norm": None, "silu": False, "geglu": False, "bf16": False, "emb": None,
+            "bias": floats(padded(outputs)), "emb_channels": outputs, "residual": None, "divide": 1.0, "dst": dst,
+            "statistics": None, **changes,
         }  # fmt: skip
         positions = {Method.direct: 1, Method.winograd2: 16, Method.winograd4: 36}[arguments["method"]]
         depth = sum(map(padded, channels)) * (arguments["kernel"] ** 2 if positions == 1 else 1)
@@ -109,7 +125,7 @@ class Valid:
         index = np.zeros(self.rows, np.int64)
         return {
             "isa": "", "threads": 1, "x": self.x, "out": self.out, "out_channels": 3, "timestep": index,
-            "label": index.copy(), "class_image": self.class_image,
+            "label": index.copy(), "prompt": index.copy(), "class_image": self.class_image,
         }  # fmt: skip
 
     def step(self, images: int = 3, guided: bool = True) -> dict[str, Any]:
@@ -120,7 +136,8 @@ class Valid:
         return {
             "x": floats(*shape), "row": np.zeros_like(index), "table": index % 2, "entry": entry % TIMES,
             "images": index.copy(), "guided": index.copy() if guided else index[:0].copy(),
-            "label": index % LABELS, "null_label": LABELS - 1, "class_image": floats(images, self.H, self.W, 3),
+            "label": index % LABELS, "null_label": LABELS - 1, "prompts": index % TEXTS,
+            "null_prompts": (index + 1) % TEXTS, "class_image": floats(images, self.H, self.W, 3),
             "null_image": floats(self.H, self.W, 3), "net": zeros(rows, self.H, self.W, G), "out": zeros(*shape),
             "bank": bank.values.numpy(), "guidance": floats(images), "rescale": floats(images), "advance_rows": True,
             "lengths": bank.lengths.numpy(), "seed": index, "index": index.copy(), "xs": zeros(*shape),
@@ -339,6 +356,11 @@ def test_a_number_of_threads_that_no_machine_has(number):
         ("null_image", None, "class image"),
         ("null_image", floats(8, 8, 4), "null_image is"),
         ("label", None, "label is None"),
+        ("prompts", None, "prompts or null_prompts are None"),
+        ("null_prompts", None, "prompts or null_prompts are None"),
+        ("prompts", np.full(3, TEXTS, np.int64), f"prompt {TEXTS} of a table of {TEXTS}"),
+        ("null_prompts", np.full(3, -1, np.int64), f"prompt -1 of a table of {TEXTS}"),
+        ("prompts", np.zeros(2, np.int64), r"prompts is \[2\], \[3\] is needed"),
         ("class_image", None, "class image"),
         ("row", np.full(3, 4, np.int64), "row 4 of table"),
         ("table", np.full(3, 2, np.int64), "table 2"),

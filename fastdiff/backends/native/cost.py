@@ -39,7 +39,7 @@ from fastdiff.checks import whole
 from fastdiff.core.lower import lower
 from fastdiff.core.program import Attention, Conv, Op, Program
 from fastdiff.errors import InvalidArgument
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 DTYPES = {
     "float32": torch.float32,
@@ -200,17 +200,18 @@ def _work(op: Op, lowered: NativeProgram) -> Work:
         return -(-channels // to) * to
 
     H, W, C = program.buffers[op.dst].shape
+    C *= 1 + (isinstance(op, Conv) and op.geglu)
     pixels = rows * H * W
     depth = sum(padded(program.buffers[name].shape[2]) for name in op.src)
     dtype = "bfloat16" if lowered.spec.dtype == torch.bfloat16 and op.dst not in EMBEDDING_PRODUCTS else "float32"
     if isinstance(op, Attention):
-        keys, heads, width = H * W, op.heads, op.head_dim
+        keys, heads, width = program.keys(op), op.heads, op.head_dim
         return Work(
             f"attention {dtype}",
             dtype,
             products=4.0 * pixels * keys * heads * width,
             loaded=float(pixels * keys * heads),  # exponentials
-            stored=float(3 * pixels * heads * width),
+            stored=float((pixels + 2 * rows * keys) * heads * width),
         )
     if not isinstance(op, Conv):
         return Work(
@@ -363,13 +364,12 @@ def estimate(
     if number not in DTYPES.values():
         raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     assert number is not None
-    if not isinstance(unet, UNet):
+    if not isinstance(unet, UNet | UNetCondition):
         raise InvalidArgument(f"the cost of a {type(unet).__name__} is not known; a fastdiff.UNet is needed")
     batch = min(batch, n)
     shape = (unet.config.in_channels, *size)
-    spec = Spec(
-        batch, shape, number, torch.device(device), unet.config.null_label, determinism, fast=dtype == "bfloat16-fast"
-    )
+    null_label = unet.config.null_label if isinstance(unet, UNet) else None
+    spec = Spec(batch, shape, number, torch.device(device), null_label, determinism, fast=dtype == "bfloat16-fast")
     program = lower(unet, size)
     rows = batch * (1 + guided)
     passes = math.ceil(n / batch) * nfe / (1 + guided)
@@ -392,7 +392,7 @@ def estimate(
     return _native(cost, unet, spec, machine or ceilings())
 
 
-def _native(cost: Cost, unet: UNet, spec: Spec, machine: Ceilings) -> Cost:
+def _native(cost: Cost, unet: UNet | UNetCondition, spec: Spec, machine: Ceilings) -> Cost:
     lowered = dry_program(unet, spec, cost.rows)
     program, parts = lowered.program, math.ceil(cost.rows / lowered.rows)
     by_kind = {"step": cost.passes * outside(spec, cost.rows).seconds(machine)}
