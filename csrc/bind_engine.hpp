@@ -21,11 +21,8 @@
 
 namespace fastdiff {
 
-// By which number a row finds its vector: its own, or that of its timestep, label or prompt.
-enum class By { row, timestep, label, prompt };
-constexpr int numbers = 3;  // kinds of numbers besides a row's own: number_of(by) is from 0 to 2
-constexpr const char* number_names[numbers] = {"timestep", "label", "prompt"};
-constexpr int number_of(By by) { return static_cast<int>(by) - 1; }
+// By which number a row finds its vector: its own, that of its timestep, or that of its label, a class or a text.
+enum class By { row, timestep, label };
 
 // A vector for each row, from number `offset` of a row of `values` on.
 struct BoundVectors {
@@ -59,9 +56,9 @@ class BoundEngine {
   using ConstIntegers = Array<const int64_t>;
 
   // x: [rows, channels, height, width]; out: [rows, height, width, padded out_channels]; class_image: [rows, height,
-  // width, channels]. run() takes each row's timestep, label and prompt, which are [rows], from those arrays.
+  // width, channels]. run() takes each row's timestep and label, which are [rows], from those arrays.
   BoundEngine(const std::string& isa, int threads, nb::handle x, nb::handle out, int out_channels, nb::handle timestep,
-              nb::handle label, nb::handle prompt, nb::handle class_image)
+              nb::handle label, nb::handle class_image)
       : x_(operand<float>(x, 4, "x")), rows_(rows_of(x_)), engine_(choose_kernels(isa), threads, rows_) {
     use(x_);
     const Maps maps = this->maps(out, "out");
@@ -71,17 +68,16 @@ class BoundEngine {
         "out is not [rows, height, width, channels] of x with " + std::to_string(out_channels) + " channels, padded");
     out_ = maps.data;
     out_channels_ = out_channels;
-    const nb::handle given[numbers] = {timestep, label, prompt};
-    for (int k = 0; k < numbers; k++) {
-      given_[k] = use(operand<const int64_t>(given[k], 1, number_names[k]));
-      require(given_[k].at(0) == rows_, std::string(number_names[k]) + " needs a number for each row");
-      now_[k].resize(rows_);
-    }
+    timestep_ = use(operand<const int64_t>(timestep, 1, "timestep"));
+    label_ = use(operand<const int64_t>(label, 1, "label"));
+    require(timestep_.at(0) == rows_ && label_.at(0) == rows_, "timestep and label need a number for each row");
     if (!class_image.is_none()) {
       class_image_ = use(operand<float>(class_image, 4, "class_image"));
       require(class_image_.shape == std::vector<int64_t>{rows_, x_.at(2), x_.at(3), x_.at(1)},
               "class_image is " + describe(class_image_.shape) + ": [rows, height, width, channels] of x is needed");
     }
+    timesteps_now_.resize(rows_);
+    labels_now_.resize(rows_);
   }
 
   void input(bool center, int combine, nb::handle dst) {
@@ -175,8 +171,8 @@ class BoundEngine {
     add(op);
   }
 
-  // src: (queries, keys and values side by side); or (queries, what keys and values are); or, with the keys and values of
-  // prompts, text [prompts, keys, both side by side], (queries).
+  // src: (queries, keys and values side by side); or (queries, what keys and values are); or, where each row has those of
+  // its label's text, (queries). text: [labels, keys, keys and values side by side].
   void attention(const std::vector<nb::object>& src, int heads, int head_dim, nb::handle text,
                  const std::optional<BoundNorm>& norm, bool bf16, nb::handle dst) {
     AttentionOp op{};
@@ -199,11 +195,11 @@ class BoundEngine {
       require(src.size() == 1 && inner <= queries.channels, "src: queries of heads * head_dim channels are needed");
       const Operand bank = operand<const float>(text, 3, "text");
       require(bank.at(2) == 2 * inner && bank.at(1) <= most / 64,
-              "text is " + describe(bank.shape) + ": [prompts, keys, 2 * heads * head_dim] is needed");
+              "text is " + describe(bank.shape) + ": [labels, keys, 2 * heads * head_dim] is needed");
       use(bank);
       a.keys_count = static_cast<int>(bank.at(1));
       a.key_stride = static_cast<int>(2 * inner);
-      a.keys = {bank.floats(), indices(By::prompt, bank.at(0)), bank.at(1) * bank.at(2)};
+      a.keys = {bank.floats(), indices(By::label, bank.at(0)), bank.at(1) * bank.at(2)};
       a.values = {from(bank.floats(), inner), a.keys.index, a.keys.stride};
     } else if (src.size() == 1) {
       require(3 * inner <= keys.channels, "src: 3 * heads * head_dim channels are needed");
@@ -245,10 +241,10 @@ class BoundEngine {
   // the `images` take it, all where it is None; `guided` are the numbers, in that list, of those that are evaluated with
   // the null label too.
   void step(Floats x, Integers row, ConstIntegers table, ConstIntegers entry, ConstIntegers images,
-            ConstIntegers guided, ConstIntegers label, int64_t null_label, ConstIntegers prompts,
-            ConstIntegers null_prompts, ConstFloats class_image, ConstFloats null_image, Floats net, Floats out,
-            ConstFloats bank, ConstFloats guidance, ConstFloats rescale, bool advance_rows, ConstIntegers lengths,
-            ConstIntegers seed, ConstIntegers index, Floats xs, Floats m1, Floats m2, Floats m3) {
+            ConstIntegers guided, ConstIntegers label, int64_t null_label, ConstIntegers null, ConstFloats class_image,
+            ConstFloats null_image, Floats net, Floats out, ConstFloats bank, ConstFloats guidance, ConstFloats rescale,
+            bool advance_rows, ConstIntegers lengths, ConstIntegers seed, ConstIntegers index, Floats xs, Floats m1,
+            Floats m2, Floats m3) {
     require(x.ndim() == 4 && x.size() > 0, "x is not [images, channels, height, width]");
     const std::vector<int64_t> shape = shape_of(x);
     const int64_t B = shape[0], C = shape[1], H = shape[2], W = shape[3];
@@ -277,8 +273,7 @@ class BoundEngine {
     check_shape(guidance, {B}, "guidance");
     check_shape(rescale, {B}, "rescale");
     check_shape(label, {B}, "label");
-    check_shape(prompts, {B}, "prompts");
-    check_shape(null_prompts, {B}, "null_prompts");
+    check_shape(null, {B}, "null");
     check_shape(class_image, {B, H, W, C}, "class_image");
     check_shape(null_image, {H, W, C}, "null_image");
     check_shape(seed, {B}, "seed");
@@ -291,28 +286,26 @@ class BoundEngine {
     check_shape(entry, {places.tables, places.bank.rows}, "entry");
     check_shape(lengths, {places.tables}, "lengths");
     require(label.is_valid() || !uses(By::label), "the network has classes, but label is None");
-    require(!uses(By::prompt) || (prompts.is_valid() && (paired.empty() || null_prompts.is_valid())),
-            "the network reads text, but prompts or null_prompts are None");
     const bool shows_class = !class_image_.shape.empty();
     require(!shows_class || (class_image.is_valid() && (paired.empty() || null_image.is_valid())),
             "the network has a class image, but it is None");
-    std::vector<int64_t> timesteps(rows), labels(label.is_valid() ? rows : 0), texts(uses(By::prompt) ? rows : 0);
+    std::vector<int64_t> timesteps(rows), labels(label.is_valid() ? rows : 0);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t i = image_of_row[r];
       timesteps[r] = checked(entry.data()[places.table[i] * places.bank.rows + places.row[i]], By::timestep);
-      if (label.is_valid()) labels[r] = checked(r < taking ? label.data()[i] : null_label, By::label);
-      if (!texts.empty()) texts[r] = checked((r < taking ? prompts : null_prompts).data()[i], By::prompt);
+      if (label.is_valid()) {
+        const int64_t unconditional = null.is_valid() ? null.data()[i] : null_label;
+        labels[r] = checked(r < taking ? label.data()[i] : unconditional, By::label);
+      }
     }
 
-    const NetworkInputs inputs{x_.floats(),    now_[0].data(),        now_[1].data(),
-                               now_[2].data(), class_image_.floats(), out_};
+    const NetworkInputs inputs{x_.floats(), timesteps_now_.data(), labels_now_.data(), class_image_.floats(), out_};
     Batch batch{};
     batch.rows = static_cast<int>(rows);
     batch.conditional = static_cast<int>(taking);
     batch.image_of_row = image_of_row.data();
     batch.timestep = timesteps.data();
     batch.label = labels.empty() ? nullptr : labels.data();
-    batch.prompt = texts.empty() ? nullptr : texts.data();
     batch.image_size = C * H * W;
     batch.out_size = H * W * padded(out_channels_);
     batch.x = x.data();
@@ -459,9 +452,9 @@ class BoundEngine {
 
   // Returns where operations read the number of each row, of a table of `count` entries.
   const int64_t* indices(By by, int64_t count) {
-    const int k = number_of(by);
-    limit_[k] = std::min(limit_[k], count);
-    return now_[k].data();
+    int64_t& limit = by == By::timestep ? timesteps_ : labels_;
+    limit = std::min(limit, count);
+    return by == By::timestep ? timesteps_now_.data() : labels_now_.data();
   }
 
   float* statistics(nb::handle given, Map map, int channels, const std::string& name) {
@@ -512,37 +505,35 @@ class BoundEngine {
     src.beta = vector(norm.beta, src.channels[0], "beta");
   }
 
-  bool uses(By by) const { return limit_[number_of(by)] != INT64_MAX; }
+  bool uses(By by) const { return (by == By::timestep ? timesteps_ : labels_) != INT64_MAX; }
 
-  // Returns the number of a timestep, label or prompt after checking that its vector exists.
+  // Returns the number of a timestep or label after checking that its vector exists.
   int64_t checked(int64_t number, By by) const {
     if (!uses(by)) return 0;
-    const int64_t limit = limit_[number_of(by)];
-    require(number >= 0 && number < limit,
-            number_names[number_of(by)] + (" " + std::to_string(number)) + " of a table of " + std::to_string(limit));
+    const int64_t limit = by == By::timestep ? timesteps_ : labels_;
+    require(number >= 0 && number < limit, std::string(by == By::timestep ? "timestep " : "label ") +
+                                               std::to_string(number) + " of a table of " + std::to_string(limit));
     return number;
   }
 
-  // Takes over each row's numbers, for operations that run without a step. Only one thread may do so at a time, and not
-  // while operations run.
+  // Takes over each row's timestep and label, for operations that run without a step. Only one thread may do so at a
+  // time, and not while operations run.
   void take_rows() {
-    for (const By by : {By::timestep, By::label, By::prompt})
-      for (int i = 0; i < rows_; i++) {
-        const int k = number_of(by);
-        now_[k][i] = checked(static_cast<const int64_t*>(given_[k].data)[i], by);
-      }
+    for (int i = 0; i < rows_; i++) {
+      timesteps_now_[i] = checked(static_cast<const int64_t*>(timestep_.data)[i], By::timestep);
+      labels_now_[i] = checked(static_cast<const int64_t*>(label_.data)[i], By::label);
+    }
   }
 
   Operand x_;
   int rows_;
   Engine engine_;
-  Operand given_[numbers], class_image_;
+  Operand timestep_, label_, class_image_;
   float* out_ = nullptr;
   int out_channels_ = 0;
   bool runs_ = true, sealed_ = false;
-  // Number of entries of the tables that operations read by timestep, label and prompt; the largest number for none.
-  int64_t limit_[numbers] = {INT64_MAX, INT64_MAX, INT64_MAX};
-  std::vector<int64_t> now_[numbers];  // the indices that operations read, which no one else can write
+  int64_t timesteps_ = INT64_MAX, labels_ = INT64_MAX;  // number of vectors; the largest number where none is read
+  std::vector<int64_t> timesteps_now_, labels_now_;     // the indices that operations read, which no one else can write
   std::vector<nb::ndarray<>> kept_;
 };
 
@@ -553,11 +544,7 @@ inline void bind_engine(nb::module_& m) {
       .value("winograd2", Method::winograd2)
       .value("winograd4", Method::winograd4);
 
-  nb::enum_<By>(m, "By")
-      .value("row", By::row)
-      .value("timestep", By::timestep)
-      .value("label", By::label)
-      .value("prompt", By::prompt);
+  nb::enum_<By>(m, "By").value("row", By::row).value("timestep", By::timestep).value("label", By::label);
 
   nb::class_<BoundVectors>(m, "RowVectors")
       .def(
@@ -585,9 +572,8 @@ inline void bind_engine(nb::module_& m) {
       "modulation"_a = nb::none());
 
   nb::class_<BoundEngine>(m, "Engine")
-      .def(nb::init<const std::string&, int, nb::handle, nb::handle, int, nb::handle, nb::handle, nb::handle,
-                    nb::handle>(),
-           "isa"_a, "threads"_a, nb::kw_only(), "x"_a, "out"_a, "out_channels"_a, "timestep"_a, "label"_a, "prompt"_a,
+      .def(nb::init<const std::string&, int, nb::handle, nb::handle, int, nb::handle, nb::handle, nb::handle>(),
+           "isa"_a, "threads"_a, nb::kw_only(), "x"_a, "out"_a, "out_channels"_a, "timestep"_a, "label"_a,
            "class_image"_a.none() = nb::none())
       .def("input", &BoundEngine::input, nb::kw_only(), "center"_a, "combine"_a, "dst"_a)
       .def("embed", &BoundEngine::embed, nb::kw_only(), "time"_a, "classes"_a, "features"_a, "dst"_a)
@@ -599,12 +585,11 @@ inline void bind_engine(nb::module_& m) {
            "norm"_a.none(), "bf16"_a, "dst"_a)
       .def("step", &BoundEngine::step, nb::kw_only(), "x"_a.noconvert(), "row"_a.noconvert(), "table"_a.noconvert(),
            "entry"_a.noconvert(), "images"_a.noconvert().none(), "guided"_a.noconvert().none(),
-           "label"_a.noconvert().none(), "null_label"_a, "prompts"_a.noconvert().none(),
-           "null_prompts"_a.noconvert().none(), "class_image"_a.noconvert().none(), "null_image"_a.noconvert().none(),
-           "net"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(), "guidance"_a.noconvert().none(),
-           "rescale"_a.noconvert().none(), "advance_rows"_a, "lengths"_a.noconvert(), "seed"_a.noconvert(),
-           "index"_a.noconvert(), "xs"_a.noconvert().none(), "m1"_a.noconvert().none(), "m2"_a.noconvert().none(),
-           "m3"_a.noconvert().none())
+           "label"_a.noconvert().none(), "null_label"_a, "null"_a.noconvert().none(),
+           "class_image"_a.noconvert().none(), "null_image"_a.noconvert().none(), "net"_a.noconvert(),
+           "out"_a.noconvert(), "bank"_a.noconvert(), "guidance"_a.noconvert().none(), "rescale"_a.noconvert().none(),
+           "advance_rows"_a, "lengths"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(),
+           "xs"_a.noconvert().none(), "m1"_a.noconvert().none(), "m2"_a.noconvert().none(), "m3"_a.noconvert().none())
       .def("run", &BoundEngine::run, "first"_a, "last"_a)
       .def("profile", &BoundEngine::profile, "first"_a, "last"_a)
       .def_prop_ro("space", &BoundEngine::space)

@@ -155,7 +155,6 @@ void Engine::evaluate(const NetworkInputs& inputs, const Batch& batch, const Gui
       std::copy_n(batch.x + image * batch.image_size, batch.image_size, inputs.x + i * batch.image_size);
       inputs.timestep[i] = batch.timestep[row];
       if (batch.label != nullptr) inputs.label[i] = batch.label[row];
-      if (batch.prompt != nullptr) inputs.prompt[i] = batch.prompt[row];
       if (batch.class_image != nullptr) {
         const float* from = row < batch.conditional ? batch.class_image + image * batch.image_size : batch.null_image;
         std::copy_n(from, batch.image_size, inputs.class_image + i * batch.image_size);

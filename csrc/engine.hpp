@@ -44,19 +44,18 @@ struct NetworkInputs {
   float* x;            // [rows, image_size]
   int64_t* timestep;   // [rows]
   int64_t* label;      // [rows]
-  int64_t* prompt;     // [rows]
   float* class_image;  // [rows, image_size]; null where the network has none
   const float* out;    // [rows, out_size]
 };
 
 // A step of a batch: the evaluations of the network, each for an image that takes the step, and their inputs. The first
-// `conditional` rows are evaluated with the images' own labels, the others with the null label.
+// `conditional` rows are evaluated with the images' own labels, the others with null labels. A label is the number of a
+// class, or of a text.
 struct Batch {
   int rows, conditional;
   const int64_t* image_of_row;  // [rows]
   const int64_t* timestep;      // [rows]: index of a timestep's embedding
   const int64_t* label;         // [rows]; null where the network has no labels
-  const int64_t* prompt;        // [rows]; null where the network reads no text
   int64_t image_size;           // numbers per image
   int64_t out_size;             // numbers per row of the network's output
   const float* x;               // [images, image_size]

@@ -155,7 +155,7 @@ struct PoolArgs {
 // single head that is as wide as its source.
 struct AttentionArgs {
   const float* queries;     // [rows, pixels, query_stride], the heads of a pixel one after the other
-  RowVectors keys, values;  // a row's [keys_count, key_stride], of its own pixels or of its prompt
+  RowVectors keys, values;  // a row's [keys_count, key_stride], of its own pixels or of its text
   int query_stride, key_stride;
   const float* scale;  // [rows, padded(head_dim)], or null
   const float* shift;

@@ -31,7 +31,6 @@ class By:
     row: By
     timestep: By
     label: By
-    prompt: By
 
 class RowVectors:
     def __init__(self, values: Any, by: By, offset: int = 0) -> None: ...

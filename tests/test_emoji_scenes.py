@@ -31,13 +31,13 @@ def composer(tmp_path_factory):
 @pytest.mark.parametrize("part", ["train", "seen", "held-out"])
 def test_scenes_are_functions_of_seed_and_index(composer, part):
     for i in range(20):
-        picture, text, scene = scenes.sample(composer, 3, i, part)
-        again, same, equal = scenes.sample(composer, 3, i, part)
-        assert np.array_equal(picture, again)
-        assert (text, scene) == (same, equal)
+        picture = scenes.picture_of(composer, 3, i, part)
+        assert np.array_equal(picture, scenes.picture_of(composer, 3, i, part))
+        assert scenes.caption_of(3, i, part) == scenes.caption_of(3, i, part)
+        assert scenes.scene_of(3, i, part) == scenes.scene_of(3, i, part)
         assert picture.shape == (32, 32, 3)
         assert picture.dtype == np.uint8
-    assert len({scenes.sample(composer, 3, i, part)[1] for i in range(20)}) > 15
+    assert len({scenes.caption_of(3, i, part) for i in range(20)}) > 15
 
 
 def test_held_out_pairs_are_never_trained(composer):
@@ -50,7 +50,7 @@ def test_held_out_pairs_are_never_trained(composer):
     assert scenes.held_out("ground", "dog", "grass")
     for i in range(200):
         for part in ("train", "seen", "held-out"):
-            scene = scenes.sample(composer, 0, i, part)[2]
+            scene = scenes.scene_of(0, i, part)
             kept = (bool(scene.colour) and scenes.held_out("colour", scene.colour, scene.noun)) or scenes.held_out(
                 "ground", scene.noun, scene.ground
             )
@@ -61,7 +61,7 @@ def test_held_out_pairs_are_never_trained(composer):
 def test_captions_say_what_a_scene_shows(composer):
     said = collections.Counter()
     for i in range(500):
-        _, text, scene = scenes.sample(composer, 1, i)
+        text, scene = scenes.caption_of(1, i), scenes.scene_of(1, i)
         text = text.lower()
         assert scene.noun in text
         colour = (scene.colour, *scenes.COLOUR_WORDS[scene.colour]) if scene.colour else ()

@@ -320,7 +320,7 @@ std::vector<float> step_some(const Kernels& kernels, int threads, int capacity, 
   update.pixels = pixels;
   update.x = x.data();
   update.out = guided_out.data();
-  engine.step({inputs_x.data(), timestep.data(), label.data(), nullptr, nullptr, out.data()}, batch, guide, update);
+  engine.step({inputs_x.data(), timestep.data(), label.data(), nullptr, out.data()}, batch, guide, update);
   x.insert(x.end(), net.begin(), net.end());
   return x;
 }
@@ -352,20 +352,20 @@ void check_some_rows(const Kernels& kernels, int threads, Method method) {
   }
 }
 
-// Checks attention of pixels to each other, or where keys > 0 to the keys of each row's prompt.
+// Checks attention of pixels to each other, or where keys > 0 to the keys of each row's text.
 void check_attention(const Kernels& kernels, int threads, int rows, int pixels, int heads, int d, int keys = 0) {
-  const int inner = heads * d, stride = padded(3 * inner), prompts = 3;
+  const int inner = heads * d, stride = padded(3 * inner), texts = 3;
   const int count = keys ? keys : pixels, key_stride = keys ? 2 * inner : stride;
   const std::vector<float> qkv = random_map(rows * pixels, 3 * inner);
-  const std::vector<float> bank = random(static_cast<size_t>(prompts) * keys * 2 * inner);
-  std::vector<int64_t> prompt(rows);
-  for (int row = 0; row < rows; row++) prompt[row] = (row + 2) % prompts;
+  const std::vector<float> bank = random(static_cast<size_t>(texts) * keys * 2 * inner);
+  std::vector<int64_t> text_of_row(rows);
+  for (int row = 0; row < rows; row++) text_of_row[row] = (row + 2) % texts;
   std::vector<float> dst(static_cast<size_t>(rows) * pixels * padded(inner), std::numeric_limits<float>::quiet_NaN());
   AttentionOp op{};
   AttentionArgs& a = op.attention;
   a.queries = qkv.data();
   const int64_t apart = static_cast<int64_t>(count) * key_stride;
-  a.keys = {keys ? bank.data() : qkv.data() + inner, keys ? prompt.data() : nullptr, apart};
+  a.keys = {keys ? bank.data() : qkv.data() + inner, keys ? text_of_row.data() : nullptr, apart};
   a.values = {a.keys.base + inner, a.keys.index, apart};
   a.query_stride = stride;
   a.key_stride = key_stride;

@@ -39,7 +39,7 @@ def choose(unet: nn.Module, spec: Spec) -> str:
         log.info("backend auto: native")
         return "native"
     # A network that was changed looks as if native ran it, so this is worth more than a note.
-    changed = type(unet) in (UNet, UNetCondition) and bool(unsupported_changes(unet))
+    changed = isinstance(unet, UNet | UNetCondition) and bool(unsupported_changes(unet))
     log.log(logging.WARNING if changed else logging.INFO, "backend auto: eager; native cannot: %s", "; ".join(reasons))
     return "eager"
 

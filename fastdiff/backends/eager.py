@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.backends.base import Spec
 from fastdiff.core import update
-from fastdiff.core.state import State
+from fastdiff.core.state import State, Texts
 from fastdiff.errors import BackendError
 from fastdiff.modes import plain_modes
 
@@ -19,17 +19,23 @@ from fastdiff.modes import plain_modes
 class EagerRunner:
     """Runner that calls the network in ``spec.dtype`` and computes everything else in the state's float32.
 
-    It calls ``network(x, t)`` or ``network(x, t, class_labels=label)``, which returns a tensor, or an object with
-    ``.sample`` as diffusers' networks do.
+    It calls ``network(x, t)`` or ``network(x, t, class_labels=label)``, or with the states of a text after t, which
+    returns a tensor, or an object with ``.sample`` as diffusers' networks do.
     """
 
     def __init__(self, network: Callable[..., Any], spec: Spec):
         self.network = network
         self.spec = spec
 
-    def _call(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def _call(self, x: Tensor, t: Tensor, label: Tensor | None, texts: Texts | None) -> Tensor:
         x = x.to(self.spec.dtype).contiguous(memory_format=torch.channels_last)
-        out = self.network(x, t) if label is None else self.network(x, t, class_labels=label)
+        if label is None:
+            out = self.network(x, t)
+        elif texts is None:
+            out = self.network(x, t, class_labels=label)
+        else:
+            pooled = None if texts.pooled is None else texts.pooled[label].to(self.spec.dtype)
+            out = self.network(x, t, texts.states[label].to(self.spec.dtype), class_labels=pooled)
         return out if isinstance(out, Tensor) else out.sample
 
     @plain_modes()
@@ -59,6 +65,12 @@ class EagerRunner:
                 state.x = x
         return leaf
 
+    def _both(self, state: State, guided: Tensor | None = None) -> Tensor:
+        """Return the labels of all images, and behind them the null labels of those that are ``guided``, or of all."""
+        assert state.label is not None, "guidance needs labels"
+        null = torch.full_like(state.label, self.spec.null_label or 0) if state.null is None else state.null
+        return torch.cat([state.label, null if guided is None else null[guided]])
+
     def take_labels(self, state: State) -> None:
         """Do nothing: every step reads the labels."""
 
@@ -67,11 +79,10 @@ class EagerRunner:
         t = state.column("t")
         x = state.x if state.condition is None else torch.cat([state.x, state.condition], dim=1)
         if not guided:
-            state.out = self._call(x, t, state.label).to(state.x.dtype)
+            state.out = self._call(x, t, state.label, state.texts).to(state.x.dtype)
             return
-        assert state.label is not None, "guidance needs labels"
-        null = torch.full_like(state.label, self.spec.null_label or 0)
-        both = self._call(torch.cat([x, x]), torch.cat([t, t]), torch.cat([state.label, null])).to(state.x.dtype)
+        label = self._both(state)
+        both = self._call(torch.cat([x, x]), torch.cat([t, t]), label, state.texts).to(state.x.dtype)
         w = 1.0 + state.column("g") * (state.guidance - 1.0)
         conditional, unconditional = both.chunk(2)
         state.out = update.guide(conditional, unconditional, w, state.x.shape[1], state.guidance_rescale)
@@ -81,11 +92,9 @@ class EagerRunner:
         if not 0 < len(guided) < len(state.x):
             self.evaluate(state, bool(len(guided)))
             return
-        assert state.label is not None, "guidance needs labels"
         t, i = state.column("t"), torch.from_numpy(guided).to(state.x.device)
-        null = torch.full_like(state.label[i], self.spec.null_label or 0)
         x = torch.cat([state.x, state.x[i]])
-        net = self._call(x, torch.cat([t, t[i]]), torch.cat([state.label, null])).to(state.x.dtype)
+        net = self._call(x, torch.cat([t, t[i]]), self._both(state, i), state.texts).to(state.x.dtype)
         w, rescale, k = 1.0 + state.column("g") * (state.guidance - 1.0), state.guidance_rescale, len(state.x)
         if isinstance(rescale, Tensor) and rescale.ndim == 2:
             rescale = rescale[i]

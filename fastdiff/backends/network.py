@@ -7,6 +7,7 @@ the weights of merged layers, and the tables of embeddings that replace the time
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -229,14 +230,24 @@ class EmbeddingTables:
         return torch.from_numpy(found[inverse.reshape(timesteps.shape)])
 
 
+def _digest(texts: Texts, i: int) -> bytes:
+    """Compute a digest of a text's numbers, which is the same for equal texts."""
+    digest = hashlib.blake2b()
+    for given in (texts.states, texts.pooled):
+        if given is not None:
+            digest.update(given[i].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.digest()
+
+
 class TextTables:
     """Keys and values of texts for every attention that reads them, computed once for all steps.
 
     ``banks`` has those of each external buffer ``<key>.text``, float32 [room, tokens, C], and ``classes`` the class
     embeddings that come with the texts, float32 [room, features], or None. Equal texts share a row, whichever `Texts`
-    they come from. ``places`` has the row of each text by its contents. Where the room does not suffice, larger tensors
-    take the place of all, up to ``most_bytes``, or as many as one `Texts` needs. Beyond that the rows are given to
-    others: then another dict takes the place of ``places``, and earlier results of `entries` no longer hold.
+    they come from. ``places`` has the row of each text by a digest of its numbers. Where the room does not suffice,
+    larger tensors take the place of all, up to ``most_bytes``, or as many as one `Texts` needs. Beyond that the rows
+    are given to others: then another dict takes the place of ``places``, and earlier results of `entries` no longer
+    hold.
     """
 
     @plain_modes()
@@ -257,19 +268,19 @@ class TextTables:
     @plain_modes()
     def entries(self, texts: Texts) -> Tensor:
         """Return the row of each of the texts, int64 [texts] on the CPU. New texts are computed now."""
-        wanted = [texts.contents(i) for i in range(len(texts))]
+        wanted = [_digest(texts, i) for i in range(len(texts))]
         if len(self.places.keys() | set(wanted)) > max(self.most, len(set(wanted))):
             self.places = {}
-        for i, contents in enumerate(wanted):
-            if contents not in self.places:
+        for i, digest in enumerate(wanted):
+            if digest not in self.places:
                 self._grow(len(self.places) + 1)
                 self._compute(texts, i, len(self.places))
-                self.places[contents] = len(self.places)
-        return torch.tensor([self.places[contents] for contents in wanted], dtype=torch.int64, device="cpu")
+                self.places[digest] = len(self.places)
+        return torch.tensor([self.places[digest] for digest in wanted], dtype=torch.int64, device="cpu")
 
     def _compute(self, texts: Texts, i: int, place: int) -> None:
         like = next(iter(self.banks.values()))
-        vector = None if texts.vectors is None else texts.vectors[i].to(like)
+        vector = None if texts.pooled is None else texts.pooled[i].to(like)
         rows, embedded = embed_text(self.unet, texts.states[i].to(like), vector)
         for name, row in rows.items():
             self.banks[name][place] = row

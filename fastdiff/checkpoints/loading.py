@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import layouts, originals, wrappers
+from fastdiff.checkpoints.captions import build_encoder, has_encoder, mentions_encoder, read_encoder
 from fastdiff.checkpoints.reading import (
     TORCH_SUFFIXES,
     json_object,
@@ -44,6 +45,7 @@ from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS, noise_schedule, scheduler_name
 from fastdiff.solvers.keys import check_config, unknown_keys, value_of
 from fastdiff.solvers.walk import Schedule
+from fastdiff.text import CaptionEncoder, CaptionEncoderConfig
 from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 
 log = logging.getLogger("fastdiff")
@@ -89,6 +91,27 @@ class Pretrained:
     scheduler_config: dict[str, Any]
     path: Path
     class_names: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedText:
+    """A loaded model that reads text: the network, the encoder that it was trained with, and their settings.
+
+    Attributes:
+        unet: The network, in float32, on the CPU, in evaluation mode.
+        text_encoder: The encoder of its prompts, likewise.
+        schedule: As of `Pretrained`.
+        prediction: As of `Pretrained`.
+        scheduler_config: As of `Pretrained`.
+        path: The folder or file that was loaded.
+    """
+
+    unet: UNetCondition
+    text_encoder: CaptionEncoder
+    schedule: Schedule | None
+    prediction: str | None
+    scheduler_config: dict[str, Any]
+    path: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,19 +206,87 @@ def load_condition(model: str | Path, torch_dtype: Any = None, **source: Any) ->
     if not os.path.isdir(path):
         raise CheckpointError(f"{shown(str(model))[1:-1]}: no such folder exists; a diffusers folder is needed")
     below = path / _checked_subfolder(path, source.get("subfolder"))
-    folder, weights = _network_folder(below, source.get("weights"))
+    return _condition_in(below, source.get("variant"), source.get("weights"), dtype or torch.float32)
+
+
+def _condition_in(path: Path, variant: str | None, weights: str | None, dtype: torch.dtype) -> UNetCondition:
+    """Load the text-conditioned network in a folder."""
+    folder, weights = _network_folder(path, weights)
     config = read_json(folder / "config.json")
     with _naming(folder / "config.json"):
         name = config.get("_class_name", "UNet2DConditionModel")
         if name != "UNet2DConditionModel":
             raise ConfigError(f"_class_name {shown(name)} is not supported by UNetCondition; UNet2DConditionModel is")
         described = UNetConditionConfig.from_dict(config)
-    tensors, weights_path = _read_weights(folder, source.get("variant"), weights)
+    tensors, weights_path = _read_weights(folder, variant, weights)
+    return _build_condition(described, tensors, weights_path, dtype)
+
+
+def _build_condition(
+    config: UNetConditionConfig, tensors: Mapping[str, Tensor], where: Path, dtype: torch.dtype
+) -> UNetCondition:
+    """Build a text-conditioned network with these weights, in evaluation mode."""
     with torch.device("meta"):
-        unet = UNetCondition(described)
-    fitted = fit(unet, tensors, weights_path, None, dtype or torch.float32)
-    unet.to(dtype or torch.float32).to_empty(device="cpu").load_state_dict(fitted)
+        unet = UNetCondition(config)
+    fitted = fit(unet, tensors, where, None, dtype)
+    unet.to(dtype).to_empty(device="cpu").load_state_dict(fitted)
     return unet.eval()
+
+
+@plain_modes()
+def load_text(model: str | Path, **options: Any) -> PretrainedText | None:
+    """Load a model that reads text and has a `fastdiff.text.CaptionEncoder`.
+
+    Args:
+        model: The folder of a model or of its training, a training checkpoint, or one of `builtin_models`.
+        **options: variant and weights, as in `load`; the other options of `load` are refused.
+
+    Returns:
+        The model; None where ``model`` is anything else, which `load` may know.
+
+    Raises:
+        CheckpointError: If a file cannot be read, or its tensors do not fit the network or the encoder.
+        ConfigError: If a configuration is not supported; the message names the file.
+    """
+    check_options(options)
+    options = {name: options.get(name) for name in OPTIONS}
+    path = Path(check_path("model", model))
+    if not os.path.exists(path):
+        if str(model) not in builtin_models():
+            return None
+        path = BUILTIN / str(model)
+    weights = options["weights"]
+    if path.is_dir() and not has_encoder(path):
+        path = _result_of_run(path, weights) or path
+    if path.is_dir():
+        if not has_encoder(path):
+            return None
+        _refuse(path, options, ("preset", "flags", "subfolder"))
+        unet, encoder = _condition_in(path, options["variant"], weights, torch.float32), read_encoder(path)
+        scheduler_path, scheduler = _scheduler_file(path)
+        where: Path = scheduler_path or path
+    else:
+        if path.suffix.lower() in TORCH_SUFFIXES or not mentions_encoder(path, METADATA_KEY):
+            return None
+        _refuse(path, options, ("preset", "flags", "subfolder", "variant"))
+        tensors, metadata = read_safetensors(path)
+        info = json_object(f"{path}: its fastdiff metadata", metadata[METADATA_KEY])
+        with _naming(path):
+            config = UNetConditionConfig.from_dict(info.get("unet", {}))
+            text = CaptionEncoderConfig.from_dict(info["text_encoder"])
+            scheduler = check_config(info.get("scheduler", {}))
+        if weights not in (None, "ema", "model"):
+            raise CheckpointError(f"{path}: weights={shown(weights)}: this file holds 'ema' and 'model'")
+
+        def part(name: str) -> dict[str, Tensor]:
+            prefix = f"{weights or 'ema'}.{name}."
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        unet = _build_condition(config, part("unet"), path, torch.float32)
+        encoder, where = build_encoder(text, part("encoder"), path), path
+    with _naming(where):
+        schedule, prediction = schedule_of(scheduler) if scheduler else (None, None)
+    return PretrainedText(unet, encoder, schedule, prediction, dict(scheduler), path)
 
 
 def _float_type(torch_dtype: Any) -> torch.dtype | None:
@@ -287,17 +378,20 @@ def read_model(
                 f"{shown(str(model))[1:-1]}: no such folder or file exists, nor a built-in model (built in: {known})"
             )
         path = BUILTIN / str(model)
-    given: dict[str, Any] = {"preset": preset, "flags": flags, "variant": variant, "weights": weights}
-    given["subfolder"] = subfolder
-    applicable = ("variant", "weights", "subfolder") if path.is_dir() else ("preset", "flags", "weights")
-    for option, chosen in given.items():
-        if chosen is not None and option not in applicable:
-            kind = "a folder" if path.is_dir() else "a file of this kind"
-            raise CheckpointError(f"{path}: {option}={shown(chosen)} does not apply to {kind}; leave it out")
+    given: dict[str, Any] = {"preset": preset, "flags": flags, "variant": variant, "subfolder": subfolder}
+    _refuse(path, given, ("preset", "flags") if path.is_dir() else ("variant", "subfolder"))
     if path.is_dir():
         below = path / _checked_subfolder(path, subfolder)
         return _read_folder(below, variant, weights, around=path)
     return _read_file(path, preset, flags, weights)
+
+
+def _refuse(path: Path, options: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise `CheckpointError` for the first of these options that is given, as it does not apply to ``path``."""
+    for name in names:
+        if options[name] is not None:
+            kind = "a folder" if path.is_dir() else "a file of this kind"
+            raise CheckpointError(f"{path}: {name}={shown(options[name])} does not apply to {kind}; leave it out")
 
 
 def _checked_subfolder(path: Path, subfolder: str | None) -> str:
@@ -543,6 +637,10 @@ def _unet_config(path: Path) -> UNetConfig:
             return originals.old_unet_config(config)
         if name not in ("UNet2DModel", "fastdiff.UNet"):
             hint = "; UNetCondition.from_pretrained loads it" if name == "UNet2DConditionModel" else ""
+            if has_encoder(path.parent.parent):
+                hint = (
+                    ": the network reads text, which a Sampler gives it (fastdiff sample --prompt) and nothing else yet"
+                )
             raise ConfigError(f"_class_name {shown(name)} is not supported; UNet2DModel is{hint}")
         return UNetConfig.from_dict(config)
 

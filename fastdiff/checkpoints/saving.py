@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fastdiff.checkpoints import captions
 from fastdiff.checkpoints.loading import NAMES_KEY, WEIGHTS
 from fastdiff.checkpoints.reading import DTYPES
 from fastdiff.checks import one_of, shown
@@ -21,7 +22,8 @@ from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.solvers import EDMSchedule
 from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS
 from fastdiff.solvers.walk import Schedule
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.text import CaptionEncoder
+from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 
 
 def save_unet(unet: UNet, path: str | Path) -> None:
@@ -41,12 +43,16 @@ def save_unet(unet: UNet, path: str | Path) -> None:
 
 def save_folder(
     path: str | Path,
-    unet: UNet,
+    unet: UNet | UNetCondition,
     schedule: Schedule,
     prediction: str = "epsilon",
     class_names: Sequence[str] | None = None,
+    text_encoder: CaptionEncoder | None = None,
 ) -> None:
     """Write a diffusers pipeline folder: ``unet/``, ``scheduler/`` and ``model_index.json``.
+
+    A network that reads text is written with its encoder, in ``text_encoder/``, and without ``model_index.json``, as no
+    pipeline of diffusers has such an encoder.
 
     The scheduler is a ``DDPMScheduler`` with trailing spacing, which clips x0 to [-1, 1], or of an `EDMSchedule` an
     ``EDMEulerScheduler``. For a network that diffusers'
@@ -60,16 +66,34 @@ def save_folder(
         prediction: What the network predicts: "epsilon", "sample" or "v_prediction"; with an `EDMSchedule` "edm" or
             "v_prediction".
         class_names: The name of each class from 0 on, which `fastdiff.Sampler` takes as labels; None for no names.
+        text_encoder: The encoder of a network that reads text; None for a `fastdiff.UNet`.
 
     Raises:
         InvalidArgument: If ``prediction`` is unknown, or not one of the schedule.
         ConfigError: If no scheduler of diffusers can represent the schedule.
         CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
     """
-    if not isinstance(unet, UNet):
-        raise InvalidArgument(f"unet is a {type(unet).__name__}; a fastdiff.UNet is needed")
     scheduler = scheduler_of(schedule, prediction)
+    if isinstance(unet, UNetCondition) and isinstance(text_encoder, CaptionEncoder):
+        _save_captioned(Path(path), unet, text_encoder, scheduler)
+        return
+    if not isinstance(unet, UNet) or text_encoder is not None:
+        raise InvalidArgument(
+            f"unet is a {type(unet).__name__} and text_encoder a {type(text_encoder).__name__}; a fastdiff.UNet alone, "
+            "or a fastdiff.UNetCondition with a CaptionEncoder, is needed"
+        )
     save_pipeline(path, unet.config, unet.state_dict(), scheduler, class_names)
+
+
+def _save_captioned(path: Path, unet: UNetCondition, encoder: CaptionEncoder, scheduler: dict[str, Any]) -> None:
+    """Write a network that reads text, its encoder and its scheduler."""
+    save_tensors(unet.config, unet.state_dict(), path / "unet")
+    folder = path / captions.FOLDER
+    with writing(path):
+        with atomic_file(folder / captions.WEIGHTS) as file:
+            write_safetensors(file, encoder.state_dict(), {"format": "pt"})
+        write_text(folder / "config.json", json.dumps(captions.encoder_config(encoder), indent=2) + "\n")
+        write_text(path / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2) + "\n")
 
 
 def scheduler_of(schedule: Schedule, prediction: str) -> dict[str, Any]:
@@ -128,11 +152,16 @@ def save_pipeline(
 
 
 def save_tensors(
-    config: UNetConfig, state: Mapping[str, Tensor], path: str | Path, class_names: Sequence[str] | None = None
+    config: UNetConfig | UNetConditionConfig,
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write a configuration and a state dict as `save_unet` does, without building the network."""
     path = Path(path)
-    name = "UNet2DModel" if config.diffusers_can_run else "fastdiff.UNet"
+    name = "UNet2DConditionModel"
+    if isinstance(config, UNetConfig):
+        name = "UNet2DModel" if config.diffusers_can_run else "fastdiff.UNet"
     with writing(path):
         with atomic_file(path / WEIGHTS) as file:
             write_safetensors(file, state, {"format": "pt"})

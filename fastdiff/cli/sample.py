@@ -52,6 +52,11 @@ def sample(
         str | None,
         typer.Option(help="A class, its number or name, for all images; or a comma-separated list that is repeated."),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw, for a model that reads text; several are repeated like --labels."),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What --guidance leads away from (default: no text).")] = None,
     solver: SolverOption = "ddim",
     steps: StepsOption = None,
     eta: EtaOption = 0.0,
@@ -137,6 +142,7 @@ def sample(
         if path is not None and path.suffix.lower() != ".npz":
             check_picture(sampler.info.channels, path)
     n, options["labels"] = _labels(sampler, n, options["size"], per_class, labels)
+    options["prompts"] = None if not prompt else [prompt[i % len(prompt)] for i in range(n)]
     options |= _pictures(sampler, n, options["size"], image, mask)
     frames = []
 

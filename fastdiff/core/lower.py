@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fastdiff.core.program import Attention, Buffer, Conv, Embed, Input, Norm, Op, Pool, Program, Shape
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import exact_products, plain_modes
-from fastdiff.unet import UNet, UNetCondition, UNetConfig
+from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 from fastdiff.unet import model as modules
 from fastdiff.unet.condition import ACTIVATIONS, ConditionDownBlock, ConditionMidBlock, ConditionUpBlock
 from fastdiff.unet.decoder import Decoder, DecoderBlock
@@ -35,20 +35,29 @@ def lower(unet: UNet | UNetCondition, size: tuple[int, int], tokens: int = TOKEN
 
     Each text of a text-conditioned U-Net has so many ``tokens``.
     """
-    stride = size_multiple(unet)
+    stride = unet.config.stride
     if any(v < 1 or v % stride for v in size):
         raise InvalidArgument(f"size={size}: height and width must be multiples of {stride} for this U-Net")
+    if isinstance(unet, UNetCondition):
+        _check_embedding(unet.config)
     return _Emitter(unet, size, tokens).program(unet)
+
+
+def _check_embedding(config: UNetConditionConfig) -> None:
+    """Refuse embeddings that a program has no operation for."""
+    if config.addition_embed_type is not None:
+        raise InvalidArgument(f"addition_embed_type={config.addition_embed_type!r} cannot be lowered to a program")
+    classes = config.class_embed_type is not None or config.num_class_embeds is not None
+    if classes and config.time_embedding_act_fn is not None:
+        raise InvalidArgument(
+            f"time_embedding_act_fn={config.time_embedding_act_fn!r} of a network with classes cannot be lowered to a "
+            "program"
+        )
 
 
 def lower_decoder(decoder: Decoder, size: tuple[int, int]) -> Program:
     """Lower a decoder to a program for latents of ``size`` (height, width); its weights may be on "meta"."""
     return _Emitter(decoder, size).decoder(decoder)
-
-
-def size_multiple(unet: UNet | UNetCondition) -> int:
-    """Return the number of which the height and width of images must be multiples."""
-    return 1 << (len(unet.config.block_out_channels) - 1)
 
 
 def projection_keys(unet: nn.Module) -> list[str]:
@@ -59,7 +68,7 @@ def projection_keys(unet: nn.Module) -> list[str]:
 
 def text_attentions(unet: nn.Module) -> dict[str, TextAttention]:
     """Return the attentions to a text, by the name of the external buffer of their keys and values."""
-    found = {}
+    found: dict[str, TextAttention] = {}
     for name, m in unet.named_modules():
         if isinstance(m, TransformerBlock):
             found |= {f"{name}.attn1.text": m.attn1} if m.only_text else {}

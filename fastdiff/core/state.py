@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,33 +39,28 @@ class TableBank:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Texts:
-    """The texts of a batch of images. An image's text is an index into them, like a label."""
+    """Encoded texts, by whose numbers the images of a batch are labelled.
 
-    states: Tensor  # of each text's tokens, float32 [texts, tokens, channels]
-    vectors: Tensor | None = None  # the class vector that belongs to each text, float32 [texts, width]
+    Attributes:
+        states: What the network's cross-attention reads, float32 [P, T, C].
+        pooled: The vector that enters its time embedding, float32 [P, D]; None for a network without one.
+    """
+
+    states: Tensor
+    pooled: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
-    def contents(self, i: int) -> bytes:
-        """Return a digest of a text's numbers, which is the same for equal texts."""
-        parts = [self.states[i]] if self.vectors is None else [self.states[i], self.vectors[i]]
-        return hashlib.blake2b(b"".join(p.detach().cpu().contiguous().numpy().tobytes() for p in parts)).digest()
+    def to(self, device: torch.device) -> Texts:
+        """Return the same texts on a device."""
+        return Texts(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
 
 
 CHANGED = ("x", "xs", "m1", "m2", "m3", "out", "row")  # fields of a state that a step changes
 TENSORS = (
-    *CHANGED,
-    "table",
-    "seed",
-    "index",
-    "label",
-    "prompts",
-    "null_prompts",
-    "guidance",
-    "x0_scale",
-    "condition",
-)  # with an entry for each image
+    *CHANGED, "table", "seed", "index", "label", "null", "guidance", "x0_scale", "condition",
+)  # fmt: skip  # with an entry for each image
 
 
 @dataclasses.dataclass(eq=False)  # compared and hashed by identity, so that backends can cache by state
@@ -83,7 +77,7 @@ class State:
     row: Tensor  # a finished image is at the identity row
     seed: Tensor  # the two's complement of an unsigned number
     index: Tensor  # the images' global numbers
-    label: Tensor | None  # None for an unconditional network
+    label: Tensor | None  # a class, or a number of ``texts``; None for an unconditional network
     guidance: Tensor  # 1 is off
     table_host: np.ndarray
     row_host: np.ndarray
@@ -94,9 +88,8 @@ class State:
     # The network's output after guidance, [B, C or 2C, H, W], set by `Runner.forward` and read by `Runner.update`;
     # undefined after a whole step.
     out: Tensor | None = None
-    texts: Texts | None = None  # those that the network reads; None for a network that reads none
-    prompts: Tensor | None = None  # the text of each image, int64 [B]
-    null_prompts: Tensor | None = None  # the text of each image's unconditional half; None where no image is guided
+    texts: Texts | None = None  # of a network that reads text
+    null: Tensor | None = None  # the label of each image's unconditional half; None for that of the network
     condition: Tensor | None = None  # clean channels [B, K, H, W] that the network reads after those of x
     x0_scale: Tensor | None = None  # 1/q of dynamic thresholding, set between forward and update
     xs: Tensor | None = None  # the saved x; None where no table saves

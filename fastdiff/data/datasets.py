@@ -81,6 +81,7 @@ class ImageData(Dataset[Batch]):
         num_classes: The number of classes; None for data without labels.
         class_names: The names of the classes, where the data has names.
         labels: The class of each image, an int64 tensor [N], or None.
+        captions: The caption of each image, N texts, or None. Those of a generator may be computed when asked for.
         skipped: Pairs of a file that was left out and the reason.
         doubts: Sentences about what is doubtful, each with the argument of `load_data` that settles it.
         facts: Sentences about what was done with the images.
@@ -94,6 +95,7 @@ class ImageData(Dataset[Batch]):
     num_classes: int | None
     class_names: tuple[str, ...] | None = None
     labels: torch.Tensor | None = None
+    captions: Sequence[str] | None = None
     skipped: tuple[tuple[Path, str], ...] = ()
     doubts: tuple[str, ...] = ()
     facts: Sequence[str] = ()

@@ -96,7 +96,8 @@ class Loop:
 
     def _output(self, r: Request, images: Tensor) -> SampleOutput:
         """Return the images of all chunks, and raise if they are not finite, or too large."""
-        output = SampleOutput(images, r.seed, r.index[0], r.table, r.nfe, r.labels, r.class_names, r.index)
+        labels, texts = (r.labels, None) if r.prompts is None else (None, r.prompts.of_images)
+        output = SampleOutput(images, r.seed, r.index[0], r.table, r.nfe, labels, r.class_names, r.index, texts)
         check_numbers(output, self._runners.dtype)
         return output
 
@@ -106,9 +107,10 @@ class Loop:
         labels, image, mask, condition = (
             None if whole is None else whole[:k] for whole in (r.labels, r.image, r.mask, r.condition)
         )
+        prompts = r.prompts and dataclasses.replace(r.prompts, label=r.prompts.label[:k], null=r.prompts.null[:k])
         first = dataclasses.replace(
             r, n=k, index=r.index[:k], seed=r.seed if isinstance(r.seed, int) else r.seed[:k], guidance=r.guidance[:k],
-            noise=None, labels=labels, image=image, mask=mask, condition=condition,
+            noise=None, labels=labels, prompts=prompts, image=image, mask=mask, condition=condition,
         )  # fmt: skip
         ends = [time.perf_counter() for _ in self.rows(first, preview=lambda _: False)]
         if len(ends) < len(r.table):
@@ -154,7 +156,8 @@ class Loop:
         if self._cancellations != started:
             return None
         table = getattr(self._runners.unet, "class_embedding", None)
-        labels = [] if r.labels is None else [*r.labels.tolist(), self._runners.info.null_label or 0]
+        classes = None if r.prompts is not None else r.labels
+        labels = [] if classes is None else [*classes.tolist(), self._runners.info.null_label or 0]
         if isinstance(table, nn.Embedding) and labels and max(labels) >= len(table.weight):
             raise BackendError(
                 f"the network's class_embedding has {len(table.weight)} rows now, fewer than label {max(labels)} "
@@ -309,6 +312,9 @@ def _start(r: Request, chunk: range, device: torch.device, drawn: object) -> tup
         if source is None or isinstance(source, Tensor)
         else lambda row: padded(_noise(source, row, indices)),
     )
+    if r.prompts is not None and r.texts is not None:
+        null = r.prompts.null[chunk.start : chunk.stop]
+        state.texts, state.null = r.texts.to(device), torch.cat([null, null[:1].expand(pad)]).to(device)
     if r.condition is not None:
         condition = r.condition[chunk.start : chunk.stop].to(device)
         state.condition = torch.cat([condition, condition.new_zeros(pad, *condition.shape[1:])])

@@ -128,6 +128,8 @@ class Options:
     index: Sequence[int] | None = option(None, "--index")
     indices: Sequence[int] | None = option(None)
     labels: int | str | Sequence[int | str] | Tensor | None = option(None, "--labels")
+    prompts: str | Sequence[str] | None = option(None, "--prompt")
+    negative: str | Sequence[str] | None = option(None, "--negative")
     guidance: float | Sequence[float] = option(1.0, "--guidance")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), None, MEASURED, check=_interval)
     guidance_rescale: float = option(0.0, None, MEASURED, check=partial(number, low=0, high=1))
@@ -207,13 +209,17 @@ class NetworkInfo:
     width: int = 64  # channels of the first block, from which memory is estimated
     classes: int | None = None  # number of classes without the null class; None where it has none, or they are unknown
     null_label: int | None = None  # None where it has no null class, so that it cannot be guided
+    text: bool = False  # whether it reads the texts that prompts= gives
+    pooled: bool = False  # whether it takes a pooled vector of each text besides
     condition: int = 0  # channels of the condition image that it reads after those of the image
     described: bool = False  # whether it has a configuration; without one any label is passed on to it
     class_names: tuple[str, ...] | None = None  # of the classes from 0 on; None where they have no names
 
     @classmethod
-    def of(cls, unet: nn.Module, shape: tuple[int, int, int] | None) -> NetworkInfo:
+    def of(cls, unet: nn.Module, shape: tuple[int, int, int] | None, text: bool = False) -> NetworkInfo:
         """Read the facts about a network; ``shape``, the (C, H, W) of its images, counts more than its configuration.
+
+        ``text`` is whether there is a text encoder, whose states the network reads.
 
         Raises `InvalidArgument` where neither gives the shape of the input, and `ConfigError` for class embeddings
         whose input is not a label.
@@ -229,16 +235,19 @@ class NetworkInfo:
                     "the network has no configuration that tells its input; give shape=(channels, height, width)"
                 )
             return cls(channels=shape[0], size=shape[1:])
-        if getattr(config, "class_embed_type", None) is not None:
+        pooled = text and getattr(config, "class_embed_type", None) in ("projection", "simple_projection")
+        if getattr(config, "class_embed_type", None) is not None and not pooled:
             raise ConfigError(
                 f"class_embed_type={config.class_embed_type!r} is not fed by labels, so a Sampler cannot run it"
             )
         own = type(unet) in (UNet, UNetCondition) or type(unet).__module__.partition(".")[0] == "diffusers"
-        if own and getattr(config, "cross_attention_dim", None) is not None:
+        if own and getattr(config, "cross_attention_dim", None) is not None and not text:
             raise ConfigError(
-                f"cross_attention_dim={shown(config.cross_attention_dim)}: the network reads text, which a Sampler "
-                "does not give it yet; use a loop with fastdiff.Scheduler, or a module that holds the text"
+                f"cross_attention_dim={shown(config.cross_attention_dim)}: the network reads text, which "
+                "text_encoder= encodes; without one use a loop with fastdiff.Scheduler, or a module that holds the text"
             )
+        if text:
+            _check_reads_text(unet)
         # A network with fewer channels of output than of input reads a condition image after the image.
         condition = max(config.in_channels - config.out_channels, 0) if shape is None else 0
         fits = shape is None or shape[0] == config.in_channels
@@ -259,6 +268,8 @@ class NetworkInfo:
             width=max(config.block_out_channels[0], 1),
             classes=None if embeds is None else embeds - (null is not None),
             null_label=null,
+            text=text,
+            pooled=pooled,
             condition=condition,
             described=True,
         )
@@ -266,3 +277,14 @@ class NetworkInfo:
     def activation_bytes(self, size: tuple[int, int]) -> int:
         """Estimate the memory of one image's activations: a dozen float32 maps of the first block's width."""
         return 12 * 4 * self.width * size[0] * size[1]
+
+
+def _check_reads_text(unet: nn.Module) -> None:
+    """Raise `InvalidArgument` or `ConfigError` unless a text and its pooled vector are all that a network needs."""
+    if not isinstance(unet, UNetCondition) or unet.config.context_channels is None:
+        raise InvalidArgument(
+            f"text_encoder= is for a fastdiff.UNetCondition that reads text, not for this {type(unet).__name__}"
+        )
+    for key in ("num_class_embeds", "addition_embed_type"):
+        if getattr(unet.config, key) is not None:
+            raise ConfigError(f"{key}={getattr(unet.config, key)!r}: a Sampler gives the network a text only")

@@ -52,6 +52,7 @@ class SampleOutput:
         labels: int64 [n], or None for an unconditional network.
         class_names: The names of the model's classes, or None.
         index: Global index of each image; None for ``start_index`` and the following ones.
+        prompts: The prompt of each image; None for a network that reads no text.
     """
 
     images: Tensor
@@ -62,6 +63,7 @@ class SampleOutput:
     labels: Tensor | None
     class_names: tuple[str, ...] | None = None
     index: Sequence[int] | None = None
+    prompts: tuple[str, ...] | None = None
 
     @property
     def indices(self) -> Sequence[int]:
@@ -111,8 +113,8 @@ class SampleOutput:
         Args:
             path: Destination; its suffix selects the format. Suffix of a picture (.png, .jpg, .webp, .gif): the image,
                 or the grid of several. ``.npz``: arrays images (uint8 [n, H, W, C]), seed, indices and, if there are
-                any, labels and class_names. No suffix: a folder with a PNG for each image, named by its global index
-                (behind its seed, or its position, where several have the same).
+                any, labels, class_names and prompts. No suffix: a folder with a PNG for each image, named by its global
+                index (behind its seed, or its position, where several have the same).
             columns: Images in a row of the grid.
 
         Raises:
@@ -133,6 +135,8 @@ class SampleOutput:
                 arrays["labels"] = self.labels.numpy()
                 if self.class_names is not None and int(self.labels.max()) < len(self.class_names):
                     arrays["class_names"] = np.array(self.class_names)
+            if self.prompts is not None:
+                arrays["prompts"] = np.array(self.prompts)
             with atomic_file(path) as file:
                 np.savez_compressed(file, **arrays)
         elif not path.suffix:

@@ -16,11 +16,13 @@ from torch import Tensor
 from fastdiff import memory
 from fastdiff.checks import is_whole, items, one_of, shown, whole
 from fastdiff.core.noise import check_seed
+from fastdiff.core.state import Texts
 from fastdiff.errors import BackendError, InvalidArgument
 from fastdiff.modes import plain_modes
-from fastdiff.sampler import editing
+from fastdiff.sampler import editing, prompts
 from fastdiff.sampler.editing import Guide, check_dense
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options, scales
+from fastdiff.sampler.prompts import Prompts, TextEncoder
 from fastdiff.sampler.tables import step_table
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.paths import repaint
@@ -43,8 +45,9 @@ class Request:
     shape: tuple[int, int, int]  # (C, H, W) of an image
     table: StepTable
     nfe: int  # network evaluations per image
-    labels: Tensor | None  # int64 [n]
+    labels: Tensor | None  # int64 [n]: classes, or numbers of the prompts
     class_names: tuple[str, ...] | None
+    prompts: Prompts | None  # of a network that reads text
     guidance: NDArray[np.float64]  # scale of classifier-free guidance for each image, [n]
     guidance_rescale: float  # from 0 (off) to 1
     noise: Tensor | NoiseSource | None  # as given
@@ -52,6 +55,7 @@ class Request:
     image: Tensor | None = None  # float32 [n, C, H, W]
     from_image: bool = False  # whether the run starts at the noised image, not at noise alone
     condition: Tensor | None = None  # float32 [n, K, H, W], which the network reads besides
+    texts: Texts | None = None  # the encoded prompts
     mask: Tensor | None = None  # bool [n, 1 or C, H, W], True where the image is drawn anew
     guide: Guide | None = None
     guide_through: str = "x0"
@@ -79,6 +83,7 @@ def check(
     prediction: str,
     scheduler_config: Mapping[str, Any],
     backend: str = "eager",
+    encoder: TextEncoder | None = None,
 ) -> Request:
     """Return the checked request. Raises `InvalidArgument` naming the value and what is allowed.
 
@@ -107,17 +112,8 @@ def check(
     table = step_table(o, schedule, prediction, scheduler_config)
     if image is not None:
         editing.check_range(image, min(row.c for row in table.rows) * table.data_scale)
-    if info.out_channels is not None and info.out_channels not in (info.channels, 2 * info.channels):
-        C = info.channels
-        raise InvalidArgument(
-            f"the network gives {info.out_channels} channels for images of {C} channels; {C} are needed, or {2 * C} "
-            "where the variance is learned"
-        )
-    if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
-        raise InvalidArgument(
-            f"variance='learned_range' needs a network with {2 * info.channels} output channels, "
-            f"this one has {info.out_channels}"
-        )
+    _check_output(info, table)
+    given_prompts = prompts.check(n, o, info, encoder)
     guidance = _guidance(n, o, info)
     table = _guided_between(table, o.guidance_interval)
     if o.repaint is not None:
@@ -131,8 +127,9 @@ def check(
         shape=shape,
         table=table,
         nfe=table.nfe(guided=bool((guidance != 1.0).any())),
-        labels=_labels(n, o.labels, info),
+        labels=_labels(n, o.labels, info) if given_prompts is None else given_prompts.label,
         class_names=info.class_names,
+        prompts=given_prompts,
         guidance=guidance,
         guidance_rescale=o.guidance_rescale,
         noise=o.noise,
@@ -144,6 +141,21 @@ def check(
         guide=o.guide,
         guide_through=o.guide_through,
     )
+
+
+def _check_output(info: NetworkInfo, table: StepTable) -> None:
+    """Refuse networks whose output has other channels than the run needs."""
+    if info.out_channels is not None and info.out_channels not in (info.channels, 2 * info.channels):
+        C = info.channels
+        raise InvalidArgument(
+            f"the network gives {info.out_channels} channels for images of {C} channels; {C} are needed, or {2 * C} "
+            "where the variance is learned"
+        )
+    if table.learned_variance and info.out_channels is not None and info.out_channels != 2 * info.channels:
+        raise InvalidArgument(
+            f"variance='learned_range' needs a network with {2 * info.channels} output channels, "
+            f"this one has {info.out_channels}"
+        )
 
 
 def _condition(n: int, o: Options, info: NetworkInfo) -> Tensor | None:
@@ -332,6 +344,8 @@ def _plain(labels: Any, n: int) -> Any:
 def _guidance(n: int, o: Options, info: NetworkInfo) -> NDArray[np.float64]:
     given = scales(o.guidance, n)
     if (given != 1.0).any():
+        if info.text:
+            return given
         if info.null_label is None:
             raise InvalidArgument(
                 f"guidance={shown(o.guidance)} needs a network trained with label dropout (config null_label); 1 is off"

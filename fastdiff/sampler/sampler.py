@@ -25,6 +25,7 @@ from fastdiff.sampler.loop import Loop, Stream
 from fastdiff.sampler.measured import NAME, Measured, read_for
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
 from fastdiff.sampler.output import Event, SampleOutput
+from fastdiff.sampler.prompts import TextEncoder, encode
 from fastdiff.sampler.request import Request, check
 from fastdiff.sampler.runners import FAST, Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
@@ -38,7 +39,7 @@ from fastdiff.solvers.walk import Schedule
 
 FIXED = (
     "unet", "info", "schedule", "prediction", "backend", "device", "dtype", "fast", "determinism", "scheduler_config",
-    "measurements_file",
+    "measurements_file", "text_encoder",
 )  # fmt: skip
 
 
@@ -70,6 +71,8 @@ class Sampler:
         measurements_file: The model's ``trilemma.json``, written by ``fastdiff trilemma --install``, on which
             solver="auto", quality= and deadline_s= are based; it need not exist yet.
         class_names: The name of each class from 0 on, which `sample` takes as labels; None: the classes have no names.
+        text_encoder: For a `fastdiff.UNetCondition`: the encoder of prompts, a `fastdiff.text.CaptionEncoder` or
+            another object with its `tokenize` and `encode`; None for a network that reads no text.
 
     Attributes cannot be changed; what differs needs another sampler.
 
@@ -107,6 +110,7 @@ class Sampler:
         scheduler_config: dict[str, Any] | None = None,
         measurements_file: str | Path | None = None,
         class_names: Sequence[str] | None = None,
+        text_encoder: TextEncoder | None = None,
     ):
         if not isinstance(unet, nn.Module):
             raise InvalidArgument(f"unet={shown(unet)}: a torch module is needed; from_pretrained takes paths")
@@ -120,7 +124,10 @@ class Sampler:
         if measurements_file is not None and not isinstance(measurements_file, (str, os.PathLike)):
             raise InvalidArgument(f"measurements_file={shown(measurements_file)}: a path or None is needed")
         self.unet = unet
-        self.info = dataclasses.replace(NetworkInfo.of(unet, shape), class_names=_class_names(class_names))
+        self.info = dataclasses.replace(
+            NetworkInfo.of(unet, shape, text_encoder is not None), class_names=_class_names(class_names)
+        )
+        self.text_encoder = None if text_encoder is None else _check_encoder(text_encoder)
         self.schedule: Schedule = schedule or NoiseSchedule()
         self.prediction = prediction
         self.determinism = determinism
@@ -143,7 +150,7 @@ class Sampler:
             "prediction": self.prediction, "backend": self.backend, "device": self.device,
             "dtype": FAST if self.fast else self.dtype, "determinism": self.determinism, "shape": self._shape,
             "scheduler_config": self.scheduler_config, "measurements_file": self.measurements_file,
-            "class_names": self.info.class_names,
+            "class_names": self.info.class_names, "text_encoder": self.text_encoder,
         }  # fmt: skip
         return _made, (type(self), self.unet, self.schedule, options)
 
@@ -203,7 +210,8 @@ class Sampler:
             dtype = named if dtype is None else dtype
         check_options(source)
         device = usable_device(device)
-        loaded = checkpoints.load(model, **source)
+        text = checkpoints.load_text(model, **source)
+        loaded = checkpoints.load(model, **source) if text is None else text
         if loaded.schedule is None and schedule is None:
             raise ConfigError(
                 f"{loaded.path}: no scheduler_config.json says with which schedule and prediction the network was "
@@ -221,7 +229,8 @@ class Sampler:
             determinism=determinism,
             scheduler_config=loaded.scheduler_config,
             measurements_file=loaded.path / NAME if loaded.path.is_dir() else None,
-            class_names=loaded.class_names,
+            class_names=loaded.class_names if isinstance(loaded, checkpoints.Pretrained) else None,
+            text_encoder=None if text is None else text.text_encoder.to(device),
         )
 
     @process.work()
@@ -242,6 +251,8 @@ class Sampler:
         index: Sequence[int] | None = None,
         indices: Sequence[int] | None = None,
         labels: int | str | Sequence[int | str] | Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | None = None,
         guidance: float | Sequence[float] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
@@ -294,6 +305,9 @@ class Sampler:
             labels: Class of all images, or of each one: a number from 0 to the number of classes - 1, or the name of a
                 class, where the model has names. None: the null class; networks without one need labels if they have
                 classes.
+            prompts: What to draw, for a network that reads text: a text for all images, or one for each. "" asks for
+                nothing.
+            negative: What guidance leads away from, likewise; None: "".
             guidance: Scale of classifier-free guidance for all images, or for each one; 1 is off.
             guidance_interval: (start, end) of the part of the run that is guided, from 0 (noise) to 1 (image).
             guidance_rescale: Share, from 0 (off) to 1, by which guided outputs are rescaled to the standard deviation
@@ -359,6 +373,8 @@ class Sampler:
         iterations: int = 1,
         spacing: str | Sequence[float] | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | None = None,
         guidance: float | Sequence[float] = 1.0,
         guidance_rescale: float = 0.0,
         batch_size: int | None = None,
@@ -383,6 +399,8 @@ class Sampler:
                 "ddim" only.
             spacing: As for `sample`.
             labels: As for `sample`.
+            prompts: As for `sample`.
+            negative: As for `sample`.
             guidance: As for `sample`.
             guidance_rescale: As for `sample`.
             batch_size: As for `sample`.
@@ -415,8 +433,8 @@ class Sampler:
         image = editing.as_image(image, self.info.channels)
         n = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 1
         r = self.request(
-            max(n, 1), solver=table, image=image, strength=1.0, labels=labels, guidance=guidance,
-            guidance_rescale=guidance_rescale, batch_size=batch_size,
+            max(n, 1), solver=table, image=image, strength=1.0, labels=labels, prompts=prompts,
+            negative=negative, guidance=guidance, guidance_rescale=guidance_rescale, batch_size=batch_size,
         )  # fmt: skip
         images = self._loop.run(r, callback, progress).images
         with plain_modes():
@@ -548,7 +566,11 @@ class Sampler:
             point = None
         if point is None:
             o, point = choice.resolve(o, self.schedule, known)
-        r = check(n, o, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend)
+        r = check(
+            n, o, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend, self.text_encoder
+        )
+        if r.prompts is not None and self.text_encoder is not None:
+            r = dataclasses.replace(r, texts=encode(r.prompts, self.text_encoder, self.info.pooled))
         if known is not None and point is not None:
             known.check_rows(point, len(r.table))
         return r
@@ -590,6 +612,15 @@ class Sampler:
 def _made(kind: type[Sampler], unet: nn.Module, schedule: Schedule, options: dict[str, Any]) -> Sampler:
     """Make the sampler of a copy or a pickle."""
     return kind(unet, schedule, **options)
+
+
+def _check_encoder(encoder: Any) -> TextEncoder:
+    for name in ("tokenize", "encode"):
+        if not callable(getattr(encoder, name, None)):
+            raise InvalidArgument(
+                f"text_encoder={shown(encoder)}: tokenize(text) and encode(text) are needed, as of a CaptionEncoder"
+            )
+    return encoder
 
 
 def _class_names(names: Sequence[str] | None) -> tuple[str, ...] | None:

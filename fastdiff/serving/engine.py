@@ -192,6 +192,8 @@ class Engine:
                 f"the network reads a condition image of {info.condition} channels, which an Engine does not give it "
                 "yet; a Sampler does"
             )
+        if info.text:
+            raise InvalidArgument("the network reads text, which an Engine does not give it yet; a Sampler does")
         self._shape = (info.channels, *info.size)
         self._runners = self._sampler._runners
         capacity = max(2 * scheduler.TOGETHER, min(MOST_SLOTS, SLOT_BYTES // (24 * math.prod(self._shape))))

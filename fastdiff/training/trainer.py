@@ -36,16 +36,19 @@ from fastdiff.modes import plain_modes
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.runners import usable_device
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.training import resume
+from fastdiff.text import CaptionEncoder
+from fastdiff.training import captions, resume
+from fastdiff.training.captions import Captioned
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.lock import locked
 from fastdiff.training.log import TrainingLog
 from fastdiff.training.loss import loss_weights, target
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 log = logging.getLogger("fastdiff")
 
 GRID_STEPS = 25  # DDIM steps of the sample grids
+GRID_GUIDANCE = 3.0  # of grids from captions, without which images follow their prompts less
 # Settings that a resumed run may change.
 MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile", "gradient_checkpointing")
 
@@ -55,7 +58,8 @@ HARMLESS = (
     "label_dropout", "min_snr_gamma", "hflip",
 )  # fmt: skip
 
-Part = tuple[range, Tensor, Tensor | None]  # positions in the stream of images, the images there (uint8), their labels
+# Positions in the stream of images, the images there (uint8), and their labels or the tokens of their captions.
+Part = tuple[range, Tensor, Tensor | None]
 
 
 class Trainer:
@@ -69,16 +73,20 @@ class Trainer:
 
     Args:
         unet: The network, which is itself trained, in float32.
-        data: The images and labels.
+        data: The images, with labels, or with captions for a `fastdiff.UNetCondition`.
         out: The folder of the run.
         config: The settings; None means ``TrainConfig()``.
         schedule: The noise schedule; None means ``NoiseSchedule()``.
         device: The device to train on; None means CUDA where it is available, else the CPU.
+        text_encoder: The encoder of captions, which is trained with a `fastdiff.UNetCondition`; None for a
+            `fastdiff.UNet`, which reads none.
 
     Attributes:
         class_names: The names of the classes, as the data has them; they are saved with the model. None without names.
         unet: The network in training.
+        text_encoder: The encoder of captions in training, or None.
         ema: A copy of the network with the exponential moving average of the weights, which is sampled and exported.
+        ema_text_encoder: Likewise of the encoder of captions, or None.
         step: The number of updates so far.
 
     Raises:
@@ -88,21 +96,31 @@ class Trainer:
     @plain_modes(gradients=True)
     def __init__(
         self,
-        unet: UNet,
+        unet: UNet | UNetCondition,
         data: ImageData,
         out: str | Path,
         config: TrainConfig | None = None,
         schedule: NoiseSchedule | None = None,
         device: str | torch.device | None = None,
+        text_encoder: CaptionEncoder | None = None,
     ):
         self.config = TrainConfig() if config is None else instance("config", config, TrainConfig)
         self.schedule = NoiseSchedule() if schedule is None else instance("schedule", schedule, NoiseSchedule)
         self.data = instance("data", data, ImageData, "fastdiff.load_data makes one")
-        instance("unet", unet, UNet, "fastdiff.UNet.from_pretrained reads one, diffusers' too")
-        self.class_names: tuple[str, ...] | None = None if unet.config.num_classes is None else data.class_names
+        if text_encoder is None:
+            instance("unet", unet, UNet, "fastdiff.UNet.from_pretrained reads one, diffusers' too")
+        else:
+            instance("text_encoder", text_encoder, CaptionEncoder)
+            instance("unet", unet, UNetCondition, "a network that reads the states of a text_encoder")
+        classes = unet.config.num_classes if isinstance(unet, UNet) else None
+        self.class_names: tuple[str, ...] | None = None if classes is None else data.class_names
         self.out = Path(check_new_path("out", out))
         self.rank, self.world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
         self._check(unet)
+        if isinstance(unet, UNet):
+            self._check_classes(unet)
+        elif text_encoder is not None:
+            captions.check(unet, text_encoder, data)
         if self.config.sample_every:  # now rather than at the first grid, as it may raise
             self._table = solvers.ddim(
                 self.schedule, min(GRID_STEPS, self.schedule.timesteps), prediction=self.config.prediction
@@ -112,10 +130,14 @@ class Trainer:
         side = data.size[0] if data.size[0] == data.size[1] else data.size
         unet.config = dataclasses.replace(unet.config, sample_size=side)
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
-        self.unet = unet.to(self.device, torch.float32).train()
-        self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        self.unet, self.text_encoder = unet, text_encoder
+        network: nn.Module = unet
+        if isinstance(unet, UNetCondition) and text_encoder is not None:
+            network = Captioned(unet, text_encoder)
+        self._network = network.to(self.device, torch.float32).train()
+        self._average_network = copy.deepcopy(self._network).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(),
+            self._network.parameters(),
             lr=self.config.lr,
             betas=(self.config.beta1, self.config.beta2),
             weight_decay=self.config.weight_decay,
@@ -126,9 +148,28 @@ class Trainer:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         self._losses: list[float] = []  # of the steps since the last line of log.jsonl
         self._weights = loss_weights(self.schedule, self.config.prediction, self.config.min_snr_gamma).to(self.device)
+        self._null: Tensor | None = None  # what a dropped label or caption becomes
+        if text_encoder is not None:
+            self._null = torch.tensor(text_encoder.tokenize(""), dtype=torch.int64, device=self.device)
+        elif isinstance(unet, UNet) and unet.config.null_label is not None:
+            self._null = torch.tensor(unet.config.null_label, dtype=torch.int64, device=self.device)
 
-    def _check(self, unet: UNet) -> None:
+    @property
+    def ema(self) -> UNet | UNetCondition:
+        """The network with the average of the weights."""
+        average: Any = self._average_network
+        return average if self.text_encoder is None else average.unet
+
+    @property
+    def ema_text_encoder(self) -> CaptionEncoder | None:
+        """The encoder of captions with the average of the weights; None without one."""
+        average: Any = self._average_network
+        return None if self.text_encoder is None else average.encoder
+
+    def _check(self, unet: UNet | UNetCondition) -> None:
         config, data, batch = unet.config, self.data, self.config.batch_size
+        if self.config.gradient_checkpointing and not isinstance(unet, UNet):
+            raise InvalidArgument("gradient_checkpointing=True is for a fastdiff.UNet; False is needed here")
         if data.channels != config.in_channels:
             raise InvalidArgument(f"the images have {data.channels} channels, the U-Net takes {config.in_channels}")
         if config.out_channels > config.in_channels:
@@ -141,14 +182,6 @@ class Trainer:
             raise InvalidArgument(
                 f"images of {data.size[0]}x{data.size[1]}: both must be multiples of the U-Net's stride "
                 f"{config.stride}, as size={near}"
-            )
-        if config.conditional and config.num_classes is None:
-            raise InvalidArgument(
-                f"class_embed_type={config.class_embed_type!r} cannot be trained from labels; use num_class_embeds"
-            )
-        if config.num_classes is not None and (data.num_classes is None or data.num_classes > config.num_classes):
-            raise InvalidArgument(
-                f"the U-Net takes {config.num_classes} classes, the data has {data.num_classes or 'no labels'}"
             )
         if any(p.is_inference() for p in unet.parameters()):
             raise InvalidArgument(
@@ -166,6 +199,17 @@ class Trainer:
             raise InvalidArgument(
                 f"sample_every={self.config.sample_every}: images of {config.out_channels} channels are not pictures; "
                 "0 is needed"
+            )
+
+    def _check_classes(self, unet: UNet) -> None:
+        config, data = unet.config, self.data
+        if config.conditional and config.num_classes is None:
+            raise InvalidArgument(
+                f"class_embed_type={config.class_embed_type!r} cannot be trained from labels; use num_class_embeds"
+            )
+        if config.num_classes is not None and (data.num_classes is None or data.num_classes > config.num_classes):
+            raise InvalidArgument(
+                f"the U-Net takes {config.num_classes} classes, the data has {data.num_classes or 'no labels'}"
             )
 
     # ---- the draws of a step: functions of the seed and the position in the stream of images -------------------------
@@ -195,13 +239,17 @@ class Trainer:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
     def _read(self, positions: range) -> tuple[Tensor, Tensor | None]:
-        """Read images and labels, and check what a caller's own data set may get wrong."""
-        data, classes = self.data, self.unet.config.num_classes
-        images, labels = data.__getitems__(self._indices(positions))
+        """Read images and labels or captions, and check what a caller's own data set may get wrong."""
+        data, indices = self.data, self._indices(positions)
+        images, labels = data.__getitems__(indices)
         shape = (len(positions), data.channels, *data.size)
         if not isinstance(images, Tensor) or images.dtype != torch.uint8 or tuple(images.shape) != shape:
             kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise DataError(f"the data gave images {kind}; uint8 {list(shape)}, from 0 to 255, are needed")
+        if self.text_encoder is not None:
+            assert data.captions is not None
+            return images, captions.tokens_of(self.text_encoder, data.captions, indices)
+        classes = self.unet.config.num_classes if isinstance(self.unet, UNet) else None
         if classes is None:
             return images, labels  # which are not used
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
@@ -218,7 +266,7 @@ class Trainer:
         """Draw x_0 in [-1, 1], noise ~ N(0, I), t ~ Uniform{0..T-1} and labels (algorithm 1, lines 2 to 4).
 
         The words w0, w1, w2 of one Philox block for each image decide: t = floor(w0 T / 2^32); the image is flipped if
-        w1 is odd; the label is dropped if w2 < p 2^32, p being ``label_dropout``.
+        w1 is odd; the label or caption is dropped if w2 < p 2^32, p being ``label_dropout``.
         """
         c = self.config
         x0 = images.to(self.device).float() / 127.5 - 1.0
@@ -229,12 +277,13 @@ class Trainer:
         t = w0 * self.schedule.timesteps >> 32
         if c.hflip:
             x0 = torch.where((w1 & 1).bool()[:, None, None, None], x0.flip(-1), x0)
-        if self.unet.config.num_classes is None:
+        if isinstance(self.unet, UNet) and self.unet.config.num_classes is None:
             labels = None
         if labels is not None:
             labels = labels.to(self.device)
-            if self.unet.config.null_label is not None:
-                labels = torch.where(w2 < int(c.label_dropout * 2**32), self.unet.config.null_label, labels)
+            if self._null is not None:
+                dropped = w2 < int(c.label_dropout * 2**32)
+                labels = torch.where(dropped if labels.ndim == 1 else dropped[:, None], self._null, labels)
         noise = normal(seed, index, row, TRAIN_NOISE, (self.unet.config.out_channels, *x0.shape[2:]))
         return x0, noise, t, labels
 
@@ -253,8 +302,8 @@ class Trainer:
                 started = time.perf_counter()
                 positions = next(self._positions(0))
                 images, labels = self._read(positions)
-                self._loss(self.unet, *self._batch(images, labels, positions)).backward()
-                float(next(self.unet.parameters()).grad.sum())  # type: ignore[union-attr]  # waits for the device
+                self._loss(self._network, *self._batch(images, labels, positions)).backward()
+                float(next(self._network.parameters()).grad.sum())  # type: ignore[union-attr]  # waits for the device
                 seconds.append(time.perf_counter() - started)
         self.optimizer.zero_grad(set_to_none=True)
         return min(seconds) * self.config.accumulate
@@ -284,7 +333,8 @@ class Trainer:
         and which checkpoints do not have. So its function for one update is used alone.
         """
         d = self.config.ema_at(self.step) if self.step else 0.0
-        get_ema_multi_avg_fn(d)(list(self.ema.parameters()), list(self.unet.parameters()), self.step)
+        average, present = list(self._average_network.parameters()), list(self._network.parameters())
+        get_ema_multi_avg_fn(d)(average, present, self.step)
 
     def _update(self, network: nn.Module, parts: list[Part]) -> float:
         """Take one step of AdamW on a batch, and return the batch's loss."""
@@ -300,7 +350,7 @@ class Trainer:
                 loss = self._loss(network, *self._batch(images, labels, positions)) / config.accumulate
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self._network.parameters(), config.grad_clip)
         if self.world > 1:
             dist.all_reduce(total)
             total /= self.world
@@ -353,17 +403,20 @@ class Trainer:
         """
         ours = [self.device] if self.device.type == "cuda" else []
         # The old checkpoint stays until the new one, of weights, average and two moments, is complete.
-        need = 4 * 4 * sum(p.numel() for p in self.unet.parameters())
+        need = 4 * 4 * sum(p.numel() for p in self._network.parameters())
         lock = locked(self.out, need) if self.rank == 0 else contextlib.nullcontext()
         with torch.random.fork_rng(ours), lock, self._processes():
             self._resume(boolean("accept_changes", accept_changes))
             if on_start is not None and self.rank == 0:
                 on_start()
-            network: nn.Module = torch.compile(self.unet) if self.config.compile else self.unet  # type: ignore[assignment]  # it returns a module
+            network: nn.Module = torch.compile(self._network) if self.config.compile else self._network  # type: ignore[assignment]  # it returns a module
             if self.world > 1:
                 ids = [self.device.index] if self.device.type == "cuda" else None
                 network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
-            recomputed = self.unet.gradient_checkpointing() if self.config.gradient_checkpointing else None
+            recomputed = None
+            if self.config.gradient_checkpointing:
+                assert isinstance(self.unet, UNet), "checked when the trainer was made"
+                recomputed = self.unet.gradient_checkpointing()
             with (
                 recomputed or contextlib.nullcontext(),
                 TrainingLog(self.out, self.config, self.step, self._losses, enabled=self.rank == 0) as logger,
@@ -433,7 +486,8 @@ class Trainer:
         return self.out / "checkpoint.safetensors"
 
     def _info(self) -> dict[str, Any]:
-        return {
+        text = {} if self.text_encoder is None else {"text_encoder": self.text_encoder.config.to_dict()}
+        return text | {
             "kind": "training",
             "step": self.step,
             "train": dataclasses.asdict(self.config),
@@ -459,7 +513,7 @@ class Trainer:
             TrainingError: If a weight, an average or a moment is not finite, or the file cannot be written; the old
                 file is left as it is.
         """
-        resume.save(self.checkpoint_path, self.unet, self.ema, self.optimizer, self._info())
+        resume.save(self.checkpoint_path, self._network, self._average_network, self.optimizer, self._info())
 
     def _resume(self, accept_changes: bool) -> None:
         """Continue from the checkpoint, if there is one; one that does not fit raises, and nothing is changed."""
@@ -478,6 +532,7 @@ class Trainer:
             info["unet"]["sample_size"] = mine["unet"]["sample_size"]
             mine["data"] = {key: value for key, value in mine["data"].items() if key in info["data"]}
             others = {key: _difference(info[key], mine[key]) for key in ("unet", "scheduler", "data")}
+            others["text_encoder"] = _difference(info.get("text_encoder"), mine.get("text_encoder"))
             others["class_names"] = _difference(info.get("class_names", mine["class_names"]), mine["class_names"])
             step, world = int(info["step"]), info["world_size"]
             losses = [float(loss) for loss in info.get("losses", [])]
@@ -492,7 +547,7 @@ class Trainer:
                 + ". Use those, or another folder"
                 + (", or go on with the new ones by accept_changes=True (--accept-changes)" if harmless else "")
             )
-        resume.restore(self.checkpoint_path, tensors, self.unet, self.ema, self.optimizer)
+        resume.restore(self.checkpoint_path, tensors, self._network, self._average_network, self.optimizer)
         self.step, self._losses = step, losses
         if self.rank == 0:
             log.info("resuming %s at step %d", self.checkpoint_path, step)
@@ -502,18 +557,26 @@ class Trainer:
                 log.warning("resuming with %d processes instead of %s: same batches, other rounding", self.world, world)
 
     def _sample_grid(self, logger: TrainingLog) -> None:
-        """Sample the EMA weights to ``samples/step-*.png``: 8 images of each of the first 10 classes, or 64 without."""
-        sampler = Sampler(self.ema, self.schedule, prediction=self.config.prediction)
-        classes = sampler.info.classes
+        """Sample the EMA weights to ``samples/step-*.png``: 8 images of each of the first 10 classes, or 64 without.
+
+        The prompts of a network that reads captions are those of the first 64 images.
+        """
+        sampler = Sampler(
+            self.ema, self.schedule, prediction=self.config.prediction, text_encoder=self.ema_text_encoder
+        )
+        classes, prompts = sampler.info.classes, None
         labels = None if classes is None else [label for label in range(min(classes, 10)) for _ in range(8)]
         n = 64 if labels is None else len(labels)
+        if self.data.captions is not None and self.text_encoder is not None:
+            prompts = [self.data.captions[i % len(self.data)] for i in range(n)]
         condition = None
         if sampler.info.condition:
             given, _ = self.data.__getitems__([i % len(self.data) for i in range(n)])
             condition = given[:, sampler.info.channels :].float() / 127.5 - 1.0
         output = sampler.sample(
-            n, solver=self._table, seed=self.config.seed, labels=labels, size=self.data.size, condition=condition
-        )
+            n, solver=self._table, seed=self.config.seed, labels=labels, size=self.data.size, condition=condition,
+            prompts=prompts, guidance=1.0 if prompts is None else GRID_GUIDANCE,
+        )  # fmt: skip
         picture = output.grid(columns=8)
         path = self.out / "samples" / f"step-{self.step:07d}.png"
         with resume.writing(path):
@@ -530,8 +593,10 @@ class Trainer:
         Raises:
             CheckpointError: If the folder cannot be written.
         """
-        names = self.class_names
-        save_folder(path, self.ema, self.schedule, prediction=self.config.prediction, class_names=names)
+        save_folder(
+            path, self.ema, self.schedule, prediction=self.config.prediction, class_names=self.class_names,
+            text_encoder=self.ema_text_encoder,
+        )  # fmt: skip
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -392,6 +392,28 @@ class UNetCondition(nn.Module):
                 f"{config.projection_class_embeddings_input_dim} are needed"
             )
 
+    def zero_residuals_(self) -> UNetCondition:
+        """Zero the last layer of every residual branch and of the network, as Ho et al. 2020 do before training.
+
+        Residual blocks that change neither channels nor size are then the identity, as are transformers, and the
+        network's output is 0.
+
+        Returns:
+            The network itself.
+        """
+        heads: list[nn.Module] = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                heads.append(module.conv2)
+            elif isinstance(module, Attention):
+                heads.append(module.to_out[0])
+            elif isinstance(module, Transformer):
+                heads.append(module.proj_out)
+        for head in heads:
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+        return self
+
     @classmethod
     def from_pretrained(cls, path: str | Path, **source: Any) -> UNetCondition:
         """Load a network from the folder of a diffusers pipeline, or of its ``unet``.

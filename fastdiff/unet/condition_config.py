@@ -430,6 +430,16 @@ class UNetConditionConfig:
         """Width of the time embedding, the output of the time MLP."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels; None for a network without labels."""
+        return None if self.class_embed_type is not None else self.num_class_embeds
+
+    @property
+    def stride(self) -> int:
+        """Factor by which the network reduces the resolution, rounded up at each level."""
+        return 1 << (len(self.block_out_channels) - 1)
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConditionConfig:
         """Create a configuration from the contents of a diffusers ``config.json``.

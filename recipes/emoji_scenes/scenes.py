@@ -133,6 +133,7 @@ class Composer:
         for number, sprite in zip(numbers, sprites, strict=True):
             self.sprites[names[number]].append(sprite)
         self.small: dict[tuple[str, int, str, int], np.ndarray] = {}
+        self.digest = hashlib.sha256(sprites.tobytes()).hexdigest()
 
     def picture(self, scene: Scene, choose: np.random.Generator) -> np.ndarray:
         """Compose a scene, uint8 [32, 32, 3]; ``choose`` draws the details of the ground and the exact size."""
@@ -225,14 +226,28 @@ def ground(kind: str, choose: np.random.Generator) -> np.ndarray:
     return picture
 
 
-def sample(composer: Composer, seed: int, index: int, part: str = "train") -> tuple[np.ndarray, str, Scene]:
-    """Return scene ``index`` of a seed, with its picture and caption.
+def scene_of(seed: int, index: int, part: str = "train") -> Scene:
+    """Return the description of scene ``index`` of a seed.
 
     ``part`` is "train" for scenes without held-out pairs, "held-out" for coloured scenes whose colour and noun, or noun
     and ground, are a held-out pair, and "seen" for coloured scenes without one.
     """
-    choose = np.random.default_rng([seed, index, ("train", "held-out", "seen").index(part)])
+    choose = _choices(seed, index, part, 0)
     while True:
         scene = draw_scene(choose, 0.75 if part == "train" else 1.0)
         if trained(scene) == (part != "held-out"):
-            return composer.picture(scene, choose), caption(scene, choose), scene
+            return scene
+
+
+def picture_of(composer: Composer, seed: int, index: int, part: str = "train") -> np.ndarray:
+    """Return the picture of scene ``index`` of a seed, uint8 [32, 32, 3]."""
+    return composer.picture(scene_of(seed, index, part), _choices(seed, index, part, 1))
+
+
+def caption_of(seed: int, index: int, part: str = "train") -> str:
+    """Return the caption of scene ``index`` of a seed."""
+    return caption(scene_of(seed, index, part), _choices(seed, index, part, 2))
+
+
+def _choices(seed: int, index: int, part: str, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([seed, index, ("train", "held-out", "seen").index(part), purpose])

@@ -27,7 +27,7 @@ native = pytest.importorskip("fastdiff._native", reason="the native extension is
 G, PANEL, By, Method = native.GROUP, native.PANEL, native.By, native.Method
 SCHEDULE = NoiseSchedule("linear", 100, beta_end=0.1)
 REFUSED = (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, BufferError)
-TIMES, LABELS, TEXTS = 5, 4, 3
+TIMES, LABELS = 5, 4
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -69,7 +69,7 @@ class Valid:
         several = {"src": [qkv], "heads": 2, "head_dim": 6, "text": None, "norm": None, "bf16": False}
         several["dst"] = self.maps(12)
         self.calls["heads"] = "attention", several
-        reads = {**several, "src": [self.maps(12)], "text": floats(TEXTS, 7, 2 * 12), "dst": self.maps(12)}
+        reads = {**several, "src": [self.maps(12)], "text": floats(LABELS, 7, 2 * 12), "dst": self.maps(12)}
         self.calls["text"] = "attention", reads
         layer = "Norm", {
             "statistics": [], "channels": [channels], "groups": 0, "eps": 1e-5, "gamma": floats(padded(channels)),
@@ -78,10 +78,6 @@ class Valid:
         gates = -(-padded(channels) // (PANEL // 2)) * PANEL
         gated = {"kernel": 1, "padding": 0, "norm": layer, "geglu": True, "outputs": gates, "emb_channels": channels}
         self.conv("geglu", [b], [channels], self.maps(channels), **gated)
-        by_prompt = {"time": self.vectors(0, By.timestep), "classes": self.vectors(0, By.prompt, padded(channels))}
-        self.calls["embed text"] = "embed", {
-            **by_prompt, "features": channels, "dst": zeros(rows, 1, 1, padded(channels)),
-        }  # fmt: skip
         single = {"src": [self.maps(channels), b], "heads": 1, "head_dim": channels, "text": None}
         single["norm"] = self.norm([channels])
         self.calls["attention"] = "attention", {**single, "bf16": False, "dst": self.maps(channels)}
@@ -97,8 +93,7 @@ class Valid:
 
     def vectors(self, offset: int, by: Any, width: int | None = None) -> tuple[str, dict[str, Any]]:
         values = {By.timestep: self.times, By.label: self.classes}.get(by)
-        if values is None:
-            values = floats(self.rows if by == By.row else TEXTS, width)
+        values = floats(self.rows, width) if values is None else values
         return "RowVectors", {"values": values, "by": by, "offset": offset}
 
     def norm(self, channels: list[int], modulation: Any = None) -> tuple[str, dict[str, Any]]:
@@ -125,7 +120,7 @@ class Valid:
         index = np.zeros(self.rows, np.int64)
         return {
             "isa": "", "threads": 1, "x": self.x, "out": self.out, "out_channels": 3, "timestep": index,
-            "label": index.copy(), "prompt": index.copy(), "class_image": self.class_image,
+            "label": index.copy(), "class_image": self.class_image,
         }  # fmt: skip
 
     def step(self, images: int = 3, guided: bool = True) -> dict[str, Any]:
@@ -136,9 +131,9 @@ class Valid:
         return {
             "x": floats(*shape), "row": np.zeros_like(index), "table": index % 2, "entry": entry % TIMES,
             "images": index.copy(), "guided": index.copy() if guided else index[:0].copy(),
-            "label": index % LABELS, "null_label": LABELS - 1, "prompts": index % TEXTS,
-            "null_prompts": (index + 1) % TEXTS, "class_image": floats(images, self.H, self.W, 3),
-            "null_image": floats(self.H, self.W, 3), "net": zeros(rows, self.H, self.W, G), "out": zeros(*shape),
+            "label": index % LABELS, "null_label": LABELS - 1, "null": (index + 1) % LABELS,
+            "class_image": floats(images, self.H, self.W, 3), "null_image": floats(self.H, self.W, 3),
+            "net": zeros(rows, self.H, self.W, G), "out": zeros(*shape),
             "bank": bank.values.numpy(), "guidance": floats(images), "rescale": floats(images), "advance_rows": True,
             "lengths": bank.lengths.numpy(), "seed": index, "index": index.copy(), "xs": zeros(*shape),
             "m1": zeros(*shape), "m2": zeros(*shape), "m3": zeros(*shape),
@@ -356,11 +351,9 @@ def test_a_number_of_threads_that_no_machine_has(number):
         ("null_image", None, "class image"),
         ("null_image", floats(8, 8, 4), "null_image is"),
         ("label", None, "label is None"),
-        ("prompts", None, "prompts or null_prompts are None"),
-        ("null_prompts", None, "prompts or null_prompts are None"),
-        ("prompts", np.full(3, TEXTS, np.int64), f"prompt {TEXTS} of a table of {TEXTS}"),
-        ("null_prompts", np.full(3, -1, np.int64), f"prompt -1 of a table of {TEXTS}"),
-        ("prompts", np.zeros(2, np.int64), r"prompts is \[2\], \[3\] is needed"),
+        ("null", np.full(3, -1, np.int64), f"label -1 of a table of {LABELS}"),
+        ("null", np.array([0, LABELS, 1]), f"label {LABELS} of a table of {LABELS}"),
+        ("null", np.zeros(2, np.int64), r"null is \[2\], \[3\] is needed"),
         ("class_image", None, "class image"),
         ("row", np.full(3, 4, np.int64), "row 4 of table"),
         ("table", np.full(3, 2, np.int64), "table 2"),

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff import NoiseSchedule, solvers
+from fastdiff import NoiseSchedule, checkpoints, solvers
 from fastdiff.backends import Spec, choose, native, prepare
 from fastdiff.backends.native import cost, packing
 from fastdiff.backends.network import TextTables, condition_reasons
+from fastdiff.core.lower import lower
 from fastdiff.core.state import State, TableBank, Texts
 from fastdiff.core.update import guide
 from fastdiff.errors import BackendError
 from fastdiff.unet import UNetCondition, UNetConditionConfig
+from tests.cli.test_cli import call  # noqa: F401 - a fixture
 from tests.core.test_condition_program import REFUSED
+from tests.support.captioned import network_and_encoder
 from tests.support.cases import TEXTS, Replay
 from tests.support.conditions import (
     VARIANTS,
@@ -113,7 +117,7 @@ def test_working_space_does_not_grow_with_the_number_of_keys():
     spaces = []
     for size in (32, 64, 128):
         x, out, index = (1, 4, size, size), (1, size, size, 16), (1,)
-        engine = extension.Engine("", 1, x=x, out=out, out_channels=4, timestep=index, label=index, prompt=index)
+        engine = extension.Engine("", 1, x=x, out=out, out_channels=4, timestep=index, label=index)
         maps = {"src": [(1, size, size, 960)], "dst": (1, size, size, 320)}
         engine.attention(**maps, heads=8, head_dim=40, text=None, norm=None, bf16=False)
         spaces.append(engine.space)
@@ -133,7 +137,7 @@ def state_of(inputs: dict, t: float = 40, texts: Texts | None = None, **options)
         guidance=options.pop("guidance", 1.0),
     )  # fmt: skip
     state.texts = texts or texts_of(inputs)
-    state.prompts = torch.arange(len(state.x))
+    state.label = torch.arange(len(state.x))
     for name, value in options.items():
         setattr(state, name, value)
     return state
@@ -209,7 +213,7 @@ def scenes():
 
 def drawn(images: int, texts: int, tokens: int = 5) -> tuple[torch.Tensor, Texts]:
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(images, 3, 32, 32, generator=generator)
+    x = torch.randn(images, 3, 16, 16, generator=generator)
     states = text_states((texts, tokens, 128), generator)
     return x, Texts(states, torch.randn(texts, 128, generator=generator))
 
@@ -218,10 +222,10 @@ def drawn(images: int, texts: int, tokens: int = 5) -> tuple[torch.Tensor, Texts
 def test_prompts_and_negative_prompts_of_each_image(scenes):
     x, texts = drawn(4, 3)
     prompts, nulls, guidance = torch.tensor([2, 0, 0, 1]), torch.tensor([1, 1, 2, 0]), [3.0, 1.0, 2.0, 0.0]
-    state = state_of({"x": x}, texts=texts, prompts=prompts, null_prompts=nulls, guidance=guidance)
+    state = state_of({"x": x}, texts=texts, label=prompts, null=nulls, guidance=guidance)
     runner_of(scenes, {"x": x}).forward(state)
     t = torch.tensor([40.0] * 4)
-    both = [scenes(x, t, texts.states[i], texts.vectors[i]) for i in (prompts, nulls)]
+    both = [scenes(x, t, texts.states[i], texts.pooled[i]) for i in (prompts, nulls)]
     expected = guide(*both, torch.tensor(guidance), 3, 0.0)
     assert relative_error(state.out, expected) <= 1e-5
 
@@ -236,8 +240,8 @@ def test_bits_do_not_depend_on_the_batch_its_order_or_other_texts(scenes):
         state = State.create(
             x[images].clone(), TableBank([solvers.ddim(SCHEDULE, 3)], CPU), guidance=[guidance[i] for i in images]
         )
-        state.texts, state.prompts = texts, renamed[prompts[images]]
-        state.null_prompts = renamed[nulls[images]]
+        state.texts, state.label = texts, renamed[prompts[images]]
+        state.null = renamed[nulls[images]]
         runner = runner_of(scenes, {"x": x[images]}, determinism="bitwise")
         while not state.done:
             runner.step(state)
@@ -245,11 +249,11 @@ def test_bits_do_not_depend_on_the_batch_its_order_or_other_texts(scenes):
 
     whole = sampled([0, 1, 2, 3, 4], texts, [0, 1, 2, 3])
     order = [3, 1, 0, 2]
-    turned = Texts(texts.states[order], texts.vectors[order])
+    turned = Texts(texts.states[order], texts.pooled[order])
     assert torch.equal(sampled([4, 2, 0], turned, [2, 1, 3, 0]), whole[[4, 2, 0]])
     for i in range(5):
         own = [int(prompts[i]), int(nulls[i])]
-        alone = Texts(texts.states[own], texts.vectors[own])
+        alone = Texts(texts.states[own], texts.pooled[own])
         rename = [own.index(k) if k in own else 0 for k in range(4)]
         assert torch.equal(sampled([i], alone, rename), whole[[i]])
 
@@ -262,7 +266,7 @@ def test_texts_are_computed_once(scenes, monkeypatch):
     monkeypatch.setattr(TextTables, "_compute", lambda self, *args: computed.append(args[1]) or compute(self, *args))
     runner = runner_of(scenes, {"x": x})
     outs = []
-    for again in (texts, Texts(texts.states.clone(), texts.vectors.clone())):
+    for again in (texts, Texts(texts.states.clone(), texts.pooled.clone())):
         state = state_of({"x": x}, texts=again)
         for _ in range(2):
             runner.forward(state)
@@ -270,9 +274,9 @@ def test_texts_are_computed_once(scenes, monkeypatch):
     assert computed == [0, 1]
     assert torch.equal(*outs)
     _, more = drawn(2, 7)
-    state = state_of({"x": x}, texts=more, prompts=torch.tensor([5, 6]))
+    state = state_of({"x": x}, texts=more, label=torch.tensor([5, 6]))
     runner.forward(state)  # the tables grow
-    fresh = state_of({"x": x}, texts=more, prompts=torch.tensor([5, 6]))
+    fresh = state_of({"x": x}, texts=more, label=torch.tensor([5, 6]))
     runner_of(scenes, {"x": x}).forward(fresh)
     assert torch.equal(state.out, fresh.out)
 
@@ -283,8 +287,8 @@ def test_runs_that_take_turns_with_more_texts_than_are_kept(scenes, room, monkey
     monkeypatch.setattr("fastdiff.backends.native.runner.TEXT_BYTES", room)
     x, texts = drawn(2, 6)
     runner = runner_of(scenes, {"x": x})
-    parts = [Texts(texts.states[i : i + 2], texts.vectors[i : i + 2]) for i in (0, 2, 4)]
-    parts.append(Texts(texts.states[:2, :3].contiguous(), texts.vectors[:2]))  # of other lengths
+    parts = [Texts(texts.states[i : i + 2], texts.pooled[i : i + 2]) for i in (0, 2, 4)]
+    parts.append(Texts(texts.states[:2, :3].contiguous(), texts.pooled[:2]))  # of other lengths
     states = [state_of({"x": x}, texts=part) for part in parts]
     expected = []
     for part in parts:
@@ -307,7 +311,7 @@ def test_changed_weights_are_noticed(scenes):
     changed.data *= 2.0
     state = state_of({"x": x}, texts=texts)
     runner.forward(state)
-    assert relative_error(state.out, unet(x, torch.tensor([40.0] * 2), texts.states, texts.vectors)) <= 1e-5
+    assert relative_error(state.out, unet(x, torch.tensor([40.0] * 2), texts.states, texts.pooled)) <= 1e-5
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -319,19 +323,19 @@ def test_changed_weights_are_noticed(scenes):
         ({"texts": None}, r"needs texts, states of the shape \[texts, tokens, 128\], not None"),
         ({"texts": Texts(torch.zeros(2, 5, 127), torch.zeros(2, 128))}, r"not \[2, 5, 127\]"),
         ({"texts": Texts(torch.zeros(2, 0, 128), torch.zeros(2, 128))}, r"not \[2, 0, 128\]"),
-        ({"texts": Texts(torch.zeros(2, 5, 128))}, r"vectors of texts of the shape \[2, 128\], not None"),
+        ({"texts": Texts(torch.zeros(2, 5, 128))}, r"pooled vectors of texts of the shape \[2, 128\], not None"),
         ({"texts": Texts(torch.zeros(2, 5, 128), torch.zeros(3, 128))}, r"not \[3, 128\]"),
-        ({"prompts": None}, "prompts or null_prompts are None"),
-        ({"prompts": torch.tensor([0, 2])}, "not among the 2 given"),
-        ({"prompts": torch.tensor([-1, 0])}, "not among the 2 given"),
-        ({"prompts": torch.tensor([0])}, r"prompts is \[1\], \[2\] is needed"),
-        ({"null_prompts": None}, "prompts or null_prompts are None"),
-        ({"null_prompts": torch.tensor([0, 9])}, "not among the 2 given"),
+        ({"label": None}, r"the number of a text for each image \(label\)"),
+        ({"label": torch.tensor([0, 2])}, r"\(label\)"),
+        ({"label": torch.tensor([-1, 0])}, r"\(label\)"),
+        ({"label": torch.tensor([0])}, r"label is \[1\], \[2\] is needed"),
+        ({"null": None}, r"\(null\)"),
+        ({"null": torch.tensor([0, 9])}, r"\(null\)"),
     ],
 )
 def test_a_state_is_refused_by_name(scenes, changes, words):
     x, texts = drawn(2, 2)
-    options = {"texts": texts, "null_prompts": torch.tensor([1, 1]), "guidance": 2.0, **changes}
+    options = {"texts": texts, "null": torch.tensor([1, 1]), "guidance": 2.0, **changes}
     given = options.pop("texts")
     state = state_of({"x": x}, texts=texts, **options)
     state.texts = given
@@ -368,11 +372,11 @@ MACHINE = cost.Ceilings("avx512bf16", 2, {"float32": 500.0, "bfloat16": 1000.0},
 def test_memory_and_algorithms_are_those_of_the_engine(rows):
     scenes = random_condition(UNetConditionConfig(**SCENES))
     x, texts = drawn(rows, 1, 77)
-    state = state_of({"x": x}, texts=texts, prompts=torch.zeros(rows, dtype=torch.int64))
+    state = state_of({"x": x}, texts=texts, label=torch.zeros(rows, dtype=torch.int64))
     runner = runner_of(scenes, {"x": x})
     runner.forward(state)
     (compiled,) = runner.programs.values()
-    said = cost.estimate(scenes, (32, 32), rows, 1, rows, machine=MACHINE)
+    said = cost.estimate(scenes, (16, 16), rows, 1, rows, machine=MACHINE)
     held = runner.memory()
     assert held.pop("texts") > 0
     assert {"weights": said.memory["packed"], "arena": said.memory["arena"], "space": said.memory["space"]} == held
@@ -381,3 +385,21 @@ def test_memory_and_algorithms_are_those_of_the_engine(rows):
     for op, done in cost.work(described, MACHINE):
         assert done.seconds(MACHINE) > 0, op
     assert said.flops == rows * sum(described.program.flops(op) for op in described.program.ops)
+
+
+def test_info_describes_a_text_conditioned_model(tmp_path, call):  # noqa: F811 - the fixture
+    unet, encoder = network_and_encoder()
+    folder = tmp_path / "model"
+    checkpoints.save_folder(folder, unet, SCHEDULE, text_encoder=encoder)
+    code, out, _ = call("info", str(folder), "--program", "--n", "2", "--steps", "3", "--guidance", "2", "--json")
+    said = json.loads(out)
+    assert code == 0
+    program = lower(unet, (8, 8), len(encoder.tokenize("")))
+    assert said["program"]["flops"] == sum(program.flops(op) for op in program.ops)
+    kinds = [(op["op"], op["with"], op["src"]) for op in said["program"]["ops"]]
+    assert ("conv 1x1/1", ["layer norm", "geglu"], [[4, 4, 16]]) in kinds
+    assert ("attention", [], [[4, 4, 16], [1, 8, 32]]) in kinds
+    assert said["cost"]["seconds"] > 0
+    assert said["cost"]["flops"] == 2 * 3 * 2 * said["program"]["flops"]
+    code, out, _ = call("info", str(folder), "--program")
+    assert "(layer norm, geglu)" in out

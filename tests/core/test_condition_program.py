@@ -90,6 +90,19 @@ def test_an_activation_of_a_sum_is_refused_by_name():
     assert "time_embedding_act_fn 'gelu'" in condition_reasons(random_condition(described))[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (VARIANTS["text_time"], "addition_embed_type='text_time'"),
+        ({**VARIANTS["identity class"], "time_embedding_act_fn": "silu"}, "time_embedding_act_fn='silu'"),
+        ({**VARIANTS["class labels"], "time_embedding_act_fn": "gelu"}, "time_embedding_act_fn='gelu'"),
+    ],
+)
+def test_what_a_program_cannot_say_is_not_lowered(changes, words):
+    with pytest.raises(InvalidArgument, match=words):
+        lower(random_condition(config(**changes)), (8, 8))
+
+
 def test_a_changed_network_is_refused_by_name():
     unet = random_condition(config())
     unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.heads = 4

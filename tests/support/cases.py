@@ -87,7 +87,7 @@ TEXTS: dict[str, tuple[UNetConditionConfig, int]] = {
     "text, 1 head of 64, 1x1": (one_transformer(64, 1, (1, 1), use_linear_projection=True), 1),
     "text, 2 heads of 80, 7x3": (one_transformer(160, 2, (7, 3)), 64),
     "text, 1 head of 160, 6x6": (one_transformer(160, 1, (6, 6)), 65),
-    "text, 624 pixels": (one_transformer(20, 2, (24, 26)), 130),
+    "text, 527 pixels": (one_transformer(20, 2, (17, 31)), 130),
 }
 
 
@@ -133,7 +133,7 @@ class Replay(Interpreter):
             else self.external["class_image"].float().contiguous(),
         )
         if texts is not None:  # the last row has the first text
-            self.inputs.prompt = torch.arange(rows).flip(0)
+            self.inputs.label = torch.arange(rows).flip(0)
             self.inputs.text = {
                 name: value[:, 0].flip(0).float().contiguous()
                 for name, value in self.external.items()

@@ -36,7 +36,7 @@ from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.program import CACHE_BYTES, NativeProgram, dry_program
 from fastdiff.backends.network import EMBEDDING_PRODUCTS
 from fastdiff.checks import whole
-from fastdiff.core.lower import lower
+from fastdiff.core.lower import TOKENS, lower
 from fastdiff.core.program import Attention, Conv, Op, Program
 from fastdiff.errors import InvalidArgument
 from fastdiff.unet import UNet, UNetCondition
@@ -337,6 +337,7 @@ def estimate(
     device: str | torch.device = "cpu",
     determinism: str = "seed",
     machine: Ceilings | None = None,
+    tokens: int = TOKENS,
 ) -> Cost:
     """Predict the cost of a job. Nothing is packed or run, so it takes tenths of a second.
 
@@ -352,6 +353,7 @@ def estimate(
         device: Device of the backend.
         determinism: "seed" or "bitwise".
         machine: The machine's ceilings; measured if not given, once in a process.
+        tokens: Number of tokens of each text that a `UNetCondition` reads.
 
     Returns:
         The cost.
@@ -365,12 +367,14 @@ def estimate(
         raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     assert number is not None
     if not isinstance(unet, UNet | UNetCondition):
-        raise InvalidArgument(f"the cost of a {type(unet).__name__} is not known; a fastdiff.UNet is needed")
+        raise InvalidArgument(
+            f"the cost of a {type(unet).__name__} is not known; a fastdiff.UNet or UNetCondition is needed"
+        )
     batch = min(batch, n)
     shape = (unet.config.in_channels, *size)
     null_label = unet.config.null_label if isinstance(unet, UNet) else None
     spec = Spec(batch, shape, number, torch.device(device), null_label, determinism, fast=dtype == "bfloat16-fast")
-    program = lower(unet, size)
+    program = lower(unet, size, tokens)
     rows = batch * (1 + guided)
     passes = math.ceil(n / batch) * nfe / (1 + guided)
     itemsize = number.itemsize
@@ -389,11 +393,10 @@ def estimate(
         reasons = [f"backend {backend!r} runs what torch makes of the network; only the native engine's cost is known"]
     if reasons:
         return dataclasses.replace(cost, missing="; ".join(reasons))
-    return _native(cost, unet, spec, machine or ceilings())
+    return _native(cost, dry_program(unet, spec, rows, tokens), unet, spec, machine or ceilings())
 
 
-def _native(cost: Cost, unet: UNet | UNetCondition, spec: Spec, machine: Ceilings) -> Cost:
-    lowered = dry_program(unet, spec, cost.rows)
+def _native(cost: Cost, lowered: NativeProgram, unet: nn.Module, spec: Spec, machine: Ceilings) -> Cost:
     program, parts = lowered.program, math.ceil(cost.rows / lowered.rows)
     by_kind = {"step": cost.passes * outside(spec, cost.rows).seconds(machine)}
     for _, done in work(lowered, machine):

@@ -10,7 +10,6 @@ from torch import nn
 
 from fastdiff.backends.base import Spec
 from fastdiff.backends.network import condition_reasons, network_reasons
-from fastdiff.core.lower import size_multiple
 from fastdiff.unet import UNetCondition
 
 
@@ -38,7 +37,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     if type(unet) is not UNetCondition:
         return network_reasons(unet) + engine_reasons(spec.dtype, spec.device)
     reasons = condition_reasons(unet)
-    multiple, (channels, height, width) = size_multiple(unet), spec.shape
+    multiple, (channels, height, width) = unet.config.stride, spec.shape
     if height % multiple or width % multiple:
         reasons.append(f"it needs images whose height and width are multiples of {multiple}, not {height}x{width}")
     if channels != unet.config.in_channels:

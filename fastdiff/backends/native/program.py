@@ -56,18 +56,17 @@ def aligned(nbytes: int) -> Tensor:
 class ProgramInputs:
     """External buffers of a program; the engine copies each step's images into them.
 
-    ``timestep``, ``label`` and ``prompt`` are those of `Engine.run` and `Engine.profile`; a step brings its own.
+    ``timestep`` and ``label`` are those of `Engine.run` and `Engine.profile`; a step brings its own.
     """
 
     x: Tensor  # noisy images, float32 [rows, C, H, W]
     timestep: Tensor  # row of ``times`` for each row, int64 [rows]
-    label: Tensor  # row of ``classes`` for each row, int64 [rows]
+    label: Tensor  # row of ``classes`` and ``text`` for each row, int64 [rows]
     times: Tensor  # embeddings of timesteps, float32 [timesteps, features]
     classes: Tensor | None  # embeddings of labels, or of texts, float32 [labels, features], where the network has them
     class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
     latent: Tensor | None = None  # float32 [rows, H, W, padded C], of a decoder, which reads nothing else
-    prompt: Tensor | None = None  # row of ``text`` and ``classes`` for each row, int64 [rows], where there is a text
-    text: dict[str, Tensor] | None = None  # keys and values by external buffer, float32 [texts, tokens, C]
+    text: dict[str, Tensor] | None = None  # keys and values by external buffer, float32 [labels, tokens, C]
 
 
 def array(tensor: Tensor) -> Any:
@@ -105,8 +104,7 @@ class NativeProgram:
         self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device=arena.device)
         self.engine = native.Engine(
             isa, threads, x=array(inputs.x), out=array(self.out), out_channels=C, timestep=array(inputs.timestep),
-            label=array(inputs.label), prompt=array(inputs.label if inputs.prompt is None else inputs.prompt),
-            class_image=None if inputs.class_images is None else array(inputs.class_images),
+            label=array(inputs.label), class_image=None if inputs.class_images is None else array(inputs.class_images),
         )  # fmt: skip
         for op in program.ops:
             self._add(op)
@@ -198,8 +196,7 @@ class NativeProgram:
             zeros = torch.zeros(1, channels, dtype=torch.float32, device=self.arena.device)
             return self._rows(op.src[0]), self.native.RowVectors(array(zeros), by.row)
         assert self.inputs.classes is not None
-        number = by.label if self.inputs.text is None else by.prompt
-        return self._times(), self.native.RowVectors(array(self.inputs.classes), number)
+        return self._times(), self.native.RowVectors(array(self.inputs.classes), by.label)
 
     def _add_conv(self, op: Conv, dst: Any) -> None:
         buffers = self.program.buffers
@@ -233,15 +230,15 @@ class NativeProgram:
         )
 
 
-def dry_program(unet: UNet | UNetCondition, spec: Spec, rows: int) -> NativeProgram:
+def dry_program(unet: UNet | UNetCondition, spec: Spec, rows: int, tokens: int = TOKENS) -> NativeProgram:
     """Return the program that would run a pass of ``rows`` rows, or one part of it, with sizes and algorithms only.
 
-    It is for two texts of `fastdiff.core.lower.TOKENS` tokens, where the network reads one. Its arena and packed
-    weights are on "meta", so it takes no memory and cannot run.
+    It is for two texts of so many ``tokens``, where the network reads one. Its arena and packed weights are on "meta",
+    so it takes no memory and cannot run.
     """
     native = extension()
     assert native is not None
-    program = lower(unet, spec.shape[1:])
+    program = lower(unet, spec.shape[1:], tokens)
     rows = part_rows(rows, plan(program, 1, group=native.GROUP).size)
     layout = plan(program, rows, group=native.GROUP)
     C, H, W = spec.shape
@@ -251,7 +248,7 @@ def dry_program(unet: UNet | UNetCondition, spec: Spec, rows: int) -> NativeProg
 
     arena = meta(layout.size, dtype=torch.uint8)
     index = meta(rows, dtype=torch.int64)
-    text = {name: meta(2, TOKENS, 2 * m.to_k.out_features) for name, m in text_attentions(unet).items()}
+    text = {name: meta(2, tokens, 2 * m.to_k.out_features) for name, m in text_attentions(unet).items()}
     encoded = isinstance(unet, UNet) and unet.class_encoder is not None
     inputs = ProgramInputs(
         x=meta(rows, C, H, W),

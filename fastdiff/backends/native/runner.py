@@ -139,7 +139,7 @@ class NativeRunner:
         for _ in range(PACKINGS):
             cache = self._follow(state)
             class_images, null_image = self._class_images(state, cache, len(guided) > 0)
-            prompts, null_prompts = self._prompts(state, cache)
+            label, null = self._labels(state, cache, len(guided) > 0)
             program = self._program(part_rows(room, self.row_bytes))
             if program is not None:
                 break
@@ -160,11 +160,10 @@ class NativeRunner:
         try:
             program.engine.step(
                 x=state.x, row=state.row, table=state.table, entry=cache.entries, images=state.taking, guided=guided,
-                label=None if state.label is None else state.label.contiguous(), null_label=self.spec.null_label or 0,
-                prompts=prompts, null_prompts=null_prompts, class_image=class_images, null_image=null_image, net=net,
-                out=state.out, bank=state.bank.values, guidance=state.guidance, rescale=rescale, advance_rows=advance,
-                lengths=state.bank.lengths, seed=state.seed, index=state.index, xs=state.xs, m1=state.m1, m2=state.m2,
-                m3=state.m3,
+                label=label, null_label=self.spec.null_label or 0, null=null, class_image=class_images,
+                null_image=null_image, net=net, out=state.out, bank=state.bank.values, guidance=state.guidance,
+                rescale=rescale, advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index,
+                xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
             )  # fmt: skip
         except (TypeError, ValueError) as e:
             raise BackendError(f"backend 'native' cannot run this step: {e}") from e
@@ -248,9 +247,9 @@ class NativeRunner:
         classes = {"identity": unet.config.temb_channels}
         features = classes.get(unet.config.class_embed_type or "", unet.config.projection_class_embeddings_input_dim)
         wanted = None if unet.class_embedding is None else [len(texts), features]
-        given = None if texts.vectors is None else list(texts.vectors.shape)
+        given = None if texts.pooled is None else list(texts.pooled.shape)
         if given != wanted:
-            raise BackendError(f"this network needs vectors of texts of the shape {wanted}, not {given}")
+            raise BackendError(f"this network needs pooled vectors of texts of the shape {wanted}, not {given}")
         tokens = texts.states.shape[1]
         if self.texts is None or self.texts.tokens != tokens:
             self.texts = TextTables(unet, tokens, torch.device("cpu"), TEXT_BYTES)
@@ -270,14 +269,17 @@ class NativeRunner:
         self.states.clear()
         self.states[state] = cache
 
-    def _prompts(self, state: State, cache: StateCache) -> tuple[Tensor | None, Tensor | None]:
-        """Return the row of each image's text, and of that of its unconditional half, in the tables of texts."""
-        rows, found = cache.text_rows, []
-        for numbers in (state.prompts, state.null_prompts):
-            known = rows is not None and numbers is not None and len(numbers) > 0
-            if known and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(rows):
-                raise BackendError(f"an image has a text that is not among the {len(rows)} given")
-            found.append(rows[numbers] if known else None)
+    def _labels(self, state: State, cache: StateCache, guided: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return each image's label and that of its unconditional half: of texts, their rows in the tables of texts."""
+        given = {"label": state.label, "null": state.null if guided or cache.text_rows is None else None}
+        found: list[Tensor | None] = []
+        for name, labels in given.items():
+            if cache.text_rows is None or (name == "null" and not guided):
+                found.append(None if labels is None else labels.contiguous())
+            elif labels is None or not bool(((labels >= 0) & (labels < len(cache.text_rows))).all()):
+                raise BackendError(f"this network needs the number of a text for each image ({name})")
+            else:
+                found.append(cache.text_rows[labels])
         return found[0], found[1]
 
     def _enter(self, state: State, cache: StateCache) -> None:
@@ -321,7 +323,6 @@ class NativeRunner:
         )
         if self.texts is not None:
             inputs.classes, inputs.text = self.texts.classes, self.texts.banks
-            inputs.prompt = torch.zeros(rows, dtype=torch.int64, device="cpu")
         elif isinstance(self.unet, UNet) and self.unet.class_encoder is not None:
             inputs.class_images = x.new_zeros(rows, H, W, C)
 
