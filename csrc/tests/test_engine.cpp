@@ -356,7 +356,9 @@ void check_some_rows(const Kernels& kernels, int threads, Method method) {
 void check_attention(const Kernels& kernels, int threads, int rows, int pixels, int heads, int d, int keys = 0) {
   const int inner = heads * d, stride = padded(3 * inner), texts = 3;
   const int count = keys ? keys : pixels, key_stride = keys ? 2 * inner : stride;
-  const std::vector<float> qkv = random_map(rows * pixels, 3 * inner);
+  std::vector<float> qkv = random_map(rows * pixels, 3 * inner);
+  for (size_t q = 0; q < qkv.size(); q++)  // so that the attention is far from uniform
+    if (q % stride < static_cast<size_t>(inner)) qkv[q] *= 3;
   const std::vector<float> bank = random(static_cast<size_t>(texts) * keys * 2 * inner);
   std::vector<int64_t> text_of_row(rows);
   for (int row = 0; row < rows; row++) text_of_row[row] = (row + 2) % texts;

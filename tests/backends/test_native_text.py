@@ -15,6 +15,7 @@ from fastdiff.backends import Spec, choose, native, prepare
 from fastdiff.backends.native import cost, packing
 from fastdiff.backends.network import TextTables, condition_reasons
 from fastdiff.core.lower import lower
+from fastdiff.core.program import Attention
 from fastdiff.core.state import State, TableBank, Texts
 from fastdiff.core.update import guide
 from fastdiff.errors import BackendError
@@ -22,7 +23,7 @@ from fastdiff.unet import UNetCondition, UNetConditionConfig
 from tests.cli.test_cli import call  # noqa: F401 - a fixture
 from tests.core.test_condition_program import REFUSED
 from tests.support.captioned import network_and_encoder
-from tests.support.cases import TEXTS, Replay
+from tests.support.cases import TEXTS, Replay, one_level
 from tests.support.conditions import (
     VARIANTS,
     config,
@@ -102,6 +103,17 @@ def test_layer_norm_at_a_large_mean(replays, isa):
         replay.put(source, torch.randn_like(replay.held[source]) + 1e4)
         replay.exact[op.dst] = replay.compute(op)
         replay.check(replay.compiled(isa), i, 4e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_of_keys_behind_a_norm(isa):
+    """An attention with one head normalises its keys and values while it packs them; here they are 527."""
+    replay = Replay(one_level(24, 3, (17, 31)), 2)
+    compiled = replay.compiled(isa, 2)
+    attentions = [i for i, op in enumerate(replay.program.ops) if isinstance(op, Attention)]
+    assert {len(replay.program.ops[i].src) for i in attentions} == {2}
+    for i in attentions:
+        replay.check(compiled, i, 4e-6)
 
 
 def test_gated_layers_are_packed_as_values_and_gates():
