@@ -21,7 +21,7 @@
 
 namespace fastdiff {
 
-// By which number a row finds its vector: its own, that of its timestep, or that of its label.
+// By which number a row finds its vector: its own, that of its timestep, or that of its label, a class or a text.
 enum class By { row, timestep, label };
 
 // A vector for each row, from number `offset` of a row of `values` on.
@@ -31,6 +31,7 @@ struct BoundVectors {
   int64_t offset;
 };
 
+// A GroupNorm, or where there are no groups a LayerNorm of one source, which needs no statistics.
 struct BoundNorm {
   std::vector<Operand> statistics;  // [rows, strips, 2, padded channels] of each source
   std::vector<int> channels;        // of each source, without padding
@@ -99,7 +100,7 @@ class BoundEngine {
   }
 
   void conv(const std::vector<nb::object>& src, int kernel, int stride, int padding, bool circular, bool upsample,
-            Method method, const std::optional<BoundNorm>& norm, bool silu, bool bf16, nb::handle weights,
+            Method method, const std::optional<BoundNorm>& norm, bool silu, bool geglu, bool bf16, nb::handle weights,
             nb::handle bias, const std::optional<BoundVectors>& emb, int emb_channels, nb::handle residual,
             float divide, nb::handle dst, nb::handle statistics) {
     ConvOp op{};
@@ -128,9 +129,13 @@ class BoundEngine {
     a.circular = circular;
     a.upsample = upsample;
     a.method = method;
+    a.geglu = geglu;
     a.bf16 = bf16;
+    require(!geglu || (kernel == 1 && stride == 1 && !upsample && !emb && residual.is_none() && statistics.is_none() &&
+                       divide == 1.0f),
+            "geglu: a product without emb, residual, divide and statistics is needed");
     a.weights = packed(weights, a);
-    a.bias = vector(bias, a.outputs, "bias");
+    a.bias = vector(bias, geglu ? static_cast<int64_t>(a.panels()) * panel : a.outputs, "bias");
     a.emb_channels = emb_channels;
     require(emb_channels >= 0 && emb_channels <= a.outputs, "emb_channels: more than dst has");
     if (emb) a.emb = vectors(*emb, emb_channels, "emb");
@@ -144,7 +149,12 @@ class BoundEngine {
     }
     a.inverse_divide = 1.0f / divide;
     if (!statistics.is_none()) a.statistics = this->statistics(statistics, to.map(), a.outputs, "statistics");
-    op.norm = norm_of(norm, a.src);
+    if (norm && norm->groups == 0) {
+      require(kernel == 1 && stride == 1 && !upsample && !silu, "a LayerNorm is before a product, without silu");
+      layer_norm(*norm, a.src);
+    } else {
+      op.norm = norm_of(norm, a.src);
+    }
     add(op);
   }
 
@@ -161,9 +171,10 @@ class BoundEngine {
     add(op);
   }
 
-  // src: (queries, keys and values side by side) or (queries, what keys and values are).
-  void attention(const std::vector<nb::object>& src, int heads, int head_dim, const std::optional<BoundNorm>& norm,
-                 bool bf16, nb::handle dst) {
+  // src: (queries, keys and values side by side); or (queries, what keys and values are); or, where each row has those of
+  // its label's text, (queries). text: [labels, keys, keys and values side by side].
+  void attention(const std::vector<nb::object>& src, int heads, int head_dim, nb::handle text,
+                 const std::optional<BoundNorm>& norm, bool bf16, nb::handle dst) {
     AttentionOp op{};
     AttentionArgs& a = op.attention;
     require(src.size() == 1 || src.size() == 2, "one or two sources are needed");
@@ -173,20 +184,32 @@ class BoundEngine {
     fits(queries, to.height, to.width, queries.channels, "src");
     fits(keys, to.height, to.width, keys.channels, "src");
     require(inner <= to.channels && padded(static_cast<int>(inner)) == to.channels, "dst: heads * head_dim is needed");
-    if (src.size() == 1) {
-      require(3 * inner <= keys.channels, "src: 3 * heads * head_dim channels are needed");
-      require(!norm, "a norm needs two sources");
-      a.keys = keys.data == nullptr ? nullptr : keys.data + inner;
-      a.values = keys.data == nullptr ? nullptr : keys.data + 2 * inner;
-    } else {
-      require(heads == 1 && inner <= queries.channels && padded(head_dim) == keys.channels,
-              "two sources need one head that is as wide as they are");
-      a.keys = a.values = keys.data;
-    }
     a.queries = queries.data;
     a.query_stride = queries.channels;
     a.key_stride = keys.channels;
-    a.pixels = to.height * to.width;
+    a.pixels = a.keys_count = to.height * to.width;
+    const auto from = [](const float* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; };
+    const int64_t apart = static_cast<int64_t>(a.pixels) * a.key_stride;
+    require(src.size() == 2 || !norm, "a norm needs two sources");
+    if (!text.is_none()) {
+      require(src.size() == 1 && inner <= queries.channels, "src: queries of heads * head_dim channels are needed");
+      const Operand bank = operand<const float>(text, 3, "text");
+      require(bank.at(2) == 2 * inner && bank.at(1) <= most / 64,
+              "text is " + describe(bank.shape) + ": [labels, keys, 2 * heads * head_dim] is needed");
+      use(bank);
+      a.keys_count = static_cast<int>(bank.at(1));
+      a.key_stride = static_cast<int>(2 * inner);
+      a.keys = {bank.floats(), indices(By::label, bank.at(0)), bank.at(1) * bank.at(2)};
+      a.values = {from(bank.floats(), inner), a.keys.index, a.keys.stride};
+    } else if (src.size() == 1) {
+      require(3 * inner <= keys.channels, "src: 3 * heads * head_dim channels are needed");
+      a.keys = {from(keys.data, inner), nullptr, apart};
+      a.values = {from(keys.data, 2 * inner), nullptr, apart};
+    } else {
+      require(heads == 1 && inner <= queries.channels && padded(head_dim) == keys.channels,
+              "two sources need one head that is as wide as they are");
+      a.keys = a.values = {keys.data, nullptr, apart};
+    }
     a.heads = heads;
     a.head_dim = head_dim;
     a.bf16 = bf16;
@@ -218,7 +241,7 @@ class BoundEngine {
   // the `images` take it, all where it is None; `guided` are the numbers, in that list, of those that are evaluated with
   // the null label too.
   void step(Floats x, Integers row, ConstIntegers table, ConstIntegers entry, ConstIntegers images,
-            ConstIntegers guided, ConstIntegers label, int64_t null_label, ConstFloats class_image,
+            ConstIntegers guided, ConstIntegers label, int64_t null_label, ConstIntegers null, ConstFloats class_image,
             ConstFloats null_image, Floats net, Floats out, ConstFloats bank, ConstFloats guidance, ConstFloats rescale,
             bool advance_rows, ConstIntegers lengths, ConstIntegers seed, ConstIntegers index, Floats xs, Floats m1,
             Floats m2, Floats m3) {
@@ -250,6 +273,7 @@ class BoundEngine {
     check_shape(guidance, {B}, "guidance");
     check_shape(rescale, {B}, "rescale");
     check_shape(label, {B}, "label");
+    check_shape(null, {B}, "null");
     check_shape(class_image, {B, H, W, C}, "class_image");
     check_shape(null_image, {H, W, C}, "null_image");
     check_shape(seed, {B}, "seed");
@@ -269,7 +293,10 @@ class BoundEngine {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t i = image_of_row[r];
       timesteps[r] = checked(entry.data()[places.table[i] * places.bank.rows + places.row[i]], By::timestep);
-      if (label.is_valid()) labels[r] = checked(r < taking ? label.data()[i] : null_label, By::label);
+      if (label.is_valid()) {
+        const int64_t unconditional = null.is_valid() ? null.data()[i] : null_label;
+        labels[r] = checked(r < taking ? label.data()[i] : unconditional, By::label);
+      }
     }
 
     const NetworkInputs inputs{x_.floats(), timesteps_now_.data(), labels_now_.data(), class_image_.floats(), out_};
@@ -420,9 +447,14 @@ class BoundEngine {
       require(count == rows_ || count == 1, name + ": a vector for each row, or one for all, is needed");
       return {base, nullptr, count == 1 ? 0 : stride};
     }
-    int64_t& limit = v.by == By::timestep ? timesteps_ : labels_;
+    return {base, indices(v.by, count), stride};
+  }
+
+  // Returns where operations read the number of each row, of a table of `count` entries.
+  const int64_t* indices(By by, int64_t count) {
+    int64_t& limit = by == By::timestep ? timesteps_ : labels_;
     limit = std::min(limit, count);
-    return {base, v.by == By::timestep ? timesteps_now_.data() : labels_now_.data(), stride};
+    return by == By::timestep ? timesteps_now_.data() : labels_now_.data();
   }
 
   float* statistics(nb::handle given, Map map, int channels, const std::string& name) {
@@ -458,6 +490,19 @@ class BoundEngine {
     a.beta = vector(norm->beta, total, "beta");
     if (norm->modulation) a.modulation = vectors(*norm->modulation, 2 * total, "modulation");
     return a;
+  }
+
+  // Has the products of `src` read it through a LayerNorm.
+  void layer_norm(const BoundNorm& norm, Sources& src) {
+    require(src.count == 1 && norm.statistics.empty() && norm.channels.size() == 1 && !norm.modulation,
+            "a LayerNorm needs one source, and neither statistics nor modulation");
+    const int channels = norm.channels[0];
+    require(channels >= 1 && channels <= most && padded(channels) == src.channels[0],
+            "the norm's channels are not those of the source");
+    src.norm_channels = channels;
+    src.eps = norm.eps;
+    src.gamma = vector(norm.gamma, src.channels[0], "gamma");
+    src.beta = vector(norm.beta, src.channels[0], "beta");
   }
 
   bool uses(By by) const { return (by == By::timestep ? timesteps_ : labels_) != INT64_MAX; }
@@ -533,18 +578,18 @@ inline void bind_engine(nb::module_& m) {
       .def("input", &BoundEngine::input, nb::kw_only(), "center"_a, "combine"_a, "dst"_a)
       .def("embed", &BoundEngine::embed, nb::kw_only(), "time"_a, "classes"_a, "features"_a, "dst"_a)
       .def("conv", &BoundEngine::conv, nb::kw_only(), "src"_a, "kernel"_a, "stride"_a, "padding"_a, "circular"_a,
-           "upsample"_a, "method"_a, "norm"_a.none(), "silu"_a, "bf16"_a, "weights"_a, "bias"_a, "emb"_a.none(),
-           "emb_channels"_a, "residual"_a.none(), "divide"_a, "dst"_a, "statistics"_a.none())
+           "upsample"_a, "method"_a, "norm"_a.none(), "silu"_a, "geglu"_a, "bf16"_a, "weights"_a, "bias"_a,
+           "emb"_a.none(), "emb_channels"_a, "residual"_a.none(), "divide"_a, "dst"_a, "statistics"_a.none())
       .def("pool", &BoundEngine::pool, nb::kw_only(), "src"_a, "norm"_a.none(), "silu"_a, "dst"_a)
-      .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "norm"_a.none(),
-           "bf16"_a, "dst"_a)
+      .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "text"_a.none(),
+           "norm"_a.none(), "bf16"_a, "dst"_a)
       .def("step", &BoundEngine::step, nb::kw_only(), "x"_a.noconvert(), "row"_a.noconvert(), "table"_a.noconvert(),
            "entry"_a.noconvert(), "images"_a.noconvert().none(), "guided"_a.noconvert().none(),
-           "label"_a.noconvert().none(), "null_label"_a, "class_image"_a.noconvert().none(),
-           "null_image"_a.noconvert().none(), "net"_a.noconvert(), "out"_a.noconvert(), "bank"_a.noconvert(),
-           "guidance"_a.noconvert().none(), "rescale"_a.noconvert().none(), "advance_rows"_a, "lengths"_a.noconvert(),
-           "seed"_a.noconvert(), "index"_a.noconvert(), "xs"_a.noconvert().none(), "m1"_a.noconvert().none(),
-           "m2"_a.noconvert().none(), "m3"_a.noconvert().none())
+           "label"_a.noconvert().none(), "null_label"_a, "null"_a.noconvert().none(),
+           "class_image"_a.noconvert().none(), "null_image"_a.noconvert().none(), "net"_a.noconvert(),
+           "out"_a.noconvert(), "bank"_a.noconvert(), "guidance"_a.noconvert().none(), "rescale"_a.noconvert().none(),
+           "advance_rows"_a, "lengths"_a.noconvert(), "seed"_a.noconvert(), "index"_a.noconvert(),
+           "xs"_a.noconvert().none(), "m1"_a.noconvert().none(), "m2"_a.noconvert().none(), "m3"_a.noconvert().none())
       .def("run", &BoundEngine::run, "first"_a, "last"_a)
       .def("profile", &BoundEngine::profile, "first"_a, "last"_a)
       .def_prop_ro("space", &BoundEngine::space)

@@ -49,7 +49,8 @@ struct NetworkInputs {
 };
 
 // A step of a batch: the evaluations of the network, each for an image that takes the step, and their inputs. The first
-// `conditional` rows are evaluated with the images' own labels, the others with the null label.
+// `conditional` rows are evaluated with the images' own labels, the others with null labels. A label is the number of a
+// class, or of a text.
 struct Batch {
   int rows, conditional;
   const int64_t* image_of_row;  // [rows]

@@ -54,6 +54,11 @@ struct Sources {
   const float* scale = nullptr;  // [rows, all channels]: norm(x) = x * scale + shift; null: there is no norm
   const float* shift = nullptr;
   bool silu = false;
+  // A LayerNorm of the only source, in place of scale and shift: each pixel is normalised over its channels.
+  const float* gamma = nullptr;  // [padded channels], as is beta; null: there is none
+  const float* beta = nullptr;
+  float eps = 0;
+  int norm_channels = 0;  // without padding
   int all_channels() const { return channels[0] + channels[1]; }
 };
 
@@ -76,6 +81,9 @@ struct NormArgs {
 enum class Method { direct, winograd2, winograd4 };
 
 // Arguments of a convolution or matrix product: dst = (W * norm(src) + bias + emb + residual) * inverse_divide.
+//
+// Where `geglu`, a product without emb, residual, division and statistics has a gate for each output h, and dst = h *
+// gelu(gate). Half of each panel's columns are outputs, the others are the gates of these.
 struct ConvArgs {
   Sources src;
   Map map;        // size of the result
@@ -85,10 +93,11 @@ struct ConvArgs {
   bool circular;  // the padding repeats the other side of the map; otherwise it is zeros
   bool upsample;  // the sources are doubled in size (nearest neighbour) before the convolution
   Method method;
+  bool geglu;
   bool bf16;            // operands are bfloat16: conv_load rounds the sources, and weights hold bfloat16
   const void* weights;  // [panels, positions, depth, panel], zero-padded; bfloat16: [.., depth / 2, panel, 2]
-  const float* bias;    // [padded outputs]
-  int outputs;          // output channels, padded
+  const float* bias;    // [padded outputs]; where geglu [panels, panel]
+  int outputs;          // channels of dst, padded
   RowVectors emb;       // added to the bias of a row; base null: none
   int emb_channels;     // not padded
   const float* residual;
@@ -103,7 +112,8 @@ struct ConvArgs {
   int tile() const { return method == Method::winograd4 ? 4 : method == Method::winograd2 ? 2 : 1; }
   // Number of summands of a product.
   int depth() const { return src.all_channels() * (method == Method::direct ? kernel * kernel : 1); }
-  int panels() const { return ceil_div(outputs, panel); }
+  int per_panel() const { return geglu ? panel / 2 : panel; }  // channels of dst that a panel has
+  int panels() const { return ceil_div(outputs, per_panel()); }
   // Items (tiles, or pixels where direct) per strip; the last strip of a map may have fewer.
   int items() const { return ceil_div(map.height < strip ? map.height : strip, tile()) * ceil_div(map.width, tile()); }
   // Numbers between two positions. The added `group` keeps positions from mapping to the same cache sets.
@@ -113,7 +123,8 @@ struct ConvArgs {
   int64_t product_size(int items) const { return positions() * product_stride(items); }
   // Whether the sources in memory are the operand of the product, so that nothing needs to be loaded.
   bool in_place() const {
-    return method == Method::direct && kernel == 1 && stride == 1 && src.scale == nullptr && !upsample && !bf16;
+    return method == Method::direct && kernel == 1 && stride == 1 && src.scale == nullptr && src.gamma == nullptr &&
+           !upsample && !bf16;
   }
   // Size of the region that n strips of one map read. Tiles may extend beyond the map; those pixels are dropped.
   int columns() const { return stride * (ceil_div(map.width, tile()) * tile() - 1) + kernel; }
@@ -143,21 +154,25 @@ struct PoolArgs {
 // Arguments of attention. Where scale is not null, keys and values are normalised while they are read; that needs a
 // single head that is as wide as its source.
 struct AttentionArgs {
-  const float* queries;  // [rows, pixels, query_stride], the heads of a pixel one after the other
-  const float* keys;     // [rows, pixels, key_stride]
-  const float* values;
+  const float* queries;     // [rows, pixels, query_stride], the heads of a pixel one after the other
+  RowVectors keys, values;  // a row's [keys_count, key_stride], of its own pixels or of its text
   int query_stride, key_stride;
   const float* scale;  // [rows, padded(head_dim)], or null
   const float* shift;
-  int pixels, heads, head_dim;
+  int pixels, keys_count, heads, head_dim;
   bool bf16;   // operands of the products are bfloat16
   float* dst;  // [rows, pixels, padded(heads * head_dim)]
 
-  static constexpr int block = 48;  // queries in a unit of work
+  static constexpr int block = 48;       // queries in a unit of work
+  static constexpr int key_block = 512;  // keys that are packed at a time, which bounds the working space
   int blocks() const { return ceil_div(pixels, block); }
+  // Number of units for which a block of keys is packed once. Where there is one block, it stays packed for all units.
+  int together() const { return keys_count > key_block ? 8 : 1; }
   int64_t space() const {
-    const int64_t keys = ceil_div(pixels, panel) * panel, width = ceil_div(head_dim, panel) * panel;
-    return keys * even(head_dim) + width * even(pixels) + block * (2 * keys + width + padded(head_dim));
+    const int most = keys_count < key_block ? keys_count : key_block;
+    const int64_t keys = ceil_div(most, panel) * panel, width = ceil_div(head_dim, panel) * panel;
+    return keys * even(head_dim) + width * even(most) + block * (2 * keys + padded(head_dim)) +
+           together() * block * (width + 2);
   }
 };
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "kernels.hpp"
@@ -64,13 +65,51 @@ void load_pixels(const ConvArgs& a, Range strips, T* loaded) {
   }
 }
 
+// Loads strips for a 1 x 1 convolution behind a LayerNorm: the items are the normalised pixels.
+//
+//     y = (x - mean) / sqrt(var + eps) * gamma + beta
+//
+// The mean is computed a second time from differences to the first one, so that a large mean costs no precision.
+template <class T>
+void load_layer_norm(const ConvArgs& a, Range strips, T* loaded) {
+  const int per_row = a.map.strips(), channels = a.src.channels[0], count = a.src.norm_channels;
+  const int whole = count / lanes * lanes;
+  for (int s = strips.begin; s < strips.end; s++, loaded += static_cast<int64_t>(a.items()) * channels) {
+    const int row = s / per_row, y0 = s % per_row * strip;
+    const int pixels = std::min(strip, a.map.height - y0) * a.map.width;
+    const float* x = a.src.data[0] + (static_cast<int64_t>(row) * a.map.height + y0) * a.map.width * channels;
+    for (int i = 0; i < pixels; i++, x += channels) {
+      Vec sum = splat(0), first = splat(0), second = splat(0);
+      for (int c = 0; c < channels; c += lanes) sum += load(x + c);  // the padding is zeros
+      const float centre = total(sum) / count;
+      for (int c = 0; c < whole; c += lanes) {
+        const Vec d = load(x + c) - centre;
+        first += d;
+        second += d * d;
+      }
+      for (int c = whole; c < count; c++) {
+        const float d = x[c] - centre;
+        first[0] += d;
+        second[0] += d * d;
+      }
+      const float rest = total(first) / count;
+      const float scale = 1.0f / std::sqrt(total(second) / count - rest * rest + a.src.eps);
+      for (int c = 0; c < channels; c += lanes)
+        store(loaded + static_cast<int64_t>(i) * channels + c,
+              (load(x + c) - centre - rest) * scale * load(a.src.gamma + c) + load(a.src.beta + c));
+    }
+  }
+}
+
 // Loads strips as the method of the convolution asks for. The first item becomes number `offset` of `items` in
 // `loaded`.
 template <class T>
 void load_strips(const ConvArgs& a, Range strips, T* loaded, int offset, int items, float* space) {
   const int per_row = a.map.strips();
   if (a.kernel == 1 && a.stride == 1 && !a.upsample) {
-    const auto load = a.src.scale != nullptr ? load_pixels<T, true> : load_pixels<T, false>;
+    const auto load = a.src.gamma != nullptr   ? load_layer_norm<T>
+                      : a.src.scale != nullptr ? load_pixels<T, true>
+                                               : load_pixels<T, false>;
     return load(a, strips, loaded + static_cast<int64_t>(offset) * a.depth());
   }
   for (int s = strips.begin; s < strips.end;) {
@@ -216,6 +255,17 @@ __attribute__((noinline)) void store_pixels(const ConvArgs& a, Finish& finish, i
     }
 }
 
+// Finishes vector j of the outputs of panel p, and of their gates, for a strip.
+__attribute__((noinline)) void store_gated(const ConvArgs& a, int row, int y0, int p, int j, const float* products) {
+  constexpr int gates = panel / 2;
+  const Vec bias = load(a.bias + static_cast<int64_t>(p) * panel + j);
+  const Vec gate_bias = load(a.bias + static_cast<int64_t>(p) * panel + gates + j);
+  const int pixels = std::min(strip, a.map.height - y0) * a.map.width;
+  float* to = a.dst + (static_cast<int64_t>(row) * a.map.height + y0) * a.map.width * a.outputs + p * gates + j;
+  for (int i = 0; i < pixels; i++, products += panel, to += a.outputs)
+    store(to, (load(products) + bias) * gelu(load(products + gates) + gate_bias));
+}
+
 // Counts the pixels of all maps before strip s.
 int64_t pixels_before(const ConvArgs& a, int s) {
   const int per_row = a.map.strips();
@@ -236,7 +286,8 @@ void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loade
   const int per_row = a.map.strips(), depth = a.depth();
   const int64_t stride = a.product_stride(items), begin = pixels_before(a, strips.begin);
   for (int p = panels.begin; p < panels.end; p++) {
-    const int width = std::min(panel, a.outputs - p * panel);
+    const int channels = std::min(a.per_panel(), a.outputs - p * a.per_panel());
+    const int width = a.geglu ? panel / 2 + channels : channels;
     const int64_t first_weight = static_cast<int64_t>(p) * a.positions() * depth * panel;
     const int used = strips.size() * a.items();
     if (a.in_place()) {  // the pixels of the sources are the items, and nothing was loaded
@@ -253,12 +304,16 @@ void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loade
                          static_cast<const float*>(a.weights) + first_weight, products);
     }
     for (int s = strips.begin; s < strips.end; s++)
-      for (int j = 0; j < width; j += lanes) {
-        Finish finish(a, s / per_row, p * panel + j);
+      for (int j = 0; j < channels; j += lanes) {
         const int64_t item =
             a.in_place() ? pixels_before(a, s) - begin : static_cast<int64_t>(s - strips.begin) * a.items();
         const float* first = products + item * panel + j;
         const int y0 = s % per_row * strip;
+        if (a.geglu) {
+          store_gated(a, s / per_row, y0, p, j, first);
+          continue;
+        }
+        Finish finish(a, s / per_row, p * panel + j);
         switch (a.method) {
           case Method::winograd4: store_tiles<Winograd4>(a, finish, y0, first, stride); break;
           case Method::winograd2: store_tiles<Winograd2>(a, finish, y0, first, stride); break;

@@ -352,46 +352,137 @@ void check_some_rows(const Kernels& kernels, int threads, Method method) {
   }
 }
 
-void check_attention(const Kernels& kernels, int threads, int rows, int pixels, int heads, int d) {
-  const int inner = heads * d, stride = padded(3 * inner);
-  const std::vector<float> qkv = random_map(rows * pixels, 3 * inner);
+// Checks attention of pixels to each other, or where keys > 0 to the keys of each row's text.
+void check_attention(const Kernels& kernels, int threads, int rows, int pixels, int heads, int d, int keys = 0) {
+  const int inner = heads * d, stride = padded(3 * inner), texts = 3;
+  const int count = keys ? keys : pixels, key_stride = keys ? 2 * inner : stride;
+  std::vector<float> qkv = random_map(rows * pixels, 3 * inner);
+  for (size_t q = 0; q < qkv.size(); q++)  // so that the attention is far from uniform
+    if (q % stride < static_cast<size_t>(inner)) qkv[q] *= 3;
+  const std::vector<float> bank = random(static_cast<size_t>(texts) * keys * 2 * inner);
+  std::vector<int64_t> text_of_row(rows);
+  for (int row = 0; row < rows; row++) text_of_row[row] = (row + 2) % texts;
   std::vector<float> dst(static_cast<size_t>(rows) * pixels * padded(inner), std::numeric_limits<float>::quiet_NaN());
   AttentionOp op{};
-  op.attention.queries = qkv.data();
-  op.attention.keys = qkv.data() + inner;
-  op.attention.values = qkv.data() + 2 * inner;
-  op.attention.query_stride = op.attention.key_stride = stride;
-  op.attention.pixels = pixels;
-  op.attention.heads = heads;
-  op.attention.head_dim = d;
-  op.attention.dst = dst.data();
+  AttentionArgs& a = op.attention;
+  a.queries = qkv.data();
+  const int64_t apart = static_cast<int64_t>(count) * key_stride;
+  a.keys = {keys ? bank.data() : qkv.data() + inner, keys ? text_of_row.data() : nullptr, apart};
+  a.values = {a.keys.base + inner, a.keys.index, apart};
+  a.query_stride = stride;
+  a.key_stride = key_stride;
+  a.pixels = pixels;
+  a.keys_count = count;
+  a.heads = heads;
+  a.head_dim = d;
+  a.dst = dst.data();
   Engine engine(kernels, threads, rows);
   engine.add(op);
   engine.run(0, 1);
-  double error = 0, norm = 0;
+  double error = 0, norm = 0, rest = 0;
   for (int row = 0; row < rows; row++)
-    for (int head = 0; head < heads; head++)
-      for (int i = 0; i < pixels; i++) {
-        const auto at = [&](int p, int part, int k) {
-          return static_cast<double>(
-              qkv[(static_cast<size_t>(row) * pixels + p) * stride + part * inner + head * d + k]);
-        };
-        std::vector<double> weight(pixels);
+    for (int i = 0; i < pixels; i++) {
+      const size_t pixel = static_cast<size_t>(row) * pixels + i;
+      for (int head = 0; head < heads; head++) {
+        const float* query = &qkv[pixel * stride + head * d];
+        std::vector<double> weight(count);
         double sum = 0;
-        for (int j = 0; j < pixels; j++) {
+        for (int j = 0; j < count; j++) {
+          const float* key = a.keys(row) + static_cast<size_t>(j) * key_stride + head * d;
           double score = 0;
-          for (int k = 0; k < d; k++) score += at(i, 0, k) * at(j, 1, k);
+          for (int k = 0; k < d; k++) score += static_cast<double>(query[k]) * key[k];
           sum += weight[j] = std::exp(score / std::sqrt(d));
         }
         for (int k = 0; k < d; k++) {
           double value = 0;
-          for (int j = 0; j < pixels; j++) value += weight[j] / sum * at(j, 2, k);
-          error += std::pow(dst[(static_cast<size_t>(row) * pixels + i) * padded(inner) + head * d + k] - value, 2);
+          for (int j = 0; j < count; j++)
+            value += weight[j] / sum * a.values(row)[static_cast<size_t>(j) * key_stride + head * d + k];
+          error += std::pow(dst[pixel * padded(inner) + head * d + k] - value, 2);
           norm += value * value;
         }
       }
-  expect(std::sqrt(error / norm) < 5e-6, std::string(kernels.name) + " attention of " + std::to_string(pixels) +
-                                             " pixels, " + std::to_string(heads) + " heads of " + std::to_string(d));
+      for (int k = inner; k < padded(inner); k++) rest += std::fabs(dst[pixel * padded(inner) + k]);
+    }
+  const std::string name = std::string(kernels.name) + " attention of " + std::to_string(pixels) + " pixels to " +
+                           std::to_string(count) + " keys, " + std::to_string(heads) + " heads of " + std::to_string(d);
+  expect(std::sqrt(error / norm) < 5e-6, name + ": relative error " + std::to_string(std::sqrt(error / norm)));
+  expect(rest == 0, name + ": padding is not zero");
+}
+
+// Checks a product behind a LayerNorm, if `normed`, whose result is gated, if `geglu`.
+void check_layer(const Kernels& kernels, int threads, int rows, Map map, int channels, int outputs, bool normed,
+                 bool geglu, float mean) {
+  const int pixels = rows * map.height * map.width, layers = geglu ? 2 * outputs : outputs;
+  std::vector<float> source = random_map(pixels, channels), gamma = random(channels), beta = random(channels);
+  for (int p = 0; p < pixels; p++)
+    for (int k = 0; k < channels; k++) source[static_cast<size_t>(p) * padded(channels) + k] += mean;
+  const std::vector<float> weights = random(static_cast<size_t>(layers) * channels), bias = random(layers);
+  gamma.resize(padded(channels));
+  beta.resize(padded(channels));
+  std::vector<float> dst(static_cast<size_t>(pixels) * padded(outputs), std::numeric_limits<float>::quiet_NaN());
+  ConvOp op{};
+  ConvArgs& a = op.conv;
+  a.src.count = 1;
+  a.src.data[0] = source.data();
+  a.src.channels[0] = padded(channels);
+  a.src.map = a.map = map;
+  if (normed) {
+    a.src.gamma = gamma.data();
+    a.src.beta = beta.data();
+    a.src.eps = 1e-5f;
+    a.src.norm_channels = channels;
+  }
+  a.kernel = a.stride = 1;
+  a.method = Method::direct;
+  a.geglu = geglu;
+  a.outputs = padded(outputs);
+  a.inverse_divide = 1.0f;
+  std::vector<float> packed(static_cast<size_t>(a.panels()) * a.depth() * panel);
+  std::vector<float> packed_bias(static_cast<size_t>(a.panels()) * panel);
+  for (int n = 0; n < layers; n++) {
+    const int output = n % outputs, column = output % a.per_panel() + (n < outputs ? 0 : panel / 2);
+    const size_t p = output / a.per_panel();
+    packed_bias[p * panel + column] = bias[n];
+    for (int k = 0; k < channels; k++)
+      packed[(p * a.depth() + k) * panel + column] = weights[static_cast<size_t>(n) * channels + k];
+  }
+  a.weights = packed.data();
+  a.bias = packed_bias.data();
+  a.dst = dst.data();
+  Engine engine(kernels, threads, rows);
+  engine.add(op);
+  engine.run(0, 1);
+  double error = 0, norm = 0, rest = 0;
+  for (int p = 0; p < pixels; p++) {
+    std::vector<double> h(source.begin() + static_cast<size_t>(p) * padded(channels),
+                          source.begin() + static_cast<size_t>(p) * padded(channels) + channels);
+    if (normed) {
+      double centre = 0, var = 0;
+      for (double x : h) centre += x / channels;
+      for (double x : h) var += (x - centre) * (x - centre) / channels;
+      for (int k = 0; k < channels; k++) h[k] = (h[k] - centre) / std::sqrt(var + 1e-5) * gamma[k] + beta[k];
+    }
+    const auto result = [&](int n) {
+      double sum = bias[n];
+      for (int k = 0; k < channels; k++) sum += h[k] * weights[static_cast<size_t>(n) * channels + k];
+      return sum;
+    };
+    const float* got = &dst[static_cast<size_t>(p) * padded(outputs)];
+    for (int n = 0; n < outputs; n++) {
+      double value = result(n);
+      if (geglu) {
+        const double gate = result(outputs + n);
+        value *= gate * 0.5 * std::erfc(-gate / std::sqrt(2.0));
+      }
+      error += std::pow(got[n] - value, 2);
+      norm += value * value;
+    }
+    for (int n = outputs; n < padded(outputs); n++) rest += std::fabs(got[n]);
+  }
+  const std::string name = std::string(kernels.name) + " layer of " + std::to_string(channels) + " channels, " +
+                           std::to_string(outputs) + " outputs" + (normed ? " norm" : "") + (geglu ? " geglu" : "");
+  expect(std::sqrt(error / norm) < 5e-6, name + ": relative error " + std::to_string(std::sqrt(error / norm)));
+  expect(rest == 0, name + ": padding is not zero");
 }
 
 // Checks that no member of a team passes a barrier before the others have reached it.
@@ -477,6 +568,22 @@ int main() {
       check_attention(*kernels, threads, 1, 130, 1, 96);
       check_attention(*kernels, threads, 3, 1, 2, 16);
       check_attention(*kernels, threads, 1, 64, 2, 70);
+    }
+  for (const Kernels* kernels : available_kernels())
+    for (int threads : {1, 3}) {
+      check_attention(*kernels, threads, 2, 600, 2, 40);
+      check_attention(*kernels, threads, 1, 1030, 1, 7);
+      check_attention(*kernels, threads, 2, 35, 2, 80, 77);
+      check_attention(*kernels, threads, 4, 1, 3, 5, 1);
+      check_attention(*kernels, threads, 3, 50, 1, 160, 7);
+      check_attention(*kernels, threads, 1, 400, 1, 16, 1025);
+      for (bool geglu : {false, true}) {
+        check_layer(*kernels, threads, 2, {5, 7}, 40, 100, true, geglu, 0);
+        check_layer(*kernels, threads, 3, {1, 1}, 33, 17, true, geglu, 3);
+        check_layer(*kernels, threads, 1, {9, 3}, 128, 512, true, geglu, 0);
+        check_layer(*kernels, threads, 7, {2, 2}, 5, 160, false, geglu, 0);
+      }
+      check_layer(*kernels, threads, 2, {3, 3}, 70, 33, true, false, 1e4f);
     }
   for (int threads : {1, 2, 5}) check_team(threads);
   check_refusals();

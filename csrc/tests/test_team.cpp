@@ -67,10 +67,10 @@ struct Example {
       : qkv(rows * pixels * stride), dst(rows * pixels * heads * depth), engine(choose_kernels(""), threads, rows) {
     for (size_t i = 0; i < qkv.size(); i++) qkv[i] = std::sin(static_cast<float>(seed + 3 * i));
     op.attention.queries = qkv.data();
-    op.attention.keys = qkv.data() + heads * depth;
-    op.attention.values = qkv.data() + 2 * heads * depth;
+    op.attention.keys = {qkv.data() + heads * depth, nullptr, pixels * stride};
+    op.attention.values = {qkv.data() + 2 * heads * depth, nullptr, pixels * stride};
     op.attention.query_stride = op.attention.key_stride = stride;
-    op.attention.pixels = pixels;
+    op.attention.pixels = op.attention.keys_count = pixels;
     op.attention.heads = heads;
     op.attention.head_dim = depth;
     op.attention.dst = dst.data();

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastdiff.backends.base import BACKENDS, BITWISE_ROWS, STEPWISE, Runner, Spec
 from fastdiff.errors import InvalidArgument
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 __all__ = ["BACKENDS", "BITWISE_ROWS", "STEPWISE", "Runner", "Spec", "choose", "prepare"]
 
@@ -39,7 +39,7 @@ def choose(unet: nn.Module, spec: Spec) -> str:
         log.info("backend auto: native")
         return "native"
     # A network that was changed looks as if native ran it, so this is worth more than a note.
-    changed = type(unet) is UNet and bool(unsupported_changes(unet))
+    changed = isinstance(unet, UNet | UNetCondition) and bool(unsupported_changes(unet))
     log.log(logging.WARNING if changed else logging.INFO, "backend auto: eager; native cannot: %s", "; ".join(reasons))
     return "eager"
 
@@ -49,7 +49,8 @@ def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
 
     Args:
         backend: One of `BACKENDS`; "auto" is for `choose`.
-        unet: The network: `fastdiff.UNet` for `native` and `triton`, any module for the others.
+        unet: The network: `fastdiff.UNet` for `native` and `triton`, `fastdiff.UNetCondition` for `native`, any module
+            for the others.
         spec: What to prepare for.
 
     Returns:

@@ -7,18 +7,19 @@ the weights of merged layers, and the tables of embeddings that replace the time
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.core.lower import embed_classes, embed_timesteps, projection_keys
+from fastdiff.core.lower import embed_classes, embed_text, embed_timesteps, projection_keys, text_attentions
 from fastdiff.core.program import Conv, Program
-from fastdiff.core.state import TableBank
+from fastdiff.core.state import TableBank, Texts
 from fastdiff.modes import plain_modes
 from fastdiff.solvers.table import COLUMNS
-from fastdiff.unet import UNet, UNetConfig, changes
+from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig, changes
 from fastdiff.unet.model import ClassProjection
 
 # Buffers written by the matrix products of the embedding. They are small, and computed in float32 in every precision.
@@ -36,19 +37,39 @@ def network_reasons(unet: nn.Module) -> list[str]:
     return reasons
 
 
-def unsupported_changes(unet: UNet) -> list[str]:
+def condition_reasons(unet: UNetCondition) -> list[str]:
+    """List every reason why a text-conditioned network cannot run as a lowered program; empty where it can."""
+    reasons = unsupported_changes(unet)
+    config = unet.config
+    if not isinstance(config, UNetConditionConfig):
+        return reasons
+    if not text_attentions(unet):
+        reasons.append("no attention of the network reads a text")
+    if config.addition_embed_type is not None:
+        reasons.append(f"it has no addition_embed_type {config.addition_embed_type!r}")
+    if config.class_embed_type == "timestep":
+        reasons.append("it has no class_embed_type 'timestep'")
+    elif config.class_embed_type is None and config.num_class_embeds is not None:
+        reasons.append(f"it has no labels beside a text (num_class_embeds={config.num_class_embeds})")
+    elif config.class_embed_type is not None and config.time_embedding_act_fn is not None:
+        reasons.append(f"it has no time_embedding_act_fn {config.time_embedding_act_fn!r} with a class embedding")
+    return reasons
+
+
+def unsupported_changes(unet: UNet | UNetCondition) -> list[str]:
     """List what the network does beyond its configuration, which lowering cannot see."""
-    if not isinstance(unet.config, UNetConfig):
-        return [f"its config is a {type(unet.config).__name__}, not a UNetConfig"]
+    kind = UNetConditionConfig if isinstance(unet, UNetCondition) else UNetConfig
+    if not isinstance(unet.config, kind):
+        return [f"its config is a {type(unet.config).__name__}, not a {kind.__name__}"]
     # Changes of the process come first: a reference made after them has them too.
     changed = changes.global_changes(unet) or changes.differences(unet, _as_described(unet.config))
     return [f"the network is not what its configuration says: {changes.in_words(changed)}"] if changed else []
 
 
 @functools.lru_cache(maxsize=8)
-def _as_described(config: UNetConfig) -> UNet:
+def _as_described(config: UNetConfig | UNetConditionConfig) -> nn.Module:
     with torch.device("meta"):
-        return UNet(config)
+        return UNetCondition(config) if isinstance(config, UNetConditionConfig) else UNet(config)
 
 
 def checksum(module: nn.Module) -> int:
@@ -67,7 +88,7 @@ def checksum(module: nn.Module) -> int:
     return total
 
 
-def embedding_checksum(unet: UNet) -> int:
+def embedding_checksum(unet: UNet | UNetCondition) -> int:
     """Compute the `checksum` of the weights by which timesteps are embedded alone, which are few."""
     projections = [unet.get_submodule(key) for key in projection_keys(unet)]
     return checksum(nn.ModuleList([unet.time_embedding, *projections]))
@@ -141,7 +162,10 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 def merged_layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return W [N, C, k, k] and b [N], float64, of a convolution whose layers are stacked or merged (see `Conv`)."""
-    W, b = ([state[f"{key}.{kind}"].double() for key in op.weights] for kind in ("weight", "bias"))
+    W = [state[f"{key}.weight"].double() for key in op.weights]
+    b = [
+        state[f"{key}.bias"].double() if op.bias else w.new_zeros(len(w)) for key, w in zip(op.weights, W, strict=True)
+    ]
     if op.merged == "first transposed":
         return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
     if op.merged == "in turn":
@@ -164,13 +188,13 @@ class EmbeddingTables:
     """
 
     @plain_modes()
-    def __init__(self, unet: UNet, program: Program, device: torch.device, room: int, most: int):
+    def __init__(self, unet: UNet | UNetCondition, program: Program, device: torch.device, room: int, most: int):
         self.unet = unet
         self.most = most
         self.times = torch.zeros(room, embedding_width(program), dtype=torch.float32, device=device)
         self.places: dict[float, int] = {}
         self.classes: Tensor | None = None
-        if isinstance(unet.class_embedding, (nn.Embedding, ClassProjection)):
+        if isinstance(unet, UNet) and isinstance(unet.class_embedding, (nn.Embedding, ClassProjection)):
             self.classes = embed_classes(unet).to(device, torch.float32, copy=True).contiguous()
 
     @plain_modes()
@@ -178,6 +202,7 @@ class EmbeddingTables:
         """Drop what was computed from weights that have changed since; all tensors keep their addresses."""
         self.places = {}
         if self.classes is not None:
+            assert isinstance(self.unet, UNet)
             self.classes.copy_(embed_classes(self.unet))
 
     @plain_modes()
@@ -203,3 +228,76 @@ class EmbeddingTables:
             self.places |= {v: first + i for i, v in enumerate(new)}
         found = np.array([self.places[v] for v in wanted], dtype=np.int64)
         return torch.from_numpy(found[inverse.reshape(timesteps.shape)])
+
+
+def _digest(texts: Texts, i: int) -> bytes:
+    """Compute a digest of a text's numbers, which is the same for equal texts."""
+    digest = hashlib.blake2b()
+    for given in (texts.states, texts.pooled):
+        if given is not None:
+            digest.update(given[i].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+class TextTables:
+    """Keys and values of texts for every attention that reads them, computed once for all steps.
+
+    ``banks`` has those of each external buffer ``<key>.text``, float32 [room, tokens, C], and ``classes`` the class
+    embeddings that come with the texts, float32 [room, features], or None. Equal texts share a row, whichever `Texts`
+    they come from. ``places`` has the row of each text by a digest of its numbers. Where the room does not suffice,
+    larger tensors take the place of all, up to ``most_bytes``, or as many as one `Texts` needs. Beyond that the rows
+    are given to others: then another dict takes the place of ``places``, and earlier results of `entries` no longer
+    hold.
+    """
+
+    @plain_modes()
+    def __init__(self, unet: UNetCondition, tokens: int, device: torch.device, most_bytes: int):
+        self.unet = unet
+        self.tokens = tokens
+        self.widths = {name: 2 * m.to_k.out_features for name, m in text_attentions(unet).items()}
+        features = 0 if unet.class_embedding is None else unet.config.temb_channels
+        self.most = max(1, most_bytes // (4 * (tokens * sum(self.widths.values()) + features)))
+        self.places: dict[bytes, int] = {}
+        self.banks = {
+            name: torch.zeros(0, tokens, width, dtype=torch.float32, device=device)
+            for name, width in self.widths.items()
+        }
+        self.classes = torch.zeros(0, features, dtype=torch.float32, device=device) if features else None
+        self.room = 0
+
+    @plain_modes()
+    def entries(self, texts: Texts) -> Tensor:
+        """Return the row of each of the texts, int64 [texts] on the CPU. New texts are computed now."""
+        wanted = [_digest(texts, i) for i in range(len(texts))]
+        if len(self.places.keys() | set(wanted)) > max(self.most, len(set(wanted))):
+            self.places = {}
+        for i, digest in enumerate(wanted):
+            if digest not in self.places:
+                self._grow(len(self.places) + 1)
+                self._compute(texts, i, len(self.places))
+                self.places[digest] = len(self.places)
+        return torch.tensor([self.places[digest] for digest in wanted], dtype=torch.int64, device="cpu")
+
+    def _compute(self, texts: Texts, i: int, place: int) -> None:
+        like = next(iter(self.banks.values()))
+        vector = None if texts.pooled is None else texts.pooled[i].to(like)
+        rows, embedded = embed_text(self.unet, texts.states[i].to(like), vector)
+        for name, row in rows.items():
+            self.banks[name][place] = row
+        if self.classes is not None:
+            assert embedded is not None
+            self.classes[place] = embedded
+
+    def _grow(self, room: int) -> None:
+        """Have room for so many texts; the tensors are others if they were too small."""
+        if room <= self.room:
+            return
+        self.room = max(room, min(2 * self.room, self.most))
+
+        def grown(t: Tensor) -> Tensor:
+            larger = t.new_zeros(self.room, *t.shape[1:])
+            larger[: len(t)] = t
+            return larger
+
+        self.banks = {name: grown(bank) for name, bank in self.banks.items()}
+        self.classes = None if self.classes is None else grown(self.classes)

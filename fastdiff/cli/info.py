@@ -79,7 +79,8 @@ def info(
     sampler = Sampler.from_pretrained(model, device="cpu")
     size = sampler.info.size or (sampler.info.stride,) * 2
     rows = batch_size or 1
-    layout = plan(lower(sampler.unet, size), rows)  # type: ignore[arg-type]  # from_pretrained: a UNet
+    # from_pretrained gives a UNet or a UNetCondition.
+    layout = plan(lower(sampler.unet, size, _tokens(sampler)), rows)  # type: ignore[arg-type]
     methods = {op.dst: choose_method(op, layout.program, rows) for op in layout.program.ops if isinstance(op, Conv)}
     operations = layout.to_dict(methods)
     table = None if solver is None else _table(sampler, solver, steps)
@@ -118,6 +119,11 @@ def _describe(sampler: Sampler, model: str, size: tuple[int, int], flops: float)
     }
 
 
+def _tokens(sampler: Sampler) -> int:
+    """Return the number of tokens of each text, where the model reads texts."""
+    return 0 if sampler.text_encoder is None else len(sampler.text_encoder.tokenize(""))
+
+
 def _table(sampler: Sampler, solver: str, steps: int | None) -> StepTable:
     """Return a solver's step table for this model."""
     from fastdiff.sampler.choice import resolve
@@ -145,4 +151,6 @@ def _cost(
     options, _ = resolve(options, sampler.schedule, None)
     r = check(n, options, sampler.info, sampler.schedule, sampler.prediction, sampler.scheduler_config, backend)
     guided = r.nfe > len(r.table)
-    return cost.estimate(sampler.unet, size, n, r.nfe, r.batch_size, dtype, guided=guided, backend=backend)
+    return cost.estimate(
+        sampler.unet, size, n, r.nfe, r.batch_size, dtype, guided=guided, backend=backend, tokens=_tokens(sampler)
+    )

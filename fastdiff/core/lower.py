@@ -1,6 +1,7 @@
 """Lowering of a U-Net to a `Program`: the walk of `UNet.forward`, which emits fused operations instead of computing.
 
-The decoder of an autoencoder (`Decoder`) consists of the same blocks and is lowered in the same way.
+The text-conditioned U-Net (`UNetCondition`) and the decoder of an autoencoder (`Decoder`) consist of the same blocks
+and are lowered in the same way.
 
 Fusion is decided here, while emitting. A GroupNorm and its SiLU go into the operation that reads the result; bias, time
 embedding, residual and statistics go into the operation that writes; a concatenation is two sources; nearest doubling
@@ -19,19 +20,39 @@ from torch.nn import functional as F
 from fastdiff.core.program import Attention, Buffer, Conv, Embed, Input, Norm, Op, Pool, Program, Shape
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import exact_products, plain_modes
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 from fastdiff.unet import model as modules
+from fastdiff.unet.condition import ACTIVATIONS, ConditionDownBlock, ConditionMidBlock, ConditionUpBlock
 from fastdiff.unet.decoder import Decoder, DecoderBlock
+from fastdiff.unet.transformer import TextAttention, Transformer, TransformerBlock
 
+TOKENS = 77  # of a text, where their number is not known: CLIP's
 CHUNK = 64  # timesteps embedded at a time; fixed, so that an embedding's bits do not depend on their number
 
 
-def lower(unet: UNet, size: tuple[int, int]) -> Program:
-    """Lower a U-Net to a program for images of ``size`` (height, width); its weights may be on "meta"."""
+def lower(unet: UNet | UNetCondition, size: tuple[int, int], tokens: int = TOKENS) -> Program:
+    """Lower a U-Net to a program for images of ``size`` (height, width); its weights may be on "meta".
+
+    Each text of a text-conditioned U-Net has so many ``tokens``.
+    """
     stride = unet.config.stride
     if any(v < 1 or v % stride for v in size):
         raise InvalidArgument(f"size={size}: height and width must be multiples of {stride} for this U-Net")
-    return _Emitter(unet, size).program(unet)
+    if isinstance(unet, UNetCondition):
+        _check_embedding(unet.config)
+    return _Emitter(unet, size, tokens).program(unet)
+
+
+def _check_embedding(config: UNetConditionConfig) -> None:
+    """Refuse embeddings that a program has no operation for."""
+    if config.addition_embed_type is not None:
+        raise InvalidArgument(f"addition_embed_type={config.addition_embed_type!r} cannot be lowered to a program")
+    classes = config.class_embed_type is not None or config.num_class_embeds is not None
+    if classes and config.time_embedding_act_fn is not None:
+        raise InvalidArgument(
+            f"time_embedding_act_fn={config.time_embedding_act_fn!r} of a network with classes cannot be lowered to a "
+            "program"
+        )
 
 
 def lower_decoder(decoder: Decoder, size: tuple[int, int]) -> Program:
@@ -45,9 +66,19 @@ def projection_keys(unet: nn.Module) -> list[str]:
     return [f"{name}.time_emb_proj" for name, m in blocks if m.time_emb_proj is not None]
 
 
+def text_attentions(unet: nn.Module) -> dict[str, TextAttention]:
+    """Return the attentions to a text, by the name of the external buffer of their keys and values."""
+    found: dict[str, TextAttention] = {}
+    for name, m in unet.named_modules():
+        if isinstance(m, TransformerBlock):
+            found |= {f"{name}.attn1.text": m.attn1} if m.only_text else {}
+            found[f"{name}.attn2.text"] = m.attn2
+    return found
+
+
 @plain_modes()
 @exact_products()
-def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
+def embed_timesteps(unet: UNet | UNetCondition, t: Tensor) -> Tensor:
     """Compute the part of the network that depends on the timesteps t [n] alone; once per table, not once per step.
 
     The result [n, features] has the rows of the external buffer ``time`` where classes are embedded, else of
@@ -56,10 +87,15 @@ def embed_timesteps(unet: UNet, t: Tensor) -> Tensor:
     padded = F.pad(t, (0, -len(t) % CHUNK))
     parts = []
     for chunk in padded.split(CHUNK):
-        if unet.config.class_before_mlp:
+        if isinstance(unet, UNetCondition):
+            emb = unet.time_embedding(unet.sinusoid(chunk, unet.config.block_out_channels[0]))
+            activation = unet.config.time_embedding_act_fn
+            emb = emb if activation is None else ACTIVATIONS[activation](emb)  # such a network has no classes here
+        elif unet.config.class_before_mlp:
             parts.append(unet.time_embedding.linear_1(unet.sinusoid(chunk)))
             continue
-        emb = unet.time_embedding(unet.sinusoid(chunk))
+        else:
+            emb = unet.time_embedding(unet.sinusoid(chunk))
         if unet.class_embedding is None:
             emb = F.silu(emb)
             emb = torch.cat([unet.get_submodule(key)(emb) for key in projection_keys(unet)], dim=1)
@@ -83,12 +119,32 @@ def embed_classes(unet: UNet) -> Tensor:
     return embedding.weight
 
 
+@plain_modes()
+@exact_products()
+def embed_text(unet: UNetCondition, states: Tensor, vector: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Compute the part of the network that depends on a text alone; once per text, not once per step.
+
+    ``states`` are [tokens, channels], and ``vector`` is what a network with a class embedding is given as its class.
+    The result has the row of each external buffer ``<key>.text``, [tokens, C], and that of ``class``, [features]. Each
+    text is computed by itself, so that its bits do not depend on others.
+    """
+    if unet.encoder_hid_proj is not None:
+        states = unet.encoder_hid_proj(states)
+    rows = {name: torch.cat([m.to_k(states), m.to_v(states)], dim=1) for name, m in text_attentions(unet).items()}
+    if unet.class_embedding is None:
+        return rows, None
+    assert vector is not None
+    embedded: Tensor = unet.class_embedding(vector[None])[0]
+    return rows, embedded
+
+
 class _Emitter:
     """Collector of operations and buffers. Methods that emit return the name of the buffer they write."""
 
-    def __init__(self, network: nn.Module, size: tuple[int, int]):
+    def __init__(self, network: nn.Module, size: tuple[int, int], tokens: int = 0):
         self.network = network
         self.size = size
+        self.tokens = tokens
         self.ops: list[Op] = []
         self.buffers: dict[str, Buffer] = {}
         self.emb: dict[str, int] = {}
@@ -103,20 +159,21 @@ class _Emitter:
         self.buffers[name] = Buffer(name, shape, external)
         return name
 
-    def program(self, unet: UNet) -> Program:
+    def program(self, unet: UNet | UNetCondition) -> Program:
         config = unet.config
+        class_image = config.class_image if isinstance(config, UNetConfig) else None
         H, W = self.size
         self._embedding(unet)
         src = [self.buffer("x", (H, W, config.in_channels), external=True)]
-        if config.class_image is not None:
+        if class_image is not None:
             src.append(self.buffer("class_image", (H, W, config.in_channels), external=True))
         dst = self.buffer("input", (H, W, unet.conv_in.in_channels))
-        self.ops.append(Input(dst, tuple(src), config.center_input_sample, config.class_image))
+        self.ops.append(Input(dst, tuple(src), config.center_input_sample, class_image))
 
         h = self._conv("conv_in", (dst,))
         skips = [h]
         for i, down in enumerate(unet.down_blocks):
-            assert isinstance(down, modules.DownBlock)
+            assert isinstance(down, modules.DownBlock | ConditionDownBlock)
             for j in range(len(down.resnets)):
                 h = self._layer(f"down_blocks.{i}", down, j, (h,))
                 skips.append(h)
@@ -126,7 +183,7 @@ class _Emitter:
         if unet.mid_block is not None:
             h = self._mid(unet.mid_block, h)
         for i, up in enumerate(unet.up_blocks):
-            assert isinstance(up, modules.UpBlock)
+            assert isinstance(up, modules.UpBlock | ConditionUpBlock)
             for j in range(len(up.resnets)):
                 h = self._layer(f"up_blocks.{i}", up, j, (h, skips.pop()))
             if up.upsamplers is not None:
@@ -144,11 +201,11 @@ class _Emitter:
                 h = self._resampled(f"up_blocks.{i}.upsamplers.0", h)
         return self._finished(h, decoder.config.out_channels)
 
-    def _mid(self, block: modules.MidBlock, h: str) -> str:
+    def _mid(self, block: modules.MidBlock | ConditionMidBlock, h: str) -> str:
         h = self._resnet("mid_block.resnets.0", (h,))
-        if block.attentions is not None:
-            h = self._attention("mid_block.attentions.0", h)
-        return self._resnet("mid_block.resnets.1", (h,))
+        if block.attentions:
+            h = self._attended("mid_block.attentions.0", h)
+        return h if len(block.resnets) == 1 else self._resnet("mid_block.resnets.1", (h,))
 
     def _finished(self, h: str, channels: int) -> Program:
         H, W, _ = self.buffers[h].shape
@@ -156,7 +213,7 @@ class _Emitter:
         self._conv("conv_out", (h,), norm=self._norm("conv_norm_out", silu=True), dst="out")
         return Program(tuple(self.ops), self.buffers)
 
-    def _embedding(self, unet: UNet) -> None:
+    def _embedding(self, unet: UNet | UNetCondition) -> None:
         if unet.class_embedding is None:
             self.buffer("projections", (1, 1, self.width), external=True)
             return
@@ -165,7 +222,7 @@ class _Emitter:
             self.buffer("time", (1, 1, features), external=True),
             self.buffer("class", (1, 1, features), external=True),
         )
-        if unet.config.class_before_mlp:
+        if isinstance(unet, UNet) and unet.config.class_before_mlp:
             hidden = self.buffer("hidden", (1, 1, features))
             self.ops.append(Embed(hidden, src))
             src = (self._conv("time_embedding.linear_2", (hidden,)),)
@@ -175,12 +232,14 @@ class _Emitter:
 
     def _norm(self, key: str, silu: bool, modulation: int | None = None) -> Norm:
         module = self.network.get_submodule(key)
+        if isinstance(module, nn.LayerNorm):
+            return Norm(key, 0, module.eps, silu)
         assert isinstance(module, nn.GroupNorm)
         return Norm(key, module.num_groups, module.eps, silu, modulation)
 
     def _measured(self, src: tuple[str, ...], norm: Norm | None) -> None:
         """Request the statistics of ``src`` if a norm is going to read them."""
-        for name in src if norm is not None else ():
+        for name in src if norm is not None and norm.groups else ():
             self.buffers[name] = dataclasses.replace(self.buffers[name], statistics=True)
 
     def _conv(
@@ -197,6 +256,7 @@ class _Emitter:
         divide: float = 1.0,
         merged: str | None = None,
         channels: int | None = None,
+        geglu: bool = False,
     ) -> str:
         """Emit a convolution or linear layer, whose sizes are those of the module at the first of ``keys``."""
         keys = (keys,) if isinstance(keys, str) else keys
@@ -213,21 +273,61 @@ class _Emitter:
             channels = 0
             for layer in layers:
                 assert isinstance(layer.weight, Tensor)
-                channels += layer.weight.shape[0]
+                channels += layer.weight.shape[0] // (1 + geglu)
         dst = dst or self.buffer(keys[0], (H, W, channels))
         self._measured(src, norm)
         self.ops.append(
-            Conv(dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide, merged, circular)
-        )
+            Conv(
+                dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide, merged, circular,
+                geglu, bias=layers[0].bias is not None,
+            )
+        )  # fmt: skip
         return dst
 
     def _layer(
-        self, key: str, block: modules.DownBlock | modules.UpBlock | DecoderBlock, j: int, src: tuple[str, ...]
+        self,
+        key: str,
+        block: modules.DownBlock | modules.UpBlock | ConditionDownBlock | ConditionUpBlock | DecoderBlock,
+        j: int,
+        src: tuple[str, ...],
     ) -> str:
-        """Emit a residual block and, if the block has one there, its attention."""
+        """Emit a residual block and, if the block has one there, its attention or transformer."""
         h = self._resnet(f"{key}.resnets.{j}", src)
         j -= len(block.resnets) - len(block.attentions or ())
-        return h if j < 0 else self._attention(f"{key}.attentions.{j}", h)
+        return h if j < 0 else self._attended(f"{key}.attentions.{j}", h)
+
+    def _attended(self, key: str, x: str) -> str:
+        transforms = isinstance(self.network.get_submodule(key), Transformer)
+        return self._transformer(key, x) if transforms else self._attention(key, x)
+
+    def _transformer(self, key: str, x: str) -> str:
+        transformer = self.network.get_submodule(key)
+        assert isinstance(transformer, Transformer)
+        h = self._conv(f"{key}.proj_in", (x,), norm=self._norm(f"{key}.norm", silu=False))
+        for i, block in enumerate(transformer.transformer_blocks):
+            assert isinstance(block, TransformerBlock)
+            at = f"{key}.transformer_blocks.{i}"
+            attend = self._text_attention if block.only_text else self._self_attention
+            h = attend(f"{at}.attn1", block.attn1, h, self._norm(f"{at}.norm1", silu=False))
+            h = self._text_attention(f"{at}.attn2", block.attn2, h, self._norm(f"{at}.norm2", silu=False))
+            gated = self._conv(f"{at}.ff.net.0.proj", (h,), norm=self._norm(f"{at}.norm3", silu=False), geglu=True)
+            h = self._conv(f"{at}.ff.net.2", (gated,), residual=h)
+        return self._conv(f"{key}.proj_out", (h,), residual=x)
+
+    def _self_attention(self, key: str, attention: TextAttention, x: str, norm: Norm) -> str:
+        H, W, C = self.buffers[x].shape
+        qkv = self._conv((f"{key}.to_q", f"{key}.to_k", f"{key}.to_v"), (x,), norm=norm)
+        core = self.buffer(f"{key}.core", (H, W, C))
+        self.ops.append(Attention(core, (qkv,), attention.heads, C // attention.heads))
+        return self._conv(f"{key}.to_out.0", (core,), residual=x)
+
+    def _text_attention(self, key: str, attention: TextAttention, x: str, norm: Norm) -> str:
+        H, W, C = self.buffers[x].shape
+        q = self._conv(f"{key}.to_q", (x,), norm=norm)
+        text = self.buffer(f"{key}.text", (1, self.tokens, 2 * C), external=True)
+        core = self.buffer(f"{key}.core", (H, W, C))
+        self.ops.append(Attention(core, (q, text), attention.heads, C // attention.heads, text=True))
+        return self._conv(f"{key}.to_out.0", (core,), residual=x)
 
     def _resnet(self, key: str, src: tuple[str, ...]) -> str:
         block = self.network.get_submodule(key)

@@ -62,11 +62,15 @@ class Plan:
         ops = []
         for op in program.ops:
             norm = program.norm(op)
-            extras = [] if norm is None else ["norm", *["scale-shift"] * (norm.modulation is not None)]
+            extras = (
+                []
+                if norm is None
+                else ["norm" if norm.groups else "layer norm", *["scale-shift"] * (norm.modulation is not None)]
+            )
             extras += ["silu"] if norm is not None and norm.silu else []
             if isinstance(op, Conv):
                 extras += ["up"] * op.upsample + ["emb"] * (op.emb is not None)
-                extras += ["residual"] * (op.residual is not None)
+                extras += ["residual"] * (op.residual is not None) + ["geglu"] * op.geglu
             kind = type(op).__name__.lower()
             ops.append(
                 {

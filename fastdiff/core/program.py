@@ -46,10 +46,12 @@ class Norm:
     """GroupNorm over the concatenated sources, applied while they are read:
 
     y = (x - mean) / sqrt(var + eps) * gamma + beta,    then y (1 + scale) + shift,    then silu(y)
+
+    With no groups it is a LayerNorm: mean and variance are those of a pixel's channels, and need no statistics.
     """
 
     weights: str  # key prefix of gamma and beta
-    groups: int
+    groups: int  # 0: a LayerNorm
     eps: float
     silu: bool
     modulation: int | None = None  # offset of [scale, shift] in the projections; None if there are none
@@ -89,6 +91,9 @@ class Conv:
 
     The padding is zeros, or where ``circular`` the pixels of the other side.
 
+    With ``geglu`` the first half of W h + b is gated by the second: dst = a gelu(g), [a, g] = W h + b, where gelu is
+    the exact one; nothing is added to it.
+
     ``merged`` is for a W and b that are products of the two layers at ``weights``, computed once (see `Attention`):
     "first transposed", W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
     """
@@ -106,6 +111,8 @@ class Conv:
     divide: float = 1.0
     merged: str | None = None
     circular: bool = False
+    geglu: bool = False
+    bias: bool = True  # whether the layers have biases; elsewhere b is 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,10 +130,10 @@ class Pool:
 class Attention:
     """Attention: dst = softmax(q k^T / sqrt(head_dim)) v over the pixels of a row, for each head.
 
-    src is (qkv,), with [q, k, v] per pixel; or, for one head as wide as x, (q, x) with k = v = norm(x). There the
-    projections merge. With h = norm(x), (h Wq^T + bq) (h Wk^T + bk)^T equals (h Wq^T Wk + bq Wk) h^T up to terms that
-    are the same for all keys, to which softmax is invariant; and (p (h Wv^T + bv)) Wo^T + bo equals
-    (p h) (Wo Wv)^T + Wo bv + bo.
+    src is (qkv,), with [q, k, v] per pixel; or, where ``text``, (q, kv), with [k, v] per token of a text, which are the
+    keys and values; or, for one head as wide as x, (q, x) with k = v = norm(x). There the projections merge. With
+    h = norm(x), (h Wq^T + bq) (h Wk^T + bk)^T equals (h Wq^T Wk + bq Wk) h^T up to terms that are the same for all
+    keys, to which softmax is invariant; and (p (h Wv^T + bv)) Wo^T + bo equals (p h) (Wo Wv)^T + Wo bv + bo.
     """
 
     dst: str
@@ -134,6 +141,7 @@ class Attention:
     heads: int
     head_dim: int
     norm: Norm | None = None
+    text: bool = False
 
     weights = ()
 
@@ -150,6 +158,7 @@ class Program:
     time, class   where classes are embedded: the embeddings of timestep and label, which `Embed` adds; with
                   class_before_mlp they are the output of the time MLP's first layer
     projections   elsewhere: every block's projection of the time embedding, concatenated
+    <key>.text    the keys and values of the row's text, as [1, tokens, C], for the attention with this key prefix
     latent        in place of all of these: what a decoder decodes
     out           the network's output (NCHW in memory)
     """
@@ -174,6 +183,11 @@ class Program:
         """Return the number of channels of the concatenated sources, and of the result."""
         return sum(self.buffers[name].shape[2] for name in op.src), self.buffers[op.dst].shape[2]
 
+    def keys(self, op: Attention) -> int:
+        """Return the number of keys that each pixel attends to."""
+        H, W, _ = self.buffers[op.src[-1]].shape
+        return H * W
+
     def flops(self, op: Op) -> int:
         """Return the FLOP of a row by the direct algorithm: multiplications plus additions of products and attention.
 
@@ -181,9 +195,9 @@ class Program:
         """
         H, W, C = self.buffers[op.dst].shape
         if isinstance(op, Conv):
-            return 2 * H * W * C * self.channels(op)[0] * op.kernel**2
+            return 2 * H * W * C * (1 + op.geglu) * self.channels(op)[0] * op.kernel**2
         if isinstance(op, Attention):
-            return 2 * 2 * (H * W) ** 2 * op.heads * op.head_dim
+            return 2 * 2 * H * W * self.keys(op) * op.heads * op.head_dim
         return 0
 
     def parameters(self, op: Op) -> int:
@@ -192,7 +206,7 @@ class Program:
         count = 0 if norm is None else 2 * self.channels(op)[0]
         if isinstance(op, Conv):
             inputs, outputs = self.channels(op)
-            count += outputs * (inputs * op.kernel**2 + 1)
+            count += outputs * (1 + op.geglu) * (inputs * op.kernel**2 + op.bias)
         return count
 
     def traffic(self, op: Op) -> int:

@@ -47,7 +47,10 @@ class Texts:
     """
 
     states: Tensor
-    pooled: Tensor | None
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
 
     def to(self, device: torch.device) -> Texts:
         """Return the same texts on a device."""

@@ -60,10 +60,9 @@ class Runners:
         self.global_changes: list[str] = []
         first = self._spec(1, (info.channels, *(info.size or (info.stride,) * 2)))
         self.backend = backend
-        if info.text:
-            self.backend = "eager" if backend == "auto" else backend
-            refuse(backend, ["the network reads text, which eager alone feeds it"] if self.backend != "eager" else [])
-        elif info.condition:
+        if info.text and backend in ("compiled", "triton"):
+            refuse(backend, ["the network reads text, which eager and native alone feed it"])
+        if info.condition:
             self.backend = "eager" if backend == "auto" else backend
             condition = f"the network reads a condition image of {info.condition} channels, which eager alone feeds it"
             refuse(backend, [condition] if backend not in ("auto", "eager") else [])

@@ -227,7 +227,16 @@ class UNetCondition(nn.Module):
             return nn.Embedding(config.num_class_embeds, features, dtype=DTYPE)
         return None
 
-    def _sinusoid(self, t: Tensor, width: int) -> Tensor:
+    def sinusoid(self, t: Tensor, width: int) -> Tensor:
+        """Compute the sinusoidal embedding of numbers, such as timesteps.
+
+        Args:
+            t: The numbers [n], of any real dtype.
+            width: Width of the embedding.
+
+        Returns:
+            The embedding [n, width] in the network's dtype.
+        """
         config, dtype = self.config, self.conv_in.weight.dtype
         t = t.double() if dtype == torch.float64 else t.float()
         emb = timestep_embedding(t, width, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
@@ -252,17 +261,17 @@ class UNetCondition(nn.Module):
             The embedding [B, config.temb_channels].
         """
         config = self.config
-        emb = self.time_embedding(self._sinusoid(t, config.block_out_channels[0]), timestep_cond)
+        emb = self.time_embedding(self.sinusoid(t, config.block_out_channels[0]), timestep_cond)
         if self.class_embedding is not None:
             assert class_labels is not None
             if config.class_embed_type == "timestep":
-                class_labels = self._sinusoid(class_labels, config.block_out_channels[0])
+                class_labels = self.sinusoid(class_labels, config.block_out_channels[0])
             emb = emb + self.class_embedding(class_labels).to(emb.dtype)
         if self.add_embedding is not None:
             assert added_cond_kwargs is not None
             assert config.addition_time_embed_dim is not None
             text, ids = (added_cond_kwargs[key] for key in ADDED)
-            sizes = self._sinusoid(ids.flatten(), config.addition_time_embed_dim).reshape(len(text), -1)
+            sizes = self.sinusoid(ids.flatten(), config.addition_time_embed_dim).reshape(len(text), -1)
             emb = emb + self.add_embedding(torch.cat([text.to(emb.dtype), sizes], dim=-1))
         return emb if config.time_embedding_act_fn is None else ACTIVATIONS[config.time_embedding_act_fn](emb)
 

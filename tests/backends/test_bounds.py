@@ -66,9 +66,20 @@ class Valid:
         both = self.norm([channels, 3], modulation=self.vectors(5, By.row, 2 * (channels + 3) + 5))
         self.conv("two", [b, a], [channels, 3], self.maps(channels), method=Method.winograd2, norm=both, silu=True)
         qkv = self.maps(3 * 2 * 6)
-        several = {"src": [qkv], "heads": 2, "head_dim": 6, "norm": None, "bf16": False, "dst": self.maps(12)}
+        several = {"src": [qkv], "heads": 2, "head_dim": 6, "text": None, "norm": None, "bf16": False}
+        several["dst"] = self.maps(12)
         self.calls["heads"] = "attention", several
-        single = {"src": [self.maps(channels), b], "heads": 1, "head_dim": channels, "norm": self.norm([channels])}
+        reads = {**several, "src": [self.maps(12)], "text": floats(LABELS, 7, 2 * 12), "dst": self.maps(12)}
+        self.calls["text"] = "attention", reads
+        layer = "Norm", {
+            "statistics": [], "channels": [channels], "groups": 0, "eps": 1e-5, "gamma": floats(padded(channels)),
+            "beta": floats(padded(channels)), "modulation": None,
+        }  # fmt: skip
+        gates = -(-padded(channels) // (PANEL // 2)) * PANEL
+        gated = {"kernel": 1, "padding": 0, "norm": layer, "geglu": True, "outputs": gates, "emb_channels": channels}
+        self.conv("geglu", [b], [channels], self.maps(channels), **gated)
+        single = {"src": [self.maps(channels), b], "heads": 1, "head_dim": channels, "text": None}
+        single["norm"] = self.norm([channels])
         self.calls["attention"] = "attention", {**single, "bf16": False, "dst": self.maps(channels)}
         both = {"time": self.vectors(0, By.timestep), "classes": self.vectors(0, By.label)}
         self.calls["embed"] = "embed", {**both, "features": channels, "dst": zeros(rows, 1, 1, padded(channels))}
@@ -96,9 +107,9 @@ class Valid:
         outputs = changes.pop("outputs", self.C)
         arguments = {
             "src": src, "kernel": 3, "stride": 1, "padding": 1, "circular": False, "upsample": False,
-            "method": Method.direct, "norm": None, "silu": False, "bf16": False, "bias": floats(padded(outputs)),
-            "emb": None, "emb_channels": outputs, "residual": None, "divide": 1.0, "dst": dst, "statistics": None,
-            **changes,
+            "method": Method.direct, "norm": None, "silu": False, "geglu": False, "bf16": False, "emb": None,
+            "bias": floats(padded(outputs)), "emb_channels": outputs, "residual": None, "divide": 1.0, "dst": dst,
+            "statistics": None, **changes,
         }  # fmt: skip
         positions = {Method.direct: 1, Method.winograd2: 16, Method.winograd4: 36}[arguments["method"]]
         depth = sum(map(padded, channels)) * (arguments["kernel"] ** 2 if positions == 1 else 1)
@@ -120,8 +131,9 @@ class Valid:
         return {
             "x": floats(*shape), "row": np.zeros_like(index), "table": index % 2, "entry": entry % TIMES,
             "images": index.copy(), "guided": index.copy() if guided else index[:0].copy(),
-            "label": index % LABELS, "null_label": LABELS - 1, "class_image": floats(images, self.H, self.W, 3),
-            "null_image": floats(self.H, self.W, 3), "net": zeros(rows, self.H, self.W, G), "out": zeros(*shape),
+            "label": index % LABELS, "null_label": LABELS - 1, "null": (index + 1) % LABELS,
+            "class_image": floats(images, self.H, self.W, 3), "null_image": floats(self.H, self.W, 3),
+            "net": zeros(rows, self.H, self.W, G), "out": zeros(*shape),
             "bank": bank.values.numpy(), "guidance": floats(images), "rescale": floats(images), "advance_rows": True,
             "lengths": bank.lengths.numpy(), "seed": index, "index": index.copy(), "xs": zeros(*shape),
             "m1": zeros(*shape), "m2": zeros(*shape), "m3": zeros(*shape),
@@ -339,6 +351,9 @@ def test_a_number_of_threads_that_no_machine_has(number):
         ("null_image", None, "class image"),
         ("null_image", floats(8, 8, 4), "null_image is"),
         ("label", None, "label is None"),
+        ("null", np.full(3, -1, np.int64), f"label -1 of a table of {LABELS}"),
+        ("null", np.array([0, LABELS, 1]), f"label {LABELS} of a table of {LABELS}"),
+        ("null", np.zeros(2, np.int64), r"null is \[2\], \[3\] is needed"),
         ("class_image", None, "class image"),
         ("row", np.full(3, 4, np.int64), "row 4 of table"),
         ("table", np.full(3, 2, np.int64), "table 2"),
@@ -353,7 +368,7 @@ def test_a_step_is_refused_by_name(name, value, message):
     engine, step = build(valid), valid.step()
     before = step["x"].copy()
     with pytest.raises(ValueError, match=message):
-        engine.step(**{**step, name: value})
+        engine.step(**{**step, "null": None if name == "null_label" else step["null"], name: value})
     assert np.array_equal(step["x"], before)
     engine.step(**step)  # and can still run
 

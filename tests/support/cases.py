@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastdiff.backends import Spec, native
 from fastdiff.backends.native import packing
-from fastdiff.core.lower import lower
+from fastdiff.core.lower import TOKENS, lower
 from fastdiff.core.plan import STATISTICS, plan
 from fastdiff.core.program import Attention, Conv, Op, Program
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
+from tests.support import conditions
 from tests.support.interpreter import Interpreter, strip_statistics
 from tests.support.unets import (
     OWN_VARIANTS,
@@ -67,26 +68,55 @@ NETWORKS |= {
 }
 
 
+def one_transformer(channels: int, heads: int, size: tuple[int, int], **changes) -> UNetConditionConfig:
+    """Return a text-conditioned network of one level."""
+    return conditions.config(
+        block_out_channels=(channels,), attention_head_dim=heads, sample_size=size, cross_attention_dim=24,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
+        **changes,
+    )  # fmt: skip
+
+
+# Networks that read texts, and the number of tokens of these. The heads have the widths of published models.
+TEXTS: dict[str, tuple[UNetConditionConfig, int]] = {
+    "text": (conditions.config(), 7),
+    "text, class vectors": (conditions.config(**conditions.VARIANTS["projection class"]), 9),
+    "text, heads that leave channels over": (conditions.config(attention_head_dim=3, use_linear_projection=True), 2),
+    "text, only cross-attention": (conditions.config(only_cross_attention=True), 13),
+    "text, 2 heads of 40, 5x7": (one_transformer(80, 2, (5, 7)), 77),
+    "text, 1 head of 64, 1x1": (one_transformer(64, 1, (1, 1), use_linear_projection=True), 1),
+    "text, 2 heads of 80, 7x3": (one_transformer(160, 2, (7, 3)), 64),
+    "text, 1 head of 160, 6x6": (one_transformer(160, 1, (6, 6)), 65),
+    "text, 527 pixels": (one_transformer(20, 2, (17, 31)), 130),
+}
+
+
 class Replay(Interpreter):
     """Interpreter in float64 that rounds each buffer to float32 when it is written.
 
     An operation of the engine can therefore be given exactly the inputs of the reference.
     """
 
-    def __init__(self, config, rows: int):
+    def __init__(self, config, rows: int, tokens: int = TOKENS):
         self.config = config
-        single = random_unet(config)
         size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
-        x = random_images(config, rows, size)
-        labels, t = random_labels(config, rows), torch.linspace(0, 999, rows)
-        program = lower(single, size)
-        super().__init__(program, random_unet(config).double(), rows)
+        t, texts = torch.linspace(0, 999, rows), None
+        if isinstance(config, UNetConditionConfig):
+            single, double = conditions.random_condition(config), conditions.random_condition(config).double()
+            inputs = conditions.random_inputs(config, rows, size, tokens)
+            x, texts = inputs["x"], inputs["encoder_hidden_states"].double()
+            labels = inputs["class_labels"].double() if "class_labels" in inputs else None
+        else:
+            single, double = random_unet(config), random_unet(config).double()
+            x, labels = random_images(config, rows, size), random_labels(config, rows)
+        program = lower(single, size, tokens)
+        super().__init__(program, double, rows)
         self.single, self.x = single, x
         self.spec = Spec(rows, tuple(x.shape[1:]), torch.float32, CPU)
         self.held: dict[str, Tensor] = {}
         self.measured: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.set_inputs(x.double(), t.double(), labels)
+            self.set_inputs(x.double(), t.double(), labels, texts)
             self.exact = {}
             for op in program.ops:
                 self.exact[op.dst] = self.compute(op)
@@ -102,6 +132,15 @@ class Replay(Interpreter):
             if "class_image" not in self.external
             else self.external["class_image"].float().contiguous(),
         )
+        if texts is not None:  # the last row has the first text
+            self.inputs.label = torch.arange(rows).flip(0)
+            self.inputs.text = {
+                name: value[:, 0].flip(0).float().contiguous()
+                for name, value in self.external.items()
+                if name.endswith(".text")
+            }
+            if self.inputs.classes is not None:
+                self.inputs.classes = self.inputs.classes.flip(0).contiguous()
         self.layout = layout
 
     def put(self, name: str, value: Tensor) -> None:
@@ -176,7 +215,9 @@ class Case:
     name: str
 
 
-def config_of(network: str) -> UNetConfig:
+def config_of(network: str) -> UNetConfig | UNetConditionConfig:
+    if network in TEXTS:
+        return TEXTS[network][0]
     return PUBLISHED[network] if network in PUBLISHED else NETWORKS[network]
 
 
@@ -190,13 +231,19 @@ def signature(op: Op, program: Program) -> str:
     if isinstance(op, Conv):
         parts = [f"conv{op.kernel}"] + [f"stride{op.stride}"] * (op.stride > 1) + ["up"] * op.upsample
         parts += [f"pad{op.padding[0]}{op.padding[1]}"] * (op.padding not in ((0, 0), (1, 1)))
-        parts += ["emb"] * (op.emb is not None) + ["merged"] * (op.merged is not None) + ["div"] * (op.divide != 1)
+        parts += (
+            ["geglu"] * op.geglu
+            + ["unbiased"] * (not op.bias)
+            + ["emb"] * (op.emb is not None)
+            + ["merged"] * (op.merged is not None)
+            + ["div"] * (op.divide != 1)
+        )
         if op.residual is not None:
             parts.append(
                 "res" if program.buffers[op.residual].shape[0] == program.buffers[op.dst].shape[0] else "resup"
             )
     elif isinstance(op, Attention):
-        parts.append(f"heads{op.heads}")
+        parts += [f"heads{op.heads}"] + ["text"] * op.text
     norm = program.norm(op)
     if norm is not None:
         parts += [f"norm{norm.groups}"] + ["silu"] * norm.silu + ["film"] * (norm.modulation is not None)
@@ -208,8 +255,9 @@ def cases(network: str) -> list[Case]:
     """List the distinct operations of a network, in order."""
     config = config_of(network)
     size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
+    text = isinstance(config, UNetConditionConfig)
     with torch.device("meta"):
-        program = lower(UNet(config), size)
+        program = lower(UNetCondition(config) if text else UNet(config), size)
     found: dict[str, int] = {}
     for i, op in enumerate(program.ops):
         found.setdefault(signature(op, program), i)

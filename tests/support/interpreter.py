@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.core.lower import embed_classes, embed_timesteps
+from fastdiff.core.lower import embed_classes, embed_text, embed_timesteps
 from fastdiff.core.plan import STATISTICS, Plan, plan
 from fastdiff.core.program import STRIP, Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 
@@ -40,9 +40,9 @@ class Interpreter:
         self.external: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Compute `UNet.forward` by the program."""
-        self.set_inputs(x, t, labels)
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None, texts: Tensor | None = None) -> Tensor:
+        """Compute `UNet.forward`, or `UNetCondition.forward` with the states of a text per row, by the program."""
+        self.set_inputs(x, t, labels, texts)
         return self.run()
 
     @torch.no_grad()
@@ -66,10 +66,18 @@ class Interpreter:
         assert self.arena.eq(0xFF).all(), "something outlives the program"
         return self.external["out"].permute(0, 3, 1, 2)
 
-    def set_inputs(self, x: Tensor, t: Tensor, labels: Tensor | None) -> None:
+    def set_inputs(self, x: Tensor, t: Tensor, labels: Tensor | None, texts: Tensor | None = None) -> None:
         self.external = {"x": x.permute(0, 2, 3, 1), "out": torch.full((len(x), *self.shape("out")), math.nan).to(x)}
         name = "projections" if self.unet.class_embedding is None else "time"
         self.external[name] = embed_timesteps(self.unet, t)[:, None, None, :]
+        if texts is not None:
+            read = [
+                embed_text(self.unet, states, None if labels is None else labels[i]) for i, states in enumerate(texts)
+            ]
+            self.external |= {name: torch.stack([rows[name] for rows, _ in read])[:, None] for name in read[0][0]}
+            if self.unet.class_embedding is not None:
+                self.external["class"] = torch.stack([embedded for _, embedded in read])[:, None, None, :]
+            return
         if self.unet.config.class_before_mlp:
             self.external["class"] = embed_classes(self.unet)[labels][:, None, None, :]
         elif self.unet.class_embedding is not None:
@@ -119,6 +127,9 @@ class Interpreter:
     def normalized(self, h: Tensor, src: tuple[str, ...], norm: Norm) -> Tensor:
         """Normalize h by the statistics alone, combined over each group's channels (Chan et al. 1979)."""
         rows, H, W, C = h.shape
+        if not norm.groups:
+            weight, bias = (self.weights[f"{norm.weights}.{kind}"] for kind in ("weight", "bias"))
+            return F.layer_norm(h, (C,), weight, bias, norm.eps)
         statistics = torch.cat([self.statistics(name) for name in src], dim=3)  # [rows, strips, 2, C]
         mean, squares = statistics.unflatten(3, (norm.groups, C // norm.groups)).unbind(2)
         count = torch.tensor([min(STRIP, H - y) * W for y in range(0, H, STRIP)], dtype=h.dtype).view(1, -1, 1, 1)
@@ -138,7 +149,10 @@ class Interpreter:
     def attended(self, op: Attention) -> Tensor:
         h = self.buffer(op.src[0])
         rows, H, W, _ = h.shape
-        if len(op.src) == 2:
+        if op.text:
+            q = h.view(rows, H * W, op.heads, op.head_dim).transpose(1, 2)
+            k, v = self.buffer(op.src[1]).view(rows, -1, 2, op.heads, op.head_dim).permute(2, 0, 3, 1, 4)
+        elif len(op.src) == 2:
             x = self.buffer(op.src[1])
             k = v = (x if op.norm is None else self.normalized(x, op.src[1:], op.norm)).view(rows, 1, H * W, -1)
             q = h.view(rows, 1, H * W, -1)
@@ -149,7 +163,8 @@ class Interpreter:
 
     def layer(self, op: Conv) -> tuple[Tensor, Tensor]:
         """Return W [N, C, k, k] and b [N] of a convolution, by code of its own and not the backends'."""
-        W, b = ([self.weights[f"{key}.{kind}"] for key in op.weights] for kind in ("weight", "bias"))
+        W = [self.weights[f"{key}.weight"] for key in op.weights]
+        b = [self.weights.get(f"{key}.bias", w.new_zeros(len(w))) for key, w in zip(op.weights, W, strict=True)]
         if op.merged == "first transposed":
             return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]
         if op.merged == "in turn":
@@ -168,6 +183,9 @@ class Interpreter:
             op.stride,
         )
         h = h.permute(0, 2, 3, 1)
+        if op.geglu:
+            a, gate = h.chunk(2, dim=3)
+            return a * F.gelu(gate)
         if op.emb is not None:
             h = h + self.buffer("projections")[..., op.emb : op.emb + h.shape[3]]
         if op.residual is not None:

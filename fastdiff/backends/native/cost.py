@@ -36,10 +36,10 @@ from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.program import CACHE_BYTES, NativeProgram, dry_program
 from fastdiff.backends.network import EMBEDDING_PRODUCTS
 from fastdiff.checks import whole
-from fastdiff.core.lower import lower
+from fastdiff.core.lower import TOKENS, lower
 from fastdiff.core.program import Attention, Conv, Op, Program
 from fastdiff.errors import InvalidArgument
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 DTYPES = {
     "float32": torch.float32,
@@ -200,17 +200,18 @@ def _work(op: Op, lowered: NativeProgram) -> Work:
         return -(-channels // to) * to
 
     H, W, C = program.buffers[op.dst].shape
+    C *= 1 + (isinstance(op, Conv) and op.geglu)
     pixels = rows * H * W
     depth = sum(padded(program.buffers[name].shape[2]) for name in op.src)
     dtype = "bfloat16" if lowered.spec.dtype == torch.bfloat16 and op.dst not in EMBEDDING_PRODUCTS else "float32"
     if isinstance(op, Attention):
-        keys, heads, width = H * W, op.heads, op.head_dim
+        keys, heads, width = program.keys(op), op.heads, op.head_dim
         return Work(
             f"attention {dtype}",
             dtype,
             products=4.0 * pixels * keys * heads * width,
             loaded=float(pixels * keys * heads),  # exponentials
-            stored=float(3 * pixels * heads * width),
+            stored=float((pixels + 2 * rows * keys) * heads * width),
         )
     if not isinstance(op, Conv):
         return Work(
@@ -336,6 +337,7 @@ def estimate(
     device: str | torch.device = "cpu",
     determinism: str = "seed",
     machine: Ceilings | None = None,
+    tokens: int = TOKENS,
 ) -> Cost:
     """Predict the cost of a job. Nothing is packed or run, so it takes tenths of a second.
 
@@ -351,6 +353,7 @@ def estimate(
         device: Device of the backend.
         determinism: "seed" or "bitwise".
         machine: The machine's ceilings; measured if not given, once in a process.
+        tokens: Number of tokens of each text that a `UNetCondition` reads.
 
     Returns:
         The cost.
@@ -363,14 +366,15 @@ def estimate(
     if number not in DTYPES.values():
         raise InvalidArgument(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     assert number is not None
-    if not isinstance(unet, UNet):
-        raise InvalidArgument(f"the cost of a {type(unet).__name__} is not known; a fastdiff.UNet is needed")
+    if not isinstance(unet, UNet | UNetCondition):
+        raise InvalidArgument(
+            f"the cost of a {type(unet).__name__} is not known; a fastdiff.UNet or UNetCondition is needed"
+        )
     batch = min(batch, n)
     shape = (unet.config.in_channels, *size)
-    spec = Spec(
-        batch, shape, number, torch.device(device), unet.config.null_label, determinism, fast=dtype == "bfloat16-fast"
-    )
-    program = lower(unet, size)
+    null_label = unet.config.null_label if isinstance(unet, UNet) else None
+    spec = Spec(batch, shape, number, torch.device(device), null_label, determinism, fast=dtype == "bfloat16-fast")
+    program = lower(unet, size, tokens)
     rows = batch * (1 + guided)
     passes = math.ceil(n / batch) * nfe / (1 + guided)
     itemsize = number.itemsize
@@ -389,11 +393,10 @@ def estimate(
         reasons = [f"backend {backend!r} runs what torch makes of the network; only the native engine's cost is known"]
     if reasons:
         return dataclasses.replace(cost, missing="; ".join(reasons))
-    return _native(cost, unet, spec, machine or ceilings())
+    return _native(cost, dry_program(unet, spec, rows, tokens), unet, spec, machine or ceilings())
 
 
-def _native(cost: Cost, unet: UNet, spec: Spec, machine: Ceilings) -> Cost:
-    lowered = dry_program(unet, spec, cost.rows)
+def _native(cost: Cost, lowered: NativeProgram, unet: nn.Module, spec: Spec, machine: Ceilings) -> Cost:
     program, parts = lowered.program, math.ceil(cost.rows / lowered.rows)
     by_kind = {"step": cost.passes * outside(spec, cost.rows).seconds(machine)}
     for _, done in work(lowered, machine):

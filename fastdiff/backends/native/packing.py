@@ -60,6 +60,17 @@ def pack(
     return U.contiguous()
 
 
+def gated(layer: Tensor, half: int) -> Tensor:
+    """Order the outputs [2 N, ...] of a gated layer as panels have them: ``half`` of the first N, then their gates.
+
+    N is padded with zeros to a multiple of ``half``.
+    """
+    both = layer.unflatten(0, (2, -1))
+    filled = both.new_zeros(2, -(-both.shape[1] // half) * half, *both.shape[2:])
+    filled[:, : both.shape[1]] = both
+    return filled.unflatten(1, (-1, half)).transpose(0, 1).flatten(0, 2)
+
+
 def _state(unet: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in unet.state_dict().items()}
 
@@ -113,10 +124,15 @@ class Weights:
     def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return a convolution's packed weights in ``dtype`` (see `pack`) and its bias, padded float32."""
 
-        def kernel() -> Tensor:
-            return pack(merged_layer(op, self.state)[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
+        def layer() -> tuple[Tensor, Tensor]:
+            W, b = merged_layer(op, self.state)
+            half = self.native.PANEL // 2
+            return (gated(W, half), gated(b, half)) if op.geglu else (W, b)
 
-        bias = self._once((op.weights, "bias"), lambda: self._padded(merged_layer(op, self.state)[1]))
+        def kernel() -> Tensor:
+            return pack(layer()[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
+
+        bias = self._once((op.weights, "bias"), lambda: self._padded(layer()[1]))
         return self._once((op.weights, channels, method, dtype), kernel), bias
 
     def _padded(self, v: Tensor) -> Tensor:

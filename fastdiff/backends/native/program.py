@@ -21,11 +21,11 @@ from fastdiff.backends.native.extension import extension, isa
 from fastdiff.backends.native.methods import METHODS, choose_method
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.network import EMBEDDING_PRODUCTS, embedding_width
-from fastdiff.core.lower import lower
+from fastdiff.core.lower import TOKENS, lower, text_attentions
 from fastdiff.core.plan import ALIGNMENT, STATISTICS, Plan, plan
 from fastdiff.core.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.errors import BackendError
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 CACHE_BYTES = 32 << 20  # activations that a third-level cache holds beside the weights that stream through it
 TIMES = 64  # timesteps whose embeddings have room from the start
@@ -61,11 +61,12 @@ class ProgramInputs:
 
     x: Tensor  # noisy images, float32 [rows, C, H, W]
     timestep: Tensor  # row of ``times`` for each row, int64 [rows]
-    label: Tensor  # row of ``classes`` for each row, int64 [rows]
+    label: Tensor  # row of ``classes`` and ``text`` for each row, int64 [rows]
     times: Tensor  # embeddings of timesteps, float32 [timesteps, features]
-    classes: Tensor | None  # embeddings of labels, float32 [labels, features], where the network has them
+    classes: Tensor | None  # embeddings of labels, or of texts, float32 [labels, features], where the network has them
     class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
     latent: Tensor | None = None  # float32 [rows, H, W, padded C], of a decoder, which reads nothing else
+    text: dict[str, Tensor] | None = None  # keys and values by external buffer, float32 [labels, tokens, C]
 
 
 def array(tensor: Tensor) -> Any:
@@ -154,7 +155,7 @@ class NativeProgram:
     def _norm_of(self, src: tuple[str, ...], norm: Norm) -> Any:
         gamma, beta = (array(self.weights.vector(f"{norm.weights}.{kind}")) for kind in ("weight", "bias"))
         return self.native.Norm(
-            statistics=[array(self.statistics(name)) for name in src],
+            statistics=[array(self.statistics(name)) for name in src if norm.groups],
             channels=[self.program.buffers[name].shape[2] for name in src],
             groups=norm.groups,
             eps=norm.eps,
@@ -177,8 +178,13 @@ class NativeProgram:
             self.engine.pool(src=self._sources(op), **self._norm(op), dst=dst)
         else:
             assert isinstance(op, Attention)
+            text = None
+            if op.text:
+                assert self.inputs.text is not None
+                text = array(self.inputs.text[op.src[1]])
             self.engine.attention(
-                src=self._sources(op), heads=op.heads, head_dim=op.head_dim, bf16=self.spec.dtype == torch.bfloat16,
+                src=[array(self.buffer(name)) for name in op.src[: 2 - op.text]], heads=op.heads, head_dim=op.head_dim,
+                bf16=self.spec.dtype == torch.bfloat16, text=text,
                 norm=None if op.norm is None else self._norm_of(op.src[1:], op.norm), dst=dst,
             )  # fmt: skip
 
@@ -211,6 +217,7 @@ class NativeProgram:
             upsample=op.upsample,
             method=getattr(self.native.Method, method),
             **self._norm(op),
+            geglu=op.geglu,
             bf16=bf16,
             weights=array(kernel),
             bias=array(bias),
@@ -223,14 +230,15 @@ class NativeProgram:
         )
 
 
-def dry_program(unet: UNet, spec: Spec, rows: int) -> NativeProgram:
+def dry_program(unet: UNet | UNetCondition, spec: Spec, rows: int, tokens: int = TOKENS) -> NativeProgram:
     """Return the program that would run a pass of ``rows`` rows, or one part of it, with sizes and algorithms only.
 
-    Its arena and packed weights are on "meta", so it takes no memory and cannot run.
+    It is for two texts of so many ``tokens``, where the network reads one. Its arena and packed weights are on "meta",
+    so it takes no memory and cannot run.
     """
     native = extension()
     assert native is not None
-    program = lower(unet, spec.shape[1:])
+    program = lower(unet, spec.shape[1:], tokens)
     rows = part_rows(rows, plan(program, 1, group=native.GROUP).size)
     layout = plan(program, rows, group=native.GROUP)
     C, H, W = spec.shape
@@ -240,13 +248,16 @@ def dry_program(unet: UNet, spec: Spec, rows: int) -> NativeProgram:
 
     arena = meta(layout.size, dtype=torch.uint8)
     index = meta(rows, dtype=torch.int64)
+    text = {name: meta(2, tokens, 2 * m.to_k.out_features) for name, m in text_attentions(unet).items()}
+    encoded = isinstance(unet, UNet) and unet.class_encoder is not None
     inputs = ProgramInputs(
         x=meta(rows, C, H, W),
         timestep=index,
         label=index,
         times=meta(TIMES, embedding_width(program)),
         classes=None if unet.class_embedding is None else meta(1, unet.config.temb_channels),
-        class_images=None if unet.class_encoder is None else meta(rows, H, W, C),
+        class_images=meta(rows, H, W, C) if encoded else None,
+        text=text or None,
     )
     weights = Weights.shapes(unet, native)
     return NativeProgram(native, program, layout, arena, weights, inputs, isa(), threads.number(), spec)

@@ -20,26 +20,30 @@ from fastdiff.backends.native import threads
 from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, aligned, part_rows
-from fastdiff.backends.network import EmbeddingTables, embedding_checksum
+from fastdiff.backends.network import EmbeddingTables, TextTables, embedding_checksum
 from fastdiff.core import update
 from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
-from fastdiff.core.state import State
+from fastdiff.core.state import State, Texts
 from fastdiff.errors import BackendError
 from fastdiff.modes import exact_products, plain_modes
 from fastdiff.solvers.table import StepTable
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 MOST_TIMES = 4096  # timesteps whose embeddings are kept, about 100 MB
 MAP_BYTES = 64 << 20  # class images that are kept
+TEXT_BYTES = 256 << 20  # keys and values of texts that are kept; those of a text of Stable Diffusion 1.5 take 8 MB
 _NONE = np.zeros(0, dtype=np.int64)
 PACKINGS = 3  # attempts to pack weights that another thread changes meanwhile
 
 
 def prepare(unet: nn.Module, spec: Spec) -> NativeRunner:
-    """Prepare a `fastdiff.UNet` to run on the native engine. Weights are packed at the runner's first step."""
+    """Prepare a `fastdiff.UNet` or `fastdiff.UNetCondition` to run on the native engine.
+
+    Weights are packed at the runner's first step.
+    """
     refuse("native", reasons_against(unet, spec))
-    assert isinstance(unet, UNet)
+    assert isinstance(unet, UNet | UNetCondition)
     return NativeRunner(unet, spec)
 
 
@@ -51,6 +55,8 @@ class StateCache:
     entries: Tensor  # row of the embedded timesteps for each row of each table, int64 [tables, rows]
     images: dict[bool, tuple[Tensor, Tensor]]  # class images, and that of the null label; by whether images are guided
     shown: np.ndarray  # the labels of those class images; of no image before they are made
+    texts: Texts | None = None  # those for which ``text_rows`` was made
+    text_rows: Tensor | None = None  # row of each text in the tables of texts, int64 [texts]
 
 
 class NativeRunner:
@@ -59,7 +65,7 @@ class NativeRunner:
     Changed weights are noticed when a state takes its first step.
     """
 
-    def __init__(self, unet: UNet, spec: Spec):
+    def __init__(self, unet: UNet | UNetCondition, spec: Spec):
         native = extension()
         assert native is not None
         self.native = native
@@ -80,6 +86,7 @@ class NativeRunner:
         room = MOST_TIMES if self.spec.frozen else TIMES  # pages of memory that nothing is written to take none
         self.embeddings = EmbeddingTables(self.unet, self.program, torch.device("cpu"), room, MOST_TIMES)
         self.maps: collections.OrderedDict[int, Tensor] = collections.OrderedDict()  # by label, the latest used last
+        self.texts: TextTables | None = None  # made at the first step, which brings the number of tokens
         self.states: weakref.WeakKeyDictionary[State, StateCache] = weakref.WeakKeyDictionary()
 
     @plain_modes()
@@ -120,7 +127,10 @@ class NativeRunner:
     def memory(self) -> dict[str, int]:
         """Return the bytes held: packed weights (all batch sizes and precisions), activations, working space."""
         space = sum(program.engine.space for program in self.programs.values())
-        return {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
+        held = {"weights": self.weights.nbytes, "arena": len(self.arena), "space": space}
+        if self.texts is not None:
+            held["texts"] = sum(bank.nbytes for bank in self.texts.banks.values())
+        return held
 
     def _run(self, state: State, advance: bool) -> None:
         guided = np.flatnonzero(state.guided_host[state.everyone])
@@ -129,6 +139,7 @@ class NativeRunner:
         for _ in range(PACKINGS):
             cache = self._follow(state)
             class_images, null_image = self._class_images(state, cache, len(guided) > 0)
+            label, null = self._labels(state, cache, len(guided) > 0)
             program = self._program(part_rows(room, self.row_bytes))
             if program is not None:
                 break
@@ -149,17 +160,17 @@ class NativeRunner:
         try:
             program.engine.step(
                 x=state.x, row=state.row, table=state.table, entry=cache.entries, images=state.taking, guided=guided,
-                label=None if state.label is None else state.label.contiguous(), null_label=self.spec.null_label or 0,
-                class_image=class_images, null_image=null_image, net=net, out=state.out, bank=state.bank.values,
-                guidance=state.guidance, rescale=rescale, advance_rows=advance, lengths=state.bank.lengths,
-                seed=state.seed, index=state.index, xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
+                label=label, null_label=self.spec.null_label or 0, null=null, class_image=class_images,
+                null_image=null_image, net=net, out=state.out, bank=state.bank.values, guidance=state.guidance,
+                rescale=rescale, advance_rows=advance, lengths=state.bank.lengths, seed=state.seed, index=state.index,
+                xs=state.xs, m1=state.m1, m2=state.m2, m3=state.m3,
             )  # fmt: skip
         except (TypeError, ValueError) as e:
             raise BackendError(f"backend 'native' cannot run this step: {e}") from e
 
     def _class_images(self, state: State, cache: StateCache, guided: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return the images' class images [B, H, W, C] and that of the null label, where the network has those."""
-        if state.label is None or self.unet.class_encoder is None:
+        if state.label is None or not isinstance(self.unet, UNet) or self.unet.class_encoder is None:
             return None, None
         null = self.spec.null_label or 0
         if self.spec.determinism != "bitwise" and not self.spec.frozen:
@@ -194,6 +205,7 @@ class NativeRunner:
 
     def _encoded(self, labels: Tensor) -> Tensor:
         """Return the class images of labels, [labels, H, W, C]."""
+        assert isinstance(self.unet, UNet)
         assert self.unet.class_encoder is not None
         with exact_products():
             images: Tensor = self.unet.class_encoder(labels, self.spec.shape[1:])
@@ -221,7 +233,54 @@ class NativeRunner:
                 self._reset()
                 cache = self.states[state] = StateCache((), cache.entries[:0], {}, _NONE)
                 self._enter(state, cache)
+        if isinstance(self.unet, UNetCondition) and (cache.texts is None or cache.texts is not state.texts):
+            self._enter_texts(self.unet, state, cache)
         return cache
+
+    def _enter_texts(self, unet: UNetCondition, state: State, cache: StateCache) -> None:
+        """Find the rows of the state's texts, whose keys and values are computed now where they are new."""
+        texts = state.texts
+        width = unet.config.context_channels
+        if texts is None or texts.states.ndim != 3 or 0 in texts.states.shape or texts.states.shape[2] != width:
+            given = None if texts is None else list(texts.states.shape)
+            raise BackendError(f"this network needs texts, states of the shape [texts, tokens, {width}], not {given}")
+        classes = {"identity": unet.config.temb_channels}
+        features = classes.get(unet.config.class_embed_type or "", unet.config.projection_class_embeddings_input_dim)
+        wanted = None if unet.class_embedding is None else [len(texts), features]
+        given = None if texts.pooled is None else list(texts.pooled.shape)
+        if given != wanted:
+            raise BackendError(f"this network needs pooled vectors of texts of the shape {wanted}, not {given}")
+        tokens = texts.states.shape[1]
+        if self.texts is None or self.texts.tokens != tokens:
+            self.texts = TextTables(unet, tokens, torch.device("cpu"), TEXT_BYTES)
+            self.program = lower(unet, self.spec.shape[1:], tokens)
+            self.programs.clear()
+            self._forget_others(state, cache)
+        banks, places = self.texts.banks, self.texts.places
+        cache.text_rows = self.texts.entries(texts)
+        cache.texts = texts
+        if self.texts.places is not places:
+            self._forget_others(state, cache)
+        if self.texts.banks is not banks:
+            self.programs.clear()  # they hold the addresses of the former tensors
+
+    def _forget_others(self, state: State, cache: StateCache) -> None:
+        """Have every other state look up everything again at its next step."""
+        self.states.clear()
+        self.states[state] = cache
+
+    def _labels(self, state: State, cache: StateCache, guided: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return each image's label and that of its unconditional half: of texts, their rows in the tables of texts."""
+        given = {"label": state.label, "null": state.null if guided or cache.text_rows is None else None}
+        found: list[Tensor | None] = []
+        for name, labels in given.items():
+            if cache.text_rows is None or (name == "null" and not guided):
+                found.append(None if labels is None else labels.contiguous())
+            elif labels is None or not bool(((labels >= 0) & (labels < len(cache.text_rows))).all()):
+                raise BackendError(f"this network needs the number of a text for each image ({name})")
+            else:
+                found.append(cache.text_rows[labels])
+        return found[0], found[1]
 
     def _enter(self, state: State, cache: StateCache) -> None:
         """Find the embedded timesteps of the tables that are new, and set ``cache.entries``."""
@@ -230,8 +289,7 @@ class NativeRunner:
         new = [i for i, table in enumerate(bank.tables) if not (same and cache.tables[i] is table)]
         entries = self.embeddings.entries(bank, new)
         if self.embeddings.places is not places:
-            self.states.clear()  # each asks for its entries again at its next step
-            self.states[state] = cache
+            self._forget_others(state, cache)
             entries, new = self.embeddings.entries(bank), list(range(len(bank.tables)))
         if self.embeddings.times is not times:
             self.programs.clear()  # they hold the address of the former tensor
@@ -261,8 +319,12 @@ class NativeRunner:
             label=index,
             times=self.embeddings.times,
             classes=self.embeddings.classes,
-            class_images=None if self.unet.class_encoder is None else x.new_zeros(rows, H, W, C),
+            class_images=None,
         )
+        if self.texts is not None:
+            inputs.classes, inputs.text = self.texts.classes, self.texts.banks
+        elif isinstance(self.unet, UNet) and self.unet.class_encoder is not None:
+            inputs.class_images = x.new_zeros(rows, H, W, C)
 
         def build() -> NativeProgram:
             return NativeProgram(
