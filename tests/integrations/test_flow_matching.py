@@ -106,6 +106,7 @@ def test_heuns_second_stage_reads_an_edited_sample_as_diffusers_does():
         ("DPMSolverSinglestepScheduler", {"flow_shift": 2.0}),
         ("UniPCMultistepScheduler", {"flow_shift": 3.0}),
         ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}),
         ("UniPCMultistepScheduler", {"use_dynamic_shifting": True, "shift_terminal": 0.05}),
         ("DEISMultistepScheduler", {"flow_shift": 3.0, "solver_order": 3}),
     ],

@@ -176,7 +176,8 @@ def flow_multistep(
             raise InvalidArgument(f"{source.name}: mu= needs use_dynamic_shifting=True and time_shift_type exponential")
         shift = math.exp(source.mu)
     if unipc and source.get("use_karras_sigmas", False):
-        sigmas = spaced_sigmas("karras", n, float(train[-1]), float(train[0]))
+        ends = source.get("sigma_max", float(train[-1])), source.get("sigma_min", float(train[0]))
+        sigmas = spaced_sigmas("karras", n, *ends)
         sigmas = sigmas / (sigmas + 1.0)
     elif unipc:
         plain = np.linspace(1, 1 / T, n + 1)[:-1] if source.sigmas is None else source.sigmas
