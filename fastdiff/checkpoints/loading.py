@@ -42,7 +42,9 @@ from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.schedule import PREDICTIONS
 from fastdiff.solvers import EDMSchedule
-from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS, noise_schedule, scheduler_name
+from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS, scheduler_name
+from fastdiff.solvers.compat.flow import flow_schedule
+from fastdiff.solvers.compat.source import noise_schedule
 from fastdiff.solvers.keys import check_config, unknown_keys, value_of
 from fastdiff.solvers.walk import Schedule
 from fastdiff.text import CaptionEncoder, CaptionEncoderConfig
@@ -317,7 +319,7 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
         config: The contents of a ``scheduler_config.json``; keys that concern only the sampling are ignored.
 
     Returns:
-        The schedule, and what the network predicts: "epsilon", "sample", "v_prediction" or "edm".
+        The schedule, and what the network predicts: "epsilon", "sample", "v_prediction", "edm" or "flow_prediction".
 
     Raises:
         ConfigError: If the scheduler or a value is not supported. A configuration without ``_class_name`` has the keys
@@ -331,6 +333,9 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
             f"scheduler {name} (_class_name) is of a consistency model, which its own solver alone can draw: "
             "Sampler(UNet.from_pretrained(...), solvers.EDMSchedule(time_scale=1000.0)) with solver='consistency'"
         )
+    flow = flow_schedule(config)
+    if flow is not None:
+        return flow
     if name not in EDM_SCHEDULERS:
         if prediction == "edm":
             raise ConfigError(f"prediction_type 'edm' needs one of the schedulers {', '.join(EDM_SCHEDULERS)}")
@@ -340,9 +345,6 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
             raise ConfigError(
                 f"prediction_type={shown(prediction)} is not supported; allowed: {', '.join(PREDICTIONS)}"
             )
-        for key in ("use_flow_sigmas", "use_dynamic_shifting"):
-            if value_of(config, key, False):
-                raise ConfigError(f"{key}=True is not supported: it is of flow matching, which has another process")
         if value_of(config, "timestep_type", "discrete") == "continuous" and prediction == "v_prediction":
             raise ConfigError("timestep_type='continuous' is not supported: the network's timesteps are sigmas")
         return noise_schedule(config), prediction

@@ -19,8 +19,10 @@ from fastdiff.checks import one_of, shown
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument, WriteError
 from fastdiff.files import atomic_file, write_text
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
-from fastdiff.solvers import EDMSchedule
+from fastdiff.solvers import EDMSchedule, FlowSchedule
 from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS
+from fastdiff.solvers.compat.flow import flow_config
+from fastdiff.solvers.flow import PREDICTIONS as FLOW_PREDICTIONS
 from fastdiff.solvers.walk import Schedule
 from fastdiff.text import CaptionEncoder
 from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
@@ -55,7 +57,7 @@ def save_folder(
     pipeline of diffusers has such an encoder.
 
     The scheduler is a ``DDPMScheduler`` with trailing spacing, which clips x0 to [-1, 1], or of an `EDMSchedule` an
-    ``EDMEulerScheduler``. For a network that diffusers'
+    ``EDMEulerScheduler``, or of a `FlowSchedule` a ``FlowMatchEulerDiscreteScheduler``. For a network that diffusers'
     ``UNet2DModel`` cannot represent, ``model_index.json`` is left out: diffusers would load the network with random
     weights in place of those that it does not know.
 
@@ -64,7 +66,7 @@ def save_folder(
         unet: The network.
         schedule: The noise schedule with which it was trained.
         prediction: What the network predicts: "epsilon", "sample" or "v_prediction"; with an `EDMSchedule` "edm" or
-            "v_prediction".
+            "v_prediction"; with a `FlowSchedule` "flow_prediction", "epsilon" or "sample".
         class_names: The name of each class from 0 on, which `fastdiff.Sampler` takes as labels; None for no names.
         text_encoder: The encoder of a network that reads text; None for a `fastdiff.UNet`.
 
@@ -105,8 +107,12 @@ def scheduler_of(schedule: Schedule, prediction: str) -> dict[str, Any]:
         names = {ours: theirs for theirs, ours in EDM_PREDICTIONS.items()}
         levels = {k: v for k, v in dataclasses.asdict(schedule).items() if k != "time_scale"}
         return {"_class_name": "EDMEulerScheduler", **levels, "prediction_type": names[prediction]}
+    if isinstance(schedule, FlowSchedule):
+        one_of("prediction", prediction, FLOW_PREDICTIONS)
+        name = "FlowMatchEulerDiscreteScheduler" if prediction == "flow_prediction" else "DPMSolverMultistepScheduler"
+        return {"_class_name": name, **flow_config(name, schedule, prediction)}
     if not isinstance(schedule, NoiseSchedule):
-        raise InvalidArgument(f"schedule={shown(schedule)}: a NoiseSchedule or an EDMSchedule is needed")
+        raise InvalidArgument(f"schedule={shown(schedule)}: a NoiseSchedule, EDMSchedule or FlowSchedule is needed")
     return {
         "_class_name": "DDPMScheduler",
         **schedule.to_scheduler_config(),

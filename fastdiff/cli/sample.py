@@ -94,6 +94,13 @@ def sample(
     mask: Annotated[
         Path | None, typer.Option(help="White where --image is drawn anew, black where it is kept.")
     ] = None,
+    condition: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture that the network goes by, for all images; or a folder of pictures, in the order of their "
+            "names, that is repeated."
+        ),
+    ] = None,
     quality: Annotated[
         float | None,
         typer.Option(
@@ -123,6 +130,8 @@ def sample(
     fastdiff sample --per-class 8 --guidance 2 --quality 1.1 --out samples.png
 
     fastdiff sample --n 8 --labels 9 --image in.png --strength 0.6 -o out.png
+
+    fastdiff sample runs/colouring --n 4 --condition gray.png -o coloured.png
     """
     from fastdiff import Sampler
     from fastdiff.data.pictures import animate as write_animation
@@ -132,6 +141,7 @@ def sample(
     given = locals()
     options = {name: given[flag.removeprefix("--").replace("-", "_")] for name, flag in Options.flags().items()}
     _check_files(out, animate, image, mask)
+    conditions = [] if condition is None else _condition_files(condition)
     options["size"] = None if size is None else read_size(size)
     options["churn"] = None if churn is None else read_decimals("--churn", churn)
     if index is not None:
@@ -144,6 +154,7 @@ def sample(
     n, options["labels"] = _labels(sampler, n, options["size"], per_class, labels)
     options["prompts"] = None if not prompt else [prompt[i % len(prompt)] for i in range(n)]
     options |= _pictures(sampler, n, options["size"], image, mask)
+    options["condition"] = _conditions(sampler, n, options["size"], conditions)
     frames = []
 
     def keep(event: Event) -> None:
@@ -226,6 +237,40 @@ def _pictures(
     return read
 
 
+def _condition_files(path: Path) -> list[Path]:
+    """Return the picture at --condition, or the pictures of a folder by their names."""
+    from fastdiff.data.scan import SUFFIXES
+
+    if not path.is_dir():
+        if not path.is_file():
+            raise InvalidArgument(f"--condition {path}: no such file or folder")
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+    if not found:
+        raise InvalidArgument(f"--condition {path}: no pictures ({' '.join(sorted(SUFFIXES))}) in this folder")
+    return found
+
+
+def _conditions(sampler: Sampler, n: int, size: int | tuple[int, int] | None, files: list[Path]) -> Tensor | None:
+    """Read the condition images of n images, [n, K, H, W] or, of one file, [K, H, W]."""
+    import torch
+
+    from fastdiff.sampler.request import image_size
+
+    channels = sampler.info.condition
+    if not files:
+        if channels:
+            raise InvalidArgument(f"this network goes by an image of {channels} channels: give it with --condition")
+        return None
+    if not channels:
+        raise InvalidArgument(
+            "--condition is for networks with more channels of input than of output; this one has not"
+        )
+    shape = image_size(n, size, sampler.info)
+    read = [_picture("--condition", file, channels, shape) for file in files[:n]]
+    return read[0] if len(files) == 1 else torch.stack([read[i % len(read)] for i in range(n)])
+
+
 def _report(sampler: Sampler, output: SampleOutput, out: Path, seconds: float) -> dict[str, Any]:
     """Describe the run, for --json."""
     n, rows = len(output.images), len(output.table)
@@ -254,7 +299,7 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
     from fastdiff.data.pixels import convert, fit_to, headers, misfit, open_image, scaled, values_of, why
 
     if channels not in MODES:
-        raise InvalidArgument(f"{option} {path}: this model's images have {channels} channels, so they are no pictures")
+        raise InvalidArgument(f"{option} {path}: the model takes {channels} channels there, which no picture has")
     try:
         heads = headers(path)
         if isinstance(heads, str):

@@ -41,7 +41,7 @@ TEXT_CHANNELS, TEXT_HEAD = 128, 32  # of the states of captions; of a head of at
 
 def train(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A folder of images, an .npz, .tar, or IDX (MNIST) file, .gz or not.")
+        Path, typer.Argument(metavar="DATA", help="A folder of images, an .npz, .tar, Parquet or IDX file, .gz or not.")
     ],
     out: Annotated[
         Path,
@@ -60,6 +60,13 @@ def train(
     profile: ProfileOption = None,
     layout: LayoutOption = None,
     image_channels: ImageChannelsOption = None,
+    condition: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images that the network goes by, paired with DATA's by the names of the files."),
+    ] = None,
+    condition_channels: Annotated[
+        int | None, typer.Option(help="Channels of the --condition images, 1 or 3 (default: theirs).")
+    ] = None,
     class_depth: Annotated[
         int | None, typer.Option(help="Levels of sub-folders that name a class (default: 1; 0 for no classes).")
     ] = None,
@@ -141,6 +148,8 @@ def train(
 
     fastdiff train photos --size 64 --out runs/photos --precision bf16 --compile
 
+    fastdiff train colour --condition gray --size 64 -o runs/colouring
+
     fastdiff train images.gz --labels labels.gz --size 32 --fit pad -o runs/mnist
 
     torchrun --nproc-per-node 2 -m fastdiff train photos --size 64 -o runs/2
@@ -151,7 +160,7 @@ def train(
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
     from fastdiff.checkpoints import load
     from fastdiff.checkpoints.reading import read_json
-    from fastdiff.data.datasets import open_data
+    from fastdiff.data.datasets import open_data, open_pairs
     from fastdiff.data.pixels import Reading
     from fastdiff.files import write_text
     from fastdiff.training.lock import locked
@@ -181,6 +190,8 @@ def train(
         raise InvalidArgument(
             "--captions makes a network of its own; leave out --init, --config, --class-image and --scale-shift"
         )
+    if captions is not None and condition is not None:
+        raise InvalidArgument("--captions and --condition both say what an image is drawn from; use one")
     if captions is not None and (class_depth or class_names is not None or labels is not None):
         raise InvalidArgument(
             "--captions takes the place of classes; leave out --class-depth, --class-names and --labels"
@@ -190,16 +201,26 @@ def train(
     if out.is_dir() and os.environ.get("RANK", "0") == "0":
         with locked(out):  # before the data are read, which may take minutes
             pass
+    if condition is None and condition_channels is not None:
+        raise InvalidArgument("--condition-channels needs --condition")
+    reading = Reading(read_range(value_range), frames, alpha, profile)
     with flags_in_errors():
-        images = open_data(
-            data, Reading(read_range(value_range), frames, alpha, profile), labels=labels,
-            size=None if size is None else read_size(size), channels=image_channels, fit=fit, layout=layout,
+        images: ImageData = open_data(
+            data, reading, labels=labels, size=None if size is None else read_size(size), channels=image_channels,
+            fit=fit, layout=layout,
             class_depth=0 if unconditional or captions is not None else class_depth,
             class_names=None if class_names is None else [name.strip() for name in class_names.split(",")],
             captions=captions,
         )  # fmt: skip
     encoder = None
     unet: UNet | UNetCondition
+    drawn = images.channels
+    if condition is not None:
+        with flags_in_errors():
+            pictures = open_data(
+                condition, reading, size=images.size, channels=condition_channels, fit=fit, class_depth=0
+            )
+            images = open_pairs(images, pictures)
     if given is not None:
         unet = given.unet
     else:
@@ -207,7 +228,7 @@ def train(
             unet_config = _network(
                 images, None if channels is None else read_numbers("--channels", channels), layers,
                 [] if attention == "" else None if attention is None else read_numbers("--attention", attention),
-                head_dim, groups, dropout, scale_shift, class_image, unconditional or captions is not None,
+                head_dim, groups, dropout, scale_shift, class_image, unconditional or captions is not None, drawn,
             )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -366,8 +387,12 @@ def _channels(size: tuple[int, int]) -> list[int]:
 def _network(
     data: ImageData, channels: list[int] | None, layers: int, attention: list[int] | None, head_dim: int | None,
     groups: int, dropout: float, scale_shift: bool, class_image: str | None, unconditional: bool,
+    drawn: int | None = None,
 ) -> UNetConfig:  # fmt: skip
-    """Return the configuration of the U-Net that the options describe, for this data."""
+    """Return the configuration of the U-Net that the options describe, for this data.
+
+    It draws ``drawn`` of the data's channels, if not all: the others are a condition image.
+    """
     from fastdiff import UNetConfig
 
     if channels is None:
@@ -383,7 +408,7 @@ def _network(
     return UNetConfig(
         sample_size=data.size[0] if data.size[0] == data.size[1] else data.size,
         in_channels=data.channels,
-        out_channels=data.channels,
+        out_channels=data.channels if drawn is None else drawn,
         block_out_channels=tuple(channels),
         layers_per_block=layers,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in has),

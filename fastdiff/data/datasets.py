@@ -9,6 +9,7 @@ before anything is allocated or decompressed, and no pickle is ever loaded.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -29,7 +30,7 @@ from torch.utils.data import Dataset
 
 from fastdiff import memory
 from fastdiff.checks import is_whole, one_of, shown, whole
-from fastdiff.data import tars
+from fastdiff.data import parquet, tars
 from fastdiff.data.arrays import BLOCK, LAYOUTS, Arrays, check_bytes, read_idx, read_npz
 from fastdiff.data.captions import read_captions
 from fastdiff.data.doubts import (
@@ -152,7 +153,7 @@ def load_data(
     class_names: Sequence[str] | None = None,
     captions: str | None = None,
 ) -> ArrayData | FolderData:
-    """Open a folder of images, an ``.npz``, ``.tar`` or IDX file (``.gz`` or not) as a data set.
+    """Open a folder of images, an ``.npz``, ``.tar``, Parquet or IDX file (``.gz`` or not) as a data set.
 
     Files of a folder that are unreadable or do not fit are left out, and the "fastdiff" logger names each. It also
     warns of everything else about the data that is doubtful, and names the argument below that settles it.
@@ -162,7 +163,9 @@ def load_data(
             first level's sub-folders are the classes. An ``.npz`` file holds uint8 images [N, H, W], [N, H, W, C] or
             [N, C, H, W] under ``images``, ``x`` or ``arr_0``, and may hold integer labels [N] under ``labels`` or ``y``
             (or ``arr_1`` beside ``arr_0``) and their names under ``class_names``. IDX is the format of MNIST. A
-            ``.tar`` file, or a folder of nothing else, is as WebDataset has it: ``000012.png``, ``000012.cls``.
+            ``.tar`` file, or a folder of nothing else, is as WebDataset has it: ``000012.png``, ``000012.cls``. A
+            Parquet file, or a folder of nothing else, is as Hugging Face has it: a column ``image`` of {bytes, path},
+            and ``label``; pyarrow is needed.
         labels: The IDX file of labels that belongs to an IDX file of images.
         size: The images' size: an int for H = W, or (H, W). None keeps the size of the data, whose images must then
             all have the same.
@@ -237,15 +240,18 @@ def open_data(
         )
     if layout is not None and kind != "npz":
         raise InvalidArgument(f"layout={layout!r} is for the array of an .npz file, but {path} is {_KINDS[kind]}")
-    shards = tars.archives(path) if kind == "folder" else [path] if kind == "tar" else []
-    if captions is not None and (kind != "folder" or shards):
-        what = _KINDS["tar" if shards else kind]
-        raise InvalidArgument(f"captions={shown(captions)} is for a folder of images, but {path} is {what}")
-    if shards:
-        return _tar_data(path, shards, target, channels, fit, reading, class_depth, names)
+    for records, files, read in (
+        ("tar", tars.archives, tars.read_tars),
+        ("parquet", parquet.shards, parquet.read_parquet),
+    ):
+        shards = files(path) if kind == "folder" else [path] if kind == records else []
+        if shards:
+            _check_records(records, path, reading, class_depth, captions)
+            found = read(shards, target, channels, fit, reading, class_depth != 0)
+            return _record_data(path, found, names, reading, fit)
     if kind == "folder":
         return FolderData(path, target, channels, fit, reading, class_depth, names, captions)
-    for name, value in (("frames", reading.frames), ("profile", reading.profile)):
+    for name, value in (("frames", reading.frames), ("profile", reading.profile), ("captions", captions)):
         if value is not None:
             raise InvalidArgument(f"{name}={value!r} is for files of images, but {path} is {_KINDS[kind]}")
     if class_depth is not None and class_depth > 1:
@@ -276,18 +282,24 @@ def open_data(
     return data
 
 
-def _tar_data(
-    path: Path, shards: Sequence[Path], size: tuple[int, int] | None, channels: int | None, fit: str, reading: Reading,
-    class_depth: int | None, names: tuple[str, ...] | None,
-) -> ArrayData:  # fmt: skip
-    """Read tar files of images into memory."""
+def _check_records(kind: str, path: Path, reading: Reading, class_depth: int | None, captions: str | None) -> None:
+    if captions is not None:
+        raise InvalidArgument(f"captions={shown(captions)} is for folders of images, but {path} is {_KINDS[kind]}")
     if reading.frames == "all" or (class_depth or 0) > 1:
         option = "frames='all'" if reading.frames == "all" else f"class_depth={class_depth}"
-        raise InvalidArgument(f"{option} is for folders of images, but {path} is {_KINDS['tar']}")
-    arrays, skipped, doubts = tars.read_tars(shards, size, channels, fit, reading, class_depth != 0)
+        raise InvalidArgument(f"{option} is for folders of images, but {path} is {_KINDS[kind]}")
+
+
+def _record_data(
+    path: Path, read: tuple[Arrays, list[tuple[Path, str]], list[str]], names: tuple[str, ...] | None, reading: Reading,
+    fit: str,
+) -> ArrayData:  # fmt: skip
+    """Make a data set of the images of tar or Parquet files, which were read into memory."""
+    arrays, skipped, doubts = read
     if names is not None and arrays.labels is None:
         raise InvalidArgument(f"class_names= needs labels, which {path} does not have")
-    data = ArrayData(path, arrays.images, arrays.labels, None, channels, fit, class_names=names)
+    names = names or check_names(arrays.class_names, DataError, f"{path}: names of classes")
+    data = ArrayData(path, arrays.images, arrays.labels, None, None, fit, class_names=names)
     data.skipped, data.doubts, data.options = tuple(skipped), (*doubts, *data.doubts), options_of(reading, fit)
     return data
 
@@ -323,8 +335,16 @@ class ConditionedData(ImageData):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images, labels = self.images.__getitems__(indices)
-        return torch.cat([images, self.condition.__getitems__(indices)[0]], dim=1), labels
+        order = self._check(indices)
+        while True:
+            images, labels = self.images.__getitems__(order)
+            condition, _ = self.condition.__getitems__(order)
+            # An image that cannot be decoded has been replaced by the next one, and its condition image was not.
+            bad = {at for data in (self.images, self.condition) for at in getattr(data, "unreadable", ())}
+            readable = [next(at for k in range(len(self)) if (at := (i + k) % len(self)) not in bad) for i in order]
+            if readable == order:
+                return torch.cat([images, condition], dim=1), labels
+            order = readable
 
 
 class ArrayData(ImageData):
@@ -493,12 +513,11 @@ class FolderData(ImageData):
         self._frames = tuple(frame for _, frame, _ in used)
         self.class_names, self.labels, doubts = find_classes(root, scan, self.files, class_depth, class_names)
         self.num_classes = None if self.class_names is None else len(self.class_names)
-        places = "\n".join(f"{path.relative_to(root).as_posix()} {frame}" for path, frame, _ in used)
+        texts: Sequence[str] = ()
         if captions is not None:
             texts = read_captions(root, self.files, captions)
             self.captions = _Captions(self, texts)
-            places += "\n" + "\n".join(texts)
-        self.digest = digest_of(np.frombuffer(places.encode(errors="surrogateescape"), np.uint8)).hex()
+        self.digest = _digest(root, ((path, frame) for path, frame, _ in used), texts)
         heads = [(path, head) for path, _, head in used]
         self.doubts = (*header_doubts(heads, reading, channels), *self.look.doubts(reading), *doubts)
         self.facts, self.options = [*header_facts(heads, self.size, fit), *scan.facts()], options_of(reading, fit)
@@ -512,6 +531,24 @@ class FolderData(ImageData):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def chosen(self, order: Sequence[int]) -> FolderData:
+        """Return the same data with some of the images alone.
+
+        Args:
+            order: Indices of the images to keep, in their new order.
+
+        Returns:
+            The data set of these images.
+        """
+        new = copy.copy(self)
+        new.files, new._frames = tuple(self.files[i] for i in order), tuple(self._frames[i] for i in order)
+        new.labels = None if self.labels is None else self.labels[torch.tensor(order, dtype=torch.int64, device="cpu")]
+        new._bad = set()
+        texts = () if self.captions is None else [self.captions[i] for i in order]
+        new.captions = None if self.captions is None else _Captions(new, texts)
+        new.digest = _digest(self.root, zip(new.files, new._frames, strict=True), texts)
+        return new
 
     @property
     def unreadable(self) -> frozenset[int]:
@@ -645,7 +682,56 @@ class _Captions(Sequence[str]):
         return self.texts[self.data.standing_for(checked)]
 
 
-_KINDS = {"folder": "a folder", "npz": "an .npz file", "idx": "an IDX file", "tar": "a .tar file"}
+def _digest(root: Path, frames: Iterable[tuple[Path, int]], captions: Sequence[str] = ()) -> str:
+    """Return a digest of the names of files, the numbers of their frames, and their captions."""
+    places = "\n".join([*(f"{path.relative_to(root).as_posix()} {frame}" for path, frame in frames), *captions])
+    return digest_of(np.frombuffer(places.encode(errors="surrogateescape"), np.uint8)).hex()
+
+
+def open_pairs(images: ImageData, condition: ImageData) -> ConditionedData:
+    """Join two folders of images, of which the files of one name (but for its ending) are a pair.
+
+    An image without a condition image is left out, and so is a condition image without an image.
+
+    Raises `DataError` if there is no pair, or a name has several files, and `InvalidArgument` if one is no folder.
+    """
+    if not isinstance(images, FolderData) or not isinstance(condition, FolderData):
+        raise InvalidArgument("pairs of images are found by their names in two folders of images, not in other data")
+    places = [_by_name(data) for data in (images, condition)]
+    both = [name for name in places[0] if name in places[1]]
+    if not both:
+        raise DataError(
+            f"no file of {condition.root} has the name of a file of {images.root}, but for its ending; the first are "
+            f"{next(iter(places[1]))[0]} and {next(iter(places[0]))[0]}"
+        )
+    pair = ConditionedData(
+        *(d.chosen([at[name] for name in both]) for d, at in zip((images, condition), places, strict=True))
+    )
+    alone = [
+        (data.files[i], f"no file of this name in {other.root}")
+        for data, other, at, theirs in ((images, condition, *places), (condition, images, *places[::-1]))
+        for name, i in at.items()
+        if name not in theirs
+    ]
+    pair.skipped = (*pair.skipped, *alone)
+    return pair
+
+
+def _by_name(data: FolderData) -> dict[tuple[str, int], int]:
+    """Return the index of each image by the name of its file without the ending, and the number of its frame."""
+    found: dict[tuple[str, int], int] = {}
+    for i, (file, frame) in enumerate(zip(data.files, data._frames, strict=True)):
+        name = file.relative_to(data.root).with_suffix("").as_posix()
+        if (name, frame) in found:
+            raise DataError(f"{data.root}: {data.files[found[name, frame]].name} and {file.name} have one name, {name}")
+        found[name, frame] = i
+    return found
+
+
+_KINDS = {
+    "folder": "a folder", "npz": "an .npz file", "idx": "an IDX file", "tar": "a .tar file",
+    "parquet": "a Parquet file",
+}  # fmt: skip
 
 
 def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -682,8 +768,8 @@ def _kind(path: Path) -> str:
     if head[:2] in (b"\x1f\x8b", b"\0\0"):
         return "idx"
     if head[:4] == b"PAR1":
-        raise DataError(f"{path} is a Parquet file, which is not read; write its images into a folder or a .tar file")
-    raise DataError(f"{path} is neither a folder of images, an .npz, .tar nor IDX file (gzipped or not)")
+        return "parquet"
+    raise DataError(f"{path} is neither a folder of images, an .npz, .tar, Parquet nor IDX file (gzipped or not)")
 
 
 def _cpus() -> int:

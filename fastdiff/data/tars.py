@@ -6,21 +6,17 @@ The image of a sample is a file such as ``000012.png``, its class a number in ``
 from __future__ import annotations
 
 import dataclasses
-import io
+import functools
 import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageFile
-
 from fastdiff.data.arrays import Arrays, check_bytes
-from fastdiff.data.pixels import FORMATS, MAX_PIXELS, Reading, convert, fit_to, misfit, pixels_of, why
+from fastdiff.data.gathered import MAX_FILE, Gathered
+from fastdiff.data.pixels import Reading, why
 from fastdiff.data.scan import SUFFIXES
 from fastdiff.errors import DataError
-
-MAX_FILE = 1 << 28  # bytes of an image's file
 
 
 @dataclasses.dataclass
@@ -53,11 +49,7 @@ def read_tars(
 
     Raises `DataError` where a file is no tar file, no image can be used, or only some have labels.
     """
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise DataError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which makes damaged images look whole; unset it")
-    images: list[np.ndarray] = []
-    labels: list[int | None] = []
-    skipped: list[tuple[Path, str]] = []
+    gathered = Gathered(size, channels, fit, reading)
     doubts: list[str] = []
     for path in paths:
         try:
@@ -66,31 +58,20 @@ def read_tars(
                 if path.stat().st_size < archive.offset + tarfile.BLOCKSIZE:
                     doubts.append(f"{path.name} has no mark of its end, so that it may be cut; write it anew")
                 per_image = math.prod(size or (1, 1)) * (channels or 3)
-                check_bytes(str(path), "its images", (len(images) + len(samples)) * per_image)
+                check_bytes(str(path), "its images", (len(gathered.images) + len(samples)) * per_image)
                 for sample in samples:
-                    try:
-                        pixels = _decoded(archive, sample, channels, reading)
-                        size = size or pixels.shape[:2]
-                        reason = misfit(pixels.shape[:2], size, fit)
-                    except Exception as error:  # a decoder may raise anything at all for a damaged file
-                        reason = why(error).splitlines()[0]
-                    if reason is None:
-                        assert size is not None
-                        images.append(fit_to(pixels[None], size, fit)[0])
-                        labels.append(_label(archive, sample) if labelled else None)
-                    else:
-                        skipped.append((path / sample.name, reason))
+                    gathered.add(
+                        path / sample.name,
+                        functools.partial(_content, archive, sample.image),
+                        functools.partial(_label, archive, sample) if labelled else _no_label,
+                    )
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(f"{path} is no tar file, or is damaged: {why(error)}") from error
-    if not images or size is None:
-        first = f"; the first, {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"{paths[0]}: no image can be used ({' '.join(sorted(SUFFIXES))}){first}")
-    missing = sum(label is None for label in labels)
-    if 0 < missing < len(labels):
-        raise DataError(f"{paths[0]}: {missing} of {len(labels)} images have no .cls file; class_depth=0 ignores them")
-    most = max(image.shape[2] for image in images)
-    stacked = np.stack([convert(image[None], most)[0] for image in images])
-    return Arrays(stacked, None if missing else np.array(labels, dtype=np.int64)), skipped, doubts
+    return gathered.arrays(paths[0], "no .cls file"), gathered.skipped, doubts
+
+
+def _no_label() -> None:
+    return None
 
 
 def _samples(path: Path, archive: tarfile.TarFile) -> Iterator[Sample]:
@@ -112,23 +93,13 @@ def _samples(path: Path, archive: tarfile.TarFile) -> Iterator[Sample]:
     yield from found.values()
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
+    assert member is not None
     if member.size > MAX_FILE:
         raise DataError(f"{member.name} takes {member.size} bytes, more than {MAX_FILE}")
     file = archive.extractfile(member)
     assert file is not None  # a regular file
     return file.read()
-
-
-def _decoded(archive: tarfile.TarFile, sample: Sample, channels: int | None, reading: Reading) -> np.ndarray:
-    """Decode an image to uint8 [h, w, 1 or 3]."""
-    assert sample.image is not None
-    with Image.open(io.BytesIO(_content(archive, sample.image)), formats=FORMATS) as image:
-        w, h = image.size
-        if w * h > MAX_PIXELS:
-            raise DataError(f"its header says {h}x{w}, more than {MAX_PIXELS} pixels")
-        pixels = pixels_of(image, reading)
-    return convert(pixels[None], channels or min(pixels.shape[2], 3), reading.alpha)[0]
 
 
 def _label(archive: tarfile.TarFile, sample: Sample) -> int | None:

@@ -17,7 +17,7 @@ from fastdiff.integrations.configuration import configuration
 from fastdiff.integrations.network import BackendUNet
 from fastdiff.integrations.noise import draws_noise, randn
 from fastdiff.solvers import StepTable, from_config
-from fastdiff.solvers.compat.diffusers import VARIANCE_PRESERVING
+from fastdiff.solvers.compat.diffusers import FLOW_SCHEDULERS, UNSCALED
 
 
 def check_scheduler(pipeline: Any) -> None:
@@ -47,10 +47,10 @@ def _scheduler_config(pipeline: Any) -> dict[str, Any]:
         )
     config = configuration(pipeline.scheduler)
     name = config["_class_name"]
-    if name not in VARIANCE_PRESERVING:
+    if name not in UNSCALED:
         raise ConfigError(
             f"scheduler {name} needs its input scaled, which {type(pipeline).__name__} does not do; supported: "
-            f"{', '.join(VARIANCE_PRESERVING)}"
+            f"{', '.join(UNSCALED)}"
         )
     return config
 
@@ -128,8 +128,8 @@ class PipelineLoop:
         B, generator = self.arguments["batch_size"], self.arguments["generator"]
         device, dtype = self.pipeline._execution_device, unet.dtype
 
-        def draw() -> Tensor:
-            return randn((B, unet.config.in_channels, H, W), generator, device, dtype)
+        def draw(of: torch.dtype = dtype) -> Tensor:
+            return randn((B, unet.config.in_channels, H, W), generator, device, of)
 
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         x = draw().to(wide)
@@ -140,7 +140,8 @@ class PipelineLoop:
                 raise ConfigError("the pipeline's progress_bar gives other timesteps than it was given; unaccelerate()")
             state.noise = None
             if draws_noise(self.config, self.table, row, self.eta):
-                state.noise = _constant(draw().to(wide))
+                flow = self.config["_class_name"] in FLOW_SCHEDULERS
+                state.noise = _constant(draw(torch.float32 if flow else dtype).to(wide))
             runner.step(state)
         return state.x
 

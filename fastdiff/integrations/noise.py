@@ -55,6 +55,8 @@ def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: floa
         return row < len(table) - 1
     if name == "CMStochasticIterativeScheduler":
         return len(table) > 1
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return bool(config.get("stochastic_sampling"))
     if name in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"):
         return str(config.get("algorithm_type")).startswith("sde")
     if name in ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
@@ -64,7 +66,7 @@ def draws_noise(config: Mapping[str, Any], table: StepTable, row: int, eta: floa
 
 def noise_dtype(name: str, model_output: Tensor, sample: Tensor) -> torch.dtype:
     """Return the dtype in which diffusers' scheduler draws its noise."""
-    if name == "DPMSolverMultistepScheduler":
+    if name in ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"):
         return torch.float32
     if name in ("LCMScheduler", "TCDScheduler"):
         return torch.promote_types(model_output.dtype, sample.dtype)

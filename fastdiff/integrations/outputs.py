@@ -10,7 +10,8 @@ from torch import Tensor
 ALONE = (
     "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler",
     "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
-    "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler",
+    "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler", "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
 )  # fmt: skip
 SECOND = {"LCMScheduler": "denoised", "TCDScheduler": "pred_noised_sample"}
 

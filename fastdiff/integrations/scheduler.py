@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.loading import read_scheduler
-from fastdiff.checks import shown, whole
+from fastdiff.checks import number, shown, whole
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
@@ -42,13 +42,16 @@ from fastdiff.solvers import StepTable, from_config
 from fastdiff.solvers.compat.defaults import DEFAULTS
 from fastdiff.solvers.compat.diffusers import (
     ETA,
+    FLOW_SCHEDULERS,
     IN_SIGMA,
     TAKES_TIMESTEPS,
     WITHOUT_SCHEDULE,
     ZERO_SNR,
-    noise_schedule,
     training_betas,
 )
+from fastdiff.solvers.compat.flow import trained_sigmas
+from fastdiff.solvers.compat.source import noise_schedule
+from fastdiff.solvers.flow import abar_of
 from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.paths import looks_back
 
@@ -64,6 +67,8 @@ STEP_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     "EulerDiscreteScheduler": CHURN,
     "EDMEulerScheduler": CHURN,
+    "FlowMatchEulerDiscreteScheduler": (*CHURN[:-1], "per_token_timesteps", "return_dict"),
+    "FlowMatchHeunDiscreteScheduler": CHURN,
     "LMSDiscreteScheduler": ("order", "return_dict"),
     "DPMSolverSDEScheduler": ("return_dict", "s_noise"),
     **dict.fromkeys(
@@ -80,16 +85,17 @@ SET_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "DEISMultistepScheduler": ("mu",),
     "EulerDiscreteScheduler": ("timesteps", "sigmas"),
     "EDMEulerScheduler": ("sigmas",),
+    "FlowMatchEulerDiscreteScheduler": ("sigmas", "mu", "timesteps"),
     "HeunDiscreteScheduler": ("num_train_timesteps", "timesteps"),
     **dict.fromkeys(
         ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"), ("num_train_timesteps",)
     ),
 }
 # Options of step that only some schedulers have, and the value that changes nothing.
-ONLY = {"s_churn": 0.0, "s_tmin": None, "s_tmax": None, "s_noise": None, "order": 4}
+ONLY = {"s_churn": 0.0, "s_tmin": None, "s_tmax": None, "s_noise": None, "order": 4, "per_token_timesteps": None}
 # Schedulers of two evaluations a step.
 TWO_STAGES = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
-              "DPMSolverSDEScheduler")  # fmt: skip
+              "DPMSolverSDEScheduler", "FlowMatchHeunDiscreteScheduler")  # fmt: skip
 # Schedulers in sigma that have the timesteps of the training before a run, one for each level.
 PLAIN = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
 # Schedulers of a multi-step solver whose samples are variance-preserving.
@@ -122,7 +128,7 @@ class Scheduler:
     Attributes:
         num_inference_steps: The number of steps of a run; None before `set_timesteps`.
         order: Evaluations of the network in a step: 2 for Heun, DPM2 and DPM++ SDE, else 1.
-        schedule: The `NoiseSchedule`; None for EDM and consistency models, which have none.
+        schedule: The `NoiseSchedule`; None for EDM, consistency models and flow matching, which have none.
 
     Raises:
         ConfigError: If the scheduler or one of its options is not supported.
@@ -143,10 +149,12 @@ class Scheduler:
         self._config = config
         self._name = name = str(config["_class_name"])
         self.in_sigma = name in IN_SIGMA
+        self.of_flow = name in FLOW_SCHEDULERS
         self.schedule: NoiseSchedule | None = None
         if name not in WITHOUT_SCHEDULE:
             self.schedule = noise_schedule(config)
         self.order = 2 if name in TWO_STAGES else 1
+        self._shift: float | None = None  # by `set_shift`
         self.num_inference_steps: int | None = None
         self._asked: tuple[Mapping[str, Any], dict[str, Any]] | None = None
         self._forget()
@@ -268,7 +276,7 @@ class Scheduler:
 
     def _trained(self) -> NoiseSchedule:
         if self.schedule is None:
-            raise AttributeError(f"{self._name} has no betas, as its noise levels are continuous")
+            raise AttributeError(f"{self._name} has no betas, as its noise levels are not those of betas")
         return self.schedule
 
     @property
@@ -329,11 +337,12 @@ class Scheduler:
             *positional: Arguments in the order that diffusers' scheduler has them.
             timesteps: The falling timesteps themselves, in place of a number of steps, for the schedulers that have
                 this option in diffusers.
-            sigmas: The falling noise levels, with the level at which the last step ends, for EulerDiscreteScheduler.
+            sigmas: The falling noise levels: for EulerDiscreteScheduler with the level at which the last step ends, for
+                the schedulers of flow matching without it.
             original_inference_steps: For LCMScheduler and TCDScheduler: in place of the configuration's.
             strength: For LCMScheduler and TCDScheduler: the share of the distillation's timesteps to choose from.
             num_train_timesteps: The number of training timesteps, which must be the configuration's.
-            mu: The shift of flow matching, which is not supported: None.
+            mu: The shift of flow matching, with use_dynamic_shifting.
 
         Raises:
             InvalidArgument: If the number of steps is out of range, or an option is not this scheduler's.
@@ -347,13 +356,15 @@ class Scheduler:
             num_train_timesteps = by_name.get("num_train_timesteps", num_train_timesteps)
         given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
+        if len(named) > 1 and self._name != "FlowMatchEulerDiscreteScheduler":  # which takes lists of that many, too
             raise InvalidArgument(f"{' and '.join(named)} exclude each other: give one of them")
-        if mu is not None or num_train_timesteps not in (None, len(self)):
-            raise InvalidArgument(f"{self._name}: mu= is not supported, and num_train_timesteps is {len(self)}")
+        if num_train_timesteps not in (None, len(self)):
+            raise InvalidArgument(f"{self._name}: num_train_timesteps is {len(self)}")
         if timesteps is not None and self._name not in TAKES_TIMESTEPS:
             raise InvalidArgument(f"{self._name} takes no timesteps=, as in diffusers; {', '.join(TAKES_TIMESTEPS)} do")
         config: Mapping[str, Any] = self.config
+        if self._shift is not None:
+            config = {**config, "_shift": self._shift}
         if original_inference_steps is not None or strength != 1.0:
             if self._name not in ("LCMScheduler", "TCDScheduler") or timesteps is not None:
                 raise InvalidArgument(
@@ -367,6 +378,7 @@ class Scheduler:
             "timesteps": timesteps,
             "sigmas": sigmas,
             "strength": strength,
+            "mu": mu,
         }
         table = from_config(config, **asked)
         self._forget()
@@ -377,20 +389,22 @@ class Scheduler:
 
     def _listed_times(self, table: StepTable) -> Tensor:
         exact = self._name == "CMStochasticIterativeScheduler"
-        dtype = torch.float64 if exact else torch.float32 if self.in_sigma else torch.int64
+        dtype = torch.float64 if exact else torch.float32 if self.in_sigma or self.of_flow else torch.int64
         return torch.tensor(table.timesteps, dtype=torch.float64, device="cpu").to(dtype)
 
     @property
     def timesteps(self) -> Tensor:
         """The timesteps of a run, one for each evaluation of the network; all those of the training before a run.
 
-        An int64 tensor [N], or float32 for a scheduler in sigma space (float64 for consistency models).
+        An int64 tensor [N], or float32 for a scheduler in sigma space or of a flow (float64 for consistency models).
         """
         if self._timesteps is None:
             falling = torch.arange(len(self) - 1, -1, -1, dtype=torch.int64, device="cpu")
             falling = falling.flip(0) if self._name in INVERSE else falling
             continuous = self.config.get("timestep_type") == "continuous"
-            if not self.in_sigma:
+            if self.of_flow:
+                self._timesteps = self._trained_flow() * len(self)
+            elif not self.in_sigma:
                 self._timesteps = falling.float() if self._name in MULTISTEP else falling
             elif continuous and self.config["prediction_type"] == "v_prediction":
                 self._timesteps = 0.25 * self.sigmas[:-1].log()
@@ -410,16 +424,22 @@ class Scheduler:
 
         DDPM, DDIM, PNDM, LCM and TCD have none, as in diffusers.
         """
-        if not (self.in_sigma or self._name in MULTISTEP):
+        if not (self.in_sigma or self.of_flow or self._name in MULTISTEP):
             raise AttributeError(f"{self._name} has no sigmas; it has alphas_cumprod")
         if self._sigmas is None:
+            if self._asked is None and self.of_flow:
+                return self._trained_flow()
             if self._asked is None and self._name in (*MULTISTEP, *PLAIN):
                 rising = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
                 return rising if self._name in MULTISTEP else torch.cat([rising.flip(0), torch.zeros_like(rising[:1])])
             table = self._table()
             rows = [row for row in table.rows if not row.stage] if self._name in TWO_STAGES else table.rows
             abar = [*(row.abar for row in rows), rows[-1].abar_next]
-            levels = [table.data_scale * math.sqrt((1.0 - a) / a) for a in abar]
+            if table.flow:
+                levels = [table.signal_and_noise(a)[1] for a in abar]
+                levels = [1.0 - s for s in levels] if self.config.get("invert_sigmas") else levels
+            else:
+                levels = [table.data_scale * math.sqrt((1.0 - a) / a) for a in abar]
             sigmas = torch.tensor(levels, dtype=torch.float64, device="cpu")
             if self._name in TWO_STAGES:  # both evaluations of a step have an entry, DPM2's of its last step too
                 last = len(sigmas) if self._name.startswith("KDPM2") else -1
@@ -429,6 +449,40 @@ class Scheduler:
                 sigmas = sigmas[:-1] if self._asked is None else sigmas
             self._sigmas = sigmas.float()
         return self._sigmas
+
+    def _trained_flow(self) -> Tensor:
+        """Return the noise levels of the training of a flow, float32 [T]."""
+        return torch.tensor(trained_sigmas(self.config, np.float32).copy(), device="cpu")
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest noise level of the training of a flow; for EDM and consistency models the configuration's."""
+        return float(self._trained_flow()[-1]) if self.of_flow else self.__getattr__("sigma_min")
+
+    @property
+    def sigma_max(self) -> float:
+        """The highest noise level of the training of a flow; for EDM and consistency models the configuration's."""
+        return float(self._trained_flow()[0]) if self.of_flow else self.__getattr__("sigma_max")
+
+    @property
+    def shift(self) -> float:
+        """The shift of the levels of FlowMatchEulerDiscreteScheduler."""
+        if self._name != "FlowMatchEulerDiscreteScheduler":
+            return self.__getattr__("shift")
+        return float(self.config["shift"]) if self._shift is None else self._shift
+
+    def set_shift(self, shift: float) -> None:
+        """Change the shift of the runs that `set_timesteps` lays out, for FlowMatchEulerDiscreteScheduler.
+
+        Args:
+            shift: The shift, a positive number.
+
+        Raises:
+            InvalidArgument: If it is not, or the scheduler is another one.
+        """
+        if self._name != "FlowMatchEulerDiscreteScheduler":
+            raise InvalidArgument("set_shift belongs to FlowMatchEulerDiscreteScheduler")
+        self._shift = number("shift", shift, 1e-6, 1e6)
 
     @property
     def init_noise_sigma(self) -> float | Tensor:
@@ -651,7 +705,8 @@ class Scheduler:
             None if place.alone is not None else place._replace(row=int(row))
             for place, row in zip(places, state.row_host, strict=True)
         ]
-        results = {name: value.reshape(sample.shape).to(sample.dtype) for name, value in results.items()}
+        dtype = model_output.dtype if self.of_flow else sample.dtype
+        results = {name: value.reshape(sample.shape).to(dtype) for name, value in results.items()}
         if return_dict:
             return StepOutput(results)
         return tuple(results.values())[: 1 if self._name in ALONE else 2]
@@ -668,6 +723,12 @@ class Scheduler:
         for name, value in others.items():
             if name not in ONLY:
                 raise InvalidArgument(f"{self._name}.step has no option {shown(name)}")
+            if name == "per_token_timesteps":
+                if value is not None:
+                    raise InvalidArgument("per_token_timesteps= is not supported: images have one noise level each")
+                continue
+            if name == "s_churn" and self._name == "FlowMatchEulerDiscreteScheduler":  # ignores it, as in diffusers
+                continue
             neutral = ONLY[name] if self._name != "DPMSolverSDEScheduler" or name != "s_noise" else 1.0
             if neutral is not None and value != neutral:
                 raise InvalidArgument(f"{name}={shown(value)} is not supported; only {neutral} is")
@@ -706,18 +767,39 @@ class Scheduler:
             InvalidArgument: If a timestep is neither.
         """
         times = _listed(timesteps, len(original_samples))
-        if self._begin_index is not None and (self.in_sigma or self._name in MULTISTEP):
+        if self._begin_index is not None and (self.in_sigma or self.of_flow or self._name in MULTISTEP):
             index = self._begin_index if self.step_index is None else self.step_index
             abar = np.array([self._table().rows[min(index, len(self._table()) - 1)].abar] * len(times))
         else:
             abar = np.array([self._abar(t) for t in times])
         a, s = np.sqrt(abar), np.sqrt(1.0 - abar)
+        if self.of_flow or (self._asked is not None and self._table().flow):
+            a, s = a / (a + s), s / (a + s)
         if self.in_sigma:
             scale = self._table().data_scale
             a, s = np.ones_like(a), scale * s / a
         dtype = torch.float64 if original_samples.dtype == torch.float64 else torch.float32
         x0, eps = original_samples.to(dtype), noise.to(dtype)
         return (self._spread(a, x0) * x0 + self._spread(s, x0) * eps).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """Add noise to images by flow matching: (1 - sigma) x_0 + sigma eps.
+
+        Args:
+            sample: The images x_0, [B, ...].
+            timestep: The timestep that gives sigma, of this run, or of the training before a run: a number for all
+                images, or a tensor [B] with one for each.
+            noise: Standard normals eps, of the images' shape.
+
+        Returns:
+            The noisy images, in the dtype of ``sample``.
+
+        Raises:
+            InvalidArgument: If the scheduler is not one of flow matching, or has not this timestep.
+        """
+        if not self.of_flow:
+            raise InvalidArgument(f"{self._name} has add_noise; scale_noise belongs to {' and '.join(FLOW_SCHEDULERS)}")
+        return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """Compute v = sqrt(abar) eps - sqrt(1 - abar) x_0, the target of v-prediction (Salimans & Ho 2022).
@@ -880,10 +962,12 @@ class Scheduler:
 
     def _abar(self, t: float) -> float:
         """Return abar at a timestep of this run, or else of the noise schedule."""
-        if self._asked is not None or self.schedule is None:
+        if self._asked is not None or (self.schedule is None and not self.of_flow):
             for row in self._table().rows:
                 if _same(t, row.t):
                     return row.abar
+        if self.of_flow and self._asked is None:
+            return abar_of(float(self._trained_flow()[self.index_for_timestep(t)]))
         if self.schedule is None:
             raise InvalidArgument(f"timestep {t:g} is not one of this run's; set_timesteps lays them out")
         return self.schedule.abar(t)

@@ -14,7 +14,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import measured
 from fastdiff.sampler.measured import Measured, Point
 from fastdiff.sampler.options import AUTO, DEADLINE, MEASURED, QUALITY, Options, scales
-from fastdiff.solvers import EDMSchedule
+from fastdiff.solvers import EDMSchedule, FlowSchedule
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.walk import Schedule
 
@@ -151,6 +151,7 @@ def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int 
     """Choose (solver, steps, options of that solver) by a fixed rule, from what the solvers' papers report:
 
         EDM networks        heun, 18 steps                       Karras et al. 2022, table 2
+        flow networks       euler, 28 steps                      Esser et al. 2024 (rectified flow), section 5.3
         fewer than 10       unipc, order 3, guided: order 2      Zhao et al. 2023, sections 4.1 and 4.2
         10 to 49            dpmpp_3m, guided: dpmpp_2m           Lu et al. 2022 (DPM-Solver++), sections 4.1 and 7.1
         50 to 249           dpmpp_2m_sde                         Lu et al. 2022; Karras et al. 2022, figure 4: in many
@@ -164,6 +165,8 @@ def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int 
     With more steps, its distances are dominated by the network's errors, which all solvers share; so they are no reason
     to change the rule for other models.
     """
+    if isinstance(schedule, FlowSchedule):
+        return "euler", steps, {}
     if isinstance(schedule, EDMSchedule):
         return "heun", steps, {}
     n = min(20, schedule.timesteps) if steps is None else steps

@@ -29,13 +29,10 @@ Guide = Callable[[Tensor, Sequence[int]], Tensor]
 THROUGH = ("x0", "network")
 
 
-def noised(image: Tensor, abar: float, data_scale: float, z: Tensor | None) -> Tensor:
-    """Return a sample of q(x_t | x_0) (Ho et al. 2020, eq. 4); z may be None where abar is 1.
-
-    x_t = sqrt(abar) image / data_scale + sqrt(1 - abar) z
-    """
-    x = image * (abar**0.5 / data_scale)
-    return x if z is None else x + (1.0 - abar) ** 0.5 * z
+def noised(image: Tensor, signal: float, share: float, z: Tensor) -> Tensor:
+    """Return a sample of q(x_t | x_0), signal image + share z, with the factors of `StepTable.signal_and_noise`."""
+    x = image * signal
+    return x if share == 0.0 else x + share * z
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +45,17 @@ class Inpainting:
     def known(self, state: State) -> Tensor:
         """Return the known image [B, C, H, W] at the noise level where the current row ends.
 
-            x_p = sqrt(abar_p) image + sqrt(1 - abar_p) z,     z: Philox's stream MASK of the row
+            x_p = a image + s z,     z: Philox's stream MASK of the row, a and s: `StepTable.signal_and_noise`
 
         (Lugmayr et al. 2022, eq. 8a; its algorithm 1 has the variance in place of the standard deviation.) After the
         last row it is the image itself, and for an idle image it is ``state.x``.
         """
         lengths = state.bank.lengths_host[state.table_host]
-        scale = np.array([state.bank.tables[table].data_scale for table in state.table_host.tolist()])
-        abar, last = state.column_host("abar_next"), state.row_host == lengths - 1
-        a, s = np.where(last, 1.0, np.sqrt(abar) / scale), np.where(last, 0.0, np.sqrt(1.0 - abar))
+        tables = [state.bank.tables[table] for table in state.table_host.tolist()]
+        levels = zip(tables, state.column_host("abar_next").tolist(), strict=True)
+        a, s = np.array([table.signal_and_noise(abar) for table, abar in levels]).T
+        last = state.row_host == lengths - 1
+        a, s = np.where(last, 1.0, a), np.where(last, 0.0, s)
 
         def column(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(state.x.device, state.x.dtype).view(-1, 1, 1, 1)
@@ -113,7 +112,10 @@ def guide(state: State, log_p: Guide, indices: Sequence[int], x0_of: Tensor | No
         else:
             straight = kx * x0_of[:n] + ko * graph[:n, :C]
             (by_x,) = torch.autograd.grad(straight, x0_of, g)
-            shift = torch.where(abar > 0.0, (1.0 - abar) / abar.sqrt() * by_x[:n], 0.0)
+            factor = (1.0 - abar) / abar.sqrt()
+            if state.bank.tables[0].flow:  # s^2 / a of the flow's own a and s
+                factor = factor / (abar.sqrt() + (1.0 - abar).sqrt())
+            shift = torch.where(abar > 0.0, factor * by_x[:n], 0.0)
     out = state.out.clone()
     out[:n, :C] += torch.where(ko == 0.0, 0.0, shift / ko)
     state.out = out

@@ -336,7 +336,7 @@ def at_first_row(r: Request, z: Tensor, image: Tensor | None) -> Tensor:
     """Return the states of images before the first row, from their initial noise z and the image they start from."""
     first = r.table.rows[0].abar
     if image is not None and r.from_image:
-        return editing.noised(image, first, r.table.data_scale, z if first < 1.0 else None)
+        return editing.noised(image, *r.table.signal_and_noise(first), z)
     return z * r.table.init_scale
 
 

@@ -141,7 +141,7 @@ class Options:
         None, "--strength", check=optional(partial(number, above=0, high=1, need="a number above 0, at most 1,"))
     )
     mask: Any = option(None, "--mask", MEASURED)
-    condition: Any = option(None, None, DEADLINE)
+    condition: Any = option(None, "--condition", DEADLINE)
     repaint: tuple[int, int] | None = option(None, None, DEADLINE, MEASURED)
     guide: Guide | None = option(None, None, DEADLINE, MEASURED)
     guide_through: str = option("x0")

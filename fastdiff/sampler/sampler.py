@@ -29,13 +29,13 @@ from fastdiff.sampler.prompts import TextEncoder, encode
 from fastdiff.sampler.request import Request, check
 from fastdiff.sampler.runners import FAST, Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import EDMSchedule, StepTable
+from fastdiff.solvers import EDMSchedule, FlowSchedule, StepTable
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
-from fastdiff.solvers.walk import Schedule
+from fastdiff.solvers.walk import Schedule, check_process, default_prediction
 
 FIXED = (
     "unet", "info", "schedule", "prediction", "backend", "device", "dtype", "fast", "determinism", "scheduler_config",
@@ -114,11 +114,14 @@ class Sampler:
     ):
         if not isinstance(unet, nn.Module):
             raise InvalidArgument(f"unet={shown(unet)}: a torch module is needed; from_pretrained takes paths")
-        if schedule is not None and not isinstance(schedule, (NoiseSchedule, EDMSchedule)):
-            raise InvalidArgument(f"schedule={shown(schedule)}: a NoiseSchedule, an EDMSchedule or None is needed")
-        if prediction is None:
-            prediction = "edm" if isinstance(schedule, EDMSchedule) else "epsilon"
+        if schedule is not None and not isinstance(schedule, (NoiseSchedule, EDMSchedule, FlowSchedule)):
+            raise InvalidArgument(
+                f"schedule={shown(schedule)}: a NoiseSchedule, an EDMSchedule, a FlowSchedule or None is needed"
+            )
+        schedule = NoiseSchedule() if schedule is None else schedule
+        prediction = default_prediction(schedule) if prediction is None else prediction
         check_prediction(prediction)
+        check_process(schedule, prediction)
         one_of("determinism", determinism, ("seed", "bitwise"))
         one_of("backend", backend, ("auto", *backends.BACKENDS))
         if measurements_file is not None and not isinstance(measurements_file, (str, os.PathLike)):
@@ -128,7 +131,7 @@ class Sampler:
             NetworkInfo.of(unet, shape, text_encoder is not None), class_names=_class_names(class_names)
         )
         self.text_encoder = None if text_encoder is None else _check_encoder(text_encoder)
-        self.schedule: Schedule = schedule or NoiseSchedule()
+        self.schedule: Schedule = schedule
         self.prediction = prediction
         self.determinism = determinism
         self.scheduler_config = {} if scheduler_config is None else check_config(scheduler_config)

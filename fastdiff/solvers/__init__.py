@@ -1,4 +1,4 @@
-"""Solvers: functions from a `NoiseSchedule` (or an `EDMSchedule`) to a `StepTable`."""
+"""Solvers: functions from a `NoiseSchedule` (or an `EDMSchedule` or a `FlowSchedule`) to a `StepTable`."""
 
 from fastdiff.solvers.adams import deis, lms
 from fastdiff.solvers.compat.diffusers import from_config
@@ -10,6 +10,7 @@ from fastdiff.solvers.dpmpp import dpmpp_1, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dp
 from fastdiff.solvers.dpmpp_stages import dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.euler import euler, euler_ancestral
+from fastdiff.solvers.flow import FlowSchedule
 from fastdiff.solvers.heun import heun
 from fastdiff.solvers.paths import ddim_inversion, dpmpp_inversion, repaint, starting_at
 from fastdiff.solvers.plms import plms
@@ -23,6 +24,7 @@ __all__ = [
     "SIGMA_SPACINGS",
     "SPACINGS",
     "EDMSchedule",
+    "FlowSchedule",
     "Row",
     "StepTable",
     "consistency",

@@ -12,6 +12,7 @@ from fastdiff.errors import FastdiffError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.churn import check_churn
 from fastdiff.solvers.edm import EDMSchedule
+from fastdiff.solvers.flow import FlowSchedule
 from fastdiff.solvers.prediction import PREDICTIONS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.table import StepTable, check_clip, check_threshold
@@ -44,7 +45,7 @@ def check_order(value: Any, highest: int, *, name: str = "order", error: Error =
 # Arguments of the functions of `fastdiff.solvers`. The others depend on the schedule or on each other, and the function
 # that knows these checks them: steps, steps_offset, variance, order, original_steps, train_steps, iterations.
 ARGUMENTS: Mapping[str, Check] = {
-    "schedule": instance(NoiseSchedule, EDMSchedule),
+    "schedule": instance(NoiseSchedule, EDMSchedule, FlowSchedule),
     "table": instance(StepTable),
     "spacing": check_spacing,
     "prediction": functools.partial(one_of, allowed=PREDICTIONS),

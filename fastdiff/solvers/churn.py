@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastdiff.checks import Error, items, number, shown
@@ -38,7 +39,7 @@ def check_churn(name: str, value: Any, *, error: Error = InvalidArgument) -> Chu
     return Churn(*limits)
 
 
-def churned(walk: Walk, churn: Churn) -> Walk:
+def churned(walk: Walk, given: Churn | float | Sequence[float]) -> Walk:
     """Return the walk whose steps start at the levels to which noise leads.
 
         sigma_hat = (1 + gamma) sigma,    gamma = min(S_churn / N, sqrt(2) - 1) where S_tmin <= sigma <= S_tmax
@@ -46,8 +47,11 @@ def churned(walk: Walk, churn: Churn) -> Walk:
     A schedule of discrete timesteps has no level above its highest, and sigma_hat is then that one, as the authors'
     ``round_sigma`` has it.
     """
+    churn = check_churn("churn", given)
     if churn.churn == 0.0 or walk.between is None:
         return walk
+    if walk.flow:
+        raise InvalidArgument(f"churn={churn.churn:g} is for noise that is added to data, not for a FlowSchedule")
     gamma = min(churn.churn / len(walk), MOST)
     levels = []
     for level in walk.levels:

@@ -76,8 +76,10 @@ def _distilled(
     threshold: float | tuple[float, float] | None,
 ) -> Walk:
     """Return the walk of `lcm` and `tcd`, whose options these are."""
-    if isinstance(schedule, EDMSchedule):
-        raise InvalidArgument(f"{name} needs a discrete NoiseSchedule; consistency runs an EDMSchedule")
+    if not isinstance(schedule, NoiseSchedule):
+        raise InvalidArgument(
+            f"{name} needs a discrete NoiseSchedule, not a {type(schedule).__name__}; consistency runs an EDMSchedule"
+        )
     if spacing is None or isinstance(spacing, str):
         if spacing is not None:
             raise InvalidArgument(

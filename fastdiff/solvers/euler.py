@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastdiff.checks import number
 from fastdiff.solvers.arguments import checked
-from fastdiff.solvers.churn import check_churn, churned
+from fastdiff.solvers.churn import churned
 from fastdiff.solvers.table import StepTable
 from fastdiff.solvers.walk import Common, Schedule, Walk
 
@@ -30,7 +30,8 @@ def euler(
 
         x_t = x_s + (sigma_t - sigma_s) eps = x_0 + sigma_t eps
 
-    In variance-preserving states, x / sqrt(1 + sigma^2), this is a_t x_0 + s_t eps: DDIM with eta = 0.
+    In variance-preserving states, x / sqrt(1 + sigma^2), this is a_t x_0 + s_t eps: DDIM with eta = 0. So it is with a
+    `FlowSchedule`, where it is Euler's method for dx/dsigma = v = eps - x_0, the usual sampler of rectified flow.
 
     Args:
         schedule: Noise levels that the network was trained with.
@@ -47,7 +48,7 @@ def euler(
     Raises:
         InvalidArgument: If an option is out of range; the message names its value and what is allowed.
     """
-    return euler_table(churned(Walk.of(schedule, steps, **common), check_churn("churn", churn)), "euler", 0.0)
+    return euler_table(churned(Walk.of(schedule, steps, **common), churn), "euler", 0.0)
 
 
 @checked

@@ -11,6 +11,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.solvers.arguments import check_order, checked
 from fastdiff.solvers.dpmpp import dpmpp_table
 from fastdiff.solvers.edm import EDMSchedule
+from fastdiff.solvers.flow import FlowSchedule
 from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.table import Row, StepTable
 from fastdiff.solvers.walk import Level, Schedule, Walk, noised
@@ -74,7 +75,7 @@ def starting_at(table: StepTable, start: int) -> StepTable:
         )
     rows = table.rows[start:]
     steps = sum(not row.stage for row in rows)
-    return dataclasses.replace(table, steps=steps, rows=rows, init_scale=math.sqrt(1.0 - rows[0].abar))
+    return dataclasses.replace(table, steps=steps, rows=rows, init_scale=table.signal_and_noise(rows[0].abar)[1])
 
 
 @checked
@@ -123,7 +124,7 @@ def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> Ste
         if jumps.get(at):
             jumps[at] -= 1
             at += jump_length
-            rows[-1] = noised(rows[-1], steps[n - at][0].abar)
+            rows[-1] = noised(rows[-1], steps[n - at][0].abar, flow=table.flow)
     return dataclasses.replace(table, rows=tuple(rows), ascending=True)
 
 
@@ -167,6 +168,7 @@ def ddim_inversion(
         InvalidArgument: If an option is out of range, or the schedule has zero SNR, from which nothing leads back.
     """
     whole("iterations", iterations, 1, 1000)
+    _check_invertible(schedule)
     edm = isinstance(schedule, EDMSchedule)
     walk = Walk.of(
         schedule, steps, spacing=spacing, prediction=prediction, clip=None, steps_offset=steps_offset,
@@ -225,6 +227,7 @@ def dpmpp_inversion(
             which nothing leads back.
     """
     check_order(order, 3)
+    _check_invertible(schedule)
     down = Walk.of(
         schedule, steps, spacing=spacing, prediction=prediction, clip=None, steps_offset=steps_offset, final="sigma_min"
     )
@@ -244,6 +247,11 @@ def dpmpp_inversion(
     return dataclasses.replace(
         table, steps=len(down), rows=(first, *table.rows[1:]), data_scale=down.data_scale
     )  # fmt: skip
+
+
+def _check_invertible(schedule: Schedule) -> None:
+    if isinstance(schedule, FlowSchedule):
+        raise InvalidArgument("inversion needs a NoiseSchedule or an EDMSchedule; a FlowSchedule is not supported")
 
 
 def _up(level: Level, abar: float, ex: float, eo: float, **columns: float) -> Row:

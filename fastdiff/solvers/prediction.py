@@ -6,10 +6,13 @@ With x_t = a x_0 + s eps, a = sqrt(abar_t), s = sqrt(1 - abar_t) (Ho et al. 2020
     sample         out = x_0              x_0 = out                    eps = (x_t - a out) / s
     v_prediction   out = a eps - s x_0    x_0 = a x_t - s out          eps = s x_t + a out        (Salimans & Ho 2022)
     edm            out = s x_0 - a eps    x_0 = a x_t + s out          eps = s x_t - a out        (Karras et al. 2022)
+    flow_prediction  out = eps - x_0      x_0 = (x_t - s out) / (a + s)    eps = (x_t + a out) / (a + s)
 
 "edm" is the F of Karras et al.'s preconditioning (arXiv:2206.00364, eq. 7). With y = x / sigma_data and
 x_t = y / sqrt(1 + (sigma / sigma_data)^2), their network input c_in x is x_t, and their denoiser
 D = c_skip x + c_out F is sigma_data (a x_t + s F): v-prediction with the other sign.
+
+"flow_prediction" is the velocity of flow matching, whose own states are x_t / (a + s) (`fastdiff.solvers.flow`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from fastdiff import schedule
 from fastdiff.checks import one_of
 from fastdiff.errors import InvalidArgument
 
-PREDICTIONS = (*schedule.PREDICTIONS, "edm")
+PREDICTIONS = (*schedule.PREDICTIONS, "edm", "flow_prediction")
 
 
 def check_prediction(prediction: str) -> None:
@@ -40,6 +43,8 @@ def x0_coefficients(prediction: str, abar: float) -> tuple[float, float]:
         return 1.0 / a, -s / a
     if prediction == "sample":
         return 0.0, 1.0
+    if prediction == "flow_prediction":
+        return 1.0 / (a + s), -s / (a + s)
     return a, s if prediction == "edm" else -s
 
 
@@ -50,4 +55,6 @@ def eps_coefficients(prediction: str, abar: float) -> tuple[float, float]:
         return 0.0, 1.0
     if prediction == "sample":
         return 1.0 / s, -a / s
+    if prediction == "flow_prediction":
+        return 1.0 / (a + s), a / (a + s)
     return s, -a if prediction == "edm" else a

@@ -13,7 +13,7 @@ from typing import Any
 from fastdiff.checks import shown
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import edm, walk
+from fastdiff.solvers import edm, flow, walk
 from fastdiff.solvers.adams import deis, lms
 from fastdiff.solvers.consistency import consistency, lcm, tcd
 from fastdiff.solvers.ddim import ddim
@@ -49,6 +49,7 @@ class DiffusersScheduler:
     config: Config = dataclasses.field(default_factory=dict)  # keys that select this solver among those of the class
     by_sigma: bool = False  # whether the class has the spacings by sigma, "karras" and "exponential"
     edm: str | None = None  # the class that runs the solver with EDM networks; None where diffusers has none
+    flow: str | None = None  # the same with flow-matching networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Solver:
     help: str  # one line for users: the method and its source
     steps: int | None = walk.STEPS  # of a run that gives no number; None is every timestep of the schedule
     edm_steps: int = edm.STEPS  # the same with an `EDMSchedule`
+    flow_steps: int = flow.STEPS  # the same with a `FlowSchedule`
     options: tuple[str, ...] = ()  # the solver's own among `OPTIONS`, which are passed to ``function`` by these names
     # The options shared by all solvers that ``function`` takes.
     shared: tuple[str, ...] = ("spacing", "prediction", "clip", "threshold", "steps_offset")
@@ -77,6 +79,8 @@ class Solver:
 
     def default_steps(self, schedule: walk.Schedule) -> int:
         """Return the number of steps of a run that gives none."""
+        if isinstance(schedule, flow.FlowSchedule):
+            return min(self.flow_steps, schedule.timesteps)
         if not isinstance(schedule, NoiseSchedule):
             return self.edm_steps
         return schedule.timesteps if self.steps is None else min(self.steps, schedule.timesteps)
@@ -95,6 +99,7 @@ def _dpm(order: int, algorithm: str = "dpmsolver++") -> DiffusersScheduler:
         {"algorithm_type": algorithm, "solver_order": order},
         by_sigma=True,
         edm="EDMDPMSolverMultistepScheduler",
+        flow="DPMSolverMultistepScheduler",
     )
 
 
@@ -103,7 +108,8 @@ def _inverse(order: int) -> Callable[..., StepTable]:
 
 
 def _dpm_singlestep(order: int, **more: str) -> DiffusersScheduler:
-    return DiffusersScheduler("DPMSolverSinglestepScheduler", {"solver_order": order, **more}, by_sigma=True)
+    name = "DPMSolverSinglestepScheduler"
+    return DiffusersScheduler(name, {"solver_order": order, **more}, by_sigma=True, flow=name)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -156,13 +162,15 @@ SOLVERS: dict[str, Solver] = {
         unipc,
         "UniPC, a multi-step predictor and corrector (Zhao et al. 2023).",
         options=("order",),
-        diffusers=DiffusersScheduler("UniPCMultistepScheduler", by_sigma=True),
+        diffusers=DiffusersScheduler("UniPCMultistepScheduler", by_sigma=True, flow="UniPCMultistepScheduler"),
     ),
     "euler": Solver(
         euler,
         "Euler's method in sigma (Karras et al. 2022).",
         options=("churn",),
-        diffusers=DiffusersScheduler("EulerDiscreteScheduler", by_sigma=True, edm="EDMEulerScheduler"),
+        diffusers=DiffusersScheduler(
+            "EulerDiscreteScheduler", by_sigma=True, edm="EDMEulerScheduler", flow="FlowMatchEulerDiscreteScheduler"
+        ),
     ),
     "euler_ancestral": Solver(
         euler_ancestral,
@@ -173,7 +181,7 @@ SOLVERS: dict[str, Solver] = {
         heun,
         "Heun's method of order 2, two evaluations a step (Karras et al. 2022).",
         options=("churn",),
-        diffusers=DiffusersScheduler("HeunDiscreteScheduler", by_sigma=True),
+        diffusers=DiffusersScheduler("HeunDiscreteScheduler", by_sigma=True, flow="FlowMatchHeunDiscreteScheduler"),
     ),
     "dpm2": Solver(
         dpm2,
@@ -189,7 +197,7 @@ SOLVERS: dict[str, Solver] = {
         deis,
         "DEIS, Adams-Bashforth in log sigma (Zhang & Chen 2023).",
         options=("order",),
-        diffusers=DiffusersScheduler("DEISMultistepScheduler", by_sigma=True),
+        diffusers=DiffusersScheduler("DEISMultistepScheduler", by_sigma=True, flow="DEISMultistepScheduler"),
     ),
     "lms": Solver(
         lms,

@@ -10,7 +10,8 @@ the next state:
 
 m1, m2 and m3 are the last three values of h that were pushed, and xs is the last x that was saved. z ~ N(0, I); v is
 the second half of the output of a network that learned its variance (elsewhere sv = 0). The operand of a coefficient
-that is zero is not read. The state is variance-preserving: x has the variance of sqrt(abar) x_0 + sqrt(1 - abar) z.
+that is zero is not read. The state is variance-preserving, x = a x_0 + s z with a = sqrt(abar) and s = sqrt(1 - abar);
+in a table of a flow it is that divided by a + s (`fastdiff.solvers.flow`).
 
 With dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3) each image's x0 is divided by its own q
 before the bound, x0 = clip((kx x + ko out) / q, -c, c). This q is the only number that is computed during the run.
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from fastdiff.checks import Error, boolean, is_number, items, number, shown, whole
 from fastdiff.errors import InvalidArgument
 from fastdiff.files import parse_json
+from fastdiff.solvers.flow import state_scale
 from fastdiff.solvers.gain import LARGEST, amplification
 
 FORMAT = 1
@@ -108,6 +110,8 @@ class StepTable:
             not an index of a discrete schedule.
         threshold: (ratio, largest) of dynamic thresholding, see `fastdiff.core.update.threshold`; None for none.
         data_scale: Number by which the data is divided in x0 and the states.
+        flow: Whether the states are those of flow matching, (1 - sigma) x_0 + sigma eps, with
+            abar = (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2).
 
     Raises:
         InvalidArgument: If a value is out of range, or rows contradict each other.
@@ -121,6 +125,7 @@ class StepTable:
     continuous: bool = False
     threshold: tuple[float, float] | None = None
     data_scale: float = 1.0
+    flow: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
@@ -128,7 +133,7 @@ class StepTable:
         object.__setattr__(self, "steps", whole("steps", self.steps, 1))
         for name in ("init_scale", "data_scale"):
             number(name, getattr(self, name), above=0, need="a positive number")
-        for name in ("ascending", "continuous"):
+        for name in ("ascending", "continuous", "flow"):
             object.__setattr__(self, name, boolean(name, getattr(self, name)))
         object.__setattr__(self, "threshold", check_threshold("threshold", self.threshold))
         object.__setattr__(self, "rows", tuple(items("rows", self.rows, MAX_ROWS, need="a list of Row")))
@@ -170,6 +175,18 @@ class StepTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def signal_and_noise(self, abar: float) -> tuple[float, float]:
+        """Return the shares of the data and of the noise in a state at a level: x = signal x_0 + noise z.
+
+        Args:
+            abar: The level, 0 to 1, as in a row.
+
+        Returns:
+            The two factors; x_0 is in the data's own units.
+        """
+        scale = state_scale(abar) if self.flow else 1.0
+        return scale * math.sqrt(abar) / self.data_scale, scale * math.sqrt(1.0 - abar)
 
     @property
     def timesteps(self) -> tuple[float, ...]:
@@ -241,6 +258,8 @@ class StepTable:
         """
         rows = [[None if math.isinf(v) else v for v in row] for row in self.rows]
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
+        if not self.flow:  # as written before there were flows
+            del head["flow"]
         if self.threshold is not None:
             head["threshold"] = [None if math.isinf(v) else v for v in self.threshold]
         return json.dumps({"format": FORMAT, **head, "columns": COLUMNS, "rows": rows})
@@ -272,6 +291,7 @@ class StepTable:
             threshold = data["threshold"]
             if threshold is not None:
                 threshold = tuple(math.inf if v is None else v for v in threshold)
+            data.setdefault("flow", False)
             return cls(rows=rows, threshold=threshold, **{name: data[name] for name in names})
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             if isinstance(e, InvalidArgument):

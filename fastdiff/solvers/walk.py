@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
-from fastdiff.checks import one_of
+from fastdiff.checks import one_of, shown
+from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.edm import EDMSchedule
+from fastdiff.solvers.flow import PREDICTIONS as FLOW_PREDICTIONS
+from fastdiff.solvers.flow import FlowSchedule, state_scale
 from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
 from fastdiff.solvers.spacing import levels, nearest_timestep, timesteps
 from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold
 
-Schedule = NoiseSchedule | EDMSchedule
+Schedule = NoiseSchedule | EDMSchedule | FlowSchedule
 STEPS = 50  # steps of a run that gives no number, or every timestep of a schedule that has fewer
 
 
@@ -96,6 +99,8 @@ class Walk:
     added: float = 1.0  # standard deviation of the noise between the end of a step and the start of the next one
     # The network's timestep at a sigma between two levels, and abar there, for solvers with a stage in between.
     between: Callable[[float], tuple[float, float]] | None = None
+    # Whether the rows of the table are for states of a flow; those that `row` writes are variance-preserving.
+    flow: bool = False
 
     @classmethod
     def of(
@@ -115,12 +120,13 @@ class Walk:
         Args:
             schedule: Noise levels that the network was trained with.
             steps: Number of steps; None is 50, or every timestep of a schedule that has fewer (18 with an
-                `EDMSchedule`).
+                `EDMSchedule`, 28 with a `FlowSchedule`).
             spacing: "trailing" (the default), "leading", "linspace", "quadratic", "karras", "exponential", or a falling
                 list of timesteps, with which ``steps`` may be None (`sigma_timesteps` makes one of sigmas); see
-                `timesteps`. An `EDMSchedule` has "karras" (its default), "exponential" and falling lists of sigmas.
-            prediction: What the network predicts: "epsilon" (the default), "sample", "v_prediction" or "edm" (the
-                default with an `EDMSchedule`).
+                `timesteps`. An `EDMSchedule` has "karras" (its default), "exponential" and falling lists of sigmas, and
+                a `FlowSchedule` those of `FlowSchedule.times`.
+            prediction: What the network predicts: "epsilon" (the default), "sample", "v_prediction", "edm" (the
+                default with an `EDMSchedule`) or "flow_prediction" (the default with a `FlowSchedule`).
             clip: Bound of |x_0|; None for none.
             threshold: Dynamic thresholding in place of ``clip``: the quantile's share, as 0.995, or (share, largest
                 divisor).
@@ -130,14 +136,20 @@ class Walk:
         Raises:
             InvalidArgument: If an option is out of range; the message names its value and what is allowed.
         """
-        if prediction is None and isinstance(schedule, EDMSchedule):
-            prediction = "edm"
-        prediction = "epsilon" if prediction is None else prediction
+        prediction = default_prediction(schedule) if prediction is None else prediction
         check_prediction(prediction)
+        check_process(schedule, prediction)
         limit = check_threshold("threshold", threshold)
         c = 1.0 if limit is not None else check_clip("clip", clip)
         one_of("final", final, ("zero", "sigma_min"))
-        if isinstance(schedule, EDMSchedule):
+        if isinstance(schedule, FlowSchedule):
+            ts = schedule.times(steps, "trailing" if spacing is None else spacing)
+            abar = [schedule.abar(t) for t in ts]
+            end = 1.0 if final == "zero" else schedule.abar(1.0)
+            ends = list(zip(abar, [*abar[1:], end], strict=True))
+            scale = output_scale = 1.0
+            init_scale, last_time = schedule.sigma(ts[0]), 1.0
+        elif isinstance(schedule, EDMSchedule):
             ts = schedule.times(steps, "karras" if spacing is None else spacing)
             abar = [schedule.abar(t) for t in ts]
             end = 1.0 if final == "zero" else schedule.abar(schedule.time(schedule.sigma_min))
@@ -163,6 +175,7 @@ class Walk:
             continuous=isinstance(schedule, EDMSchedule),
             last_time=last_time,
             between=partial(_between, schedule),
+            flow=isinstance(schedule, FlowSchedule),
         )
 
     def at(self, level: Level) -> Walk:
@@ -211,20 +224,22 @@ class Walk:
     ) -> Row:
         """Return row i, x' = x x + x0 x_0 + eps eps + out out + m (m1, m2, m3) + xs xs + z z: arguments are factors.
 
-        ``keep`` names what is pushed to the history: "x0", "eps" or "out". eps is the noise that goes with the bounded
-        x_0, eps = (x - a x_0) / s, so that x = a x_0 + s eps still holds; without a bound it is the network's own.
+        ``keep`` names what is pushed to the history: "x0", "eps", "velocity" (eps - x_0) or "out". eps is the noise
+        that goes with the bounded x_0, eps = (x - a x_0) / s, so that x = a x_0 + s eps still holds; without a bound it
+        is the network's own.
         """
         level = self.levels[i]
         kx, ko = (self.x0_gain * k for k in x0_coefficients(self.prediction, level.abar))
         ex, eo, e0 = 0.0, 0.0, 0.0
-        if eps != 0.0 or keep == "eps":
+        if eps != 0.0 or keep in ("eps", "velocity"):
             if math.isinf(self.c):
                 ex, eo = eps_coefficients(self.prediction, level.abar)
             else:
                 ex, e0 = 1.0 / level.s, -level.a / level.s
         history: dict[str, float] = {}
         if keep is not None:
-            hx, ho, h0 = {"x0": (0.0, 0.0, 1.0), "eps": (ex, eo, e0), "out": (0.0, 1.0, 0.0)}[keep]
+            kinds = {"x0": (0.0, 0.0, 1.0), "eps": (ex, eo, e0), "velocity": (ex, eo, e0 - 1.0), "out": (0.0, 1.0, 0.0)}
+            hx, ho, h0 = kinds[keep]
             history = {"hx": hx, "ho": ho, "h0": h0, "push": 1.0}
         a1, a2, a3 = (*m, 0.0, 0.0, 0.0)[:3]
         given: dict[str, float] = {
@@ -239,6 +254,8 @@ class Walk:
         rows = list(rows)
         if self.compat:
             rows = _joined(rows)
+        if self.flow:
+            rows = _of_flow(rows)
         scale = self.data_scale * self.output_scale
         if scale != 1.0:
             names = ("ax", "ao", "a0", "a1", "a2", "a3", "as_", "s")
@@ -254,7 +271,25 @@ class Walk:
             continuous=self.continuous,
             threshold=self.threshold,
             data_scale=self.data_scale,
+            flow=self.flow,
         )
+
+
+def default_prediction(schedule: Schedule) -> str:
+    """Return what the networks of a schedule usually predict."""
+    if isinstance(schedule, FlowSchedule):
+        return "flow_prediction"
+    return "edm" if isinstance(schedule, EDMSchedule) else "epsilon"
+
+
+def check_process(schedule: Schedule, prediction: str) -> None:
+    """Raise `InvalidArgument` if a prediction has no meaning in the schedule's forward process."""
+    flow = isinstance(schedule, FlowSchedule)
+    if flow and prediction not in FLOW_PREDICTIONS:
+        allowed = ", ".join(FLOW_PREDICTIONS)
+        raise InvalidArgument(f"prediction={shown(prediction)} with a FlowSchedule: allowed are {allowed}")
+    if not flow and prediction == "flow_prediction":
+        raise InvalidArgument("prediction='flow_prediction' is of flow matching and needs a FlowSchedule")
 
 
 LINEAR = ("ax", "ao", "a0", "a1", "a2", "a3", "as_")  # coefficients of a row's result, but for the noise
@@ -271,9 +306,11 @@ def forward(abar: float, abar_next: float, noise: float = 1.0) -> tuple[float, f
     return math.sqrt(r), noise * math.sqrt(1.0 - r)
 
 
-def noised(row: Row, abar: float, noise: float = 1.0) -> Row:
+def noised(row: Row, abar: float, noise: float = 1.0, flow: bool = False) -> Row:
     """Append to a row the forward process from its abar_next to ``abar``, which needs no network."""
     x, z = forward(row.abar_next, abar, noise)
+    if flow:
+        x, z = x * state_scale(abar) / state_scale(row.abar_next), z * state_scale(abar)
     scaled = {name: x * getattr(row, name) for name in LINEAR}
     return row._replace(abar_next=abar, s=math.hypot(x * row.s, z), **scaled)
 
@@ -282,9 +319,23 @@ def _between(schedule: Schedule, sigma: float) -> tuple[float, float]:
     """Return the network's timestep at a sigma of a walk, and abar there."""
     if isinstance(schedule, EDMSchedule):
         t = schedule.time(sigma * schedule.sigma_data)
+    elif isinstance(schedule, FlowSchedule):  # this sigma is s / a
+        t = schedule.time(sigma / (1.0 + sigma))
     else:
         t = nearest_timestep(schedule, sigma)
     return t, schedule.abar(t)
+
+
+def _of_flow(rows: Sequence[Row]) -> list[Row]:
+    """Rewrite rows for states of a flow, which are the variance-preserving ones times `state_scale` of their level."""
+    scales = [state_scale(row.abar) for row in rows]
+    written, saved = [], 1.0
+    for row, scale, after in zip(rows, scales, [*scales[1:], state_scale(rows[-1].abar_next)], strict=True):
+        new = {name: after * getattr(row, name) for name in (*LINEAR, "s")}
+        new |= {"ax": new["ax"] / scale, "kx": row.kx / scale, "hx": row.hx / scale, "as_": new["as_"] / saved}
+        written.append(row._replace(**new))
+        saved = scale if row.save else saved
+    return written
 
 
 def _joined(rows: Sequence[Row]) -> list[Row]:

@@ -23,7 +23,7 @@ from tests.support.schedulers import scheduler_module
 from tests.support.unets import TINY, random_unet
 
 UNSUPPORTED = (
-    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "ScoreSdeVeScheduler", "KarrasVeScheduler",
+    "FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler", "ScoreSdeVeScheduler", "KarrasVeScheduler",
     "DDPMWuerstchenScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler", "RePaintScheduler",
     "CogVideoXDDIMScheduler", "MyScheduler", "",
 )  # fmt: skip
@@ -61,7 +61,7 @@ def test_supported_schedulers_keep_their_own_defaults(folder, name):
     rewrite(folder, {"scheduler": ["diffusers", name]}, "model_index.json")
     loaded = load(folder)
     theirs = getattr(scheduler_module(name), name)()
-    if not name.startswith("EDM"):
+    if not name.startswith(("EDM", "FlowMatch")):
         assert abs(loaded.schedule.alphas_cumprod - theirs.alphas_cumprod.double().numpy()).max() < 1e-4
     clips = theirs.config.get("clip_sample", False)
     table = sampler(folder).request(1, steps=2, size=8).table
@@ -72,8 +72,8 @@ def test_supported_schedulers_keep_their_own_defaults(folder, name):
     ("change", "word"),
     [
         ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
-        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
         (
             {
                 "_class_name": "EulerDiscreteScheduler",

@@ -87,7 +87,7 @@ def test_captions_that_are_missing_or_damaged(folder):
 
 def test_captions_are_for_folders(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
-    with pytest.raises(InvalidArgument, match=r"captions='txt' is for a folder of images, but .* is an \.npz file"):
+    with pytest.raises(InvalidArgument, match=r"captions='txt' is for files of images, but .* is an \.npz file"):
         load_data(tmp_path / "x.npz", captions="txt")
 
 

@@ -114,8 +114,3 @@ def test_damaged_archives_and_other_formats(tmp_path: Path) -> None:
             data = load_data(path)
             assert len(data) == 1
             assert data.skipped or "has no mark of its end, so that it may be cut" in data.doubts[0]
-    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(300))
-    with pytest.raises(
-        DataError, match=r"a Parquet file, which is not read; write its images into a folder or a \.tar"
-    ):
-        load_data(tmp_path / "a.parquet")

@@ -61,12 +61,13 @@ def pipeline_folder(path: str) -> None:
 
 
 def photos() -> None:
-    """Write a data set of two classes in the folder photos."""
+    """Write a data set of two classes in the folder photos, and a gray picture."""
     rng = np.random.default_rng(0)
     for label in ("cats", "dogs"):
         Path("photos", label).mkdir(parents=True)
         for i in range(8):
             Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(f"photos/{label}/{i}.png")
+    Image.fromarray(rng.integers(0, 256, (10, 12), dtype=np.uint8)).save("gray.png")
 
 
 def captioned() -> None:

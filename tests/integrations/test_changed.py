@@ -326,7 +326,8 @@ def test_what_a_run_leaves_in_a_scheduler_is_no_change():
         scheduler.set_timesteps(5)
         x = torch.randn(1, 3, 4, 4)
         for t in scheduler.timesteps:
-            x = scheduler.step(scheduler.scale_model_input(x, t), t, x).prev_sample
+            read = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            x = scheduler.step(read, t, x).prev_sample
         assert len(Scheduler.from_config(scheduler).config) > 3
 
 

@@ -75,9 +75,19 @@ def prepared(theirs, ours, steps=8, **given):
     return ({"generator": first} if takes else {}), {"generator": second}
 
 
+def start(theirs):
+    """Return the scale of the initial noise, which diffusers' flow-matching schedulers do not have."""
+    return float(getattr(theirs, "init_noise_sigma", 1.0))
+
+
+def scaled(scheduler, x, t):
+    """Return the network's input, for which diffusers' flow-matching schedulers have no method."""
+    return scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+
+
 def run(scheduler, x, times, edit=lambda x: x, **options):
     for t in times:
-        out = network(scheduler.scale_model_input(x, t), t)
+        out = network(scaled(scheduler, x, t), t)
         x = edit(scheduler.step(out, t, x, **options).prev_sample)
     return x
 
@@ -120,7 +130,7 @@ def test_a_sample_is_edited_between_steps(config):
     """A caller's change between two steps counts where it does in diffusers, as for inpainting by hand."""
     theirs, ours = pair(config)
     given, own = prepared(theirs, ours)
-    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=seeded(0)) * start(theirs)
     mask = torch.arange(4) < 2
 
     def edit(x):
@@ -135,14 +145,14 @@ def test_a_sample_is_edited_between_steps(config):
 def test_guidance_doubles_the_batch_for_the_network_alone(config):
     theirs, ours = pair(config)
     given, own = prepared(theirs, ours, 6)
-    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=seeded(0)) * start(theirs)
     results = []
     for scheduler, options in ((theirs, given), (ours, own)):
         y = x
         for t in scheduler.timesteps:
-            both = network(scheduler.scale_model_input(torch.cat([y, y]), t), t) * torch.tensor(
-                [1.0, 0.8]
-            ).repeat_interleave(len(x)).view(-1, 1, 1, 1)
+            both = network(scaled(scheduler, torch.cat([y, y]), t), t) * torch.tensor([1.0, 0.8]).repeat_interleave(
+                len(x)
+            ).view(-1, 1, 1, 1)
             c, u = both.chunk(2)
             y = scheduler.step(u + 3.0 * (c - u), t, y, **options)[0]
         results.append(y)
@@ -167,7 +177,7 @@ def test_timesteps_of_ones_own(name):
     theirs, ours = pair({"_class_name": name})
     given, own = prepared(theirs, ours, timesteps=TIMES)
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=seeded(0)) * start(theirs)
     assert difference(run(ours, x, ours.timesteps, **own), run(theirs, x, theirs.timesteps, **given)) < 2e-3
 
 
@@ -185,7 +195,7 @@ def test_noise_levels_of_ones_own(sigmas):
     given, own = prepared(theirs, ours, sigmas=sigmas)
     torch.testing.assert_close(ours.timesteps, theirs.timesteps)
     torch.testing.assert_close(ours.sigmas, theirs.sigmas)
-    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=seeded(0)) * start(theirs)
     assert difference(run(ours, x, ours.timesteps, **own), run(theirs, x, theirs.timesteps, **given)) < 1e-4
 
 
@@ -212,7 +222,7 @@ def test_ddim_takes_any_timestep():
 def test_samples_of_any_number_of_dimensions(name, shape):
     theirs, ours = pair({"_class_name": name})
     given, own = prepared(theirs, ours)
-    x = torch.randn(shape, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(shape, generator=seeded(0)) * start(theirs)
     y = run(ours, x, ours.timesteps, **own)
     assert y.shape == x.shape
     assert difference(y, run(theirs, x, theirs.timesteps, **given)) < 1e-3
@@ -233,7 +243,7 @@ def test_a_new_scheduler_is_as_in_diffusers(name):
     theirs, ours = pair({"_class_name": name})
     if theirs.timesteps is not None:  # as PNDMScheduler's are
         torch.testing.assert_close(ours.timesteps.double(), theirs.timesteps.double(), rtol=1e-5, atol=1e-3)
-    assert float(ours.init_noise_sigma) == pytest.approx(float(theirs.init_noise_sigma), rel=1e-5)
+    assert float(ours.init_noise_sigma) == pytest.approx(start(theirs), rel=1e-5)
     for attribute in ("betas", "alphas", "alphas_cumprod", "sigmas", "final_alpha_cumprod"):
         if not hasattr(theirs, attribute):
             assert not hasattr(ours, attribute)
@@ -428,7 +438,7 @@ def test_exponential_betas_of_heun():
     theirs, ours = pair({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"})
     torch.testing.assert_close(ours.betas, theirs.betas)
     prepared(theirs, ours)
-    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=seeded(0)) * start(theirs)
     assert difference(run(ours, x, ours.timesteps), run(theirs, x, theirs.timesteps)) < 1e-3
 
 
@@ -455,7 +465,7 @@ def test_noise_levels_of_a_beta_distribution(name, monkeypatch):
     ours = Scheduler({"_class_name": name, "use_beta_sigmas": True})  # not from what was replaced
     prepared(theirs, ours)
     torch.testing.assert_close(ours.sigmas, theirs.sigmas.float(), rtol=1e-5, atol=1e-6)
-    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=seeded(0)) * start(theirs)
     assert difference(run(ours, x, ours.timesteps), run(theirs, x, theirs.timesteps)) < 2e-3
 
 
@@ -473,7 +483,7 @@ def test_continuous_euler_evaluates_as_often_as_diffusers(steps):
     theirs, ours = pair({"_class_name": "EulerDiscreteScheduler", **options})
     prepared(theirs, ours, steps)
     assert len(ours.timesteps) == len(theirs.timesteps) == steps + 1
-    x = torch.randn(SHAPE, generator=seeded(0)) * float(theirs.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=seeded(0)) * start(theirs)
     assert difference(run(ours, x, ours.timesteps), run(theirs, x, theirs.timesteps)) < 1e-3
 
 
@@ -481,7 +491,8 @@ def test_continuous_euler_evaluates_as_often_as_diffusers(steps):
     ("name", "call", "words"),
     [
         ("DDIMScheduler", lambda s: s.set_timesteps(timesteps=[9, 5]), "takes no timesteps=, as in diffusers"),
-        ("UniPCMultistepScheduler", lambda s: s.set_timesteps(sigmas=[9.0, 0.0]), "takes no sigmas="),
+        ("UniPCMultistepScheduler", lambda s: s.set_timesteps(sigmas=[9.0, 0.0]), "use_flow_sigmas=True alone"),
+        ("DEISMultistepScheduler", lambda s: s.set_timesteps(sigmas=[9.0, 0.0]), "takes no sigmas="),
         ("DDPMScheduler", lambda s: s.set_timesteps(5, timesteps=[9, 5]), "exclude each other"),
         ("DDPMScheduler", lambda s: s.set_timesteps(timesteps=[5, 9]), "descending order, got 5 before 9"),
         ("DDPMScheduler", lambda s: s.set_timesteps(timesteps=[1000, 9]), "timesteps end at 999"),
@@ -489,7 +500,7 @@ def test_continuous_euler_evaluates_as_often_as_diffusers(steps):
         ("DDPMScheduler", lambda s: s.set_timesteps(), "steps=None"),
         ("DDPMScheduler", lambda s: s.set_timesteps(5, strength=0.5), "options of LCMScheduler and TCDScheduler"),
         ("EulerDiscreteScheduler", lambda s: s.set_timesteps(sigmas=[3.0]), "at least one positive noise level"),
-        ("EulerDiscreteScheduler", lambda s: s.set_timesteps(5, mu=1.0), "mu= is not supported"),
+        ("EulerDiscreteScheduler", lambda s: s.set_timesteps(5, mu=1.0), "mu is an option of flow matching"),
         ("LCMScheduler", lambda s: s.set_timesteps(4, strength=0.01), "strength=0.01 of 50 timesteps leaves none"),
         ("DDIMScheduler", lambda s: s.set_timesteps(4, None, 7), "set_timesteps takes nothing in these places"),
         ("EulerDiscreteScheduler", lambda s: s.set_begin_index(1000), "begin_index=1000"),

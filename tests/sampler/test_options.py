@@ -94,7 +94,7 @@ def test_the_command_line_passes_every_option_on(
         "size": "16",
         "spacing": "karras",
     }  # flags whose text is not that of the value
-    files = {"image", "mask"}  # which tests/cli reads
+    files = {"image", "mask", "condition"}  # which tests/cli reads
     flags = {name: flag for name, flag in Options.flags().items() if name not in files}
     arguments = [a for name, flag in flags.items() for a in (flag, read.get(name, str(VALUES[name])))]
     monkeypatch.setattr(sys, "argv", ["fastdiff", "sample", "--n", "2", "--device", "cpu", *arguments])

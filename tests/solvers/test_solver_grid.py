@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import ConfigError, InvalidArgument
-from fastdiff.solvers import COLUMNS, EDMSchedule, StepTable, from_config
+from fastdiff.solvers import COLUMNS, EDMSchedule, FlowSchedule, StepTable, from_config
 from fastdiff.solvers.compat import diffusers as compat
 from tests.support.schedulers import run_scheduler, scheduler_module
 from tests.support.solver_grid import GRID, PAGE, SIGMAS, Solver, markdown
@@ -36,7 +36,8 @@ def continuous(x: Tensor, t: Tensor) -> Tensor:
 
 
 def network(config: dict[str, object]) -> Denoise:
-    discrete = not str(config["_class_name"]).startswith(("EDM", "CM")) and "timestep_type" not in config
+    continuous_levels = str(config["_class_name"]).startswith(("EDM", "CM", "FlowMatch"))
+    discrete = not (continuous_levels or "timestep_type" in config or "use_flow_sigmas" in config)
     return denoiser(str(config.get("prediction_type", "epsilon"))) if discrete else continuous
 
 
@@ -65,6 +66,9 @@ def direct(solver: Solver, prediction: str, spacing: str, steps: int, table: Ste
         # diffusers starts at sqrt(sigma_max^2 + 1), Karras et al. at sigma_max
         assert own.init_scale == pytest.approx(table.init_scale, rel=1e-4)
         return dataclasses.replace(own, init_scale=table.init_scale)
+    if name.endswith("flow"):
+        sigmas = [table.signal_and_noise(row.abar)[1] for row in table.rows if not row.stage]
+        return solver.build(FlowSchedule(), spacing=sigmas, clip=None)
     if name == "lcm":
         return solver.build(LINEAR, steps, prediction=prediction)
     ts = [row.t for row in table.rows if not row.stage]
@@ -151,6 +155,7 @@ def test_one_percent_of_any_coefficient_shows(solver, wide):
     }
     idle = {f"{k} of row {i}" for i, row in enumerate(table.rows) for k in ("kx", "ko") if row.a0 == row.h0 == 0.0}
     idle |= {f"t of row {i}" for i, row in enumerate(table.rows) if row.ao == row.a0 == row.ho == row.h0 == 0.0}
+    idle |= {f"t of row {i}" for i, row in enumerate(table.rows) if row.abar == row.abar_next}
     assert [name for name in unseen if name[:2] != "c " and name not in tiny | idle] == []
     used = {name.split()[0] for name in names}
     assert {"ko", "init_scale"} <= used
@@ -227,9 +232,11 @@ def test_pictures_are_diffusers_in_float32(solver):
         if table.stochastic:
             continue
         noise = draw_noise(len(table), torch.float32)
-        x = noise[0] * scheduler.init_noise_sigma
+        flow = solver.scheduler.startswith("FlowMatch")  # these scale neither noise nor the network's input
+        x = noise[0] if flow else noise[0] * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
-            out = network(config)(scheduler.scale_model_input(x, t).float(), t.double().reshape(1)).float()
+            read = x if flow else scheduler.scale_model_input(x, t)
+            out = network(config)(read.float(), t.double().reshape(1)).float()
             x = scheduler.step(out, t, x).prev_sample
         ours = run([table], network(config), noise)[-1]
         psnr = 10 * math.log10(4 / float((ours - x).square().mean() + 1e-20))
@@ -274,7 +281,8 @@ def test_unipc_bh1_ends_in_nan(wide):
             5,
             "use_beta_sigmas",
         ),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, 5, "use_flow_sigmas"),
+        ({"_class_name": "DPMSolverMultistepInverseScheduler", "use_flow_sigmas": True}, 5, "use_flow_sigmas"),
+        ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "flow_prediction"}, 5, "flow_prediction"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4}, 5, "solver_order=4"),
         ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, 5, "flow_prediction"),
         ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, 5, "predict_x0=False"),

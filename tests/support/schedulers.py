@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.solvers.compat.diffusers import IN_SIGMA
+from fastdiff.solvers.compat.diffusers import FLOW_SCHEDULERS, IN_SIGMA
 
 MODULES = {
     "DDPMScheduler": "ddpm",
@@ -39,6 +39,8 @@ MODULES = {
     "TCDScheduler": "tcd",
     "DDIMInverseScheduler": "ddim_inverse",
     "DPMSolverMultistepInverseScheduler": "dpmsolver_multistep_inverse",
+    "FlowMatchEulerDiscreteScheduler": "flow_match_euler_discrete",
+    "FlowMatchHeunDiscreteScheduler": "flow_match_heun_discrete",
 }
 
 
@@ -127,10 +129,11 @@ def run_scheduler(
         scheduler = copy.deepcopy(_made(repr(sorted(config.items())), module, config))
         scheduler.set_timesteps(steps)
         in_sigma = config["_class_name"] in IN_SIGMA
-        x = noise[0] * scheduler.init_noise_sigma
+        unscaled = config["_class_name"] in FLOW_SCHEDULERS  # these have no scaling, of noise or of the input
+        x = noise[0] if unscaled else noise[0] * scheduler.init_noise_sigma
         states = []
         for row, t in enumerate(scheduler.timesteps):
-            out = denoise(scheduler.scale_model_input(x, t), t.double().reshape(1))
+            out = denoise(x if unscaled else scheduler.scale_model_input(x, t), t.double().reshape(1))
             x = scheduler.step(out, t, x, **options).prev_sample
             last = row == len(scheduler.timesteps) - 1
             # What the network reads next is variance-preserving.

@@ -43,6 +43,8 @@ class Solver:
             return EDM
         if self.scheduler.startswith("CM"):
             return ("karras",)
+        if self.scheduler.startswith("FlowMatch") or ("use_flow_sigmas", True) in self.options:
+            return ("linspace", *(SIGMAS if self.sigmas else ()))
         if self.scheduler.startswith(("LCM", "TCD")):
             return ("leading",)
         if self.scheduler == SINGLE:
@@ -55,6 +57,8 @@ class Solver:
         config = {"_class_name": self.scheduler, **dict(self.options)}
         if self.scheduler.startswith("CM"):
             return config
+        if self.scheduler.startswith("FlowMatch"):
+            return {**config, **SIGMAS.get(spacing, {})}
         config["prediction_type"] = prediction
         if self.scheduler.startswith("EDM"):
             return {**config, "sigma_schedule": spacing}
@@ -84,6 +88,8 @@ SDE = ("algorithm_type", "sde-dpmsolver++")
 DDPM_BETAS = (("beta_start", 1e-4), ("beta_end", 0.02))
 BETWEEN = "the timestep of a level between two others"
 NO_SAMPLE = ("epsilon", "v_prediction")
+FLOW, FLOW_SIGMAS = "flow_prediction", ("use_flow_sigmas", True)
+WHOLE = "whole timesteps, and other levels"
 GRID = [
     Solver("ddpm", _bind(solvers.ddpm, clip=1.0), "DDPMScheduler", sigmas=False),
     Solver(
@@ -195,6 +201,33 @@ GRID = [
     ),
     Solver("euler, EDM", solvers.euler, "EDMEulerScheduler", predictions=NO_SAMPLE),
     Solver("dpmpp_2m, EDM", solvers.dpmpp_2m, "EDMDPMSolverMultistepScheduler", predictions=NO_SAMPLE),
+    Solver("euler, flow", solvers.euler, "FlowMatchEulerDiscreteScheduler", (("shift", 3.0),), predictions=(FLOW,)),
+    Solver(
+        "heun, flow",
+        solvers.heun,
+        "FlowMatchHeunDiscreteScheduler",
+        (("shift", 3.0),),
+        predictions=(FLOW,),
+        sigmas=False,
+    ),
+    *(
+        Solver(
+            f"{name}, of flow",
+            build,
+            scheduler,
+            (*options, FLOW_SIGMAS, ("flow_shift", 2.0)),
+            predictions=("epsilon", "sample", FLOW),
+            sigmas=False,
+            differs=WHOLE,
+        )
+        for name, build, scheduler, options in (
+            ("dpmpp_2m", solvers.dpmpp_2m, DPM, ()),
+            ("dpmpp_2m_sde", solvers.dpmpp_2m_sde, DPM, (SDE,)),
+            ("dpmpp_2s", solvers.dpmpp_2s, SINGLE, ()),
+            ("unipc", solvers.unipc, UNIPC, ()),
+            ("deis", solvers.deis, DEIS, ()),
+        )
+    ),
     Solver("consistency", solvers.consistency, "CMStochasticIterativeScheduler", predictions=("epsilon",)),
 ]
 
@@ -212,14 +245,20 @@ COMPARED = """
 `lcm`, `tcd` and `consistency` have their own spacing. `consistency` needs an `EDMSchedule`; the others, except `lcm`
 and `tcd`, take one too, with 18 steps by default.
 
+They take a `FlowSchedule` as well, with 28 steps by default: networks of flow matching (rectified flow), whose states
+are x = (1 - sigma) x_0 + sigma eps and which predict the velocity eps - x_0. `euler` and `heun` are then Euler's and
+Heun's methods for dx/dsigma = velocity. A run starts at sigma = 1, pure noise, where `plms`, `deis`, `lms`, `dpm2`,
+`dpm2_ancestral`, `dpmpp_sde` and `dpmpp_2s_ancestral` cannot start: they need `spacing=`, a list of sigmas below 1.
+
 ## Compared with diffusers
 
 Every number of steps below is a whole sampling run that is compared with diffusers' own scheduler after every row:
 the same noise, a fixed smooth network, diffusers' code in float64, the largest difference below 1e-8. The comparison
 notices one coefficient that is changed by 1 %: a test changes every coefficient of every solver's table of 5 steps.
 
-Predictions: E epsilon, S sample, V v_prediction. Steps in parentheses are those at which diffusers itself fails (a
-stray timestep, a noise level twice, more steps than levels), where fastdiff raises an error that says so.
+Predictions: E epsilon, S sample, V v_prediction, F flow_prediction. Steps in parentheses are those at which diffusers
+itself fails (a stray timestep, a noise level twice, more steps than levels), where fastdiff raises an error that says
+so.
 
 | solver | diffusers scheduler | predictions | spacing | steps |
 |---|---|---|---|---|
@@ -239,6 +278,9 @@ points:
 - The last step ends at zero noise (`final="zero"`); diffusers' DEIS, PNDM and TCD end at the schedule's lowest level.
 - The network's timestep at a level between two others is where the schedule, linear in log abar between timesteps, has
   that level; diffusers' DPM2 and DPM++ SDE interpolate log sigma.
+- With use_flow_sigmas, diffusers cuts timesteps to whole numbers, and its levels, which `fastdiff.solvers.compat.flow`
+  describes, are not those of `FlowSchedule.times`; FlowMatchEuler and FlowMatchHeun apply the shift to the lowest level
+  twice.
 - A step to zero noise is of order 1 in every multi-step solver; k-diffusion and diffusers keep the full order of LMS
   there.
 - diffusers draws the noise of DPM++ SDE from a Brownian tree with a seed of its own (torchsde); the same increments of
@@ -249,14 +291,16 @@ order 2 (the whole one wins at many steps, the half at 15 to 20); the SDE form o
 `bh1` ends in NaN at sigma = 0; DDPM with `fixed_large` or `learned_range` leaves noise on the image where its last
 timestep is above 0.
 
-Not supported, and refused by name: `skip_prk_steps=false`, `use_flow_sigmas`, `algorithm_type` `dpmsolver` and
+Not supported, and refused by name: `skip_prk_steps=false`, `use_flow_sigmas` of
+`DPMSolverMultistepInverseScheduler` or with another spacing by sigma (UniPC has `use_karras_sigmas`),
+`per_token_timesteps` and churn of flow matching, `algorithm_type` `dpmsolver` and
 `sde-dpmsolver` (noise prediction), single-step `sde-dpmsolver++`, `predict_x0=false`, `solver_p`, and every scheduler
 that the table does not name. A `variance_type` of DDPM that diffusers does not know is `fixed_small`, as there.
 
 ### diffusers' own tests
 
 `python benchmarks/diffusers_scheduler_tests.py CHECKOUT` runs the tests of diffusers' schedulers, from a checkout of
-diffusers, with `fastdiff.Scheduler` in place of its classes: of 346 tests in 14 files 310 pass. The others:
+diffusers, with `fastdiff.Scheduler` in place of its classes: of 346 tests in 14 files 312 pass. The others:
 
 | tests | why they fail |
 |---|---|
@@ -270,7 +314,6 @@ diffusers, with `fastdiff.Scheduler` in place of its classes: of 346 tests in 14
 | `deis`, `unipc` (twice): `test_inference_steps` | The run has no timestep 0; diffusers takes the last one instead. |
 | `edm_dpmsolver_multistep`: `test_add_noise_device`, `test_scheduler_public_api` | The same, for scaling. |
 | `dpm_multi`: `test_solver_order_and_type` | `algorithm_type="dpmsolver"` predicts noise, and is deprecated. |
-| `unipc`: `test_flow_and_karras_sigmas`, `test_flow_and_karras_sigmas_values` | Flow matching is not supported. |
 
 ## Sampling as other code bases do
 
@@ -291,7 +334,8 @@ float64), and asserts that the default differs from them in the following and no
 ## Order of convergence
 
 On Gaussian data with the exact network, over log-SNR lambda from -6 to 1.5 in equal steps, the error of the samples'
-standard deviation falls with the number of steps to the power below (`tests/solvers/test_orders.py` asserts it):
+standard deviation falls with the number of steps to the power below (`tests/solvers/test_orders.py` asserts it; of a
+flow `tests/solvers/test_flow.py`, on a mixture of Gaussians):
 
 | solver | order |
 |---|---|
@@ -305,6 +349,7 @@ ORDERS = {
     "unipc of order 1, 2, 3": "2, 3, 4: the corrector adds one; without it 1, 2, 3",
     "deis of order 1, 2, 3": "1, 2, 3",
     "lms of order 1, 2, 3, 4": "1, 2, 3, 4",
+    "euler, heun, dpmpp_2m, deis of order 2, dpm2, unipc of order 2, with a `FlowSchedule`": "1, 2, 2, 2, 2, 3",
 }
 
 

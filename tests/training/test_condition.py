@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from fastdiff import checkpoints
-from fastdiff.data import ArrayData, ConditionedData
+from fastdiff import checkpoints, cli
+from fastdiff.data import ArrayData, ConditionedData, load_data
+from fastdiff.data.datasets import open_pairs
+from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import BackendError, DataError, InvalidArgument
 from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
@@ -147,3 +151,113 @@ def test_a_saved_network_keeps_its_channels(tmp_path: Path) -> None:
     assert images.shape == (2, 4, 8, 8)
     assert labels is None
     assert data.digest != ConditionedData(data.condition, data.images).digest
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def save_pairs(folder: Path, names: list[str]) -> None:
+    """Write colour pictures to ``colour``, of a quarter of 16x16, and their gray shades to ``gray``."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        pixels = np.repeat(np.repeat(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), 2, 0), 2, 1)
+        for kind, mode in (("colour", "RGB"), ("gray", "L")):
+            file = folder / kind / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).convert(mode).save(file)
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+TRAIN = ("--size", "8", "--channels", "8", "--groups", "4", "--layers", "1", "--attention", "", "--timesteps", "20",
+         "--steps", "2", "--batch-size", "2", "--log-every", "1", "--sample-every", "2", "--device", "cpu")  # fmt: skip
+
+
+def test_training_and_sampling_with_pictures_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pairs(tmp_path, ["cats/b", "cats/a", "dogs/c", "dogs/d"])
+    (tmp_path / "gray" / "dogs" / "d.png").rename(tmp_path / "gray" / "dogs" / "e.png")
+    result = command("train", "colour", "--condition", "gray", "-o", "run", *TRAIN)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["data"]["images"], summary["data"]["channels"], summary["network"]["classes"]) == (3, 4, 2)
+    assert {Path(entry["file"]).name for entry in summary["data"]["skipped_files"]} == {"d.png", "e.png"}
+    sampler = Sampler.from_pretrained("run/model", backend="eager", device="cpu")
+    assert (sampler.info.channels, sampler.info.condition) == (3, 1)
+
+    shown = ("sample", "run/model", "--n", "3", "--labels", "0", "--steps", "2", "--device", "cpu")
+    gray = [Image.open(f"gray/cats/{name}.png") for name in "ab"]
+    for given, expected in (("gray/cats", [gray[0], gray[1], gray[0]]), ("gray/cats/b.png", gray[1])):
+        result = command(*shown, "--condition", given, "-o", "drawn.npz")
+        assert result.exit_code == 0, result.output
+        condition = expected if isinstance(expected, list) else [expected] * 3
+        own = sampler.sample(3, labels=0, steps=2, condition=condition)
+        with np.load("drawn.npz", allow_pickle=False) as drawn:
+            assert np.array_equal(drawn["images"], to_uint8(own.images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--condition", "none"), "no such file or folder"),
+        (("--condition", "empty"), "no pictures"),
+        (("--condition", "text.png"), "cannot be read"),
+        (("--condition", "small.png"), "smaller than 8x8"),
+        ((), "give it with --condition"),
+    ],
+)
+def test_what_is_no_condition_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save_folder(tmp_path / "model", unet_of(), SCHEDULE)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("L", (4, 4)).save("small.png")
+    Image.new("RGB", (8, 8)).save("gray.png")
+    result = command("sample", "model", "-n", "2", "--steps", "2", "--device", "cpu", *arguments)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, InvalidArgument)
+    assert said in str(result.exception)
+
+
+def test_a_network_without_a_condition_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save_folder(tmp_path / "model", random_unet(TINY), SCHEDULE)
+    Image.new("L", (8, 8)).save("gray.png")
+    result = command("sample", "model", "--device", "cpu", "--condition", "gray.png")
+    assert "this one has not" in str(result.exception)
+
+
+def test_folders_without_pairs_are_refused(tmp_path: Path) -> None:
+    save_pairs(tmp_path, ["a", "b"])
+    images, grays = (load_data(tmp_path / kind) for kind in ("colour", "gray"))
+    with pytest.raises(InvalidArgument, match="two folders"):
+        open_pairs(images, Toys(2))
+    for file in (tmp_path / "gray").iterdir():
+        file.rename(file.with_stem(f"x{file.stem}"))
+    with pytest.raises(DataError, match=r"no file of .* has the name"):
+        open_pairs(images, load_data(tmp_path / "gray"))
+    Image.new("L", (8, 8)).save(tmp_path / "gray" / "xa.jpg")
+    with pytest.raises(DataError, match="have one name, xa"):
+        open_pairs(images, load_data(tmp_path / "gray"))
+    assert len(grays) == 2
+
+
+def test_a_damaged_image_is_replaced_by_the_next_pair(tmp_path: Path) -> None:
+    """Neither an image nor a condition image is ever joined with another one's."""
+    names = [f"{i:03d}" for i in range(8)]
+    save_pairs(tmp_path, names)
+    images, grays = (load_data(tmp_path / kind) for kind in ("colour", "gray"))
+    expected = open_pairs(images, grays).__getitems__([4, 3, 4, 7])[0]
+    damaged = open_pairs(load_data(tmp_path / "colour"), load_data(tmp_path / "gray"))
+    (tmp_path / "colour" / "002.png").write_bytes(b"torn")
+    (tmp_path / "gray" / "003.png").write_bytes(b"torn")
+    Image.new("L", (8, 8)).save(tmp_path / "gray" / "extra.png")
+    found = damaged.__getitems__([2, 4, 3, 7])[0]
+    assert torch.equal(found[1], expected[0])
+    assert torch.equal(found[0], expected[0])  # the image of 2 is torn, and the condition of 3
+    assert torch.equal(found[2], expected[0])
+    assert torch.equal(found[3], expected[3])

@@ -75,6 +75,12 @@ DEFAULTS: Mapping[str, Options] = {
     "EDMDPMSolverMultistepScheduler": {
         **EDM, **DPM, **THRESHOLD, **LOW, "lower_order_final": True, "euler_at_final": False,
     },
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15,
+        "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
+        **BY_SIGMA, "time_shift_type": "exponential", "stochastic_sampling": False,
+    },
+    "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
     "CMStochasticIterativeScheduler": {
         "num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "s_noise": 1.0, "rho": 7.0,
         "clip_denoised": True,

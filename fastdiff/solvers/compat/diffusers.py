@@ -14,6 +14,7 @@ Where diffusers departs from the method:
 - Timesteps of spacings by sigma are rounded, so that some repeat; the rows of a repeated timestep are stages.
 - The solvers in sigma compute noise levels in float32 and have abar = 2^-24 for zero terminal SNR. Their initial noise
   has the standard deviation sqrt(1 - abar) with "linspace" and "trailing" (Euler, Heun, LMS), 1 elsewhere.
+- `fastdiff.solvers.compat.flow` lists those of flow matching.
 - DDIM's inverse evaluates the network at the level where a step ends, and takes the sample to be at that where it
   starts. DPM-Solver++'s takes an image to be at the level of its first timestep.
 - UniPC with "bh1" ends in NaN where the last step goes to sigma = 0, as do order 2 (heun) and 3 of DPM-Solver++ where a
@@ -36,12 +37,14 @@ from numpy.typing import NDArray
 from fastdiff import checks
 from fastdiff.checks import shown
 from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
-from fastdiff.schedule import PREDICTIONS, NoiseSchedule
+from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.adams import deis_table, lms_table
 from fastdiff.solvers.arguments import ARGUMENTS, check_order
 from fastdiff.solvers.compat.defaults import DEFAULTS
+from fastdiff.solvers.compat.flow import flow_config, flow_euler, flow_heun, flow_multistep
 from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
-from fastdiff.solvers.consistency import TCD_ETA, consistency, consistency_table, lcm_table, lcm_timesteps, tcd_table
+from fastdiff.solvers.compat.source import TIMESTEP_SPACINGS, Source, beta_quantiles
+from fastdiff.solvers.consistency import TCD_ETA, consistency, consistency_table, lcm_table, tcd_table
 from fastdiff.solvers.ddim import ddim_table
 from fastdiff.solvers.ddpm import VARIANCE_TYPES, ddpm_table
 from fastdiff.solvers.dpm2 import dpm2_table
@@ -49,8 +52,9 @@ from fastdiff.solvers.dpmpp import dpmpp_table
 from fastdiff.solvers.dpmpp_stages import dpmpp_sde_table
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.euler import euler_table
+from fastdiff.solvers.flow import FlowSchedule
 from fastdiff.solvers.heun import heun_table
-from fastdiff.solvers.keys import check_config, value_of
+from fastdiff.solvers.keys import check_config
 from fastdiff.solvers.plms import plms_table
 from fastdiff.solvers.prediction import eps_coefficients
 from fastdiff.solvers.registry import SOLVERS
@@ -65,9 +69,7 @@ if TYPE_CHECKING:
 
 ZERO_SNR = 2.0**-24  # abar that diffusers has in place of 0
 PRECISION = "float32"  # of diffusers' noise levels
-TIMESTEP_SPACINGS = ("trailing", "leading", "linspace")
 ETA = {"DDIMScheduler": 0.0, "TCDScheduler": TCD_ETA}  # schedulers whose step has the option eta, and its default
-EXPONENTIAL = {"HeunDiscreteScheduler": "exp"}  # schedulers that have this beta_schedule, whose betas are all equal
 EDM_PREDICTIONS = {"epsilon": "edm", "v_prediction": "v_prediction"}  # diffusers' names, and those of fastdiff
 
 
@@ -82,6 +84,7 @@ def from_config(
     sigmas: Sequence[float] | None = None,
     strength: float = 1.0,
     start: int = 0,
+    mu: float | None = None,
 ) -> StepTable:
     """Return the table of the scheduler that ``config`` describes, after its ``set_timesteps(steps)``.
 
@@ -99,11 +102,13 @@ def from_config(
         use_clipped_model_output: Option of DDIMScheduler's step: take eps from the clipped x_0.
         timesteps: Falling timesteps in place of the spacing's, for the schedulers whose ``set_timesteps`` has this
             option, or for DDIMScheduler with ``steps``, which gives the length of its steps.
-        sigmas: Falling noise levels in place of the spacing's, the last of them, which may be 0, the run's end; for
-            EulerDiscreteScheduler.
+        sigmas: Falling noise levels in place of the spacing's: for EulerDiscreteScheduler with the run's end as the
+            last of them, which may be 0; for FlowMatchEulerDiscreteScheduler, also beside ``timesteps``, and
+            UniPCMultistepScheduler with use_flow_sigmas without the end, and before the shift.
         strength: Share of the distillation's timesteps that LCMScheduler and TCDScheduler choose from, as for img2img.
         start: Row at which the run starts, as in img2img: a solver with a history begins there at its lowest order. The
             rows before it are there, but have no meaning.
+        mu: The shift of a flow's levels where the configuration has use_dynamic_shifting.
 
     Returns:
         The table, with the quirks that the docstring of `fastdiff.solvers.compat.diffusers` lists.
@@ -124,12 +129,19 @@ def from_config(
         raise InvalidArgument(f"use_clipped_model_output is an option of DDIMScheduler, not of {name}")
     eta = ETA.get(name, 0.0) if eta is None else eta
     times, levels = _given(name, config, timesteps, sigmas)
-    if steps is None:
-        steps = len(times) if times is not None else None if levels is None else len(levels) - 1
+    listed = len(times) if times is not None else None
+    if levels is not None:
+        listed = len(levels) - (name == "EulerDiscreteScheduler")
+    steps = listed if steps is None else steps
+    if name in TAKES_FLOW_SIGMAS and listed is not None and steps != listed:
+        raise InvalidArgument(f"steps={shown(steps)}, but {listed} levels are listed; steps can be left out")
     checks.number("strength", strength, 0.0, 1.0)
+    if mu is not None and "use_dynamic_shifting" not in DEFAULTS[name]:
+        raise InvalidArgument(f"mu is an option of flow matching, not of {name}")
+    mu = None if mu is None else checks.number("mu", mu, -100.0, 100.0)
     source = Source(
         name, config, checks.whole("steps", steps, 1), schedule, eta, use_clipped_model_output, times, levels,
-        checks.whole("start", start, 0), strength,
+        checks.whole("start", start, 0), strength, mu,
     )  # fmt: skip
     try:
         return SCHEDULERS[name](source)
@@ -143,21 +155,26 @@ def from_config(
 TAKES_TIMESTEPS = (
     "DDPMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "EulerDiscreteScheduler", "HeunDiscreteScheduler", "CMStochasticIterativeScheduler",
+    "FlowMatchEulerDiscreteScheduler",
 )  # fmt: skip
-TAKES_SIGMAS = ("EulerDiscreteScheduler",)
+# These take noise levels of a flow, without the end of the run.
+TAKES_FLOW_SIGMAS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
+TAKES_SIGMAS = ("EulerDiscreteScheduler", *TAKES_FLOW_SIGMAS)
 
 
 def _given(
     name: str, config: Mapping[str, Any], timesteps: Any, sigmas: Any
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
     """Check the timesteps or the noise levels of a run that were given in place of a spacing."""
-    if timesteps is not None and sigmas is not None:
+    both = timesteps is not None and sigmas is not None
+    if both and name != "FlowMatchEulerDiscreteScheduler":
         raise InvalidArgument("timesteps and sigmas exclude each other: give one of them")
     times = levels = None
     if timesteps is not None:
         if name not in (*TAKES_TIMESTEPS, "DDIMScheduler"):
             raise InvalidArgument(f"{name} takes no timesteps=, as in diffusers; {', '.join(TAKES_TIMESTEPS)} do")
         spaced = [key for key in config if key.startswith("use_") and key.endswith(("_sigmas", "_lambdas"))]
+        spaced = [] if name == "FlowMatchEulerDiscreteScheduler" else spaced
         if any(config[key] for key in spaced) or (
             config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
         ):
@@ -168,7 +185,9 @@ def _given(
         times = _falling("timesteps", timesteps, 0.0)
     if sigmas is not None:
         if name not in TAKES_SIGMAS:
-            raise InvalidArgument(f"{name} takes no sigmas=, as in diffusers; {', '.join(TAKES_SIGMAS)} does")
+            raise InvalidArgument(f"{name} takes no sigmas=, as in diffusers; {', '.join(TAKES_SIGMAS)} do")
+        if name in TAKES_FLOW_SIGMAS:
+            return times, _flow_sigmas(name, config, times, sigmas)
         listed = checks.items("sigmas", sigmas, 1 << 20, need="a list of falling numbers")
         # A last step may end at the level where it starts, as diffusers' own lists do.
         ends = listed[-1:] if len(listed) > 1 and listed[-1] == listed[-2] else []
@@ -177,6 +196,20 @@ def _given(
         if len(levels) < 2 or levels[-2] <= 0.0:
             raise InvalidArgument("sigmas: at least one positive noise level and the run's end, as 0, are needed")
     return times, levels
+
+
+def _flow_sigmas(
+    name: str, config: Mapping[str, Any], times: NDArray[np.float64] | None, sigmas: Any
+) -> NDArray[np.float64]:
+    """Check the noise levels of a flow that were given in place of a spacing."""
+    if name != "FlowMatchEulerDiscreteScheduler" and not config.get("use_flow_sigmas"):
+        raise InvalidArgument(f"{name} takes sigmas= with use_flow_sigmas=True alone, as in diffusers")
+    levels = _falling("sigmas", sigmas, 0.0)
+    if levels[0] > 1.0 or levels[-1] <= 0.0:
+        raise InvalidArgument(f"sigmas {levels[0]:g} .. {levels[-1]:g}: those of a flow lie above 0, at most at 1")
+    if times is not None and len(times) != len(levels):
+        raise InvalidArgument(f"{len(times)} timesteps and {len(levels)} sigmas: as many of both are needed")
+    return levels
 
 
 def _falling(name: str, values: Any, low: float) -> NDArray[np.float64]:
@@ -208,7 +241,13 @@ def diffusers_table(options: CompatOptions) -> StepTable:
     assert scheduler is not None
     name = scheduler.name
     config: dict[str, Any] = {**options.config, **scheduler.config}
-    if isinstance(options.schedule, EDMSchedule):
+    if isinstance(options.schedule, FlowSchedule):
+        if scheduler.flow is None:
+            known = ", ".join(n for n, solver in SOLVERS.items() if solver.diffusers and solver.diffusers.flow)
+            raise InvalidArgument(f"diffusers has no {options.solver} for flow-matching networks; it has {known}")
+        name = scheduler.flow
+        config |= flow_config(name, options.schedule, options.prediction)
+    elif isinstance(options.schedule, EDMSchedule):
         if scheduler.edm is None:
             known = ", ".join(n for n, solver in SOLVERS.items() if solver.diffusers and solver.diffusers.edm)
             raise InvalidArgument(f"diffusers has no {options.solver} for EDM networks; it has {known}")
@@ -243,8 +282,9 @@ def diffusers_table(options: CompatOptions) -> StepTable:
 
 def _spacing(options: CompatOptions, by_sigma: bool) -> dict[str, Any]:
     """Return the configuration keys of a spacing; they replace any other spacing of the model's configuration."""
-    edm = isinstance(options.schedule, EDMSchedule)
-    allowed = (*(() if edm else TIMESTEP_SPACINGS), *(SIGMA_SPACINGS if by_sigma else ()))
+    edm, flow = isinstance(options.schedule, EDMSchedule), isinstance(options.schedule, FlowSchedule)
+    by_sigma = by_sigma and (not flow or options.solver == "euler")
+    allowed = (*(() if edm or flow else TIMESTEP_SPACINGS), *(SIGMA_SPACINGS if by_sigma else ()))
     if SOLVERS[options.solver].own_spacing:
         raise InvalidArgument(f"spacing={shown(options.spacing)}: {options.solver} has its own spacing; leave it out")
     spacing = options.one_of("spacing", options.spacing, allowed)
@@ -252,123 +292,6 @@ def _spacing(options: CompatOptions, by_sigma: bool) -> dict[str, Any]:
         return {"sigma_schedule": spacing}
     keys: dict[str, Any] = {f"use_{kind}_sigmas": kind == spacing for kind in (*SIGMA_SPACINGS, "beta")}
     return keys if keys.get(f"use_{spacing}_sigmas") else {**keys, "timestep_spacing": spacing}
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A scheduler's configuration, and the arguments of `from_config` besides."""
-
-    name: str  # of the scheduler's class
-    config: Mapping[str, Any]
-    steps: int
-    given: NoiseSchedule | None  # in place of the configuration's
-    eta: float
-    use_clipped: bool
-    times: NDArray[np.float64] | None = None  # in place of those of the spacing
-    sigmas: NDArray[np.float64] | None = None  # noise levels in place of those of the spacing, with the last step's end
-    start: int = 0  # the row at which the run starts
-    strength: float = 1.0
-
-    def get(self, key: str, default: Any) -> Any:
-        """Return a key's value; None counts as absent."""
-        return value_of(self.config, key, default)
-
-    @property
-    def lu(self) -> bool:
-        """Whether the noise levels are those of use_lu_lambdas, which DPMSolverMultistepScheduler alone has."""
-        return self.name == "DPMSolverMultistepScheduler" and bool(self.get("use_lu_lambdas", False))
-
-    def refuse(self, key: str, why: str) -> ConfigError:
-        """Return the error that refuses a key's value."""
-        return ConfigError(f"{self.name}: {key}={shown(self.config.get(key))} is not supported: {why}")
-
-    def only(self, **defaults: Any) -> None:
-        """Check keys of which one value is supported, which for most is diffusers' default."""
-        for key, default in defaults.items():
-            if value_of(self.config, key, default) != default:
-                raise self.refuse(key, f"only {default!r} is")
-
-    def one_of(self, key: str, default: str, allowed: Sequence[str]) -> str:
-        """Return a key's value if it is one of ``allowed``."""
-        value = self.get(key, default)
-        if value not in allowed:
-            raise self.refuse(key, f"supported are {', '.join(allowed)}")
-        return value
-
-    def fails(self, why: str) -> ConfigError:
-        """Return the error for a number of steps with which diffusers itself fails."""
-        return ConfigError(f"{self.name}: {why}; another number of steps than {self.steps} works")
-
-    def schedule(self) -> NoiseSchedule:
-        """Return the noise schedule."""
-        return noise_schedule({**self.config, "_class_name": self.name}) if self.given is None else self.given
-
-    def prediction(self, allowed: Sequence[str] = PREDICTIONS) -> str:
-        """Return what the network predicts."""
-        return self.one_of("prediction_type", "epsilon", allowed)
-
-    def bounds(self, clips: bool | None, thresholds: bool = True) -> dict[str, Any]:
-        """Return c and threshold of the walk; ``clips`` is clip_sample's default, None where there is no such key."""
-        if thresholds and self.get("thresholding", False):
-            largest = float(self.get("sample_max_value", 1.0))
-            if largest < 1.0:  # the quantile, at least 1, is then bounded by this number, so that it always is this one
-                return {"c": 1.0, "x0_gain": 1.0 / largest}
-            # A share of 0, the smallest element, is a share so small that it is rounded away.
-            return {"c": 1.0, "threshold": (max(1e-30, float(self.get("dynamic_thresholding_ratio", 0.995))), largest)}
-        if clips is not None and self.get("clip_sample", clips):
-            return {"c": float(self.get("clip_sample_range", 1.0))}
-        return {"c": math.inf}
-
-    def timesteps(
-        self, T: int, default: str, *, whole: bool = True, skip_last: bool = False, top: int | None = None
-    ) -> NDArray[np.float64]:
-        """Return the timesteps of ``set_timesteps``; ``default`` is the scheduler's default of timestep_spacing.
-
-        ``whole``: "linspace" is rounded to integers. ``skip_last``: one timestep more is computed, and the last, 0,
-        dropped. ``top``: number of timesteps that "linspace" and "trailing" spread over, by default all T.
-        """
-        n = checks.whole("steps", self.steps, 1, T, of="the schedule's timesteps")
-        if self.times is not None:
-            if self.times[0] > T - 1:
-                raise InvalidArgument(f"timesteps[0]={self.times[0]:g}: the schedule's timesteps end at {T - 1}")
-            return np.trunc(self.times) if whole else self.times
-        top = T if top is None else top
-        spacing = self.one_of("timestep_spacing", default, TIMESTEP_SPACINGS)
-        m = n + 1 if skip_last else n
-        if spacing == "linspace":
-            t = np.linspace(0, top - 1, m)[::-1]
-            t = t.round() if whole else t
-        elif spacing == "leading":
-            t = (np.arange(m) * (top // m))[::-1] + self.get("steps_offset", 0)
-        else:
-            t = np.arange(top, 0, -T / n).round() - 1
-            if len(t) > n:
-                raise self.fails(f"its 'trailing' timesteps for {n} steps end in a stray t = -1")
-        t = t[:n].astype(np.float64)
-        if t[0] > T - 1 or t[-1] < 0 or len(t) < n:
-            raise self.fails(f"its timesteps {t[0]:g} .. {t[-1]:g} leave 0 .. {T - 1}")
-        return t
-
-    def distilled(self, T: int) -> NDArray[np.float64]:
-        """Return the timesteps of LCMScheduler and TCDScheduler."""
-        if self.times is not None:
-            return self.timesteps(T, "leading")
-        return np.array(lcm_timesteps(T, self.steps, self.get("original_inference_steps", 50), self.strength))
-
-
-def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Return the noise schedule of a configuration whose scheduler is not in `WITHOUT_SCHEDULE`."""
-    name = str(config.get("_class_name"))
-    options = DEFAULTS.get(name, {})
-    betas = {**options, **config}
-    if "rescale_betas_zero_snr" not in options:
-        betas.pop("rescale_betas_zero_snr", None)
-    exponential = name in EXPONENTIAL and betas.get("beta_schedule") == EXPONENTIAL[name]
-    if betas.get("trained_betas") is None and exponential:
-        T = checks.whole("num_train_timesteps", value_of(betas, "num_train_timesteps", 1000), 1, error=ConfigError)
-        # abar(u) = e^-12u, as betas_for_alpha_bar has it
-        betas["trained_betas"] = [min(1.0 - math.exp(-12.0 / T), 0.999)] * T
-    return NoiseSchedule.from_scheduler_config(betas)
 
 
 # Schedulers in timesteps ----------------------------------------------------------------------------------------------
@@ -546,25 +469,6 @@ def _respaced(source: Source, between: NDArray[Any], train: NDArray[Any]) -> tup
     return _times(sigmas, train), sigmas
 
 
-def beta_quantiles(shares: NDArray[np.float64], a: float = 0.6) -> NDArray[np.float64]:
-    """Return the quantiles of the distribution Beta(a, a), as in "Beta Sampling is All You Need" (arXiv:2407.12173).
-
-    Up to 1/2 the share below x is x^a / B(a, a) sum_n (1 - a)_n x^n / (n! (a + n)), whose terms fall by a half, and the
-    distribution is symmetric. Bisection finds y = x^a.
-    """
-    n = np.arange(60)
-    terms = np.cumprod(np.concatenate([[1.0], (n[:-1] + 1.0 - a) / (n[:-1] + 1.0)])) / (a + n)
-    scale = math.gamma(a) ** 2 / math.gamma(2.0 * a)
-    wanted = np.minimum(shares, 1.0 - shares)
-    low, high = np.zeros_like(wanted), np.full_like(wanted, 0.5**a)
-    for _ in range(60):
-        y = 0.5 * (low + high)
-        below = y * (terms * (y[:, None] ** (1.0 / a)) ** n).sum(axis=1) / scale < wanted
-        low, high = np.where(below, y, low), np.where(below, high, y)
-    x = np.where(wanted > 0.0, (0.5 * (low + high)) ** (1.0 / a), 0.0)
-    return np.where(shares <= 0.5, x, 1.0 - x)
-
-
 def _sigma_walk(
     source: Source,
     t: Sequence[float] | NDArray[np.float64],
@@ -593,9 +497,11 @@ def _multistep(source: Source, final: str | None, floor: bool, bounds: dict[str,
     ``final`` is the default of final_sigmas_type; None where the scheduler does not have it and ends as at "sigma_min".
     ``floor``: at "sigma_min" a spacing by sigma ends at its own last sigma, instead of that of timestep 0.
     """
-    source.only(use_flow_sigmas=False, use_dynamic_shifting=False, shift_terminal=None)
     schedule = source.schedule()
     train = _sigmas(schedule)
+    if source.get("use_flow_sigmas", False):
+        return flow_multistep(source, train, final, bounds, PRECISION)
+    source.only(use_dynamic_shifting=False, shift_terminal=None)
     single = source.name == "DPMSolverSinglestepScheduler"  # which has no other timesteps than "linspace"
     dpm = single or source.name == "DPMSolverMultistepScheduler"
     if single:
@@ -694,7 +600,6 @@ def _deis(source: Source) -> StepTable:
 
 
 def _dpm_singlestep(source: Source) -> StepTable:
-    source.only(use_flow_sigmas=False, use_dynamic_shifting=False)
     source.one_of("algorithm_type", "dpmsolver++", ("dpmsolver++", "deis"))
     walk = _multistep(source, final="zero", floor=False, bounds=source.bounds(None))
     order, n = _order(source), source.steps
@@ -874,12 +779,19 @@ VARIANCE_PRESERVING: dict[str, Build] = {
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
 }
+# Schedulers whose samples are those of a flow, (1 - sigma) x_0 + sigma eps, as the states of their tables are. The
+# multi-step schedulers join them with use_flow_sigmas.
+FLOW_SCHEDULERS: dict[str, Build] = {
+    "FlowMatchEulerDiscreteScheduler": lambda source: flow_euler(source, PRECISION),
+    "FlowMatchHeunDiscreteScheduler": lambda source: flow_heun(source, PRECISION),
+}
 EDM_SCHEDULERS: dict[str, Build] = {
     "EDMEulerScheduler": _edm_euler,
     "EDMDPMSolverMultistepScheduler": _edm_dpm,
 }
 # Schedulers of continuous noise levels, which have no `NoiseSchedule`.
-WITHOUT_SCHEDULE: dict[str, Build] = {**EDM_SCHEDULERS, "CMStochasticIterativeScheduler": _consistency}
+CONTINUOUS: dict[str, Build] = {**EDM_SCHEDULERS, "CMStochasticIterativeScheduler": _consistency}
+WITHOUT_SCHEDULE: dict[str, Build] = {**CONTINUOUS, **FLOW_SCHEDULERS}
 # Schedulers whose samples are x_0 + sigma eps.
 IN_SIGMA: dict[str, Build] = {
     "EulerDiscreteScheduler": _euler,
@@ -889,6 +801,8 @@ IN_SIGMA: dict[str, Build] = {
     "KDPM2DiscreteScheduler": _dpm2,
     "KDPM2AncestralDiscreteScheduler": _dpm2_ancestral,
     "DPMSolverSDEScheduler": _dpm_sde,
-    **WITHOUT_SCHEDULE,
+    **CONTINUOUS,
 }
-SCHEDULERS = {**VARIANCE_PRESERVING, **IN_SIGMA}
+# Schedulers whose samples the network reads as they are.
+UNSCALED: dict[str, Build] = {**VARIANCE_PRESERVING, **FLOW_SCHEDULERS}
+SCHEDULERS = {**UNSCALED, **IN_SIGMA}
