@@ -57,7 +57,8 @@ class Remote:
         self.dropped = 0
         self.streams = False  # whether its client reads events
         self.looks: list[asyncio.Future[wire.Looked]] = []
-        for future in (self.accepted, self.outcome):
+        futures: tuple[asyncio.Future[Any], ...] = (self.accepted, self.outcome)
+        for future in futures:  # that nobody may wait for
             future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
 
     def show(self, preview: wire.Preview) -> None:
@@ -72,15 +73,14 @@ class Remote:
         """Give the job its one outcome."""
         if self.outcome.done():
             return
-        for future in (self.accepted, self.outcome, *self.looks):
-            if future.done():
-                continue
-            if isinstance(outcome, Failure):
-                future.set_exception(outcome)
-            elif future is self.outcome:
-                future.set_result(outcome)
-            else:
-                future.cancel()
+        for looked in self.looks:
+            looked.cancel()
+        if isinstance(outcome, wire.Done):
+            self.outcome.set_result(outcome)
+        else:
+            self.outcome.set_exception(outcome)
+            if not self.accepted.done():
+                self.accepted.set_exception(outcome)
         self.news.set()
 
 

@@ -211,13 +211,13 @@ def read_picture(name: str, body: bytes, model: Model) -> Picture:
         raise invalid(f"{name} has {got}; {model.name} takes one of {model.width}x{model.height}", name)
     try:
         alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-        if name == "mask":
-            # OpenAI's masks are transparent where the image is drawn anew; without transparency, light is.
-            converted = Image.eval(picture.convert("RGBA").getchannel("A"), lambda a: 255 - a) if alpha else picture
-            picture = converted.convert("L")
+        if name != "mask":
+            plain = picture.convert("RGBA" if alpha else "RGB" if model.channels > 1 else "L")
+        elif alpha:  # OpenAI's masks are transparent where the image is drawn anew; without transparency, light is
+            plain = Image.eval(picture.convert("RGBA").getchannel("A"), lambda a: 255 - a)
         else:
-            picture = picture.convert("RGBA" if alpha else "RGB" if model.channels > 1 else "L")
-        return Picture(picture.mode, *picture.size, picture.tobytes())
+            plain = picture.convert("L")
+        return Picture(plain.mode, *plain.size, plain.tobytes())
     except Exception as e:
         raise invalid(f"{name} is a damaged picture: {e}", name) from None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import uvicorn
 
 from fastdiff.errors import BackendError, InvalidArgument, printable
-from fastdiff.serving import logs, wire
+from fastdiff.serving import logs, page, wire
 from fastdiff.serving.front import MOST_HEADERS, Front, Keys
 from fastdiff.serving.http import App
 from fastdiff.serving.metrics import Metrics
@@ -103,7 +103,12 @@ def _socket(host: str, port: int) -> socket.socket:
 async def _serve(settings: Settings, setup: wire.Setup, keys: Keys, listening: socket.socket) -> str:
     """Serve; return why the models cannot be served, or nothing after a signal."""
     supervisor = Supervisor(setup)
-    app = App(supervisor, Metrics(supervisor), Limits(settings.max_n, settings.max_steps), [])
+    app = App(
+        supervisor,
+        Metrics(supervisor),
+        Limits(settings.max_n, settings.max_steps),
+        page.routes() if settings.page else [],
+    )
     config = uvicorn.Config(
         Front(app.asgi, keys, settings.max_body), lifespan="off", log_config=None, access_log=False, ws="none",
         http="h11", loop="asyncio", h11_max_incomplete_event_size=MOST_HEADERS, server_header=False,

@@ -64,6 +64,7 @@ class Model(msgspec.Struct):
     backend: str
     determinism: str
     dtype: str
+    solvers: list[str]
 
 
 class Ready(msgspec.Struct, tag=True):

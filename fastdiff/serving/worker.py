@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
+from typing import Any
 
 from PIL import Image
 
@@ -26,6 +27,7 @@ from fastdiff.sampler import Event, SampleOutput
 from fastdiff.serving import logs, wire
 from fastdiff.serving.engine import Engine
 from fastdiff.serving.job import Job
+from fastdiff.solvers.registry import SOLVERS
 
 log = logging.getLogger("fastdiff.serving")
 
@@ -174,7 +176,7 @@ class Worker:
             self._out.put(None)
 
     def _submit(self, m: wire.Submit) -> Job:
-        pictures = {
+        pictures: dict[str, Any] = {
             name: Image.frombytes(p.mode, (p.width, p.height), p.pixels)
             for name, p in (("image", m.image), ("mask", m.mask))
             if p is not None
@@ -205,4 +207,5 @@ def _facts(name: str, engine: Engine) -> wire.Model:
         name=name, width=info.size[1], height=info.size[0], channels=info.channels, classes=info.classes,
         class_names=names, backend=sampler.backend, determinism=sampler.determinism,
         dtype=str(sampler.dtype).removeprefix("torch."),
+        solvers=list(SOLVERS),
     )  # fmt: skip

@@ -16,11 +16,11 @@ from fastdiff.serving.requests import Generation, Refusal, labels_of, options_of
 from fastdiff.serving.server import named
 from fastdiff.serving.wire import Model
 
-FASHION = Model("fashion", 32, 32, 1, 3, ["Coat", "Bag", "0"], "native", "bitwise", "float32")
+FASHION = Model("fashion", 32, 32, 1, 3, ["Coat", "Bag", "0"], "native", "bitwise", "float32", ["ddim"])
 
 
 def without_classes() -> Model:
-    return Model("plain", 8, 8, 3, None, None, "native", "bitwise", "float32")
+    return Model("plain", 8, 8, 3, None, None, "native", "bitwise", "float32", ["ddim"])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ import fastdiff
 from fastdiff.backends import native
 from tests.docs.pages import blocks
 from tests.support.paths import ROOT
-from tests.support.served import LONG, NAN_CLASS, Served, alive, save_model, until
+from tests.support.served import LONG, NAN_CLASS, Served, alive, until
 
 if native.extension() is None:
     pytest.skip("fastdiff._native is not built", allow_module_level=True)
@@ -38,27 +38,6 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [linux, pytest.mark.xdist_group("server")]
 KEY = "a-key-of-this-test"
 ENDLESS = {"n": 64, "solver": "ddpm", "steps": 1000, "label": 1}  # seconds of work
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def started(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
-    servers: list[Served] = []
-    yield servers
-    for server in servers:
-        server.end()
-
-
-@pytest.fixture
-def server(started: list[Served], model: str, tmp_path: Path) -> Served:
-    """The server of all tests; another one if a test has ended it."""
-    if not started or started[-1].process.poll() is not None:
-        started.append(Served(tmp_path, model, "--max-queue-seconds", "1e6", "--max-body", "64KiB"))
-    return started[-1]
 
 
 def client(server: Served, **options: Any) -> openai.OpenAI:
@@ -507,7 +486,7 @@ def test_keys_and_a_full_queue(model: str, tmp_path: Path) -> None:
     keys.write_text(f"{KEY}\nanother-key\n")
     server = Served(
         tmp_path, model, "--api-key-file", str(keys), "--max-queue-seconds", "0.5", "--log-format", "json",
-        "--max-steps", "10",
+        "--max-steps", "10", "--no-page",
     )  # fmt: skip
     try:
         own = {"authorization": f"Bearer {KEY}", "x-request-id": "mine"}
@@ -541,6 +520,7 @@ def test_keys_and_a_full_queue(model: str, tmp_path: Path) -> None:
         log = server.log.read_text()
         assert KEY not in log
         assert "wrong" not in log
+        assert server.http.get("/").status_code == 404
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
         assert {"time", "level", "message", "route", "status", "ms", "request_id"} <= set(lines[-1])
     finally:
