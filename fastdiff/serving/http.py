@@ -89,7 +89,6 @@ class App:
     def __init__(self, supervisor: Supervisor, metrics: Metrics, limits: Limits, page: list[Any]):
         self._supervisor, self._metrics, self._limits = supervisor, metrics, limits
         self._records: collections.OrderedDict[str, tuple[bytes, dict[str, Any]]] = collections.OrderedDict()
-        self.draining = False
         self.asgi = Starlette(
             routes=[
                 Route("/v1/images/generations", self.generations, methods=["POST"]),
@@ -158,7 +157,7 @@ class App:
     def _model(self, name: str | None) -> wire.Model:
         """Return the model of a request; refuse the request if none can be given jobs now."""
         models = self._supervisor.models
-        if self.draining:
+        if self._supervisor.draining:
             raise Refusal(503, "the server is shutting down", "shutting_down", retry_after_s=STARTING_S)
         if not self._supervisor.pulse.ready:
             raise Refusal(503, "the models are being loaded", "not_ready", retry_after_s=STARTING_S)
@@ -235,7 +234,7 @@ class App:
     def _failed(self, e: Failure, g: Generation) -> Refusal:
         if g.deadline_ms is not None and e.error in ("DeadlineMissed", "DeadlineImpossible"):
             self._metrics.deadline.labels("missed" if e.error == "DeadlineMissed" else "impossible").inc()
-        if e.error == "Cancelled" and self.draining:
+        if e.error == "Cancelled" and self._supervisor.draining:
             return Refusal(503, "the server is shutting down", "shutting_down", retry_after_s=STARTING_S)
         return refusal(e)
 
@@ -335,7 +334,7 @@ class App:
 
     async def ready(self, request: Request) -> Response:
         """Answer GET /health/ready: whether images are drawn."""
-        why = "the server is shutting down" if self.draining else self._supervisor.trouble
+        why = self._supervisor.trouble
         return answer({"status": "not ready", "reason": why} if why else {"status": "ready"}, 503 if why else 200)
 
     async def metrics(self, request: Request) -> Response:

@@ -128,7 +128,7 @@ class Supervisor:
         self.restarts = 0
         self.dropped = 0  # previews
         self.totals: dict[str, collections.Counter[str]] = {}  # of all processes that there have been, by model
-        self.closed = False
+        self.draining = self.closed = False
         self.pulse = Pulse(time.monotonic())
         self.setup = setup
         self.process: Any = None
@@ -209,8 +209,8 @@ class Supervisor:
 
     @property
     def trouble(self) -> str:
-        """Why the process cannot be given jobs now; empty if it can."""
-        return self.pulse.trouble(time.monotonic())[0]
+        """Why images cannot be drawn now; empty if they can."""
+        return "the server is shutting down" if self.draining else self.pulse.trouble(time.monotonic())[0]
 
     def submit(self, message: wire.Submit, owner: bytes) -> Remote:
         """Hand over a job."""

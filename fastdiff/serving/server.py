@@ -134,7 +134,7 @@ async def _serve(settings: Settings, setup: wire.Setup, keys: Keys, listening: s
     try:
         await asyncio.wait((answering, supervising, waiting), return_when=asyncio.FIRST_COMPLETED)
         if not supervising.done():
-            await _drain(app, supervisor, settings.drain_s)
+            await _drain(supervisor, settings.drain_s)
     finally:
         announcing.cancel()
         waiting.cancel()
@@ -145,9 +145,9 @@ async def _serve(settings: Settings, setup: wire.Setup, keys: Keys, listening: s
     return why
 
 
-async def _drain(app: App, supervisor: Supervisor, seconds: float) -> None:
+async def _drain(supervisor: Supervisor, seconds: float) -> None:
     """Take no more jobs, let those that there are finish, and cancel those that are not finished in time."""
-    app.draining = True
+    supervisor.draining = True
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     log.info("shutting down: %d jobs have %g s to finish", len(supervisor.jobs), seconds)

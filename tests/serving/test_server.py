@@ -335,13 +335,13 @@ def test_a_job_can_be_asked_for_and_cancelled(server: Served) -> None:
     assert record["receipt"]["pixels_sha256"] == [done.json()["data"][0]["sha256"]]
 
 
-def connect(server: Served, body: dict[str, Any]) -> socket.socket:
-    """Send a request, and return its connection."""
+def connect(server: Served, body: dict[str, Any], missing: int = 0) -> socket.socket:
+    """Send a request, of whose body so many bytes do not come, and return its connection."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     connection = socket.create_connection((host, int(port)), timeout=LONG)
     content = json.dumps(body).encode()
     lines = ["POST /v1/images/generations HTTP/1.1", "host: x", "content-type: application/json"]
-    head = "\r\n".join([*lines, f"content-length: {len(content)}", "", ""])
+    head = "\r\n".join([*lines, f"content-length: {len(content) + missing}", "", ""])
     connection.sendall(head.encode() + content)
     return connection
 
@@ -471,13 +471,82 @@ def test_a_second_signal_ends_at_once(server: Served) -> None:
 
 @pytest.mark.slow
 def test_no_orphan_stays_when_the_server_is_killed(server: Served) -> None:
-    engine = server.engine()
     connection = connect(server, ENDLESS)
     until(server.running)
+    assert len(server.group()) >= 2
     server.process.kill()
     server.wait()
-    until(lambda: not alive(engine))
+    until(lambda: not server.group())
     connection.close()
+
+
+@pytest.mark.slow
+def test_a_deadline_that_passes_during_the_run(server: Served) -> None:
+    fields = {"label": 1, "n": 8, "steps": 200, "seed": 1}
+    usual = server.draw(**fields).json()["fastdiff"]["run_ms"]
+    deadline = 5.0 * usual + 2000.0
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        late = pool.submit(server.draw, **fields, deadline_ms=deadline)
+        until(server.running)
+        os.kill(server.engine(), signal.SIGSTOP)
+        time.sleep(deadline / 1e3)
+        os.kill(server.engine(), signal.SIGCONT)
+        assert (late.result().status_code, late.result().json()["error"]["code"]) == (504, "deadline_missed")
+    assert server.metric('fastdiff_deadline_total{result="missed"}') >= 1
+
+
+@pytest.mark.slow
+def test_a_body_that_does_not_arrive(server: Served) -> None:
+    with connect(server, {"label": 1}, missing=50) as connection:
+        assert b" 408 " in connection.recv(1000)
+
+
+def usage(pid: int) -> tuple[int, int, int]:
+    """Return a process's memory in KiB, its open files and its threads."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    memory, threads = (int(status.partition(f"{name}:")[2].split()[0]) for name in ("VmRSS", "Threads"))
+    return memory, len(os.listdir(f"/proc/{pid}/fd")), threads
+
+
+@pytest.mark.slow
+def test_a_soak_leaks_nothing(server: Served) -> None:
+    """Memory, files and threads stay flat for FASTDIFF_SOAK_SECONDS of requests, streams and clients that leave."""
+    seconds = float(os.environ.get("FASTDIFF_SOAK_SECONDS", "600"))
+
+    def one(i: int) -> None:
+        fields: dict[str, Any] = {
+            "label": i % 3,
+            "n": 1 + i % 4,
+            "steps": 1 + i % 20,
+            "guidance": 1.0 + i % 2,
+            "seed": i,
+        }
+        if i % 5 == 0:
+            connect(server, {**ENDLESS, "stream": i % 2 == 0}).close()
+        elif i % 5 == 1:
+            body = {**fields, "stream": True, "partial_images": 3}
+            with server.http.stream("POST", "/v1/images/generations", json=body) as response:
+                assert sum(kind.endswith("completed") for kind, _ in events(response)) == fields["n"]
+        else:
+            assert server.draw(**fields).status_code == 200
+
+    def soak(seconds: float) -> int:
+        end, i = time.monotonic() + seconds, 0
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            while time.monotonic() < end:
+                list(pool.map(one, range(i, i + 80)))
+                i += 80
+        idle(server)
+        return i
+
+    soak(seconds / 6)
+    pids = (server.process.pid, server.engine())
+    before = [usage(pid) for pid in pids]
+    assert soak(seconds * 5 / 6) > 0
+    for (memory, files, threads), (memory_then, files_then, threads_then) in zip(map(usage, pids), before, strict=True):
+        assert memory < 1.1 * memory_then + (10 << 10)
+        assert files <= files_then + 10
+        assert threads <= threads_then + 2
 
 
 @pytest.mark.slow

@@ -72,6 +72,16 @@ class Served:
                     return int(child)
         return 0
 
+    def group(self) -> list[int]:
+        """Return the numbers of all processes of the server."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self.process.pid and state != "Z":
+                    found.append(int(path.parent.name))
+        return found
+
     def draw(self, **fields: Any) -> httpx.Response:
         """Ask for images."""
         return self.http.post("/v1/images/generations", json=fields)
