@@ -24,6 +24,8 @@ missing = sorted({f"kernels/{name}" for name in kernels} - sdist)
 assert not missing, f"kernels missing from the sdist: {missing}"
 missing = sorted({f"fastdiff/kernels/{name}" for name in kernels} - wheel)
 assert not missing, f"kernels missing from the wheel: {missing}"
+page = {f"fastdiff/serving/page/{name}" for name in ("index.html", "style.css", "app.js", "api.js", "grid.js", "icon.svg")}
+assert page <= wheel, f"of the server's page, missing from the wheel: {sorted(page - wheel)}"
 assert {"csrc/CMakeLists.txt", "csrc/inplace/CMakeLists.txt", "csrc/engine.cpp", "csrc/module.cpp"} <= sdist
 built = [name for name in sorted(sdist) if name.endswith((".so", ".a", ".o", ".pyd", "CMakeCache.txt"))]
 assert not built, f"build products in the sdist: {built}"

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastdiff import __version__
-from fastdiff.cli import bench, convert, eval, export, generate, info, sample, train, trilemma, verify
+from fastdiff.cli import bench, convert, eval, export, generate, info, sample, serve, train, trilemma, verify
 from fastdiff.errors import FastdiffError, printable
 
 __all__ = ["app", "main"]
@@ -64,7 +64,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 # In the order in which --help lists them.
 for command in (
     sample.sample, generate.generate, verify.verify, export.export, train.train, info.info, trilemma.trilemma,
-    convert.convert, eval.eval, bench.bench,
+    convert.convert, eval.eval, bench.bench, serve.serve,
 ):  # fmt: skip
     app.command()(command)
 

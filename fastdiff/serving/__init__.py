@@ -1,6 +1,27 @@
-"""One network for many callers: `Engine`, whose jobs' images join and leave a batch between its steps."""
+"""One network for many callers: `Engine`, whose jobs' images join and leave a batch between its steps.
 
-from fastdiff.serving.engine import Engine, Stats
-from fastdiff.serving.job import Job
+``fastdiff serve`` offers engines over HTTP. Its modules, and the process that answers requests, do not import torch, so
+the names of this package are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {"Engine": "engine", "Job": "job", "Stats": "engine"}
+
+if TYPE_CHECKING:
+    from fastdiff.serving.engine import Engine as Engine
+    from fastdiff.serving.engine import Stats as Stats
+    from fastdiff.serving.job import Job as Job
 
 __all__ = ["Engine", "Job", "Stats"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value

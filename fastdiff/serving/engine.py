@@ -41,7 +41,7 @@ from fastdiff.modes import plain_modes
 from fastdiff.sampler import Event, SampleOutput, Sampler, choice
 from fastdiff.sampler.editing import Inpainting
 from fastdiff.sampler.loop import at_first_row, check_numbers, empty, initial_noise
-from fastdiff.sampler.options import Options
+from fastdiff.sampler.options import NetworkInfo, Options
 from fastdiff.sampler.request import Request
 from fastdiff.serving import scheduler
 from fastdiff.serving.job import Job
@@ -58,6 +58,7 @@ SLOW_STEP_S = 0.2  # a step that takes longer is measured once
 FOLLOW = 0.1  # weight of the last step in the present cost of steps
 MOST_CHANGE = 4.0  # by which one step can have been slower or faster: a process may have been stopped meanwhile
 AHEAD = 64  # images whose noise is drawn when their job is submitted; that of others while it runs, a few at a time
+LARGEST = float(np.finfo(np.float32).max)
 CHOSEN = ("solver", "steps", "eta", "variance", "order", "quality")  # what another setting replaces
 
 
@@ -78,6 +79,8 @@ class Stats:
         cancelled: Jobs that were cancelled.
         refused: Calls of `Engine.submit` that were refused for lack of time or room.
         previews_dropped: Previews that no one read in time.
+        rows: Network rows of all steps so far.
+        busy_s: Seconds of all steps so far.
         cap: Network rows of a step of several jobs.
         step_s: Seconds of a step of so many.
     """
@@ -94,6 +97,8 @@ class Stats:
     cancelled: int
     refused: int
     previews_dropped: int
+    rows: int
+    busy_s: float
     cap: int
     step_s: float
 
@@ -149,6 +154,7 @@ class Engine:
         backend: As for `Sampler`; "native" and "eager" can advance the images of a batch separately.
         device: As for `Sampler`.
         dtype: As for `Sampler`.
+        max_steps: Rows of a job's step table at most; jobs beyond are refused.
         **source: Further options of `Sampler.from_pretrained`.
 
     Raises:
@@ -168,8 +174,10 @@ class Engine:
         backend: str = "auto",
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        max_steps: int = MOST_ROWS,
         **source: Any,
     ):
+        self._max_steps = whole("max_steps", max_steps, 1, MOST_ROWS)
         most = None if max_rows is None else whole("max_rows", max_rows, 1)
         self._max_queue_s = number("max_queue_s", max_queue_s, above=0, need="a positive number of seconds")
         given = {"determinism": (determinism, "bitwise"), "backend": (backend, "auto"), "device": (device, None),
@@ -204,11 +212,21 @@ class Engine:
         self._changed = threading.Condition()  # also guards what follows
         self._tasks: dict[Task, None] = {}
         self._tables: collections.OrderedDict[StepTable, Any] = collections.OrderedDict()
-        self._counts: collections.Counter[str] = collections.Counter()
+        self._counts: Any = collections.Counter()  # of floats, too
         self._refusal = ""  # why no job is taken
         self._closed = False
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
+
+    @property
+    def sampler(self) -> Sampler:
+        """The engine's own copy of the sampler."""
+        return self._sampler
+
+    @property
+    def info(self) -> NetworkInfo:
+        """Facts about the network: its images, classes and their names."""
+        return self._sampler.info
 
     # Callers --------------------------------------------------------------------------------------------------------
 
@@ -328,7 +346,7 @@ class Engine:
             images=sum(len(task.slots) for task in running),
             previews_dropped=dropped, cap=curve.cap, step_s=curve.seconds(curve.cap),
             **{name: counts.get(name, 0) for name in
-               ("step_rows", "steps", "image_steps", "finished", "failed", "cancelled", "refused")},
+               ("step_rows", "steps", "image_steps", "rows", "busy_s", "finished", "failed", "cancelled", "refused")},
         )  # fmt: skip
 
     def drain(self, timeout_s: float | None = None) -> bool:
@@ -388,8 +406,12 @@ class Engine:
         if r.shape != self._shape:
             size, own = ("x".join(map(str, shape[1:])) for shape in (r.shape, self._shape))
             raise InvalidArgument(f"size={size}: an Engine draws images of the network's own size, {own}")
-        if len(r.table) > MOST_ROWS:
-            raise InvalidArgument(f"{len(r.table)} rows of {r.table.solver}: an Engine runs at most {MOST_ROWS}")
+        if len(r.table) > self._max_steps:
+            raise InvalidArgument(
+                f"{len(r.table)} rows of {r.table.solver}: this Engine runs at most {self._max_steps}; give fewer steps"
+            )
+        if float(np.abs(r.guidance).max()) > LARGEST:
+            raise InvalidArgument(f"guidance={shown(options['guidance'])}: at most {LARGEST:.3g} fits float32")
         return r
 
     def _admit(self, task: Task) -> None:
@@ -573,7 +595,8 @@ class Engine:
         with self._changed:
             slower = min(max(seconds / curve.seconds(rows), 1.0 / MOST_CHANGE), MOST_CHANGE)
             self._curve = dataclasses.replace(curve, scale=curve.scale * (1.0 + FOLLOW * (slower - 1.0)))
-            self._counts.update(steps=1, image_steps=len(chosen))
+            self._counts.update(steps=1, image_steps=len(chosen), rows=rows)
+            self._counts["busy_s"] += seconds
             self._counts["step_rows"] = rows
 
     def _enter(self, task: Task, i: int) -> None:

@@ -6,7 +6,9 @@ import asyncio
 import collections
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
@@ -36,7 +38,9 @@ class Job:
         self._eta = eta
         self._check_outside = check_outside
         self._changed = threading.Condition()  # also guards all that follows
+        self._made = time.monotonic()
         self._running = False
+        self._began = self._ended = math.nan
         self._output: SampleOutput | None = None
         self._error: BaseException | None = None
         self._receipt: dict[str, Any] = {}
@@ -56,6 +60,20 @@ class Job:
             if self._error is not None:
                 return "cancelled" if isinstance(self._error, Cancelled) else "failed"
             return "running" if self._running else "waiting"
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from its submission to its first step, or until now; to its end if it had none."""
+        return self._until(self._ended if math.isnan(self._began) else self._began)
+
+    @property
+    def ran_s(self) -> float:
+        """Seconds from its first step to its outcome, or until now; 0 before."""
+        return 0.0 if math.isnan(self._began) else self._until(self._ended) - self.waited_s
+
+    def _until(self, moment: float) -> float:
+        """Return the seconds from its submission to a moment, or until now where it has not come."""
+        return (time.monotonic() if math.isnan(moment) else moment) - self._made
 
     @property
     def eta_s(self) -> float:
@@ -175,7 +193,7 @@ class Job:
     def begin(self) -> None:
         """Note that the first step begins."""
         with self._changed:
-            self._running = True
+            self._running, self._began = True, time.monotonic()
 
     def show(self, event: Event) -> None:
         """Hand out a preview; it never waits for its reader."""
@@ -199,6 +217,7 @@ class Job:
             if self._done:
                 return False
             self._output, self._error, self._receipt = output, error, receipt or {}
+            self._ended = time.monotonic()
             callbacks, self._callbacks = self._callbacks, []
             readers, self._readers = self._readers, []
             self._changed.notify_all()

@@ -37,7 +37,9 @@ from tests.support import warm
 from tests.support.unets import TINY_CLASSES, random_unet, randomize_
 
 CLASSES = 4
-COMMANDS = ("sample", "generate", "verify", "export", "train", "info", "convert", "bench", "eval", "trilemma")
+COMMANDS = (
+    "sample", "generate", "verify", "export", "train", "info", "convert", "bench", "eval", "trilemma", "serve",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastdiff import NoiseSchedule, checkpoints, cli
+from fastdiff.serving.requests import read_generation
 from tests.docs.pages import EXAMPLES, PAGES, blocks, name, prose
 from tests.support.captioned import network_and_encoder
 from tests.support.paths import ROOT
@@ -37,6 +38,7 @@ PARSED = {
     "fastdiff convert ddpm.ckpt": "needs a published checkpoint",
     "fastdiff eval": "needs Fashion-MNIST's files",
     "fastdiff generate fashion-mnist --n 50000 --steps 10 --ray": "needs Ray; make bulk-check has it",
+    "fastdiff serve": "answers until it is ended; tests/serving has it",
     "fastdiff train": "trains for hours",
     "fastdiff trilemma": "draws and measures for minutes to hours",
 }
@@ -142,6 +144,9 @@ def check(words: list[str]) -> None:
     elif program == "kubectl":
         manifest = (ROOT / arguments[-1]).read_text(encoding="utf-8")
         parse(json.loads(re.findall(r"command: (\[.*\])", manifest)[0])[1:])
+    elif program == "curl":
+        assert "/v1/images/generations" in arguments[0]
+        read_generation(arguments[-1].encode())
     elif program in ("python", "pytest"):
         for word in arguments:
             assert (ROOT / word).exists() or not ("/" in word or word.endswith(".py")) or "=" in word, word

@@ -342,6 +342,27 @@ def test_ten_thousand_races_of_cancel_and_completion(engine):
     race(engine, 10_000)
 
 
+def test_jobs_that_no_step_could_run_are_refused(sampler):
+    """A number that a step cannot use ends its own job only, before it is taken."""
+    with Engine(sampler, max_steps=5) as engine:
+        for guidance in (1e39, 1e300, -1e300, [1.0, 1e300]):
+            with pytest.raises(InvalidArgument, match=r"guidance=.*fits float32"):
+                engine.submit(2, steps=2, labels=1, guidance=guidance)
+        with pytest.raises(InvalidArgument, match="6 rows of ddim: this Engine runs at most 5"):
+            engine.submit(1, steps=6, labels=1)
+        job = engine.submit(1, steps=5, labels=1)
+        job.result(SECONDS)
+        stats = engine.stats()
+        assert (stats.rows, stats.steps) == (5, 5)
+        assert 0.0 < stats.busy_s < SECONDS
+        waited, ran = job.waited_s, job.ran_s
+        assert waited >= 0.0
+        assert ran > 0.0
+        assert (job.waited_s, job.ran_s) == (waited, ran)
+    with pytest.raises(InvalidArgument, match="max_steps=0"):
+        Engine(sampler, max_steps=0)
+
+
 def test_nan_in_one_image_ends_its_job_alone(sampler, shared):
     noise = torch.zeros(2, 3, 8, 8)
     noise[1] = torch.nan
