@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import collections
+import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
+from fastdiff import NoiseSchedule, Sampler, TrainConfig, Trainer, UNetCondition
+from fastdiff.text import CaptionEncoder, CaptionEncoderConfig
+from recipes.emoji_scenes import judge as recipe
 from recipes.emoji_scenes import scenes, words
+from recipes.emoji_scenes import train as training
 from recipes.emoji_scenes.sprites import NOUNS, SETS, SIDE
+from tests.support.captioned import network_and_encoder
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +174,44 @@ def test_the_table_of_words_keeps_what_is_alike():
         )
     )[0, 1]
     assert kept > 0.8
+
+
+def test_the_judge_and_its_measurement(composer, tmp_path, capsys):
+    """A judge learns grounds and colours in a few steps, and measures a model that draws noise as one."""
+    judge = recipe.train(composer, steps=60, batch=16)
+    x, want = recipe.real(composer, recipe.TEST_SEED, range(200))
+    found = recipe.right(judge, x, want)
+    assert found["ground"].double().mean() > 0.6
+    assert found["colour"].double().mean() > 0.3
+    assert torch.equal(found["all"], found["noun"] & found["colour"] & found["ground"])
+    unet, encoder = network_and_encoder(sample_size=32)
+    encoder = CaptionEncoder(CaptionEncoderConfig(channels=16, layers=1, heads=2))
+    sampler = Sampler(unet, NoiseSchedule("cosine"), text_encoder=encoder)
+    recipe.measure(sampler, judge, composer, 64, 1, 2.0, tmp_path)
+    report = json.loads((tmp_path / "adherence.json").read_text())
+    assert report["judge on real scenes"]["ground"]["share"] > 0.5
+    assert report["held-out"]["all"]["share"] < 0.2
+    assert set(report) >= {"seen", "held-out, shuffled prompts", "other words for nouns", "judge on real scenes, seen"}
+    assert Image.open(tmp_path / "held-out.png").size == (3 * 274, 3 * 274)
+    lines = (tmp_path / "held-out.txt").read_text().splitlines()
+    assert len(lines) == 64
+    assert all(line.startswith(("a ", "an ")) for line in lines)
+
+
+def test_scenes_are_a_data_set_for_training(composer, tmp_path, monkeypatch):
+    """The recipe's data set gives the pictures and captions of its scenes, and its networks fit each other."""
+    monkeypatch.setattr(training, "Composer", lambda path: composer)
+    data = training.Scenes(tmp_path)
+    images, labels = data.__getitems__([5, 2])
+    assert labels is None
+    assert np.array_equal(images[1].permute(1, 2, 0), scenes.picture_of(composer, training.SEED, 2))
+    assert data.captions[2:4] == [scenes.caption_of(training.SEED, i) for i in (2, 3)]
+    with pytest.raises(IndexError):
+        data.captions[len(data)]
+    unet, encoder = UNetCondition(training.NETWORK), CaptionEncoder(training.TEXT)
+    settings = TrainConfig(steps=1, batch_size=2, sample_every=0)
+    trainer = Trainer(unet.zero_residuals_(), data, tmp_path / "run", settings, text_encoder=encoder)
+    trainer.fit()
+    for text in data.captions[:300]:
+        encoder.tokenize(text)  # which refuses texts that are too long
+    assert sum(p.numel() for p in (*unet.parameters(), *encoder.parameters())) < 5_000_000
