@@ -1,6 +1,9 @@
 # Every target sets up what it needs: .venv holds fastdiff (editable) and its tools, fastdiff/_native*.so is the native
 # engine, and each is rebuilt when its inputs change. FASTDIFF_NATIVE=OFF in the environment leaves the engine out.
 
+# Many processes are started: what is compiled is kept, even where the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 BIN := .venv/bin
 VENV := .venv/.installed
@@ -144,4 +147,4 @@ clean:  ## remove build products and caches (out/, runs/ and .venv stay)
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f fastdiff/_native*.so $(READY)
 	find csrc/inplace -mindepth 1 -not -name CMakeLists.txt -delete
-	find fastdiff tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastdiff kernels recipes tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

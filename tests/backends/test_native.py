@@ -296,7 +296,10 @@ def test_the_choice_depends_on_the_shape_alone_where_bits_matter():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["ddpm-cifar10-32", "class image, concat", "scale-shift with classes"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("ddpm-cifar10-32", marks=pytest.mark.slow), "class image, concat", "scale-shift with classes"],
+)
 def test_sampler_is_close_to_eager_in_float64(name, isa, monkeypatch):
     monkeypatch.setenv("FASTDIFF_ISA", isa)
     unet = random_unet(NETWORKS.get(name) or PUBLISHED[name])

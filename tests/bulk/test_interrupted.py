@@ -331,7 +331,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int, code: in
 @pytest.mark.parametrize(
     ("format", "code"),
     [
-        ("npz", errno.ENOSPC),
         ("imagefolder", errno.EIO),
         *[pytest.param(f, c, marks=pytest.mark.slow) for f in FORMATS for c in (errno.ENOSPC, errno.EIO, errno.EDQUOT)],
     ],

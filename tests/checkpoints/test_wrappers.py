@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -37,8 +38,16 @@ def write(path, state, suffix):
     return path.with_suffix(suffix)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".ckpt"])
-@pytest.mark.parametrize("prefix", PREFIXES)
+SUFFIXES = [".safetensors", ".bin", ".ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix"),
+    [
+        pytest.param(prefix, suffix, marks=[pytest.mark.slow] * ((i + j) % len(SUFFIXES) != 0))
+        for (i, prefix), (j, suffix) in itertools.product(enumerate(PREFIXES), enumerate(SUFFIXES))
+    ],
+)
 def test_any_prefix_in_any_kind_of_file(folder, prefix, suffix):
     unet = random_unet(TINY, seed=5)
     path = write(folder / "diffusion_pytorch_model", prefixed(prefix, unet.state_dict()), suffix)

@@ -83,23 +83,35 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 # Help -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], *[[command] for command in COMMANDS]], ids=["root", *COMMANDS])
-def test_help_is_light(arguments: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def printed_help() -> dict[str, str]:
+    """Return what each command prints for --help, all in one new process, which has not imported torch after any."""
     code = f"""
-import sys
+import contextlib, io, json, sys
 from fastdiff.cli import main
-sys.argv = ["fastdiff", *{arguments!r}, "--help"]
-try:
-    main()
-finally:
+texts = {{}}
+for command in {["", *COMMANDS]!r}:
+    sys.argv = ["fastdiff", *([command] if command else []), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, (command, end.code)
     heavy = {{"torch", "numpy", "PIL", "safetensors", "diffusers"}} & set(sys.modules)
-    assert not heavy, f"imported {{sorted(heavy)}}"
+    assert not heavy, f"{{command}} imported {{sorted(heavy)}}"
+    texts[command] = text.getvalue()
+print(json.dumps(texts))
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "Usage: fastdiff" in result.stdout
-    for word in COMMANDS if not arguments else ["Examples:", f"fastdiff {arguments[0]}"]:
-        assert word in result.stdout
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_light(command: str, printed_help: dict[str, str]) -> None:
+    assert "Usage: fastdiff" in printed_help[command]
+    for word in ["Examples:", f"fastdiff {command}"] if command else COMMANDS:
+        assert word in printed_help[command]
 
 
 def test_version_is_light(tmp_path: Path) -> None:

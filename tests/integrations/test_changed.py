@@ -158,10 +158,16 @@ def test_changes_of_the_process(name, caplog):
     np.testing.assert_allclose(images_of(fastdiff.accelerate(before)), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["tiny", "resnet blocks", "24x40"])
-@pytest.mark.parametrize("whole", [True, False], ids=["all convolutions", "those with padding"])
+@pytest.mark.parametrize(
+    ("variant", "whole"),
+    [
+        pytest.param(variant, whole, marks=[pytest.mark.slow] * (whole != (variant == "tiny")))
+        for variant in ("tiny", "resnet blocks", "24x40")
+        for whole in (True, False)
+    ],
+)
 def test_circular_padding_runs_in_fastdiff(variant, whole, caplog):
-    """It is set after the first call, as users switch between seamless and usual images."""
+    """All convolutions, or those with padding; set after the first call, as users switch to seamless images."""
     pipeline = pipeline_of()
     pipeline.unet = diffusers_twin(random_unet(change(**VARIANTS[variant])))
     usual = images_of(fastdiff.accelerate(pipeline, "native"))

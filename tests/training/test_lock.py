@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,12 +16,13 @@ import pytest
 from fastdiff.errors import TrainingError
 from fastdiff.training import lock
 from fastdiff.training.lock import NAME, locked
-from tests.support.paths import ROOT
+from tests.support import warm
 from tests.training.toys import Toys, digests, snapshot, toy_trainer
 
 # Trains, and stops while it reads the fourth batch, after the checkpoint of step 2.
 STUCK = """
 import sys, time
+from pathlib import Path
 from tests.training.toys import Toys, toy_trainer
 
 class Slow(Toys):
@@ -31,7 +31,7 @@ class Slow(Toys):
     def __getitems__(self, indices):
         self.count += 1
         if self.count == 4:
-            print("stuck", flush=True)
+            Path(sys.argv[1], "stuck").touch()
             time.sleep(600)
         return super().__getitems__(indices)
 
@@ -42,15 +42,12 @@ toy_trainer(sys.argv[1], data=Slow(), steps=6).fit()
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([sys.executable, "-c", STUCK, str(out)], stdout=subprocess.PIPE, env=environment)
+    first = warm.Process("-c", STUCK, out)
     try:
-        assert first.stdout is not None
-        assert first.stdout.readline() == b"stuck\n"
-        for _ in range(1200):
-            if (out / "checkpoint.safetensors").exists():
-                break
+        end = time.monotonic() + 300
+        while not ((out / "stuck").exists() and (out / "checkpoint.safetensors").exists()) and time.monotonic() < end:
             time.sleep(0.05)
+        (out / "stuck").unlink()
         leftover = out / ".checkpoint-1-01234567.tmp.safetensors"  # a file that the first one is writing
         leftover.write_bytes(b"half")
         before = snapshot(out)
@@ -61,7 +58,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path: Path) 
         assert snapshot(out) == before
     finally:
         first.send_signal(signal.SIGKILL)
-        first.wait()
+        first.communicate()
     leftover.unlink()
     assert (out / NAME).exists()  # the file is left behind, its lock is not
     toy_trainer(out, steps=6).fit()
