@@ -199,7 +199,7 @@ def test_generated_configurations(described, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(described=configs(), seed=st.integers(0, 1000), tokens=st.integers(1, 90))
 def test_many_generated_configurations(described, seed, tokens):
     if not condition_reasons(random_condition(described)):

@@ -62,7 +62,7 @@ def test_generated_configurations(described, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(described=configs(), seed=st.integers(0, 1000))
 def test_many_generated_configurations(described, seed):
     if not condition_reasons(random_condition(described)):
