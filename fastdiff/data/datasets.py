@@ -247,8 +247,8 @@ def open_data(
         shards = files(path) if kind == "folder" else [path] if kind == records else []
         if shards:
             _check_records(records, path, reading, class_depth, captions)
-            found = read(shards, target, channels, fit, reading, class_depth != 0)
-            return _record_data(path, found, names, reading, fit)
+            gathered = read(shards, target, channels, fit, reading, class_depth != 0)
+            return _record_data(path, gathered, names, reading, fit)
     if kind == "folder":
         return FolderData(path, target, channels, fit, reading, class_depth, names, captions)
     for name, value in (("frames", reading.frames), ("profile", reading.profile), ("captions", captions)):
@@ -697,23 +697,19 @@ def open_pairs(images: ImageData, condition: ImageData) -> ConditionedData:
     """
     if not isinstance(images, FolderData) or not isinstance(condition, FolderData):
         raise InvalidArgument("pairs of images are found by their names in two folders of images, not in other data")
-    places = [_by_name(data) for data in (images, condition)]
-    both = [name for name in places[0] if name in places[1]]
+    places, others = _by_name(images), _by_name(condition)
+    both = [name for name in places if name in others]
     if not both:
         raise DataError(
             f"no file of {condition.root} has the name of a file of {images.root}, but for its ending; the first are "
-            f"{next(iter(places[1]))[0]} and {next(iter(places[0]))[0]}"
+            f"{next(iter(others))[0]} and {next(iter(places))[0]}"
         )
     pair = ConditionedData(
-        *(d.chosen([at[name] for name in both]) for d, at in zip((images, condition), places, strict=True))
+        images.chosen([places[name] for name in both]), condition.chosen([others[name] for name in both])
     )
-    alone = [
-        (data.files[i], f"no file of this name in {other.root}")
-        for data, other, at, theirs in ((images, condition, *places), (condition, images, *places[::-1]))
-        for name, i in at.items()
-        if name not in theirs
-    ]
-    pair.skipped = (*pair.skipped, *alone)
+    alone = [(images.files[i], condition.root) for name, i in places.items() if name not in others]
+    alone += [(condition.files[i], images.root) for name, i in others.items() if name not in places]
+    pair.skipped = (*pair.skipped, *((file, f"no file of this name in {root}") for file, root in alone))
     return pair
 
 

@@ -6,6 +6,7 @@ files; it is the extra ``parquet``.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -99,12 +100,13 @@ def _read(file: Any, path: Path, image: str, label: str | None, gathered: Gather
         labels = [None] * len(batch) if label is None else batch.column(label)
         for value, number in zip(batch.column(image), labels, strict=True):
             place = path / f"row {row}"
-            gathered.add(place, lambda value=value: _content(value.as_py()), lambda n=number, p=place: _label(n, p))
+            gathered.add(place, functools.partial(_content, value), functools.partial(_label, number, place))
             row += 1
 
 
-def _content(value: Any) -> bytes:
+def _content(cell: Any) -> bytes:
     """Return the bytes of an image's file."""
+    value = cell.as_py()
     content = value.get("bytes") if isinstance(value, dict) else value
     if content is None:
         other = value.get("path") if isinstance(value, dict) else None

@@ -34,9 +34,20 @@ from fastdiff.checks import number, shown, whole
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
+from fastdiff.integrations.arguments import (
+    INVERSE,
+    MULTISTEP,
+    NOISY,
+    ONLY,
+    PLAIN,
+    SET_ARGUMENTS,
+    STEP_ARGUMENTS,
+    TWO_STAGES,
+)
 from fastdiff.integrations.configuration import FILE, Config, complete, configuration, save, to_json
 from fastdiff.integrations.noise import Generators, draws_noise, noise_dtype, randn
 from fastdiff.integrations.outputs import ALONE, SECOND, StepOutput
+from fastdiff.integrations.states import flat, from_state, indices_of, listed, same, to_state, x0_ratio
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
 from fastdiff.solvers.compat.defaults import DEFAULTS
@@ -54,55 +65,6 @@ from fastdiff.solvers.compat.source import noise_schedule
 from fastdiff.solvers.flow import abar_of
 from fastdiff.solvers.keys import value_of
 from fastdiff.solvers.paths import looks_back
-
-# The arguments of each scheduler's step after (model_output, timestep, sample), in diffusers' order.
-NOISY = ("generator", "return_dict")
-CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise", *NOISY)
-STEP_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
-    "DDIMScheduler": ("eta", "use_clipped_model_output", "generator", "variance_noise", "return_dict"),
-    "TCDScheduler": ("eta", *NOISY),
-    **dict.fromkeys(
-        ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"),
-        ("generator", "variance_noise", "return_dict"),
-    ),
-    "EulerDiscreteScheduler": CHURN,
-    "EDMEulerScheduler": CHURN,
-    "FlowMatchEulerDiscreteScheduler": (*CHURN[:-1], "per_token_timesteps", "return_dict"),
-    "FlowMatchHeunDiscreteScheduler": CHURN,
-    "LMSDiscreteScheduler": ("order", "return_dict"),
-    "DPMSolverSDEScheduler": ("return_dict", "s_noise"),
-    **dict.fromkeys(
-        ("PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "HeunDiscreteScheduler",
-         "KDPM2DiscreteScheduler", "DDIMInverseScheduler"), ("return_dict",),
-    ),
-}  # fmt: skip
-# The arguments of each scheduler's set_timesteps after (num_inference_steps, device).
-SET_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("DDPMScheduler", "CMStochasticIterativeScheduler"), ("timesteps",)),
-    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), ("original_inference_steps", "timesteps", "strength")),
-    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"), ("mu", "timesteps")),
-    "UniPCMultistepScheduler": ("sigmas", "mu"),
-    "DEISMultistepScheduler": ("mu",),
-    "EulerDiscreteScheduler": ("timesteps", "sigmas"),
-    "EDMEulerScheduler": ("sigmas",),
-    "FlowMatchEulerDiscreteScheduler": ("sigmas", "mu", "timesteps"),
-    "HeunDiscreteScheduler": ("num_train_timesteps", "timesteps"),
-    **dict.fromkeys(
-        ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"), ("num_train_timesteps",)
-    ),
-}
-# Options of step that only some schedulers have, and the value that changes nothing.
-ONLY = {"s_churn": 0.0, "s_tmin": None, "s_tmax": None, "s_noise": None, "order": 4, "per_token_timesteps": None}
-# Schedulers of two evaluations a step.
-TWO_STAGES = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
-              "DPMSolverSDEScheduler", "FlowMatchHeunDiscreteScheduler")  # fmt: skip
-# Schedulers in sigma that have the timesteps of the training before a run, one for each level.
-PLAIN = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
-# Schedulers of a multi-step solver whose samples are variance-preserving.
-MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
-             "UniPCMultistepScheduler", "DEISMultistepScheduler")  # fmt: skip
-# Schedulers that lead from an image to noise.
-INVERSE = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
 
 
 class Place(NamedTuple):
@@ -546,8 +508,8 @@ class Scheduler:
             InvalidArgument: If another scheduler does not have the timestep.
         """
         times = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
-        t = _listed(timestep, 1)[0]
-        found = _found(t, times)
+        t = listed(timestep, 1)[0]
+        found = indices_of(t, times)
         if not found and (self._name in MULTISTEP or self._name == "EDMDPMSolverMultistepScheduler"):
             return len(times) - 1
         if not found:
@@ -566,11 +528,11 @@ class Scheduler:
         Raises:
             InvalidArgument: If the run does not have the timestep.
         """
-        t = _listed(timestep, 1)[0]
+        t = listed(timestep, 1)[0]
         if self._asked is None:
             return timestep - 1
         times = self.timesteps.tolist()
-        found = _found(t, times)
+        found = indices_of(t, times)
         if not found:
             raise InvalidArgument(f"timestep {t:g} is not one of the {len(times)} timesteps")
         return (
@@ -615,11 +577,11 @@ class Scheduler:
         """
         if not self.in_sigma:
             return sample
-        table, times = self._table(), _listed(timestep, len(sample))
+        table, times = self._table(), listed(timestep, len(sample))
         after = self._next or [None]
         after = after * (len(times) // len(after)) if len(times) % len(after) == 0 else [after[0]] * len(times)
         rows = [self._row(table, t, place) for t, place in zip(times, after, strict=True)]
-        return sample * self._spread([_to_state(table, row) for row in rows], sample)
+        return sample * self._spread([to_state(table, row) for row in rows], sample)
 
     def step(
         self,
@@ -677,7 +639,7 @@ class Scheduler:
         for name, value in (("model_output", model_output), ("sample", sample)):
             if not isinstance(value, Tensor):
                 raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is needed")
-        x, out = _flat(sample), _flat(model_output)
+        x, out = flat(sample), flat(model_output)
         if sample.ndim == 0 or out.shape[:1] + out.shape[2:] != x.shape[:1] + x.shape[2:]:
             raise InvalidArgument(
                 f"sample {tuple(sample.shape)} and model_output {tuple(model_output.shape)} must be [B, C, ...] of one "
@@ -698,7 +660,7 @@ class Scheduler:
                 raise InvalidArgument(
                     f"variance_noise {tuple(z.shape)} is not of the sample's shape {tuple(sample.shape)}"
                 )
-            z = _flat(z).to(sample.device, state.x.dtype)
+            z = flat(z).to(sample.device, state.x.dtype)
             state.noise = lambda _: z
         results = self._results(state, table, places)
         self._next = [
@@ -747,7 +709,7 @@ class Scheduler:
         state.noise = None
         x = state.x
         if self.in_sigma:
-            x = x * self._spread([_from_state(table, place.row) for place in places], x)
+            x = x * self._spread([from_state(table, place.row) for place in places], x)
         return {"prev_sample": x, **before, "pred_original_sample": x0 * table.data_scale}
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
@@ -766,7 +728,7 @@ class Scheduler:
         Raises:
             InvalidArgument: If a timestep is neither.
         """
-        times = _listed(timesteps, len(original_samples))
+        times = listed(timesteps, len(original_samples))
         if self._begin_index is not None and (self.in_sigma or self.of_flow or self._name in MULTISTEP):
             index = self._begin_index if self.step_index is None else self.step_index
             abar = np.array([self._table().rows[min(index, len(self._table()) - 1)].abar] * len(times))
@@ -817,7 +779,7 @@ class Scheduler:
         Raises:
             InvalidArgument: If a timestep is neither of this run nor a whole one of the noise schedule.
         """
-        abar = np.array([self._abar(t) for t in _listed(timesteps, len(sample))])
+        abar = np.array([self._abar(t) for t in listed(timesteps, len(sample))])
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         x0, eps = sample.to(dtype), noise.to(dtype)
         v = self._spread(np.sqrt(abar), x0) * eps - self._spread(np.sqrt(1.0 - abar), x0) * x0
@@ -853,10 +815,10 @@ class Scheduler:
 
     def _places(self, timestep: Any, B: int) -> list[Place]:
         """Find each image's place: the next one if it has the image's timestep, else one at which a run can start."""
-        table, times, after = self._table(), _listed(timestep, B), self._next
+        table, times, after = self._table(), listed(timestep, B), self._next
         if after is not None and len(after) != B:
             keeps = table.history > 0 or any(row.as_ for row in table.rows)  # a row reads what an earlier one kept
-            if keeps and not all(_same(t, table.rows[0].t) for t in times):
+            if keeps and not all(same(t, table.rows[0].t) for t in times):
                 raise InvalidArgument(
                     f"{B} images, but the history is of {len(after)}: a run of {table.solver} keeps its batch"
                 )
@@ -884,7 +846,7 @@ class Scheduler:
 
     @staticmethod
     def _continues(table: StepTable, t: float, after: Place | None) -> bool:
-        return after is not None and after.row < len(table) and _same(t, table.rows[after.row].t)
+        return after is not None and after.row < len(table) and same(t, table.rows[after.row].t)
 
     def _repeats(self, table: StepTable, t: float, after: Place) -> bool:
         """Return whether PNDM's first step is repeated, in a run that starts at the earlier of two equal timesteps.
@@ -894,7 +856,7 @@ class Scheduler:
         first = after.start
         return (
             self._name == "PNDMScheduler" and after.row == first + 1 and first > 1
-            and _same(t, table.rows[first].t) and _same(t, table.rows[first - 1].t)
+            and same(t, table.rows[first].t) and same(t, table.rows[first - 1].t)
         )  # fmt: skip
 
     def _row(self, table: StepTable, t: float, after: Place | None) -> int:
@@ -908,7 +870,7 @@ class Scheduler:
             return after.row
         if self._next is None and self._begin_index is not None:
             return self._begin_index
-        known = _found(t, table.timesteps)
+        known = indices_of(t, table.timesteps)
         if not known:
             raise InvalidArgument(
                 f"timestep {t:g} is not one of this run's {len(table)}, {table.rows[0].t:g} .. {table.rows[-1].t:g}"
@@ -938,13 +900,13 @@ class Scheduler:
         own, rows = None if old is None else old.x, [place.row for place in places]
         state.x = x.to(dtype)
         if self.in_sigma:
-            state.x = state.x * self._spread([_to_state(tables[0], row) for row in rows], state.x)
+            state.x = state.x * self._spread([to_state(tables[0], row) for row in rows], state.x)
         state.out = out.to(dtype)
         replaced = [self._next is not None and self._replaces(tables[0], place) for place in places]
         if own is not None and any(replaced):
             # The prediction x_0 = kx x + ko out is that of the caller's sample, all else that of the state's own.
             mask = self._spread(replaced, state.x)
-            ratio = self._spread([_ratio(tables[0], row) for row in rows], state.x)
+            ratio = self._spread([x0_ratio(tables[0], row) for row in rows], state.x)
             state.out = state.out + mask * ratio * (state.x - own)
             state.x = torch.where(mask != 0, own, state.x)
         return state
@@ -964,7 +926,7 @@ class Scheduler:
         """Return abar at a timestep of this run, or else of the noise schedule."""
         if self._asked is not None or (self.schedule is None and not self.of_flow):
             for row in self._table().rows:
-                if _same(t, row.t):
+                if same(t, row.t):
                     return row.abar
         if self.of_flow and self._asked is None:
             return abar_of(float(self._trained_flow()[self.index_for_timestep(t)]))
@@ -976,44 +938,3 @@ class Scheduler:
     def _spread(factors: Any, x: Tensor) -> Tensor:
         """Make a tensor [B, 1, ...] of one factor for each image."""
         return torch.tensor(np.asarray(factors), dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Return a sample of any number of dimensions as [B, C, 1, N]; one of four stays as it is."""
-    if x.ndim in (0, 4):
-        return x
-    return x.reshape(len(x), x.shape[1] if x.ndim > 1 else 1, 1, -1)
-
-
-def _ratio(table: StepTable, row: int) -> float:
-    """Return kx / ko of a row; 0 for a finished image."""
-    return table.rows[row].kx / table.rows[row].ko if row < len(table) else 0.0
-
-
-def _to_state(table: StepTable, row: int) -> float:
-    """Return the factor from sigma space to the row's state, sqrt(abar) / sigma_data; 1 for a finished image."""
-    return math.sqrt(table.rows[row].abar) / table.data_scale if row < len(table) else 1.0
-
-
-def _from_state(table: StepTable, row: int) -> float:
-    """Return the factor from the state after a row to sigma space; the last row ends in the data's units itself."""
-    return 1.0 / _to_state(table, row + 1) if row < len(table) else 1.0
-
-
-def _listed(timestep: Any, B: int) -> list[float]:
-    """List a timestep for each of B images, from a number or a tensor of one or of B."""
-    values = timestep.detach().flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist()
-    if len(values) not in (1, B) or any(isinstance(v, (bool, str)) or v is None for v in values):
-        raise InvalidArgument(f"timestep={shown(timestep)}: a number, or one for each of {B} images, is needed")
-    return [float(v) for v in values] * (B if len(values) == 1 else 1)
-
-
-def _same(a: float, b: float) -> bool:
-    """Return whether two timesteps are equal up to rounding: callers have them in float32, tables in float64."""
-    return abs(a - b) <= 1e-6 * max(1.0, abs(b))
-
-
-def _found(t: float, times: Sequence[float]) -> list[int]:
-    """Return the indices of a timestep: of those equal in float32, else of those equal up to rounding."""
-    near = [i for i, other in enumerate(times) if _same(t, other)]
-    return [i for i in near if np.float32(times[i]) == np.float32(t)] or near

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,7 +130,7 @@ class FlowSchedule:
         return [self.time(float(sigma)) for sigma in sigmas]
 
 
-def shifted(sigmas: NDArray[np.floating], shift: float) -> NDArray[np.floating]:
+def shifted(sigmas: NDArray[Any], shift: float) -> NDArray[Any]:
     """Return noise levels of a flow after a shift; see `FlowSchedule`."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
