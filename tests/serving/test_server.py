@@ -335,10 +335,14 @@ def test_a_job_can_be_asked_for_and_cancelled(server: Served) -> None:
     assert record["receipt"]["pixels_sha256"] == [done.json()["data"][0]["sha256"]]
 
 
-def connect(server: Served, body: dict[str, Any], missing: int = 0) -> socket.socket:
-    """Send a request, of whose body so many bytes do not come, and return its connection."""
+def connect(server: Served, body: dict[str, Any], missing: int = 0, buffer: int = 0) -> socket.socket:
+    """Send a request, of whose body so many bytes do not come; return its connection, which buffers so many bytes."""
     host, _, port = server.url.removeprefix("http://").partition(":")
-    connection = socket.create_connection((host, int(port)), timeout=LONG)
+    connection = socket.socket()
+    if buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(LONG)
+    connection.connect((host, int(port)))
     content = json.dumps(body).encode()
     lines = ["POST /v1/images/generations HTTP/1.1", "host: x", "content-type: application/json"]
     head = "\r\n".join([*lines, f"content-length: {len(content) + missing}", "", ""])
@@ -369,7 +373,9 @@ def test_a_slow_reader_holds_nobody_up(server: Served) -> None:
     """A client that reads nothing of a stream of many previews: others are answered, and the stream's job ends."""
     idle(server)
     dropped = server.metric("fastdiff_previews_dropped_total")
-    slow = connect(server, {"n": 32, "label": 1, "steps": 100, "stream": True, "partial_images": 100, "priority": 900})
+    # Several megabytes, more than the system buffers for a connection of which nothing is read.
+    many = {"n": 64, "label": 1, "steps": 100, "stream": True, "partial_images": 100, "priority": 900}
+    slow = connect(server, many, buffer=4096)
     assert server.draw(label=1, steps=2).status_code == 200
     until(lambda: server.metric("fastdiff_previews_dropped_total") > dropped)
     idle(server)
