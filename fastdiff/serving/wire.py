@@ -52,6 +52,17 @@ class Look(msgspec.Struct, tag=True):
     id: str
 
 
+class Setting(msgspec.Struct):
+    """A measured setting: network evaluations of an image, Frechet distance to real images, and recall."""
+
+    solver: str
+    steps: int
+    guidance: float
+    nfe: int
+    distance: float
+    recall: float
+
+
 class Model(msgspec.Struct):
     """Facts about a model that requests are checked with."""
 
@@ -65,6 +76,7 @@ class Model(msgspec.Struct):
     determinism: str
     dtype: str
     solvers: list[str]
+    measured: list[Setting] = []
 
 
 class Ready(msgspec.Struct, tag=True):

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import queue
 import signal
@@ -24,6 +25,7 @@ from PIL import Image
 from fastdiff.data.pictures import check_picture, to_uint8
 from fastdiff.errors import BackendError, FastdiffError
 from fastdiff.sampler import Event, SampleOutput
+from fastdiff.sampler.measured import Measured
 from fastdiff.serving import logs, wire
 from fastdiff.serving.engine import Engine
 from fastdiff.serving.job import Job
@@ -208,4 +210,19 @@ def _facts(name: str, engine: Engine) -> wire.Model:
         class_names=names, backend=sampler.backend, determinism=sampler.determinism,
         dtype=str(sampler.dtype).removeprefix("torch."),
         solvers=list(SOLVERS),
+        measured=_front(sampler.measurements()),
     )  # fmt: skip
+
+
+def _front(measured: Measured | None) -> list[wire.Setting]:
+    """Return, for each guidance, the settings that are closer to real images than all with fewer evaluations."""
+    front: list[wire.Setting] = []
+    if measured is None:
+        return front
+    for guidance in measured.guidances:
+        closest = math.inf
+        for p in sorted(measured.at(guidance), key=lambda p: (p.nfe, p.distance)):
+            if p.distance < closest and not p.eta and p.spacing is None:
+                closest = p.distance
+                front.append(wire.Setting(p.solver, p.steps, p.guidance, p.nfe, p.distance, p.recall))
+    return front

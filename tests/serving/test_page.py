@@ -28,6 +28,8 @@ pytestmark = [
 ]
 chromium = pytest.mark.skipif(missing(), reason="chromium and its driver are not installed")
 
+MEASURED_BY_MODEL = "return fetch('v1/models').then(r => r.json()).then(r => r.data[0].fastdiff.measured)"
+
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -130,6 +132,37 @@ def test_escape_cancels_and_errors_are_shown(browser: Browser, server: Served) -
     until(lambda: not browser.run("return document.getElementById('message').hidden"))
     assert "NaN" in browser.text("#message")
     assert browser.run("return document.getElementById('message').getAttribute('role')") == "alert"
+
+
+@chromium
+def test_solvers_are_compared(browser: Browser, server: Served) -> None:
+    choose(browser, label=1, n=2, steps=4, seed=3, guidance=1, solver="unipc", compare="heun")
+    browser.click("#draw")
+    until(lambda: finished(browser) and "evaluations" in browser.text("#heading-other"))
+    assert browser.text("#heading").startswith("unipc: 4 network evaluations an image")
+    assert browser.text("#heading-other").startswith("heun: 7 network evaluations an image")
+    fields = {"label": 1, "n": 2, "steps": 4, "seed": 3, "solver": "heun"}
+    alone = Image.open(io.BytesIO(base64.b64decode(server.draw(**fields).json()["data"][1]["b64_json"])))
+    assert (pixels(browser, 3) == np.asarray(alone)).all()
+    assert browser.text("#row-value") == "7 of 7"
+    assert browser.problems() == []
+
+
+@chromium
+def test_a_slider_goes_through_the_measured_settings(browser: Browser) -> None:
+    assert [(p["solver"], p["steps"], p["guidance"]) for p in browser.run(MEASURED_BY_MODEL)] == [
+        ("ddim", 2, 1.0), ("unipc", 4, 1.0), ("ddim", 5, 2.0)
+    ]  # fmt: skip
+    setting = "return [document.getElementById('solver').value, document.getElementById('steps').value]"
+    choose(browser, guidance=1)
+    for at, expected in ((0, ["ddim", "2"]), (1, ["unipc", "4"])):
+        choose(browser, trade=at)
+        assert browser.run(setting) == expected
+    assert browser.text("#trade-text").startswith("Distance 5.00 from real images, recall 0.50, 4 evaluations")
+    choose(browser, steps=9)
+    assert "was not measured" in browser.text("#trade-text")
+    choose(browser, guidance=1.5)
+    assert browser.text("#trade-text") == "Measured with guidance 1, 2 only."
 
 
 @chromium

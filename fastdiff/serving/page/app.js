@@ -1,13 +1,16 @@
 // The page: controls, the drawing of images, their receipt, and the load of the server.
 
 import { ApiError, bitmap, draw, metrics, models } from "./api.js";
-import { Grid } from "./grid.js";
+import { Grid, Scrubber } from "./grid.js";
 
 const $ = (id) => document.getElementById(id);
 const FIELDS = ["model", "label", "n", "solver", "steps", "guidance", "seed"]; // of a link, and of the controls
 const MACHINE = ["backend", "dtype", "determinism", "version"]; // what bits depend on besides
 const DIGITS = 16; // of each image's SHA-256 in a link
-const grid = new Grid($("grid"), $("row"), $("row-value"));
+const scrubber = new Scrubber($("row"), $("row-value"));
+const grid = new Grid($("grid"), scrubber);
+const otherGrid = new Grid($("grid-other"), scrubber); // of the solver that is compared with
+let rowSeconds = 0; // of a network row, as the server has measured
 let known = [];
 let running = null;
 
@@ -38,6 +41,30 @@ function fillModel() {
   $("label").disabled = !classes;
   options($("solver"), [["auto", "auto"], ...solvers.map((s) => [s, s])]);
   $("solver").value = "unipc";
+  options($("compare"), [["", "nothing"], ...solvers.map((s) => [s, s])]);
+  fillTrade();
+}
+
+// The measured settings of the present guidance, from fast to good.
+const front = () => model().fastdiff.measured.filter((p) => p.guidance === Number($("guidance").value));
+
+function fillTrade() {
+  const points = front();
+  const all = model().fastdiff.measured;
+  $("trade-row").hidden = !all.length;
+  $("trade").disabled = !points.length;
+  $("trade").max = Math.max(points.length - 1, 0);
+  const at = points.findIndex((p) => p.solver === $("solver").value && p.steps === Number($("steps").value));
+  if (at >= 0) $("trade").value = at;
+  const known = [...new Set(all.map((p) => p.guidance))].join(", ");
+  $("trade-text").textContent = points.length ? tradeText(at < 0 ? null : points[at]) : `Measured with guidance ${known} only.`;
+}
+
+function tradeText(point) {
+  if (!point) return "The present setting was not measured.";
+  const ms = 1000 * rowSeconds * point.nfe;
+  const time = ms ? `, about ${ms.toFixed(0)} ms an image here` : "";
+  return `Distance ${point.distance.toPrecision(3)} from real images, recall ${point.recall.toFixed(2)}, ${point.nfe} evaluations${time}.`;
 }
 
 // The request that the controls describe.
@@ -70,41 +97,60 @@ async function run(expected) {
   if (running) return;
   complain(null);
   const body = request();
-  const previews = Math.min(body.steps - 1, 24);
-  $("receipt").hidden = true;
-  grid.start(captions(body), model().fastdiff.width, model().fastdiff.height);
+  const compared = $("compare").value;
   running = new AbortController();
+  $("receipt").hidden = true;
   $("draw").disabled = true;
   $("cancel").disabled = false;
+  scrubber.start();
+  for (const id of ["heading", "heading-other"]) $(id).hidden = !compared;
+  $("heading").textContent = body.solver;
+  $("heading-other").textContent = compared;
   say("Waiting for the first step.");
   if (matchMedia("(max-width: 50rem)").matches) $("result").scrollIntoView();
+  const drawings = [into(grid, body)];
+  if (compared) drawings.push(into(otherGrid, { ...body, solver: compared }));
+  else otherGrid.start([], 1, 1);
   try {
-    for await (const [kind, data] of draw(
-      { ...body, stream: true, partial_images: previews, response_format: "b64_json" },
-      $("key").value,
-      running.signal,
-    )) {
-      const picture = await bitmap(data.b64_json);
-      if (kind.endsWith("partial_image")) {
-        grid.add(data.image_index, data.row + 1, data.rows, picture);
-        say("Drawing.");
-      } else {
-        const rows = Number($("row").max) || body.steps;
-        grid.add(data.image_index, Math.max(rows, 1), Math.max(rows, 1), picture);
-        if (data.fastdiff) finish(body, data.fastdiff, expected);
-      }
-    }
+    const receipts = await Promise.all(drawings);
+    finish(body, receipts[0], expected);
+    if (compared) ["heading", "heading-other"].forEach((id, i) => ($(id).textContent = cost(receipts[i])));
   } catch (error) {
+    running.abort(); // the other drawing
     if (error.name === "AbortError") say("Cancelled: the server has dropped the job.");
     else {
       say("Nothing was drawn.");
       complain(error);
     }
   } finally {
+    await Promise.allSettled(drawings);
     running = null;
     $("draw").disabled = false;
     $("cancel").disabled = true;
   }
+}
+
+const cost = (r) => `${r.solver}: ${r.nfe} network evaluations an image, ${r.run_ms.toFixed(0)} ms`;
+
+// Draw into a grid; return the receipt.
+async function into(target, body) {
+  target.start(captions(body), model().fastdiff.width, model().fastdiff.height);
+  const wanted = { ...body, stream: true, partial_images: Math.min(body.steps - 1, 24), response_format: "b64_json" };
+  let rows = body.steps;
+  let receipt = null;
+  for await (const [kind, data] of draw(wanted, $("key").value, running.signal)) {
+    const picture = await bitmap(data.b64_json);
+    if (kind.endsWith("partial_image")) {
+      rows = data.rows;
+      target.add(data.image_index, data.row + 1, rows, picture);
+      say("Drawing.");
+    } else {
+      target.add(data.image_index, rows, rows, picture);
+      receipt = data.fastdiff ?? receipt;
+    }
+  }
+  if (!receipt) throw new Error("The server has ended the stream before its end.");
+  return receipt;
 }
 
 function finish(body, receipt, expected) {
@@ -183,6 +229,7 @@ async function watch() {
         const speed = (1000 * since("fastdiff_image_steps_total")) / (now.at - last.at);
         $("load-speed").textContent = Math.max(speed, 0).toFixed(0);
       }
+      rowSeconds = now.fastdiff_step_rows_sum ? now.fastdiff_step_duration_seconds_sum / now.fastdiff_step_rows_sum : 0;
       last = now;
     } catch {
       $("load-state").textContent = "no answer";
@@ -213,6 +260,7 @@ function follow() {
   fillModel();
   for (const field of FIELDS.slice(1)) $(field).value = link.get(field) ?? "";
   for (const name of ["guidance", "n"]) $(`${name}-value`).value = $(name).value;
+  fillTrade();
   describe();
   run(link);
 }
@@ -239,8 +287,14 @@ $("controls").addEventListener("submit", (event) => {
   history.replaceState(null, "", location.pathname);
   if (known.length) run(null);
 });
-$("controls").addEventListener("input", () => {
+$("controls").addEventListener("input", (event) => {
   for (const name of ["guidance", "n"]) $(`${name}-value`).value = $(name).value;
+  if (event.target === $("trade") && front().length) {
+    const point = front()[Number($("trade").value)];
+    $("solver").value = point.solver;
+    $("steps").value = point.steps;
+  }
+  fillTrade();
   describe();
 });
 $("model").addEventListener("change", () => {
