@@ -173,9 +173,8 @@ def assert_equals_diffusers(described: UNetConditionConfig, size=(8, 8), tokens=
 
 # The others are compared in float64 by tests/core/test_condition_program.py.
 FEW = (
-    "tiny", "linear projections", "heads that leave channels over", "depth of each layer", "only cross-attention",
-    "self-attention blocks", "resnet blocks", "scale-shift", "identity class", "simple_projection class", "text_proj",
-    "timestep_cond", "activations", "centered input",
+    "tiny", "heads that leave channels over", "depth of each layer", "only cross-attention", "resnet blocks",
+    "simple_projection class", "text_proj", "activations",
 )  # fmt: skip
 SUPPORTED = [name for name in VARIANTS if name not in REFUSED]
 
@@ -191,7 +190,7 @@ def test_the_layout_of_the_built_in_text_model():
     assert_equals_diffusers(UNetConditionConfig(**SCENES), (32, 32), 16)
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(described=configs(), seed=st.integers(0, 1000))
 def test_generated_configurations(described, seed):
     if not condition_reasons(random_condition(described)):
@@ -294,7 +293,7 @@ def test_texts_are_computed_once(scenes, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("room", [1, 3 * 5 * 4 * 2 * 128])
+@pytest.mark.parametrize("room", [1, pytest.param(3 * 5 * 4 * 2 * 128, marks=pytest.mark.slow)])
 def test_runs_that_take_turns_with_more_texts_than_are_kept(scenes, room, monkeypatch):
     monkeypatch.setattr("fastdiff.backends.native.runner.TEXT_BYTES", room)
     x, texts = drawn(2, 6)
@@ -380,7 +379,7 @@ def test_a_network_or_size_is_refused_by_name_and_left_to_eager(caplog):
 MACHINE = cost.Ceilings("avx512bf16", 2, {"float32": 500.0, "bfloat16": 1000.0}, 50.0, 200.0, 50.0, 32 << 20)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_memory_and_algorithms_are_those_of_the_engine(rows):
     scenes = random_condition(UNetConditionConfig(**SCENES))
     x, texts = drawn(rows, 1, 77)
