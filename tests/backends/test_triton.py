@@ -504,7 +504,15 @@ def test_a_captured_network_serves_every_row_and_table(
     assert any(key[-1] is True for key in runner.device_step.weights.made) == library
 
 
-@pytest.mark.parametrize("name", ["guidance interval", "rescale", "everything", "everything but rescaling"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "guidance interval",
+        pytest.param("rescale", marks=pytest.mark.slow),
+        "everything",
+        pytest.param("everything but rescaling", marks=pytest.mark.slow),
+    ],
+)
 def test_captured_steps_are_the_halves(name: str) -> None:
     """Whole steps, and halves between them, as for previews: where guidance happens is not seen in the images."""
     case = CASES[name]

@@ -370,7 +370,7 @@ def save_samples(path, pixels, labels):
     return str(path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "uint8"])
 def test_command(folder, tmp_path, capsys, dtype):
     train, _, samples = synthetic()
     pixels = samples.pixels.numpy()

@@ -121,15 +121,18 @@ def test_img2img_of_an_edm_network() -> None:
 # Inpainting -----------------------------------------------------------------------------------------------------------
 
 
+INPAINTED: list[dict[str, Any]] = [
+    {}, {"solver": "ddpm"}, {"solver": "heun"}, {"solver": "dpmpp_2m"}, {"repaint": (2, 3), "solver": "ddpm"},
+    {"strength": 0.5}, {"eta": 1.0, "repaint": (1, 2)}, {"solver": "heun", "repaint": (2, 2)},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
-    [
-        {}, {"solver": "ddpm"}, {"solver": "heun"}, {"solver": "dpmpp_2m"}, {"repaint": (2, 3), "solver": "ddpm"},
-        {"strength": 0.5}, {"eta": 1.0, "repaint": (1, 2)}, {"solver": "heun", "repaint": (2, 2)},
-    ],
+    [pytest.param(options, marks=[pytest.mark.slow] * (i in (1, 2, 6))) for i, options in enumerate(INPAINTED)],
     ids=str,
-)  # fmt: skip
+)
 def test_known_pixels_are_the_images(backend: str, options: dict[str, Any]) -> None:
     sampler, image = sampler_of(backend), images(5)
     out = sampler.sample(5, steps=6, image=image, mask=MASK, batch_size=2, **options)

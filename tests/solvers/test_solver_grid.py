@@ -219,7 +219,9 @@ def test_ddims_own_options(eta, clipped, wide):
     assert (run([table], denoiser("epsilon"), noise) - theirs).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("solver", GRID, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "solver", [pytest.param(s, marks=[pytest.mark.slow] * (s.name in LONG)) for s in GRID], ids=lambda s: s.name
+)
 def test_pictures_are_diffusers_in_float32(solver):
     """diffusers as it is, in float32, and the table in float32: the same timesteps, PSNR above 60 dB."""
     for spacing in solver.spacings[::2]:

@@ -215,7 +215,7 @@ def is_slow(solver: str, steps: int, prediction: str, dtype: torch.dtype) -> boo
     """
     turn = list(SOLVERS).index(solver) + STEPS.index(steps) if steps in STEPS else 0
     often = PREDICTIONS[turn % len(PREDICTIONS)] == prediction and (dtype == torch.float64 or steps in (2, 50))
-    return steps in (61, *LONG) or not often
+    return steps in (61, 103, *LONG) or not often
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_long_runs_equal_diffusers(solver, steps, prediction):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "zero_snr"])
-@pytest.mark.parametrize("steps", [2, 10, 61])
+@pytest.mark.parametrize("steps", [2, 10, pytest.param(61, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_runs_of_other_schedules_equal_diffusers(solver, steps, schedule):
     for prediction in PREDICTIONS:
