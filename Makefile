@@ -108,7 +108,7 @@ sanitize-python: $(VENV)  ## run the Python tests of the engine's bounds, memory
 	FASTDIFF_NATIVE_FOLDER=$(SANITIZE_PYTHON) $(SANITIZED) $(BIN)/python -m pytest --capture=sys -q -p no:cacheprovider \
 		-p tests.support.sanitized tests/backends/test_bounds.py tests/backends/test_weights.py $(SANITIZED_TESTS)
 
-sanitize-threads:  ## run sanitize-python with ThreadSanitizer, where addresses may be fixed
+sanitize-threads: $(VENV)  ## run sanitize-python with ThreadSanitizer, where addresses may be fixed
 	@if setarch -R true; then $(MAKE) --no-print-directory sanitize-python SANITIZE=thread; \
 		else echo 'ThreadSanitizer needs fixed addresses, which are not permitted here: skipped'; fi
 
