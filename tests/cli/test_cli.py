@@ -34,7 +34,7 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable
 from tests.support import oracles as oracle
 from tests.support import warm
-from tests.support.unets import TINY_CLASSES, random_unet, randomize_
+from tests.support.unets import TINY, TINY_CLASSES, change, random_unet, randomize_
 
 CLASSES = 4
 COMMANDS = (
@@ -192,11 +192,13 @@ def test_sample_examples(example: str, call: Call) -> None:
         arguments[arguments.index("--steps") + 1] = "2"
     elif "--quality" not in arguments:
         arguments += ["--steps", "2"]
-    if "--image" in arguments:
-        Image.new("L", (40, 36), 128).save(arguments[arguments.index("--image") + 1])
+    for option in {"--image", "--condition"} & set(arguments):
+        Image.new("L", (40, 36), 128).save(arguments[arguments.index(option) + 1])
+    if "--condition" in arguments:
+        checkpoint.save_folder(arguments[1], random_unet(change(TINY, in_channels=4)), NoiseSchedule())
     code, out, err = call(*arguments)
     assert (code, err) == (0, "")
-    written = [a for a in arguments if Path(a).suffix in (".png", ".gif", ".npz") and a != "in.png"]
+    written = [a for a in arguments if Path(a).suffix in (".png", ".gif", ".npz") and a not in ("in.png", "gray.png")]
     assert written
     for name in written:
         assert Path(name).stat().st_size > 0
@@ -294,6 +296,9 @@ def train_arguments(example: str, folder: Path) -> list[str]:
     photos(folder / "photos")
     idx(folder / "images.gz", np.arange(8 * 28 * 28).reshape(8, 28, 28) % 256)
     idx(folder / "labels.gz", np.arange(8) % 3)
+    for name, mode in (("colour", "RGB"), ("gray", "L")):
+        for i in range(8):
+            images.save_picture(Image.new(mode, (70, 80), ("red", "blue")[i % 2]), folder / name / f"{i}.png")
     arguments = [a for a in shlex.split(example) if a != "--compile"]
     assert any((folder / a).exists() for a in arguments), "an example on data that this test does not make"
     return [*arguments, *SMALL]
@@ -311,8 +316,9 @@ def test_train_examples(example: str, call: Call, tmp_path: Path) -> None:
     assert result["parameters"] == sum(p.numel() for p in sampler.unet.parameters())
     size = int(arguments[arguments.index("--size") + 1])
     assert sampler.info.size == (size, size)
-    assert sampler.info.classes == (3 if "images.gz" in arguments else 2)
-    assert torch.isfinite(sampler.sample(1, steps=1).images).all()
+    assert sampler.info.classes == (3 if "images.gz" in arguments else None if "colour" in arguments else 2)
+    condition = torch.zeros(1, 1, size, size) if "--condition" in arguments else None
+    assert torch.isfinite(sampler.sample(1, steps=1, condition=condition).images).all()
 
 
 @pytest.mark.slow
@@ -701,8 +707,8 @@ def test_names_in_files_reach_no_terminal(model: str, call: Call) -> None:
     shutil.copytree(model, "copy")
     configs = [p for p in Path("copy").rglob("config.json")]
     config = json.loads(configs[0].read_text())
-    for change in ({NASTY: 1}, {"_class_name": NASTY}, {"down_block_types": [NASTY]}, {"act_fn": NASTY}):
-        configs[0].write_text(json.dumps(config | change))
+    for nasty in ({NASTY: 1}, {"_class_name": NASTY}, {"down_block_types": [NASTY]}, {"act_fn": NASTY}):
+        configs[0].write_text(json.dumps(config | nasty))
         code, out, err = call("info", "copy")
         assert code != 0
         assert all(line.isprintable() for line in (out + err).split("\n")), err
