@@ -50,8 +50,8 @@ class _Process(watching.Place):
         code = self.process.exitcode
         if code == UNGUARDED:
             raise InvalidArgument(
-                "generate starts processes, and each of them imports the script that calls it: call it under\n"
-                '    if __name__ == "__main__":\nor with a Sampler in the place of the model, which draws here'
+                "generate starts processes, and each of them imports the script that calls it: call it under `if "
+                '__name__ == "__main__":`, or with a Sampler in the place of the model, which draws here'
             )
         return f"ended with exit code {code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 

@@ -299,7 +299,7 @@ def _picture(option: str, path: Path, channels: int, size: tuple[int, int]) -> T
     from fastdiff.data.pixels import convert, fit_to, headers, misfit, open_image, scaled, values_of, why
 
     if channels not in MODES:
-        raise InvalidArgument(f"{option} {path}: the model takes {channels} channels there, which no picture has")
+        raise InvalidArgument(f"{option} {path}: the model takes {channels} channels there, which are no pictures")
     try:
         heads = headers(path)
         if isinstance(heads, str):

@@ -414,7 +414,7 @@ class Scheduler:
 
     def _trained_flow(self) -> Tensor:
         """Return the noise levels of the training of a flow, float32 [T]."""
-        return torch.tensor(trained_sigmas(self.config, np.float32).copy(), device="cpu")
+        return torch.tensor(trained_sigmas(self.config, np.float32).copy(), dtype=torch.float32, device="cpu")
 
     @property
     def sigma_min(self) -> float:

@@ -110,7 +110,8 @@ class CaptionEncoder(nn.Module):
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.project = nn.Linear(table.shape[1], config.channels, dtype=torch.float32)
-        self.position = nn.Parameter(torch.randn(config.tokens, config.channels, dtype=torch.float32) * 0.02)
+        self.position = nn.Embedding(config.tokens, config.channels, dtype=torch.float32)
+        nn.init.normal_(self.position.weight, std=0.02)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 config.channels, config.heads, 4 * config.channels, dropout=0.0, activation="gelu", batch_first=True,
@@ -145,7 +146,7 @@ class CaptionEncoder(nn.Module):
             The states [B, config.tokens, config.channels] and the pooled vectors [B, config.channels].
         """
         table, scale = self.get_buffer("table"), self.get_buffer("scale")
-        h = self.project(table[tokens].to(scale.dtype) * scale) + self.position
+        h = self.project(table[tokens].to(scale.dtype) * scale) + self.position.weight
         for layer in self.layers:
             h = layer(h)
         states = self.norm(h)
@@ -164,6 +165,6 @@ class CaptionEncoder(nn.Module):
         Raises:
             InvalidArgument: As `tokenize` does.
         """
-        tokens = torch.tensor([self.tokenize(text)], dtype=torch.int64, device=self.position.device)
+        tokens = torch.tensor([self.tokenize(text)], dtype=torch.int64, device=self.position.weight.device)
         states, pooled = self(tokens)
         return states[0], pooled[0]

@@ -105,7 +105,7 @@ def test_a_script_without_a_guard_gets_an_error_that_says_so(tmp_path):
     )
     assert done.returncode == 1
     assert "InvalidArgument: generate starts processes" in done.stderr
-    assert 'if __name__ == "__main__":' in done.stderr
+    assert '__name__ == "__main__":' in done.stderr
     assert "bootstrapping" not in done.stderr
 
 

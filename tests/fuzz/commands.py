@@ -55,6 +55,7 @@ LONG = {  # functions that take minutes where the arguments are sound
     "fastdiff.bench.command.native_profile": _reached,
     "fastdiff.bulk.local.run": _reached,
     "fastdiff.evaluation.trilemma.run.draw": _reached,
+    "fastdiff.serving.server._serve": _reached,
     "fastdiff.training.trainer.Trainer.fit": _fit,
 }
 
@@ -91,6 +92,7 @@ def commands() -> dict[str, list[str]]:
         "convert": [at, f"{out}/converted.safetensors"],
         "eval": [at, "--data", images, "--n", "32", "--steps", "2"],
         "bench": [at, "--quick", "--batches", "1"],
+        "serve": [at, "--port", "0"],
     }
 
 

@@ -31,7 +31,7 @@ def test_states_are_the_formula():
     twin = CaptionEncoder(TEXT).double()
     twin.load_state_dict(encoder.state_dict())
     _, table, scale = words()
-    h = (table[tokens].double() * scale.double()) @ twin.project.weight.T + twin.project.bias + twin.position
+    h = (table[tokens].double() * scale.double()) @ twin.project.weight.T + twin.project.bias + twin.position.weight
     (layer,) = twin.layers
     x = torch.nn.functional.layer_norm(h, (16,), layer.norm1.weight, layer.norm1.bias)
     q, k, v = (x @ layer.self_attn.in_proj_weight.T + layer.self_attn.in_proj_bias).chunk(3, dim=-1)
