@@ -111,7 +111,7 @@ def test_dead_and_stopped_workers_are_replaced(tmp_path: Path, model: str) -> No
 @pytest.mark.slow
 def test_workers_end_with_their_killed_parent(tmp_path: Path, model: str) -> None:
     out = tmp_path / "a"
-    arguments = ["fastdiff", *command(model, out, "--n", "4000", "--workers", "2")]
+    arguments = ["fastdiff", *command(model, out, "--n", "40000", "--workers", "2")]
     with running(arguments) as process:
         until(lambda: list(out.glob("shards/*.json")))
         workers = children(process.pid)
