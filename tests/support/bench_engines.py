@@ -83,7 +83,7 @@ class Thrice:
     def step(self) -> Tensor:
         inner: Any = self.stepper
         for _ in range(2):
-            inner.runner._call(inner.state.x, inner.state.column("t"), inner.state.label)
+            inner.runner._call(inner.state.x, inner.state.column("t"), inner.state.label, inner.state.texts)
         return inner.step()
 
 
