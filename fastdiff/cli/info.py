@@ -79,8 +79,7 @@ def info(
     sampler = Sampler.from_pretrained(model, device="cpu")
     size = sampler.info.size or (sampler.info.stride,) * 2
     rows = batch_size or 1
-    # from_pretrained gives a UNet or a UNetCondition.
-    layout = plan(lower(sampler.unet, size, _tokens(sampler)), rows)  # type: ignore[arg-type]
+    layout = plan(lower(sampler.unet, size, _tokens(sampler)), rows)  # type: ignore[arg-type]  # UNet or UNetCondition
     methods = {op.dst: choose_method(op, layout.program, rows) for op in layout.program.ops if isinstance(op, Conv)}
     operations = layout.to_dict(methods)
     table = None if solver is None else _table(sampler, solver, steps)

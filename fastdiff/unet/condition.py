@@ -27,6 +27,7 @@ from fastdiff.unet.model import (
     TimestepEmbedding,
     Upsample,
     timestep_embedding,
+    zero_last_layers,
 )
 from fastdiff.unet.transformer import Transformer
 
@@ -401,17 +402,7 @@ class UNetCondition(nn.Module):
         Returns:
             The network itself.
         """
-        heads: list[nn.Module] = [self.conv_out]
-        for module in self.modules():
-            if isinstance(module, ResnetBlock):
-                heads.append(module.conv2)
-            elif isinstance(module, Attention):
-                heads.append(module.to_out[0])
-            elif isinstance(module, Transformer):
-                heads.append(module.proj_out)
-        for head in heads:
-            for parameter in head.parameters():
-                nn.init.zeros_(parameter)
+        zero_last_layers(self, self.conv_out, *(m.proj_out for m in self.modules() if isinstance(m, Transformer)))
         return self
 
     @classmethod

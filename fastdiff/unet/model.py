@@ -337,6 +337,15 @@ def _attentions(config: UNetConfig, channels: int, layers: int) -> nn.ModuleList
     )
 
 
+def zero_last_layers(network: nn.Module, *others: nn.Module) -> None:
+    """Zero the last layer of every residual and attention block of a network, and these other layers."""
+    heads = [m.conv2 for m in network.modules() if isinstance(m, ResnetBlock)]
+    heads += [m.to_out[0] for m in network.modules() if isinstance(m, Attention)]
+    for head in (*heads, *others):
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+
+
 class UNet(nn.Module):
     """The denoising network of a diffusion model: ``unet(x, t, class_labels) -> out``.
 
@@ -512,15 +521,7 @@ class UNet(nn.Module):
         Returns:
             The network itself.
         """
-        heads: list[nn.Module] = [self.conv_out]
-        for module in self.modules():
-            if isinstance(module, ResnetBlock):
-                heads.append(module.conv2)
-            elif isinstance(module, Attention):
-                heads.append(module.to_out[0])
-        for head in heads:
-            for parameter in head.parameters():
-                nn.init.zeros_(parameter)
+        zero_last_layers(self, self.conv_out)
         return self
 
     @classmethod
