@@ -339,7 +339,7 @@ def _attentions(config: UNetConfig, channels: int, layers: int) -> nn.ModuleList
 
 def zero_last_layers(network: nn.Module, *others: nn.Module) -> None:
     """Zero the last layer of every residual and attention block of a network, and these other layers."""
-    heads = [m.conv2 for m in network.modules() if isinstance(m, ResnetBlock)]
+    heads: list[nn.Module] = [m.conv2 for m in network.modules() if isinstance(m, ResnetBlock)]
     heads += [m.to_out[0] for m in network.modules() if isinstance(m, Attention)]
     for head in (*heads, *others):
         for parameter in head.parameters():
