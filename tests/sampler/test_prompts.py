@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastdiff import NoiseSchedule, Sampler, UNet, UNetConfig, checkpoints
+from fastdiff.backends import native
 from fastdiff.cli import main
 from fastdiff.errors import BackendError, CheckpointError, ConfigError, InvalidArgument
 from fastdiff.sampler.loop import initial_noise
@@ -21,10 +22,14 @@ from tests.support.captioned import network_and_encoder
 CALL = {"steps": 3, "solver": "dpmpp_2m"}
 
 
-@pytest.fixture(scope="module")
-def sampler():
+BACKENDS = ["eager", *(["native"] if native.extension() is not None else [])]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def sampler(request):
     unet, encoder = network_and_encoder()
-    return Sampler(unet, NoiseSchedule("cosine"), prediction="v_prediction", text_encoder=encoder)
+    schedule = NoiseSchedule("cosine")
+    return Sampler(unet, schedule, prediction="v_prediction", text_encoder=encoder, backend=request.param)
 
 
 def test_a_run_is_a_loop_by_hand(sampler):
@@ -162,7 +167,7 @@ def test_a_folder_and_the_command_line(sampler, tmp_path, capsys, monkeypatch):
         folder, sampler.unet, sampler.schedule, prediction="v_prediction", text_encoder=sampler.text_encoder
     )
     want = sampler.sample(4, prompts=["a dog", "a car"] * 2, negative="snow", guidance=2.0, steps=3)
-    loaded = Sampler.from_pretrained(folder)
+    loaded = Sampler.from_pretrained(folder, backend=sampler.backend)
     again = loaded.sample(4, prompts=["a dog", "a car"] * 2, negative="snow", guidance=2.0, steps=3)
     assert torch.equal(again.images, want.images)
     arguments = ["sample", str(folder), "--prompt", "a dog", "--prompt", "a car", "--negative", "snow", "--guidance"]
