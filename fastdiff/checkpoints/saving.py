@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints import captions
-from fastdiff.checkpoints.loading import NAMES_KEY, WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
+from fastdiff.checkpoints.loading import NAMES_KEY
 from fastdiff.checkpoints.reading import DTYPES
 from fastdiff.checks import one_of, shown
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument, WriteError
