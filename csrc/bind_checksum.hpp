@@ -8,13 +8,12 @@
 #include <algorithm>
 #include <atomic>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "bind_arrays.hpp"
 #include "gil.hpp"
 #include "isa.hpp"
+#include "shared_work.hpp"
 
 namespace fastdiff {
 
@@ -38,23 +37,12 @@ inline uint64_t checksum_of(const std::vector<nb::ndarray<nb::ro, nb::c_contig, 
     words += (size + 7) / 8;
   }
   const WithoutGil without_gil;
-  std::atomic<size_t> next{0};
   std::atomic<uint64_t> sum{0};
-  const auto work = [&] {
-    uint64_t mine = 0;
-    for (size_t i; (i = next.fetch_add(1)) < parts.size();)
-      mine += kernels.checksum(parts[i].bytes, parts[i].size, parts[i].first);
-    sum += mine;
-  };
-  // A thread takes about as long to start as a few parts take to read.
-  const int64_t useful = std::min<int64_t>(threads, static_cast<int64_t>(parts.size()) / 4);
-  std::vector<std::thread> others;
-  try {
-    while (static_cast<int64_t>(others.size()) + 1 < useful) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no further thread can be started: those that run do all
-  }
-  work();
-  for (std::thread& thread : others) thread.join();
+  // A thread takes about as long to start as four parts take to read.
+  share_work(static_cast<int>(parts.size()), 4, threads, [&](Range range) {
+    const Part& one = parts[range.begin];
+    sum += kernels.checksum(one.bytes, one.size, one.first);
+  });
   return sum;
 }
 

@@ -100,9 +100,9 @@ class BoundEngine {
   }
 
   void conv(const std::vector<nb::object>& src, int kernel, int stride, int padding, bool circular, bool upsample,
-            Method method, const std::optional<BoundNorm>& norm, bool silu, bool geglu, bool bf16, nb::handle weights,
-            nb::handle bias, const std::optional<BoundVectors>& emb, int emb_channels, nb::handle residual,
-            float divide, nb::handle dst, nb::handle statistics) {
+            Method method, const std::optional<BoundNorm>& norm, bool silu, bool geglu, bool relu, bool bf16,
+            nb::handle weights, nb::handle bias, const std::optional<BoundVectors>& emb, int emb_channels,
+            nb::handle residual, float divide, nb::handle dst, nb::handle statistics) {
     ConvOp op{};
     ConvArgs& a = op.conv;
     a.src = sources(src, silu);
@@ -130,10 +130,12 @@ class BoundEngine {
     a.upsample = upsample;
     a.method = method;
     a.geglu = geglu;
+    a.relu = relu;
     a.bf16 = bf16;
     require(!geglu || (kernel == 1 && stride == 1 && !upsample && !emb && residual.is_none() && statistics.is_none() &&
-                       divide == 1.0f),
-            "geglu: a product without emb, residual, divide and statistics is needed");
+                       divide == 1.0f && !relu),
+            "geglu: a product without emb, residual, divide, statistics and relu is needed");
+    require(divide > 0.0f, "divide: a positive number is needed");
     a.weights = packed(weights, a);
     a.bias = vector(bias, geglu ? static_cast<int64_t>(a.panels()) * panel : a.outputs, "bias");
     a.emb_channels = emb_channels;
@@ -578,7 +580,7 @@ inline void bind_engine(nb::module_& m) {
       .def("input", &BoundEngine::input, nb::kw_only(), "center"_a, "combine"_a, "dst"_a)
       .def("embed", &BoundEngine::embed, nb::kw_only(), "time"_a, "classes"_a, "features"_a, "dst"_a)
       .def("conv", &BoundEngine::conv, nb::kw_only(), "src"_a, "kernel"_a, "stride"_a, "padding"_a, "circular"_a,
-           "upsample"_a, "method"_a, "norm"_a.none(), "silu"_a, "geglu"_a, "bf16"_a, "weights"_a, "bias"_a,
+           "upsample"_a, "method"_a, "norm"_a.none(), "silu"_a, "geglu"_a, "relu"_a, "bf16"_a, "weights"_a, "bias"_a,
            "emb"_a.none(), "emb_channels"_a, "residual"_a.none(), "divide"_a, "dst"_a, "statistics"_a.none())
       .def("pool", &BoundEngine::pool, nb::kw_only(), "src"_a, "norm"_a.none(), "silu"_a, "dst"_a)
       .def("attention", &BoundEngine::attention, nb::kw_only(), "src"_a, "heads"_a, "head_dim"_a, "text"_a.none(),

@@ -83,7 +83,8 @@ enum class Method { direct, winograd2, winograd4 };
 // Arguments of a convolution or matrix product: dst = (W * norm(src) + bias + emb + residual) * inverse_divide.
 //
 // Where `geglu`, a product without emb, residual, division and statistics has a gate for each output h, and dst = h *
-// gelu(gate). Half of each panel's columns are outputs, the others are the gates of these.
+// gelu(gate). Half of each panel's columns are outputs, the others are the gates of these. Where `relu`, dst is max(that,
+// 0), and inverse_divide is positive.
 struct ConvArgs {
   Sources src;
   Map map;        // size of the result
@@ -94,6 +95,7 @@ struct ConvArgs {
   bool upsample;  // the sources are doubled in size (nearest neighbour) before the convolution
   Method method;
   bool geglu;
+  bool relu;
   bool bf16;            // operands are bfloat16: conv_load rounds the sources, and weights hold bfloat16
   const void* weights;  // [panels, positions, depth, panel], zero-padded; bfloat16: [.., depth / 2, panel, 2]
   const float* bias;    // [padded outputs]; where geglu [panels, panel]
@@ -141,6 +143,21 @@ struct ConvArgs {
   }
   // Numbers of working space that reading one group of channels needs.
   int64_t space() const { return static_cast<int64_t>(rows(run())) * columns() * group; }
+};
+
+// Arguments of packing the weights of a convolution.
+struct PackArgs {
+  const float* weights;  // [outputs, channels, kernel, kernel]
+  int outputs, channels, kernel;
+  Method method;
+  bool bf16;
+  const int* channel;   // [padded_channels]: the channel of the weights that is at this place; -1: zeros
+  int padded_channels;  // those of all sources, each padded
+  void* to;             // as ConvArgs::weights
+
+  int groups() const { return padded_channels / group; }
+  // Rows of a channel and a panel: positions of the transform, or taps where direct.
+  int rows() const { return method == Method::direct ? kernel * kernel : method == Method::winograd2 ? 16 : 36; }
 };
 
 // Arguments of the mean over 2 x 2 pixels.
@@ -211,9 +228,14 @@ struct Kernels {
                    bool onto);
   float (*fma)(int64_t rounds);
   int fma_chains;
+  // The same for dot products of bfloat16, dot_operations of multiplying and adding per round; null where there are none.
+  float (*dot)(int64_t rounds);
+  int64_t dot_operations;
   void (*update)(const UpdateArgs&, Range images);
   void (*guide)(const GuideArgs&, Range images);
   void (*noise)(const NoiseArgs&, Range images);
+  // A task is a group of input channels of a panel: panel * groups + group.
+  void (*pack)(const PackArgs&, Range tasks);
   // Returns the checksum of n bytes, whose first word is number `first` of all.
   uint64_t (*checksum)(const uint8_t* bytes, int64_t n, int64_t first);
 };

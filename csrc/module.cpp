@@ -1,17 +1,23 @@
 // fastdiff._native, the Python module of the engine. Buffers are arrays, which Python allocates.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "bind_checksum.hpp"
 #include "bind_engine.hpp"
+#include "bind_pack.hpp"
 #include "bind_update.hpp"
 #include "gil.hpp"
 #include "isa.hpp"
@@ -34,8 +40,9 @@ double gflops(double flop, Work work) {
   return best;
 }
 
-// Measures one thread: (GFLOP/s of products in the cache, GFLOP/s of multiply-adds on registers).
-std::pair<double, double> rates(const std::string& isa) {
+// Measures GFLOP/s of one thread: of products in the cache, of multiply-adds on registers, and of dot products of bfloat16
+// on registers, which is 0 where there are none.
+std::tuple<double, double, double> rates(const std::string& isa) {
   const Kernels& kernels = choose_kernels(isa);
   constexpr int items = 24, depth = 64, repeats = 200, rounds = 20000;
   const std::vector<float> a(items * depth, 0.5f), b(depth * panel, 0.25f);
@@ -47,7 +54,10 @@ std::pair<double, double> rates(const std::string& isa) {
   volatile float kept = 0;
   const double peak =
       gflops(2.0 * kernels.lanes * kernels.fma_chains * rounds, [&] { kept = kept + kernels.fma(rounds); });
-  return {product, peak};
+  const double dot = kernels.dot == nullptr ? 0.0
+                                            : gflops(static_cast<double>(kernels.dot_operations) * rounds / 16,
+                                                     [&] { kept = kept + kernels.dot(rounds / 16); });
+  return {product, peak, dot};
 }
 
 void raise_backend_error(const std::string& message) {
@@ -81,16 +91,35 @@ NB_MODULE(_native, m) {
       if (kernels->bf16) names.emplace_back(kernels->name);
     return names;
   });
+  m.def("emulated_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : emulated_kernels()) names.emplace_back(kernels->name);
+    return names;
+  });
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
     return names;
   });
 
+  m.def(
+      "prefer_large_pages",
+      [](const Array<uint8_t>& memory) {
+        check_memory(memory, "memory");
+#ifdef __linux__
+        const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)),
+                   begin = reinterpret_cast<uintptr_t>(memory.data());
+        const uintptr_t first = (begin + page - 1) / page * page, last = (begin + memory.nbytes()) / page * page;
+        if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+      },
+      nb::arg("memory").noconvert(),
+      "Ask the system for large pages for memory that was not used yet; where it has none, nothing changes.");
   bind_update(m);
   bind_engine(m);
   bind_checksum(m);
+  bind_pack(m);
   m.def("rates", &rates, nb::arg("isa") = "", nb::call_guard<WithoutGil>(),
         "Measure GFLOP/s of one thread: (products of the inner kernel on data in the cache, multiply-adds on "
-        "registers).");
+        "registers, dot products of bfloat16 on registers or 0).");
 }

@@ -178,6 +178,7 @@ void attend(const AttentionArgs& a, Range units, float* space) {
 }
 
 void attention(const AttentionArgs& a, Range units, float* space) {
+  forget_tiles();
   if (a.bf16)
     attend<BF16>(a, units, space);
   else

@@ -140,8 +140,8 @@ void conv_load(const ConvArgs& a, Range strips, void* loaded, int offset, int it
     load_strips(a, strips, static_cast<float*>(loaded), offset, items, space);
 }
 
-// Finishes one vector of output channels of a strip: stores (y + bias + residual) * inverse_divide and computes the
-// statistics of what is stored, merging groups of pixels into them (Chan, Golub & LeVeque 1979).
+// Finishes one vector of output channels of a strip: stores (y + bias + residual) * inverse_divide, where `relu` max(that,
+// 0), and computes the statistics of what is stored, merging groups of pixels into them (Chan, Golub & LeVeque 1979).
 struct Finish {
   const ConvArgs& a;
   int row, channel;
@@ -164,6 +164,7 @@ struct Finish {
                 channel);
     }
     v *= a.inverse_divide;
+    if (a.relu) v = relu(v);
     store(a.dst + ((static_cast<int64_t>(row) * a.map.height + y) * a.map.width + x) * a.outputs + channel, v);
     values[held++] = v;
   }
@@ -205,6 +206,9 @@ struct Finish {
         y[i] += load(pixel);
       }
     }
+    if (a.relu)  // before the factor, which is positive
+#pragma GCC unroll 16
+      for (int i = 0; i < size * size; i++) y[i] = relu(y[i]);
     const float factor = a.inverse_divide;
     float* d = a.dst + at;
 #pragma GCC unroll 16
@@ -283,6 +287,7 @@ void multiply_positions(const ConvArgs& a, int used, int width, const T* loaded,
 }
 
 void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loaded, int items, float* products) {
+  forget_tiles();
   const int per_row = a.map.strips(), depth = a.depth();
   const int64_t stride = a.product_stride(items), begin = pixels_before(a, strips.begin);
   for (int p = panels.begin; p < panels.end; p++) {

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "kernels/tiles.hpp"
 #include "kernels/vec.hpp"
 
 namespace fastdiff {
@@ -153,6 +154,39 @@ float fma(int64_t rounds) {
   for (int i = 0; i < fma_chains; i++) total += sum[i];
   return total[0];
 }
+
+// The same for dot products of bfloat16, each round of dot_operations; not where there are none.
+#if FASTDIFF_AMX
+constexpr int64_t dot_operations = 4 * 16 * 16 * 32 * 2;
+float dot(int64_t rounds) {
+  forget_tiles();
+  shape_tiles(16, 16, 32);
+  for (int64_t r = 0; r < rounds; r++) {
+    tile_dot(0, 4, 6);
+    tile_dot(1, 4, 7);
+    tile_dot(2, 5, 6);
+    tile_dot(3, 5, 7);
+  }
+  return 0.0f;
+}
+#elif defined(__AVX512BF16__)
+constexpr int64_t dot_operations = fma_chains * lanes * 4;
+float dot(int64_t rounds) {
+  __m512 sum[fma_chains];
+  for (int i = 0; i < fma_chains; i++) sum[i] = (__m512)splat(static_cast<float>(i));
+  const __m512bh x = (__m512bh)splat(0.999f), y = (__m512bh)splat(1e-3f);
+  for (int64_t r = 0; r < rounds; r++) {
+#pragma GCC unroll 24
+    for (int i = 0; i < fma_chains; i++) sum[i] = _mm512_dpbf16_ps(sum[i], x, y);
+  }
+  Vec total{};
+  for (int i = 0; i < fma_chains; i++) total += (Vec)sum[i];
+  return total[0];
+}
+#else
+constexpr int64_t dot_operations = 0;
+constexpr float (*dot)(int64_t rounds) = nullptr;
+#endif
 
 }  // namespace
 }  // namespace fastdiff

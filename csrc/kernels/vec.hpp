@@ -28,6 +28,7 @@ namespace {
 constexpr int lanes = FASTDIFF_LANES;
 typedef float Vec __attribute__((vector_size(FASTDIFF_LANES * 4)));
 typedef int32_t VecI __attribute__((vector_size(FASTDIFF_LANES * 4)));
+typedef uint32_t VecU __attribute__((vector_size(FASTDIFF_LANES * 4)));
 
 inline Vec load(const float* p) {
   Vec v;
@@ -55,12 +56,23 @@ inline float total(Vec v) {
 struct BF16 {
   uint16_t bits;
 };
+#ifndef __AVX512BF16__
+// Returns the bits of the nearest bfloat16 numbers, of two equally near the even one. As by VCVTNEPS2BF16, denormal
+// numbers become zeros, and NaN stays NaN.
+inline VecI nearest_bf16(Vec v) {
+  const VecI bits = (VecI)v, sign = (bits >> 31 & 1) << 15, upper = bits >> 16 & 0xffff;
+  const VecI rounded = (VecI)((VecU)bits + 0x7fff + (VecU)(upper & 1)) >> 16 & 0xffff;
+  const VecI number = (bits & 0x7f800000) == 0 ? sign : rounded;
+  return v == v ? number : upper | 0x40;
+}
+#endif
 inline void store(BF16* p, Vec v) {
 #ifdef __AVX512BF16__
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(p, &rounded, sizeof rounded);
 #else
-  (void)p, (void)v;
+  const VecI rounded = nearest_bf16(v);
+  for (int l = 0; l < lanes; l++) p[l].bits = static_cast<uint16_t>(rounded[l]);
 #endif
 }
 
@@ -71,7 +83,8 @@ inline void store_pairs(BF16* p, Vec even, Vec odd) {
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
   _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 #else
-  (void)p, (void)even, (void)odd;
+  const VecI pairs = nearest_bf16(even) | nearest_bf16(odd) << 16;
+  std::memcpy(p, &pairs, sizeof pairs);
 #endif
 }
 
@@ -126,6 +139,9 @@ inline Vec silu(Vec x) {
   const Vec y = x / (1.0f + power(t - n, code));
   return x == x ? y : x;
 }
+
+// Returns max(x, 0); NaN gives NaN.
+inline Vec relu(Vec x) { return x < 0.0f ? splat(0.0f) : x; }
 
 // Returns x Phi(x), the exact gelu: Phi(x) = erfc(-x / sqrt(2)) / 2 is the normal distribution. The approximation of erfc
 // has a relative error below 1.2e-7 (Press et al., Numerical Recipes, erfcc).

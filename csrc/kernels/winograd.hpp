@@ -3,7 +3,7 @@
 //
 // With interpolation points p_j and M(x) = prod (x - p_j), row j of B^T holds the coefficients of M(x) / (x - p_j), and
 // the last row those of M(x). A^T[i][j] = p_j^i, and the last column of A^T is (0, .., 0, 1). G is applied when weights
-// are packed (fastdiff/backends/native/packing.py).
+// are packed (kernels/pack.hpp).
 #pragma once
 
 #include <cstdint>

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -55,13 +56,14 @@ struct Case {
   int outputs, kernel, stride;
   bool upsample, norm, residual;
   Method method;
-  bool circular = false;
+  bool circular = false, relu = false, bf16 = false;
   std::string name() const {
     std::string s = "conv " + std::to_string(rows) + " x " + std::to_string(height) + "x" + std::to_string(width);
     for (int c : channels) s += " " + std::to_string(c);
     return s + " -> " + std::to_string(outputs) + " kernel " + std::to_string(kernel) + " stride " +
            std::to_string(stride) + " method " + std::to_string(static_cast<int>(method)) + (upsample ? " up" : "") +
-           (norm ? " norm" : "") + (residual ? " residual" : "") + (circular ? " circular" : "");
+           (norm ? " norm" : "") + (residual ? " residual" : "") + (circular ? " circular" : "") +
+           (relu ? " relu" : "") + (bf16 ? " bf16" : "");
   }
 };
 
@@ -110,6 +112,29 @@ std::vector<float> pack(const Case& c, const std::vector<float>& weights, const 
   return packed;
 }
 
+// Returns the bits of the nearest bfloat16 number, and the number that bits are of.
+uint16_t nearest_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float of_bf16(uint16_t upper) {
+  const uint32_t bits = static_cast<uint32_t>(upper) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Rounds packed weights to bfloat16 [.., depth / 2, panel, 2].
+std::vector<uint16_t> rounded(const std::vector<float>& packed, int depth) {
+  std::vector<uint16_t> pairs(packed.size());
+  for (size_t i = 0; i < packed.size(); i++) {
+    const size_t block = i / panel / depth, k = i / panel % depth, n = i % panel;
+    pairs[((block * depth + k / 2 * 2) * panel) + 2 * n + k % 2] = nearest_bf16(packed[i]);
+  }
+  return pairs;
+}
+
 void check_conv(const Kernels& kernels, int threads, const Case& c) {
   const int in_h = c.height, in_w = c.width, up = c.upsample ? 2 : 1, before = c.kernel / 2;
   const int H = (in_h * up + 2 * before - c.kernel) / c.stride + 1;
@@ -136,13 +161,19 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
   a.circular = c.circular;
   a.upsample = c.upsample;
   a.method = c.method;
+  a.relu = c.relu;
   a.outputs = padded(c.outputs);
   a.inverse_divide = 0.5f;
   const std::vector<float> weights = random(static_cast<size_t>(c.outputs) * total * c.kernel * c.kernel);
   std::vector<float> bias = random(c.outputs), emb = random(static_cast<size_t>(c.rows) * c.outputs);
   const std::vector<float> packed = pack(c, weights, a);
+  const std::vector<uint16_t> halves = rounded(packed, a.depth());
   bias.resize(a.outputs);
-  a.weights = packed.data();
+  a.bf16 = c.bf16;
+  if (c.bf16)
+    a.weights = halves.data();
+  else
+    a.weights = packed.data();
   a.bias = bias.data();
   a.emb = {emb.data(), nullptr, c.outputs};
   a.emb_channels = c.outputs;
@@ -232,15 +263,74 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
                 sum += from[k] * weights[((static_cast<size_t>(n) * total + k) * c.kernel + ky) * c.kernel + kx];
             }
           if (c.residual) sum += residual[pixel * a.outputs + n];
-          const double got = dst[pixel * a.outputs + n];
-          error += std::pow(got - 0.5 * sum, 2);
-          norm += std::pow(0.5 * sum, 2);
+          const double got = dst[pixel * a.outputs + n], wanted = c.relu ? std::max(0.5 * sum, 0.0) : 0.5 * sum;
+          error += std::pow(got - wanted, 2);
+          norm += std::pow(wanted, 2);
         }
         for (int n = c.outputs; n < a.outputs; n++) rest += std::fabs(dst[pixel * a.outputs + n]);
       }
-  expect(std::sqrt(error / norm) < 5e-6,
+  // bfloat16 has 8 bits, and Winograd's transforms amplify what is rounded.
+  const double most = c.method == Method::direct ? 4e-3 : c.method == Method::winograd2 ? 7e-3 : 2e-2;
+  expect(std::sqrt(error / norm) < (c.bf16 ? most : 5e-6),
          std::string(kernels.name) + " " + c.name() + ": relative error " + std::to_string(std::sqrt(error / norm)));
   expect(rest == 0, c.name() + ": padding is not zero");
+}
+
+// Replaces denormal numbers by zeros.
+float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+
+// Checks each bit of products on tiles, of numbers that are exact in bfloat16 and partly denormal: as the processor's
+// manual has it, products of even k and of odd k are summed apart by fused multiply-adds, then both are added to the sum
+// of the 32 values of k before; denormal numbers are zeros, those that are read and those that result.
+void check_tiles(const Kernels& kernels) {
+  constexpr int pixels = 45, channels = 144, outputs = 80;
+  const auto numbers = [](size_t n) {
+    std::vector<float> v = random(n);
+    for (size_t i = 0; i < n; i++) {
+      if (i % 5 == 0) v[i] *= 1e-30f;
+      if (i % 11 == 0) v[i] = std::ldexp(v[i], -130);  // denormal, or nearly
+      v[i] = of_bf16(nearest_bf16(v[i]));
+    }
+    return v;
+  };
+  const Case c{1, 5, 9, {channels}, outputs, 1, 1, false, false, false, Method::direct};
+  ConvOp op{};
+  ConvArgs& a = op.conv;
+  const std::vector<float> x = numbers(pixels * channels), weights = numbers(outputs * channels);
+  a.src.count = 1;
+  a.src.data[0] = x.data();
+  a.src.channels[0] = channels;
+  a.src.map = a.map = {5, 9};
+  a.kernel = a.stride = 1;
+  a.bf16 = true;
+  a.outputs = padded(outputs);
+  a.inverse_divide = 1.0f;
+  const std::vector<uint16_t> packed = rounded(pack(c, weights, a), channels);
+  const std::vector<float> bias(a.outputs);
+  std::vector<float> dst(pixels * a.outputs);
+  a.weights = packed.data();
+  a.bias = bias.data();
+  a.dst = dst.data();
+  Engine engine(kernels, 1, 1);
+  engine.add(op);
+  engine.run(0, 1);
+  int different = 0;
+  for (int p = 0; p < pixels; p++)
+    for (int n = 0; n < outputs; n++) {
+      float sum = 0;
+      for (int k = 0; k < channels;) {
+        float even = 0, odd = 0;
+        for (const int end = std::min(k + 32, channels); k < end; k += 2) {
+          const float* from = &x[p * channels + k];
+          const float* w = &weights[n * channels + k];
+          even = flushed(std::fma(flushed(from[0]), flushed(w[0]), even));
+          odd = flushed(std::fma(flushed(from[1]), flushed(w[1]), odd));
+        }
+        sum = flushed(sum + flushed(even + odd));
+      }
+      different += dst[static_cast<size_t>(p) * a.outputs + n] != sum;
+    }
+  expect(different == 0, std::string(kernels.name) + ": " + std::to_string(different) + " products have other bits");
 }
 
 // Steps `rows` evaluations of the images that `image_of_row` names, the last `guided` of them unconditional, on an engine
@@ -557,6 +647,7 @@ int main() {
         check_conv(*kernels, threads, {3, 5, 7, {33}, 20, 3, 1, false, true, true, method, true});
         check_conv(*kernels, threads, {2, 9, 3, {20, 7}, 70, 3, 1, true, false, false, method, true});
         check_conv(*kernels, threads, {1, 1, 1, {3}, 1, 3, 1, false, false, false, method, true});
+        check_conv(*kernels, threads, {2, 9, 7, {20}, 40, 3, 1, false, false, true, method, false, true});
       }
       for (Method method : methods) check_some_rows(*kernels, threads, method);
       check_conv(*kernels, threads, {3, 6, 10, {33}, 20, 3, 2, false, false, false, Method::direct});
@@ -585,6 +676,19 @@ int main() {
       }
       check_layer(*kernels, threads, 2, {3, 3}, 70, 33, true, false, 1e4f);
     }
+  std::vector<const Kernels*> every = available_kernels();
+  for (const Kernels* kernels : emulated_kernels()) every.push_back(kernels);
+  for (const Kernels* kernels : every) {
+    if (!kernels->bf16) continue;
+    for (Method method : methods) {
+      check_conv(*kernels, 3, {3, 5, 7, {33}, 20, 3, 1, false, true, true, method, false, false, true});
+      check_conv(*kernels, 1, {2, 9, 6, {20, 7}, 70, 3, 1, false, true, false, method, false, false, true});
+      check_conv(*kernels, 2, {1, 24, 40, {18}, 130, 3, 1, false, true, true, method, false, false, true});
+    }
+    check_conv(*kernels, 1, {3, 6, 10, {33}, 20, 3, 2, false, false, false, Method::direct, false, false, true});
+    check_conv(*kernels, 2, {7, 1, 1, {40}, 300, 1, 1, false, false, false, Method::direct, false, false, true});
+    if (std::string(kernels->name).rfind("amx", 0) == 0) check_tiles(*kernels);
+  }
   for (int threads : {1, 2, 5}) check_team(threads);
   check_refusals();
   check_sharing();

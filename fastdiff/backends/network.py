@@ -160,11 +160,15 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def merged_layer(op: Conv, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return W [N, C, k, k] and b [N], float64, of a convolution whose layers are stacked or merged (see `Conv`)."""
-    W = [state[f"{key}.weight"].double() for key in op.weights]
+def merged_layer(op: Conv, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Return W [N, C, k, k] and b [N] of a convolution whose layers are stacked, in ``dtype``, or merged (see `Conv`).
+
+    Products of merged layers are computed, and returned, in float64.
+    """
+    dtype = torch.float64 if op.merged else dtype
+    W = [state[f"{key}.weight"].to(dtype) for key in op.weights]
     b = [
-        state[f"{key}.bias"].double() if op.bias else w.new_zeros(len(w)) for key, w in zip(op.weights, W, strict=True)
+        state[f"{key}.bias"].to(dtype) if op.bias else w.new_zeros(len(w)) for key, w in zip(op.weights, W, strict=True)
     ]
     if op.merged == "first transposed":
         return (W[0].T @ W[1])[:, :, None, None], W[0].T @ b[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdiff.backends import Spec, prepare
 from fastdiff.bench import peers
 from fastdiff.bench.inputs import Contender, Stepper, Workload
-from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.bench.networks import Model
 from fastdiff.core.state import State, TableBank
 
 
@@ -27,6 +27,9 @@ class RunnerStepper:
             label=workload.label,
             guidance=1.0 if workload.guidance is None else workload.guidance,
         )
+        if workload.texts is not None:
+            self.state.texts = workload.texts
+            self.state.null = torch.full_like(self.state.index, len(workload.texts) - 1)
 
     def _rewind(self) -> None:
         self.state.x = self.start.clone()
@@ -47,7 +50,7 @@ class RunnerStepper:
         return self.state.x
 
 
-def backend(name: str, dtype: torch.dtype, fast: bool, model: Pretrained, workload: Workload) -> Stepper:
+def backend(name: str, dtype: torch.dtype, fast: bool, model: Model, workload: Workload) -> Stepper:
     """Prepare a backend of fastdiff for a workload."""
     device = workload.x.device
     unet = model.unet.to(memory_format=torch.channels_last).to(device)  # type: ignore[call-overload]  # missing in torch's annotations

@@ -15,11 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.bench.networks import Model
+from fastdiff.core.lower import TOKENS
+from fastdiff.core.state import Texts
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
 from fastdiff.sampler.options import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, ddim
+from fastdiff.unet import UNetCondition, UNetConditionConfig
 
 ROWS = 50
 
@@ -29,16 +32,21 @@ class Workload:
     """The inputs of a batch, equal for all contenders."""
 
     x: Tensor  # the noisy images, float32 [B, C, H, W]
-    label: Tensor | None  # their classes, int64 [B]; None for a network without classes
+    label: Tensor | None  # their classes, or the numbers of their texts, int64 [B]; None for a network without either
     table: StepTable
     guidance: float | None = None  # the weight w of classifier-free guidance, out = u + w (c - u); None: unguided steps
     null_label: int | None = None  # the label of the unconditional evaluation u, if the steps are guided
+    texts: Texts | None = None  # of a network that reads text: another one for each image, and the null text
 
     @classmethod
-    def of(cls, model: Pretrained, batch: int, device: str = "cpu", guidance: float | None = None) -> Workload:
-        """Build the workload of a model: standard normal x, the classes in turn, the second half of a DDIM run."""
-        info = NetworkInfo.of(model.unet, None)
-        if guidance is not None and info.null_label is None:
+    def of(cls, model: Model, batch: int, device: str = "cpu", guidance: float | None = None) -> Workload:
+        """Build the workload of a model: standard normal x, the classes in turn, the second half of a DDIM run.
+
+        The states of texts are standard normal too.
+        """
+        reads = isinstance(model.unet, UNetCondition)
+        info = NetworkInfo.of(model.unet, None, text=reads)
+        if guidance is not None and info.null_label is None and not reads:
             raise InvalidArgument(
                 f"guidance {guidance:g} needs a network trained with label dropout (config null_label); leave it out"
             )
@@ -46,6 +54,10 @@ class Workload:
         generator = torch.Generator("cpu").manual_seed(batch)
         x = torch.randn(batch, info.channels, *size, generator=generator, dtype=torch.float32, device="cpu").to(device)
         label = None if info.classes is None else torch.arange(batch, dtype=torch.int64, device=device) % info.classes
+        texts, null = None, info.null_label
+        if isinstance(model.unet, UNetCondition):
+            texts, null = _texts(model.unet.config, batch + 1, generator).to(torch.device(device)), batch
+            label = torch.arange(batch, dtype=torch.int64, device=device)
         if isinstance(model.schedule, NoiseSchedule):
             T = model.schedule.timesteps
             rows = min(ROWS, T // 2)
@@ -55,7 +67,7 @@ class Workload:
             raise ConfigError(f"{model.path}: it has no scheduler configuration, so its noise levels are unknown")
         else:
             table = ddim(model.schedule, ROWS, prediction=model.prediction)
-        return cls(x, label, table, guidance, None if guidance is None else info.null_label)
+        return cls(x, label, table, guidance, None if guidance is None else null, texts)
 
     def network_rows(self, x: Tensor) -> Tensor:
         """Return the network's batch for x [B, ...]: x itself, or [2B, ...] (first for c, then for u) with guidance."""
@@ -68,6 +80,27 @@ class Workload:
             return self.label
         return torch.cat([self.label, torch.full_like(self.label, self.null_label or 0)])
 
+    def inputs(self, labels: Tensor | None) -> dict[str, Tensor]:
+        """Return what a network's module is given by name, besides x and t, for these labels."""
+        if labels is None:
+            return {}
+        if self.texts is None:
+            return {"class_labels": labels}
+        found = {"encoder_hidden_states": self.texts.states[labels]}
+        return found if self.texts.pooled is None else {**found, "class_labels": self.texts.pooled[labels]}
+
+
+def _texts(config: UNetConditionConfig, number: int, generator: torch.Generator) -> Texts:
+    """Return random texts of CLIP's length for a network."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    channels = config.encoder_hid_dim or config.cross_attention_dim
+    width = channels if isinstance(channels, int) else channels[0]
+    pooled = config.projection_class_embeddings_input_dim if config.class_embed_type is not None else None
+    return Texts(normal(number, TOKENS, width), None if pooled is None else normal(number, pooled))
+
 
 class Stepper(Protocol):
     """A contender that is ready to run a workload."""
@@ -79,7 +112,7 @@ class Stepper(Protocol):
         """Advance by one row of the table and return x; after the last row, start again from the first."""
 
 
-Make = Callable[[Pretrained, Workload], Stepper]
+Make = Callable[[Model, Workload], Stepper]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,15 @@ import torch
 
 from fastdiff.bench import machine, networks
 from fastdiff.bench.inputs import Workload, import_all
+from fastdiff.bench.networks import Model
 from fastdiff.bench.peers import diffusers_twin, joining, without_class_image
 from fastdiff.bench.run import Say
-from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import InvalidArgument
 from fastdiff.integrations import pipelines
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.options import NetworkInfo
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.unet import UNet
 
 
 def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: None) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def whole_job(model: str, n: int, steps: int, rounds: int, say: Say = lambda _: 
     """
     import_all(("diffusers",))
     loaded = networks.load(model)
+    if not isinstance(loaded.unet, UNet):
+        raise InvalidArgument(f"--job {model}: it reads text; its steps are measured without --job")
     if loaded.schedule is None:
         raise InvalidArgument(f"--job {model}: it has no scheduler_config.json, so its schedule is unknown")
     if not isinstance(loaded.schedule, NoiseSchedule):
@@ -92,11 +95,11 @@ def job_text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"  {name:26}{value:8.2f}" for name, value in result["job"].items())])
 
 
-def _twin(loaded: Pretrained, memory_format: torch.memory_format) -> Any:
+def _twin(loaded: Model, memory_format: torch.memory_format) -> Any:
     return diffusers_twin(without_class_image(copy.deepcopy(loaded.unet))).to(memory_format=memory_format)
 
 
-def _scheduler(loaded: Pretrained) -> Any:
+def _scheduler(loaded: Model) -> Any:
     from diffusers import DDIMScheduler
 
     assert isinstance(loaded.schedule, NoiseSchedule)
@@ -105,7 +108,7 @@ def _scheduler(loaded: Pretrained) -> Any:
     )
 
 
-def _pipeline(loaded: Pretrained, memory_format: torch.memory_format) -> Any:
+def _pipeline(loaded: Model, memory_format: torch.memory_format) -> Any:
     from diffusers import DDIMPipeline
 
     pipeline: Any = DDIMPipeline(unet=_twin(loaded, memory_format), scheduler=_scheduler(loaded))
@@ -117,7 +120,7 @@ def _draw(pipeline: Any, n: int, steps: int) -> Any:
     return pipeline(n, torch.Generator("cpu").manual_seed(0), num_inference_steps=steps, output_type="np").images
 
 
-def _loop(loaded: Pretrained, labels: list[int], steps: int, memory_format: torch.memory_format) -> Callable[[], Any]:
+def _loop(loaded: Model, labels: list[int], steps: int, memory_format: torch.memory_format) -> Callable[[], Any]:
     twin, scheduler = _twin(loaded, memory_format), _scheduler(loaded)
     workload = dataclasses.replace(
         Workload.of(loaded, len(labels)), label=torch.tensor(labels, dtype=torch.int64, device="cpu")

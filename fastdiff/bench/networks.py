@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fastdiff import checkpoints
-from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.errors import CheckpointError
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.unet import UNet, UNetConfig
+from fastdiff.solvers.walk import Schedule
+from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network to measure, and the settings of its training."""
+
+    unet: UNet | UNetCondition
+    schedule: Schedule | None
+    prediction: str | None
+    scheduler_config: dict[str, Any]
+    path: Path
+
 
 # The networks of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, from their config.json on the hub.
 PUBLISHED = {
@@ -34,24 +47,40 @@ PUBLISHED = {
         up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
     ),
 }
+# The network of Stable Diffusion 1.5, likewise, for images of 512 and of 256 pixels.
+STABLE_DIFFUSION = UNetConditionConfig(
+    sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+)
+READING_TEXT = {"sd15": STABLE_DIFFUSION, "sd15-256": dataclasses.replace(STABLE_DIFFUSION, sample_size=32)}
 
 
-def load(model: str) -> Pretrained:
-    """Load a model by name or path, or build a network of `PUBLISHED` with random weights."""
+def load(model: str) -> Model:
+    """Load a model by name or path, or build a network of a published configuration with random weights."""
     if model in PUBLISHED and not Path(model).exists():
-        return Pretrained(random_unet(PUBLISHED[model]), NoiseSchedule(), "epsilon", {}, Path(model))
+        return Model(random_unet(PUBLISHED[model]), NoiseSchedule(), "epsilon", {}, Path(model))
+    if model in READING_TEXT and not Path(model).exists():
+        process = NoiseSchedule("scaled_linear", beta_start=0.00085, beta_end=0.012)
+        return Model(random_condition(READING_TEXT[model]), process, "epsilon", {"clip_sample": False}, Path(model))
     try:
-        return checkpoints.load(model)
+        found = checkpoints.load_text(model) or checkpoints.load(model)
+        return Model(found.unet, found.schedule, found.prediction, found.scheduler_config, found.path)
     except CheckpointError as e:
         if Path(model).exists():
             raise
-        raise CheckpointError(f"{e}; with random weights: {', '.join(PUBLISHED)}") from e
+        raise CheckpointError(f"{e}; with random weights: {', '.join([*PUBLISHED, *READING_TEXT])}") from e
 
 
 def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
     """Build a network with random weights, in evaluation mode."""
     with torch.device("meta"):  # initialising a large network twice would take seconds
         unet = UNet(config)
+    return randomize_(unet, seed).eval()
+
+
+def random_condition(config: UNetConditionConfig, seed: int = 0) -> UNetCondition:
+    """Build a text-conditioned network with random weights, in evaluation mode."""
+    with torch.device("meta"):
+        unet = UNetCondition(config)
     return randomize_(unet, seed).eval()
 
 

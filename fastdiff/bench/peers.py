@@ -14,25 +14,27 @@ import torch
 from torch import Tensor
 
 from fastdiff.bench.inputs import Stepper, Workload
-from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.bench.networks import Model
 from fastdiff.errors import BackendError
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 from fastdiff.unet.config import OWN_FIELDS
 from fastdiff.unet.model import ResnetBlock
 
-Network = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Unet = UNet | UNetCondition
+Given = dict[str, Tensor]  # what a network is given besides x and t, by name
+Network = Callable[[Tensor, Tensor, Given], Tensor]
 
 
 class PeerStepper:
     """A peer's network followed by DDIM's part of `fastdiff.core.update.update`.
 
     A guided step works as in diffusers' pipelines: a batch of 2B goes through the network, then out = u + w (c - u). If
-    the class is given as an image, ``network`` is what `without_class_image` returns, and it takes no label.
+    the class is given as an image, ``network`` is what `without_class_image` returns, and it is given no label.
     """
 
-    def __init__(self, network: Network, model: Pretrained, workload: Workload):
+    def __init__(self, network: Network, model: Model, workload: Workload):
         self.workload, self.join = workload, joining(model.unet, workload)
-        self.label = None if model.unet.class_encoder is not None else workload.network_labels
+        self.given = given_by_name(model, workload)
         self.behind = network
         self.rows = workload.table.rows
         self.t = [
@@ -43,7 +45,7 @@ class PeerStepper:
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
         """Evaluate the network on x [B, C, H, W], with guidance; t holds a timestep for each row of its batch."""
-        out = self.behind(self.join(self.workload.network_rows(x)), t, self.label)
+        out = self.behind(self.join(self.workload.network_rows(x)), t, self.given)
         if self.workload.guidance is None:
             return out
         c, u = out.float().chunk(2)
@@ -69,18 +71,27 @@ class PeerStepper:
         return self.x
 
 
-def plain(unet: UNet, dtype: torch.dtype, workload: Workload) -> Network:
+def given_by_name(model: Model, workload: Workload) -> Given:
+    """Return what a network's batch is given besides x and t."""
+    drawn = isinstance(model.unet, UNet) and model.unet.class_encoder is not None
+    return {} if drawn else workload.inputs(workload.network_labels)
+
+
+def _in(dtype: torch.dtype, given: Given) -> Given:
+    return {name: v.to(dtype) if v.is_floating_point() else v for name, v in given.items()}
+
+
+def plain(unet: Unet, dtype: torch.dtype, workload: Workload) -> Network:
     """Return fastdiff's module in channels_last, the input of compilers of PyTorch code."""
     unet = unet.to(dtype).to(memory_format=torch.channels_last).to(workload.x.device)  # type: ignore[call-overload]  # missing in torch's annotations
 
-    def network(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        return unet(x, t) if label is None else unet(x, t, class_labels=label)
+    def network(x: Tensor, t: Tensor, given: Given) -> Tensor:
+        return unet(x.to(dtype).contiguous(memory_format=torch.channels_last), t, **_in(dtype, given))
 
     return network
 
 
-def compiled(compiler: str, dtype: torch.dtype, model: Pretrained, workload: Workload) -> Stepper:
+def compiled(compiler: str, dtype: torch.dtype, model: Model, workload: Workload) -> Stepper:
     """Compile fastdiff's module by torch.compile with frozen weights; ``compiler`` is "inductor" or another backend."""
     import torch._inductor.config as inductor
 
@@ -89,21 +100,21 @@ def compiled(compiler: str, dtype: torch.dtype, model: Pretrained, workload: Wor
     return PeerStepper(torch.compile(network, backend=compiler, fullgraph=True, dynamic=False), model, workload)
 
 
-def diffusers(dtype: torch.dtype, channels_last: bool, model: Pretrained, workload: Workload) -> Stepper:
-    """Run diffusers' own UNet2DModel with the same weights."""
+def diffusers(dtype: torch.dtype, channels_last: bool, model: Model, workload: Workload) -> Stepper:
+    """Run diffusers' own module with the same weights."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     twin = diffusers_twin(without_class_image(model.unet)).to(dtype).to(workload.x.device, memory_format=memory_format)
 
-    def network(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def network(x: Tensor, t: Tensor, given: Given) -> Tensor:
         x = x.to(dtype).contiguous(memory_format=memory_format)
-        return twin(x, t, class_labels=label, return_dict=False)[0]
+        return twin(x, t, **_in(dtype, given), return_dict=False)[0]
 
     return PeerStepper(network, model, workload)
 
 
-def diffusers_twin(unet: UNet) -> Any:
-    """Build diffusers' UNet2DModel with the configuration of ``unet`` and its weights, which share memory."""
-    from diffusers import UNet2DModel
+def diffusers_twin(unet: Unet) -> Any:
+    """Build diffusers' module with the configuration of ``unet`` and its weights, which share memory."""
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
     config = unet.config.to_dict()
     config.pop("null_label", None)  # to the network it is a class like any other
@@ -111,20 +122,20 @@ def diffusers_twin(unet: UNet) -> Any:
     if foreign:
         raise BackendError(f"diffusers' UNet2DModel has no {', '.join(foreign)}")
     with torch.device("meta"):
-        twin: Any = UNet2DModel(**config)
+        twin: Any = (UNet2DModel if isinstance(unet, UNet) else UNet2DConditionModel)(**config)
     twin.load_state_dict(unet.state_dict(), assign=True)
     return twin.eval()
 
 
-def without_class_image(unet: UNet) -> UNet:
+def without_class_image(unet: Unet) -> Unet:
     """Return the network without its class encoder; its input are images already joined to the class image.
 
     This is the part that diffusers and exporters support; `joining` supplies the rest. The weights are shared. A
     network without class images is returned as it is.
     """
-    config = unet.config
-    if unet.class_encoder is None:
+    if not isinstance(unet, UNet) or unet.class_encoder is None:
         return unet
+    config = unet.config
     channels = config.in_channels * (2 if config.class_image == "concat" else 1)
     plain = dataclasses.replace(config, in_channels=channels, num_class_embeds=None, null_label=None, class_image=None)
     with torch.device("meta"):
@@ -135,12 +146,12 @@ def without_class_image(unet: UNet) -> UNet:
 
 
 @torch.no_grad()
-def joining(unet: UNet, workload: Workload) -> Callable[[Tensor], Tensor]:
+def joining(unet: Unet, workload: Workload) -> Callable[[Tensor], Tensor]:
     """Return the function that joins the class image to the network's batch.
 
     The class image is computed here, once, as the labels of a run do not change.
     """
-    if unet.class_encoder is None or workload.network_labels is None:
+    if not isinstance(unet, UNet) or unet.class_encoder is None or workload.network_labels is None:
         return lambda x: x
     image = unet.class_encoder(workload.network_labels.cpu(), tuple(workload.x.shape[2:])).to(workload.x.device)
     if unet.config.class_image == "add":
@@ -159,7 +170,7 @@ class _OneInBias(ResnetBlock):
 
 
 @torch.no_grad()
-def one_in_bias(unet: UNet) -> UNet:
+def one_in_bias(unet: Unet) -> Unet:
     """Fold the 1 of scale-shift blocks into the bias of their projection: 1 + scale = W silu(emb) + (b + 1).
 
     OpenVINO 2026.4 crashes while compiling the network otherwise: in its CPU plugin a GroupNorm is a snippet that does
@@ -170,7 +181,7 @@ def one_in_bias(unet: UNet) -> UNet:
     if unet.config.resnet_time_scale_shift != "scale_shift":
         return unet
     with torch.device("meta"):
-        folded = UNet(unet.config)
+        folded = type(unet)(unet.config)  # type: ignore[arg-type]  # each has the configuration of its kind
     folded.load_state_dict(unet.state_dict(), assign=True)
     for block in folded.modules():
         if isinstance(block, ResnetBlock):
@@ -181,13 +192,13 @@ def one_in_bias(unet: UNet) -> UNet:
     return folded.eval()
 
 
-def openvino(precision: str, model: Pretrained, workload: Workload) -> Stepper:
+def openvino(precision: str, model: Model, workload: Workload) -> Stepper:
     """Convert the network from PyTorch's trace and run it by OpenVINO on as many threads as PyTorch has."""
     import openvino as ov
 
-    example = _example(model, workload)
+    example, names = _example(model, workload)
     converted = ov.convert_model(
-        _Positional(one_in_bias(without_class_image(model.unet))).eval(),
+        _Positional(one_in_bias(without_class_image(model.unet)), names).eval(),
         example_input=example,
         input=[tuple(v.shape) for v in example],
     )
@@ -198,57 +209,58 @@ def openvino(precision: str, model: Pretrained, workload: Workload) -> Stepper:
     }
     request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
 
-    def network(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        given = [x.contiguous(), t] if label is None else [x.contiguous(), t, label]
-        feed = {i: ov.Tensor(v.numpy(), shared_memory=True) for i, v in enumerate(given)}
+    def network(x: Tensor, t: Tensor, given: Given) -> Tensor:
+        feed = {i: ov.Tensor(v.numpy(), shared_memory=True) for i, v in enumerate([x.contiguous(), t, *given.values()])}
         return torch.from_numpy(request.infer(feed, share_outputs=True)[0])
 
     return PeerStepper(network, model, workload)
 
 
-def onnxruntime(model: Pretrained, workload: Workload) -> Stepper:
+def onnxruntime(model: Model, workload: Workload) -> Stepper:
     """Export the network by torch.onnx and run it by onnxruntime."""
     import tempfile
     from pathlib import Path
 
     import onnxruntime as ort
 
-    example = _example(model, workload)
-    names = ["x", "t", "label"][: len(example)]
+    example, given_names = _example(model, workload)
+    names = ["x", "t", *given_names]
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unet.onnx"  # the weights lie beside it, as protobuf stops at 2 GB
         torch.onnx.export(
-            _Positional(without_class_image(model.unet)).eval(), example, path, input_names=names, dynamo=True,
-            external_data=True, verbose=False,
+            _Positional(without_class_image(model.unet), given_names).eval(), example, path, input_names=names,
+            dynamo=True, external_data=True, verbose=False,
         )  # fmt: skip
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def network(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        given = [x.contiguous(), t] if label is None else [x.contiguous(), t, label]
-        return torch.from_numpy(session.run(None, {n: v.numpy() for n, v in zip(names, given, strict=True)})[0])
+    def network(x: Tensor, t: Tensor, given: Given) -> Tensor:
+        feed = {"x": x.contiguous(), "t": t, **given}
+        return torch.from_numpy(session.run(None, {name: v.numpy() for name, v in feed.items()})[0])
 
     return PeerStepper(network, model, workload)
 
 
 class _Positional(torch.nn.Module):
-    """The network with positional inputs only, as exporters need it."""
+    """The network with positional inputs only, as exporters need it: x, t, and what is named in ``names``."""
 
-    def __init__(self, unet: UNet):
+    def __init__(self, unet: Unet, names: tuple[str, ...]):
         super().__init__()
         self.unet = unet.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's annotations
+        self.names = names
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.unet(x, t) if label is None else self.unet(x, t, class_labels=label)
+    def forward(self, x: Tensor, t: Tensor, *given: Tensor) -> Tensor:
+        return self.unet(x, t, **dict(zip(self.names, given, strict=True)))
 
 
-def _example(model: Pretrained, workload: Workload) -> tuple[Tensor, ...]:
+def _example(model: Model, workload: Workload) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """Return inputs of the network by position, and the names of those behind x and t."""
     x = joining(model.unet, workload)(workload.network_rows(workload.x))
     t = torch.full((len(x),), workload.table.rows[0].t, dtype=torch.float32, device=x.device)
-    label = None if model.unet.class_encoder is not None else workload.network_labels
-    return (x, t) if label is None else (x, t, label)
+    given = given_by_name(model, workload)
+    return (x, t, *given.values()), tuple(given)
 
 
 # On CUDA --------------------------------------------------------------------------------------------------------------
@@ -260,7 +272,7 @@ class GraphStepper(PeerStepper):
     It has not been run on a GPU yet. `device_step`, the part that is captured, is tested on a CPU.
     """
 
-    def __init__(self, network: Network, model: Pretrained, workload: Workload):
+    def __init__(self, network: Network, model: Model, workload: Workload):
         super().__init__(network, model, workload)
         device = workload.x.device
         self.bank = torch.tensor(
@@ -300,7 +312,7 @@ class GraphStepper(PeerStepper):
         return self.x
 
 
-def cuda_graph(dtype: torch.dtype, model: Pretrained, workload: Workload) -> Stepper:
+def cuda_graph(dtype: torch.dtype, model: Model, workload: Workload) -> Stepper:
     """Compile by torch.compile(max-autotune) in channels_last, and capture the whole step in one CUDA graph."""
     network = plain(without_class_image(model.unet), dtype, workload)
     network = torch.compile(network, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)

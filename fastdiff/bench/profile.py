@@ -23,7 +23,9 @@ def native_profile(model: str, batch: int, rounds: int = 7) -> dict[str, float]:
     workload = Workload.of(loaded, batch)
     spec = Spec(batch, tuple(workload.x.shape[1:]), torch.float32, workload.x.device)  # type: ignore[arg-type]  # three numbers
     runner = native.prepare(loaded.unet, spec)
-    runner.forward(State.create(workload.x, TableBank([workload.table], workload.x.device), label=workload.label))
+    state = State.create(workload.x, TableBank([workload.table], workload.x.device), label=workload.label)
+    state.texts = workload.texts
+    runner.forward(state)
     (compiled,) = runner.programs.values()
     engine, ops = compiled.engine, compiled.program.ops
     times = (

@@ -26,14 +26,13 @@ from fastdiff.backends.native import cost
 from fastdiff.bench import machine, networks, timing
 from fastdiff.bench.engines import ANCHORS, CONTENDERS
 from fastdiff.bench.inputs import Contender, Workload
+from fastdiff.bench.networks import Model
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
-from fastdiff.checkpoints.loading import Pretrained
 from fastdiff.checkpoints.reading import read_json
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, InvalidArgument
 from fastdiff.files import write_text
-from fastdiff.unet import UNet
 
 # The largest error of the network's output, relative to float64. The update is computed in float32 by all contenders.
 ALLOWED_ERROR = {"float32": 1e-4, "bfloat16": 1e-1}
@@ -115,7 +114,7 @@ def measure(
     return result
 
 
-def _begin(settings: Settings, model: Pretrained, save: Path | None) -> dict[str, Any]:
+def _begin(settings: Settings, model: Model, save: Path | None) -> dict[str, Any]:
     workload = Workload.of(model, 1, guidance=settings.guidance)
     result: dict[str, Any] = {
         "model": settings.model,
@@ -157,7 +156,7 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
-def expected(model: Pretrained, batch: int, guidance: float | None = None) -> tuple[dict[str, float], dict[str, float]]:
+def expected(model: Model, batch: int, guidance: float | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """Compute limits and predictions for the native engine, in img-steps/s; a guided image is two network rows.
 
     At the limit of a dtype the multiplications alone (those of the chosen algorithms, Winograd's savings included)
@@ -165,7 +164,7 @@ def expected(model: Pretrained, batch: int, guidance: float | None = None) -> tu
     Both results are empty if the native engine is not built.
     """
     with torch.device("meta"):
-        unet = UNet(model.unet.config)
+        unet = type(model.unet)(model.unet.config)  # type: ignore[arg-type]  # each has the configuration of its kind
     _, _, height, width = Workload.of(model, 1).x.shape
     guided = guidance is not None
     limits, predicted = {}, {}
@@ -183,7 +182,7 @@ def expected(model: Pretrained, batch: int, guidance: float | None = None) -> tu
 
 
 def _measure_batch(
-    settings: Settings, record: dict[str, Any], model: Pretrained, contenders: Mapping[str, Contender],
+    settings: Settings, record: dict[str, Any], model: Model, contenders: Mapping[str, Contender],
     keep: Callable[[], None], say: Say,
 ) -> None:  # fmt: skip
     """Complete a batch's record, so that every contender asked for is finished, red (wrong) or absent."""
@@ -327,11 +326,11 @@ def summarise(record: dict[str, Any]) -> None:
 class Gate:
     """The check of a contender's output against float64, for the first and the last image of a batch."""
 
-    def __init__(self, model: Pretrained, batch: int, guidance: float | None = None):
+    def __init__(self, model: Model, batch: int, guidance: float | None = None):
         workload = Workload.of(model, batch, guidance=guidance)
         self.x, self.table, self.guidance = workload.x[[0, -1]].double(), workload.table, guidance
         self.unet, self.label = model.unet, None if workload.label is None else workload.label[[0, -1]]
-        self.null_label = workload.null_label
+        self.null_label, self.inputs = workload.null_label, workload.inputs
         self._exact: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -347,7 +346,8 @@ class Gate:
 
     def _network(self, label: torch.Tensor | None) -> torch.Tensor:
         unet, t = self.unet.double(), torch.full((2,), self.table.rows[0].t, dtype=torch.float64, device="cpu")
-        return unet(self.x, t) if label is None else unet(self.x, t, class_labels=label)
+        given = {k: v.double() if v.is_floating_point() else v for k, v in self.inputs(label).items()}
+        return unet(self.x, t, **given)
 
     def check(self, ready: Ready, dtype: str) -> tuple[float, str | None]:
         """Return the network's error ||out - exact|| / ||exact||, and a description of what is wrong, or None.

@@ -45,7 +45,8 @@ def bench(
 ) -> None:
     """Measure how fast a network runs here, with fastdiff and with the other engines that are installed.
 
-    MODEL may also be ddpm-cifar10-32 or ddpm-celebahq-256, with random weights.
+    MODEL may also be ddpm-cifar10-32, ddpm-celebahq-256, or the network of Stable Diffusion 1.5 for 512 or 256 pixels,
+    sd15 or sd15-256, with random weights.
 
     Engines take turns, each in its own process. Each is first compared with float64; if one is wrong, its speed is not
     measured, and the exit code is 1. Ratios are to one peer, with a 95 % interval; the last line of a batch says

@@ -24,6 +24,7 @@ from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 from fastdiff.unet import model as modules
 from fastdiff.unet.condition import ACTIVATIONS, ConditionDownBlock, ConditionMidBlock, ConditionUpBlock
 from fastdiff.unet.decoder import Decoder, DecoderBlock
+from fastdiff.unet.tiny_decoder import TinyBlock, TinyDecoder
 from fastdiff.unet.transformer import TextAttention, Transformer, TransformerBlock
 
 TOKENS = 77  # of a text, where their number is not known: CLIP's
@@ -55,9 +56,13 @@ def _check_embedding(config: UNetConditionConfig) -> None:
         )
 
 
-def lower_decoder(decoder: Decoder, size: tuple[int, int]) -> Program:
-    """Lower a decoder to a program for latents of ``size`` (height, width); its weights may be on "meta"."""
-    return _Emitter(decoder, size).decoder(decoder)
+def lower_decoder(decoder: Decoder | TinyDecoder, size: tuple[int, int]) -> Program:
+    """Lower a decoder to a program for latents of ``size`` (height, width); its weights may be on "meta".
+
+    The program begins behind ``decoder.prepared`` and ends before ``decoder.finished``.
+    """
+    emitter = _Emitter(decoder, size)
+    return emitter.tiny_decoder(decoder) if isinstance(decoder, TinyDecoder) else emitter.decoder(decoder)
 
 
 def projection_keys(unet: nn.Module) -> list[str]:
@@ -201,6 +206,24 @@ class _Emitter:
                 h = self._resampled(f"up_blocks.{i}.upsamplers.0", h)
         return self._finished(h, decoder.config.out_channels)
 
+    def tiny_decoder(self, decoder: TinyDecoder) -> Program:
+        h = self.buffer("latent", (*self.size, decoder.config.latent_channels), external=True)
+        upsample = False
+        last = len(decoder.layers) - 1
+        for i, layer in enumerate(decoder.layers):
+            if isinstance(layer, TinyBlock):
+                x = h
+                for j, residual in ((0, None), (2, None), (4, x)):
+                    h = self._conv(f"layers.{i}.conv.{j}", (h,), residual=residual, relu=True)
+            elif isinstance(layer, nn.Conv2d):
+                if i == last:
+                    H, W, _ = self.buffers[h].shape
+                    self.buffer("out", (H, W, decoder.config.out_channels), external=True)
+                dst = "out" if i == last else None
+                h = self._conv(f"layers.{i}", (h,), upsample=upsample, relu=i == 0, dst=dst)
+            upsample = isinstance(layer, nn.Upsample)
+        return Program(tuple(self.ops), self.buffers)
+
     def _mid(self, block: modules.MidBlock | ConditionMidBlock, h: str) -> str:
         h = self._resnet("mid_block.resnets.0", (h,))
         if block.attentions:
@@ -257,6 +280,7 @@ class _Emitter:
         merged: str | None = None,
         channels: int | None = None,
         geglu: bool = False,
+        relu: bool = False,
     ) -> str:
         """Emit a convolution or linear layer, whose sizes are those of the module at the first of ``keys``."""
         keys = (keys,) if isinstance(keys, str) else keys
@@ -279,7 +303,7 @@ class _Emitter:
         self.ops.append(
             Conv(
                 dst, src, keys, kernel, stride, padding, upsample, norm, emb, residual, divide, merged, circular,
-                geglu, bias=layers[0].bias is not None,
+                geglu, relu, bias=layers[0].bias is not None,
             )
         )  # fmt: skip
         return dst

@@ -92,7 +92,7 @@ class Conv:
     The padding is zeros, or where ``circular`` the pixels of the other side.
 
     With ``geglu`` the first half of W h + b is gated by the second: dst = a gelu(g), [a, g] = W h + b, where gelu is
-    the exact one; nothing is added to it.
+    the exact one; nothing is added to it. With ``relu`` the result is max(dst, 0).
 
     ``merged`` is for a W and b that are products of the two layers at ``weights``, computed once (see `Attention`):
     "first transposed", W = W1^T W2, b = W1^T b2; "in turn", W = W1 W2, b = W1 b2 + b1.
@@ -112,6 +112,7 @@ class Conv:
     merged: str | None = None
     circular: bool = False
     geglu: bool = False
+    relu: bool = False
     bias: bool = True  # whether the layers have biases; elsewhere b is 0
 
 

@@ -21,12 +21,13 @@ from fastdiff.integrations.network import (
 )
 from fastdiff.unet import changes
 from fastdiff.unet.decoder import Decoder, DecoderConfig
+from fastdiff.unet.tiny_decoder import TinyDecoder, TinyDecoderConfig
 
-SUPPORTED = ("AutoencoderKL", "VQModel")
+SUPPORTED = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 
 
 class BackendDecoder:
-    """The decoder of a pipeline's ``AutoencoderKL`` or ``VQModel``.
+    """The decoder of a pipeline's ``AutoencoderKL``, ``VQModel`` or ``AutoencoderTiny``.
 
     Its parameters are those of the diffusers module, not copies. The rest of the autoencoder, such as the 1x1
     convolution before the decoder, the codebook and tiling, remains diffusers' own code.
@@ -38,10 +39,14 @@ class BackendDecoder:
         self.vae = vae
         self.kind = next((name for name in SUPPORTED if isinstance(vae, getattr(diffusers, name))), None)
         if self.kind is None:
-            raise ConfigError(f"a {type(vae).__name__} is not supported; {' and '.join(SUPPORTED)} are")
+            raise ConfigError(f"a {type(vae).__name__} is not supported; {', '.join(SUPPORTED)} are")
         self.config = dict(vae.config)
+        self.module: Decoder | TinyDecoder
         with torch.device("meta"):
-            self.module = Decoder(DecoderConfig.from_dict(self.config)).eval()
+            if self.kind == "AutoencoderTiny":
+                self.module = TinyDecoder(TinyDecoderConfig.from_dict(self.config)).eval()
+            else:
+                self.module = Decoder(DecoderConfig.from_dict(self.config)).eval()
         self.reference: Any = None
         self.native: NativeDecoder | None = None
         self.lock = Lock()  # as a pipeline may call its decoder from several threads
@@ -56,9 +61,10 @@ class BackendDecoder:
         from diffusers.models.autoencoders import vae
 
         decoder = self.vae.decoder
-        if type(decoder) is not vae.Decoder:
-            return [f"it is a {type(decoder).__name__}, not a {vae.Decoder.__name__}"]
-        found = changes.global_changes(decoder, (vae.Decoder, *plain_processors()))
+        kind = vae.DecoderTiny if isinstance(self.module, TinyDecoder) else vae.Decoder
+        if type(decoder) is not kind:
+            return [f"it is a {type(decoder).__name__}, not a {kind.__name__}"]
+        found = changes.global_changes(decoder, (kind, *plain_processors()))
         if not found:
             if self.reference is None:  # not before: a reference has the changes of its classes too
                 assert self.kind is not None
@@ -141,4 +147,4 @@ class DecoderForward:
             except BackendError as e:
                 self.left(f"a decoding is left to diffusers: {e}")
         forward: Callable[..., Tensor] = type(module).forward
-        return forward(module, sample, latent_embeds)
+        return forward(module, sample) if latent_embeds is None else forward(module, sample, latent_embeds)

@@ -131,6 +131,16 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=config.norm_eps, dtype=DTYPE)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1, dtype=DTYPE)
 
+    @staticmethod
+    def prepared(z: Tensor) -> Tensor:
+        """Return the latents as the layers take them, which is as they are."""
+        return z
+
+    @staticmethod
+    def finished(y: Tensor) -> Tensor:
+        """Return images of what the layers give, which are images already."""
+        return y
+
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(z), None)
         for up in self.up_blocks:

@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdiff import NoiseSchedule, Sampler, solvers
-from fastdiff.backends import native as backend
-from fastdiff.backends.native import packing
+from fastdiff.backends.native import arrays, packing
 from fastdiff.core.state import TableBank
 from tests.support.unets import TINY_CLASSES, random_unet
 
@@ -62,7 +61,7 @@ class Valid:
         self.calls["pool"] = "pool", {"src": [b], "norm": self.norm([channels]), "silu": True, "dst": half}
         self.conv("half", [b], [channels], zeros(*half.shape), stride=2, norm=self.norm([channels]))
         self.conv("up", [half], [channels], self.maps(channels), upsample=True, method=self.method, residual=half)
-        self.conv("one", [b, a], [channels, 3], self.maps(channels), kernel=1, padding=0, residual=b)
+        self.conv("one", [b, a], [channels, 3], self.maps(channels), kernel=1, padding=0, residual=b, relu=True)
         both = self.norm([channels, 3], modulation=self.vectors(5, By.row, 2 * (channels + 3) + 5))
         self.conv("two", [b, a], [channels, 3], self.maps(channels), method=Method.winograd2, norm=both, silu=True)
         qkv = self.maps(3 * 2 * 6)
@@ -107,9 +106,9 @@ class Valid:
         outputs = changes.pop("outputs", self.C)
         arguments = {
             "src": src, "kernel": 3, "stride": 1, "padding": 1, "circular": False, "upsample": False,
-            "method": Method.direct, "norm": None, "silu": False, "geglu": False, "bf16": False, "emb": None,
-            "bias": floats(padded(outputs)), "emb_channels": outputs, "residual": None, "divide": 1.0, "dst": dst,
-            "statistics": None, **changes,
+            "method": Method.direct, "norm": None, "silu": False, "geglu": False, "relu": False, "bf16": False,
+            "emb": None, "bias": floats(padded(outputs)), "emb_channels": outputs, "residual": None, "divide": 1.0,
+            "dst": dst, "statistics": None, **changes,
         }  # fmt: skip
         positions = {Method.direct: 1, Method.winograd2: 16, Method.winograd4: 36}[arguments["method"]]
         depth = sum(map(padded, channels)) * (arguments["kernel"] ** 2 if positions == 1 else 1)
@@ -392,7 +391,7 @@ def test_an_engine_keeps_its_arrays():
 
 def test_the_storage_of_an_operand_cannot_be_freed():
     tensor = torch.zeros(4, 4)
-    backend.program.array(tensor)
+    arrays.array(tensor)
     with pytest.raises(RuntimeError, match="not resizable"):
         tensor.untyped_storage().resize_(0)
 

@@ -23,6 +23,7 @@ from fastdiff.core.state import State, TableBank
 from fastdiff.errors import BackendError
 from fastdiff.evaluation.classifier import Classifier
 from fastdiff.unet.model import ClassEncoder
+from tests.support import packing as reference
 from tests.support.cases import NETWORKS, Replay
 from tests.support.interpreter import strip_statistics
 from tests.support.unets import (
@@ -89,9 +90,7 @@ def test_operations(replays, name, method, isa, monkeypatch):
         replay.check(compiled, i, 4e-6 if method == "winograd4" else 2e-6)
 
 
-BF16_ISAS = [pytest.param(None, marks=pytest.mark.skip("no products of bfloat16 here"))]
-if extension.bf16_isas():
-    BF16_ISAS = extension.bf16_isas()
+BF16_ISAS = [*extension.bf16_isas(), *extension.emulated_isas()]
 
 
 @pytest.mark.parametrize("isa", BF16_ISAS)
@@ -215,7 +214,7 @@ def test_statistics_at_a_large_mean(replays, method, isa, monkeypatch):
 
 def test_winograd_matrices_are_exact():
     """A^T [(G g) . (B^T d)] is the convolution, for the B^T and A^T that follow from the points."""
-    for points, outputs in ((packing.POINTS["winograd2"], 2), (packing.POINTS["winograd4"], 4)):
+    for points, outputs in ((reference.POINTS["winograd2"], 2), (reference.POINTS["winograd4"], 4)):
         n = len(points) + 1
         bt = torch.zeros(n, n, dtype=torch.float64)
         everything = torch.tensor([1.0], dtype=torch.float64)  # coefficients, lowest power first
@@ -235,14 +234,14 @@ def test_winograd_matrices_are_exact():
             [[p**i for p in points] + [float(i == outputs - 1)] for i in range(outputs)], dtype=torch.float64
         )
         d, g = torch.randn(n, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-        y = at @ ((packing.winograd_g(points) @ g) * (bt @ d))
+        y = at @ ((reference.winograd_g(points) @ g) * (bt @ d))
         assert (y - d.unfold(0, 3, 1) @ g).abs().max() < 1e-12
 
 
 def test_packed_weights_of_a_concatenation():
     """Each source is padded by itself; a panel holds 64 outputs."""
     W = torch.randn(70, 5 + 3, 3, 3)
-    packed = packing.pack(W, (5, 3), "direct", 16, 64)
+    packed = packing.pack(extension, W, (5, 3), "direct")
     assert packed.shape == (2, 1, 9 * 32, 64)
     taps = packed.permute(2, 0, 3, 1).reshape(9, 32, 128)
     assert torch.equal(taps[:, :5, :70], W[:, :5].permute(2, 3, 1, 0).flatten(0, 1))
@@ -250,9 +249,29 @@ def test_packed_weights_of_a_concatenation():
     assert packed.count_nonzero() == W.numel()
     one = torch.zeros(1, 1, 3, 3)
     one[0, 0, 1, 1] = 1.0
-    G = packing.winograd_g(packing.POINTS["winograd4"])[:, 1]
+    G = reference.winograd_g(reference.POINTS["winograd4"])[:, 1]
     expected = torch.outer(G, G).flatten()
-    assert (packing.pack(one, (1,), "winograd4", 16, 64)[0, :, 0, 0] - expected).abs().max() < 1e-7
+    assert (packing.pack(extension, one, (1,), "winograd4")[0, :, 0, 0] - expected).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("isa", [*ISAS, *extension.emulated_isas()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["direct", "winograd2", "winograd4"])
+def test_packings_are_those_of_plain_operations(method, dtype, isa, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_ISA", isa)
+    for shape, channels in (((70, 8, 3, 3), (5, 3)), ((130, 33, 3, 3), (33,)), ((64, 40, 1, 1), (8, 32))):
+        if shape[2] == 1 and method != "direct":
+            continue
+        W = torch.randn(shape)
+        W[0, 0, 0, 0], W[1, 1, 0, 0] = 1e-39, -0.0  # a denormal number
+        packed = packing.pack(extension, W, channels, method, dtype)
+        exact = reference.pack(W, channels, method, extension.GROUP, extension.PANEL, torch.float32)
+        if dtype == torch.bfloat16:
+            exact = exact.unflatten(2, (-1, 2)).transpose(3, 4)
+        assert packed.dtype == dtype
+        assert packed.shape == packing.pack(extension, W.to("meta"), channels, method, dtype).shape == exact.shape
+        most = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23  # half of a unit in the last place, and one
+        assert ((packed.float() - exact).abs() <= 1.01 * most * exact.abs() + 1e-38).all()
 
 
 def test_one_packing_for_all_batch_sizes():
@@ -398,7 +417,7 @@ TABLES = (
 )
 
 
-def images_of(batch: int, probe: int, threads: int) -> tuple[Tensor, Tensor]:
+def images_of(batch: int, probe: int, threads: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """A batch of random images with one that never changes in slot ``probe``: that image, and all."""
     draw = random.Random(batch)
     slots = range(batch)
@@ -410,7 +429,7 @@ def images_of(batch: int, probe: int, threads: int) -> tuple[Tensor, Tensor]:
     state = State.create(
         x, TableBank(TABLES, CPU), seed=11, index=index, table=table, label=label, guidance=guidance,
     )  # fmt: skip
-    spec = Spec(batch, (3, 8, 8), torch.float32, CPU, TINY_CLASSES.null_label, "bitwise")
+    spec = Spec(batch, (3, 8, 8), dtype, CPU, TINY_CLASSES.null_label, "bitwise")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -452,6 +471,18 @@ def test_class_images_do_not_depend_on_what_else_is_drawn(determinism, monkeypat
     state = State.create(torch.randn(3, 3, 8, 8), TableBank(TABLES, CPU), label=[2, 0, 2], guidance=2.0)
     native.NativeRunner(unet, spec).forward(state)
     assert seen == ([1, 1, 1] if determinism == "bitwise" else [3])  # two classes and the null label
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
+def test_bits_in_bfloat16_do_not_depend_on_the_batch(isa, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_ISA", isa)
+    alone, _ = images_of(1, 0, 1, torch.bfloat16)
+    image, others = images_of(7, 4, 2, torch.bfloat16)
+    assert torch.equal(image.view(torch.int32), alone.view(torch.int32))
+    assert others.isfinite().all()
+    monkeypatch.delenv("FASTDIFF_ISA")
+    exact, _ = images_of(1, 0, 1)
+    assert 1e-4 < relative_error(alone, exact) < 3e-2
 
 
 def test_bitwise_samples_in_any_chunks():
@@ -636,7 +667,7 @@ def test_the_inner_kernel_stays_in_registers(isa):
     """
     best = 0.0
     for _ in range(60):
-        product, peak = extension.rates(isa)
+        product, peak, _ = extension.rates(isa)
         best = max(best, product / peak)
         if best > 0.7:
             return

@@ -28,7 +28,9 @@ from fastdiff.bench.peers import GraphStepper, PeerStepper
 from fastdiff.bench.worker import Absent, Ready, Task, Worker
 from fastdiff.errors import BackendError, CheckpointError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.unet import UNetConditionConfig
 from tests.support import bench_engines
+from tests.support.conditions import TINY as CONDITION
 from tests.support.unets import TINY_CLASSES, change, random_unet, relative_error
 
 HAS_NATIVE = native.extension() is not None
@@ -512,7 +514,17 @@ NETWORKS: dict[str, tuple[Any, float | None]] = {
     "class image": (change(TINY_CLASSES, class_image="concat"), None),
     "class image, guided": (change(TINY_CLASSES, class_image="concat"), 2.5),
     "variances, guided": (change(TINY_CLASSES, out_channels=6), 0.0),  # and guidance that is no false value
+    "text": (UNetConditionConfig(**CONDITION), None),
+    "text and a pooled vector, guided": (
+        UNetConditionConfig(**CONDITION, class_embed_type="simple_projection", projection_class_embeddings_input_dim=6),
+        2.5,
+    ),
 }
+
+
+def model_of(config: Any) -> networks.Model:
+    unet = networks.random_condition(config) if isinstance(config, UNetConditionConfig) else random_unet(config)
+    return networks.Model(unet, NoiseSchedule("linear", 8), "epsilon", {}, Path("m"))
 
 
 @pytest.mark.parametrize(
@@ -533,16 +545,13 @@ def test_engines_take_the_same_steps(name: str, config: Any, guidance: float | N
         pytest.importorskip(module)
     warnings.simplefilter("ignore")  # the exporters' own, as in a worker
 
-    def model_of() -> checkpoint.Pretrained:
-        return checkpoint.Pretrained(random_unet(config), NoiseSchedule("linear", 8), "epsilon", {}, Path("m"))
-
-    model = model_of()
+    model = model_of(config)
     workload = Workload.of(model, 3, guidance=guidance)
     assert len(workload.table) == 4
     exact = engines.backend(
-        "eager", torch.float64, False, model_of(), dataclasses.replace(workload, x=workload.x.double())
+        "eager", torch.float64, False, model_of(config), dataclasses.replace(workload, x=workload.x.double())
     )
-    steps = CONTENDERS[name].make(model_of(), workload)
+    steps = CONTENDERS[name].make(model_of(config), workload)
     assert relative_error(steps.forward(), exact.forward()) < 1e-5
     for _ in range(6):
         assert relative_error(steps.step(), exact.step()) < 1e-5
@@ -580,7 +589,7 @@ def test_one_in_the_bias_is_the_same_network() -> None:
 @pytest.mark.parametrize("guidance", [None, 2.5])
 def test_what_a_cuda_graph_holds_takes_the_same_steps(guidance: float | None) -> None:
     """On a CPU, without the graph: coefficients by a row index on the device."""
-    model = checkpoint.Pretrained(random_unet(TINY_CLASSES), NoiseSchedule("linear", 8), "epsilon", {}, Path("m"))
+    model = model_of(TINY_CLASSES)
     workload = Workload.of(model, 3, guidance=guidance)
     network = peers.plain(model.unet, torch.float32, workload)
     plain, graph = PeerStepper(network, model, workload), GraphStepper(network, model, workload)

@@ -31,6 +31,7 @@ from fastdiff.core.plan import plan
 from fastdiff.errors import ConfigError
 from fastdiff.integrations.decoder import DecoderForward
 from fastdiff.unet.decoder import Decoder, DecoderConfig
+from fastdiff.unet.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from tests.support.conditions import TINY as CONDITION
 from tests.support.interpreter import Interpreter
 from tests.support.unets import TINY, change, diffusers_twin, random_unet, randomize_, relative_error
@@ -67,12 +68,15 @@ LAYOUTS = {
     },
     "channels and groups": {"block_out_channels": (21, 42), "norm_num_groups": 7, "out_channels": 1, "act_fn": "swish"},
 }
-TAESD = {
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "num_encoder_blocks": (1, 1),
-    "num_decoder_blocks": (1, 1),
-}
+TINIES = {  # of AutoencoderTiny
+    "tiny": {},
+    "tiny, two levels": {"num_decoder_blocks": (1, 2), "decoder_block_out_channels": (12, 12)},
+    "tiny, one level": {"num_decoder_blocks": (1,), "decoder_block_out_channels": (8,), "out_channels": 1},
+    "tiny, odd channels": {
+        "latent_channels": 16, "num_decoder_blocks": (1, 1), "decoder_block_out_channels": (21, 21),
+    },
+}  # fmt: skip
+ALL = [*LAYOUTS, *TINIES]
 STABLE_DIFFUSION = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -91,8 +95,22 @@ def autoencoder(kind=AutoencoderKL, seed=0, **changes):
     return vae.requires_grad_(False)
 
 
+def tiny(seed=0, **changes):
+    """Build a tiny autoencoder, whose encoder is as small as can be."""
+    encoder = {"encoder_block_out_channels": (8,), "num_encoder_blocks": (1,)}
+    config = {"decoder_block_out_channels": (8,) * 4, **encoder, **changes}
+    return randomize_(AutoencoderTiny(**config), seed).eval().requires_grad_(False)
+
+
+def of_layout(layout):
+    return tiny(**TINIES[layout]) if layout in TINIES else autoencoder(**LAYOUTS[layout])
+
+
 def ours(vae):
-    module = Decoder(DecoderConfig.from_dict(vae.config)).eval().requires_grad_(False)
+    if isinstance(vae, AutoencoderTiny):
+        module = TinyDecoder(TinyDecoderConfig.from_dict(vae.config)).eval().requires_grad_(False)
+    else:
+        module = Decoder(DecoderConfig.from_dict(vae.config)).eval().requires_grad_(False)
     module.load_state_dict(vae.decoder.state_dict())
     return module
 
@@ -105,17 +123,17 @@ def latents(vae, *shape, seed=0):
 # The module and its program -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_the_module_equals_diffusers(layout):
-    vae = autoencoder(**LAYOUTS[layout])
+    vae = of_layout(layout)
     z = latents(vae, 2, 7, 6)
     assert relative_error(ours(vae)(z), vae.decoder(z)) <= 1e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_the_program_equals_the_module(layout):
-    module = ours(autoencoder(**LAYOUTS[layout])).double()
-    z = latents(autoencoder(**LAYOUTS[layout]), 2, 6, 5).double()
+    vae = of_layout(layout)
+    module, z = ours(vae).double(), latents(vae, 2, 6, 5).double()
     run = Interpreter(lower_decoder(module, (6, 5)), module, 2)
     assert relative_error(run.decode(z), module(z)) <= 1e-12
 
@@ -149,15 +167,33 @@ def test_configurations_that_are_refused(changes, words):
         DecoderConfig.from_dict({**SMALL, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"act_fn": "gelu"}, "act_fn='gelu'"),
+        ({"upsample_fn": "bilinear"}, "upsample_fn='bilinear'"),
+        ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor=4"),
+        ({"num_decoder_blocks": (1, 1)}, "they must agree"),
+        ({"num_decoder_blocks": ()}, "num_decoder_blocks=()"),
+        ({"num_decoder_blocks": (1, 1, 1, 0)}, "num_decoder_blocks[3]=0"),
+        ({"decoder_block_out_channels": (8, 8, 8, 16)}, "as many channels"),
+        ({"latent_channels": 0}, "latent_channels=0"),
+    ],
+)
+def test_tiny_configurations_that_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        TinyDecoderConfig.from_dict(changes)
+
+
 # The engine -----------------------------------------------------------------------------------------------------------
 
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_the_engine_is_as_exact_as_diffusers(monkeypatch, layout, isa):
     monkeypatch.setenv("FASTDIFF_ISA", isa)
-    vae = autoencoder(**LAYOUTS[layout])
+    vae = of_layout(layout)
     run, wide = NativeDecoder(ours(vae)), copy.deepcopy(vae.decoder).double()
     for shape in ((2, 8, 8), (3, 7, 5), (1, 2, 13)):
         z = latents(vae, *shape)
@@ -281,6 +317,20 @@ def test_the_decoder_of_a_text_pipeline(backend, decodings, caplog):
     pipeline.unaccelerate()
     assert torch.equal(draw(pipeline)[0], expected)
     assert len(decodings) == 2
+
+
+@needs_native
+def test_the_decoder_of_a_tiny_autoencoder(decodings, caplog):
+    pipeline = text_pipeline(tiny())
+    expected, _ = draw(pipeline)
+    fastdiff.accelerate(pipeline)
+    assert relative_error(draw(pipeline)[0], expected) <= 1e-5
+    assert decodings == [(2, 4, 8, 8)]
+    pipeline.vae.decoder.layers[0].padding_mode = "circular"
+    changed, _ = draw(pipeline)
+    assert len(decodings) == 1
+    assert relative_error(changed, expected) > 1e-3
+    assert "padding_mode = 'circular'" in caplog.text
 
 
 @needs_native
@@ -434,7 +484,7 @@ def test_a_decoder_that_was_changed_is_left_to_diffusers(when, change_it, words,
 @pytest.mark.parametrize(
     ("vae", "words"),
     [
-        (lambda: AutoencoderTiny(**TAESD), "a AutoencoderTiny is not supported; AutoencoderKL and VQModel are"),
+        (lambda: tiny(act_fn="gelu"), "act_fn='gelu'"),
         (
             lambda: AsymmetricAutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",), down_block_out_channels=(32,),
@@ -471,7 +521,7 @@ def test_a_decoder_that_is_exchanged_for_another_kind(decodings, caplog):
     with caplog.at_level(logging.WARNING, "fastdiff"):
         changed = autoencoder()
         changed.decoder.conv_norm_out.eps = 1e-3
-        for other in (AutoencoderTiny(**TAESD).eval(), changed):
+        for other in (tiny(act_fn="gelu"), changed):
             pipeline.vae = other
             plain = TextPipeline(other, pipeline.unet, pipeline.scheduler)
             assert torch.equal(draw(pipeline)[0], draw(plain)[0])
@@ -479,7 +529,7 @@ def test_a_decoder_that_is_exchanged_for_another_kind(decodings, caplog):
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 3
     assert "UNet2DConditionModel" in messages[0]
-    assert "AutoencoderTiny" in messages[1]
+    assert "act_fn" in messages[1]
     assert "conv_norm_out.eps" in messages[2]
     del pipeline.vae
     assert "vae" not in vars(pipeline)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastdiff.bench.engines import CONTENDERS, RunnerStepper, backend
 from fastdiff.bench.inputs import Stepper, Workload
-from fastdiff.checkpoints.loading import Pretrained
+from fastdiff.bench.networks import Model
 
 
-def _eager(model: Pretrained, workload: Workload) -> Stepper:
+def _eager(model: Model, workload: Workload) -> Stepper:
     return backend("eager", torch.float32, False, model, workload)
 
 
@@ -46,27 +46,27 @@ class WrongUpdate(Wrong):
         self.runner.update(state)
 
 
-def wrong(model: Pretrained, workload: Workload) -> Stepper:
+def wrong(model: Model, workload: Workload) -> Stepper:
     stepper = _eager(model, workload)
     assert isinstance(stepper, RunnerStepper)
     stepper.runner = Wrong(stepper.runner)
     return stepper
 
 
-def wrong_update(model: Pretrained, workload: Workload) -> Stepper:
+def wrong_update(model: Model, workload: Workload) -> Stepper:
     stepper = _eager(model, workload)
     assert isinstance(stepper, RunnerStepper)
     stepper.runner = WrongUpdate(stepper.runner)
     return stepper
 
 
-def nan(model: Pretrained, workload: Workload) -> Stepper:
+def nan(model: Model, workload: Workload) -> Stepper:
     stepper = wrong(model, workload)
     stepper.runner.forward = lambda state: setattr(state, "out", state.x * float("nan"))  # type: ignore[attr-defined]
     return stepper
 
 
-def unguided(model: Pretrained, workload: Workload) -> Stepper:
+def unguided(model: Model, workload: Workload) -> Stepper:
     """A peer that leaves guidance out."""
     return CONTENDERS["diffusers"].make(model, dataclasses.replace(workload, guidance=None, null_label=None))
 
@@ -87,11 +87,11 @@ class Thrice:
         return inner.step()
 
 
-def slow(model: Pretrained, workload: Workload) -> Stepper:
+def slow(model: Model, workload: Workload) -> Stepper:
     return Thrice(_eager(model, workload))
 
 
-def crash(model: Pretrained, workload: Workload) -> Stepper:
+def crash(model: Model, workload: Workload) -> Stepper:
     os._exit(7)
 
 
@@ -107,11 +107,11 @@ class CrashesLater(Thrice):
         return self.stepper.step()
 
 
-def crash_later(model: Pretrained, workload: Workload) -> Stepper:
+def crash_later(model: Model, workload: Workload) -> Stepper:
     return CrashesLater(_eager(model, workload))
 
 
-def refuse(model: Pretrained, workload: Workload) -> Stepper:
+def refuse(model: Model, workload: Workload) -> Stepper:
     raise RuntimeError("no such layer\nand a page of details")
 
 

@@ -33,7 +33,7 @@ class Interpreter:
         self.program = program
         self.unet = unet
         self.rows = rows
-        self.dtype = unet.conv_in.weight.dtype
+        self.dtype = next(unet.parameters()).dtype
         self.weights = unet.state_dict()
         self.plan: Plan = plan(program, rows, self.dtype.itemsize)
         self.arena = torch.empty(self.plan.size, dtype=torch.uint8)
@@ -49,8 +49,8 @@ class Interpreter:
     def decode(self, z: Tensor) -> Tensor:
         """Compute `Decoder.forward` by the program."""
         out = torch.full((len(z), *self.shape("out")), math.nan).to(z)
-        self.external = {"latent": z.permute(0, 2, 3, 1), "out": out}
-        return self.run()
+        self.external = {"latent": self.unet.prepared(z).permute(0, 2, 3, 1), "out": out}
+        return self.unet.finished(self.run())
 
     def run(self) -> Tensor:
         self.view_bytes(0, self.plan.size).fill_(0xFF)  # NaN
@@ -193,4 +193,5 @@ class Interpreter:
             if residual.shape[1] != h.shape[1]:
                 residual = residual.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
             h = h + residual
-        return h / op.divide
+        h = h / op.divide
+        return F.relu(h) if op.relu else h

@@ -4,10 +4,11 @@
 `methods` chooses each convolution's algorithm, `packing` lays out the weights, and `cost` predicts what a job takes.
 """
 
+from fastdiff.backends.native.arrays import aligned
 from fastdiff.backends.native.decoding import NativeDecoder
 from fastdiff.backends.native.extension import engine_reasons, extension, isa, multiplies_bf16, reasons_against
 from fastdiff.backends.native.methods import METHODS, choose_method
-from fastdiff.backends.native.program import NativeProgram, ProgramInputs, aligned, dry_program, part_rows
+from fastdiff.backends.native.program import NativeProgram, ProgramInputs, dry_program, part_rows
 from fastdiff.backends.native.runner import NativeRunner, prepare
 
 __all__ = [

@@ -60,9 +60,8 @@ class Ceilings:
 
     isa: str
     threads: int
-    # 10^9 multiplications and additions per second, by dtype. float32 is measured, as multiply-adds on registers alone.
-    # bfloat16 is not measured but twice that: a dot product does two per lane, and no processor issues more of them. It
-    # is absent where the instruction set has none.
+    # 10^9 multiplications and additions per second, by dtype, measured on registers alone. bfloat16 is absent where the
+    # instruction set has no products of it.
     gflops: dict[str, float]
     memory_gbs: float  # GB/s of reading a buffer eight times as large as the last-level cache
     cache_gbs: float  # GB/s of reading a buffer half as large as the cache
@@ -90,10 +89,10 @@ def _measured(isa: str, number: int) -> Ceilings:
         isa = isa or native.isas()[0]
         with ThreadPoolExecutor(number) as pool:  # all at once: cores that share units or a clock slow each other
             # The best of 30, each of about 12 ms: another process can slow down a single one, to 0.6 of the peak once.
-            fma = max(sum(rates[1] for rates in pool.map(native.rates, [isa] * number)) for _ in range(30))
-        gflops["float32"] = fma
-        if isa in native.bf16_isas():
-            gflops["bfloat16"] = 2 * fma
+            looks = [list(pool.map(native.rates, [isa] * number)) for _ in range(30)]
+        for dtype, at in (("float32", 1), ("bfloat16", 2)):
+            rate = max(sum(rates[at] for rates in look) for look in looks)
+            gflops |= {dtype: rate} if rate else {}
     cache = _cache_bytes()
     # Ones, because pages of zeros that were never written all share one physical page.
     large, small = (torch.ones(n // 4, dtype=torch.float32, device="cpu") for n in (8 * cache, cache // 2))

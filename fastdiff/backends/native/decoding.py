@@ -9,14 +9,16 @@ from torch import Tensor
 
 from fastdiff.backends.base import Spec
 from fastdiff.backends.native import threads
+from fastdiff.backends.native.arrays import aligned
 from fastdiff.backends.native.extension import extension, isa
 from fastdiff.backends.native.packing import Weights
-from fastdiff.backends.native.program import NativeProgram, ProgramInputs, aligned, part_rows
+from fastdiff.backends.native.program import NativeProgram, ProgramInputs, part_rows
 from fastdiff.core.lower import lower_decoder
 from fastdiff.core.plan import plan
 from fastdiff.errors import BackendError
 from fastdiff.modes import plain_modes
 from fastdiff.unet.decoder import Decoder
+from fastdiff.unet.tiny_decoder import TinyDecoder
 
 MOST_SIZES = 8  # programs that are kept: tiled decoding has four sizes of tiles
 PACKINGS = 3  # attempts to pack weights that another thread changes meanwhile
@@ -29,7 +31,7 @@ class NativeDecoder:
     a time.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder | TinyDecoder):
         native = extension()
         assert native is not None
         self.native = native
@@ -45,6 +47,7 @@ class NativeDecoder:
     @plain_modes()
     def __call__(self, z: Tensor) -> Tensor:
         """Decode latents, float32 [B, latent_channels, H, W] on the CPU, to images [B, out_channels, H s, W s]."""
+        z = self.decoder.prepared(z)
         program = self._ready(z)
         B, C = z.shape[:2]
         rows, latent = program.rows, program.inputs.latent
@@ -56,7 +59,7 @@ class NativeDecoder:
             latent[: len(part), :, :, :C].copy_(part.permute(0, 2, 3, 1))
             program.engine.run(0, len(program.engine))
             images[first : first + rows] = program.out[: len(part), :, :, :channels].permute(0, 3, 1, 2)
-        return images
+        return self.decoder.finished(images)
 
     def _ready(self, z: Tensor) -> NativeProgram:
         """Return the program for a part of the batch, made of the weights that the decoder has now."""

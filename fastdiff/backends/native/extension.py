@@ -29,7 +29,7 @@ def isa() -> str:
 
 def multiplies_bf16(native: ModuleType) -> bool:
     """Return whether the instruction set in use has products of bfloat16."""
-    return (isa() or next(iter(native.isas()), "")) in native.bf16_isas()
+    return (isa() or next(iter(native.isas()), "")) in (*native.bf16_isas(), *native.emulated_isas())
 
 
 def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
@@ -55,12 +55,12 @@ def engine_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:
         reasons.append("the extension fastdiff._native is not built (install with a C++ compiler present)")
     elif not native.isas():
         reasons.append("this processor has none of the instruction sets it was built for (x86-64: AVX2 and FMA)")
-    elif isa() not in ("", *native.isas()):
+    elif isa() not in ("", *native.isas(), *native.emulated_isas()):
         reasons.append(f"FASTDIFF_ISA={isa()!r} is not available; available: {', '.join(native.isas())}")
     if device.type != "cpu":
         reasons.append(f"it runs on the CPU, not on {device}")
     if dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"it computes in float32 or bfloat16, not in {str(dtype).removeprefix('torch.')}")
     if dtype == torch.bfloat16 and native is not None and not multiplies_bf16(native):
-        reasons.append("the processor, or FASTDIFF_ISA, has no products of bfloat16 (x86-64: AVX-512 BF16)")
+        reasons.append("the processor, or FASTDIFF_ISA, has no products of bfloat16 (x86-64: AMX or AVX-512 BF16)")
     return reasons

@@ -14,50 +14,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdiff.backends.native import threads
+from fastdiff.backends.native.arrays import aligned, array
+from fastdiff.backends.native.extension import isa
 from fastdiff.backends.network import checksum, merged_layer
 from fastdiff.core.program import Conv
-
-# Points of the Winograd transforms (csrc/kernels/winograd.hpp); infinity is the last one of each.
-POINTS = {"winograd2": (0.0, 1.0, -1.0), "winograd4": (0.0, 0.75, -0.75, 1.5, -1.5)}
-
 
 Built = TypeVar("Built")
 
 
-def winograd_g(points: tuple[float, ...]) -> Tensor:
-    """Compute the weight transform G of Winograd's algorithm, float64 [len(points) + 1, 3].
-
-    Row j is [1, p_j, p_j^2] / prod_k (p_j - p_k) over the other points p_k; the last row, of infinity, is [0, 0, 1].
-    """
-    rows = []
-    for p in points:
-        n = math.prod(p - other for other in points if other != p)
-        rows.append([1 / n, p / n, p * p / n])
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
-
-
 def pack(
-    weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int, dtype: torch.dtype = torch.float32
+    native: ModuleType, weight: Tensor, channels: tuple[int, ...], method: str, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Pack the weights [N, C, k, k] of a convolution as [panels, positions, depth, panel].
 
     In bfloat16 it is [panels, positions, depth / 2, panel, 2]. The channels of each source are padded with zeros to a
-    multiple of ``group``, the number that the engine reads at a time, and N to whole panels of ``panel`` output
-    channels. The depth is the number of padded channels, k^2 times that where the method is "direct".
+    multiple of ``native.GROUP``, the number that the engine reads at a time, and N to whole panels of ``native.PANEL``
+    output channels. The depth is the number of padded channels, k^2 times that where the method is "direct". Weights on
+    "meta" give a tensor of this shape on "meta".
     """
     N, _, k, _ = weight.shape
-    parts = weight.split(channels, dim=1)
-    W = torch.cat([F.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % group)) for part in parts], dim=1)
-    if method == "direct":
-        U = W.permute(2, 3, 1, 0).reshape(1, k * k * W.shape[1], N)
-    else:
-        G = winograd_g(POINTS[method]).to(weight.device)
-        U = torch.einsum("ia,ncab,jb->ijcn", G, W.double(), G).flatten(0, 1)
-    U = F.pad(U, (0, -N % panel))
-    U = U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float()
+    depth = sum(-(-c // native.GROUP) * native.GROUP for c in channels)
+    positions, taps = {"direct": (1, k * k), "winograd2": (16, 1), "winograd4": (36, 1)}[method]
+    shape = [-(-N // native.PANEL), positions, depth * taps, native.PANEL]
     if dtype == torch.bfloat16:
-        U = U.unflatten(2, (-1, 2)).transpose(3, 4).to(dtype)
-    return U.contiguous()
+        shape = [*shape[:2], shape[2] // 2, native.PANEL, 2]
+    if weight.is_meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    packed = aligned(math.prod(shape) * dtype.itemsize, "packed weights").view(dtype).view(shape)
+    native.pack(
+        weight.float().contiguous().numpy(), list(channels), getattr(native.Method, method), array(packed),
+        bf16=dtype == torch.bfloat16, threads=threads.number(), isa=isa(),
+    )  # fmt: skip
+    return packed
 
 
 def gated(layer: Tensor, half: int) -> Tensor:
@@ -125,12 +114,12 @@ class Weights:
         """Return a convolution's packed weights in ``dtype`` (see `pack`) and its bias, padded float32."""
 
         def layer() -> tuple[Tensor, Tensor]:
-            W, b = merged_layer(op, self.state)
+            W, b = merged_layer(op, self.state, torch.float32)
             half = self.native.PANEL // 2
             return (gated(W, half), gated(b, half)) if op.geglu else (W, b)
 
         def kernel() -> Tensor:
-            return pack(layer()[0], channels, method, self.native.GROUP, self.native.PANEL, dtype)
+            return pack(self.native, layer()[0], channels, method, dtype)
 
         bias = self._once((op.weights, "bias"), lambda: self._padded(layer()[1]))
         return self._once((op.weights, channels, method, dtype), kernel), bias

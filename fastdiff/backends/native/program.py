@@ -17,14 +17,14 @@ from torch import Tensor
 
 from fastdiff.backends.base import Spec
 from fastdiff.backends.native import threads
+from fastdiff.backends.native.arrays import array
 from fastdiff.backends.native.extension import extension, isa
 from fastdiff.backends.native.methods import METHODS, choose_method
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.network import EMBEDDING_PRODUCTS, embedding_width
 from fastdiff.core.lower import TOKENS, lower, text_attentions
-from fastdiff.core.plan import ALIGNMENT, STATISTICS, Plan, plan
+from fastdiff.core.plan import STATISTICS, Plan, plan
 from fastdiff.core.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
-from fastdiff.errors import BackendError
 from fastdiff.unet import UNet, UNetCondition
 
 CACHE_BYTES = 32 << 20  # activations that a third-level cache holds beside the weights that stream through it
@@ -38,18 +38,6 @@ def part_rows(rows: int, row_bytes: int) -> int:
     """
     parts = min(-(-rows * row_bytes // CACHE_BYTES), rows)
     return -(-rows // parts)
-
-
-def aligned(nbytes: int) -> Tensor:
-    """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes]."""
-    try:
-        raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
-    except RuntimeError as e:
-        raise BackendError(
-            f"backend 'native' needs {nbytes} bytes ({nbytes / 2**30:.1f} GiB) for activations, which this machine "
-            "does not have free; ask for smaller images or a smaller batch_size"
-        ) from e
-    return raw[-raw.data_ptr() % ALIGNMENT :][:nbytes]
 
 
 @dataclasses.dataclass
@@ -67,16 +55,6 @@ class ProgramInputs:
     class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
     latent: Tensor | None = None  # float32 [rows, H, W, padded C], of a decoder, which reads nothing else
     text: dict[str, Tensor] | None = None  # keys and values by external buffer, float32 [labels, tokens, C]
-
-
-def array(tensor: Tensor) -> Any:
-    """Return a tensor's memory as NumPy's array, bfloat16 as int16; of a tensor on "meta" its shape alone.
-
-    PyTorch does not free or move the storage of a tensor that NumPy shares, as `Tensor.resize_` would.
-    """
-    if tensor.is_meta:
-        return tuple(tensor.shape)
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class NativeProgram:
@@ -218,6 +196,7 @@ class NativeProgram:
             method=getattr(self.native.Method, method),
             **self._norm(op),
             geglu=op.geglu,
+            relu=op.relu,
             bf16=bf16,
             weights=array(kernel),
             bias=array(bias),

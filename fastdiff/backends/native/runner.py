@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fastdiff.backends.base import Spec, refuse
 from fastdiff.backends.native import threads
+from fastdiff.backends.native.arrays import aligned
 from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.packing import Weights
-from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, aligned, part_rows
+from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, part_rows
 from fastdiff.backends.network import EmbeddingTables, TextTables, embedding_checksum
 from fastdiff.core import update
 from fastdiff.core.lower import lower
