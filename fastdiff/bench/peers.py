@@ -118,7 +118,7 @@ def diffusers_twin(unet: Unet) -> Any:
 
     config = unet.config.to_dict()
     config.pop("null_label", None)  # to the network it is a class like any other
-    foreign = sorted(config.keys() & OWN_FIELDS.keys())
+    foreign = sorted(config.keys() & OWN_FIELDS.keys()) if isinstance(unet, UNet) else []
     if foreign:
         raise BackendError(f"diffusers' UNet2DModel has no {', '.join(foreign)}")
     with torch.device("meta"):
