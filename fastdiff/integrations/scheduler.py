@@ -55,12 +55,11 @@ from fastdiff.solvers.compat.diffusers import (
     ETA,
     FLOW_SCHEDULERS,
     IN_SIGMA,
-    TAKES_TIMESTEPS,
     WITHOUT_SCHEDULE,
-    ZERO_SNR,
-    training_betas,
 )
 from fastdiff.solvers.compat.flow import trained_sigmas
+from fastdiff.solvers.compat.given import TAKES_TIMESTEPS
+from fastdiff.solvers.compat.sigmas import ZERO_SNR, training_betas
 from fastdiff.solvers.compat.source import noise_schedule
 from fastdiff.solvers.flow import abar_of
 from fastdiff.solvers.keys import value_of
