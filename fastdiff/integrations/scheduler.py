@@ -23,7 +23,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from fastdiff.integrations.arguments import (
 from fastdiff.integrations.configuration import FILE, Config, complete, configuration, save, to_json
 from fastdiff.integrations.noise import Generators, draws_noise, noise_dtype, randn
 from fastdiff.integrations.outputs import ALONE, SECOND, StepOutput
+from fastdiff.integrations.places import Place, Search, replaces
 from fastdiff.integrations.states import flat, from_state, indices_of, listed, same, to_state, x0_ratio
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
@@ -63,15 +64,6 @@ from fastdiff.solvers.compat.sigmas import ZERO_SNR, training_betas
 from fastdiff.solvers.compat.source import noise_schedule
 from fastdiff.solvers.flow import abar_of
 from fastdiff.solvers.keys import value_of
-from fastdiff.solvers.paths import looks_back
-
-
-class Place(NamedTuple):
-    """Where an image is in a run."""
-
-    row: int  # of the table; its length where the image is finished
-    start: int = 0  # the row at which the image started, if a solver's history depends on it
-    alone: float | None = None  # a timestep that is not one of the run, in a table of its own
 
 
 class Scheduler:
@@ -576,10 +568,7 @@ class Scheduler:
         """
         if not self.in_sigma:
             return sample
-        table, times = self._table(), listed(timestep, len(sample))
-        after = self._next or [None]
-        after = after * (len(times) // len(after)) if len(times) % len(after) == 0 else [after[0]] * len(times)
-        rows = [self._row(table, t, place) for t, place in zip(times, after, strict=True)]
+        table, rows = self._table(), self._search().rows(timestep, len(sample))
         return sample * self._spread([to_state(table, row) for row in rows], sample)
 
     def step(
@@ -646,7 +635,7 @@ class Scheduler:
             )
         eta = eta if self._name in ETA else None
         clipped = bool(use_clipped_model_output) and self._name == "DDIMScheduler"
-        places = self._places(timestep, len(sample))
+        places = self._search().places(timestep, len(sample))
         state = self._prepared(places, x, out, eta, clipped)
         table = state.bank.tables[0]
         moving = [place.row for place in places if place.row < len(table)]
@@ -812,70 +801,8 @@ class Scheduler:
             plain |= {"interpolation_type": "linear", "final_sigmas_type": "zero"}
         return {**self.config, **plain}, {"steps": steps}
 
-    def _places(self, timestep: Any, B: int) -> list[Place]:
-        """Find each image's place: the next one if it has the image's timestep, else one at which a run can start."""
-        table, times, after = self._table(), listed(timestep, B), self._next
-        if after is not None and len(after) != B:
-            keeps = table.history > 0 or any(row.as_ for row in table.rows)  # a row reads what an earlier one kept
-            if keeps and not all(same(t, table.rows[0].t) for t in times):
-                raise InvalidArgument(
-                    f"{B} images, but the history is of {len(after)}: a run of {table.solver} keeps its batch"
-                )
-            after = None
-        return [self._place(table, t, place) for t, place in zip(times, after or [None] * B, strict=True)]
-
-    def _place(self, table: StepTable, t: float, after: Place | None) -> Place:
-        if self._continues(table, t, after):
-            assert after is not None
-            return after
-        if after is not None and self._repeats(table, t, after):
-            return Place(after.row - 1, after.start - 1)
-        if self._name == "DDIMScheduler" and t >= 0 and t.is_integer() and not any(t == row.t for row in table.rows):
-            self._table(alone=t)  # which refuses timesteps beyond the schedule's
-            return Place(0, alone=t)
-        row = self._row(table, t, after)
-        if row == len(table) or not looks_back(table, row):
-            return Place(row)
-        if looks_back(self._table(start=row), row):
-            raise InvalidArgument(
-                f"timestep {t:g} (row {row}) is within a step of {table.solver}, which needs the rows before it; start "
-                "at the step's first timestep"
-            )
-        return Place(row, start=row)
-
-    @staticmethod
-    def _continues(table: StepTable, t: float, after: Place | None) -> bool:
-        return after is not None and after.row < len(table) and same(t, table.rows[after.row].t)
-
-    def _repeats(self, table: StepTable, t: float, after: Place) -> bool:
-        """Return whether PNDM's first step is repeated, in a run that starts at the earlier of two equal timesteps.
-
-        The first step's timestep does not tell which of the two it is, and its result does not depend on it.
-        """
-        first = after.start
-        return (
-            self._name == "PNDMScheduler" and after.row == first + 1 and first > 1
-            and same(t, table.rows[first].t) and same(t, table.rows[first - 1].t)
-        )  # fmt: skip
-
-    def _row(self, table: StepTable, t: float, after: Place | None) -> int:
-        """Return the row of an image: the next one, or the one at which its timestep starts a run."""
-        if not math.isfinite(t):
-            raise InvalidArgument(f"timestep {t} is not one of this run's {len(table)}")
-        if t == -1 and not table.continuous:
-            return len(table)
-        if self._continues(table, t, after):
-            assert after is not None
-            return after.row
-        if self._next is None and self._begin_index is not None:
-            return self._begin_index
-        known = indices_of(t, table.timesteps)
-        if not known:
-            raise InvalidArgument(
-                f"timestep {t:g} is not one of this run's {len(table)}, {table.rows[0].t:g} .. {table.rows[-1].t:g}"
-            )
-        # diffusers starts at the second of two equal timesteps; the first of a run starts it all the same.
-        return known[0] if known[0] == 0 else known[min(1, len(known) - 1)]
+    def _search(self) -> Search:
+        return Search(self._name, self._table, self._next, self._begin_index)
 
     def _prepared(self, places: Sequence[Place], x: Tensor, out: Tensor, eta: float | None, clipped: bool) -> State:
         """Return the state for a step, with this run's history if shape, device and dtype did not change."""
@@ -901,7 +828,7 @@ class Scheduler:
         if self.in_sigma:
             state.x = state.x * self._spread([to_state(tables[0], row) for row in rows], state.x)
         state.out = out.to(dtype)
-        replaced = [self._next is not None and self._replaces(tables[0], place) for place in places]
+        replaced = [self._next is not None and replaces(self.config, tables[0], place) for place in places]
         if own is not None and any(replaced):
             # The prediction x_0 = kx x + ko out is that of the caller's sample, all else that of the state's own.
             mask = self._spread(replaced, state.x)
@@ -909,17 +836,6 @@ class Scheduler:
             state.out = state.out + mask * ratio * (state.x - own)
             state.x = torch.where(mask != 0, own, state.x)
         return state
-
-    def _replaces(self, table: StepTable, place: Place) -> bool:
-        """Return whether a row goes on from the sample that the scheduler computed, whatever the caller made of it.
-
-        UniPC's corrector computes the sample anew from the last step's start, and the second stage of DPM++ SDE from
-        the first one's, so that diffusers reads the caller's sample there for the prediction of x_0 alone.
-        """
-        if self._name == "UniPCMultistepScheduler":
-            corrected = place.row - 1 not in (self.config["disable_corrector"] or ())
-            return place.start < place.row < len(table) and corrected
-        return self._name == "DPMSolverSDEScheduler" and place.row < len(table) and bool(table.rows[place.row].stage)
 
     def _abar(self, t: float) -> float:
         """Return abar at a timestep of this run, or else of the noise schedule."""
