@@ -30,21 +30,20 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.loading import read_scheduler
-from fastdiff.checks import number, shown, whole
+from fastdiff.checks import number, whole
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.integrations.arguments import (
     INVERSE,
     MULTISTEP,
-    NOISY,
-    ONLY,
     PLAIN,
-    SET_ARGUMENTS,
-    STEP_ARGUMENTS,
     TWO_STAGES,
+    by_place,
+    check_others,
 )
 from fastdiff.integrations.configuration import FILE, Config, complete, configuration, save, to_json
+from fastdiff.integrations.levels import run_sigmas, step_variance, trained_betas
 from fastdiff.integrations.noise import Generators, draws_noise, noise_dtype, randn
 from fastdiff.integrations.outputs import ALONE, SECOND, StepOutput
 from fastdiff.integrations.places import Place, Search, replaces
@@ -60,7 +59,7 @@ from fastdiff.solvers.compat.diffusers import (
 )
 from fastdiff.solvers.compat.flow import trained_sigmas
 from fastdiff.solvers.compat.given import TAKES_TIMESTEPS
-from fastdiff.solvers.compat.sigmas import ZERO_SNR, training_betas
+from fastdiff.solvers.compat.sigmas import ZERO_SNR
 from fastdiff.solvers.compat.source import noise_schedule
 from fastdiff.solvers.flow import abar_of
 from fastdiff.solvers.keys import value_of
@@ -235,13 +234,7 @@ class Scheduler:
     @property
     def betas(self) -> Tensor:
         """The betas of the training, float32 [T], computed as diffusers does."""
-        schedule = self._trained()
-        betas = training_betas(schedule)
-        if not schedule.rescale_zero_terminal_snr:
-            return betas
-        root = torch.cumprod(1.0 - betas, dim=0).sqrt()
-        squares = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        return 1.0 - torch.cat([squares[:1], squares[1:] / squares[:-1]])
+        return trained_betas(self._trained())
 
     @property
     def alphas(self) -> Tensor:
@@ -302,7 +295,7 @@ class Scheduler:
             ConfigError: If the configuration does not support this number of steps.
         """
         if positional:
-            by_name = self._by_place("set_timesteps", SET_ARGUMENTS.get(self._name, ()), positional)
+            by_name = by_place(self._name, "set_timesteps", positional)
             timesteps, sigmas = by_name.get("timesteps", timesteps), by_name.get("sigmas", sigmas)
             original_inference_steps = by_name.get("original_inference_steps", original_inference_steps)
             strength, mu = by_name.get("strength", strength), by_name.get("mu", mu)
@@ -385,22 +378,9 @@ class Scheduler:
             if self._asked is None and self._name in (*MULTISTEP, *PLAIN):
                 rising = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
                 return rising if self._name in MULTISTEP else torch.cat([rising.flip(0), torch.zeros_like(rising[:1])])
-            table = self._table()
-            rows = [row for row in table.rows if not row.stage] if self._name in TWO_STAGES else table.rows
-            abar = [*(row.abar for row in rows), rows[-1].abar_next]
-            if table.flow:
-                levels = [table.signal_and_noise(a)[1] for a in abar]
-                levels = [1.0 - s for s in levels] if self.config.get("invert_sigmas") else levels
-            else:
-                levels = [table.data_scale * math.sqrt((1.0 - a) / a) for a in abar]
-            sigmas = torch.tensor(levels, dtype=torch.float64, device="cpu")
-            if self._name in TWO_STAGES:  # both evaluations of a step have an entry, DPM2's of its last step too
-                last = len(sigmas) if self._name.startswith("KDPM2") else -1
-                sigmas = torch.cat([sigmas[:1], sigmas[1:last].repeat_interleave(2), sigmas[-1:]])
-            if self._name == "CMStochasticIterativeScheduler":
-                sigmas[-1] = self.config["sigma_min"]
-                sigmas = sigmas[:-1] if self._asked is None else sigmas
-            self._sigmas = sigmas.float()
+            sigmas = run_sigmas(self.config, self._table())
+            untimed = self._name == "CMStochasticIterativeScheduler" and self._asked is None
+            self._sigmas = sigmas[:-1] if untimed else sigmas
         return self._sigmas
 
     def _trained_flow(self) -> Tensor:
@@ -540,14 +520,7 @@ class Scheduler:
         before = int(self.previous_timestep(timestep) if prev_timestep is None else prev_timestep)
         end = self.final_alpha_cumprod if ddim else torch.ones((), dtype=torch.float32, device="cpu")
         abar, abar_next = self.alphas_cumprod[timestep], self.alphas_cumprod[before] if before >= 0 else end
-        beta = 1 - abar / abar_next
-        variance = (1 - abar_next) / (1 - abar) * beta
-        kind = "fixed_small" if ddim else self.config["variance_type"]
-        if kind in ("fixed_small", "fixed_large"):
-            return variance if ddim else beta if kind == "fixed_large" else variance.clamp(min=1e-20)
-        raise InvalidArgument(
-            f"_get_variance of variance_type={shown(kind)}: fixed_small and fixed_large are supported"
-        )
+        return step_variance(abar, abar_next, None if ddim else self.config["variance_type"])
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -615,7 +588,7 @@ class Scheduler:
                 options or generators do not fit.
         """
         if positional:
-            by_name = self._by_place("step", STEP_ARGUMENTS.get(self._name, NOISY), positional)
+            by_name = by_place(self._name, "step", positional)
             eta, generator = by_name.pop("eta", eta), by_name.pop("generator", generator)
             use_clipped_model_output = by_name.pop("use_clipped_model_output", use_clipped_model_output)
             variance_noise, return_dict = (
@@ -623,7 +596,7 @@ class Scheduler:
             )  # fmt: skip
             others |= by_name
         if others:
-            self._check_others(others)
+            check_others(self._name, others)
         for name, value in (("model_output", model_output), ("sample", sample)):
             if not isinstance(value, Tensor):
                 raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is needed")
@@ -660,28 +633,6 @@ class Scheduler:
         if return_dict:
             return StepOutput(results)
         return tuple(results.values())[: 1 if self._name in ALONE else 2]
-
-    def _by_place(self, method: str, names: tuple[str, ...], values: Sequence[Any]) -> dict[str, Any]:
-        """Return positional arguments by the names that diffusers' scheduler gives to their places."""
-        if len(values) > len(names):
-            takes = ", ".join(names) or "nothing"
-            raise InvalidArgument(f"{self._name}.{method} takes {takes} in these places, not {len(values)} arguments")
-        return dict(zip(names, values, strict=False))
-
-    def _check_others(self, others: Mapping[str, Any]) -> None:
-        """Refuse options of step that do not exist, or whose values would change the result."""
-        for name, value in others.items():
-            if name not in ONLY:
-                raise InvalidArgument(f"{self._name}.step has no option {shown(name)}")
-            if name == "per_token_timesteps":
-                if value is not None:
-                    raise InvalidArgument("per_token_timesteps= is not supported: images have one noise level each")
-                continue
-            if name == "s_churn" and self._name == "FlowMatchEulerDiscreteScheduler":  # ignores it, as in diffusers
-                continue
-            neutral = ONLY[name] if self._name != "DPMSolverSDEScheduler" or name != "s_noise" else 1.0
-            if neutral is not None and value != neutral:
-                raise InvalidArgument(f"{name}={shown(value)} is not supported; only {neutral} is")
 
     def _results(self, state: State, table: StepTable, places: Sequence[Place]) -> dict[str, Tensor]:
         """Run a row for every image, and return the results' entries in diffusers' order."""
