@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from fastdiff import checkpoints
-from fastdiff.data.datasets import ArrayData, load_data
+from fastdiff.data.datasets import load_data
+from fastdiff.data.in_memory import ArrayData
 from fastdiff.solvers.prediction import x0_coefficients
 
 TIMESTEPS = (999, 980, 950, 900, 850, 800, 700, 600, 500, 300, 100)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.data.datasets import ArrayData, load_data
+from fastdiff.data.datasets import load_data
+from fastdiff.data.in_memory import ArrayData
 from fastdiff.errors import FastdiffError, InvalidArgument
 from fastdiff.evaluation.classifier import CLASS_NAMES, SIZE, Classifier
 from fastdiff.files import write_text

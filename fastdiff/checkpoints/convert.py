@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import layouts, onnx
-from fastdiff.checkpoints.loading import METADATA_KEY, check_path, empty, fit, read_model
+from fastdiff.checkpoints.fitting import empty, fit
+from fastdiff.checkpoints.loading import METADATA_KEY, check_path, read_model
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES
 from fastdiff.checkpoints.saving import plain, save_pipeline, write_safetensors, writing
 from fastdiff.checks import optional, shown, text

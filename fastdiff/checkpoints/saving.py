@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints import captions
-from fastdiff.checkpoints.loading import NAMES_KEY, WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
+from fastdiff.checkpoints.loading import NAMES_KEY
 from fastdiff.checkpoints.reading import DTYPES
 from fastdiff.checks import one_of, shown
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument, WriteError
 from fastdiff.files import atomic_file, write_text
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
 from fastdiff.solvers import EDMSchedule, FlowSchedule
-from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS
+from fastdiff.solvers.compat.edm import EDM_PREDICTIONS
 from fastdiff.solvers.compat.flow import flow_config
 from fastdiff.solvers.flow import PREDICTIONS as FLOW_PREDICTIONS
 from fastdiff.solvers.walk import Schedule

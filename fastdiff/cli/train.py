@@ -160,7 +160,8 @@ def train(
     from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
     from fastdiff.checkpoints import load
     from fastdiff.checkpoints.reading import read_json
-    from fastdiff.data.datasets import open_data, open_pairs
+    from fastdiff.data.datasets import open_data
+    from fastdiff.data.pairs import open_pairs
     from fastdiff.data.pixels import Reading
     from fastdiff.files import write_text
     from fastdiff.training.lock import locked

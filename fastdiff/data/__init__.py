@@ -4,7 +4,11 @@
 functions turn tensors of images in [-1, 1] into PIL images, grids, picture files and animations.
 """
 
-from fastdiff.data.datasets import ArrayData, ConditionedData, FolderData, ImageData, load_data
+from fastdiff.data.base import ImageData
+from fastdiff.data.datasets import load_data
+from fastdiff.data.folder import FolderData
+from fastdiff.data.in_memory import ArrayData
+from fastdiff.data.pairs import ConditionedData
 from fastdiff.data.pictures import animate, grid, save_picture, to_pil, to_uint8
 
 __all__ = [

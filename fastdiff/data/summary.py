@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.data.datasets import ImageData
+from fastdiff.data.base import ImageData
 from fastdiff.errors import printable
 
 LISTED = 1000  # files that are skipped, of which the names are kept

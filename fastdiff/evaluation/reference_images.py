@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastdiff.bulk.loading import is_job, load
 from fastdiff.checks import one_of
-from fastdiff.data.datasets import ArrayData, FolderData, open_data
+from fastdiff.data.datasets import open_data
+from fastdiff.data.folder import FolderData
+from fastdiff.data.in_memory import ArrayData
 from fastdiff.data.pixels import Reading
 from fastdiff.data.summary import describe
 from fastdiff.errors import DataError, InvalidArgument

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints.loading import read_scheduler
+from fastdiff.checkpoints.folders import read_scheduler
 from fastdiff.checks import number, whole
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank

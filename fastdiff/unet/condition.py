@@ -422,7 +422,7 @@ class UNetCondition(nn.Module):
             CheckpointError: If a file cannot be read, or its tensors do not fit the network.
             ConfigError: If the configuration is not supported.
         """
-        from fastdiff.checkpoints.loading import load_condition
+        from fastdiff.checkpoints.conditional import load_condition
 
         return load_condition(path, **source)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastdiff.checkpoints import load
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
 from tests.support.unets import TINY, diffusers_twin, random_unet
 
 

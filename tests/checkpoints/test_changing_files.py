@@ -13,7 +13,7 @@ import torch.utils.serialization
 from safetensors.torch import load_file, save_file
 
 from fastdiff.checkpoints import load, reading
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
 from fastdiff.errors import CheckpointError, FastdiffError
 from tests.support.checkpoints import assert_equal_weights, needs_posix, run_python
 

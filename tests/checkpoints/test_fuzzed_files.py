@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoints import load
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
 from fastdiff.checkpoints.reading import weights_digest
 from fastdiff.data import load_data
 from fastdiff.errors import FastdiffError

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastdiff.checkpoints import convert, load
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
 from fastdiff.checkpoints.reading import read_json, read_safetensors
 from fastdiff.errors import CheckpointError
 from tests.support.checkpoints import INDEX, assert_equal_weights, evaluate, needs_posix, refused, run_python

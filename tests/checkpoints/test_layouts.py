@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff.backends import Spec, native, prepare
 from fastdiff.checkpoints import FORMATS, PRESETS, convert, layouts, load, originals, save_folder
-from fastdiff.checkpoints.loading import WEIGHTS, build, empty, fit, read_model
+from fastdiff.checkpoints.fitting import build, empty, fit
+from fastdiff.checkpoints.folders import WEIGHTS
+from fastdiff.checkpoints.loading import read_model
 from fastdiff.core.lower import lower
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fastdiff
 from fastdiff.checkpoints import builtin_models, convert, load, load_weights, loading, save_folder, save_unet
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.files import write_text
 from fastdiff.schedule import NoiseSchedule

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastdiff.checkpoints import load, save_folder, save_unet
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
 from fastdiff.checkpoints.reading import read_safetensors
 from fastdiff.checkpoints.saving import write_safetensors
 from fastdiff.errors import CheckpointError, WriteError

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fastdiff
 from fastdiff.checkpoints import convert, load, load_weights, save_folder
-from fastdiff.checkpoints.loading import TORCH_WEIGHTS, WEIGHTS
+from fastdiff.checkpoints.folders import TORCH_WEIGHTS, WEIGHTS
 from fastdiff.checkpoints.wrappers import parameter_order
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.unet import UNet

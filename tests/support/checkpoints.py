@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdiff.checkpoints import load
-from fastdiff.checkpoints.loading import WEIGHTS
+from fastdiff.checkpoints.folders import WEIGHTS
 from fastdiff.errors import CheckpointError, FastdiffError
 from tests.support import warm
 from tests.support.unets import TINY, random_images

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fastdiff import checkpoints, cli
 from fastdiff.data import ArrayData, ConditionedData, load_data
-from fastdiff.data.datasets import open_pairs
+from fastdiff.data.pairs import open_pairs
 from fastdiff.data.pictures import to_uint8
 from fastdiff.errors import BackendError, DataError, InvalidArgument
 from fastdiff.sampler import Sampler
