@@ -48,11 +48,13 @@ from fastdiff.integrations.noise import Generators, draws_noise, noise_dtype, ra
 from fastdiff.integrations.outputs import ALONE, SECOND, StepOutput
 from fastdiff.integrations.places import Place, Search, replaces
 from fastdiff.integrations.states import flat, from_state, indices_of, listed, same, to_state, x0_ratio
+from fastdiff.integrations.ve import ExplodingSteps, Levels, noisy
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
 from fastdiff.solvers.compat.defaults import DEFAULTS
 from fastdiff.solvers.compat.diffusers import (
     ETA,
+    EXPLODING,
     FLOW_SCHEDULERS,
     IN_SIGMA,
     WITHOUT_SCHEDULE,
@@ -65,7 +67,7 @@ from fastdiff.solvers.flow import abar_of
 from fastdiff.solvers.keys import value_of
 
 
-class Scheduler:
+class Scheduler(ExplodingSteps):
     """A scheduler with the interface of diffusers' schedulers, which a `StepTable` runs.
 
     Methods and attributes mean what they mean in diffusers. Beyond diffusers, `step` takes a tensor with a timestep for
@@ -80,7 +82,8 @@ class Scheduler:
     Attributes:
         num_inference_steps: The number of steps of a run; None before `set_timesteps`.
         order: Evaluations of the network in a step: 2 for Heun, DPM2 and DPM++ SDE, else 1.
-        schedule: The `NoiseSchedule`; None for EDM, consistency models and flow matching, which have none.
+        schedule: The `NoiseSchedule`; None for EDM, consistency models, flow matching and ScoreSdeVeScheduler, which
+            have none.
 
     Raises:
         ConfigError: If the scheduler or one of its options is not supported.
@@ -102,6 +105,7 @@ class Scheduler:
         self._name = name = str(config["_class_name"])
         self.in_sigma = name in IN_SIGMA
         self.of_flow = name in FLOW_SCHEDULERS
+        self._levels: Levels | None = None  # of ScoreSdeVeScheduler
         self.schedule: NoiseSchedule | None = None
         if name not in WITHOUT_SCHEDULE:
             self.schedule = noise_schedule(config)
@@ -274,6 +278,7 @@ class Scheduler:
         strength: float = 1.0,
         num_train_timesteps: int | None = None,
         mu: float | None = None,
+        sampling_eps: float | None = None,
     ) -> None:
         """Choose the timesteps of a run, which start anew: the history of an earlier run is dropped.
 
@@ -289,11 +294,17 @@ class Scheduler:
             strength: For LCMScheduler and TCDScheduler: the share of the distillation's timesteps to choose from.
             num_train_timesteps: The number of training timesteps, which must be the configuration's.
             mu: The shift of flow matching, with use_dynamic_shifting.
+            sampling_eps: For ScoreSdeVeScheduler: the last time, in place of the configuration's.
 
         Raises:
             InvalidArgument: If the number of steps is out of range, or an option is not this scheduler's.
             ConfigError: If the configuration does not support this number of steps.
         """
+        if self._name in EXPLODING:
+            self._set_times(num_inference_steps, device, positional, sampling_eps)
+            return
+        if sampling_eps is not None:
+            raise InvalidArgument(f"sampling_eps is an option of {' and '.join(EXPLODING)}, not of {self._name}")
         if positional:
             by_name = by_place(self._name, "set_timesteps", positional)
             timesteps, sigmas = by_name.get("timesteps", timesteps), by_name.get("sigmas", sigmas)
@@ -333,6 +344,13 @@ class Scheduler:
         self.num_inference_steps = table.steps if num_inference_steps is None else num_inference_steps
         self._timesteps = self._listed_times(table).to(device)
 
+    def _set_times(self, steps: int | None, device: Any, positional: tuple[Any, ...], eps: float | None) -> None:
+        """Lay out the times of ScoreSdeVeScheduler, whose arguments are (steps, sampling_eps, device) in diffusers."""
+        if positional or isinstance(device, (int, float)):
+            device, eps = (*positional, None)[0], device
+        self._exploding("set_timesteps").set_times(whole("num_inference_steps", steps, 1), eps, device)
+        self.num_inference_steps = steps
+
     def _listed_times(self, table: StepTable) -> Tensor:
         exact = self._name == "CMStochasticIterativeScheduler"
         dtype = torch.float64 if exact else torch.float32 if self.in_sigma or self.of_flow else torch.int64
@@ -344,6 +362,8 @@ class Scheduler:
 
         An int64 tensor [N], or float32 for a scheduler in sigma space or of a flow (float64 for consistency models).
         """
+        if self._name in EXPLODING:
+            return self._exploding("timesteps").times
         if self._timesteps is None:
             falling = torch.arange(len(self) - 1, -1, -1, dtype=torch.int64, device="cpu")
             falling = falling.flip(0) if self._name in INVERSE else falling
@@ -362,6 +382,8 @@ class Scheduler:
 
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
+        if self._name in EXPLODING:
+            self._exploding("timesteps").times = value
         self._timesteps = value
 
     @property
@@ -370,6 +392,8 @@ class Scheduler:
 
         DDPM, DDIM, PNDM, LCM and TCD have none, as in diffusers.
         """
+        if self._name in EXPLODING:
+            return self._exploding("sigmas").sigmas
         if not (self.in_sigma or self.of_flow or self._name in MULTISTEP):
             raise AttributeError(f"{self._name} has no sigmas; it has alphas_cumprod")
         if self._sigmas is None:
@@ -420,6 +444,8 @@ class Scheduler:
     @property
     def init_noise_sigma(self) -> float | Tensor:
         """The standard deviation of the initial noise, by which standard normals are multiplied."""
+        if self._name in EXPLODING:
+            return float(self.config["sigma_max"])
         if not self.in_sigma:
             return 1.0
         if self.schedule is None:
@@ -587,6 +613,8 @@ class Scheduler:
             InvalidArgument: If a timestep is not one of this run or needs a history that is missing, or if shapes,
                 options or generators do not fit.
         """
+        if self._name in EXPLODING:
+            raise InvalidArgument(f"{self._name} has step_pred and step_correct in place of step, as in diffusers")
         if positional:
             by_name = by_place(self._name, "step", positional)
             eta, generator = by_name.pop("eta", eta), by_name.pop("generator", generator)
@@ -667,6 +695,8 @@ class Scheduler:
         Raises:
             InvalidArgument: If a timestep is neither.
         """
+        if self._name in EXPLODING:
+            return noisy(self._exploding("add_noise"), original_samples, noise, timesteps)
         times = listed(timesteps, len(original_samples))
         if self._begin_index is not None and (self.in_sigma or self.of_flow or self._name in MULTISTEP):
             index = self._begin_index if self.step_index is None else self.step_index

@@ -157,7 +157,7 @@ def test_two_points_are_learned(tmp_path):
 
 
 def test_the_loss_falls_to_the_best_one_of_a_single_image(tmp_path):
-    """Of one image x_0 the best velocity is (x - x_0) / s, whose loss is 0; the start's is E |eps - x_0|^2."""
+    """Learn one image: the best velocity is (x - x_0) / s, whose loss is 0; the start has E |eps - x_0|^2."""
 
     class One(ArrayData):
         def __init__(self) -> None:

@@ -40,6 +40,7 @@ from fastdiff.solvers.compat.flow import flow_config, flow_euler, flow_heun
 from fastdiff.solvers.compat.given import TAKES_FLOW_SIGMAS, given_levels
 from fastdiff.solvers.compat.run import FROM_MODEL, CompatOptions
 from fastdiff.solvers.compat.source import TIMESTEP_SPACINGS, Source
+from fastdiff.solvers.compat.ve import score_sde_ve
 from fastdiff.solvers.consistency import TCD_ETA
 from fastdiff.solvers.ddpm import VARIANCE_TYPES
 from fastdiff.solvers.edm import EDMSchedule
@@ -48,6 +49,7 @@ from fastdiff.solvers.keys import check_config
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import SIGMA_SPACINGS
 from fastdiff.solvers.table import StepTable
+from fastdiff.solvers.ve import VESchedule
 
 ETA = {"DDIMScheduler": 0.0, "TCDScheduler": TCD_ETA}  # schedulers whose step has the option eta, and its default
 
@@ -123,7 +125,7 @@ def from_config(
         checks.whole("start", start, 0), strength, mu,
     )  # fmt: skip
     try:
-        return SCHEDULERS[name](source)
+        return ALL[name](source)
     except FastdiffError:
         raise
     except (ArithmeticError, ValueError) as e:
@@ -131,12 +133,12 @@ def from_config(
 
 
 def scheduler_name(config: Mapping[str, Any]) -> str:
-    """Return the ``_class_name`` of a configuration, which must be one of `SCHEDULERS`."""
+    """Return the ``_class_name`` of a configuration, which must be one of `ALL`."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"a scheduler configuration is an object with keys, not {type(config).__name__}")
     name = config.get("_class_name")
-    if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ConfigError(f"scheduler {shown(name)} (_class_name) is not supported; supported: {', '.join(SCHEDULERS)}")
+    if not isinstance(name, str) or name not in ALL:
+        raise ConfigError(f"scheduler {shown(name)} (_class_name) is not supported; supported: {', '.join(ALL)}")
     return str(name)
 
 
@@ -153,6 +155,15 @@ def diffusers_table(options: CompatOptions) -> StepTable:
             raise InvalidArgument(f"diffusers has no {options.solver} for flow-matching networks; it has {known}")
         name = scheduler.flow
         config |= flow_config(name, options.schedule, options.prediction)
+    elif isinstance(options.schedule, VESchedule):
+        if scheduler.exploding is None:
+            raise InvalidArgument(f"diffusers has no {options.solver} for variance-exploding networks; it has ddpm")
+        name = scheduler.exploding
+        options.one_of("prediction", options.prediction, ("score",))
+        options.one_of("variance", options.variance or "beta", ("beta",))
+        options.one_of("spacing", options.spacing, (None,))
+        levels = {key: getattr(options.schedule, key) for key in ("sigma_min", "sigma_max")}
+        config |= {"num_train_timesteps": options.schedule.timesteps, **levels}
     elif isinstance(options.schedule, EDMSchedule):
         if scheduler.edm is None:
             known = ", ".join(n for n, solver in SOLVERS.items() if solver.diffusers and solver.diffusers.edm)
@@ -179,6 +190,8 @@ def diffusers_table(options: CompatOptions) -> StepTable:
     steps = options.default_steps() if options.steps is None else options.steps
     eta = options.eta if name == "DDIMScheduler" else None
     table = from_config({**config, "_class_name": name}, steps, eta=eta)
+    if name in EXPLODING and options.config.get("_class_name") in EXPLODING:
+        table = dataclasses.replace(table, init_mean=-1.0)  # the noise is around the 0 of images in [0, 1]
     if options.clip not in (None, FROM_MODEL) and any(row.c * table.data_scale != options.clip for row in table.rows):
         raise InvalidArgument(
             f"clip={options.clip!r}: diffusers' {name} cannot bound x0 so; leave it out, or give None"
@@ -227,7 +240,7 @@ EDM_SCHEDULERS: dict[str, Build] = {
 }
 # Schedulers of continuous noise levels, which have no `NoiseSchedule`.
 CONTINUOUS: dict[str, Build] = {**EDM_SCHEDULERS, "CMStochasticIterativeScheduler": edm.consistency_models}
-WITHOUT_SCHEDULE: dict[str, Build] = {**CONTINUOUS, **FLOW_SCHEDULERS}
+WITHOUT_SCHEDULE = {*CONTINUOUS, *FLOW_SCHEDULERS, "ScoreSdeVeScheduler"}
 # Schedulers whose samples are x_0 + sigma eps.
 IN_SIGMA: dict[str, Build] = {
     "EulerDiscreteScheduler": in_sigma.euler,
@@ -242,3 +255,6 @@ IN_SIGMA: dict[str, Build] = {
 # Schedulers whose samples the network reads as they are.
 UNSCALED: dict[str, Build] = {**VARIANCE_PRESERVING, **FLOW_SCHEDULERS}
 SCHEDULERS = {**UNSCALED, **IN_SIGMA}
+# Schedulers of variance-exploding networks, which have no step, but a predictor and a corrector.
+EXPLODING: dict[str, Build] = {"ScoreSdeVeScheduler": score_sde_ve}
+ALL = {**SCHEDULERS, **EXPLODING}
