@@ -47,6 +47,7 @@ MORE = {
     "dpm_single": "DPMSolverSinglestepScheduler",
     "kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
     "kdpm2_discrete": "KDPM2DiscreteScheduler",
+    "score_sde_ve": "ScoreSdeVeScheduler",
     "tcd": "TCDScheduler",
 }
 RESULTS = "FASTDIFF_SCHEDULER_TESTS"  # the environment variable with the path of the file of results

@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.core.lower import embed_classes, embed_text, embed_timesteps, projection_keys, text_attentions
+from fastdiff.core.lower import (
+    embed_classes,
+    embed_text,
+    embed_timesteps,
+    projection_keys,
+    text_attentions,
+    unlowered,
+)
 from fastdiff.core.program import Conv, Program
 from fastdiff.core.state import TableBank, Texts
 from fastdiff.modes import plain_modes
@@ -32,6 +39,8 @@ def network_reasons(unet: nn.Module) -> list[str]:
     if type(unet) is not UNet:
         return [f"it runs fastdiff.UNet only, not {type(unet).__name__}"]
     reasons = unsupported_changes(unet)
+    if isinstance(unet.config, UNetConfig):
+        reasons += unlowered(unet.config)
     if unet.config.class_embed_type is not None:
         reasons.append(f"it has no class_embed_type {unet.config.class_embed_type!r}")
     return reasons

@@ -257,7 +257,7 @@ def to_theirs(parts: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tenso
 # The fields of `UNetConfig` that the code base of a layout fixes.
 _ALL: dict[str, Any] = {
     "center_input_sample": False, "mid_block_type": "UNetMidBlock2D", "add_attention": True, "class_embed_type": None,
-    "class_image": None,
+    "class_image": None, "time_embedding_type": "positional",
 }  # fmt: skip
 FIXED: dict[str, dict[str, Any]] = {
     "ddpm": {
@@ -285,6 +285,8 @@ def reasons_against(unet: UNet, layout: str) -> list[str]:
     if family == "openai":  # every attention has a norm; in diffusers' scale-shift networks this field asks for one
         fixed["attn_norm_num_groups"] = 32 if config.resnet_time_scale_shift == "scale_shift" else None
     reasons = [f"{k}={getattr(config, k)!r}, {v!r} is needed" for k, v in fixed.items() if getattr(config, k) != v]
+    if any("Skip" in kind for kind in config.down_block_types + config.up_block_types):
+        reasons.append("it has blocks of type ...Skip..., which diffusers' names alone have")
     attention = [kind.startswith("Attn") for kind in config.down_block_types]
     if attention != [kind.startswith("Attn") for kind in reversed(config.up_block_types)]:
         reasons.append("down and up blocks have attention at different levels")

@@ -40,10 +40,12 @@ from fastdiff.checks import optional, shown, text
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.modes import plain_modes
 from fastdiff.schedule import PREDICTIONS
-from fastdiff.solvers import EDMSchedule
-from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS, EDM_SCHEDULERS, scheduler_name
+from fastdiff.solvers import EDMSchedule, VESchedule
+from fastdiff.solvers.compat.diffusers import EDM_SCHEDULERS, scheduler_name
+from fastdiff.solvers.compat.edm import EDM_PREDICTIONS
 from fastdiff.solvers.compat.flow import flow_schedule
 from fastdiff.solvers.compat.source import noise_schedule
+from fastdiff.solvers.compat.ve import ve_schedule
 from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.walk import Schedule
 from fastdiff.unet import UNet, UNetConfig
@@ -147,11 +149,23 @@ def load(
             schedule, prediction = schedule_of(stored.scheduler)
             if stored.scheduler_path is not None and "_class_name" not in stored.scheduler:
                 raise ConfigError("it names no scheduler (_class_name), and nothing about a model's process is assumed")
+            if isinstance(schedule, VESchedule):
+                stored = dataclasses.replace(stored, config=_of_unit_range(stored.config))
     unet = build(stored.config, stored.tensors, stored.weights_path, stored.layout)
     config = dict(stored.scheduler)
     if isinstance(schedule, EDMSchedule):
         config.setdefault("clip_sample", False)  # neither Karras et al. nor diffusers' EDM schedulers clip x0
     return Pretrained(unet, schedule, prediction, config, stored.path, stored.class_names)
+
+
+def _of_unit_range(config: UNetConfig) -> UNetConfig:
+    """Return the configuration of a network of ScoreSdeVeScheduler, whose images are in [0, 1]."""
+    if config.time_embedding_type != "fourier":
+        raise ConfigError(
+            f"scheduler ScoreSdeVeScheduler needs a network of noise levels, of time_embedding_type 'fourier', not "
+            f"{config.time_embedding_type!r}"
+        )
+    return dataclasses.replace(config, unit_range=True)
 
 
 def load_network(model: str | Path, torch_dtype: Any = None, **source: Any) -> UNet:
@@ -191,7 +205,8 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
         config: The contents of a ``scheduler_config.json``; keys that concern only the sampling are ignored.
 
     Returns:
-        The schedule, and what the network predicts: "epsilon", "sample", "v_prediction", "edm" or "flow_prediction".
+        The schedule, and what the network predicts: "epsilon", "sample", "v_prediction", "edm", "flow_prediction" or
+        "score". A `VESchedule` is for images in [-1, 1], as a network with ``unit_range`` takes them.
 
     Raises:
         ConfigError: If the scheduler or a value is not supported. A configuration without ``_class_name`` has the keys
@@ -208,6 +223,8 @@ def schedule_of(config: Mapping[str, Any]) -> tuple[Schedule, str]:
     flow = flow_schedule(config)
     if flow is not None:
         return flow
+    if name == "ScoreSdeVeScheduler":
+        return ve_schedule(config), "score"
     if name not in EDM_SCHEDULERS:
         if prediction == "edm":
             raise ConfigError(f"prediction_type 'edm' needs one of the schedulers {', '.join(EDM_SCHEDULERS)}")

@@ -20,9 +20,10 @@ from fastdiff.checks import one_of, shown
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument, WriteError
 from fastdiff.files import atomic_file, write_text
 from fastdiff.schedule import PREDICTIONS, NoiseSchedule
-from fastdiff.solvers import EDMSchedule, FlowSchedule
-from fastdiff.solvers.compat.diffusers import EDM_PREDICTIONS
+from fastdiff.solvers import EDMSchedule, FlowSchedule, VESchedule
+from fastdiff.solvers.compat.edm import EDM_PREDICTIONS
 from fastdiff.solvers.compat.flow import flow_config
+from fastdiff.solvers.compat.ve import ve_config
 from fastdiff.solvers.flow import PREDICTIONS as FLOW_PREDICTIONS
 from fastdiff.solvers.walk import Schedule
 from fastdiff.text import CaptionEncoder
@@ -58,7 +59,8 @@ def save_folder(
     pipeline of diffusers has such an encoder.
 
     The scheduler is a ``DDPMScheduler`` with trailing spacing, which clips x0 to [-1, 1], or of an `EDMSchedule` an
-    ``EDMEulerScheduler``, or of a `FlowSchedule` a ``FlowMatchEulerDiscreteScheduler``. For a network that diffusers'
+    ``EDMEulerScheduler``, of a `FlowSchedule` a ``FlowMatchEulerDiscreteScheduler``, or of a `VESchedule` a
+    ``ScoreSdeVeScheduler``, whose network must have ``unit_range``. For a network that diffusers'
     ``UNet2DModel`` cannot represent, ``model_index.json`` is left out: diffusers would load the network with random
     weights in place of those that it does not know.
 
@@ -67,7 +69,7 @@ def save_folder(
         unet: The network.
         schedule: The noise schedule with which it was trained.
         prediction: What the network predicts: "epsilon", "sample" or "v_prediction"; with an `EDMSchedule` "edm" or
-            "v_prediction"; with a `FlowSchedule` "flow_prediction", "epsilon" or "sample".
+            "v_prediction"; with a `FlowSchedule` "flow_prediction", "epsilon" or "sample"; with a `VESchedule` "score".
         class_names: The name of each class from 0 on, which `fastdiff.Sampler` takes as labels; None for no names.
         text_encoder: The encoder of a network that reads text; None for a `fastdiff.UNet`.
 
@@ -77,6 +79,14 @@ def save_folder(
         CheckpointError: If a file cannot be written. The files that were there before are then unchanged.
     """
     scheduler = scheduler_of(schedule, prediction)
+    if isinstance(schedule, VESchedule):
+        if not isinstance(unet, UNet) or not unet.config.unit_range:
+            raise ConfigError(
+                "diffusers has variance-exploding networks of images in [0, 1] alone: unit_range is needed"
+            )
+        config = dataclasses.replace(unet.config, unit_range=False)  # which follows from the scheduler
+        save_pipeline(path, config, unet.state_dict(), scheduler, class_names)
+        return
     if isinstance(unet, UNetCondition) and isinstance(text_encoder, CaptionEncoder):
         _save_captioned(Path(path), unet, text_encoder, scheduler)
         return
@@ -112,8 +122,13 @@ def scheduler_of(schedule: Schedule, prediction: str) -> dict[str, Any]:
         one_of("prediction", prediction, FLOW_PREDICTIONS)
         name = "FlowMatchEulerDiscreteScheduler" if prediction == "flow_prediction" else "DPMSolverMultistepScheduler"
         return {"_class_name": name, **flow_config(name, schedule, prediction)}
+    if isinstance(schedule, VESchedule):
+        one_of("prediction", prediction, ("score",))
+        return ve_config(schedule)
     if not isinstance(schedule, NoiseSchedule):
-        raise InvalidArgument(f"schedule={shown(schedule)}: a NoiseSchedule, EDMSchedule or FlowSchedule is needed")
+        raise InvalidArgument(
+            f"schedule={shown(schedule)}: a NoiseSchedule, EDMSchedule, FlowSchedule or VESchedule is needed"
+        )
     return {
         "_class_name": "DDPMScheduler",
         **schedule.to_scheduler_config(),
@@ -150,7 +165,8 @@ def save_pipeline(
     if not scheduler:
         return
     name = scheduler.get("_class_name", "DDPMScheduler")
-    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", name]}
+    pipeline = "ScoreSdeVePipeline" if name == "ScoreSdeVeScheduler" else "DDPMPipeline"
+    index = {"_class_name": pipeline, "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", name]}
     with writing(path):
         text = json.dumps({"_class_name": name, **scheduler}, indent=2) + "\n"
         write_text(path / "scheduler" / "scheduler_config.json", text)

@@ -32,6 +32,8 @@ from fastdiff.cli.options import (
 from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
+    from fastdiff.schedule import NoiseSchedule
+    from fastdiff.solvers import FlowSchedule
     from fastdiff.text import CaptionEncoder
     from fastdiff.training import ImageData, Trainer
     from fastdiff.unet import UNetCondition, UNetConfig
@@ -108,9 +110,21 @@ def train(
     class_image: Annotated[
         str | None, typer.Option(help="add, multiply or concat: the class joins the input image instead.")
     ] = None,
-    schedule: Annotated[str, typer.Option(help="linear, scaled_linear, cosine or sigmoid.")] = "linear",
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="linear, scaled_linear, cosine, sigmoid, or flow for flow matching (default: linear)."),
+    ] = None,
     timesteps: Annotated[int, typer.Option(help="Length of the noise schedule.")] = 1000,
-    prediction: Annotated[str, typer.Option(help="epsilon, sample or v_prediction.")] = "epsilon",
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon, sample, v_prediction or flow_prediction (default: epsilon; the last of a flow)."),
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Shift of a flow's noise levels, above 1 for large images (default: 1).")
+    ] = None,
+    flow_sigmas: Annotated[
+        str | None, typer.Option(help="Noise levels of a flow: logit_normal or uniform (default: logit_normal).")
+    ] = None,
     min_snr_gamma: Annotated[
         float | None, typer.Option(help="Min-SNR weighting of the loss, as 5 (default: none).")
     ] = None,
@@ -157,7 +171,7 @@ def train(
     # long: a statement for each step of the command, with its many options
     import torch
 
-    from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
+    from fastdiff import TrainConfig, Trainer, UNet, UNetConfig
     from fastdiff.checkpoints import load
     from fastdiff.checkpoints.reading import read_json
     from fastdiff.data.datasets import open_data
@@ -166,25 +180,21 @@ def train(
     from fastdiff.files import write_text
     from fastdiff.training.lock import locked
 
+    noise, predicted = _process(schedule, timesteps, prediction, shift)
     settings = TrainConfig(
-        steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=prediction, min_snr_gamma=min_snr_gamma,
+        steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=predicted, min_snr_gamma=min_snr_gamma,
         label_dropout=label_dropout, hflip=hflip, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
         weight_decay=weight_decay, grad_clip=grad_clip, ema_decay=ema_decay, precision=precision, compile=compile_,
         gradient_checkpointing=gradient_checkpointing, seed=seed, log_every=log_every, save_every=save_every,
-        sample_every=sample_every,
+        sample_every=sample_every, flow_sigmas=flow_sigmas,
     )  # fmt: skip
-    noise = NoiseSchedule(schedule, timesteps)
     if init is not None and config is not None:
         raise InvalidArgument("--init and --config both give the network; use one")
     given = None if init is None else load(init)
-    if (
-        given is not None
-        and given.schedule is not None
-        and (given.schedule != noise or given.scheduler_config.get("prediction_type") != prediction)
-    ):
+    if given is not None and given.schedule is not None and (given.schedule != noise or given.prediction != predicted):
         raise InvalidArgument(
-            f"--init {init}: it was trained with another --schedule, --timesteps or --prediction; use those of "
-            f"`fastdiff info {init}`"
+            f"--init {init}: it was trained with another --schedule, --timesteps, --shift or --prediction; use those "
+            f"of `fastdiff info {init}`"
         )
     unet_config = UNetConfig.from_dict(read_json(config)) if config is not None else None
     if captions is not None and (init is not None or config is not None or class_image is not None or scale_shift):
@@ -266,6 +276,20 @@ def train(
             "summary": summary,
         }
         print(json.dumps(result) if as_json else f"{printable(out / 'model')}: step {trainer.step}, {seconds:.0f} s")
+
+
+def _process(
+    schedule: str | None, timesteps: int, prediction: str | None, shift: float | None
+) -> tuple[NoiseSchedule | FlowSchedule, str]:
+    """Return the noise schedule and the prediction that the options name; either of them may say that it is a flow."""
+    from fastdiff import NoiseSchedule
+    from fastdiff.solvers import FlowSchedule
+
+    if schedule == "flow" or (schedule is None and prediction == "flow_prediction"):
+        return FlowSchedule(1.0 if shift is None else shift, timesteps), prediction or "flow_prediction"
+    if shift is not None:
+        raise InvalidArgument("--shift moves the noise levels of a flow; it needs --schedule flow")
+    return NoiseSchedule(schedule or "linear", timesteps), prediction or "epsilon"
 
 
 @contextlib.contextmanager

@@ -41,7 +41,18 @@ def lower(unet: UNet | UNetCondition, size: tuple[int, int], tokens: int = TOKEN
         raise InvalidArgument(f"size={size}: height and width must be multiples of {stride} for this U-Net")
     if isinstance(unet, UNetCondition):
         _check_embedding(unet.config)
+    elif unlowered(unet.config):
+        raise InvalidArgument(f"this network cannot be lowered to a program: {'; '.join(unlowered(unet.config))}")
     return _Emitter(unet, size, tokens).program(unet)
+
+
+def unlowered(config: UNetConfig) -> list[str]:
+    """List the parts of a network that a program has no operation for."""
+    reasons = []
+    if config.time_embedding_type != "positional":
+        reasons.append(f"it has no time_embedding_type {config.time_embedding_type!r}")
+    kinds = sorted({kind for kind in config.down_block_types + config.up_block_types if "Skip" in kind})
+    return reasons + ([f"it has no {', '.join(kinds)}"] if kinds else [])
 
 
 def _check_embedding(config: UNetConditionConfig) -> None:

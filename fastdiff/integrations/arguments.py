@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastdiff.checks import shown
+from fastdiff.errors import InvalidArgument
 
 # The arguments of each scheduler's step after (model_output, timestep, sample), in diffusers' order.
 NOISY = ("generator", "return_dict")
@@ -52,3 +56,28 @@ MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"
              "UniPCMultistepScheduler", "DEISMultistepScheduler")  # fmt: skip
 # Schedulers that lead from an image to noise.
 INVERSE = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
+
+
+def by_place(scheduler: str, method: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Return positional arguments of step or set_timesteps by the names that diffusers gives to their places."""
+    names = SET_ARGUMENTS.get(scheduler, ()) if method == "set_timesteps" else STEP_ARGUMENTS.get(scheduler, NOISY)
+    if len(values) > len(names):
+        takes = ", ".join(names) or "nothing"
+        raise InvalidArgument(f"{scheduler}.{method} takes {takes} in these places, not {len(values)} arguments")
+    return dict(zip(names, values, strict=False))
+
+
+def check_others(scheduler: str, others: Mapping[str, Any]) -> None:
+    """Refuse options of step that do not exist, or whose values would change the result."""
+    for name, value in others.items():
+        if name not in ONLY:
+            raise InvalidArgument(f"{scheduler}.step has no option {shown(name)}")
+        if name == "per_token_timesteps":
+            if value is not None:
+                raise InvalidArgument("per_token_timesteps= is not supported: images have one noise level each")
+            continue
+        if name == "s_churn" and scheduler == "FlowMatchEulerDiscreteScheduler":  # ignores it, as in diffusers
+            continue
+        neutral = ONLY[name] if scheduler != "DPMSolverSDEScheduler" or name != "s_noise" else 1.0
+        if neutral is not None and value != neutral:
+            raise InvalidArgument(f"{name}={shown(value)} is not supported; only {neutral} is")

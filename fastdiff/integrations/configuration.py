@@ -121,6 +121,7 @@ OF_A_RUN = {
     "_step_index", "_begin_index", "counter", "ets", "cur_model_output", "cur_sample", "model_outputs",
     "timestep_list", "lower_order_nums", "last_sample", "is_scale_input_called", "prev_derivative", "dt", "sample",
     "order_list", "log_sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "mid_point_sigma", "noise_sampler",
+    "discrete_sigmas",
 }  # fmt: skip
 
 

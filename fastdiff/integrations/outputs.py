@@ -24,6 +24,7 @@ class StepOutput(dict[str, Tensor]):
         pred_original_sample: The image x_0 that the network predicts from the present sample, of the sample's shape.
         denoised: For LCMScheduler: the consistency function's value, which noise is added to.
         pred_noised_sample: For TCDScheduler: the sample before noise is added to it.
+        prev_sample_mean: For ScoreSdeVeScheduler's predictor: the next sample without its noise.
     """
 
     def __getattr__(self, name: str) -> Tensor:

@@ -23,59 +23,51 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.folders import read_scheduler
-from fastdiff.checks import number, shown, whole
+from fastdiff.checks import number, whole
 from fastdiff.core import update
 from fastdiff.core.state import State, TableBank
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.integrations.arguments import (
     INVERSE,
     MULTISTEP,
-    NOISY,
-    ONLY,
     PLAIN,
-    SET_ARGUMENTS,
-    STEP_ARGUMENTS,
     TWO_STAGES,
+    by_place,
+    check_others,
 )
 from fastdiff.integrations.configuration import FILE, Config, complete, configuration, save, to_json
+from fastdiff.integrations.levels import run_sigmas, step_variance, trained_betas
 from fastdiff.integrations.noise import Generators, draws_noise, noise_dtype, randn
 from fastdiff.integrations.outputs import ALONE, SECOND, StepOutput
+from fastdiff.integrations.places import Place, Search, replaces
 from fastdiff.integrations.states import flat, from_state, indices_of, listed, same, to_state, x0_ratio
+from fastdiff.integrations.ve import ExplodingSteps, Levels, noisy
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import StepTable, from_config
 from fastdiff.solvers.compat.defaults import DEFAULTS
 from fastdiff.solvers.compat.diffusers import (
     ETA,
+    EXPLODING,
     FLOW_SCHEDULERS,
     IN_SIGMA,
-    TAKES_TIMESTEPS,
     WITHOUT_SCHEDULE,
-    ZERO_SNR,
-    training_betas,
 )
 from fastdiff.solvers.compat.flow import trained_sigmas
+from fastdiff.solvers.compat.given import TAKES_TIMESTEPS
+from fastdiff.solvers.compat.sigmas import ZERO_SNR
 from fastdiff.solvers.compat.source import noise_schedule
 from fastdiff.solvers.flow import abar_of
 from fastdiff.solvers.keys import value_of
-from fastdiff.solvers.paths import looks_back
 
 
-class Place(NamedTuple):
-    """Where an image is in a run."""
-
-    row: int  # of the table; its length where the image is finished
-    start: int = 0  # the row at which the image started, if a solver's history depends on it
-    alone: float | None = None  # a timestep that is not one of the run, in a table of its own
-
-
-class Scheduler:
+class Scheduler(ExplodingSteps):
     """A scheduler with the interface of diffusers' schedulers, which a `StepTable` runs.
 
     Methods and attributes mean what they mean in diffusers. Beyond diffusers, `step` takes a tensor with a timestep for
@@ -90,7 +82,8 @@ class Scheduler:
     Attributes:
         num_inference_steps: The number of steps of a run; None before `set_timesteps`.
         order: Evaluations of the network in a step: 2 for Heun, DPM2 and DPM++ SDE, else 1.
-        schedule: The `NoiseSchedule`; None for EDM, consistency models and flow matching, which have none.
+        schedule: The `NoiseSchedule`; None for EDM, consistency models, flow matching and ScoreSdeVeScheduler, which
+            have none.
 
     Raises:
         ConfigError: If the scheduler or one of its options is not supported.
@@ -112,6 +105,7 @@ class Scheduler:
         self._name = name = str(config["_class_name"])
         self.in_sigma = name in IN_SIGMA
         self.of_flow = name in FLOW_SCHEDULERS
+        self._levels: Levels | None = None  # of ScoreSdeVeScheduler
         self.schedule: NoiseSchedule | None = None
         if name not in WITHOUT_SCHEDULE:
             self.schedule = noise_schedule(config)
@@ -244,13 +238,7 @@ class Scheduler:
     @property
     def betas(self) -> Tensor:
         """The betas of the training, float32 [T], computed as diffusers does."""
-        schedule = self._trained()
-        betas = training_betas(schedule)
-        if not schedule.rescale_zero_terminal_snr:
-            return betas
-        root = torch.cumprod(1.0 - betas, dim=0).sqrt()
-        squares = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        return 1.0 - torch.cat([squares[:1], squares[1:] / squares[:-1]])
+        return trained_betas(self._trained())
 
     @property
     def alphas(self) -> Tensor:
@@ -290,6 +278,7 @@ class Scheduler:
         strength: float = 1.0,
         num_train_timesteps: int | None = None,
         mu: float | None = None,
+        sampling_eps: float | None = None,
     ) -> None:
         """Choose the timesteps of a run, which start anew: the history of an earlier run is dropped.
 
@@ -305,13 +294,19 @@ class Scheduler:
             strength: For LCMScheduler and TCDScheduler: the share of the distillation's timesteps to choose from.
             num_train_timesteps: The number of training timesteps, which must be the configuration's.
             mu: The shift of flow matching, with use_dynamic_shifting.
+            sampling_eps: For ScoreSdeVeScheduler: the last time, in place of the configuration's.
 
         Raises:
             InvalidArgument: If the number of steps is out of range, or an option is not this scheduler's.
             ConfigError: If the configuration does not support this number of steps.
         """
+        if self._name in EXPLODING:
+            self._set_times(num_inference_steps, device, positional, sampling_eps)
+            return
+        if sampling_eps is not None:
+            raise InvalidArgument(f"sampling_eps is an option of {' and '.join(EXPLODING)}, not of {self._name}")
         if positional:
-            by_name = self._by_place("set_timesteps", SET_ARGUMENTS.get(self._name, ()), positional)
+            by_name = by_place(self._name, "set_timesteps", positional)
             timesteps, sigmas = by_name.get("timesteps", timesteps), by_name.get("sigmas", sigmas)
             original_inference_steps = by_name.get("original_inference_steps", original_inference_steps)
             strength, mu = by_name.get("strength", strength), by_name.get("mu", mu)
@@ -349,6 +344,13 @@ class Scheduler:
         self.num_inference_steps = table.steps if num_inference_steps is None else num_inference_steps
         self._timesteps = self._listed_times(table).to(device)
 
+    def _set_times(self, steps: int | None, device: Any, positional: tuple[Any, ...], eps: float | None) -> None:
+        """Lay out the times of ScoreSdeVeScheduler, whose arguments are (steps, sampling_eps, device) in diffusers."""
+        if positional or isinstance(device, (int, float)):
+            device, eps = (*positional, None)[0], device
+        self._exploding("set_timesteps").set_times(whole("num_inference_steps", steps, 1), eps, device)
+        self.num_inference_steps = steps
+
     def _listed_times(self, table: StepTable) -> Tensor:
         exact = self._name == "CMStochasticIterativeScheduler"
         dtype = torch.float64 if exact else torch.float32 if self.in_sigma or self.of_flow else torch.int64
@@ -360,6 +362,8 @@ class Scheduler:
 
         An int64 tensor [N], or float32 for a scheduler in sigma space or of a flow (float64 for consistency models).
         """
+        if self._name in EXPLODING:
+            return self._exploding("timesteps").times
         if self._timesteps is None:
             falling = torch.arange(len(self) - 1, -1, -1, dtype=torch.int64, device="cpu")
             falling = falling.flip(0) if self._name in INVERSE else falling
@@ -378,6 +382,8 @@ class Scheduler:
 
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
+        if self._name in EXPLODING:
+            self._exploding("timesteps").times = value
         self._timesteps = value
 
     @property
@@ -386,6 +392,8 @@ class Scheduler:
 
         DDPM, DDIM, PNDM, LCM and TCD have none, as in diffusers.
         """
+        if self._name in EXPLODING:
+            return self._exploding("sigmas").sigmas
         if not (self.in_sigma or self.of_flow or self._name in MULTISTEP):
             raise AttributeError(f"{self._name} has no sigmas; it has alphas_cumprod")
         if self._sigmas is None:
@@ -394,22 +402,9 @@ class Scheduler:
             if self._asked is None and self._name in (*MULTISTEP, *PLAIN):
                 rising = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
                 return rising if self._name in MULTISTEP else torch.cat([rising.flip(0), torch.zeros_like(rising[:1])])
-            table = self._table()
-            rows = [row for row in table.rows if not row.stage] if self._name in TWO_STAGES else table.rows
-            abar = [*(row.abar for row in rows), rows[-1].abar_next]
-            if table.flow:
-                levels = [table.signal_and_noise(a)[1] for a in abar]
-                levels = [1.0 - s for s in levels] if self.config.get("invert_sigmas") else levels
-            else:
-                levels = [table.data_scale * math.sqrt((1.0 - a) / a) for a in abar]
-            sigmas = torch.tensor(levels, dtype=torch.float64, device="cpu")
-            if self._name in TWO_STAGES:  # both evaluations of a step have an entry, DPM2's of its last step too
-                last = len(sigmas) if self._name.startswith("KDPM2") else -1
-                sigmas = torch.cat([sigmas[:1], sigmas[1:last].repeat_interleave(2), sigmas[-1:]])
-            if self._name == "CMStochasticIterativeScheduler":
-                sigmas[-1] = self.config["sigma_min"]
-                sigmas = sigmas[:-1] if self._asked is None else sigmas
-            self._sigmas = sigmas.float()
+            sigmas = run_sigmas(self.config, self._table())
+            untimed = self._name == "CMStochasticIterativeScheduler" and self._asked is None
+            self._sigmas = sigmas[:-1] if untimed else sigmas
         return self._sigmas
 
     def _trained_flow(self) -> Tensor:
@@ -449,6 +444,8 @@ class Scheduler:
     @property
     def init_noise_sigma(self) -> float | Tensor:
         """The standard deviation of the initial noise, by which standard normals are multiplied."""
+        if self._name in EXPLODING:
+            return float(self.config["sigma_max"])
         if not self.in_sigma:
             return 1.0
         if self.schedule is None:
@@ -549,14 +546,7 @@ class Scheduler:
         before = int(self.previous_timestep(timestep) if prev_timestep is None else prev_timestep)
         end = self.final_alpha_cumprod if ddim else torch.ones((), dtype=torch.float32, device="cpu")
         abar, abar_next = self.alphas_cumprod[timestep], self.alphas_cumprod[before] if before >= 0 else end
-        beta = 1 - abar / abar_next
-        variance = (1 - abar_next) / (1 - abar) * beta
-        kind = "fixed_small" if ddim else self.config["variance_type"]
-        if kind in ("fixed_small", "fixed_large"):
-            return variance if ddim else beta if kind == "fixed_large" else variance.clamp(min=1e-20)
-        raise InvalidArgument(
-            f"_get_variance of variance_type={shown(kind)}: fixed_small and fixed_large are supported"
-        )
+        return step_variance(abar, abar_next, None if ddim else self.config["variance_type"])
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -577,10 +567,7 @@ class Scheduler:
         """
         if not self.in_sigma:
             return sample
-        table, times = self._table(), listed(timestep, len(sample))
-        after = self._next or [None]
-        after = after * (len(times) // len(after)) if len(times) % len(after) == 0 else [after[0]] * len(times)
-        rows = [self._row(table, t, place) for t, place in zip(times, after, strict=True)]
+        table, rows = self._table(), self._search().rows(timestep, len(sample))
         return sample * self._spread([to_state(table, row) for row in rows], sample)
 
     def step(
@@ -626,8 +613,10 @@ class Scheduler:
             InvalidArgument: If a timestep is not one of this run or needs a history that is missing, or if shapes,
                 options or generators do not fit.
         """
+        if self._name in EXPLODING:
+            raise InvalidArgument(f"{self._name} has step_pred and step_correct in place of step, as in diffusers")
         if positional:
-            by_name = self._by_place("step", STEP_ARGUMENTS.get(self._name, NOISY), positional)
+            by_name = by_place(self._name, "step", positional)
             eta, generator = by_name.pop("eta", eta), by_name.pop("generator", generator)
             use_clipped_model_output = by_name.pop("use_clipped_model_output", use_clipped_model_output)
             variance_noise, return_dict = (
@@ -635,7 +624,7 @@ class Scheduler:
             )  # fmt: skip
             others |= by_name
         if others:
-            self._check_others(others)
+            check_others(self._name, others)
         for name, value in (("model_output", model_output), ("sample", sample)):
             if not isinstance(value, Tensor):
                 raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is needed")
@@ -647,7 +636,7 @@ class Scheduler:
             )
         eta = eta if self._name in ETA else None
         clipped = bool(use_clipped_model_output) and self._name == "DDIMScheduler"
-        places = self._places(timestep, len(sample))
+        places = self._search().places(timestep, len(sample))
         state = self._prepared(places, x, out, eta, clipped)
         table = state.bank.tables[0]
         moving = [place.row for place in places if place.row < len(table)]
@@ -672,28 +661,6 @@ class Scheduler:
         if return_dict:
             return StepOutput(results)
         return tuple(results.values())[: 1 if self._name in ALONE else 2]
-
-    def _by_place(self, method: str, names: tuple[str, ...], values: Sequence[Any]) -> dict[str, Any]:
-        """Return positional arguments by the names that diffusers' scheduler gives to their places."""
-        if len(values) > len(names):
-            takes = ", ".join(names) or "nothing"
-            raise InvalidArgument(f"{self._name}.{method} takes {takes} in these places, not {len(values)} arguments")
-        return dict(zip(names, values, strict=False))
-
-    def _check_others(self, others: Mapping[str, Any]) -> None:
-        """Refuse options of step that do not exist, or whose values would change the result."""
-        for name, value in others.items():
-            if name not in ONLY:
-                raise InvalidArgument(f"{self._name}.step has no option {shown(name)}")
-            if name == "per_token_timesteps":
-                if value is not None:
-                    raise InvalidArgument("per_token_timesteps= is not supported: images have one noise level each")
-                continue
-            if name == "s_churn" and self._name == "FlowMatchEulerDiscreteScheduler":  # ignores it, as in diffusers
-                continue
-            neutral = ONLY[name] if self._name != "DPMSolverSDEScheduler" or name != "s_noise" else 1.0
-            if neutral is not None and value != neutral:
-                raise InvalidArgument(f"{name}={shown(value)} is not supported; only {neutral} is")
 
     def _results(self, state: State, table: StepTable, places: Sequence[Place]) -> dict[str, Tensor]:
         """Run a row for every image, and return the results' entries in diffusers' order."""
@@ -728,6 +695,8 @@ class Scheduler:
         Raises:
             InvalidArgument: If a timestep is neither.
         """
+        if self._name in EXPLODING:
+            return noisy(self._exploding("add_noise"), original_samples, noise, timesteps)
         times = listed(timesteps, len(original_samples))
         if self._begin_index is not None and (self.in_sigma or self.of_flow or self._name in MULTISTEP):
             index = self._begin_index if self.step_index is None else self.step_index
@@ -813,70 +782,8 @@ class Scheduler:
             plain |= {"interpolation_type": "linear", "final_sigmas_type": "zero"}
         return {**self.config, **plain}, {"steps": steps}
 
-    def _places(self, timestep: Any, B: int) -> list[Place]:
-        """Find each image's place: the next one if it has the image's timestep, else one at which a run can start."""
-        table, times, after = self._table(), listed(timestep, B), self._next
-        if after is not None and len(after) != B:
-            keeps = table.history > 0 or any(row.as_ for row in table.rows)  # a row reads what an earlier one kept
-            if keeps and not all(same(t, table.rows[0].t) for t in times):
-                raise InvalidArgument(
-                    f"{B} images, but the history is of {len(after)}: a run of {table.solver} keeps its batch"
-                )
-            after = None
-        return [self._place(table, t, place) for t, place in zip(times, after or [None] * B, strict=True)]
-
-    def _place(self, table: StepTable, t: float, after: Place | None) -> Place:
-        if self._continues(table, t, after):
-            assert after is not None
-            return after
-        if after is not None and self._repeats(table, t, after):
-            return Place(after.row - 1, after.start - 1)
-        if self._name == "DDIMScheduler" and t >= 0 and t.is_integer() and not any(t == row.t for row in table.rows):
-            self._table(alone=t)  # which refuses timesteps beyond the schedule's
-            return Place(0, alone=t)
-        row = self._row(table, t, after)
-        if row == len(table) or not looks_back(table, row):
-            return Place(row)
-        if looks_back(self._table(start=row), row):
-            raise InvalidArgument(
-                f"timestep {t:g} (row {row}) is within a step of {table.solver}, which needs the rows before it; start "
-                "at the step's first timestep"
-            )
-        return Place(row, start=row)
-
-    @staticmethod
-    def _continues(table: StepTable, t: float, after: Place | None) -> bool:
-        return after is not None and after.row < len(table) and same(t, table.rows[after.row].t)
-
-    def _repeats(self, table: StepTable, t: float, after: Place) -> bool:
-        """Return whether PNDM's first step is repeated, in a run that starts at the earlier of two equal timesteps.
-
-        The first step's timestep does not tell which of the two it is, and its result does not depend on it.
-        """
-        first = after.start
-        return (
-            self._name == "PNDMScheduler" and after.row == first + 1 and first > 1
-            and same(t, table.rows[first].t) and same(t, table.rows[first - 1].t)
-        )  # fmt: skip
-
-    def _row(self, table: StepTable, t: float, after: Place | None) -> int:
-        """Return the row of an image: the next one, or the one at which its timestep starts a run."""
-        if not math.isfinite(t):
-            raise InvalidArgument(f"timestep {t} is not one of this run's {len(table)}")
-        if t == -1 and not table.continuous:
-            return len(table)
-        if self._continues(table, t, after):
-            assert after is not None
-            return after.row
-        if self._next is None and self._begin_index is not None:
-            return self._begin_index
-        known = indices_of(t, table.timesteps)
-        if not known:
-            raise InvalidArgument(
-                f"timestep {t:g} is not one of this run's {len(table)}, {table.rows[0].t:g} .. {table.rows[-1].t:g}"
-            )
-        # diffusers starts at the second of two equal timesteps; the first of a run starts it all the same.
-        return known[0] if known[0] == 0 else known[min(1, len(known) - 1)]
+    def _search(self) -> Search:
+        return Search(self._name, self._table, self._next, self._begin_index)
 
     def _prepared(self, places: Sequence[Place], x: Tensor, out: Tensor, eta: float | None, clipped: bool) -> State:
         """Return the state for a step, with this run's history if shape, device and dtype did not change."""
@@ -902,7 +809,7 @@ class Scheduler:
         if self.in_sigma:
             state.x = state.x * self._spread([to_state(tables[0], row) for row in rows], state.x)
         state.out = out.to(dtype)
-        replaced = [self._next is not None and self._replaces(tables[0], place) for place in places]
+        replaced = [self._next is not None and replaces(self.config, tables[0], place) for place in places]
         if own is not None and any(replaced):
             # The prediction x_0 = kx x + ko out is that of the caller's sample, all else that of the state's own.
             mask = self._spread(replaced, state.x)
@@ -910,17 +817,6 @@ class Scheduler:
             state.out = state.out + mask * ratio * (state.x - own)
             state.x = torch.where(mask != 0, own, state.x)
         return state
-
-    def _replaces(self, table: StepTable, place: Place) -> bool:
-        """Return whether a row goes on from the sample that the scheduler computed, whatever the caller made of it.
-
-        UniPC's corrector computes the sample anew from the last step's start, and the second stage of DPM++ SDE from
-        the first one's, so that diffusers reads the caller's sample there for the prediction of x_0 alone.
-        """
-        if self._name == "UniPCMultistepScheduler":
-            corrected = place.row - 1 not in (self.config["disable_corrector"] or ())
-            return place.start < place.row < len(table) and corrected
-        return self._name == "DPMSolverSDEScheduler" and place.row < len(table) and bool(table.rows[place.row].stage)
 
     def _abar(self, t: float) -> float:
         """Return abar at a timestep of this run, or else of the noise schedule."""

@@ -21,7 +21,7 @@ from fastdiff.errors import InvalidArgument, NumericsError
 from fastdiff.modes import plain_modes
 from fastdiff.sampler.options import TABLE, Options
 from fastdiff.sampler.tables import shared_options
-from fastdiff.solvers import FlowSchedule, StepTable
+from fastdiff.solvers import FlowSchedule, StepTable, VESchedule
 from fastdiff.solvers.adaptive import StepSize, dpm_table
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.walk import Level, Walk
@@ -44,8 +44,9 @@ def find(sampler: Sampler, n: int, order: int, rtol: float, atol: float, options
         raise InvalidArgument(f"adapt chooses the solver and its steps, so {given or 'solver'}= is not for it")
     order = one_of("order", order, (2, 3))
     rtol, atol = number("rtol", rtol, above=0), number("atol", atol, above=0)
-    if isinstance(sampler.schedule, FlowSchedule):
-        raise InvalidArgument("adapt is not supported with a FlowSchedule; choose a solver and a number of steps")
+    if isinstance(sampler.schedule, (FlowSchedule, VESchedule)):
+        kind = type(sampler.schedule).__name__
+        raise InvalidArgument(f"adapt is not supported with a {kind}; choose a solver and a number of steps")
     options = {name: value for name, value in options.items() if name != "clip"}  # which the tables contain
     shared = shared_options(o, SOLVERS["heun"], sampler.schedule, sampler.prediction, sampler.scheduler_config)
     common = {name: shared[name] for name in ("prediction", "clip", "threshold")}

@@ -14,7 +14,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import measured
 from fastdiff.sampler.measured import Measured, Point
 from fastdiff.sampler.options import AUTO, DEADLINE, MEASURED, QUALITY, Options, scales
-from fastdiff.solvers import EDMSchedule, FlowSchedule
+from fastdiff.solvers import EDMSchedule, FlowSchedule, VESchedule
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.walk import Schedule
 
@@ -134,7 +134,7 @@ def in_time(
             return dataclasses.replace(o, deadline_s=None, **point.options)
     else:
         shortest = 1
-        if isinstance(schedule, EDMSchedule):
+        if isinstance(schedule, (EDMSchedule, VESchedule)):
             steps = min(int((rows + 1) / 2), EDM_STEPS)  # a step of heun has two rows, the last one has one
         else:
             steps = min(int(rows), schedule.timesteps)
@@ -151,6 +151,7 @@ def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int 
     """Choose (solver, steps, options of that solver) by a fixed rule, from what the solvers' papers report:
 
         EDM networks        heun, 18 steps                       Karras et al. 2022, table 2
+        VE networks         heun, 50 steps                       Karras et al. 2022, table 2 (VE: 79 evaluations)
         flow networks       euler, 28 steps                      Esser et al. 2024 (rectified flow), section 5.3
         fewer than 10       unipc, order 3, guided: order 2      Zhao et al. 2023, sections 4.1 and 4.2
         10 to 49            dpmpp_3m, guided: dpmpp_2m           Lu et al. 2022 (DPM-Solver++), sections 4.1 and 7.1
@@ -167,7 +168,7 @@ def auto(schedule: Schedule, steps: int | None, guided: bool) -> tuple[str, int 
     """
     if isinstance(schedule, FlowSchedule):
         return "euler", steps, {}
-    if isinstance(schedule, EDMSchedule):
+    if isinstance(schedule, (EDMSchedule, VESchedule)):
         return "heun", steps, {}
     n = min(20, schedule.timesteps) if steps is None else steps
     if not is_whole(n) or n < 10:

@@ -115,6 +115,8 @@ def guide(state: State, log_p: Guide, indices: Sequence[int], x0_of: Tensor | No
             factor = (1.0 - abar) / abar.sqrt()
             if state.bank.tables[0].flow:  # s^2 / a of the flow's own a and s
                 factor = factor / (abar.sqrt() + (1.0 - abar).sqrt())
+            elif state.bank.tables[0].exploding:  # sigma^2
+                factor = factor / abar.sqrt()
             shift = torch.where(abar > 0.0, factor * by_x[:n], 0.0)
     out = state.out.clone()
     out[:n, :C] += torch.where(ko == 0.0, 0.0, shift / ko)

@@ -337,7 +337,8 @@ def at_first_row(r: Request, z: Tensor, image: Tensor | None) -> Tensor:
     first = r.table.rows[0].abar
     if image is not None and r.from_image:
         return editing.noised(image, *r.table.signal_and_noise(first), z)
-    return z * r.table.init_scale
+    x = z * r.table.init_scale
+    return x + r.table.init_mean if r.table.init_mean else x
 
 
 def _noise(source: NoiseSource, row: int | None, indices: Sequence[int]) -> Tensor:

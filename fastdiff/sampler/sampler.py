@@ -29,7 +29,7 @@ from fastdiff.sampler.prompts import TextEncoder, encode
 from fastdiff.sampler.request import Request, check
 from fastdiff.sampler.runners import FAST, Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import EDMSchedule, FlowSchedule, StepTable
+from fastdiff.solvers import EDMSchedule, FlowSchedule, StepTable, VESchedule
 from fastdiff.solvers.compat.run import FROM_MODEL
 from fastdiff.solvers.keys import check_config, value_of
 from fastdiff.solvers.prediction import check_prediction
@@ -53,10 +53,12 @@ class Sampler:
         unet: A `fastdiff.UNet`, a diffusers ``UNet2DModel``, or any module called as ``unet(x, t)`` or ``unet(x, t,
             class_labels=labels)`` that returns a tensor or an object with ``.sample``. It is never changed, and its
             present weights are used, also while it is being trained.
-        schedule: Noise schedule that the network was trained with: a `NoiseSchedule`, or a `solvers.EDMSchedule` for
-            networks that are the F of EDM's preconditioning (Karras et al. 2022, eq. 7). None: ``NoiseSchedule()``.
-        prediction: Target that the network was trained to predict: "epsilon", "sample", "v_prediction" or "edm". None:
-            "edm" with an `EDMSchedule`, else "epsilon".
+        schedule: Noise schedule that the network was trained with: a `NoiseSchedule`, a `solvers.EDMSchedule` for
+            networks that are the F of EDM's preconditioning (Karras et al. 2022, eq. 7), a `solvers.FlowSchedule` for
+            those of flow matching, or a `solvers.VESchedule` for variance-exploding ones. None: ``NoiseSchedule()``.
+        prediction: Target that the network was trained to predict: "epsilon", "sample", "v_prediction", "edm",
+            "flow_prediction" or "score". None: "edm" with an `EDMSchedule`, "flow_prediction" with a `FlowSchedule`,
+            "score" with a `VESchedule`, else "epsilon".
         backend: "native" (fastdiff's own U-Net for CPUs, in float32 or bfloat16), "triton" (the same for CUDA),
             "eager", "compiled", or "auto": native where it can run, else eager; the choice is logged.
         device: Device that the network runs on; None: the one of its parameters.
@@ -114,9 +116,9 @@ class Sampler:
     ):
         if not isinstance(unet, nn.Module):
             raise InvalidArgument(f"unet={shown(unet)}: a torch module is needed; from_pretrained takes paths")
-        if schedule is not None and not isinstance(schedule, (NoiseSchedule, EDMSchedule, FlowSchedule)):
+        if schedule is not None and not isinstance(schedule, (NoiseSchedule, EDMSchedule, FlowSchedule, VESchedule)):
             raise InvalidArgument(
-                f"schedule={shown(schedule)}: a NoiseSchedule, an EDMSchedule, a FlowSchedule or None is needed"
+                f"schedule={shown(schedule)}: a NoiseSchedule, EDMSchedule, FlowSchedule, VESchedule or None is needed"
             )
         schedule = NoiseSchedule() if schedule is None else schedule
         prediction = default_prediction(schedule) if prediction is None else prediction

@@ -1,4 +1,4 @@
-"""Solvers: functions from a `NoiseSchedule` (or an `EDMSchedule` or a `FlowSchedule`) to a `StepTable`."""
+"""Solvers: functions from a `NoiseSchedule` (an `EDMSchedule`, `FlowSchedule`, `VESchedule`) to a `StepTable`."""
 
 from fastdiff.solvers.adams import deis, lms
 from fastdiff.solvers.compat.diffusers import from_config
@@ -18,6 +18,7 @@ from fastdiff.solvers.singlestep import dpmpp_2s, dpmpp_3s
 from fastdiff.solvers.spacing import SIGMA_SPACINGS, SPACINGS, sigma_timesteps, timesteps
 from fastdiff.solvers.table import COLUMNS, Row, StepTable
 from fastdiff.solvers.unipc import unipc
+from fastdiff.solvers.ve import VESchedule
 
 __all__ = [
     "COLUMNS",
@@ -27,6 +28,7 @@ __all__ = [
     "FlowSchedule",
     "Row",
     "StepTable",
+    "VESchedule",
     "consistency",
     "ddim",
     "ddim_inversion",

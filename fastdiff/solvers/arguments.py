@@ -16,6 +16,7 @@ from fastdiff.solvers.flow import FlowSchedule
 from fastdiff.solvers.prediction import PREDICTIONS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.table import StepTable, check_clip, check_threshold
+from fastdiff.solvers.ve import VESchedule
 from fastdiff.solvers.walk import Walk
 
 P = ParamSpec("P")
@@ -45,7 +46,7 @@ def check_order(value: Any, highest: int, *, name: str = "order", error: Error =
 # Arguments of the functions of `fastdiff.solvers`. The others depend on the schedule or on each other, and the function
 # that knows these checks them: steps, steps_offset, variance, order, original_steps, train_steps, iterations.
 ARGUMENTS: Mapping[str, Check] = {
-    "schedule": instance(NoiseSchedule, EDMSchedule, FlowSchedule),
+    "schedule": instance(NoiseSchedule, EDMSchedule, FlowSchedule, VESchedule),
     "table": instance(StepTable),
     "spacing": check_spacing,
     "prediction": functools.partial(one_of, allowed=PREDICTIONS),

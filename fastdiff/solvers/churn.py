@@ -59,13 +59,14 @@ def churned(walk: Walk, given: Churn | float | Sequence[float]) -> Walk:
             t, abar = walk.between(level.sigma * (1.0 + gamma))
             level = Level(t, abar, level.abar_next) if abar < level.abar else level
         levels.append(level)
-    first = forward(walk.levels[0].abar, levels[0].abar, churn.noise)
+    before, first = walk.levels[0].abar, levels[0].abar
+    x, z = forward(before, first, churn.noise)
     times = [level.t for level in levels]
     return dataclasses.replace(
         walk,
         levels=tuple(levels),
         ends=(*(level.t for level in walk.levels[1:]), walk.last_time),
-        init_scale=math.hypot(first[0] * walk.init_scale, first[1]),
+        init_scale=math.hypot(x * walk.init_scale / walk.scale(before), z) * walk.scale(first),
         ascending=any(b >= a for a, b in itertools.pairwise(times)),
         added=churn.noise,
     )

@@ -37,6 +37,8 @@ def ddpm(
 
         variance "posterior"       sigma^2 = beta (1 - abar_p) / (1 - abar_t)          (diffusers' fixed_small)
                  "beta"            sigma^2 = beta                                      (diffusers' fixed_large)
+                                   of a `VESchedule` sigma_t^2 - sigma_p^2: the reverse diffusion predictor of Song et
+                                   al. 2021 (arXiv:2011.13456, eq. 46), and "posterior" its ancestral one (eq. 47)
                  "none"            sigma = 0, the mean alone
                  "learned_range"   log sigma^2 = (1+v)/2 log beta + (1-v)/2 log posterior
                                    (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15), v from the network
@@ -81,6 +83,8 @@ def ddpm_table(walk: Walk, variance: str, last_beta: bool = False) -> StepTable:
     for i, level in enumerate(walk.levels):
         c0, ct, var = posterior(level.abar, level.abar_next)
         beta = 1.0 - level.abar / level.abar_next
+        if walk.exploding:  # sigma_t^2 - sigma_p^2 of states x / a, as a variance of x_p
+            beta *= level.abar_next / level.abar
         if last_beta and i == len(walk) - 1:
             var = max(var, 1e-20)
         s = sv = 0.0

@@ -76,6 +76,9 @@ KEYS: Mapping[str, Check] = {
     "s_noise": number,
     "clip_denoised": boolean,
     "noise_sampler_seed": functools.partial(whole, low=0),
+    "snr": functools.partial(number, low=0),
+    "sampling_eps": functools.partial(number, above=0, low=1e-12, high=1),
+    "correct_steps": functools.partial(whole, low=0, high=MAX_TIMESTEPS),
 }
 # Those that are checked where they are read.
 OTHERS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "solver_p")

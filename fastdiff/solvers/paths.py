@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from fastdiff.checks import is_number, shown, whole
 from fastdiff.errors import InvalidArgument
+from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.arguments import check_order, checked
 from fastdiff.solvers.dpmpp import dpmpp_table
 from fastdiff.solvers.edm import EDMSchedule
-from fastdiff.solvers.flow import FlowSchedule
 from fastdiff.solvers.prediction import eps_coefficients
-from fastdiff.solvers.table import Row, StepTable
+from fastdiff.solvers.table import Row, StepTable, scale_of
 from fastdiff.solvers.walk import Level, Schedule, Walk, noised
 
 MAX_REPEATED = 1_000_000  # steps that RePaint adds at most
@@ -124,7 +125,8 @@ def repaint(table: StepTable, jump_length: int = 10, resamples: int = 10) -> Ste
         if jumps.get(at):
             jumps[at] -= 1
             at += jump_length
-            rows[-1] = noised(rows[-1], steps[n - at][0].abar, flow=table.flow)
+            scale = partial(scale_of, flow=table.flow, exploding=table.exploding)
+            rows[-1] = noised(rows[-1], steps[n - at][0].abar, scale=scale)
     return dataclasses.replace(table, rows=tuple(rows), ascending=True)
 
 
@@ -250,8 +252,9 @@ def dpmpp_inversion(
 
 
 def _check_invertible(schedule: Schedule) -> None:
-    if isinstance(schedule, FlowSchedule):
-        raise InvalidArgument("inversion needs a NoiseSchedule or an EDMSchedule; a FlowSchedule is not supported")
+    if not isinstance(schedule, (NoiseSchedule, EDMSchedule)):
+        kind = type(schedule).__name__
+        raise InvalidArgument(f"inversion needs a NoiseSchedule or an EDMSchedule; a {kind} is not supported")
 
 
 def _up(level: Level, abar: float, ex: float, eo: float, **columns: float) -> Row:

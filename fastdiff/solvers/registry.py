@@ -50,6 +50,7 @@ class DiffusersScheduler:
     by_sigma: bool = False  # whether the class has the spacings by sigma, "karras" and "exponential"
     edm: str | None = None  # the class that runs the solver with EDM networks; None where diffusers has none
     flow: str | None = None  # the same with flow-matching networks
+    exploding: str | None = None  # the same with variance-exploding networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ SOLVERS: dict[str, Solver] = {
         steps=None,
         options=("variance",),
         from_model={"variance": _variance},
-        diffusers=DiffusersScheduler("DDPMScheduler"),
+        diffusers=DiffusersScheduler("DDPMScheduler", exploding="ScoreSdeVeScheduler"),
         others=("openai", "ho"),
     ),
     "dpmpp_1": Solver(dpmpp_1, "DPM-Solver++ of order 1 (Lu et al. 2022).", inverse=_inverse(1), diffusers=_dpm(1)),

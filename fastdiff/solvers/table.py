@@ -11,7 +11,8 @@ the next state:
 m1, m2 and m3 are the last three values of h that were pushed, and xs is the last x that was saved. z ~ N(0, I); v is
 the second half of the output of a network that learned its variance (elsewhere sv = 0). The operand of a coefficient
 that is zero is not read. The state is variance-preserving, x = a x_0 + s z with a = sqrt(abar) and s = sqrt(1 - abar);
-in a table of a flow it is that divided by a + s (`fastdiff.solvers.flow`).
+in a table of a flow it is that divided by a + s (`fastdiff.solvers.flow`), in one of a variance-exploding process
+divided by a (`fastdiff.solvers.ve`).
 
 With dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3) each image's x0 is divided by its own q
 before the bound, x0 = clip((kx x + ko out) / q, -c, c). This q is the only number that is computed during the run.
@@ -105,6 +106,7 @@ class StepTable:
         steps: Number of steps that the caller asked for; multi-stage solvers have more rows.
         rows: The rows, first to last.
         init_scale: Scale of the initial noise.
+        init_mean: Mean of the initial noise; not 0 where another code base's images have their zero elsewhere.
         ascending: Whether timesteps may rise, as in inversion and resampling.
         continuous: Whether t is a function of the noise level, so that it may be negative (EDM's ln(sigma) / 4), and
             not an index of a discrete schedule.
@@ -112,6 +114,8 @@ class StepTable:
         data_scale: Number by which the data is divided in x0 and the states.
         flow: Whether the states are those of flow matching, (1 - sigma) x_0 + sigma eps, with
             abar = (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2).
+        exploding: Whether the states are those of a variance-exploding process, x_0 + sigma eps, with
+            abar = 1 / (1 + sigma^2).
 
     Raises:
         InvalidArgument: If a value is out of range, or rows contradict each other.
@@ -126,6 +130,8 @@ class StepTable:
     threshold: tuple[float, float] | None = None
     data_scale: float = 1.0
     flow: bool = False
+    exploding: bool = False
+    init_mean: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
@@ -133,8 +139,11 @@ class StepTable:
         object.__setattr__(self, "steps", whole("steps", self.steps, 1))
         for name in ("init_scale", "data_scale"):
             number(name, getattr(self, name), above=0, need="a positive number")
-        for name in ("ascending", "continuous", "flow"):
+        object.__setattr__(self, "init_mean", number("init_mean", self.init_mean, -LARGEST, LARGEST))
+        for name in ("ascending", "continuous", "flow", "exploding"):
             object.__setattr__(self, name, boolean(name, getattr(self, name)))
+        if self.flow and self.exploding:
+            raise InvalidArgument("flow=True, exploding=True: the states of a table are of one process")
         object.__setattr__(self, "threshold", check_threshold("threshold", self.threshold))
         object.__setattr__(self, "rows", tuple(items("rows", self.rows, MAX_ROWS, need="a list of Row")))
         if not 1 <= len(self.rows) < MAX_ROWS:
@@ -146,7 +155,7 @@ class StepTable:
                 if not isinstance(value, (int, float)) or not (math.isfinite(value) or (name == "c" and value > 0)):
                     raise InvalidArgument(f"{self.solver} row {i}: {name}={shown(value)} is not a finite number")
             clean = row.abar == 1 and self.ascending  # inversion starts at the image
-            levels = (0 <= row.abar < 1 or clean) and 0 < row.abar_next <= 1
+            levels = (0 <= row.abar < 1 or clean) and 0 < row.abar_next <= 1 and (row.abar > 0 or not self.exploding)
             if (row.t < 0 and not self.continuous) or row.c <= 0 or not levels:
                 raise InvalidArgument(
                     f"{self.solver} row {i}: t={row.t}, c={row.c}, abar={row.abar} -> {row.abar_next} is out of range"
@@ -166,7 +175,9 @@ class StepTable:
         for (i, t), (j, t_after) in itertools.pairwise(steps):
             if not (self.ascending or t > t_after):
                 raise InvalidArgument(f"{self.solver} rows {i}, {j}: timesteps must fall, got {t}, {t_after}")
-        gain = amplification(self.rows, self.init_scale)
+        gain = amplification(
+            [_of_unit_output(row) for row in self.rows] if self.exploding else self.rows, self.init_scale
+        )
         if not gain <= LARGEST:
             raise InvalidArgument(
                 f"{self.solver}: this table multiplies noise by {gain:.3g}, and float32's rounding with it, so that "
@@ -185,7 +196,7 @@ class StepTable:
         Returns:
             The two factors; x_0 is in the data's own units.
         """
-        scale = state_scale(abar) if self.flow else 1.0
+        scale = scale_of(abar, self.flow, self.exploding)
         return scale * math.sqrt(abar) / self.data_scale, scale * math.sqrt(1.0 - abar)
 
     @property
@@ -258,8 +269,9 @@ class StepTable:
         """
         rows = [[None if math.isinf(v) else v for v in row] for row in self.rows]
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
-        if not self.flow:  # as written before there were flows
-            del head["flow"]
+        for name in ("flow", "exploding", "init_mean"):  # absent, as written before there were such processes
+            if not head[name]:
+                del head[name]
         if self.threshold is not None:
             head["threshold"] = [None if math.isinf(v) else v for v in self.threshold]
         return json.dumps({"format": FORMAT, **head, "columns": COLUMNS, "rows": rows})
@@ -291,7 +303,7 @@ class StepTable:
             threshold = data["threshold"]
             if threshold is not None:
                 threshold = tuple(math.inf if v is None else v for v in threshold)
-            data.setdefault("flow", False)
+            data = {"flow": False, "exploding": False, "init_mean": 0.0, **data}
             return cls(rows=rows, threshold=threshold, **{name: data[name] for name in names})
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             if isinstance(e, InvalidArgument):
@@ -309,6 +321,20 @@ class StepTable:
             for i, row in enumerate(self.rows)
         ]
         return "\n".join([head, *lines])
+
+
+def _of_unit_output(row: Row) -> Row:
+    """Return a row of a variance-exploding table that reads outputs of unit size: a score is 1 / sigma as large."""
+    sigma = math.sqrt((1.0 - row.abar) / row.abar)
+    unit = min(1.0, sigma / abs(row.ko)) if row.ko else 1.0
+    return row._replace(ao=row.ao * unit, ko=row.ko * unit, ho=row.ho * unit)
+
+
+def scale_of(abar: float, flow: bool, exploding: bool) -> float:
+    """Return the factor from a variance-preserving state to one of a flow, or of a variance-exploding process."""
+    if exploding:
+        return 1.0 / math.sqrt(abar)
+    return state_scale(abar) if flow else 1.0
 
 
 def check_clip(name: str, value: Any, *, error: Error = InvalidArgument) -> float:

@@ -16,12 +16,14 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers.edm import EDMSchedule
 from fastdiff.solvers.flow import PREDICTIONS as FLOW_PREDICTIONS
-from fastdiff.solvers.flow import FlowSchedule, state_scale
+from fastdiff.solvers.flow import FlowSchedule
 from fastdiff.solvers.prediction import check_prediction, eps_coefficients, x0_coefficients
 from fastdiff.solvers.spacing import levels, nearest_timestep, timesteps
-from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold
+from fastdiff.solvers.table import Row, StepTable, check_clip, check_threshold, scale_of
+from fastdiff.solvers.ve import PREDICTIONS as VE_PREDICTIONS
+from fastdiff.solvers.ve import VESchedule
 
-Schedule = NoiseSchedule | EDMSchedule | FlowSchedule
+Schedule = NoiseSchedule | EDMSchedule | FlowSchedule | VESchedule
 STEPS = 50  # steps of a run that gives no number, or every timestep of a schedule that has fewer
 
 
@@ -99,8 +101,10 @@ class Walk:
     added: float = 1.0  # standard deviation of the noise between the end of a step and the start of the next one
     # The network's timestep at a sigma between two levels, and abar there, for solvers with a stage in between.
     between: Callable[[float], tuple[float, float]] | None = None
-    # Whether the rows of the table are for states of a flow; those that `row` writes are variance-preserving.
+    # Whether the rows of the table are for states of a flow, or of a variance-exploding process. Those that `row`
+    # writes are variance-preserving.
     flow: bool = False
+    exploding: bool = False
 
     @classmethod
     def of(
@@ -124,9 +128,10 @@ class Walk:
             spacing: "trailing" (the default), "leading", "linspace", "quadratic", "karras", "exponential", or a falling
                 list of timesteps, with which ``steps`` may be None (`sigma_timesteps` makes one of sigmas); see
                 `timesteps`. An `EDMSchedule` has "karras" (its default), "exponential" and falling lists of sigmas, and
-                a `FlowSchedule` those of `FlowSchedule.times`.
+                a `FlowSchedule` and a `VESchedule` those of their ``times``.
             prediction: What the network predicts: "epsilon" (the default), "sample", "v_prediction", "edm" (the
-                default with an `EDMSchedule`) or "flow_prediction" (the default with a `FlowSchedule`).
+                default with an `EDMSchedule`), "flow_prediction" (the default with a `FlowSchedule`) or "score" (the
+                default with a `VESchedule`).
             clip: Bound of |x_0|; None for none.
             threshold: Dynamic thresholding in place of ``clip``: the quantile's share, as 0.995, or (share, largest
                 divisor).
@@ -149,6 +154,13 @@ class Walk:
             ends = list(zip(abar, [*abar[1:], end], strict=True))
             scale = output_scale = 1.0
             init_scale, last_time = schedule.sigma(ts[0]), 1.0
+        elif isinstance(schedule, VESchedule):
+            ts = schedule.times(steps, "exponential" if spacing is None else spacing)
+            abar = [schedule.abar(t) for t in ts]
+            end = 1.0 if final == "zero" else schedule.abar(schedule.sigma_min)
+            ends = list(zip(abar, [*abar[1:], end], strict=True))
+            scale = output_scale = 1.0
+            init_scale, last_time = schedule.sigma(ts[0]), schedule.sigma_min
         elif isinstance(schedule, EDMSchedule):
             ts = schedule.times(steps, "karras" if spacing is None else spacing)
             abar = [schedule.abar(t) for t in ts]
@@ -176,6 +188,7 @@ class Walk:
             last_time=last_time,
             between=partial(_between, schedule),
             flow=isinstance(schedule, FlowSchedule),
+            exploding=isinstance(schedule, VESchedule),
         )
 
     def at(self, level: Level) -> Walk:
@@ -184,6 +197,10 @@ class Walk:
 
     def __len__(self) -> int:
         return len(self.levels)
+
+    def scale(self, abar: float) -> float:
+        """Return the factor from variance-preserving states at a level to those of the table."""
+        return scale_of(abar, self.flow, self.exploding)
 
     def end(self, i: int) -> float:
         """Return the network's timestep where step i ends."""
@@ -254,8 +271,8 @@ class Walk:
         rows = list(rows)
         if self.compat:
             rows = _joined(rows)
-        if self.flow:
-            rows = _of_flow(rows)
+        if self.flow or self.exploding:
+            rows = _rescaled(rows, self.scale)
         scale = self.data_scale * self.output_scale
         if scale != 1.0:
             names = ("ax", "ao", "a0", "a1", "a2", "a3", "as_", "s")
@@ -272,6 +289,7 @@ class Walk:
             threshold=self.threshold,
             data_scale=self.data_scale,
             flow=self.flow,
+            exploding=self.exploding,
         )
 
 
@@ -279,17 +297,21 @@ def default_prediction(schedule: Schedule) -> str:
     """Return what the networks of a schedule usually predict."""
     if isinstance(schedule, FlowSchedule):
         return "flow_prediction"
+    if isinstance(schedule, VESchedule):
+        return "score"
     return "edm" if isinstance(schedule, EDMSchedule) else "epsilon"
 
 
 def check_process(schedule: Schedule, prediction: str) -> None:
     """Raise `InvalidArgument` if a prediction has no meaning in the schedule's forward process."""
-    flow = isinstance(schedule, FlowSchedule)
-    if flow and prediction not in FLOW_PREDICTIONS:
-        allowed = ", ".join(FLOW_PREDICTIONS)
-        raise InvalidArgument(f"prediction={shown(prediction)} with a FlowSchedule: allowed are {allowed}")
-    if not flow and prediction == "flow_prediction":
+    for kind, allowed in ((FlowSchedule, FLOW_PREDICTIONS), (VESchedule, VE_PREDICTIONS)):
+        if isinstance(schedule, kind) and prediction not in allowed:
+            listed = ", ".join(allowed)
+            raise InvalidArgument(f"prediction={shown(prediction)} with a {kind.__name__}: allowed are {listed}")
+    if prediction == "flow_prediction" and not isinstance(schedule, FlowSchedule):
         raise InvalidArgument("prediction='flow_prediction' is of flow matching and needs a FlowSchedule")
+    if prediction == "score" and not isinstance(schedule, VESchedule):
+        raise InvalidArgument("prediction='score' is of the variance-exploding process and needs a VESchedule")
 
 
 LINEAR = ("ax", "ao", "a0", "a1", "a2", "a3", "as_")  # coefficients of a row's result, but for the noise
@@ -306,11 +328,13 @@ def forward(abar: float, abar_next: float, noise: float = 1.0) -> tuple[float, f
     return math.sqrt(r), noise * math.sqrt(1.0 - r)
 
 
-def noised(row: Row, abar: float, noise: float = 1.0, flow: bool = False) -> Row:
-    """Append to a row the forward process from its abar_next to ``abar``, which needs no network."""
+def noised(row: Row, abar: float, noise: float = 1.0, scale: Callable[[float], float] = lambda _: 1.0) -> Row:
+    """Append to a row the forward process from its abar_next to ``abar``, which needs no network.
+
+    ``scale`` is the factor from variance-preserving states to those of the row, by abar.
+    """
     x, z = forward(row.abar_next, abar, noise)
-    if flow:
-        x, z = x * state_scale(abar) / state_scale(row.abar_next), z * state_scale(abar)
+    x, z = x * scale(abar) / scale(row.abar_next), z * scale(abar)
     scaled = {name: x * getattr(row, name) for name in LINEAR}
     return row._replace(abar_next=abar, s=math.hypot(x * row.s, z), **scaled)
 
@@ -321,16 +345,18 @@ def _between(schedule: Schedule, sigma: float) -> tuple[float, float]:
         t = schedule.time(sigma * schedule.sigma_data)
     elif isinstance(schedule, FlowSchedule):  # this sigma is s / a
         t = schedule.time(sigma / (1.0 + sigma))
+    elif isinstance(schedule, VESchedule):
+        t = schedule.time(sigma)
     else:
         t = nearest_timestep(schedule, sigma)
     return t, schedule.abar(t)
 
 
-def _of_flow(rows: Sequence[Row]) -> list[Row]:
-    """Rewrite rows for states of a flow, which are the variance-preserving ones times `state_scale` of their level."""
-    scales = [state_scale(row.abar) for row in rows]
+def _rescaled(rows: Sequence[Row], scale_at: Callable[[float], float]) -> list[Row]:
+    """Rewrite rows for the states of another process, which are the variance-preserving ones times a level's scale."""
+    scales = [scale_at(row.abar) for row in rows]
     written, saved = [], 1.0
-    for row, scale, after in zip(rows, scales, [*scales[1:], state_scale(rows[-1].abar_next)], strict=True):
+    for row, scale, after in zip(rows, scales, [*scales[1:], scale_at(rows[-1].abar_next)], strict=True):
         new = {name: after * getattr(row, name) for name in (*LINEAR, "s")}
         new |= {"ax": new["ax"] / scale, "kx": row.kx / scale, "hx": row.hx / scale, "as_": new["as_"] / saved}
         written.append(row._replace(**new))

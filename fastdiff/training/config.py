@@ -9,8 +9,10 @@ from fastdiff.checks import boolean, is_number, shown, whole
 from fastdiff.core.noise import check_seed
 from fastdiff.errors import InvalidArgument
 from fastdiff.schedule import PREDICTIONS
+from fastdiff.training.loss import FLOW_SIGMAS
 
 DECAYS = ("none", "cosine", "linear")
+TRAINED = (*PREDICTIONS, "flow_prediction")
 MAX_COUNT = 1 << 62  # of steps and images, which are counted in int64
 
 
@@ -24,10 +26,14 @@ class TrainConfig:
         steps: Updates of the weights in all, at least 1.
         batch_size: Images in each update, over all processes; at least 1 and a multiple of ``accumulate``.
         accumulate: Parts into which each process divides its share of a batch, to save memory; at least 1.
-        prediction: What the network learns to predict: "epsilon" (the noise), "sample" (the image x_0) or
-            "v_prediction" (Salimans & Ho 2022).
+        prediction: What the network learns to predict: "epsilon" (the noise), "sample" (the image x_0),
+            "v_prediction" (Salimans & Ho 2022), or with a `FlowSchedule` "flow_prediction", the velocity of flow
+            matching (noise minus x_0).
+        flow_sigmas: How the noise levels of flow matching are drawn: "logit_normal" (Esser et al. 2024, eq. 19, with
+            m = 0 and s = 1), which favours those in the middle, or "uniform". None, the default, is "logit_normal"
+            with "flow_prediction"; other predictions have none. The schedule's shift applies to both.
         min_snr_gamma: Gamma of the min-SNR weights of the loss (Hang et al. 2023), above 0; 5 is usual. None, the
-            default, weighs every timestep by 1, as the simple loss of Ho et al. (2020) does.
+            default, weighs every timestep by 1, as the simple loss of Ho et al. (2020) does. Flow matching has none.
         label_dropout: Share of labels that are replaced by the network's null label, for classifier-free guidance;
             from 0 to just under 1. It has no effect on a network without a null label.
         hflip: Whether each image is mirrored left to right with probability 1/2.
@@ -60,6 +66,7 @@ class TrainConfig:
     batch_size: int = 128
     accumulate: int = 1
     prediction: str = "epsilon"
+    flow_sigmas: str | None = None
     min_snr_gamma: float | None = None
     label_dropout: float = 0.1
     hflip: bool = False
@@ -87,7 +94,7 @@ class TrainConfig:
         for key in ("lr_warmup", "sample_every"):
             object.__setattr__(self, key, whole(key, getattr(self, key), 0, MAX_COUNT))
         self._need("batch_size", self.batch_size % self.accumulate == 0, f"a multiple of accumulate={self.accumulate}")
-        for key, allowed in {"prediction": PREDICTIONS, "lr_decay": DECAYS, "precision": ("fp32", "bf16")}.items():
+        for key, allowed in {"prediction": TRAINED, "lr_decay": DECAYS, "precision": ("fp32", "bf16")}.items():
             value = getattr(self, key)
             listed = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
             self._need(key, isinstance(value, str) and value in allowed, listed)
@@ -101,6 +108,12 @@ class TrainConfig:
             self._need_number(key, "a number from 0 to just under 1", below=1.0)
         if self.min_snr_gamma is not None:
             self._need_number("min_snr_gamma", "None or a positive number", above=True)
+        flow = self.prediction == "flow_prediction"
+        self._need("min_snr_gamma", not flow or self.min_snr_gamma is None, "None with prediction='flow_prediction'")
+        if self.flow_sigmas is not None:
+            known = isinstance(self.flow_sigmas, str) and self.flow_sigmas in FLOW_SIGMAS
+            self._need("flow_sigmas", known, " or ".join(map(repr, FLOW_SIGMAS)))
+            self._need("flow_sigmas", flow, f"None with prediction={self.prediction!r}, which is not of a flow,")
 
     def _need(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:

@@ -1,4 +1,4 @@
-"""The training loop of DDPM (Ho et al. 2020, algorithm 1).
+"""The training loop of DDPM (Ho et al. 2020, algorithm 1), and of flow matching (Liu et al. 2023, eq. 1).
 
 Training, like sampling, is a pure function: of the data, the initial weights and the seed. The images of a step, their
 timesteps, noise, flips and dropped labels are functions of the seed and the position in the stream of images. So a
@@ -28,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastdiff import solvers
 from fastdiff.checkpoints import save_folder
 from fastdiff.checkpoints.loading import check_new_path
+from fastdiff.checkpoints.saving import scheduler_of
 from fastdiff.checks import boolean, from_environment, instance, shown
 from fastdiff.core.noise import TRAIN_CHOICE, TRAIN_NOISE, as_int64, normal, words
 from fastdiff.data import ImageData, save_picture
@@ -36,13 +37,14 @@ from fastdiff.modes import plain_modes
 from fastdiff.sampler import Sampler
 from fastdiff.sampler.runners import usable_device
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.solvers import FlowSchedule
 from fastdiff.text import CaptionEncoder
 from fastdiff.training import captions, resume
 from fastdiff.training.captions import Captioned
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.lock import locked
 from fastdiff.training.log import TrainingLog
-from fastdiff.training.loss import loss_weights, target
+from fastdiff.training.loss import Diffusion, Flow, target
 from fastdiff.unet import UNet, UNetCondition
 
 log = logging.getLogger("fastdiff")
@@ -55,7 +57,7 @@ MAY_CHANGE = ("steps", "log_every", "save_every", "sample_every", "compile", "gr
 # Settings that a resumed run may change where the caller accepts it: the checkpoint still fits.
 HARMLESS = (
     "batch_size", "accumulate", "lr", "lr_warmup", "lr_decay", "weight_decay", "grad_clip", "ema_decay", "precision",
-    "label_dropout", "min_snr_gamma", "hflip",
+    "label_dropout", "min_snr_gamma", "flow_sigmas", "hflip",
 )  # fmt: skip
 
 # Positions in the stream of images, the images there (uint8), and their labels or the tokens of their captions.
@@ -76,7 +78,8 @@ class Trainer:
         data: The images, with labels, or with captions for a `fastdiff.UNetCondition`.
         out: The folder of the run.
         config: The settings; None means ``TrainConfig()``.
-        schedule: The noise schedule; None means ``NoiseSchedule()``.
+        schedule: The noise schedule: a `NoiseSchedule`, or a `FlowSchedule` for ``prediction="flow_prediction"``. None
+            means ``NoiseSchedule()``, or ``FlowSchedule()`` for that prediction.
         device: The device to train on; None means CUDA where it is available, else the CPU.
         text_encoder: The encoder of captions, which is trained with a `fastdiff.UNetCondition`; None for a
             `fastdiff.UNet`, which reads none.
@@ -100,12 +103,12 @@ class Trainer:
         data: ImageData,
         out: str | Path,
         config: TrainConfig | None = None,
-        schedule: NoiseSchedule | None = None,
+        schedule: NoiseSchedule | FlowSchedule | None = None,
         device: str | torch.device | None = None,
         text_encoder: CaptionEncoder | None = None,
     ):
         self.config = TrainConfig() if config is None else instance("config", config, TrainConfig)
-        self.schedule = NoiseSchedule() if schedule is None else instance("schedule", schedule, NoiseSchedule)
+        self.schedule = _schedule(schedule, self.config.prediction)
         self.data = instance("data", data, ImageData, "fastdiff.load_data makes one")
         if text_encoder is None:
             instance("unet", unet, UNet, "fastdiff.UNet.from_pretrained reads one, diffusers' too")
@@ -147,7 +150,11 @@ class Trainer:
         self._stopped = False
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         self._losses: list[float] = []  # of the steps since the last line of log.jsonl
-        self._weights = loss_weights(self.schedule, self.config.prediction, self.config.min_snr_gamma).to(self.device)
+        self._process = (
+            Flow(self.schedule, self.config.flow_sigmas)
+            if isinstance(self.schedule, FlowSchedule)
+            else Diffusion(self.schedule, self.config.prediction, self.config.min_snr_gamma, self.device)
+        )
         self._null: Tensor | None = None  # what a dropped label or caption becomes
         if text_encoder is not None:
             self._null = torch.tensor(text_encoder.tokenize(""), dtype=torch.int64, device=self.device)
@@ -170,6 +177,11 @@ class Trainer:
         config, data, batch = unet.config, self.data, self.config.batch_size
         if self.config.gradient_checkpointing and not isinstance(unet, UNet):
             raise InvalidArgument("gradient_checkpointing=True is for a fastdiff.UNet; False is needed here")
+        if isinstance(unet, UNet) and unet.config.time_embedding_type == "fourier":
+            raise InvalidArgument(
+                "time_embedding_type='fourier': networks of noise levels (NCSN++) are sampled, not trained; "
+                "'positional' is needed"
+            )
         if data.channels != config.in_channels:
             raise InvalidArgument(f"the images have {data.channels} channels, the U-Net takes {config.in_channels}")
         if config.out_channels > config.in_channels:
@@ -265,8 +277,9 @@ class Trainer:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Draw x_0 in [-1, 1], noise ~ N(0, I), t ~ Uniform{0..T-1} and labels (algorithm 1, lines 2 to 4).
 
-        The words w0, w1, w2 of one Philox block for each image decide: t = floor(w0 T / 2^32); the image is flipped if
-        w1 is odd; the label or caption is dropped if w2 < p 2^32, p being ``label_dropout``.
+        The words w0, w1, w2 of one Philox block for each image decide: w0 the timestep, t = floor(w0 T / 2^32), or a
+        flow's as `Flow` says; the image is flipped if w1 is odd; the label or caption is dropped if w2 < p 2^32, p
+        being ``label_dropout``.
         """
         c = self.config
         x0 = images.to(self.device).float() / 127.5 - 1.0
@@ -274,7 +287,7 @@ class Trainer:
         seed = torch.full_like(index, as_int64(c.seed))
         row = torch.zeros_like(index)
         w0, w1, w2, _ = (w[:, 0] for w in words(seed, index, row, TRAIN_CHOICE, 1))
-        t = w0 * self.schedule.timesteps >> 32
+        t = self._process.times(w0)
         if c.hflip:
             x0 = torch.where((w1 & 1).bool()[:, None, None, None], x0.flip(-1), x0)
         if isinstance(self.unet, UNet) and self.unet.config.num_classes is None:
@@ -316,7 +329,7 @@ class Trainer:
         Channels of ``x0`` after those of the noise are a condition image, which the network reads as it is.
         """
         x0, condition = x0[:, : noise.shape[1]], x0[:, noise.shape[1] :]
-        a, s = self.schedule.signal_and_noise(t, x0.ndim, torch.float32)
+        a, s = self._process.levels(t, x0.ndim)
         x_t = torch.cat([a * x0 + s * noise, condition], dim=1) if condition.shape[1] else a * x0 + s * noise
         x_t = x_t.to(memory_format=torch.channels_last)
         bf16 = self.config.precision == "bf16"
@@ -324,7 +337,7 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
             out = network(x_t, t, labels)
         error = (out.float() - target(self.config.prediction, x0, noise, a, s)) ** 2
-        return (self._weights[t] * error.mean(dim=(1, 2, 3))).mean()
+        return (self._process.weights(t) * error.mean(dim=(1, 2, 3))).mean()
 
     def _average(self) -> None:
         """Update the average, ema <- d ema + (1 - d) w with d = `TrainConfig.ema_at`; the first update copies w.
@@ -492,7 +505,11 @@ class Trainer:
             "step": self.step,
             "train": dataclasses.asdict(self.config),
             "unet": self.unet.config.to_dict(),
-            "scheduler": self.schedule.to_scheduler_config() | {"prediction_type": self.config.prediction},
+            "scheduler": (
+                scheduler_of(self.schedule, self.config.prediction)
+                if isinstance(self.schedule, FlowSchedule)
+                else self.schedule.to_scheduler_config() | {"prediction_type": self.config.prediction}
+            ),
             "data": {
                 "images": len(self.data),
                 "size": list(self.data.size),
@@ -597,6 +614,19 @@ class Trainer:
             path, self.ema, self.schedule, prediction=self.config.prediction, class_names=self.class_names,
             text_encoder=self.ema_text_encoder,
         )  # fmt: skip
+
+
+def _schedule(schedule: Any, prediction: str) -> NoiseSchedule | FlowSchedule:
+    """Return the schedule of a training, which must be one of the prediction."""
+    flow = prediction == "flow_prediction"
+    if schedule is None:
+        return FlowSchedule() if flow else NoiseSchedule()
+    if isinstance(schedule, FlowSchedule) != flow:
+        raise InvalidArgument(
+            f"schedule={shown(schedule)} with prediction={prediction!r}: 'flow_prediction' is trained with a "
+            "FlowSchedule, the others are trained with a NoiseSchedule"
+        )
+    return schedule if isinstance(schedule, FlowSchedule) else instance("schedule", schedule, NoiseSchedule)
 
 
 def _difference(old: Any, new: Any) -> str:

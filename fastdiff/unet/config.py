@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from fastdiff.checks import is_whole, number, shown, whole
@@ -12,8 +12,11 @@ from fastdiff.errors import ConfigError
 
 log = logging.getLogger("fastdiff")
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+SKIP_DOWN_BLOCKS, SKIP_UP_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D"), ("SkipUpBlock2D", "AttnSkipUpBlock2D")
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", *SKIP_DOWN_BLOCKS)
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", *SKIP_UP_BLOCKS)
+# Of blocks with a picture beside their maps: its channels, and the groups of the norms of their attentions.
+PICTURE_CHANNELS, SKIP_NORM_GROUPS = 3, 32
 CLASS_IMAGE = (None, "add", "multiply", "concat")
 # The fields that all networks of a code base have in common and that differ from diffusers' defaults.
 CONVENTIONS: dict[str, dict[str, Any]] = {
@@ -32,8 +35,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 MAX_LEVELS, MAX_LAYERS, MAX_SIZE = 16, 16, 1 << 20
 MAX_NUMBER = 1e18  # of a factor, a divisor or an epsilon: their products stay in the range of float32
 OPTIONAL_SIZES = (
-    "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds", "num_attention_heads",
-    "sinusoid_dim",
+    "time_embedding_dim", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "num_class_embeds",
+    "num_attention_heads", "sinusoid_dim",
 )  # fmt: skip
 
 
@@ -41,8 +44,8 @@ OPTIONAL_SIZES = (
 class UNetConfig:
     """Configuration of a `UNet`.
 
-    The names and defaults are those of diffusers' ``UNet2DModel``. The last nine fields, from ``null_label`` on, are
-    fastdiff's own; with their defaults, a network is one of diffusers. All sizes are from 1 to 2^20.
+    The names and defaults are those of diffusers' ``UNet2DModel``. The fields from ``null_label`` on are fastdiff's
+    own; with their defaults, a network is one of diffusers. All sizes are from 1 to 2^20.
 
     Attributes:
         sample_size: Side of the images, or (height, width), with which the network was trained. It is only the default
@@ -50,16 +53,18 @@ class UNetConfig:
         in_channels: Channels of the input.
         out_channels: Channels of the output; twice ``in_channels`` if the network predicts variances as well.
         center_input_sample: Whether the network maps its input from [0, 1] to [-1, 1] itself: x -> 2 x - 1.
-        time_embedding_type: Embedding of timesteps; "positional", a sinusoid, is the only one supported.
+        time_embedding_type: Embedding of timesteps: "positional", a sinusoid, or "fourier", random Fourier features of
+            the logarithm of a noise level, by which the output is divided (NCSN++).
         time_embedding_dim: Width of the time embedding; None for 4 ``block_out_channels[0]``.
         freq_shift: Shift s of the sinusoid's frequencies 10000^(-i / (n - s)), i = 0 .. n - 1, with n half its width;
             0 <= s < n.
         flip_sin_to_cos: Whether the sinusoid is ordered [cos, sin], not [sin, cos].
         down_block_types: Type of the block of every level, from the highest resolution to the lowest: "DownBlock2D",
-            "AttnDownBlock2D" (with attention), or "ResnetDownsampleBlock2D" (a residual block halves the size).
+            "AttnDownBlock2D" (with attention), "ResnetDownsampleBlock2D" (a residual block halves the size), or
+            "SkipDownBlock2D" and "AttnSkipDownBlock2D" (NCSN++), which need images of 3 channels.
         mid_block_type: "UNetMidBlock2D", or None for no block between the down and the up blocks.
         up_block_types: Type of the block of every level, from the lowest resolution to the highest: "UpBlock2D",
-            "AttnUpBlock2D" or "ResnetUpsampleBlock2D".
+            "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D" or "AttnSkipUpBlock2D".
         block_out_channels: Channels of every level, 1 to 16 levels; multiples of ``norm_num_groups``.
         layers_per_block: Residual blocks of a down block, 1 to 16; up blocks have one more.
         mid_block_scale_factor: Divisor of the output, input + branch, of the mid block's residual blocks and attention;
@@ -73,7 +78,9 @@ class UNetConfig:
         act_fn: Activation function; "silu" and "swish" are two names of the only one supported.
         attention_head_dim: Channels of an attention head; None for one head. An attention has as many heads as fit into
             its channels, so that its projections are narrower than its input if a remainder is left, as in diffusers.
-        norm_num_groups: Number of groups of all GroupNorm layers but the one that ``attn_norm_num_groups`` concerns.
+        norm_num_groups: Number of groups of all GroupNorm layers but the one that ``attn_norm_num_groups`` concerns,
+            and those of blocks "...Skip...", which have a quarter of their channels, at most 32. None: as these, which
+            the networks of such blocks alone can have.
         attn_norm_num_groups: Number of groups of the GroupNorm before the mid block's attention; None for
             ``norm_num_groups``, or for no norm if ``resnet_time_scale_shift`` is "scale_shift".
         norm_eps: The epsilon of all GroupNorm layers, positive.
@@ -103,6 +110,8 @@ class UNetConfig:
         resample_shortcut: Whether residual blocks that resample have a 1x1 convolution in their shortcut (DDPM++).
         padding_mode: Padding of the 3x3 convolutions: "zeros", or "circular" for images that can be put side by side
             without seams. The padding on the right and bottom only of ``downsample_padding=0`` is zeros in any case.
+        unit_range: Whether a "fourier" network was trained on images in [0, 1], as NCSN++ was: its input, noise level
+            and score are those of images in [-1, 1] all the same.
 
     Raises:
         ConfigError: If a value is not supported; the message names the key, the value and what is allowed.
@@ -128,7 +137,7 @@ class UNetConfig:
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -146,6 +155,7 @@ class UNetConfig:
     up_attention: str = "all"
     resample_shortcut: bool = False
     padding_mode: Literal["zeros", "circular"] = "zeros"
+    unit_range: bool = False
 
     def __post_init__(self) -> None:
         for key in ("down_block_types", "up_block_types", "block_out_channels"):
@@ -157,12 +167,13 @@ class UNetConfig:
         self._check_numbers()
         self._check_choices()
         self._check_blocks()
+        self._check_skips()
         self._check_conditioning()
 
     def _check_whole_numbers(self) -> None:
         """Check all integers and replace NumPy's by Python's, which JSON can hold."""
         checked: dict[str, Any] = {}
-        for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", *OPTIONAL_SIZES):
+        for key in ("in_channels", "out_channels", "layers_per_block", *OPTIONAL_SIZES):
             if getattr(self, key) is not None or key not in OPTIONAL_SIZES:
                 checked[key] = size(key, getattr(self, key), MAX_LAYERS if key == "layers_per_block" else MAX_SIZE)
         widths = enumerate(self.block_out_channels)
@@ -189,7 +200,7 @@ class UNetConfig:
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {
-            "time_embedding_type": ("positional",),
+            "time_embedding_type": ("positional", "fourier"),
             "mid_block_type": ("UNetMidBlock2D", None),
             "downsample_padding": (0, 1),
             "downsample_type": ("conv", "resnet"),
@@ -205,6 +216,7 @@ class UNetConfig:
             "resample_shortcut": (False, True),
             "class_before_mlp": (False, True),
             "padding_mode": ("zeros", "circular"),
+            "unit_range": (False, True),
         }
         for key, allowed in choices.items():
             choice(key, getattr(self, key), allowed)
@@ -218,8 +230,12 @@ class UNetConfig:
             for name in names:
                 if not isinstance(name, str) or name not in allowed:
                     raise ConfigError(f"{key}: {shown(name)} is not supported; allowed: {', '.join(allowed)}")
+        if self.norm_num_groups is None and not all("Skip" in k for k in self.down_block_types + self.up_block_types):
+            raise ConfigError(
+                "norm_num_groups=None: a number is needed, except where all blocks are of type ...Skip..."
+            )
         for i, channels in enumerate(self.block_out_channels):
-            if channels % self.norm_num_groups:
+            if self.norm_num_groups is not None and channels % self.norm_num_groups:
                 raise ConfigError(
                     f"block_out_channels[{i}]={channels} is not divisible by norm_num_groups={self.norm_num_groups}"
                 )
@@ -237,6 +253,59 @@ class UNetConfig:
                 raise ConfigError(
                     f"attention_head_dim={self.attention_head_dim} exceeds block_out_channels[{i}]={channels}"
                 )
+
+    def _check_skips(self) -> None:
+        """Check blocks with a picture beside their maps, which other blocks do not resample."""
+        if self.unit_range and self.time_embedding_type != "fourier":
+            raise ConfigError("unit_range=True needs time_embedding_type='fourier'")
+        if self.sinusoid_dim is not None and self.time_embedding_type == "fourier":
+            raise ConfigError(
+                f"sinusoid_dim={self.sinusoid_dim} is for time_embedding_type='positional'; None is needed"
+            )
+        down, up = (["Skip" in kind for kind in kinds] for kinds in (self.down_block_types, self.up_block_types))
+        if not any(down + up):
+            return
+        for key, value in (
+            ("in_channels", PICTURE_CHANNELS), ("out_channels", PICTURE_CHANNELS), ("class_image", None),
+            ("block_scale_factor", 1.0), ("up_attention", "all"), ("resample_shortcut", False),
+            ("padding_mode", "zeros"),
+        ):  # fmt: skip
+            if getattr(self, key) != value:
+                raise ConfigError(f"{key}={getattr(self, key)!r} with blocks of type ...Skip...: {value!r} is needed")
+        # A picture is halved from the first level on, and doubled up to the last one.
+        if sorted(down[:-1], reverse=True) != down[:-1] or sorted(up) != up:
+            raise ConfigError(
+                "blocks of type ...Skip... must come before others in down_block_types, and after them in "
+                "up_block_types: the others do not resample the picture"
+            )
+        for channels, groups in self._skip_norms(down, up):
+            if channels < 4 or channels % groups:
+                raise ConfigError(
+                    f"block_out_channels={list(self.block_out_channels)}: a norm of {groups} groups has {channels} "
+                    "channels; blocks of type ...Skip... need multiples, such as multiples of 32"
+                )
+
+    def _skip_norms(self, down: list[bool], up: list[bool]) -> Iterator[tuple[int, int]]:
+        """Yield the channels and the groups of the norms of blocks with a picture, and of the layers around them."""
+        widths = self.block_out_channels
+        last = len(widths) - 1
+        if self.norm_num_groups is None:
+            yield from ((c, skip_groups(c)) for c in (widths[0], widths[-1]))
+        for i, skips in enumerate(down):
+            if skips:
+                yield from ((c, skip_groups(c)) for c in (widths[max(i - 1, 0)], widths[i]))
+                if self.down_block_types[i].startswith("Attn"):
+                    yield widths[i], SKIP_NORM_GROUPS
+        for i, skips in enumerate(up):
+            if not skips:
+                continue
+            attention = self.up_block_types[i].startswith("Attn")
+            own, before, after = widths[last - i], widths[min(last - i + 1, last)], widths[max(last - i - 1, 0)]
+            for a, skip in ((before, own), (own, own), (own, after)):
+                yield a + skip, skip_groups(a + skip, of_skip=skip if attention else None)
+            yield own, skip_groups(own)
+            if attention:
+                yield own, SKIP_NORM_GROUPS
 
     def _has_attention(self, level: int) -> bool:
         last = len(self.block_out_channels) - 1
@@ -288,7 +357,9 @@ class UNetConfig:
 
     @property
     def sinusoid_channels(self) -> int:
-        """Width of the sinusoidal embedding of timesteps."""
+        """Width of the sinusoidal embedding of timesteps, or of their Fourier features."""
+        if self.time_embedding_type == "fourier":
+            return 2 * self.block_out_channels[0]
         return self.sinusoid_dim or self.block_out_channels[0]
 
     @property
@@ -366,6 +437,21 @@ class UNetConfig:
 # Parts that the configurations of all networks have in common ---------------------------------------------------------
 
 
+def norm_groups(given: int | None, channels: int) -> int:
+    """Return the groups of a norm outside of blocks "...Skip...": those given, or a quarter of its channels."""
+    return skip_groups(channels) if given is None else given
+
+
+def skip_groups(channels: int, of_skip: int | None = None) -> int:
+    """Return the groups of a norm of a block "...Skip...": a quarter of its channels, at most 32.
+
+    The first norms of "AttnSkipUpBlock2D" have, by the order of diffusers' operations, ``channels`` less three quarters
+    of those that come from the way down (``of_skip``).
+    """
+    quarter = channels // 4 if of_skip is None else channels - of_skip + of_skip // 4
+    return min(max(quarter, 1), SKIP_NORM_GROUPS)
+
+
 def size(name: str, value: Any, most: int = MAX_SIZE) -> int:
     """Return a size as an int, or raise `ConfigError`."""
     return whole(name, value, 1, most, error=ConfigError)
@@ -423,6 +509,6 @@ OWN_FIELDS: dict[str, Any] = {
     if f.name
     in (
         "null_label", "class_image", "num_attention_heads", "sinusoid_dim", "timestep_scale", "block_scale_factor",
-        "up_attention", "resample_shortcut", "class_before_mlp", "padding_mode",
+        "up_attention", "resample_shortcut", "class_before_mlp", "padding_mode", "unit_range",
     )
 }  # fmt: skip

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.modes import plain_modes
-from fastdiff.unet.config import UNetConfig
+from fastdiff.unet.config import UNetConfig, norm_groups
 
 if TYPE_CHECKING:
     from fastdiff.unet.condition_config import UNetConditionConfig
@@ -47,6 +47,37 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift
     angle = t[:, None] * w[None, :]
     parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+class FourierFeatures(nn.Module):
+    """Random Fourier features of log t (Tancik et al. 2020, arXiv:2006.10739): [sin, cos](2 pi w log t), w ~ N(0, 256).
+
+    t is [B], float32 or float64 and above 0; the result is [B, 2 features] in t's dtype.
+    """
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, dtype=DTYPE, device=None) * 16.0, requires_grad=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = torch.log(t)[:, None] * self.weight.to(t.dtype)[None, :] * 2 * math.pi
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def _fir(x: Tensor, gain: float) -> Tensor:
+    """Return the filter [1, 3, 3, 1] / 8 in both directions, times ``gain``, for each channel of x: [C, 1, 4, 4]."""
+    row = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8.0
+    return (gain * torch.outer(row, row)).expand(x.shape[1], 1, 4, 4)
+
+
+def fir_down(x: Tensor) -> Tensor:
+    """Halve a map [B, C, H, W] by the filter, with zeros around it, as diffusers' ``downsample_2d`` does."""
+    return F.conv2d(x, _fir(x, 1.0), stride=2, padding=1, groups=x.shape[1])
+
+
+def fir_up(x: Tensor) -> Tensor:
+    """Double a map [B, C, H, W] by the filter, as diffusers' ``upsample_2d`` does."""
+    return F.conv_transpose2d(x, _fir(x, 4.0), stride=2, padding=1, groups=x.shape[1])
 
 
 class TimestepEmbedding(nn.Module):
@@ -106,7 +137,9 @@ class ResnetBlock(nn.Module):
     h = norm2(h) (1 + scale) + shift                 "scale_shift", [scale, shift] = W silu(emb)
     out = (shortcut(resample(x)) + conv2(silu(h))) / scale_factor
 
-    Where the configuration's ``temb_channels`` is None, there is no embedding, and emb is None.
+    Where the configuration's ``temb_channels`` is None, there is no embedding, and emb is None. ``resample`` is "up",
+    "down", or "fir_up" or "fir_down" for a filter, with a convolution in the shortcut; ``groups`` are those of the two
+    norms in place of the configuration's.
     """
 
     recompute = False  # whether activations are computed anew in the backward pass (gradient checkpointing)
@@ -118,21 +151,25 @@ class ResnetBlock(nn.Module):
         out_channels: int,
         resample: str | None = None,
         scale_factor: float | None = None,
+        groups: tuple[int, int] | None = None,
     ):
         super().__init__()
+        if groups is None:
+            groups = norm_groups(config.norm_num_groups, in_channels), norm_groups(config.norm_num_groups, out_channels)
         self.resample = resample
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.scale_factor = float(config.block_scale_factor if scale_factor is None else scale_factor)
-        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=config.norm_eps, dtype=DTYPE)
+        self.norm1 = nn.GroupNorm(groups[0], in_channels, eps=config.norm_eps, dtype=DTYPE)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, dtype=DTYPE)
         self.time_emb_proj = None
         if config.temb_channels is not None:
             width = out_channels * (2 if self.scale_shift else 1)
             self.time_emb_proj = nn.Linear(config.temb_channels, width, dtype=DTYPE)
-        self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=config.norm_eps, dtype=DTYPE)
+        self.norm2 = nn.GroupNorm(groups[1], out_channels, eps=config.norm_eps, dtype=DTYPE)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, dtype=DTYPE)
-        shortcut = in_channels != out_channels or (resample is not None and config.resample_shortcut)
+        filtered = resample in ("fir_up", "fir_down")
+        shortcut = in_channels != out_channels or filtered or (resample is not None and config.resample_shortcut)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, dtype=DTYPE) if shortcut else None
 
     def _resampled(self, x: Tensor) -> Tensor:
@@ -140,6 +177,10 @@ class ResnetBlock(nn.Module):
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
+        if self.resample == "fir_up":
+            return fir_up(x)
+        if self.resample == "fir_down":
+            return fir_down(x)
         return x
 
     def second_norm(self, h: Tensor, emb: Tensor) -> Tensor:
@@ -237,6 +278,8 @@ class Upsample(nn.Module):
 class DownBlock(nn.Module):
     """``layers_per_block`` residual blocks, with attention after each in the types "Attn...", and a downsampler."""
 
+    skips = False  # whether a picture goes beside the maps, as in `fastdiff.unet.skip`
+
     def __init__(self, config: UNetConfig, kind: str, in_channels: int, out_channels: int, downsample: bool):
         super().__init__()
         layers = config.layers_per_block
@@ -271,6 +314,8 @@ class UpBlock(nn.Module):
 
     Attention follows every residual block, or only the last one if ``up_attention`` is "last".
     """
+
+    skips = False  # as in `DownBlock`
 
     def __init__(
         self, config: UNetConfig, kind: str, prev_channels: int, out_channels: int, in_channels: int, upsample: bool
@@ -315,7 +360,8 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels, scale_factor=factor) for _ in range(2))
         groups = config.attn_norm_num_groups
         if groups is None and config.resnet_time_scale_shift == "default":
-            groups = config.norm_num_groups  # in diffusers, scale-shift networks have no norm before this attention
+            # In diffusers, scale-shift networks have no norm before this attention.
+            groups = norm_groups(config.norm_num_groups, channels)
         self.attentions = None
         if config.add_attention:
             self.attentions = nn.ModuleList(
@@ -368,21 +414,25 @@ class UNet(nn.Module):
             self.class_encoder = ClassEncoder(config.num_class_embeds, features, config.in_channels)
             in_channels *= 2 if config.class_image == "concat" else 1
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1, dtype=DTYPE)
+        self.time_proj = FourierFeatures(channels[0]) if config.time_embedding_type == "fourier" else None
         self.time_embedding = TimestepEmbedding(config.sinusoid_channels, features)
         self.class_embedding = self._class_embedding(config)
 
+        from fastdiff.unet.skip import SkipDownBlock, SkipUpBlock  # built from the blocks above
+
         self.down_blocks = nn.ModuleList()
         for i, kind in enumerate(config.down_block_types):
-            last = i == len(channels) - 1
-            self.down_blocks.append(DownBlock(config, kind, channels[max(i - 1, 0)], channels[i], downsample=not last))
+            last, block = i == len(channels) - 1, SkipDownBlock if "Skip" in kind else DownBlock
+            self.down_blocks.append(block(config, kind, channels[max(i - 1, 0)], channels[i], downsample=not last))
         self.mid_block = MidBlock(config, channels[-1]) if config.mid_block_type is not None else None
         self.up_blocks = nn.ModuleList()
         reverse = channels[::-1]
         for i, kind in enumerate(config.up_block_types):
-            last = i == len(channels) - 1
+            last, above = i == len(channels) - 1, SkipUpBlock if "Skip" in kind else UpBlock
             skip = reverse[min(i + 1, len(channels) - 1)]
-            self.up_blocks.append(UpBlock(config, kind, reverse[max(i - 1, 0)], reverse[i], skip, upsample=not last))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps, dtype=DTYPE)
+            self.up_blocks.append(above(config, kind, reverse[max(i - 1, 0)], reverse[i], skip, upsample=not last))
+        groups = norm_groups(config.norm_num_groups, channels[0])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=config.norm_eps, dtype=DTYPE)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1, dtype=DTYPE)
         for m in self.modules():
             if isinstance(m, nn.Conv2d) and m.padding != (0, 0):
@@ -410,10 +460,12 @@ class UNet(nn.Module):
             t: Timesteps [B] of any real dtype, before ``config.timestep_scale``.
 
         Returns:
-            The sinusoidal embedding [B, config.sinusoid_channels] in the network's dtype.
+            The sinusoidal embedding, or the Fourier features, [B, config.sinusoid_channels] in the network's dtype.
         """
         dtype = self.conv_in.weight.dtype
         t = t.double() if dtype == torch.float64 else t.float()
+        if self.time_proj is not None:
+            return self.time_proj(t * self.config.timestep_scale).to(dtype)
         return timestep_embedding(
             t * self.config.timestep_scale,
             self.config.sinusoid_channels,
@@ -471,6 +523,8 @@ class UNet(nn.Module):
         if not isinstance(t, Tensor):
             t = torch.tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
         t = t.to(x.device).expand(x.shape[0])
+        if config.unit_range:  # x_0 in [0, 1] has half the noise, and twice the score, which is halved again below
+            x, t = 0.5 * x + 0.5, 0.5 * t
         emb = self.embedding(t, class_labels)
 
         if config.center_input_sample:
@@ -484,16 +538,31 @@ class UNet(nn.Module):
             else:
                 x = torch.cat([x, image], dim=1)
 
+        out = self._drawn(x, emb)
+        if self.time_proj is not None:
+            out = out / t.to(out.dtype).view(-1, 1, 1, 1)
+        return 0.5 * out if config.unit_range else out
+
+    def _drawn(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Compute the output from the input and the embedding: down, across and up."""
         h = self.conv_in(x)
-        skips = [h]
+        skips, picture = [h], x
         for down in self.down_blocks:
-            h, more = down(h, emb)
+            if down.skips:
+                h, more, picture = down(h, emb, picture)
+            else:
+                h, more = down(h, emb)
             skips += more
         if self.mid_block is not None:
             h = self.mid_block(h, emb)
+        drawn = None  # the picture of the levels so far
         for up in self.up_blocks:
-            h = up(h, skips, emb)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+            if up.skips:
+                h, drawn = up(h, skips, emb, drawn)
+            else:
+                h = up(h, skips, emb)
+        out = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return out if drawn is None else out + drawn
 
     @contextlib.contextmanager
     def gradient_checkpointing(self) -> Iterator[None]:

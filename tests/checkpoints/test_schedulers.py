@@ -23,7 +23,7 @@ from tests.support.schedulers import scheduler_module
 from tests.support.unets import TINY, random_unet
 
 UNSUPPORTED = (
-    "FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler", "ScoreSdeVeScheduler", "KarrasVeScheduler",
+    "FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler", "KarrasVeScheduler",
     "DDPMWuerstchenScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler", "RePaintScheduler",
     "CogVideoXDDIMScheduler", "MyScheduler", "",
 )  # fmt: skip

@@ -16,7 +16,7 @@ from fastdiff import solvers
 from fastdiff.checkpoints import convert, load, save_folder, save_unet, schedule_of
 from fastdiff.sampler.options import Options
 from fastdiff.solvers import EDMSchedule, from_config
-from fastdiff.solvers.compat.diffusers import SCHEDULERS
+from fastdiff.solvers.compat.diffusers import ALL
 from fastdiff.solvers.walk import Walk
 from fastdiff.training import TrainConfig, Trainer
 from tests.fuzz.corpus import JSON, VALUES
@@ -143,7 +143,7 @@ def network(config: Any = TINY) -> Any:
 
 def config_targets() -> list[Target]:
     targets = []
-    for name in SCHEDULERS:
+    for name in ALL:
         base = {"_class_name": name, "num_train_timesteps": 40, "skip_prk_steps": True}
         targets += [
             Target(f"schedule_of({name})", schedules_and_tables, SCHEDULER_KEYS, JSON, base),

@@ -25,7 +25,8 @@ from diffusers import (
 from fastdiff.errors import ConfigError, FastdiffError, InvalidArgument
 from fastdiff.integrations.scheduler import Scheduler
 from fastdiff.solvers.compat.defaults import DEFAULTS
-from fastdiff.solvers.compat.diffusers import IN_SIGMA, SCHEDULERS, TAKES_TIMESTEPS
+from fastdiff.solvers.compat.diffusers import IN_SIGMA, SCHEDULERS
+from fastdiff.solvers.compat.given import TAKES_TIMESTEPS
 from tests.integrations.test_scheduler import difference, seeded, theirs_of
 from tests.support.schedulers import Brownian, scheduler_module
 

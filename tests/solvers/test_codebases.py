@@ -22,7 +22,7 @@ from fastdiff.sampler.options import Options
 from fastdiff.sampler.tables import step_table
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable
-from fastdiff.solvers.compat import diffusers as compat
+from fastdiff.solvers.compat import sigmas as compat
 from fastdiff.solvers.registry import SOLVERS
 from tests.support import loops, oracles
 from tests.support.paths import ROOT

@@ -23,39 +23,20 @@ from fastdiff.solvers.heun import heun_table
 from fastdiff.solvers.paths import repaint, starting_at
 from fastdiff.solvers.unipc import unipc_table
 from fastdiff.solvers.walk import Level, Walk
+from tests.support import mixture
+from tests.support.mixture import posterior_mean, rms, runge_kutta
 
 FLOW = FlowSchedule(shift=2.0)
-WEIGHT, MEAN, DEVIATION = np.array([0.3, 0.5, 0.2]), np.array([-0.7, 0.1, 0.8]), np.array([0.3, 0.2, 0.25])
-
-
-def posterior_mean(x: np.ndarray, sigma: float) -> np.ndarray:
-    """Return E[x_0 | x] for x = (1 - sigma) x_0 + sigma eps and x_0 of the mixture."""
-    a = 1.0 - sigma
-    variance = a * a * DEVIATION**2 + sigma * sigma
-    distance = x[:, None] - a * MEAN
-    log_density = np.log(WEIGHT) - 0.5 * np.log(variance) - distance**2 / (2 * variance)
-    share = np.exp(log_density - log_density.max(axis=1, keepdims=True))
-    share /= share.sum(axis=1, keepdims=True)
-    return (share * (MEAN + a * DEVIATION**2 / variance * distance)).sum(axis=1)
 
 
 def network(x: np.ndarray, sigma: float, prediction: str) -> np.ndarray:
-    x0 = posterior_mean(x, sigma)
+    x0 = posterior_mean(x, 1.0 - sigma, sigma)
     eps = (x - (1.0 - sigma) * x0) / sigma
     return {"flow_prediction": eps - x0, "epsilon": eps, "sample": x0}[prediction]
 
 
 def run(table: StepTable, x: np.ndarray, prediction: str = "flow_prediction") -> np.ndarray:
-    m1 = m2 = m3 = xs = np.zeros_like(x)
-    for row in table.rows:
-        out = network(x, row.t / FLOW.timesteps, prediction)
-        x0 = np.clip(row.kx * x + row.ko * out, -row.c, row.c)
-        h = row.hx * x + row.ho * out + row.h0 * x0
-        after = row.ax * x + row.ao * out + row.a0 * x0 + row.a1 * m1 + row.a2 * m2 + row.a3 * m3 + row.as_ * xs
-        xs = x if row.save else xs
-        m1, m2, m3 = (h, m1, m2) if row.push else (m1, m2, m3)
-        x = after
-    return x
+    return mixture.run(table, lambda x, t: network(x, t / FLOW.timesteps, prediction), x)
 
 
 @functools.cache
@@ -66,20 +47,8 @@ def noise() -> np.ndarray:
 @functools.cache
 def exact(start: float = 1.0, end: float = 0.0) -> np.ndarray:
     """Integrate dx/dsigma = v from pure noise by the classical Runge-Kutta method, without any table."""
-    x, n = noise() if start == 1.0 else exact(1.0, start), 1000
-
-    def v(x: np.ndarray, sigma: float) -> np.ndarray:
-        return network(x, max(sigma, 1e-12), "flow_prediction")
-
-    for i in range(n):
-        h = (end - start) / n
-        s = start + i * h
-        k1 = v(x, s)
-        k2 = v(x + 0.5 * h * k1, s + 0.5 * h)
-        k3 = v(x + 0.5 * h * k2, s + 0.5 * h)
-        k4 = v(x + h * k3, s + h)
-        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return x
+    x = noise() if start == 1.0 else exact(1.0, start)
+    return runge_kutta(lambda x, sigma: network(x, max(sigma, 1e-12), "flow_prediction"), x, start, end)
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2s", 2)])
@@ -89,10 +58,6 @@ def test_order_of_whole_runs_on_a_mixture(name, order):
     errors = [rms(run(build(FlowSchedule(), n, clip=None), noise()) - exact()) for n in (40, 80, 160)]
     slopes = np.log2(np.array(errors[:-1]) / errors[1:])
     assert np.abs(slopes - order).max() < 0.15 * order, (errors, slopes)
-
-
-def rms(error: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(error**2)))
 
 
 def walk(steps: int, start: float = 0.9, end: float = 0.1) -> Walk:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.solvers import COLUMNS, EDMSchedule, FlowSchedule, StepTable, from_config
-from fastdiff.solvers.compat import diffusers as compat
+from fastdiff.solvers.compat import sigmas as compat
 from tests.support.schedulers import run_scheduler, scheduler_module
 from tests.support.solver_grid import GRID, PAGE, SIGMAS, Solver, markdown
 from tests.support.trajectories import SCHEDULES, Denoise, T, denoiser, draw_noise, run

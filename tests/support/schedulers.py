@@ -41,6 +41,7 @@ MODULES = {
     "DPMSolverMultistepInverseScheduler": "dpmsolver_multistep_inverse",
     "FlowMatchEulerDiscreteScheduler": "flow_match_euler_discrete",
     "FlowMatchHeunDiscreteScheduler": "flow_match_heun_discrete",
+    "ScoreSdeVeScheduler": "sde_ve",
 }
 
 

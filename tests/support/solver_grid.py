@@ -250,6 +250,10 @@ are x = (1 - sigma) x_0 + sigma eps and which predict the velocity eps - x_0. `e
 Heun's methods for dx/dsigma = velocity. A run starts at sigma = 1, pure noise, where `plms`, `deis`, `lms`, `dpm2`,
 `dpm2_ancestral`, `dpmpp_sde` and `dpmpp_2s_ancestral` cannot start: they need `spacing=`, a list of sigmas below 1.
 
+And they take a `VESchedule`: networks of the variance-exploding process (NCSN++), whose states are x_0 + sigma eps and
+which predict the score, -eps / sigma. `ddpm` is then the ancestral predictor of Song et al. (2021, eq. 47), and with
+`variance="beta"` the reverse diffusion predictor (eq. 46); the spacings are those of an `EDMSchedule`.
+
 ## Compared with diffusers
 
 Every number of steps below is a whole sampling run that is compared with diffusers' own scheduler after every row:
@@ -285,6 +289,11 @@ points:
   there.
 - diffusers draws the noise of DPM++ SDE from a Brownian tree with a seed of its own (torchsde); the same increments of
   the same Brownian motion give the same run.
+
+`tests/solvers/test_ve.py` compares the predictor of `ScoreSdeVeScheduler` in the same way, the table `ddpm` with
+`compat="diffusers"`. The length of a step of its corrector depends on the norms of the scores of a whole batch, so that
+no table has it: with `correct_steps` above 0 it is refused by name, and `fastdiff.Scheduler` has both steps for loops
+of one's own (`step_pred`, `step_correct`).
 
 Faults of diffusers: DPM-Solver++(3M) takes half of the second derivative, as in the authors' code, which makes it of
 order 2 (the whole one wins at many steps, the half at 15 to 20); the SDE form of order 3 has a wrong sign; UniPC with
@@ -335,7 +344,8 @@ float64), and asserts that the default differs from them in the following and no
 
 On Gaussian data with the exact network, over log-SNR lambda from -6 to 1.5 in equal steps, the error of the samples'
 standard deviation falls with the number of steps to the power below (`tests/solvers/test_orders.py` asserts it; of a
-flow `tests/solvers/test_flow.py`, on a mixture of Gaussians):
+flow `tests/solvers/test_flow.py`, and of a variance-exploding process `tests/solvers/test_ve.py`, on a mixture of
+Gaussians):
 
 | solver | order |
 |---|---|
@@ -350,6 +360,7 @@ ORDERS = {
     "deis of order 1, 2, 3": "1, 2, 3",
     "lms of order 1, 2, 3, 4": "1, 2, 3, 4",
     "euler, heun, dpmpp_2m, deis of order 2, dpm2, unipc of order 2, with a `FlowSchedule`": "1, 2, 2, 2, 2, 3",
+    "the same with a `VESchedule`": "1, 2, 2, 2, 2, 3",
 }
 
 

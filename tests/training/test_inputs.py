@@ -28,7 +28,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "a number from 0": (("weight_decay",), (-0.1, math.inf, math.nan, "0")),
     "a number from 0 to just under 1": (("label_dropout", "beta1", "beta2", "ema_decay"), (*SHARE, 1.5, math.nan)),
     "None or a positive number": (("min_snr_gamma",), (0, -5, math.inf, math.nan, "5")),
-    "'epsilon', 'sample' or 'v_prediction'": (("prediction",), ("v", None)),
+    "'epsilon', 'sample', 'v_prediction' or 'flow_prediction'": (("prediction",), ("v", None)),
     "'none', 'cosine' or 'linear'": (("lr_decay",), ("exp", None)),
     "'fp32' or 'bf16'": (("precision",), ("fp16", torch.bfloat16)),
     "True or False": (("hflip", "compile"), ("yes", 1, None)),

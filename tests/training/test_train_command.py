@@ -101,7 +101,7 @@ def command(
     ("arguments", "message"),
     [
         (("--lr", "0"), "error: lr=0.0: a positive number is needed"),
-        (("--prediction", "noise"), "error: prediction='noise': 'epsilon', 'sample' or"),
+        (("--prediction", "noise"), "error: prediction='noise': 'epsilon', 'sample', 'v_prediction' or"),
         (("--batch-size", "6", "--accumulate", "4"), "error: batch_size=6: a multiple of accumulate=4"),
         (("--size", "8by8"), "error: --size 8by8: a number"),
         (("--size", "7", "--channels", "8,8"), "error: images of 7x7: both must be multiples of the U-Net's stride 2"),

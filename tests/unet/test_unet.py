@@ -440,9 +440,9 @@ BAD = [
     ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types", 3, "2"),
     ({"down_block_types": None}, "down_block_types", None, "a list"),
     (
-        {"down_block_types": ("DownBlock2D", "SkipDownBlock2D")},
+        {"down_block_types": ("DownBlock2D", "KDownBlock2D")},
         "down_block_types",
-        "SkipDownBlock2D",
+        "KDownBlock2D",
         "AttnDownBlock2D",
     ),
     ({"up_block_types": ("UpBlock2D", "DownBlock2D")}, "up_block_types", "DownBlock2D", "ResnetUpsampleBlock2D"),
@@ -458,7 +458,7 @@ BAD = [
     *[({"freq_shift": v}, "freq_shift", v, "freq_shift < 4") for v in (4, 5, -1)],
     *[({"freq_shift": v}, "freq_shift", v, "a finite number") for v in (NAN, None, "1")],
     ({"block_out_channels": (1,), "norm_num_groups": 1, **ONE_LEVEL}, "freq_shift", 0, "half of block_out_channels[0]"),
-    ({"time_embedding_type": "fourier"}, "time_embedding_type", "fourier", "'positional'"),
+    ({"time_embedding_type": "learned"}, "time_embedding_type", "learned", "'positional'"),
     (
         {"mid_block_type": "UNetMidBlock2DCrossAttn"},
         "mid_block_type",

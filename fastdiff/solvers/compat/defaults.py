@@ -81,6 +81,10 @@ DEFAULTS: Mapping[str, Options] = {
         **BY_SIGMA, "time_shift_type": "exponential", "stochastic_sampling": False,
     },
     "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
+    "ScoreSdeVeScheduler": {
+        "num_train_timesteps": 2000, "snr": 0.15, "sigma_min": 0.01, "sigma_max": 1348.0, "sampling_eps": 1e-5,
+        "correct_steps": 1,
+    },
     "CMStochasticIterativeScheduler": {
         "num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "s_noise": 1.0, "rho": 7.0,
         "clip_denoised": True,

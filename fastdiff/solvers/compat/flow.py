@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastdiff import checks
 from fastdiff.checks import shown
 from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.solvers.compat import sigmas as sigma_levels
 from fastdiff.solvers.compat.source import Source, beta_quantiles
 from fastdiff.solvers.euler import euler_table
 from fastdiff.solvers.flow import PREDICTIONS, FlowSchedule, abar_of, shifted
@@ -32,9 +33,9 @@ from fastdiff.solvers.walk import Level, Walk
 BELOW_ONE = 1e-6  # what UniPCMultistepScheduler subtracts from a first level of 1
 
 
-def flow_euler(source: Source, precision: str) -> StepTable:
-    """Return the table of FlowMatchEulerDiscreteScheduler, whose noise levels have the dtype ``precision``."""
-    T, dtype = source.get("num_train_timesteps", 1000), getattr(np, precision)
+def flow_euler(source: Source) -> StepTable:
+    """Return the table of FlowMatchEulerDiscreteScheduler."""
+    T, dtype = source.get("num_train_timesteps", 1000), getattr(np, sigma_levels.PRECISION)
     sigmas, t = _levels(source, T, dtype)
     inverted = bool(source.get("invert_sigmas", False))
     stochastic = bool(source.get("stochastic_sampling", False))
@@ -54,9 +55,9 @@ def flow_euler(source: Source, precision: str) -> StepTable:
     return dataclasses.replace(table, rows=tuple(rows))
 
 
-def flow_heun(source: Source, precision: str) -> StepTable:
+def flow_heun(source: Source) -> StepTable:
     """Return the table of FlowMatchHeunDiscreteScheduler, which has no other option than the shift."""
-    T, dtype = source.get("num_train_timesteps", 1000), getattr(np, precision)
+    T, dtype = source.get("num_train_timesteps", 1000), getattr(np, sigma_levels.PRECISION)
     config = {key: source.config[key] for key in ("num_train_timesteps", "shift") if key in source.config}
     sigmas, t = _levels(dataclasses.replace(source, config=config), T, dtype)
     return heun_table(flow_walk(source, sigmas, t, 0.0, {"c": math.inf}, prediction="flow_prediction"))
@@ -153,9 +154,7 @@ def _stretched(source: Source, sigmas: NDArray[Any]) -> NDArray[Any]:
     return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - last))
 
 
-def flow_multistep(
-    source: Source, train: NDArray[Any], final: str | None, bounds: dict[str, Any], precision: str
-) -> Walk:
+def flow_multistep(source: Source, train: NDArray[Any], final: str | None, bounds: dict[str, Any]) -> Walk:
     """Return the walk of DPMSolverMultistep, DPMSolverSinglestep, UniPC or DEIS with use_flow_sigmas.
 
     ``train`` are the sigmas of the betas, rising; ``final`` is the default of final_sigmas_type, or None where the
@@ -187,7 +186,7 @@ def flow_multistep(
     else:
         sigmas = np.flip(shifted(1.0 - np.linspace(1, 1 / T, n + 1), shift))[:-1]
     t = np.trunc(sigmas * T)
-    sigmas = sigmas.astype(getattr(np, precision))
+    sigmas = sigmas.astype(getattr(np, sigma_levels.PRECISION))
     end = float(sigmas[-1])
     if final is not None:
         zero = source.one_of("final_sigmas_type", final, ("zero", "sigma_min")) == "zero"
