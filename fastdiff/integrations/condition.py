@@ -119,7 +119,7 @@ class ConditionForward(BackendForward):
             self.parameters = [m._parameters for m in self.network.unet.modules()]
         super()._follow_weights()
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # the arguments are those of another network
         self,
         sample: Tensor,
         timestep: Any,

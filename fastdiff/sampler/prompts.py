@@ -75,6 +75,8 @@ def check(n: int, o: Options, info: NetworkInfo, encoder: TextEncoder | None) ->
     if o.prompts is not None and o.context is not None:
         raise InvalidArgument(f"prompts={shown(o.prompts)} and context= both say what to draw; give one of them")
     bank = _Bank(n, info, encoder)
+    label: list[str] | range
+    null: list[str] | range
     label = bank.texts("prompts", o.prompts) if o.context is None else bank.states("context", o.context)
     if isinstance(o.negative, (Tensor, Texts)):
         null = bank.states("negative", o.negative)
