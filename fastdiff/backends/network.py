@@ -21,6 +21,7 @@ from fastdiff.core.lower import (
     projection_keys,
     text_attentions,
     unlowered,
+    vector_kind,
 )
 from fastdiff.core.program import Conv, Program
 from fastdiff.core.state import TableBank, Texts
@@ -54,14 +55,17 @@ def condition_reasons(unet: UNetCondition) -> list[str]:
         return reasons
     if not text_attentions(unet):
         reasons.append("no attention of the network reads a text")
-    if config.addition_embed_type is not None:
-        reasons.append(f"it has no addition_embed_type {config.addition_embed_type!r}")
+    added = config.addition_embed_type
+    if added is not None and config.class_embed_type is not None:
+        reasons.append(f"it has no addition_embed_type {added!r} beside a class embedding")
     if config.class_embed_type == "timestep":
         reasons.append("it has no class_embed_type 'timestep'")
     elif config.class_embed_type is None and config.num_class_embeds is not None:
         reasons.append(f"it has no labels beside a text (num_class_embeds={config.num_class_embeds})")
-    elif config.class_embed_type is not None and config.time_embedding_act_fn is not None:
-        reasons.append(f"it has no time_embedding_act_fn {config.time_embedding_act_fn!r} with a class embedding")
+    elif (config.class_embed_type or added) is not None and config.time_embedding_act_fn is not None:
+        reasons.append(
+            f"it has no time_embedding_act_fn {config.time_embedding_act_fn!r} with a class embedding or added vector"
+        )
     return reasons
 
 
@@ -268,7 +272,7 @@ class TextTables:
         self.unet = unet
         self.tokens = tokens
         self.widths = {name: 2 * m.to_k.out_features for name, m in text_attentions(unet).items()}
-        features = 0 if unet.class_embedding is None else unet.config.temb_channels
+        features = 0 if vector_kind(unet) is None else unet.config.temb_channels
         self.most = max(1, most_bytes // (4 * (tokens * sum(self.widths.values()) + features)))
         self.places: dict[bytes, int] = {}
         self.banks = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.checkpoints.reading import read_json, read_safetensors
 from fastdiff.checks import shown
@@ -48,6 +48,13 @@ def build_encoder(config: CaptionEncoderConfig, tensors: Mapping[str, Tensor], w
     """Build an encoder with these weights; `CheckpointError` names the first one that does not fit."""
     with torch.random.fork_rng(devices=[]):
         encoder = CaptionEncoder(config)
+    check_weights(encoder, tensors, where)
+    encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return encoder.eval()
+
+
+def check_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise `CheckpointError`, which names the first of the tensors that does not fit a text encoder."""
     shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     for name in sorted(shapes.keys() | tensors.keys()):
         tensor = tensors.get(name)
@@ -60,8 +67,6 @@ def build_encoder(config: CaptionEncoderConfig, tensors: Mapping[str, Tensor], w
         else:
             continue
         raise CheckpointError(f"{where} does not fit this text encoder: {shown(name)[1:-1]} {what}")
-    encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return encoder.eval()
 
 
 def encoder_config(encoder: CaptionEncoder) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,14 +34,25 @@ from fastdiff.checkpoints.loading import (
     refuse,
     schedule_of,
 )
+from fastdiff.checkpoints.pipelines import (
+    check_network,
+    check_pipeline,
+    outdated_options,
+    read_autoencoder,
+    read_text_encoder,
+    reads_text,
+)
 from fastdiff.checkpoints.reading import TORCH_SUFFIXES, json_object, read_json, read_safetensors
 from fastdiff.checks import optional, shown, text
 from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.modes import plain_modes
 from fastdiff.solvers.keys import check_config
 from fastdiff.solvers.walk import Schedule
-from fastdiff.text import CaptionEncoder, CaptionEncoderConfig
+from fastdiff.text import CaptionEncoder, CaptionEncoderConfig, ClipEncoder
 from fastdiff.unet import UNetCondition, UNetConditionConfig
+from fastdiff.unet.latents import LatentDecoder
+
+log = logging.getLogger("fastdiff")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +66,16 @@ class PretrainedText:
         prediction: As of `Pretrained`.
         scheduler_config: As of `Pretrained`.
         path: The folder or file that was loaded.
+        autoencoder: What makes images of the network's latents, likewise; None for a network of pixels.
     """
 
     unet: UNetCondition
-    text_encoder: CaptionEncoder
+    text_encoder: CaptionEncoder | ClipEncoder
     schedule: Schedule | None
     prediction: str | None
     scheduler_config: dict[str, Any]
     path: Path
+    autoencoder: LatentDecoder | None = None
 
 
 def load_condition(model: str | Path, torch_dtype: Any = None, **source: Any) -> UNetCondition:
@@ -103,10 +117,11 @@ def _build_condition(
 
 @plain_modes()
 def load_text(model: str | Path, **options: Any) -> PretrainedText | None:
-    """Load a model that reads text and has a `fastdiff.text.CaptionEncoder`.
+    """Load a model that reads text: one with a `fastdiff.text.CaptionEncoder`, or a pipeline of Stable Diffusion.
 
     Args:
-        model: The folder of a model or of its training, a training checkpoint, or one of `builtin_models`.
+        model: The folder of a model or of its training, a training checkpoint, one of `builtin_models`, or the folder
+            of a StableDiffusionPipeline.
         **options: variant and weights, as in `load`; the other options of `load` are refused.
 
     Returns:
@@ -115,6 +130,7 @@ def load_text(model: str | Path, **options: Any) -> PretrainedText | None:
     Raises:
         CheckpointError: If a file cannot be read, or its tensors do not fit the network or the encoder.
         ConfigError: If a configuration is not supported; the message names the file.
+        BackendError: If the package transformers is needed and not installed.
     """
     check_options(options)
     options = {name: options.get(name) for name in OPTIONS}
@@ -124,6 +140,9 @@ def load_text(model: str | Path, **options: Any) -> PretrainedText | None:
             return None
         path = BUILTIN / str(model)
     weights = options["weights"]
+    if path.is_dir() and not has_encoder(path) and reads_text(path) and not options["subfolder"]:
+        refuse(path, options, ("preset", "flags"))
+        return _pipeline_in(path, options["variant"], weights)
     if path.is_dir() and not has_encoder(path):
         path = result_of_run(path, weights) or path
     if path.is_dir():
@@ -155,3 +174,28 @@ def load_text(model: str | Path, **options: Any) -> PretrainedText | None:
     with naming(where):
         schedule, prediction = schedule_of(scheduler) if scheduler else (None, None)
     return PretrainedText(unet, encoder, schedule, prediction, dict(scheduler), path)
+
+
+def _pipeline_in(path: Path, variant: str | None, weights: str | None) -> PretrainedText:
+    """Load the folder of a pipeline that draws latents from a text."""
+    others = check_pipeline(path)
+    encoder = read_text_encoder(path, variant)
+    autoencoder = read_autoencoder(path, variant)
+    unet = _condition_in(path, variant, weights, torch.float32)
+    check_network(path, unet.config, autoencoder)
+    if encoder.model.config.hidden_size != unet.config.context_channels:
+        raise ConfigError(
+            f"{path}: the text encoder gives states of {encoder.model.config.hidden_size} channels, the network reads "
+            f"{unet.config.context_channels}"
+        )
+    if others:
+        log.warning("%s: a Sampler does not run %s of this pipeline", path, ", ".join(map(shown, others)))
+    scheduler_path, scheduler = scheduler_file(path, warn=False)
+    with naming(scheduler_path or path):
+        replaced = outdated_options(scheduler) if scheduler else {}
+        schedule, prediction = schedule_of(scheduler) if scheduler else (None, None)
+    if replaced:
+        changes = ", ".join(f"{key}={value}" for key, value in replaced.items())
+        log.warning("%s: an outdated configuration; %s as in diffusers' pipeline", scheduler_path, changes)
+    config = {**scheduler, **replaced, "clip_sample": False} if scheduler else {}  # latents are never clipped
+    return PretrainedText(unet, encoder, schedule, prediction, config, path, autoencoder)

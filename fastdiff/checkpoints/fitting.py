@@ -13,6 +13,7 @@ from fastdiff.checkpoints import layouts, wrappers
 from fastdiff.checkpoints.reading import listed_problems
 from fastdiff.errors import CheckpointError
 from fastdiff.unet import UNet, UNetCondition, UNetConfig
+from fastdiff.unet.latents import LatentDecoder
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OTHER_WEIGHTS = {  # by names of tensors
@@ -61,16 +62,17 @@ def load_weights(unet: UNet, tensors: Mapping[str, Tensor], where: str | Path) -
 
 
 def fit(
-    unet: UNet | UNetCondition,
+    unet: UNet | UNetCondition | LatentDecoder,
     tensors: Mapping[str, Tensor],
     where: str | Path,
     layout: str | None,
     dtype: torch.dtype | None,
+    what: str = "U-Net",
 ) -> dict[str, Tensor]:
     """Convert the tensors of a file to the names and shapes of the state dict of ``unet``, which may be on "meta".
 
     ``layout`` None stands for diffusers' names; ``dtype`` None keeps that of each tensor. Errors are those of
-    `load_weights`, with the names of the file.
+    `load_weights`, with the names of the file; ``what`` names the module in them.
     """
     parts = layouts.pieces(unet, layout) if layout is not None and isinstance(unet, UNet) else None
     if parts is None:
@@ -105,7 +107,7 @@ def fit(
                 problems.append(f"value: {name} is not {layouts.RESAMPLE_FILTER} everywhere; other filters are refused")
     if problems:
         cause = _cause(given.keys(), shapes.keys(), problems)
-        raise CheckpointError(f"{where} does not fit this U-Net, {listed_problems(problems, cause)}")
+        raise CheckpointError(f"{where} does not fit this {what}, {listed_problems(problems, cause)}")
     return layouts.to_ours(parts, fitted, unet) if parts is not None and isinstance(unet, UNet) else fitted
 
 

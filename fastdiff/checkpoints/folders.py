@@ -94,13 +94,16 @@ def read_scheduler(folder: str | Path) -> dict[str, Any]:
     return scheduler_file(Path(folder))[1]
 
 
-def scheduler_file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return the path and the contents of the scheduler's file, as `read_scheduler` does."""
+def scheduler_file(folder: Path, warn: bool = True) -> tuple[Path | None, dict[str, Any]]:
+    """Return the path and the contents of the scheduler's file, as `read_scheduler` does.
+
+    ``warn`` is whether a warning names a pipeline's parts besides the network and the scheduler.
+    """
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.exists():
             with naming(path):
                 scheduler = originals.modern_scheduler(check_config(read_json(path)))
-                named = _pipeline_scheduler(folder, scheduler.get("_class_name"))
+                named = _pipeline_scheduler(folder, scheduler.get("_class_name"), warn)
             unknown = unknown_keys(scheduler)
             if unknown:
                 log.warning("%s: unknown keys are ignored, as in diffusers: %s", path, ", ".join(map(shown, unknown)))
@@ -108,12 +111,12 @@ def scheduler_file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def _pipeline_scheduler(folder: Path, named: str | None) -> str | None:
+def _pipeline_scheduler(folder: Path, named: str | None, warn: bool) -> str | None:
     """Return the class of a folder's scheduler: ``model_index.json`` decides, as in diffusers, else ``named``."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     parts = {key: part for key, part in index.items() if not key.startswith("_") and isinstance(part, list)}
     others = sorted(key for key in parts.keys() - {"unet", "scheduler"} if any(parts[key]))
-    if others:
+    if others and warn:
         log.warning(
             "%s: the pipeline %s has %s besides, which fastdiff does not run: images are the U-Net's own output",
             folder, shown(index.get("_class_name")), ", ".join(map(shown, others)),

@@ -12,6 +12,8 @@ from fastdiff.cli.options import SOLVER_HELP, JsonOption, ModelArgument
 from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastdiff.backends.native.cost import Cost
     from fastdiff.sampler import Sampler
     from fastdiff.solvers import StepTable
@@ -104,10 +106,21 @@ def _describe(sampler: Sampler, model: str, size: tuple[int, int], flops: float)
 
     schedule, config = sampler.schedule, cast(Any, sampler.unet.config)
     levels = schedule.to_scheduler_config() if isinstance(schedule, NoiseSchedule) else dataclasses.asdict(schedule)
+    image, latents = [sampler.info.channels, *size], {}
+    if sampler.autoencoder is not None:
+        factor, parts = (
+            sampler.autoencoder.factor,
+            {"decoder": sampler.autoencoder, "text_encoder": _text_model(sampler)},
+        )
+        latents = {"latents": image} | {
+            f"{name}_parameters": sum(p.numel() for p in part.parameters()) for name, part in parts.items()
+        }
+        image = [sampler.autoencoder.config.out_channels, *(factor * v for v in size)]
     return {
         "model": model,
         "parameters": sum(p.numel() for p in sampler.unet.parameters()),
-        "image": [sampler.info.channels, *size],
+        "image": image,
+        **latents,
         "classes": sampler.info.classes,
         "class_names": sampler.info.class_names and list(sampler.info.class_names),
         "null_label": sampler.info.null_label,
@@ -116,6 +129,13 @@ def _describe(sampler: Sampler, model: str, size: tuple[int, int], flops: float)
         "schedule": {k: v for k, v in levels.items() if v is not None},
         "unet": config.to_dict(),
     }
+
+
+def _text_model(sampler: Sampler) -> nn.Module:
+    """Return the module that encodes texts."""
+    encoder: Any = sampler.text_encoder
+    model: nn.Module = getattr(encoder, "model", encoder)
+    return model
 
 
 def _tokens(sampler: Sampler) -> int:

@@ -148,9 +148,11 @@ def sample(
         options["index"] = read_numbers("--index", index)
         n = len(options["index"])
     sampler = Sampler.from_pretrained(model, backend=backend, device=device, dtype=dtype)
+    autoencoder = sampler.autoencoder  # of a network whose images are latents
+    channels = sampler.info.channels if autoencoder is None else autoencoder.config.out_channels
     for path in (out, animate):
         if path is not None and path.suffix.lower() != ".npz":
-            check_picture(sampler.info.channels, path)
+            check_picture(channels, path)
     n, options["labels"] = _labels(sampler, n, options["size"], per_class, labels)
     options["prompts"] = None if not prompt else [prompt[i % len(prompt)] for i in range(n)]
     options |= _pictures(sampler, n, options["size"], image, mask)
@@ -161,7 +163,7 @@ def sample(
         if event.indices[0] == (
             start_index if index is None else options["index"][0]
         ):  # the animation shows the first batch
-            frames.append(grid(event.x, per_class))
+            frames.append(grid(event.x if autoencoder is None else sampler.decode(event.x0), per_class))
 
     progress = sys.stderr.isatty() and not as_json
     started = time.perf_counter()
@@ -230,6 +232,11 @@ def _pictures(
 
     if image is None and mask is None:
         return {}
+    if sampler.autoencoder is not None:
+        raise InvalidArgument(
+            f"--{'mask' if image is None else 'image'}: the network's images are latents, and the pictures would have "
+            "to be encoded to some, which a Sampler does not do"
+        )
     shape = image_size(n, size, sampler.info)
     read = {} if image is None else {"image": _picture("--image", image, sampler.info.channels, shape)}
     if mask is not None:

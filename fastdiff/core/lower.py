@@ -57,14 +57,54 @@ def unlowered(config: UNetConfig) -> list[str]:
 
 def _check_embedding(config: UNetConditionConfig) -> None:
     """Refuse embeddings that a program has no operation for."""
-    if config.addition_embed_type is not None:
-        raise InvalidArgument(f"addition_embed_type={config.addition_embed_type!r} cannot be lowered to a program")
     classes = config.class_embed_type is not None or config.num_class_embeds is not None
-    if classes and config.time_embedding_act_fn is not None:
+    added = config.addition_embed_type is not None
+    if classes and added:
         raise InvalidArgument(
-            f"time_embedding_act_fn={config.time_embedding_act_fn!r} of a network with classes cannot be lowered to a "
+            f"addition_embed_type={config.addition_embed_type!r} of a network with classes cannot be lowered to a "
             "program"
         )
+    if (classes or added) and config.time_embedding_act_fn is not None:
+        raise InvalidArgument(
+            f"time_embedding_act_fn={config.time_embedding_act_fn!r} of a network with classes or an added vector "
+            "cannot be lowered to a program"
+        )
+
+
+def vector_kind(unet: nn.Module) -> str | None:
+    """Return which vector enters the time embedding of a network besides the timestep; None where there is none.
+
+    It is "class", or of a text-conditioned U-Net "added" (SDXL's text_time) or "condition" (LCM's timestep_cond, where
+    nothing else is added and no activation is between the layers of the time MLP and those of the blocks).
+    """
+    if getattr(unet, "class_embedding", None) is not None:
+        return "class"
+    if not isinstance(unet, UNetCondition):
+        return None
+    if unet.add_embedding is not None:
+        return "added"
+    config = unet.config
+    plain = config.timestep_post_act is None and config.time_embedding_act_fn is None
+    return "condition" if config.time_cond_proj_dim is not None and plain else None
+
+
+def vector_width(unet: UNetCondition) -> int | None:
+    """Return the width of the vector of `vector_kind`, before any layer; None where there is none."""
+    config, kind = unet.config, vector_kind(unet)
+    if kind == "condition":
+        return config.time_cond_proj_dim
+    if kind == "class" and config.class_embed_type == "identity":
+        return config.temb_channels
+    return None if kind is None else config.projection_class_embeddings_input_dim
+
+
+@plain_modes()
+def added_vector(unet: UNetCondition, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
+    """Return the input of the MLP of text_time, [B, D]: the pooled texts, and the sinusoids of ``time_ids``."""
+    width = unet.config.addition_time_embed_dim
+    assert width is not None
+    sizes = unet.sinusoid(time_ids.flatten(), width).reshape(len(time_ids), -1)
+    return torch.cat([text_embeds.to(sizes.dtype), sizes], dim=1)
 
 
 def lower_decoder(decoder: Decoder | TinyDecoder, size: tuple[int, int]) -> Program:
@@ -104,7 +144,11 @@ def embed_timesteps(unet: UNet | UNetCondition, t: Tensor) -> Tensor:
     parts = []
     for chunk in padded.split(CHUNK):
         if isinstance(unet, UNetCondition):
-            emb = unet.time_embedding(unet.sinusoid(chunk, unet.config.block_out_channels[0]))
+            sinusoid = unet.sinusoid(chunk, unet.config.block_out_channels[0])
+            if vector_kind(unet) == "condition":
+                parts.append(unet.time_embedding.linear_1(sinusoid))
+                continue
+            emb = unet.time_embedding(sinusoid)
             activation = unet.config.time_embedding_act_fn
             emb = emb if activation is None else ACTIVATIONS[activation](emb)  # such a network has no classes here
         elif unet.config.class_before_mlp:
@@ -112,7 +156,7 @@ def embed_timesteps(unet: UNet | UNetCondition, t: Tensor) -> Tensor:
             continue
         else:
             emb = unet.time_embedding(unet.sinusoid(chunk))
-        if unet.class_embedding is None:
+        if vector_kind(unet) is None:
             emb = F.silu(emb)
             emb = torch.cat([unet.get_submodule(key)(emb) for key in projection_keys(unet)], dim=1)
         parts.append(emb)
@@ -140,17 +184,24 @@ def embed_classes(unet: UNet) -> Tensor:
 def embed_text(unet: UNetCondition, states: Tensor, vector: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
     """Compute the part of the network that depends on a text alone; once per text, not once per step.
 
-    ``states`` are [tokens, channels], and ``vector`` is what a network with a class embedding is given as its class.
+    ``states`` are [tokens, channels], and ``vector`` is that of `vector_kind`; None stands for zeros where it is LCM's.
     The result has the row of each external buffer ``<key>.text``, [tokens, C], and that of ``class``, [features]. Each
     text is computed by itself, so that its bits do not depend on others.
     """
     if unet.encoder_hid_proj is not None:
         states = unet.encoder_hid_proj(states)
     rows = {name: torch.cat([m.to_k(states), m.to_v(states)], dim=1) for name, m in text_attentions(unet).items()}
-    if unet.class_embedding is None:
-        return rows, None
-    assert vector is not None
-    embedded: Tensor = unet.class_embedding(vector[None])[0]
+    kind, embedded = vector_kind(unet), None
+    if kind == "condition":
+        # It joins before the time MLP, whose first layer is linear: W1 (s + W c) + b1 = (W1 s + b1) + W1 W c.
+        first, project = unet.time_embedding.linear_1.weight, unet.time_embedding.cond_proj
+        assert project is not None
+        embedded = first.new_zeros(len(first)) if vector is None else F.linear(project(vector), first)
+    elif kind is not None:
+        embed = unet.class_embedding if kind == "class" else unet.add_embedding
+        assert embed is not None
+        assert vector is not None
+        embedded = embed(vector[None])[0]
     return rows, embedded
 
 
@@ -248,7 +299,8 @@ class _Emitter:
         return Program(tuple(self.ops), self.buffers)
 
     def _embedding(self, unet: UNet | UNetCondition) -> None:
-        if unet.class_embedding is None:
+        kind = vector_kind(unet)
+        if kind is None:
             self.buffer("projections", (1, 1, self.width), external=True)
             return
         features = unet.config.temb_channels
@@ -256,7 +308,7 @@ class _Emitter:
             self.buffer("time", (1, 1, features), external=True),
             self.buffer("class", (1, 1, features), external=True),
         )
-        if isinstance(unet, UNet) and unet.config.class_before_mlp:
+        if kind == "condition" or (isinstance(unet, UNet) and unet.config.class_before_mlp):
             hidden = self.buffer("hidden", (1, 1, features))
             self.ops.append(Embed(hidden, src))
             src = (self._conv("time_embedding.linear_2", (hidden,)),)

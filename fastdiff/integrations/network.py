@@ -1,10 +1,10 @@
-"""`BackendUNet`: a diffusers ``UNet2DModel`` that a backend of fastdiff runs."""
+"""`BackendUNet`: a network of diffusers that a backend of fastdiff runs, its ``UNet2DModel`` in the first place."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdiff import backends
 from fastdiff.backends import Runner, Spec
 from fastdiff.backends.eager import EagerRunner
-from fastdiff.core.state import State, TableBank
+from fastdiff.core.state import State, TableBank, Texts
 from fastdiff.core.turns import Lock
 from fastdiff.solvers import StepTable
 from fastdiff.solvers.table import Row
@@ -42,9 +42,9 @@ def make_circular(reference: nn.Module, unet: nn.Module) -> None:
 
 def plain_processors() -> tuple[type, ...]:
     """Return the classes of attention processors whose results differ by rounding alone."""
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
-    return AttnProcessor, AttnProcessor2_0
+    return AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
 
 def attention_changes(module: nn.Module) -> list[str]:
@@ -52,19 +52,23 @@ def attention_changes(module: nn.Module) -> list[str]:
     found = []
     for name, m in module.named_modules():
         processor = getattr(m, "processor", None)
-        if processor is not None and (type(processor) not in plain_processors() or vars(processor)):
+        if processor is not None and (
+            type(processor) not in plain_processors() or not vars(processor).keys() <= {"slice_size"}
+        ):
             found.append(f"{name} has another attention processor than diffusers' own ({type(processor).__name__})")
         if isinstance(m, nn.Dropout) and m.training and m.p > 0:
             found.append(f"{name} is in training, with dropout (call unet.eval())")
     return found
 
 
-def give_parameters(theirs: nn.Module, module: nn.Module) -> tuple[bool, bool]:
-    """Give fastdiff's module the parameters that a diffusers module has now.
+def give_parameters(
+    theirs: nn.Module, module: nn.Module, instead: Mapping[str, nn.Parameter] | None = None
+) -> tuple[bool, bool]:
+    """Give fastdiff's module the parameters that a diffusers module has now, or those ``instead`` by their names.
 
     The result is whether they fit, and whether some are other objects than before.
     """
-    given = dict(theirs.named_parameters(remove_duplicate=False))
+    given = {**dict(theirs.named_parameters(remove_duplicate=False)), **(instead or {})}
     own = dict(module.named_parameters(remove_duplicate=False))
     if given.keys() != own.keys() or any(p.shape != own[name].shape for name, p in given.items()):
         return False, False
@@ -115,10 +119,21 @@ class BackendUNet:
         self.conditional = unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None
         if self.backend != "eager":
             with torch.device("meta"):
-                config = UNetConfig.from_dict(unet.config)
-                if self.circular:
-                    config = dataclasses.replace(config, padding_mode="circular")
-                self.module = UNet(config).eval()
+                self.module = self._described().eval()
+
+    @staticmethod
+    def kind() -> Any:
+        """Return the class of diffusers whose objects are run."""
+        from diffusers import UNet2DModel
+
+        return UNet2DModel
+
+    def _described(self) -> nn.Module:
+        """Build fastdiff's module of the network's configuration."""
+        config = UNetConfig.from_dict(self.config)
+        if self.circular:
+            config = dataclasses.replace(config, padding_mode="circular")
+        return UNet(config)
 
     def is_of(self, unet: Any) -> bool:
         """Return whether this was made for the network, with the configuration and padding that it has now."""
@@ -127,27 +142,38 @@ class BackendUNet:
 
     def unsupported_changes(self) -> list[str]:
         """List what the module does beyond its configuration; then only its own code can run it."""
-        from diffusers import UNet2DModel
-
         if self.backend == "eager":
             return []
-        found = changes.global_changes(self.unet, (UNet2DModel, *plain_processors()))
+        unet = self._plain()
+        found = changes.global_changes(unet, (self.kind(), *plain_processors()))
         if not found:
             if self.reference is None:  # not before: a reference has the changes of its classes too
                 with torch.device("meta"):
-                    self.reference = changes.rebuilt(UNet2DModel, self.config)
+                    self.reference = changes.rebuilt(self.kind(), self.config)
                 if self.circular:
-                    make_circular(self.reference, self.unet)
-            found += changes.overridden(self.unet, UNet2DModel)
-            found += changes.differences(self.unet, self.reference, IGNORED)
-        found += attention_changes(self.unet)
+                    make_circular(self.reference, unet)
+            found += changes.overridden(unet, self.kind())
+            found += changes.differences(unet, self.reference, self._ignored())
+        found += attention_changes(unet)
         if not found:
-            fits, other = give_parameters(self.unet, self.module)
+            fits, other = give_parameters(unet, self.module, self._merged())
             if not fits:
                 found.append("its parameters are not those of its configuration")
             if other:
                 self.runners.clear()
         return found
+
+    def _plain(self) -> Any:
+        """Return the module to compare with one of the configuration."""
+        return self.unet
+
+    def _merged(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that take the place of the module's own."""
+        return {}
+
+    def _ignored(self) -> tuple[str, ...]:
+        """Return the attributes of modules that no result depends on, or that are looked at elsewhere."""
+        return IGNORED
 
     def reasons_against(self) -> list[str]:
         """List every reason why the backend cannot run the network on this machine, in its present dtype and device."""
@@ -155,7 +181,8 @@ class BackendUNet:
         if self.backend == "native":
             from fastdiff.backends.native import reasons_against
 
-            reasons = reasons_against(self.module, self._spec(1, 1, 1))
+            stride = 1 << (len(self.unet.config.block_out_channels) - 1)
+            reasons = reasons_against(self.module, self._spec(1, stride, stride))
             if len({(p.dtype, p.device) for p in self.unet.parameters()}) > 1:
                 reasons.append("its weights are of several dtypes or on several devices")
             if any(p.dtype != torch.float32 for p in self.unet.parameters()) and p.dtype == torch.bfloat16:
@@ -196,11 +223,12 @@ class BackendUNet:
         """Free the runners whose work an error, such as a signal handler's, may have interrupted half-way."""
         self.runners = {spec: runner for spec, runner in self.runners.items() if isinstance(runner, EagerRunner)}
 
-    def front(self) -> Any:
+    def front(self, left: Callable[[str], None]) -> Any:
         """Return an object that is the module in all but its forward, a `BackendForward`.
 
         The module itself is left alone, so other pipelines may use it at the same time: the front is an object of a
-        subclass, and its ``__dict__`` is the module's own, so that whatever is set on one is set on both.
+        subclass, and its ``__dict__`` is the module's own, so that whatever is set on one is set on both. ``left`` is
+        called with a message where an evaluation that a user would expect of the backend is left to diffusers.
         """
         return front_of(self.unet, forward=BackendForward(self))
 
@@ -225,28 +253,35 @@ class BackendForward:
             self.versions, self.state = now, None  # backends look at the weights when they see a new state
             self.is_left = bool(self.network.unsupported_changes())
 
+    def _fits(self, sample: Tensor) -> bool:
+        """Return whether a backend can evaluate images of this kind, and no gradient is asked for."""
+        network = self.network
+        p = next(network.unet.parameters())
+        learns = torch.is_grad_enabled()
+        learns = learns and (sample.requires_grad or any(w.requires_grad for w in network.unet.parameters()))
+        fits = sample.ndim == 4 and sample.shape[1] == network.unet.config.in_channels and len(sample) > 0
+        return fits and sample.dtype == p.dtype and sample.device == p.device and not learns
+
     def __call__(
         self, sample: Tensor, timestep: Any, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Any:
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
-        network, config = self.network, self.network.unet.config
-        p = next(network.unet.parameters())
-        learns = torch.is_grad_enabled()
-        learns = learns and (sample.requires_grad or any(w.requires_grad for w in network.unet.parameters()))
-        fits = sample.ndim == 4 and sample.shape[1] == config.in_channels and len(sample) > 0
-        fits = fits and sample.dtype == p.dtype and sample.device == p.device
+        network = self.network
         self._follow_weights()
-        if self.is_left or learns or not fits or not network.accepts(class_labels, sample.shape[2:]):
-            return _diffusers_forward()(network.unet, sample, timestep, class_labels, return_dict)
+        if self.is_left or not self._fits(sample) or not network.accepts(class_labels, sample.shape[2:]):
+            return network.kind().forward(network.unet, sample, timestep, class_labels, return_dict)
         # As in diffusers, a number is rounded down to a whole one, while a tensor keeps its fraction.
         t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], dtype=torch.int64, device="cpu")
         with network.lock.held:
             out = self._run(sample, t.flatten().expand(len(sample)).tolist(), class_labels).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
-    def _run(self, x: Tensor, t: list[float], labels: Tensor | None) -> Tensor:
-        """Evaluate the network once: the timestep of each image comes from a table of one row."""
+    def _run(self, x: Tensor, t: list[float], labels: Tensor | None, texts: Texts | None = None) -> Tensor:
+        """Evaluate the network once: the timestep of each image comes from a table of one row.
+
+        With ``texts``, the labels are their numbers.
+        """
         distinct = sorted(set(t))
         # Only t has an effect, as no update follows.
         rows = [Row(t=float(v), abar=0.5, abar_next=1.0, kx=0.0, ko=1.0, a0=1.0) for v in distinct]
@@ -255,9 +290,9 @@ class BackendForward:
         bank = TableBank(tables, x.device, dtype)
         table = [distinct.index(v) for v in t]
         state = self.state
-        if state is None or state.x.shape != x.shape or not _equal(state.label, labels):
+        if state is None or state.x.shape != x.shape or not equal(state.label, labels):
             state = self.state = State.create(x.to(dtype), bank, table=table, label=labels)
-        state.x, state.bank = x.to(dtype), bank
+        state.x, state.bank, state.texts = x.to(dtype), bank, texts
         state.table = torch.tensor(table, dtype=torch.int64, device=x.device)
         state.table_host = state.table.cpu().numpy()
         self.network.runner(x.shape).forward(state)
@@ -265,11 +300,6 @@ class BackendForward:
         return state.out.clone()  # the next call may overwrite its memory
 
 
-def _diffusers_forward() -> Callable[..., Any]:
-    from diffusers import UNet2DModel
-
-    return UNet2DModel.forward
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Return whether two tensors have the same shape and numbers."""
     return a is b or (a is not None and b is not None and torch.equal(a, b))

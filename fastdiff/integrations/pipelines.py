@@ -29,6 +29,7 @@ from fastdiff.backends.base import refuse
 from fastdiff.checks import one_of
 from fastdiff.core.turns import Lock
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument, ModifiedError
+from fastdiff.integrations.condition import BackendCondition
 from fastdiff.integrations.decoder import BackendDecoder
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
@@ -43,7 +44,8 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
     """Make fastdiff run a diffusers pipeline.
 
     fastdiff runs the whole loop of DDPMPipeline and DDIMPipeline, for the schedulers DDPM, DDIM, PNDM (PLMS), LCM,
-    DPMSolverMultistep, UniPC and DEIS; of other pipelines the network, and by `native` the decoder of the autoencoder.
+    DPMSolverMultistep, UniPC and DEIS; of other pipelines the network, and by `native` the decoder of the autoencoder
+    and the text-conditioned network of Stable Diffusion's pipelines.
     The same arguments and generators give the images that diffusers gives, up to rounding, and leave the generators in
     the state in which diffusers leaves them.
 
@@ -51,8 +53,8 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
     ``pipeline.unaccelerate()`` undoes the change. Weights are shared, not copied; `native` has packed ones besides.
 
     Args:
-        pipeline: The pipeline; its ``unet`` must be a ``UNet2DModel``, or its ``vae`` or ``vqvae`` an ``AutoencoderKL``
-            or ``VQModel``.
+        pipeline: The pipeline; its ``unet`` must be a ``UNet2DModel`` or a ``UNet2DConditionModel``, or its ``vae`` or
+            ``vqvae`` an ``AutoencoderKL`` or ``VQModel``.
         backend: "native", "compiled" or "eager"; or "auto": `native` where it can run, which is in float32 on a CPU,
             while elsewhere diffusers' own code runs, and the log says why.
         strict: Whether a network or scheduler that is not supported is an error. If False, that part is left to
@@ -213,7 +215,7 @@ class PipelineCalls:
                         return loop.run()
                 fronts = {name: decoder.front(self.warn_once) for name, decoder in decoders.items()}
                 if network is not None and self.backend != "eager":
-                    fronts["unet"] = network.front()
+                    fronts["unet"] = network.front(self.warn_once)
                 self._running.fronts = fronts
                 return self.base.__call__(*arguments.args, **arguments.kwargs)
             except BaseException:
@@ -257,26 +259,22 @@ class PipelineCalls:
     def network_of(self, pipeline: Any) -> BackendUNet | None:
         """Return the pipeline's network, ready to run; None if it is left to diffusers.
 
-        Beside a decoder that is supported, a network of another kind is no error.
+        Beside a decoder that is supported, a network that is not supported is no error.
         """
-        from diffusers import UNet2DModel
-
         unet = vars(pipeline).get("unet", getattr(pipeline, "unet", None))  # the network itself, in nested calls too
-        if self.decoding and not isinstance(unet, UNet2DModel):
-            if unet is not None:
-                self.warn_once(
-                    f"the network of {self.base.__name__} is left to diffusers: it has a {type(unet).__name__} as its "
-                    "unet; a UNet2DModel is supported"
-                )
+        kinds = (BackendUNet,) if self.whole_loop else (BackendUNet, BackendCondition)
+        kind = next((each for each in kinds if isinstance(unet, each.kind())), None)
+        if self.decoding and unet is None:
             return None
-        with self.unsupported("network"):
-            if not isinstance(unet, UNet2DModel):
+        with self.unsupported("network", allowed=self.decoding and kind is not BackendUNet):
+            if kind is None:
                 what = "no unet" if unet is None else f"a {type(unet).__name__} as its unet"
-                raise ConfigError(f"{self.base.__name__} has {what}; a UNet2DModel is supported")
+                names = " or ".join(f"a {each.kind().__name__}" for each in kinds)
+                raise ConfigError(f"{self.base.__name__} has {what}; {names} is supported")
             if hasattr(self.base, "unet"):
                 raise ConfigError(f"{self.base.__name__} defines unet in its class, where accelerate has to")
-            if self.network is None or not self.network.is_of(unet):
-                self.network = BackendUNet(unet, self.backend)
+            if type(self.network) is not kind or not self.network.is_of(unet):
+                self.network = kind(unet, self.backend)
             changed = self.network.unsupported_changes()
             if changed:
                 raise ModifiedError(
@@ -291,12 +289,16 @@ class PipelineCalls:
         return None
 
     @contextlib.contextmanager
-    def unsupported(self, part: str) -> Iterator[None]:
-        """Turn a `ConfigError` into a warning that this part is left to diffusers, where `accelerate` says so."""
+    def unsupported(self, part: str, allowed: bool = False) -> Iterator[None]:
+        """Turn a `ConfigError` into a warning that this part is left to diffusers, where `accelerate` says so.
+
+        That is so where a part may be unsupported (``allowed``), not strict, or was modified without a named backend.
+        """
         try:
             yield
         except ConfigError as e:
-            if self.strict and not (self.backend == "auto" and isinstance(e, ModifiedError)):
+            modified = isinstance(e, ModifiedError)
+            if self.strict and not (self.backend == "auto" if modified else allowed):
                 raise type(e)(f"{e} (strict=False leaves the {part} to diffusers)") from e
             self.warn_once(f"the {part} is left to diffusers: {e}")
 

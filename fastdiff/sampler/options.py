@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdiff.checks import Check, Error, is_number, is_whole, items, number, one_of, optional, shown, whole
+from fastdiff.core.state import Texts
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.sampler.editing import Guide
 from fastdiff.solvers import StepTable
@@ -129,7 +130,8 @@ class Options:
     indices: Sequence[int] | None = option(None)
     labels: int | str | Sequence[int | str] | Tensor | None = option(None, "--labels")
     prompts: str | Sequence[str] | None = option(None, "--prompt")
-    negative: str | Sequence[str] | None = option(None, "--negative")
+    negative: str | Sequence[str] | Tensor | Texts | None = option(None, "--negative")
+    context: Tensor | Texts | None = option(None)
     guidance: float | Sequence[float] = option(1.0, "--guidance")
     guidance_interval: tuple[float, float] = option((0.0, 1.0), None, MEASURED, check=_interval)
     guidance_rescale: float = option(0.0, None, MEASURED, check=partial(number, low=0, high=1))
@@ -211,6 +213,8 @@ class NetworkInfo:
     null_label: int | None = None  # None where it has no null class, so that it cannot be guided
     text: bool = False  # whether it reads the texts that prompts= gives
     pooled: bool = False  # whether it takes a pooled vector of each text besides
+    text_channels: int | None = None  # channels of a text's states; None where it reads none
+    pooled_channels: int | None = None  # of that vector
     condition: int = 0  # channels of the condition image that it reads after those of the image
     described: bool = False  # whether it has a configuration; without one any label is passed on to it
     class_names: tuple[str, ...] | None = None  # of the classes from 0 on; None where they have no names
@@ -270,6 +274,8 @@ class NetworkInfo:
             null_label=null,
             text=text,
             pooled=pooled,
+            text_channels=config.context_channels if text else None,
+            pooled_channels=config.projection_class_embeddings_input_dim if pooled else None,
             condition=condition,
             described=True,
         )

@@ -17,15 +17,17 @@ from fastdiff import backends, checkpoints
 from fastdiff.checkpoints.loading import check_options
 from fastdiff.checks import boolean, one_of, shown, whole
 from fastdiff.core import process
-from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.core.state import Texts
+from fastdiff.errors import ConfigError, InvalidArgument, NumericsError
 from fastdiff.modes import plain_modes
 from fastdiff.sampler import adaptive, choice, editing
 from fastdiff.sampler.editing import Guide
+from fastdiff.sampler.latents import Latents
 from fastdiff.sampler.loop import Loop, Stream
 from fastdiff.sampler.measured import NAME, Measured, read_for
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
 from fastdiff.sampler.output import Event, SampleOutput
-from fastdiff.sampler.prompts import TextEncoder, encode
+from fastdiff.sampler.prompts import TextEncoder, check_texts, encode
 from fastdiff.sampler.request import Request, check
 from fastdiff.sampler.runners import FAST, Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
@@ -36,10 +38,11 @@ from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule, check_process, default_prediction
+from fastdiff.unet.latents import LatentDecoder
 
 FIXED = (
     "unet", "info", "schedule", "prediction", "backend", "device", "dtype", "fast", "determinism", "scheduler_config",
-    "measurements_file", "text_encoder",
+    "measurements_file", "text_encoder", "autoencoder",
 )  # fmt: skip
 
 
@@ -75,6 +78,8 @@ class Sampler:
         class_names: The name of each class from 0 on, which `sample` takes as labels; None: the classes have no names.
         text_encoder: For a `fastdiff.UNetCondition`: the encoder of prompts, a `fastdiff.text.CaptionEncoder` or
             another object with its `tokenize` and `encode`; None for a network that reads no text.
+        autoencoder: For a network whose images are the latents of an autoencoder: its decoder, which makes pixels of
+            them. ``size`` and the images of a call are then in pixels, ``noise`` and the events in latents.
 
     Attributes cannot be changed; what differs needs another sampler.
 
@@ -90,6 +95,7 @@ class Sampler:
         determinism: As given.
         scheduler_config: As given; empty if None was.
         measurements_file: As given, a `Path` or None.
+        autoencoder: As given.
 
     Raises:
         InvalidArgument: If a value is not allowed; the message says what is.
@@ -113,6 +119,7 @@ class Sampler:
         measurements_file: str | Path | None = None,
         class_names: Sequence[str] | None = None,
         text_encoder: TextEncoder | None = None,
+        autoencoder: LatentDecoder | None = None,
     ):
         if not isinstance(unet, nn.Module):
             raise InvalidArgument(f"unet={shown(unet)}: a torch module is needed; from_pretrained takes paths")
@@ -141,6 +148,8 @@ class Sampler:
         self._runners = Runners(unet, self.info, backend, device, dtype, determinism)
         self.backend, self.device = self._runners.backend, self._runners.device
         self.dtype, self.fast = self._runners.dtype, self._runners.fast
+        self.autoencoder = _check_autoencoder(autoencoder, self.info)
+        self._latents = None if autoencoder is None else Latents(autoencoder, self.backend, self.device)
         self._loop = Loop(self._runners)
         self._measured: Measured | None = None
         self._has_read_measurements = False
@@ -155,7 +164,7 @@ class Sampler:
             "prediction": self.prediction, "backend": self.backend, "device": self.device,
             "dtype": FAST if self.fast else self.dtype, "determinism": self.determinism, "shape": self._shape,
             "scheduler_config": self.scheduler_config, "measurements_file": self.measurements_file,
-            "class_names": self.info.class_names, "text_encoder": self.text_encoder,
+            "class_names": self.info.class_names, "text_encoder": self.text_encoder, "autoencoder": self.autoencoder,
         }  # fmt: skip
         return _made, (type(self), self.unet, self.schedule, options)
 
@@ -187,7 +196,9 @@ class Sampler:
         ``trilemma.json`` of a folder, if there is one, is its ``measurements_file``.
 
         Args:
-            model: Name of a built-in model ("fashion-mnist"), a diffusers folder, or a checkpoint file.
+            model: Name of a built-in model ("fashion-mnist"), a diffusers folder, or a checkpoint file. The folder of
+                a StableDiffusionPipeline has a text encoder, for which the package transformers is needed, and an
+                autoencoder; its safety checker is not run, which is logged.
             backend: As for `Sampler`.
             device: As for `Sampler`; None: CUDA where there is one, else the CPU.
             dtype: As for `Sampler`.
@@ -236,6 +247,7 @@ class Sampler:
             measurements_file=loaded.path / NAME if loaded.path.is_dir() else None,
             class_names=loaded.class_names if isinstance(loaded, checkpoints.Pretrained) else None,
             text_encoder=None if text is None else text.text_encoder.to(device),
+            autoencoder=None if text is None else text.autoencoder,
         )
 
     @process.work()
@@ -257,7 +269,8 @@ class Sampler:
         indices: Sequence[int] | None = None,
         labels: int | str | Sequence[int | str] | Tensor | None = None,
         prompts: str | Sequence[str] | None = None,
-        negative: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | Tensor | Texts | None = None,
+        context: Tensor | Texts | None = None,
         guidance: float | Sequence[float] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
@@ -312,12 +325,15 @@ class Sampler:
                 classes.
             prompts: What to draw, for a network that reads text: a text for all images, or one for each. "" asks for
                 nothing.
-            negative: What guidance leads away from, likewise; None: "".
+            negative: What guidance leads away from, likewise, or as ``context``; None: "".
+            context: In place of prompts, their states by an encoder of your own: [tokens, C] for all images, or
+                [n, tokens, C]; or what `encode` returns.
             guidance: Scale of classifier-free guidance for all images, or for each one; 1 is off.
             guidance_interval: (start, end) of the part of the run that is guided, from 0 (noise) to 1 (image).
             guidance_rescale: Share, from 0 (off) to 1, by which guided outputs are rescaled to the standard deviation
                 of unguided ones.
-            size: Height and width, or one number for both, multiples of the network's stride. None: the network's own.
+            size: Height and width, or one number for both, multiples of the network's stride, with an ``autoencoder``
+                of its factor times the stride. None: the network's own.
             noise: Initial noise [n, C, H, W], or a function (row, indices) -> [len(indices), C, H, W] for all noise,
                 called with row None for the initial one. None: Philox noise of (seed, index).
             batch_size: Images that are drawn at a time. None: as many as suit the network's size.
@@ -366,7 +382,58 @@ class Sampler:
         given = Options.among(locals())
         _check_watchers(callback, progress)
         r = self.request(n, **given)
-        return self._loop.run(r, callback, progress)
+        return self._drawn(r, callback, progress)
+
+    def _drawn(self, r: Request, callback: Callable[[Event], None] | None, progress: bool) -> SampleOutput:
+        """Run a request, and decode latents, those beside broken ones too."""
+        try:
+            return self._in_pixels(self._loop.run(r, callback, progress))
+        except NumericsError as e:
+            if e.output is not None:
+                e.output = self._in_pixels(e.output)
+            raise
+
+    def _in_pixels(self, output: SampleOutput) -> SampleOutput:
+        if self._latents is None:
+            return output
+        return dataclasses.replace(output, images=self._latents.decode(output.images))
+
+    @process.work()
+    def encode(self, prompts: str | Sequence[str]) -> Texts:
+        """Encode texts, for ``context`` or ``negative`` of `sample`.
+
+        Args:
+            prompts: A text, or a list of them.
+
+        Returns:
+            Their states [texts, tokens, C] and, for a network that takes them, pooled vectors [texts, D], float32 on
+            the CPU.
+
+        Raises:
+            InvalidArgument: If the network reads no text, or a text cannot be encoded.
+        """
+        if self.text_encoder is None:
+            raise InvalidArgument(f"prompts={shown(prompts)}: this network reads no text, so there is none to encode")
+        checked = check_texts(prompts, self.info, self.text_encoder)
+        found = encode(checked, self.text_encoder, self.info.pooled)  # each of them once
+        return Texts(found.states[checked.label], None if found.pooled is None else found.pooled[checked.label])
+
+    @process.work()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents, such as those of an `Event`, to images.
+
+        Args:
+            latents: Floats [n, C, h, w].
+
+        Returns:
+            The images [n, channels, H, W], float32 on the CPU, in [-1, 1].
+
+        Raises:
+            InvalidArgument: If the sampler has no ``autoencoder``, or these are no latents of it.
+        """
+        if self._latents is None:
+            raise InvalidArgument("this sampler has no autoencoder: the network's images are no latents")
+        return self._latents.decode(latents)
 
     @process.work()
     def invert(
@@ -419,6 +486,8 @@ class Sampler:
             InvalidArgument: As for `sample`, which lists the other errors too.
         """
         _check_watchers(callback, progress)
+        if self._latents is not None:
+            self._latents.options(Options(image=image), self.info)  # which refuses it
         config = self.scheduler_config
         spacing = None if spacing is None else check_spacing("spacing", spacing)
         if spacing is None and isinstance(self.schedule, NoiseSchedule):
@@ -480,7 +549,7 @@ class Sampler:
             raise InvalidArgument("noise cannot be given to interpolate: between says what it is")
         r = self.request(n, **options)
         first, last = (editing.end_noise(end, r.index[0], r.shape) for end in between)
-        return self._loop.run(dataclasses.replace(r, noise=editing.slerp(first, last, r.n)), callback, progress)
+        return self._drawn(dataclasses.replace(r, noise=editing.slerp(first, last, r.n)), callback, progress)
 
     @process.work()
     def adapt(
@@ -571,6 +640,8 @@ class Sampler:
             point = None
         if point is None:
             o, point = choice.resolve(o, self.schedule, known)
+        if self._latents is not None:
+            o = self._latents.options(o, self.info)
         r = check(
             n, o, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend, self.text_encoder
         )
@@ -626,6 +697,19 @@ def _check_encoder(encoder: Any) -> TextEncoder:
                 f"text_encoder={shown(encoder)}: tokenize(text) and encode(text) are needed, as of a CaptionEncoder"
             )
     return encoder
+
+
+def _check_autoencoder(autoencoder: Any, info: NetworkInfo) -> LatentDecoder | None:
+    if autoencoder is None:
+        return None
+    if not isinstance(autoencoder, LatentDecoder):
+        raise InvalidArgument(f"autoencoder={shown(autoencoder)}: a fastdiff.unet.latents.LatentDecoder is needed")
+    if autoencoder.config.latent_channels != info.channels:
+        raise InvalidArgument(
+            f"the autoencoder has latents of {autoencoder.config.latent_channels} channels, the network's images have "
+            f"{info.channels}"
+        )
+    return autoencoder
 
 
 def _class_names(names: Sequence[str] | None) -> tuple[str, ...] | None:

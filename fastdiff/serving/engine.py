@@ -192,6 +192,10 @@ class Engine:
         else:
             options = {name: value for name, (value, _) in given.items()}
             self._sampler = Sampler.from_pretrained(model, **options)
+        if self._sampler.autoencoder is not None:
+            raise InvalidArgument(
+                "the network's images are latents, which an Engine does not decode yet; a Sampler does"
+            )
         info = self._sampler.info
         if info.size is None:
             raise InvalidArgument("the network's configuration has no sample_size, so the size of images is not known")

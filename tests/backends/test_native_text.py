@@ -14,7 +14,7 @@ from fastdiff import NoiseSchedule, checkpoints, solvers
 from fastdiff.backends import Spec, choose, native, prepare
 from fastdiff.backends.native import cost, packing
 from fastdiff.backends.network import TextTables, condition_reasons
-from fastdiff.core.lower import lower
+from fastdiff.core.lower import lower, vector_kind
 from fastdiff.core.program import Attention
 from fastdiff.core.state import State, TableBank, Texts
 from fastdiff.core.update import guide
@@ -32,6 +32,7 @@ from tests.support.conditions import (
     random_condition,
     random_inputs,
     text_states,
+    vector_of,
 )
 from tests.support.unets import relative_error
 from tests.unet.test_condition import SD15, SD21, configs
@@ -139,8 +140,8 @@ def test_working_space_does_not_grow_with_the_number_of_keys():
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-def texts_of(inputs: dict) -> Texts:
-    return Texts(inputs["encoder_hidden_states"], inputs.get("class_labels"))
+def texts_of(inputs: dict, vector: torch.Tensor | None = None) -> Texts:
+    return Texts(inputs["encoder_hidden_states"], inputs.get("class_labels") if vector is None else vector)
 
 
 def state_of(inputs: dict, t: float = 40, texts: Texts | None = None, **options) -> State:
@@ -163,9 +164,10 @@ def runner_of(unet: UNetCondition, inputs: dict, **changes) -> native.NativeRunn
 def assert_equals_diffusers(described: UNetConditionConfig, size=(8, 8), tokens=7, seed=0, tolerance=1e-5) -> None:
     unet = random_condition(described, seed)
     inputs = random_inputs(described, 2, size, tokens, seed)
-    inputs.pop("timestep_cond", None)
+    if vector_kind(unet) != "condition":
+        inputs.pop("timestep_cond", None)
     inputs["t"] = torch.tensor([40.0, 40.0])
-    state = state_of(inputs)
+    state = state_of(inputs, texts=texts_of(inputs, vector_of(unet, inputs)))
     runner_of(unet, inputs).forward(state)
     assert relative_error(state.out, unet(**inputs)) <= tolerance
     assert relative_error(state.out, diffusers_output(diffusers_condition(unet), inputs)) <= tolerance
@@ -174,7 +176,7 @@ def assert_equals_diffusers(described: UNetConditionConfig, size=(8, 8), tokens=
 # The others are compared in float64 by tests/core/test_condition_program.py.
 FEW = (
     "tiny", "heads that leave channels over", "depth of each layer", "only cross-attention", "resnet blocks",
-    "simple_projection class", "text_proj", "activations",
+    "simple_projection class", "text_proj", "activations", "text_time", "timestep_cond",
 )  # fmt: skip
 SUPPORTED = [name for name in VARIANTS if name not in REFUSED]
 
@@ -184,6 +186,17 @@ SUPPORTED = [name for name in VARIANTS if name not in REFUSED]
 )
 def test_variant(variant):
     assert_equals_diffusers(config(**VARIANTS[variant]))
+
+
+@torch.no_grad()
+def test_no_timestep_cond_is_zero():
+    unet = random_condition(config(**VARIANTS["timestep_cond"]))
+    inputs = random_inputs(unet.config)
+    del inputs["timestep_cond"]
+    inputs["t"] = torch.tensor([40.0, 40.0])
+    state = state_of(inputs)
+    runner_of(unet, inputs).forward(state)
+    assert relative_error(state.out, unet(**inputs)) <= 1e-5
 
 
 def test_the_layout_of_the_built_in_text_model():
@@ -361,7 +374,7 @@ def test_a_network_or_size_is_refused_by_name_and_left_to_eager(caplog):
     for refused, changed, words in (
         (unet, {"shape": (4, 9, 8)}, "multiples of 2, not 9x8"),
         (random_condition(config(in_channels=9)), {}, "4 channels of an image, which reads 9"),
-        (random_condition(config(**VARIANTS["text_time"])), {}, "addition_embed_type 'text_time'"),
+        (random_condition(config(**VARIANTS["class labels"])), {}, "no labels beside a text"),
         (unet, {"frozen": True}, "cannot join and leave"),
         (unet, {"dtype": torch.float64}, "not in float64"),
     ):

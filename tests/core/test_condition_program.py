@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.backends.network import condition_reasons
-from fastdiff.core.lower import CHUNK, embed_timesteps, lower, text_attentions
+from fastdiff.core.lower import CHUNK, embed_timesteps, lower, text_attentions, vector_kind
 from fastdiff.core.plan import plan
 from fastdiff.core.program import Attention, Conv
 from fastdiff.errors import InvalidArgument
 from fastdiff.unet import UNetCondition, UNetConditionConfig
-from tests.support.conditions import VARIANTS, config, random_condition, random_inputs
+from tests.support.conditions import VARIANTS, config, random_condition, random_inputs, vector_of
 from tests.support.interpreter import Interpreter
 from tests.support.unets import relative_error
 from tests.unet.test_condition import SD15, SD21, configs
@@ -24,7 +24,6 @@ from tests.unet.test_condition import SD15, SD21, configs
 REFUSED = {
     "class labels": "no labels beside a text",
     "timestep class": "no class_embed_type 'timestep'",
-    "text_time": "no addition_embed_type 'text_time'",
     "no depth": "no attention of the network reads a text",
 }
 LOWERED = [name for name in VARIANTS if name not in REFUSED]
@@ -35,18 +34,20 @@ def assert_equals_module(described, size=(8, 8), seed=0, tokens=7):
     """Compare in float64, where only a wrong program can make a difference."""
     unet = random_condition(described, seed).double()
     inputs = random_inputs(described, 3, size, tokens, seed)
-    inputs.pop("timestep_cond", None)
-    inputs = {k: v.double() for k, v in inputs.items()}
+    if vector_kind(unet) != "condition":
+        inputs.pop("timestep_cond", None)
+    added = {k: v.double() for k, v in inputs.pop("added_cond_kwargs", {}).items()}
+    inputs = {k: v.double() for k, v in inputs.items()} | ({"added_cond_kwargs": added} if added else {})
     program = lower(unet, size, tokens)
-    labels, texts = inputs.get("class_labels"), inputs["encoder_hidden_states"]
-    got = Interpreter(program, unet, 3)(inputs["x"], inputs["t"], labels, texts)
+    vector, texts = vector_of(unet, inputs), inputs["encoder_hidden_states"]
+    got = Interpreter(program, unet, 3)(inputs["x"], inputs["t"], vector, texts)
     assert relative_error(got, unet(**inputs)) <= 1e-11
     return program
 
 
 # Those whose operations others have too.
 ALIKE = (
-    "no effect", "norm_eps", "sinusoid", "timestep_cond", "widths of each level's text", "layers of each level",
+    "no effect", "norm_eps", "sinusoid", "widths of each level's text", "layers of each level",
     "reverse depth", "mid_block_scale_factor", "text_proj by its size alone", "depth of each level",
     "heads that leave channels over", "only cross-attention", "identity class",
 )  # fmt: skip
@@ -95,15 +96,23 @@ def test_what_is_not_lowered_is_refused_by_name(variant):
     assert REFUSED[variant] in reason
 
 
-def test_an_activation_of_a_sum_is_refused_by_name():
-    described = config(**VARIANTS["projection class"], time_embedding_act_fn="gelu")
-    assert "time_embedding_act_fn 'gelu'" in condition_reasons(random_condition(described))[0]
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({**VARIANTS["projection class"], "time_embedding_act_fn": "gelu"}, "time_embedding_act_fn 'gelu'"),
+        ({**VARIANTS["text_time"], "time_embedding_act_fn": "silu"}, "time_embedding_act_fn 'silu'"),
+        ({**VARIANTS["text_time"], "class_embed_type": "identity"}, "'text_time' beside a class embedding"),
+    ],
+)
+def test_what_joins_the_embedding_in_another_way_is_refused_by_name(changes, words):
+    assert words in condition_reasons(random_condition(config(**changes)))[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (VARIANTS["text_time"], "addition_embed_type='text_time'"),
+        ({**VARIANTS["text_time"], "num_class_embeds": 5}, "addition_embed_type='text_time'"),
+        ({**VARIANTS["text_time"], "time_embedding_act_fn": "mish"}, "time_embedding_act_fn='mish'"),
         ({**VARIANTS["identity class"], "time_embedding_act_fn": "silu"}, "time_embedding_act_fn='silu'"),
         ({**VARIANTS["class labels"], "time_embedding_act_fn": "gelu"}, "time_embedding_act_fn='gelu'"),
     ],

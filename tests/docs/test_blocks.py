@@ -28,6 +28,7 @@ from fastdiff.serving.requests import read_generation
 from tests.docs.pages import EXAMPLES, PAGES, blocks, name, prose
 from tests.support.captioned import network_and_encoder
 from tests.support.paths import ROOT
+from tests.support.pipelines import pipeline as text_pipeline
 
 GROUP = typer.main.get_command(cli.app)
 
@@ -73,9 +74,10 @@ def photos() -> None:
 
 
 def captioned() -> None:
-    """Write a model that reads texts in the folder runs/captions."""
+    """Write a model that reads texts in the folder runs/captions, and a pipeline of Stable Diffusion."""
     unet, encoder = network_and_encoder()
     checkpoints.save_folder("runs/captions", unet, NoiseSchedule(), text_encoder=encoder)
+    text_pipeline(Path("words")).save_pretrained("path/to/sd")
 
 
 # Makes the files that a page's examples read.

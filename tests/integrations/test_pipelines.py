@@ -645,7 +645,7 @@ def test_what_is_no_pipeline():
         def __call__(self):
             return "its own"
 
-    with pytest.raises(ConfigError, match=r"Bare has no unet; a UNet2DModel is supported"):
+    with pytest.raises(ConfigError, match=r"Bare has no unet; a UNet2DModel or a UNet2DConditionModel is"):
         fastdiff.accelerate(Bare())
     assert fastdiff.accelerate(Bare(), strict=False)() == "its own"
 

@@ -28,7 +28,7 @@ VALUES: dict[str, Any] = {
     "solver": "unipc", "steps": 7, "eta": 0.5, "variance": "beta", "order": 2, "churn": [40.0],
     "spacing": [90, 50], "clip": None, "seed": 5,
     "start_index": 3, "index": [3, 17], "indices": [3, 17], "labels": 1, "prompts": "a dog",
-    "negative": "snow", "guidance": 2.0,
+    "negative": "snow", "context": torch.zeros(4, 16), "guidance": 2.0,
     "guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7, "size": 16, "noise": torch.zeros(1, *SHAPE),
     "batch_size": 2, "image": torch.zeros(1, *SHAPE), "strength": 0.5, "mask": torch.ones(8, 8),
     "condition": torch.zeros(1, *SHAPE), "repaint": (2, 2),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.core.lower import added_vector, vector_kind
 from fastdiff.unet import UNetCondition, UNetConditionConfig
 from fastdiff.unet.transformer import TextAttention
 from tests.support.unets import randomize_
@@ -164,6 +165,14 @@ def random_inputs(
     if described.time_cond_proj_dim is not None:
         inputs["timestep_cond"] = normal(batch, described.time_cond_proj_dim)
     return inputs
+
+
+def vector_of(unet: UNetCondition, inputs: dict[str, Any]) -> Tensor | None:
+    """Return the vector that enters the time embedding, from the inputs of `random_inputs`."""
+    kind = vector_kind(unet)
+    if kind == "added":
+        return added_vector(unet, **inputs["added_cond_kwargs"])
+    return None if kind is None else inputs["class_labels" if kind == "class" else "timestep_cond"]
 
 
 def diffusers_condition(unet: UNetCondition) -> Any:

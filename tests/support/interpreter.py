@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.core.lower import embed_classes, embed_text, embed_timesteps
+from fastdiff.core.lower import embed_classes, embed_text, embed_timesteps, vector_kind
 from fastdiff.core.plan import STATISTICS, Plan, plan
 from fastdiff.core.program import STRIP, Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 
@@ -68,14 +68,14 @@ class Interpreter:
 
     def set_inputs(self, x: Tensor, t: Tensor, labels: Tensor | None, texts: Tensor | None = None) -> None:
         self.external = {"x": x.permute(0, 2, 3, 1), "out": torch.full((len(x), *self.shape("out")), math.nan).to(x)}
-        name = "projections" if self.unet.class_embedding is None else "time"
+        name = "projections" if vector_kind(self.unet) is None else "time"
         self.external[name] = embed_timesteps(self.unet, t)[:, None, None, :]
         if texts is not None:
             read = [
                 embed_text(self.unet, states, None if labels is None else labels[i]) for i, states in enumerate(texts)
             ]
             self.external |= {name: torch.stack([rows[name] for rows, _ in read])[:, None] for name in read[0][0]}
-            if self.unet.class_embedding is not None:
+            if vector_kind(self.unet) is not None:
                 self.external["class"] = torch.stack([embedded for _, embedded in read])[:, None, None, :]
             return
         if self.unet.config.class_before_mlp:

@@ -22,7 +22,7 @@ from fastdiff.backends.native.extension import extension, isa
 from fastdiff.backends.native.methods import METHODS, choose_method
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.network import EMBEDDING_PRODUCTS, embedding_width
-from fastdiff.core.lower import TOKENS, lower, text_attentions
+from fastdiff.core.lower import TOKENS, lower, text_attentions, vector_kind
 from fastdiff.core.plan import STATISTICS, Plan, plan
 from fastdiff.core.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.unet import UNet, UNetCondition
@@ -234,7 +234,7 @@ def dry_program(unet: UNet | UNetCondition, spec: Spec, rows: int, tokens: int =
         timestep=index,
         label=index,
         times=meta(TIMES, embedding_width(program)),
-        classes=None if unet.class_embedding is None else meta(1, unet.config.temb_channels),
+        classes=None if vector_kind(unet) is None else meta(1, unet.config.temb_channels),
         class_images=meta(rows, H, W, C) if encoded else None,
         text=text or None,
     )

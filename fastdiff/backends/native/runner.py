@@ -23,7 +23,7 @@ from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, part_rows
 from fastdiff.backends.network import EmbeddingTables, TextTables, embedding_checksum
 from fastdiff.core import update
-from fastdiff.core.lower import lower
+from fastdiff.core.lower import lower, vector_kind, vector_width
 from fastdiff.core.plan import plan
 from fastdiff.core.state import State, Texts
 from fastdiff.errors import BackendError
@@ -245,11 +245,10 @@ class NativeRunner:
         if texts is None or texts.states.ndim != 3 or 0 in texts.states.shape or texts.states.shape[2] != width:
             given = None if texts is None else list(texts.states.shape)
             raise BackendError(f"this network needs texts, states of the shape [texts, tokens, {width}], not {given}")
-        classes = {"identity": unet.config.temb_channels}
-        features = classes.get(unet.config.class_embed_type or "", unet.config.projection_class_embeddings_input_dim)
-        wanted = None if unet.class_embedding is None else [len(texts), features]
+        kind = vector_kind(unet)
+        wanted = None if kind is None else [len(texts), vector_width(unet)]
         given = None if texts.pooled is None else list(texts.pooled.shape)
-        if given != wanted:
+        if given != wanted and not (kind == "condition" and given is None):
             raise BackendError(f"this network needs pooled vectors of texts of the shape {wanted}, not {given}")
         tokens = texts.states.shape[1]
         if self.texts is None or self.texts.tokens != tokens:
