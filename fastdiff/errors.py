@@ -93,6 +93,10 @@ class BackendError(FastdiffError, RuntimeError):
     """A backend cannot run this network here; the message lists every reason."""
 
 
+class OutOfMemory(BackendError):
+    """Device memory does not suffice for a job of an `Engine`, which ends; other jobs go on."""
+
+
 class JobError(FastdiffError):
     """A folder of `fastdiff.bulk` belongs to another job, or is unfinished or damaged; the message names every reason.
 

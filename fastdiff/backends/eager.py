@@ -109,7 +109,10 @@ class EagerRunner:
         else:
             part = state.select(state.taking)
             update.update(part)
-            state.put(state.taking, part)
+            try:
+                state.put(state.taking, part)
+            except torch.OutOfMemoryError as e:  # anywhere before, the step can be taken again
+                raise BackendError("device memory ran out while an update was written, so images may be damaged") from e
 
     def advance(self, state: State, noisy: bool) -> None:
         """Do the device's part of `update`, with noise if ``noisy``. Reads no values from the device."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -265,6 +265,9 @@ class TextTables:
     larger tensors take the place of all, up to ``most_bytes``, or as many as one `Texts` needs. Beyond that the rows
     are given to others: then another dict takes the place of ``places``, and earlier results of `entries` no longer
     hold.
+
+    Texts that come and go (`Texts.names`) are instead in rows of their own numbers, see `follow`. A table serves texts
+    of one kind only.
     """
 
     @plain_modes()
@@ -275,6 +278,7 @@ class TextTables:
         features = 0 if vector_kind(unet) is None else unet.config.temb_channels
         self.most = max(1, most_bytes // (4 * (tokens * sum(self.widths.values()) + features)))
         self.places: dict[bytes, int] = {}
+        self.names: list[Hashable] = []  # of the texts in rows of their own numbers
         self.banks = {
             name: torch.zeros(0, tokens, width, dtype=torch.float32, device=device)
             for name, width in self.widths.items()
@@ -294,6 +298,23 @@ class TextTables:
                 self._compute(texts, i, len(self.places))
                 self.places[digest] = len(self.places)
         return torch.tensor([self.places[digest] for digest in wanted], dtype=torch.int64, device="cpu")
+
+    @plain_modes()
+    def follow(self, texts: Texts) -> bool:
+        """Have the row of each text that comes and goes at its own number; return whether a row was another's before.
+
+        Texts that are new at their place are computed now.
+        """
+        assert texts.names is not None
+        self._grow(len(texts))
+        before = self.names or [None] * len(texts)
+        new = [i for i, name in enumerate(texts.names) if name is not None and name != before[i]]
+        self.names = list(before)
+        for i in new:
+            self.names[i] = None  # until it is computed
+            self._compute(texts, i, i)
+            self.names[i] = texts.names[i]
+        return any(before[i] is not None for i in new)
 
     def _compute(self, texts: Texts, i: int, place: int) -> None:
         like = next(iter(self.banks.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,17 +44,20 @@ class Texts:
     Attributes:
         states: What the network's cross-attention reads, float32 [P, T, C].
         pooled: The vector that enters its time embedding, float32 [P, D]; None for a network without one.
+        names: Where texts come and go: what the text at each place is recognised by, None where there is none.
     """
 
     states: Tensor
     pooled: Tensor | None = None
+    names: tuple[Hashable, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def to(self, device: torch.device) -> Texts:
         """Return the same texts on a device."""
-        return Texts(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return dataclasses.replace(self, states=self.states.to(device), pooled=pooled)
 
 
 CHANGED = ("x", "xs", "m1", "m2", "m3", "out", "row")  # fields of a state that a step changes

@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_EXPORTS = {"Engine": "engine", "Job": "job", "Stats": "engine"}
+_EXPORTS = {"Engine": "engine", "Job": "job", "Lanes": "lanes", "Stats": "engine"}
 
 if TYPE_CHECKING:
     from fastdiff.serving.engine import Engine as Engine
     from fastdiff.serving.engine import Stats as Stats
     from fastdiff.serving.job import Job as Job
+    from fastdiff.serving.lanes import Lanes as Lanes
 
-__all__ = ["Engine", "Job", "Stats"]
+__all__ = ["Engine", "Job", "Lanes", "Stats"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,8 @@ from torch import Tensor
 from fastdiff import __version__
 from fastdiff.checks import number, one_of, optional, shown, text, whole
 from fastdiff.core import process
-from fastdiff.core.slots import MOST_ROWS, Slots
+from fastdiff.core.lower import text_attentions
+from fastdiff.core.slots import MOST_ROWS, Slots, Text
 from fastdiff.core.turns import reentrant
 from fastdiff.errors import (
     BackendError,
@@ -35,6 +36,7 @@ from fastdiff.errors import (
     EngineClosed,
     InvalidArgument,
     NumericsError,
+    OutOfMemory,
     QueueFull,
 )
 from fastdiff.modes import plain_modes
@@ -45,13 +47,14 @@ from fastdiff.sampler.options import NetworkInfo, Options
 from fastdiff.sampler.request import Request
 from fastdiff.serving import scheduler
 from fastdiff.serving.job import Job
+from fastdiff.serving.lanes import Lanes
 from fastdiff.serving.scheduler import Curve, Load, Want
 from fastdiff.solvers import StepTable
 
 log = logging.getLogger("fastdiff")
 
 MOST_SLOTS = 64
-SLOT_BYTES = 256 << 20  # of all images in flight
+SLOT_BYTES = 256 << 20  # of all images in flight, with the keys and values of their texts
 MOST_TABLES = 256  # whose coefficients are kept
 LINGER_S = 1.0  # for which the thread of an engine without jobs waits for one
 SLOW_STEP_S = 0.2  # a step that takes longer is measured once
@@ -83,6 +86,7 @@ class Stats:
         busy_s: Seconds of all steps so far.
         cap: Network rows of a step of several jobs.
         step_s: Seconds of a step of so many.
+        longest_s: Seconds of a step of the most rows.
     """
 
     waiting: int
@@ -101,6 +105,7 @@ class Stats:
     busy_s: float
     cap: int
     step_s: float
+    longest_s: float
 
 
 class Task:
@@ -123,6 +128,7 @@ class Task:
         self.coefficients: Any = None
         self.known: Load | None = None  # the load, until the job takes a step
         self.ready = False  # whether it may take one
+        self.degraded = False  # whether its setting was chosen for its deadline
 
     def load(self, slots: Slots) -> Load:
         """Return what the scheduler sees."""
@@ -155,6 +161,7 @@ class Engine:
         device: As for `Sampler`.
         dtype: As for `Sampler`.
         max_steps: Rows of a job's step table at most; jobs beyond are refused.
+        lanes: Takes turns with the engines of these lanes, step by step, where several share a processor.
         **source: Further options of `Sampler.from_pretrained`.
 
     Raises:
@@ -175,6 +182,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         max_steps: int = MOST_ROWS,
+        lanes: Lanes | None = None,
         **source: Any,
     ):
         self._max_steps = whole("max_steps", max_steps, 1, MOST_ROWS)
@@ -182,6 +190,8 @@ class Engine:
         self._max_queue_s = number("max_queue_s", max_queue_s, above=0, need="a positive number of seconds")
         given = {"determinism": (determinism, "bitwise"), "backend": (backend, "auto"), "device": (device, None),
                  "dtype": (dtype, None), **{name: (value, None) for name, value in source.items()}}  # fmt: skip
+        if not isinstance(lanes, Lanes | None):
+            raise InvalidArgument(f"lanes={shown(lanes)}: fastdiff.serving.Lanes, or None, is needed")
         if isinstance(model, Sampler):
             for name, (value, default) in given.items():
                 if value != default:
@@ -204,15 +214,17 @@ class Engine:
                 f"the network reads a condition image of {info.condition} channels, which an Engine does not give it "
                 "yet; a Sampler does"
             )
-        if info.text:
-            raise InvalidArgument("the network reads text, which an Engine does not give it yet; a Sampler does")
         self._shape = (info.channels, *info.size)
         self._runners = self._sampler._runners
-        capacity = max(2 * scheduler.TOGETHER, min(MOST_SLOTS, SLOT_BYTES // (24 * math.prod(self._shape))))
+        self._text = _texts_of(self._sampler.request(1, prompts="", steps=1), 0)[0] if info.text else None
+        each = 24 * math.prod(self._shape) + 2 * self._text_bytes()
+        capacity = max(2 * scheduler.TOGETHER, min(MOST_SLOTS, SLOT_BYTES // each))
         self._runner = self._runners.stepwise(capacity, self._shape)
         labelled = info.classes is not None or info.null_label is not None
-        self._slots = Slots(capacity, self._shape, self._sampler.device, labelled)
+        self._slots = Slots(capacity, self._shape, self._sampler.device, labelled, self._text)
         self._curve = self._measured(most)
+        self._most = self._curve.most  # network rows of a step, unless device memory turns out to be short
+        self._lane = (Lanes() if lanes is None else lanes).join()
         self._changed = threading.Condition()  # also guards what follows
         self._tasks: dict[Task, None] = {}
         self._tables: collections.OrderedDict[StepTable, Any] = collections.OrderedDict()
@@ -300,6 +312,7 @@ class Engine:
                 if measured is None:
                     raise
                 task = planned(self._degraded(n, measured, task, late))
+                task.degraded = True
                 self._admit(task)
             self._prepare(task)
         except BaseException:
@@ -348,7 +361,7 @@ class Engine:
             waiting=len(tasks) - len(running), running=len(running),
             queued_s=sum(task.rows for task in tasks if not task.job.done()) * curve.row_s,
             images=sum(len(task.slots) for task in running),
-            previews_dropped=dropped, cap=curve.cap, step_s=curve.seconds(curve.cap),
+            previews_dropped=dropped, cap=curve.cap, step_s=curve.seconds(curve.cap), longest_s=curve.longest_s,
             **{name: counts.get(name, 0) for name in
                ("step_rows", "steps", "image_steps", "rows", "busy_s", "finished", "failed", "cancelled", "refused")},
         )  # fmt: skip
@@ -384,6 +397,7 @@ class Engine:
         with self._changed:
             for task in list(self._tasks):
                 self._forget(task)
+        self._lane.close()
         self._sampler.close()
 
     def __enter__(self) -> Engine:
@@ -416,6 +430,9 @@ class Engine:
             )
         if float(np.abs(r.guidance).max()) > LARGEST:
             raise InvalidArgument(f"guidance={shown(options['guidance'])}: at most {LARGEST:.3g} fits float32")
+        if r.texts is not None and self._text is not None and r.texts.states.shape[1:] != self._text.states.shape:
+            given, needed = list(r.texts.states.shape[1:]), list(self._text.states.shape)
+            raise InvalidArgument(f"prompts: the text encoder gives states {given}, and {needed} for an empty text")
         return r
 
     def _admit(self, task: Task) -> None:
@@ -424,6 +441,7 @@ class Engine:
             self._check_open()
             self._check_room(task)
             self._tasks[task] = None
+            self._count_queued()
 
     def _check_room(self, task: Task) -> None:
         """Refuse a task for which there is no room or time. Called with the lock."""
@@ -447,6 +465,10 @@ class Engine:
                     "images, or for on_deadline='degrade'"
                 )
 
+    def _count_queued(self) -> None:
+        """Tell the other lanes how much work there is. Called with the lock."""
+        self._lane.queued_s = sum(t.rows for t in self._queued()) * self._curve.row_s
+
     def _queued(self) -> list[Task]:
         """Return the tasks that still cost something: not those that were cancelled since the last step."""
         return [task for task in self._tasks if not task.job.done()]
@@ -455,9 +477,15 @@ class Engine:
         return self._curve.run_s(task.rows, task.at_once)
 
     def _finish_s(self, task: Task) -> float:
-        """Return the seconds until a task is finished: what is due before it, and itself. Called with the lock."""
-        others = [t for t in self._queued() if t is not task and t.due <= task.due]
-        return sum(t.rows for t in others) * self._curve.row_s + self._run_s(task)
+        """Return the seconds until a task is finished: what is due before it, itself, and other lanes' turns meanwhile.
+
+        Called with the lock.
+        """
+        return self._lane.finish_s(self._before_s(task) + self._run_s(task))
+
+    def _before_s(self, task: Task) -> float:
+        """Return the seconds of this engine's work that is due before a task. Called with the lock."""
+        return sum(t.rows for t in self._queued() if t is not task and t.due <= task.due) * self._curve.row_s
 
     def _eta(self, job: Job) -> float:
         with self._changed:
@@ -475,10 +503,11 @@ class Engine:
     def _degraded(self, n: int, o: Options, task: Task, late: DeadlineImpossible) -> Request:
         """Return the request with the best measured setting for which there is time."""
         assert task.deadline is not None
+        slower = 1 + self._lane.busy_others()  # all of them may have work for as long
         with self._changed:
-            waits = self._finish_s(task) - self._run_s(task)
+            waits = slower * self._before_s(task)
         left = task.deadline - time.monotonic() - waits
-        row_s = self._curve.run_s(sum(task.width), task.at_once)  # of one row of all images
+        row_s = slower * self._curve.run_s(sum(task.width), task.at_once)  # of one row of all images
         if left <= 0.0:
             raise late
         try:
@@ -536,18 +565,22 @@ class Engine:
         """Take steps while there are jobs. An error that is not one job's ends all of them, and the engine."""
         try:
             while self._has_work():
+                self._lane.take()
                 with process.work():
                     self._step()
         except BaseException as e:
             log.exception("a step of the engine failed")
             self._fail(e)
+            self._lane.leave()
 
     def _has_work(self) -> bool:
         """Wait for jobs; return False, and forget the thread, if there are none for a while or the engine is closed."""
         with self._changed:
             if not any(task.ready for task in self._tasks) and not self._closed:
+                self._lane.leave()
                 self._changed.wait(LINGER_S)
             if self._closed or not self._tasks:
+                self._lane.leave()  # before another thread can take turns for this engine
                 self._thread = None
                 return False
             return True
@@ -582,26 +615,28 @@ class Engine:
         chosen = scheduler.pick(now, [task.load(self._slots) for task in live], curve, len(self._slots.free))
         if not chosen:
             return
-        by_task: dict[Task, list[int]] = {}
-        for task, i in chosen:
-            by_task.setdefault(task, []).append(i)
+        by_task = _by_task(chosen)
         for task, images in by_task.items():
             for i in images:
                 if i not in task.slots:
                     self._enter(task, i)
-        rows = self._advance(by_task)
+        by_task, rows = self._advance_what_fits(by_task)
         seconds, now = time.monotonic() - now, time.monotonic()
         for task, images in by_task.items():
             task.served, task.known = now, None
             self._leave(task, images)
             if task.ended == task.request.n:
                 self._finish(task)
+        if not by_task:
+            return
         with self._changed:
+            curve = self._curve
             slower = min(max(seconds / curve.seconds(rows), 1.0 / MOST_CHANGE), MOST_CHANGE)
             self._curve = dataclasses.replace(curve, scale=curve.scale * (1.0 + FOLLOW * (slower - 1.0)))
-            self._counts.update(steps=1, image_steps=len(chosen), rows=rows)
+            self._counts.update(steps=1, image_steps=sum(map(len, by_task.values())), rows=rows)
             self._counts["busy_s"] += seconds
             self._counts["step_rows"] = rows
+            self._count_queued()
 
     def _enter(self, task: Task, i: int) -> None:
         """Put image i of a job into a slot."""
@@ -612,24 +647,64 @@ class Engine:
         if i >= len(task.x):
             self._draw(task, scheduler.TOGETHER)
         task.slots[i] = self._slots.admit(
-            task.x[i], r.table, seed=seed, index=r.index[i], label=None if r.labels is None else int(r.labels[i]),
+            task.x[i], r.table, seed=seed, index=r.index[i],
+            label=None if r.labels is None or r.prompts is not None else int(r.labels[i]),
             guidance=float(r.guidance[i]), rescale=r.guidance_rescale, coefficients=task.coefficients,
+            texts=None if r.prompts is None else _texts_of(r, i),
         )  # fmt: skip
         # The memory is free once no image that was drawn with it waits.
         task.x[i] = torch.empty(0, dtype=torch.float32, device="cpu")
         task.begun += 1
 
+    def _advance_what_fits(self, by_task: dict[Task, list[int]]) -> tuple[dict[Task, list[int]], int]:
+        """Advance images by a row; return which, and the number of network rows.
+
+        Where device memory is short, half of them are advanced, and later steps have no more rows. If it is short for
+        these, too, those of the first job are tried alone; if it is short even then, that job ends.
+        """
+        try:
+            return by_task, self._advance(by_task)
+        except torch.OutOfMemoryError as e:
+            error = e.with_traceback(None)  # whose frames hold memory
+        images = [(task, i) for task, own in by_task.items() for i in own]
+        half = images[: max(len(images) // 2, 1)]
+        first = [(task, i) for task, i in half if task is half[0][0]]
+        tried = images
+        for fewer in (half, first):
+            if len(fewer) == len(tried):
+                continue
+            tried = fewer
+            if self._sampler.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                rows = self._advance(_by_task(fewer))
+            except torch.OutOfMemoryError as e:
+                error = e.with_traceback(None)
+                continue
+            log.warning("device memory does not suffice for a step of %d images; steps have fewer now", len(images))
+            self._limit_rows(rows)
+            return _by_task(fewer), rows
+        job = half[0][0].job
+        out = OutOfMemory(f"job {job.id} was ended: device memory does not suffice for {len(tried)} of its images")
+        out.__cause__ = error
+        job.settle(error=out)
+        self._limit_rows(self._most)  # the job may have been why earlier steps did not fit
+        return {}, 0
+
+    def _limit_rows(self, most: int | None) -> None:
+        with self._changed:
+            self._curve = dataclasses.replace(self._curve, most=most)
+
     def _advance(self, by_task: dict[Task, list[int]]) -> int:
         """Advance images by a row, show previews, and return the number of network rows."""
         slots, state = self._slots, self._slots.state
         at = [task.slots[i] for task, images in by_task.items() for i in images]
-        rows = 0
+        taken: dict[Task, int] = {}  # network rows
         known: list[tuple[Task, list[int], Tensor]] = []
         shown: list[tuple[Task, list[int], int]] = []
         for task, images in by_task.items():
-            taken = slots.network_rows([task.slots[i] for i in images])
-            rows += taken
-            task.rows -= taken
+            taken[task] = slots.network_rows([task.slots[i] for i in images])
+            task.rows -= taken[task]
             if task.request.mask is not None:
                 part = state.select(np.array([task.slots[i] for i in images], np.int64))
                 known.append((task, images, self._inpainting(task, images).known(part)))
@@ -640,7 +715,12 @@ class Engine:
                     if row in task.shows:
                         shown.append((task, [i], row))
         previews = [task.slots[i] for task, (i,), _ in shown]
-        x0 = slots.step(self._runner, at, previews)
+        try:
+            x0 = slots.step(self._runner, at, previews)
+        except torch.OutOfMemoryError:  # no image has changed
+            for task, rows in taken.items():
+                task.rows += rows
+            raise
         for task, images, pixels in known:
             mine = torch.tensor([task.slots[i] for i in images], dtype=torch.int64, device=state.x.device)
             state.x[mine] = torch.where(self._inpainting(task, images).anew, state.x[mine], pixels)
@@ -649,7 +729,7 @@ class Engine:
             assert x0 is not None
             x = state.x[task.slots[i]][None].clone()
             task.job.show(Event(row, len(task.request.table), (task.request.index[i],), x, x0[k][None]))
-        return rows
+        return sum(taken.values())
 
     def _inpainting(self, task: Task, images: Sequence[int]) -> Inpainting:
         r, device = task.request, self._sampler.device
@@ -672,7 +752,8 @@ class Engine:
         """Give a job its images, or the error that they are no numbers."""
         r = task.request
         assert task.result is not None
-        output = SampleOutput(task.result, r.seed, r.index[0], r.table, r.nfe, r.labels, r.class_names, r.index)
+        labels, prompts = (r.labels, None) if r.prompts is None else (None, r.prompts.of_images)
+        output = SampleOutput(task.result, r.seed, r.index[0], r.table, r.nfe, labels, r.class_names, r.index, prompts)
         try:
             check_numbers(output, self._sampler.dtype)
         except NumericsError as e:
@@ -682,10 +763,13 @@ class Engine:
         self._retire(task)
 
     def _receipt(self, task: Task, output: SampleOutput) -> dict[str, Any]:
-        r, sampler = task.request, self._sampler
+        r, sampler, given = task.request, self._sampler, task.request.prompts
         return {
             "id": task.job.id, "n": r.n, "seed": r.seed, "indices": list(r.index),
-            "labels": None if r.labels is None else r.labels.tolist(), "solver": r.table.solver, "rows": len(r.table),
+            "labels": None if output.labels is None else output.labels.tolist(),
+            "prompts": None if given is None else list(given.of_images),
+            "negative": None if given is None else [given.texts[i] for i in given.null.tolist()],
+            "solver": r.table.solver, "rows": len(r.table), "degraded": task.degraded,
             "table_sha256": hashlib.sha256(r.table.to_json().encode()).hexdigest(), "nfe": r.nfe,
             "guidance": r.guidance.tolist(), "guidance_rescale": r.guidance_rescale, "backend": sampler.backend,
             "dtype": str(sampler.dtype).removeprefix("torch."), "determinism": sampler.determinism,
@@ -706,7 +790,15 @@ class Engine:
             del self._tasks[task]
             self._counts.update([task.job.state])
             self._counts["dropped"] += task.job.previews_dropped
+            self._count_queued()
             self._changed.notify_all()
+
+    def _text_bytes(self) -> int:
+        """Return the bytes of the keys and values of a text; 0 for a network that reads none."""
+        if self._text is None:
+            return 0
+        widths = [2 * layer.to_k.out_features for layer in text_attentions(self._sampler.unet).values()]
+        return 4 * len(self._text.states) * max(sum(widths), self._text.states.shape[1])
 
     @plain_modes()
     def _measured(self, most: int | None) -> Curve:
@@ -717,7 +809,12 @@ class Engine:
             best = math.inf
             for repetition in range(4):
                 begin = time.perf_counter()
-                self._slots.step(self._runner, range(rows))
+                try:
+                    self._slots.step(self._runner, range(rows))
+                except torch.OutOfMemoryError as e:
+                    if not points:
+                        raise OutOfMemory("device memory does not suffice for a step of one image") from e
+                    return Curve(tuple(points), most=points[-1][0])
                 self._runners.give_back()
                 if repetition > 0:
                     best = min(best, time.perf_counter() - begin)
@@ -726,6 +823,23 @@ class Engine:
             points.append((rows, best))
             rows *= 2
         return Curve(tuple(points), most=most)
+
+
+def _texts_of(r: Request, i: int) -> tuple[Text, Text]:
+    """Return the text of image i of a request, and that of its unconditional half."""
+    assert r.prompts is not None
+    assert r.texts is not None
+    numbers, states, pooled = (int(r.prompts.label[i]), int(r.prompts.null[i])), r.texts.states, r.texts.pooled
+    own, null = (Text(r.prompts.texts[k], states[k], None if pooled is None else pooled[k]) for k in numbers)
+    return own, null
+
+
+def _by_task(images: Sequence[tuple[Task, int]]) -> dict[Task, list[int]]:
+    """Return the images of each job."""
+    by_task: dict[Task, list[int]] = {}
+    for task, i in images:
+        by_task.setdefault(task, []).append(i)
+    return by_task
 
 
 def _check_possible(options: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from fastdiff.serving.requests import (
     read_edit,
     read_generation,
     read_picture,
+    request_for,
 )
 from fastdiff.serving.streaming import Events, event, until
 
@@ -52,6 +53,7 @@ ERRORS = {
     "DeadlineMissed": (504, "deadline_missed"),
     "Cancelled": (409, "cancelled"),
     "NumericsError": (500, "not_finite"),
+    "OutOfMemory": (503, "out_of_memory"),
     "BackendError": (503, "engine_failed"),
     "EngineClosed": (503, "engine_failed"),
     LOST: (503, "engine_lost"),
@@ -66,8 +68,8 @@ def refusal(e: Failure) -> Refusal:
     """Return the answer for a job that has no images."""
     status, code = ERRORS.get(e.error, (500, "internal_error"))
     param = None
-    if e.error == "InvalidArgument" and (found := re.match(r"(\w+)=", str(e))):
-        param = {"labels": "label", "deadline_s": "deadline_ms"}.get(found[1], found[1])
+    if e.error == "InvalidArgument" and (found := re.match(r"(\w+)(\[\d+\])?=", str(e))):
+        param = {"labels": "label", "prompts": "prompt", "deadline_s": "deadline_ms"}.get(found[1], found[1])
     return Refusal(status, str(e), code, param, e.retry_after_s)
 
 
@@ -414,15 +416,32 @@ def _images(done: wire.Done, g: Generation, model: wire.Model) -> list[dict[str,
     r, size = done.receipt, model.width * model.height * model.channels
     return [
         {
-            "b64_json": _base64(done.pixels[i * size : (i + 1) * size], g, model), "index": r["indices"][i],
+            "b64_json": _base64(done.pixels[i * size : (i + 1) * size], g, model, _image_facts(r, i, g, model)),
+            "index": r["indices"][i],
             "label": None if r["labels"] is None else r["labels"][i], "sha256": r["pixels_sha256"][i],
         }
         for i in range(r["n"])
     ]  # fmt: skip
 
 
-def _base64(pixels: bytes, g: Generation, model: wire.Model) -> str:
-    return base64.b64encode(encode_picture(pixels, model, g.output_format or "png", g.output_compression)).decode()
+def _base64(pixels: bytes, g: Generation, model: wire.Model, facts: dict[str, Any] | None = None) -> str:
+    format = g.output_format or "png"
+    return base64.b64encode(encode_picture(pixels, model, format, g.output_compression, facts)).decode()
+
+
+def _image_facts(r: dict[str, Any], i: int, g: Generation, model: wire.Model) -> dict[str, Any]:
+    """Return what an image's file says: what it was drawn with, its pixels' SHA-256, and a request for it alone.
+
+    There is no such request for an edit, whose image it would lack, nor where the setting was chosen for a deadline.
+    """
+    per_image = {"indices": "index", "labels": "label", "prompts": "prompt", "negative": "negative",
+                 "guidance": "guidance", "pixels_sha256": "pixels_sha256"}  # fmt: skip
+    same = ("seed", "solver", "rows", "table_sha256", "nfe", "backend", "dtype", "determinism", "version")
+    facts: dict[str, Any] = {"model": model.name, **{name: r[name] for name in same}}
+    facts |= {name: None if r[key] is None else r[key][i] for key, name in per_image.items()}
+    if not isinstance(g, Edit) and not r["degraded"]:
+        facts["request"] = request_for(g, model, r["seed"], facts["index"], facts["label"])
+    return facts
 
 
 def _facts(g: Generation, model: wire.Model) -> dict[str, Any]:

@@ -108,8 +108,10 @@ class Pulse:
             return "its models are being loaded", 0.0
         if now - self.heard > SILENT_S:
             return f"it gave no sign of life for {now - self.heard:.1f} s", (now - self.heard) / HUNG_S
+        # Models take turns, so one may wait while each other one takes a long step.
+        step_s = sum(s["longest_s"] for s in self.stats.values())
         for name, (_, since) in self.moved.items():
-            step_s, still = self.stats[name]["step_s"], now - since
+            still = now - since
             if still > max(STUCK_S, STUCK_STEPS * step_s):
                 return f"{name} took no step for {still:.1f} s", still / max(HUNG_S, HUNG_STEPS * step_s)
         return "", 0.0
@@ -153,8 +155,8 @@ class Supervisor:
             if self.closed:
                 break
             self.restarts += 1
-            code = self.process.exitcode
-            log.error("the drawing process ended with %s; another is started", self._broken or f"code {code}")
+            why = self._broken or f"code {self.process.exitcode}"
+            log.error("the drawing process ended with %s; another is started", why)
             self._lose("the process that draws has ended; it is being replaced", pause)
             pause = RESTART_S[0] if was_ready else min(2 * pause, RESTART_S[1])
             await asyncio.sleep(pause)
@@ -177,7 +179,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
         self.process, self._out = process, queue.SimpleQueue()
-        self._broken, self._last, self._last_dropped = "", {}, 0
+        self._last, self._last_dropped = {}, 0
         self.pulse = Pulse(time.monotonic())
         threading.Thread(target=_write, args=(ours, self._out), name="fastdiff writes", daemon=True).start()
         arguments = (ours, loop, self._handle, self._out, ended.set)
@@ -210,7 +212,16 @@ class Supervisor:
     @property
     def trouble(self) -> str:
         """Why images cannot be drawn now; empty if they can."""
-        return "the server is shutting down" if self.draining else self.pulse.trouble(time.monotonic())[0]
+        if self.draining:
+            return "the server is shutting down"
+        if self._broken and not self.pulse.ready:
+            return "its models cannot be loaded again; the log says why"
+        return self.pulse.trouble(time.monotonic())[0]
+
+    @property
+    def alive(self) -> bool:
+        """Whether images are drawn, or the models are being loaded for that: what systemd's watchdog asks for."""
+        return not self.pulse.ready or not self.pulse.trouble(time.monotonic())[0]
 
     def submit(self, message: wire.Submit, owner: bytes) -> Remote:
         """Hand over a job."""
@@ -240,7 +251,7 @@ class Supervisor:
             self._count(m)
             self.pulse.beat(m.stats, time.monotonic())
         elif isinstance(m, wire.Ready):
-            self.models = {model.name: model for model in m.models}
+            self.models, self._broken = {model.name: model for model in m.models}, ""
             self.pulse.heard, self.pulse.ready = time.monotonic(), True
         elif isinstance(m, wire.Broken):
             self._broken = m.message

@@ -7,12 +7,14 @@ schedule, is checked by `Engine.submit`.
 from __future__ import annotations
 
 import io
+import json
 import re
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fastdiff.errors import printable
 from fastdiff.serving.wire import Model, Picture
@@ -23,6 +25,8 @@ MOST_TEXT = 1000  # characters of a prompt or another text
 MOST_PREVIEWS = 100  # of an image
 SEED_BITS = 48  # of seeds that the server draws: numbers that JavaScript represents
 FORMATS = ("PNG", "JPEG", "WEBP")
+CHUNK = "fastdiff"  # keyword of the text in a PNG
+DECIDING = ("negative", "solver", "steps", "guidance", "eta", "spacing", "quality")  # fields
 
 Text = Annotated[str, msgspec.Meta(max_length=MOST_TEXT)]
 Whole = Annotated[int, msgspec.Meta(ge=0)]
@@ -71,6 +75,7 @@ class Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: Text | None = None
     prompt: Text | int | None = None
+    negative: Text | None = None
     n: Annotated[int, msgspec.Meta(ge=1)] = 1
     size: Text | None = None
     response_format: Literal["b64_json"] | None = None
@@ -146,7 +151,7 @@ def options_of(g: Generation, model: Model) -> dict[str, Any]:
         raise invalid(f"size={g.size!r}: {model.name} draws images of {model.width}x{model.height}", "size")
     options: dict[str, Any] = {
         "seed": secrets.randbits(SEED_BITS) if g.seed is None else g.seed,
-        "labels": labels_of(g, model),
+        **subject_of(g, model),
     }
     quality = None if isinstance(g.quality, str) else g.quality
     if g.solver is None and quality is None:
@@ -160,6 +165,19 @@ def options_of(g: Generation, model: Model) -> dict[str, Any]:
     if g.stream:
         options["previews"] = g.partial_images or 0
     return options
+
+
+def subject_of(g: Generation, model: Model) -> dict[str, Any]:
+    """Return the options that say what to draw: a text for a model that reads texts, else classes."""
+    if not model.text:
+        if g.negative is not None:
+            raise invalid(f"negative: {model.name} reads no text; leave it out", "negative")
+        return {"labels": labels_of(g, model)}
+    if g.label is not None:
+        raise invalid(f"label: {model.name} has no classes; write what to draw as prompt", "label")
+    if g.prompt is None:
+        raise invalid(f"prompt is needed: {model.name} draws what a text says; '' asks for nothing", "prompt")
+    return {"prompts": str(g.prompt), **({} if g.negative is None else {"negative": g.negative})}
 
 
 def labels_of(g: Generation, model: Model) -> int | list[int] | None:
@@ -199,6 +217,13 @@ def _class(given: str | int, model: Model, param: str) -> int:
     raise invalid(f"{param}={given!r}: {reads}a class is needed, a number from 0 to {model.classes - 1}{known}", param)
 
 
+def request_for(g: Generation, model: Model, seed: int, index: int, label: int | None) -> dict[str, Any]:
+    """Return the body of a request that draws one image of a job again."""
+    what = {"prompt": str(g.prompt)} if model.text else {} if label is None else {"label": label}
+    fields = {name: value for name in DECIDING if (value := getattr(g, name)) is not None}
+    return {"model": model.name, **what, **fields, "seed": seed, "start_index": index}
+
+
 def read_picture(name: str, body: bytes, model: Model) -> Picture:
     """Decode an image or a mask of a form, of the model's size, which its header says before anything is decoded."""
     try:
@@ -222,13 +247,19 @@ def read_picture(name: str, body: bytes, model: Model) -> Picture:
         raise invalid(f"{name} is a damaged picture: {e}", name) from None
 
 
-def encode_picture(pixels: bytes, model: Model, format: str, compression: int | None) -> bytes:
-    """Encode an image's pixels as a file of PNG, JPEG or WebP."""
+def encode_picture(
+    pixels: bytes, model: Model, format: str, compression: int | None, facts: dict[str, Any] | None = None
+) -> bytes:
+    """Encode an image's pixels as a file of PNG, JPEG or WebP; a PNG has ``facts`` in its text chunk ``fastdiff``."""
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[model.channels]
     picture = Image.frombytes(mode, (model.width, model.height), pixels)
     if format == "jpeg":
         picture = picture.convert("L" if model.channels < 3 else "RGB")  # which has no alpha
-    options: dict[str, Any] = {} if format == "png" else {"quality": 95 if compression is None else compression}
+    options: dict[str, Any] = {"quality": 95 if compression is None else compression}
+    if format == "png":
+        options = {"pnginfo": PngInfo()}
+        if facts is not None:
+            options["pnginfo"].add_text(CHUNK, json.dumps(facts))
     if format == "webp" and compression is None:
         options = {"lossless": True}
     file = io.BytesIO()

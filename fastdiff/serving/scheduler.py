@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+K = TypeVar("K")
 
 TOGETHER = 8  # images of one job that advance together, even where more rows make a step no cheaper
 GAIN = 1.05  # by how much twice the rows must raise the rows per second to be worth it
@@ -15,6 +17,7 @@ PATIENCE = 3.0  # a job without a deadline is due after so many times its own ru
 SLACK_S = 0.05
 PRIORITY_S = 1.0  # by which one unit of priority makes a job due earlier
 AGEING_S = 2.0  # the longest that a job waits for a step while others go before it
+QUANTUM_S = 0.02  # seconds of steps that a lane takes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Curve:
         """Return the seconds of a job of so many network rows, of which it can take up to ``at_once`` in a step."""
         together = min(at_once, self.together)
         return rows / together * self.seconds(together)
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds of a step of as many rows as one has: the most of one job, or those of an image that is guided."""
+        return self.seconds(max(self.together, 2))
 
     @property
     def row_s(self) -> float:
@@ -145,3 +153,23 @@ def pick(now: float, loads: Sequence[Load], curve: Curve, free: int | None = Non
 def before(loads: Sequence[Load], due: float) -> int:
     """Return the network rows of the jobs that are due earlier, or at the same time."""
     return sum(load.rows for load in loads if load.due <= due)
+
+
+def turn(lanes: Sequence[tuple[K, float]]) -> list[tuple[K, float]]:
+    """Return lanes, each with its seconds of credit, in the order in which they take steps; the first takes the next.
+
+    The first keeps its turn until its steps have used up its credit. Then it gets `QUANTUM_S` for its next turn and
+    goes to the end. A step that took longer than was left is paid for in later turns, so lanes that always have work
+    get equal time whatever their steps take (deficit round robin: Shreedhar & Varghese 1995, with the cost of a step
+    known after it).
+    """
+    order = list(lanes)
+    while order and order[0][1] <= 0.0:
+        key, credit = order.pop(0)
+        order.append((key, credit + QUANTUM_S))
+    return order
+
+
+def shared_s(seconds: float, others: Sequence[float]) -> float:
+    """Return when a lane has done ``seconds`` of work, where others have so many: each takes as much meanwhile."""
+    return seconds + sum(min(other, seconds) for other in others)

@@ -17,7 +17,7 @@ from pathlib import Path
 import uvicorn
 
 from fastdiff.errors import BackendError, InvalidArgument, printable
-from fastdiff.serving import logs, page, wire
+from fastdiff.serving import logs, page, systemd, wire
 from fastdiff.serving.front import MOST_HEADERS, Front, Keys
 from fastdiff.serving.http import App
 from fastdiff.serving.metrics import Metrics
@@ -130,14 +130,15 @@ async def _serve(settings: Settings, setup: wire.Setup, keys: Keys, listening: s
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     announcing = loop.create_task(_announce(supervisor, url))
+    feeding = loop.create_task(systemd.feed_watchdog(lambda: supervisor.alive))
     waiting = loop.create_task(asked.wait())
     try:
         await asyncio.wait((answering, supervising, waiting), return_when=asyncio.FIRST_COMPLETED)
         if not supervising.done():
             await _drain(supervisor, settings.drain_s)
     finally:
-        announcing.cancel()
-        waiting.cancel()
+        for task in (announcing, feeding, waiting):
+            task.cancel()
         server.should_exit = True
         await asyncio.wait((answering,), timeout=2 * GRACE_S)
         supervisor.close()
@@ -148,6 +149,7 @@ async def _serve(settings: Settings, setup: wire.Setup, keys: Keys, listening: s
 async def _drain(supervisor: Supervisor, seconds: float) -> None:
     """Take no more jobs, let those that there are finish, and cancel those that are not finished in time."""
     supervisor.draining = True
+    systemd.notify("STOPPING=1")
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     log.info("shutting down: %d jobs have %g s to finish", len(supervisor.jobs), seconds)
@@ -168,3 +170,4 @@ async def _announce(supervisor: Supervisor, url: str) -> None:
         classes = "" if m.classes is None else f", {m.classes} classes"
         print(f"{printable(m.name)}: {m.width}x{m.height}{classes}, {m.backend}, {m.dtype}", file=sys.stderr)
     print(f"fastdiff serves {printable(', '.join(supervisor.models))} at {url}", flush=True)
+    systemd.notify("READY=1")

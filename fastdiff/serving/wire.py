@@ -77,6 +77,7 @@ class Model(msgspec.Struct):
     dtype: str
     solvers: list[str]
     measured: list[Setting] = []
+    text: bool = False  # whether it reads prompts
 
 
 class Ready(msgspec.Struct, tag=True):

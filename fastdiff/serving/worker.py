@@ -16,6 +16,7 @@ import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,12 +24,13 @@ from typing import Any
 from PIL import Image
 
 from fastdiff.data.pictures import check_picture, to_uint8
-from fastdiff.errors import BackendError, FastdiffError
+from fastdiff.errors import BackendError, FastdiffError, OutOfMemory
 from fastdiff.sampler import Event, SampleOutput
 from fastdiff.sampler.measured import Measured
 from fastdiff.serving import logs, wire
 from fastdiff.serving.engine import Engine
 from fastdiff.serving.job import Job
+from fastdiff.serving.lanes import Lanes
 from fastdiff.solvers.registry import SOLVERS
 
 log = logging.getLogger("fastdiff.serving")
@@ -52,8 +54,10 @@ def main(connection: Connection, setup: bytes, parent: int) -> None:
     _end_with(parent)
     given = wire.decode_setup(setup)
     logs.configure(given.log_format)
+    _check_cache()
     try:
-        engines = {name: _engine(model, given) for name, model in given.models.items()}
+        lanes = Lanes()
+        engines = {name: _engine(model, given, lanes) for name, model in given.models.items()}
     except (FastdiffError, OSError) as e:
         connection.send_bytes(wire.encode(wire.Broken(str(e))))
         return
@@ -68,10 +72,22 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _engine(model: str, given: wire.Setup) -> Engine:
+def _check_cache() -> None:
+    """Name another folder for compiled kernels where torch could not make its own.
+
+    Nothing is compiled here, but parts of torch that are imported later make the folder, and fail where they cannot.
+    """
+    try:
+        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), exist_ok=True)
+    except OSError as e:
+        log.warning("the folder of compiled kernels cannot be used, and is not needed: %s", e)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep
+
+
+def _engine(model: str, given: wire.Setup, lanes: Lanes) -> Engine:
     engine = Engine(
         model, max_rows=given.max_rows, max_queue_s=given.max_queue_s, max_steps=given.max_steps,
-        backend=given.backend, determinism=given.determinism,
+        backend=given.backend, determinism=given.determinism, lanes=lanes,
     )  # fmt: skip
     check_picture(engine.info.channels)
     return engine
@@ -95,7 +111,8 @@ class Worker:
         threading.Thread(target=self._receive_all, args=(loop,), name="fastdiff receives", daemon=True).start()
         try:
             for engine in self._engines.values():
-                await engine.generate(1, solver="ddim", steps=1, labels=0 if engine.info.classes else None)
+                what = {"prompts": ""} if engine.info.text else {"labels": 0 if engine.info.classes else None}
+                await engine.generate(1, solver="ddim", steps=1, **what)
         except FastdiffError as e:
             self._send(wire.Broken(str(e)))
             self._out.put(None)
@@ -161,6 +178,8 @@ class Worker:
                 self._show(m.id, event, first)
             try:
                 output = await job
+            except OutOfMemory:  # this job's own
+                raise
             except BackendError:  # a step failed: the engine takes no more jobs
                 broken = True
                 raise
@@ -209,8 +228,7 @@ def _facts(name: str, engine: Engine) -> wire.Model:
         name=name, width=info.size[1], height=info.size[0], channels=info.channels, classes=info.classes,
         class_names=names, backend=sampler.backend, determinism=sampler.determinism,
         dtype=str(sampler.dtype).removeprefix("torch."),
-        solvers=list(SOLVERS),
-        measured=_front(sampler.measurements()),
+        solvers=list(SOLVERS), measured=_front(sampler.measurements()), text=info.text,
     )  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from fastdiff import NoiseSchedule, Sampler, solvers
 from fastdiff.backends import Spec, native, prepare
 from fastdiff.core import noise, slots
-from fastdiff.core.slots import EMPTY, SharedBank, Slots
+from fastdiff.core.slots import EMPTY, SharedBank, SharedTexts, Slots, Text
 from fastdiff.core.state import TableBank
 from fastdiff.errors import InvalidArgument
+from tests.support.captioned import network_and_encoder
 from tests.support.unets import TINY, TINY_CLASSES, change, random_unet
 
 CPU = torch.device("cpu")
@@ -27,8 +28,10 @@ NETWORKS = {
     "classes": TINY_CLASSES,
     "class images": change(TINY_CLASSES, class_image="concat"),
     "no classes": TINY,
+    "texts": None,
 }
 CAPACITY = 4
+TEXTS = ("a dog", "a car", "", "snow at night")
 
 
 @functools.cache
@@ -48,6 +51,9 @@ def tables() -> list[solvers.StepTable]:
 @functools.cache
 def sampler_of(network: str, backend: str) -> Sampler:
     determinism = "bitwise" if backend == "native" else "seed"
+    if network == "texts":
+        unet, encoder = network_and_encoder()
+        return Sampler(unet, SCHEDULE, backend=backend, determinism=determinism, text_encoder=encoder)
     return Sampler(random_unet(NETWORKS[network]), SCHEDULE, backend=backend, determinism=determinism)
 
 
@@ -55,9 +61,18 @@ def sampler_of(network: str, backend: str) -> Sampler:
 def alone(network: str, backend: str, image: tuple[int, int, int, float, float]) -> Tensor:
     """Return the image that a Sampler draws: (number of the table, index, label, guidance, rescaling)."""
     table, index, label, guidance, rescale = image
-    classes = {} if network == "no classes" else {"labels": label, "guidance": guidance, "guidance_rescale": rescale}
+    guided = {"guidance": guidance, "guidance_rescale": rescale}
+    classes = {} if network == "no classes" else {"labels": label, **guided}
     sampler = sampler_of(network, backend)
+    if network == "texts":
+        own, null = texts_of(label, index)
+        classes = {"prompts": own, "negative": null, **guided}
     return sampler.sample(1, solver=tables()[table], seed=11, start_index=index, **classes).images[0]
+
+
+def texts_of(label: int, index: int) -> tuple[str, str]:
+    """Return a text, and one that guidance leads away from: together more than the slots have places for."""
+    return TEXTS[label] + " red" * (index % 3), TEXTS[-1 - index % 3]
 
 
 class History:
@@ -70,9 +85,14 @@ class History:
             CAPACITY, (3, 8, 8), torch.float32, CPU, self.sampler.info.null_label, self.sampler.determinism, frozen=True
         )
         self.runner = prepare(backend, self.sampler.unet, spec)
-        self.slots = Slots(CAPACITY, (3, 8, 8), CPU, labelled=network != "no classes")
+        text = self.encoded("") if network == "texts" else None
+        labelled = network not in ("no classes", "texts")
+        self.slots = Slots(CAPACITY, (3, 8, 8), CPU, labelled=labelled, text=text)
         self.images: dict[int, tuple[int, int, int, float, float]] = {}
         self.finished = 0
+
+    def encoded(self, text: str) -> Text:
+        return Text(text, *self.sampler.text_encoder.encode(text))
 
     def admit(self, image: tuple[int, int, int, float, float]) -> None:
         number, index, label, guidance, rescale = image
@@ -81,8 +101,12 @@ class History:
         x = noise.normal(*at, noise.INITIAL, (3, 8, 8))[0] * table.init_scale
         if self.network == "no classes":
             guidance = 1.0
+        texts = None
+        if self.network == "texts":
+            own, null = texts_of(label, index)
+            texts = self.encoded(own), self.encoded(null)
         slot = self.slots.admit(
-            x, table, seed=11, index=index, label=label, guidance=guidance, rescale=rescale
+            x, table, seed=11, index=index, label=label, guidance=guidance, rescale=rescale, texts=texts
         )  # fmt: skip
         self.images[slot] = image
 
@@ -131,6 +155,7 @@ def play(history: History, actions: list[Any]) -> None:
         history.step(set(range(CAPACITY)), previewed=False)
     assert len(history.slots.free) == CAPACITY
     assert history.slots.bank.used == 0
+    assert history.slots.texts is None or history.slots.texts.used == 0
 
 
 needs_native = pytest.mark.skipif(native.extension() is None, reason="fastdiff._native is not built")
@@ -141,7 +166,7 @@ BACKENDS = [pytest.param("native", marks=needs_native), "eager"]
 @pytest.mark.parametrize("network", NETWORKS)
 def test_any_history_draws_the_images_of_a_sampler(network, backend):
     """One batch goes through all of them, so that slots and places of tables are used again."""
-    history, examples = History(network, backend), 20 if backend == "native" else 5
+    history, examples = History(network, backend), 5 if backend == "eager" else 8 if network == "texts" else 20
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(actions=st.lists(ACTIONS, min_size=8, max_size=20))
@@ -168,8 +193,9 @@ def test_long_histories(network):
 
 
 @needs_native
-def test_nothing_is_compiled_or_packed_after_the_first_step():
-    history = History("class images", "native")
+@pytest.mark.parametrize("network", ["class images", "texts"])
+def test_nothing_is_compiled_or_packed_after_the_first_step(network):
+    history = History(network, "native")
     history.admit((0, 0, 0, 3.0, 0.0))
     history.step({0}, previewed=False)
     runner = history.runner
@@ -294,3 +320,61 @@ def test_full_slots_refuse():
     held.retire(0)
     assert held.state.done
     assert held.admit(torch.zeros(3, 8, 8), tables()[0], seed=0, index=0) == 0
+
+
+# Texts that come and go -----------------------------------------------------------------------------------------------
+
+
+def text(name: str, value: float) -> Text:
+    return Text(name, torch.full((2, 3), value), torch.full((5,), value))
+
+
+def test_texts_share_a_place_until_the_last_use():
+    shared = SharedTexts(2, text("", 0.0), CPU)
+    assert shared.now.names == (None, None)
+    first = shared.now
+    assert [shared.add(text("a", 1.0)), shared.add(text("b", 2.0))] == [0, 1]
+    assert first.names == (None, None)  # who has an earlier object sees that there is a new one
+    held = shared.now
+    assert shared.add(text("a", 1.0)) == 0
+    assert shared.now is held
+    with pytest.raises(InvalidArgument, match="all 2 places of texts are in use"):
+        shared.add(text("c", 3.0))
+    shared.release(0)
+    shared.release(1)
+    assert shared.used == 1
+    assert shared.add(text("c", 3.0)) == 1
+    assert shared.now.names == ("a", "c")
+    assert shared.now.states[:, 0, 0].tolist() == [1.0, 3.0]
+    assert shared.now.pooled is not None
+    assert shared.now.pooled[:, 0].tolist() == [1.0, 3.0]
+
+
+@needs_native
+def test_a_text_is_computed_once_while_it_has_its_place(monkeypatch):
+    history = History("texts", "native")
+    history.admit((0, 0, 0, 1.0, 0.0))
+    history.step({0}, previewed=False)
+    tables, computed = history.runner.texts, []
+    compute = tables._compute
+    monkeypatch.setattr(tables, "_compute", lambda texts, i, place: computed.append(i) or compute(texts, i, place))
+    history.admit((1, 0, 0, 3.0, 0.0))  # the same texts
+    history.step({0, 1}, previewed=False)
+    assert computed == []
+    history.admit((1, 1, 1, 3.0, 0.0))
+    history.step({0, 1, 2}, previewed=False)
+    assert len(computed) == 2
+
+
+@needs_native
+def test_batches_of_texts_may_take_turns_on_a_runner():
+    """A text of one batch does not stay where one of another has come."""
+    first, second = History("texts", "native"), History("texts", "native")
+    second.runner = first.runner
+    for number, history in enumerate((first, second)):
+        history.admit((1, number, number, 3.0, 0.0))
+        history.step({0}, previewed=False)
+    while first.images or second.images:
+        first.step({0}, previewed=False)
+        second.step({0}, previewed=False)
+    assert (first.finished, second.finished) == (1, 1)

@@ -16,7 +16,6 @@ from fastdiff.backends import native
 from fastdiff.cli import main
 from fastdiff.errors import BackendError, CheckpointError, ConfigError, InvalidArgument
 from fastdiff.sampler.loop import initial_noise
-from fastdiff.serving import Engine
 from tests.support.captioned import network_and_encoder
 
 CALL = {"steps": 3, "solver": "dpmpp_2m"}
@@ -149,8 +148,6 @@ def test_networks_that_need_more_than_a_text():
     for backend in ("compiled", "triton"):
         with pytest.raises(BackendError, match="reads text"):
             Sampler(unet, text_encoder=encoder, backend=backend)
-    with pytest.raises(InvalidArgument, match="an Engine does not give it yet"):
-        Engine(Sampler(unet, text_encoder=encoder))
 
 
 def test_a_network_without_pooled_vector():

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.served import Served, save_model
+from tests.support import faulty
+from tests.support.served import Served, save_model, save_text_model, until
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_text_model(tmp_path_factory.mktemp("model") / "words")
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +30,17 @@ def started() -> Iterator[list[Served]]:
 
 
 @pytest.fixture
-def server(started: list[Served], model: str, tmp_path: Path) -> Served:
-    """The server of all tests; another one if a test has ended it."""
+def server(started: list[Served], model: str, text_model: str, tmp_path: Path) -> Served:
+    """The server of all tests, of two models; another one if a test has ended it.
+
+    The caches of compiled kernels can neither be read nor made: it draws nevertheless.
+    """
     if not started or started[-1].process.poll() is not None:
-        started.append(Served(tmp_path, model, "--max-queue-seconds", "1e6", "--max-body", "64KiB"))
+        damaged = tmp_path / "no folder"
+        damaged.write_bytes(b"\0damaged")
+        caches = dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"), str(damaged))
+        caches[faulty.GOES_ON] = str(tmp_path / "goes on")
+        limits = ("--max-queue-seconds", "1e6", "--max-body", "64KiB")
+        started.append(Served(tmp_path, model, text_model, *limits, module="tests.support.faulty", environment=caches))
+    until(lambda: started[-1].http.get("/health/ready").status_code == 200)
     return started[-1]

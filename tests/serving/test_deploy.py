@@ -15,7 +15,7 @@ from fastdiff import cli
 from fastdiff.serving import wire
 from fastdiff.serving.http import App
 from fastdiff.serving.metrics import Metrics
-from fastdiff.serving.process import Supervisor
+from fastdiff.serving.process import HUNG_S, Supervisor
 from fastdiff.serving.requests import Limits
 from tests.support.paths import ROOT
 
@@ -29,7 +29,7 @@ def metrics() -> Metrics:
     supervisor.models = {"m": wire.Model("m", 8, 8, 3, None, None, "native", "bitwise", "float32", ["ddim"])}
     stats = dict.fromkeys(
         ("waiting", "running", "queued_s", "images", "steps", "image_steps", "rows", "busy_s", "previews_dropped",
-         "step_s"), 1.0,
+         "step_s", "longest_s"), 1.0,
     )  # fmt: skip
     supervisor._handle(wire.Beat({"m": stats}, 0))
     return Metrics(supervisor)
@@ -75,6 +75,10 @@ def test_the_unit_waits_for_the_end_of_jobs() -> None:
     options = parsed(words[2:])
     assert float(unit["Service"]["TimeoutStopSec"]) > options["drain_seconds"] + 10
     assert unit["Service"]["KillMode"] == "mixed"
+    # The server says that it is ready, and while it takes steps; it replaces a process that hangs before systemd acts.
+    assert unit["Service"]["Type"] == "notify"
+    assert float(unit["Service"]["WatchdogSec"]) > 2 * HUNG_S
+    assert "AF_UNIX" in unit["Service"]["RestrictAddressFamilies"].split()
 
 
 def test_the_manifest_probes_paths_that_exist(metrics: Metrics) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -178,6 +179,36 @@ def test_code_that_is_copied_runs(browser: Browser) -> None:
     assert found is not None
     assert read_generation(found[1].encode()).label == [0, 1, 2]
     assert json.loads(found[1])["n"] == 3
+
+
+@chromium
+def test_a_text_is_drawn_and_copied(browser: Browser, server: Served) -> None:
+    """The prompt takes the place of the class for a model that reads text; quotes survive the shell and Python."""
+    browser.run(
+        "const e = document.getElementById('model'); e.value = 'words';"
+        "e.dispatchEvent(new Event('change', {bubbles: true}))"
+    )
+    shown = "return ['label', 'prompt', 'negative'].map(id => document.getElementById(id).offsetParent !== null)"
+    assert browser.run(shown) == [False, True, True]
+    choose(browser, prompt='dog\'s "car"', negative="snow", n=2, steps=4, seed=3, guidance=3)
+    browser.click("#draw")
+    until(lambda: finished(browser))
+    fields = {"prompt": 'dog\'s "car"', "negative": "snow", "n": 2, "steps": 4, "seed": 3, "guidance": 3}
+    drawn = server.draw(model="words", solver="unipc", **fields).json()
+    for i, entry in enumerate(drawn["data"]):
+        alone = Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
+        assert (pixels(browser, i) == np.asarray(alone)).all()
+    namespace: dict[str, Any] = {}
+    exec(browser.text("#python"), namespace)
+    assert namespace["answer"].fastdiff["pixels_sha256"] == drawn["fastdiff"]["pixels_sha256"]
+    words = shlex.split(browser.text("#curl").replace("\\\n", " "))
+    assert read_generation(words[words.index("-d") + 1].encode()).prompt == fields["prompt"]
+    link = browser.run("return document.getElementById('permalink').href")
+    browser.open("about:blank")
+    browser.open(link)
+    until(lambda: browser.run("return document.body.dataset.loaded") and finished(browser))
+    assert browser.text("#verdict") == "Identical bits: all 2 images are those of the link."
+    assert browser.problems() == []
 
 
 @chromium

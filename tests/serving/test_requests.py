@@ -12,7 +12,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.serving import process
 from fastdiff.serving.front import Keys
 from fastdiff.serving.process import Pulse
-from fastdiff.serving.requests import Generation, Refusal, labels_of, options_of, read_generation
+from fastdiff.serving.requests import Generation, Refusal, labels_of, options_of, read_generation, subject_of
 from fastdiff.serving.server import named
 from fastdiff.serving.wire import Model
 
@@ -84,7 +84,7 @@ def test_keys(tmp_path: Path) -> None:
 
 
 def stats(steps: int, jobs: int = 1, step_s: float = 0.01) -> dict[str, dict[str, float]]:
-    return {"m": {"steps": steps, "waiting": 0, "running": jobs, "step_s": step_s}}
+    return {"m": {"steps": steps, "waiting": 0, "running": jobs, "longest_s": step_s}}
 
 
 def test_a_process_is_ready_while_it_lives_and_steps() -> None:
@@ -123,6 +123,35 @@ def test_a_loop_that_hangs_is_not_ready(step_s: float, limit: float) -> None:
     assert pulse.trouble(now)[1] < 1.0
     pulse.beat(stats(8, step_s=step_s), now)
     assert pulse.trouble(now)[0] == ""
+
+
+def test_a_model_that_waits_for_another_ones_long_steps_does_not_hang() -> None:
+    pulse = Pulse(0.0)
+    pulse.ready = True
+    slow = {"slow": {"steps": 1, "waiting": 0, "running": 1, "longest_s": 2.0}}
+    for now in (0.0, 1.0, 2.0, 3.0, 4.0, 5.0):
+        slow["slow"]["steps"] += 1
+        pulse.beat({**stats(7), **slow}, now)
+        assert pulse.trouble(now)[0] == ""
+    pulse.beat({**stats(7), **slow}, 11.0)
+    assert "took no step for 11.0 s" in pulse.trouble(11.0)[0]
+
+
+def test_subjects_of_models_that_read_text() -> None:
+    model = Model("words", 8, 8, 3, None, None, "native", "bitwise", "float32", ["ddim"], text=True)
+    assert subject_of(Generation(prompt="a dog"), model) == {"prompts": "a dog"}
+    assert subject_of(Generation(prompt="", negative=""), model) == {"prompts": "", "negative": ""}
+    assert subject_of(Generation(prompt=7), model) == {"prompts": "7"}
+    for g, words in (
+        (Generation(), "prompt is needed"),
+        (Generation(prompt="", label=1), "words has no classes"),
+        (Generation(label=["a"]), "words has no classes"),
+    ):
+        with pytest.raises(Refusal, match=words):
+            subject_of(g, model)
+    with pytest.raises(Refusal, match="fashion reads no text"):
+        subject_of(Generation(prompt="Bag", negative="Coat"), FASHION)
+    assert subject_of(Generation(prompt="Bag"), FASHION) == {"labels": 1}
 
 
 def test_names_of_models(tmp_path: Path) -> None:

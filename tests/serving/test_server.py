@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -114,9 +115,9 @@ def test_the_official_client(server: Served) -> None:
     assert seen[-1].usage.total_tokens == 0
     with pytest.raises(openai.BadRequestError, match="reads no text: a class is needed, a number from 0 to 3"):
         images.generate(prompt="a white dog")
-    with pytest.raises(openai.NotFoundError, match="'other' is unknown; there are tiny"):
+    with pytest.raises(openai.NotFoundError, match="'other' is unknown; there are tiny, words"):
         images.generate(model="other", prompt="1")
-    assert [m.id for m in client(server).models.list()] == ["tiny"]
+    assert [m.id for m in client(server).models.list()] == ["tiny", "words"]
     assert client(server).models.retrieve("tiny").fastdiff["classes"] == 4
     picture = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 10, 10)).save(picture, "PNG")
@@ -124,6 +125,84 @@ def test_the_official_client(server: Served) -> None:
         image=("a.png", picture.getvalue(), "image/png"), prompt="1", extra_body={"strength": 0.5, "steps": 4}
     )
     assert decoded(edited.data[0].b64_json).size == (8, 8)
+
+
+def test_prompts_of_a_model_that_reads_text(server: Served, text_model: str) -> None:
+    answer = client(server).images.generate(
+        model="words", prompt="a dog", n=2, extra_body={"negative": "snow", "guidance": 3.0, "steps": 4, "seed": 3}
+    )
+    sampler = fastdiff.Sampler.from_pretrained(text_model, determinism="bitwise")
+    alone = sampler.sample(2, prompts="a dog", negative="snow", guidance=3.0, solver="auto", steps=4, seed=3)
+    for entry, picture in zip(answer.data, alone.to_pil(), strict=True):
+        assert (np.asarray(decoded(entry.b64_json)) == np.asarray(picture)).all()
+    assert answer.fastdiff["prompts"] == ["a dog"] * 2
+    assert answer.fastdiff["negative"] == ["snow"] * 2
+    assert answer.data[0].label is None
+    body = {"model": "words", "prompt": "a dog", "negative": "snow", "guidance": 3.0, "steps": 4, "seed": 3, "n": 2}
+    with server.http.stream("POST", "/v1/images/generations", json={**body, "stream": True}) as response:
+        *_, (kind, last) = events(response)
+    assert kind == "image_generation.completed"
+    assert last["fastdiff"]["pixels_sha256"] == answer.fastdiff["pixels_sha256"]
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(picture, "PNG")
+    form = {"model": "words", "prompt": "7", "steps": "4", "strength": "0.5", "seed": "1"}
+    edited = server.http.post("/v1/images/edits", files={"image": picture.getvalue()}, data=form)
+    assert edited.json()["fastdiff"]["prompts"] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"model": "words"}, "prompt", "prompt is needed: words draws what a text says"),
+        ({"model": "words", "prompt": "a dog", "label": 1}, "label", "words has no classes"),
+        ({"model": "words", "prompt": "dog " * 20}, "prompt", "20 pieces of words; at most 6 fit"),
+        ({"model": "words", "prompt": "x" * 1001}, "prompt", "1000"),
+        ({"model": "words", "prompt": "a dog", "negative": "dog " * 20}, "negative", "at most 6 fit"),
+        ({"model": "words", "prompt": "a dog", "negative": ["snow"]}, "negative", "str"),
+        ({"model": "tiny", "prompt": "1", "negative": "a dog"}, "negative", "tiny reads no text"),
+    ],
+    ids=str,
+)
+def test_prompts_that_are_refused(server: Served, fields: dict[str, Any], param: str, words: str) -> None:
+    answer = server.draw(**fields, steps=1)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param, answer.text
+    assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"label": [1, 2], "n": 2, "steps": 3, "solver": "unipc", "guidance": 2.0, "start_index": 5},
+        {"prompt": "1", "n": 2, "steps": 2, "seed": 2**64 - 1},
+        {"model": "words", "prompt": "ein Hündchen '\u200b", "negative": "snow", "n": 2, "guidance": 2.0, "steps": 3},
+    ],
+    ids=["labels", "class as a prompt", "text"],
+)
+def test_a_picture_says_how_to_draw_it_again(server: Served, fields: dict[str, Any]) -> None:
+    """The text in each PNG has a request for this image alone, and the SHA-256 of its pixels."""
+    answer = server.draw(**fields).json()
+    for entry in answer["data"]:
+        picture = decoded(entry["b64_json"])
+        facts = json.loads(picture.text["fastdiff"])
+        assert facts["pixels_sha256"] == hashlib.sha256(np.asarray(picture).tobytes()).hexdigest() == entry["sha256"]
+        assert (facts["index"], facts["label"]) == (entry["index"], entry["label"])
+        assert facts["table_sha256"] == answer["fastdiff"]["table_sha256"]
+        again = server.draw(**facts["request"]).json()["data"][0]
+        assert again["sha256"] == entry["sha256"]
+        assert again["b64_json"] == entry["b64_json"]  # the whole file, too
+    other = server.draw(**fields, output_format="webp").json()["data"][0]
+    assert "fastdiff" not in decoded(other["b64_json"]).info
+
+
+def test_an_edited_picture_has_no_request_of_its_own(server: Served) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(picture, "PNG")
+    form = {"label": "1", "steps": "4", "strength": "0.5", "seed": "1"}
+    entry = server.http.post("/v1/images/edits", files={"image": picture.getvalue()}, data=form).json()["data"][0]
+    facts = json.loads(decoded(entry["b64_json"]).text["fastdiff"])
+    assert facts["pixels_sha256"] == entry["sha256"]
+    assert "request" not in facts
 
 
 def test_the_client_of_the_documentation(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
@@ -429,6 +508,7 @@ def test_sigterm_lets_jobs_finish(server: Served) -> None:
         server.process.send_signal(signal.SIGTERM)
         refused = until(lambda: (r := server.draw(label=1)).status_code == 503 and r)
         assert refused.json()["error"]["code"] == "shutting_down"
+        assert server.says("STOPPING=1")
         assert server.http.get("/health/ready").status_code == 503
         assert running.result().status_code == 200
     assert server.wait() == 0
@@ -507,54 +587,6 @@ def test_a_deadline_that_passes_during_the_run(server: Served) -> None:
 def test_a_body_that_does_not_arrive(server: Served) -> None:
     with connect(server, {"label": 1}, missing=50) as connection:
         assert b" 408 " in connection.recv(1000)
-
-
-def usage(pid: int) -> tuple[int, int, int]:
-    """Return a process's memory in KiB, its open files and its threads."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    memory, threads = (int(status.partition(f"{name}:")[2].split()[0]) for name in ("VmRSS", "Threads"))
-    return memory, len(os.listdir(f"/proc/{pid}/fd")), threads
-
-
-@pytest.mark.slow
-def test_a_soak_leaks_nothing(server: Served) -> None:
-    """Memory, files and threads stay flat for FASTDIFF_SOAK_SECONDS of requests, streams and clients that leave."""
-    seconds = float(os.environ.get("FASTDIFF_SOAK_SECONDS", "600"))
-
-    def one(i: int) -> None:
-        fields: dict[str, Any] = {
-            "label": i % 3,
-            "n": 1 + i % 4,
-            "steps": 1 + i % 20,
-            "guidance": 1.0 + i % 2,
-            "seed": i,
-        }
-        if i % 5 == 0:
-            connect(server, {**ENDLESS, "stream": i % 2 == 0}).close()
-        elif i % 5 == 1:
-            body = {**fields, "stream": True, "partial_images": 3}
-            with server.http.stream("POST", "/v1/images/generations", json=body) as response:
-                assert sum(kind.endswith("completed") for kind, _ in events(response)) == fields["n"]
-        else:
-            assert server.draw(**fields).status_code == 200
-
-    def soak(seconds: float) -> int:
-        end, i = time.monotonic() + seconds, 0
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            while time.monotonic() < end:
-                list(pool.map(one, range(i, i + 80)))
-                i += 80
-        idle(server)
-        return i
-
-    soak(seconds / 6)
-    pids = (server.process.pid, server.engine())
-    before = [usage(pid) for pid in pids]
-    assert soak(seconds * 5 / 6) > 0
-    for (memory, files, threads), (memory_then, files_then, threads_then) in zip(map(usage, pids), before, strict=True):
-        assert memory < 1.1 * memory_then + (10 << 10)
-        assert files <= files_then + 10
-        assert threads <= threads_then + 2
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import httpx
 import torch
 
 from fastdiff import NoiseSchedule, checkpoint
+from tests.support.captioned import network_and_encoder
+from tests.support.paths import ROOT
 from tests.support.unets import TINY_CLASSES, random_unet
 
 LONG = 120.0  # seconds for which a test waits for what should come soon
@@ -41,6 +44,13 @@ def save_model(path: Path) -> str:
     return str(path)
 
 
+def save_text_model(path: Path) -> str:
+    """Write a tiny network that reads text, with its encoder."""
+    unet, encoder = network_and_encoder()
+    checkpoint.save_folder(path, unet, NoiseSchedule("linear", 1000), text_encoder=encoder)
+    return str(path)
+
+
 def until(condition: Callable[[], Any]) -> Any:
     """Wait until a condition is true, and return its value."""
     end = time.monotonic() + LONG
@@ -59,20 +69,42 @@ def alive(pid: int) -> bool:
 
 
 class Served:
-    """A server. It has a group of processes of its own, as one that is started by a terminal has."""
+    """A server. It has a group of processes of its own, as one that is started by a terminal has.
 
-    def __init__(self, folder: Path, *arguments: str):
+    ``heard`` has what it has said to systemd, which this object is to it.
+    """
+
+    def __init__(
+        self, folder: Path, *arguments: str, module: str = "fastdiff", environment: Mapping[str, str] | None = None
+    ):
+        self.heard: list[str] = []
+        address = f"fastdiff-{os.getpid()}-{time.monotonic_ns()}"
+        self.systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.systemd.bind(f"\0{address}")
+        self.systemd.setblocking(False)
+        # A quarter of the time of the watchdog is longer than any test: one message comes at the start.
+        self.environment = {
+            "NOTIFY_SOCKET": f"@{address}", "WATCHDOG_USEC": "4000000000", **(environment or {}),
+        }  # fmt: skip
         self.log = folder / f"log-{time.monotonic_ns()}.txt"
         self.out = self.log.with_suffix(".out")
         with self.log.open("wb") as log, self.out.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fastdiff", "serve", *arguments, "--port", "0"],
-                stdout=out, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                [sys.executable, "-m", module, "serve", *arguments, "--port", "0"],
+                stdout=out, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=ROOT,
+                env={**os.environ, **self.environment},
             )  # fmt: skip
         until(lambda: self.process.poll() is not None or b" at http" in self.out.read_bytes())
         assert self.process.poll() is None, self.log.read_text()
         self.url = self.out.read_text().rpartition(" at ")[2].strip()
         self.http = httpx.Client(base_url=self.url, timeout=LONG)
+
+    def says(self, message: str) -> bool:
+        """Return whether the server has said this to systemd."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.heard.append(self.systemd.recv(1000).decode())
+        return message in self.heard
 
     def engine(self) -> int:
         """Return the number of the drawing process."""
@@ -115,3 +147,4 @@ class Served:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(LONG)
         self.http.close()
+        self.systemd.close()

@@ -42,8 +42,6 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons.append(f"it needs images whose height and width are multiples of {multiple}, not {height}x{width}")
     if channels != unet.config.in_channels:
         reasons.append(f"it feeds the network {channels} channels of an image, which reads {unet.config.in_channels}")
-    if spec.frozen:
-        reasons.append("images with texts cannot join and leave a batch yet")
     return reasons + engine_reasons(spec.dtype, spec.device)
 
 

@@ -136,7 +136,8 @@ class NativeRunner:
     def _run(self, state: State, advance: bool) -> None:
         guided = np.flatnonzero(state.guided_host[state.everyone])
         # Algorithms may depend on the number of rows that a program has room for.
-        room = len(state.x) * (1 + (self.spec.null_label is not None if self.spec.frozen else len(guided) > 0))
+        can_be_guided = self.spec.null_label is not None or isinstance(self.unet, UNetCondition)
+        room = len(state.x) * (1 + (can_be_guided if self.spec.frozen else len(guided) > 0))
         for _ in range(PACKINGS):
             cache = self._follow(state)
             class_images, null_image = self._class_images(state, cache, len(guided) > 0)
@@ -257,9 +258,14 @@ class NativeRunner:
             self.programs.clear()
             self._forget_others(state, cache)
         banks, places = self.texts.banks, self.texts.places
-        cache.text_rows = self.texts.entries(texts)
+        if texts.names is None:
+            cache.text_rows = self.texts.entries(texts)
+            overwritten = self.texts.places is not places
+        else:
+            overwritten = self.texts.follow(texts)
+            cache.text_rows = torch.arange(len(texts), dtype=torch.int64, device="cpu")
         cache.texts = texts
-        if self.texts.places is not places:
+        if overwritten:
             self._forget_others(state, cache)
         if self.texts.banks is not banks:
             self.programs.clear()  # they hold the addresses of the former tensors

@@ -4,7 +4,8 @@ import { ApiError, bitmap, draw, metrics, models } from "./api.js";
 import { Grid, Scrubber } from "./grid.js";
 
 const $ = (id) => document.getElementById(id);
-const FIELDS = ["model", "label", "n", "solver", "steps", "guidance", "seed"]; // of a link, and of the controls
+// Of a link, and of the controls.
+const FIELDS = ["model", "label", "prompt", "negative", "n", "solver", "steps", "guidance", "seed"];
 const MACHINE = ["backend", "dtype", "determinism", "version"]; // what bits depend on besides
 const DIGITS = 16; // of each image's SHA-256 in a link
 const scrubber = new Scrubber($("row"), $("row-value"));
@@ -34,7 +35,9 @@ function options(select, entries) {
 }
 
 function fillModel() {
-  const { classes, class_names: names, solvers } = model().fastdiff;
+  const { classes, class_names: names, solvers, text } = model().fastdiff;
+  $("class-row").hidden = text;
+  $("prompt-row").hidden = !text;
   const labels = Array.from({ length: classes ?? 0 }, (_, i) => [String(i), names ? names[i] : `class ${i}`]);
   options($("label"), classes ? [...labels, ["all", "all classes in turns"]] : [["", "none"]]);
   if (classes) $("label").value = String(classes - 1);
@@ -80,7 +83,10 @@ function request() {
     guidance: Number($("guidance").value),
     seed: Number($("seed").value),
   };
-  if (label === "all") body.label = Array.from({ length: n }, (_, i) => i % classes);
+  if (model().fastdiff.text) {
+    body.prompt = $("prompt").value;
+    if ($("negative").value) body.negative = $("negative").value;
+  } else if (label === "all") body.label = Array.from({ length: n }, (_, i) => i % classes);
   else if (label !== "") body.label = Number(label);
   return body;
 }
@@ -88,6 +94,7 @@ function request() {
 function captions(body) {
   const names = model().fastdiff.class_names;
   return Array.from({ length: body.n }, (_, i) => {
+    if (body.prompt) return `${body.prompt}, ${i + 1}`;
     const label = Array.isArray(body.label) ? body.label[i] : body.label;
     return label === undefined ? `index ${i}` : names ? names[label] : `class ${label}`;
   });
@@ -198,17 +205,17 @@ function compare(bits, receipt, expected) {
 function describe() {
   if (!known.length) return;
   const body = request();
-  const json = JSON.stringify(body);
+  const json = JSON.stringify(body).replaceAll("'", "'\\''");
   const key = $("key").value ? ` \\\n  -H 'authorization: Bearer KEY'` : "";
   $("curl").textContent =
     `curl ${location.origin}/v1/images/generations \\\n  -H 'content-type: application/json'${key} \\\n  -d '${json}'`;
-  const { n, model: name, label, ...own } = body;
+  const { n, model: name, label, prompt, ...own } = body;
   const extra = label === undefined ? own : { label, ...own };
   $("python").textContent = `from openai import OpenAI
 
 client = OpenAI(base_url="${location.origin}/v1", api_key="${$("key").value ? "KEY" : "none"}")
 answer = client.images.generate(
-    model=${JSON.stringify(name)}, prompt="", n=${n}, response_format="b64_json",
+    model=${JSON.stringify(name)}, prompt=${JSON.stringify(prompt ?? "")}, n=${n}, response_format="b64_json",
     extra_body=${JSON.stringify(extra)},
 )`;
 }
