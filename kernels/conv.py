@@ -1,8 +1,8 @@
 """Convolutions and matrix products on NHWC maps as implicit GEMM: 1x1 or 3x3, stride 1 or 2, or upsampled before.
 
-`layer` is what backends use: it computes a convolution by one to three launches. `conv` is the whole of it as one
-kernel. `partial` splits its sums among programs, for `fastdiff.kernels.epilogue.finish` to add. `product_reference`
-computes the products in torch.
+`layer` is what backends use: it computes a convolution by one or two launches. `conv` is the whole of it as one kernel.
+`partial` leaves its products as sums, split among programs or not, for `fastdiff.kernels.epilogue.finish` or `normed`
+to add. `product_reference` computes the products in torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.kernels import epilogue, library, tiles
-from fastdiff.kernels.launch import Config, Device, Launch, cdiv, choose, device_of, name_of, operation, wide
+from fastdiff.kernels.launch import Config, Device, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
 from fastdiff.kernels.library import LIBRARY, LibraryConfig
 from fastdiff.kernels.tiles import Blocks
 
@@ -49,6 +49,11 @@ def pack(weight: Tensor, channels: Sequence[int], dtype: torch.dtype, upsample: 
     return tuple(part.to(dtype).contiguous() for part in W.split(list(channels), dim=2))
 
 
+def pack_columns(weight: Tensor, channels: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Pack weights [N, C, k, k] as those of a matrix product with k k N columns, in the order (tap, output)."""
+    return pack(weight.permute(2, 3, 0, 1).flatten(0, 2)[:, :, None, None], channels, dtype)
+
+
 def unpack(weight: Sequence[Tensor], N: int) -> Tensor:
     """Return the weights [phases, N, C, k, k] that `pack` packed."""
     W = torch.cat([wide(part) for part in weight], dim=2)[..., :N]
@@ -72,6 +77,20 @@ class ConvConfig(Config):
         return f"{self.pixels}x{self.channels}x{self.depth}/{self.splits} w{self.num_warps} s{self.num_stages}"
 
 
+@dataclasses.dataclass(frozen=True)
+class ColumnsConfig(ConvConfig):
+    """Configuration of a convolution of few outputs whose products of all taps are columns of one matrix product.
+
+    A pixel is read once then, not once for every tap; `epilogue.gather` adds the columns. ``columns`` distinguishes it
+    from others in a file.
+    """
+
+    columns: int = 1
+
+    def __str__(self) -> str:
+        return f"columns of {super().__str__()}"
+
+
 LayerConfig = ConvConfig | LibraryConfig
 
 
@@ -79,20 +98,37 @@ def _configs(*shapes: tuple[int, ...]) -> tuple[ConvConfig, ...]:
     return tuple(ConvConfig(*shape) for shape in shapes)
 
 
-# warps, stages, pixels, channels, depth[, splits]; largest tiles first. The memory of a multiprocessor limits them: at
-# 128x128 and 8 warps a thread has 64 float32 sums in registers, and the operands of all stages take 96 KB of shared
-# memory.
+# warps, stages, pixels, channels, depth[, splits]; of 4 warps the largest tiles come first. The memory of a
+# multiprocessor limits them: at 128x128 and 8 warps a thread has 64 float32 sums in registers, and the operands of all
+# stages take 96 KB of shared memory. At 128x256 the sums take 128 registers of 256 threads; 4 warps could not hold them.
 HALF = _configs(
+    (8, 3, 128, 256, 64),
+    (8, 3, 256, 128, 64),
     (8, 3, 128, 128, 64),
+    (4, 3, 128, 128, 64),
     (4, 3, 128, 64, 64),
     (4, 4, 64, 64, 64),
     (4, 4, 128, 16, 64),  # for few output channels
 )
 SINGLE = _configs(
     (8, 3, 128, 64, 32),
+    (4, 3, 128, 64, 32),
     (4, 3, 64, 64, 32),
     (4, 3, 64, 16, 32),
 )
+# A loop over taps like that of `_accumulate` was miscompiled with 8 warps, silently (pytorch #173068). So heuristics
+# choose none of these: only tuning does, which compares the results of every shape before it measures.
+MOST_WARPS = 4
+# For the products of all taps of a 3x3 convolution of up to seven outputs.
+HALF_COLUMNS = (
+    ColumnsConfig(4, 3, pixels=128, channels=32, depth=64),
+    ColumnsConfig(4, 4, pixels=64, channels=32, depth=64),
+)
+SINGLE_COLUMNS = (
+    ColumnsConfig(4, 3, pixels=128, channels=32, depth=32),
+    ColumnsConfig(4, 3, pixels=64, channels=32, depth=32),
+)
+MOST_COLUMNS = 64
 # For maps that are so small that reading weights takes most of the time.
 HALF_SPLIT = _configs((4, 3, 64, 64, 64, 4), (4, 3, 64, 32, 64, 16))
 SINGLE_SPLIT = _configs((4, 2, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
@@ -101,6 +137,7 @@ FEW = tl.constexpr(16)  # with fewer channels than this, a step covers several t
 # the factors. Plain TF32 would keep 11.
 PRECISION = "tf32x3"
 CANDIDATES = (*HALF, *SINGLE)
+COLUMNS_CANDIDATES = (*HALF_COLUMNS, *SINGLE_COLUMNS)
 SPLIT_CANDIDATES = (*HALF_SPLIT, *SINGLE_SPLIT)
 
 # Kernel ---------------------------------------------------------------------------------------------------------------
@@ -153,14 +190,14 @@ def _conv(
     first, second, weight, more_weight, dst, bias, table, entry, residual, statistics,
     rows, source_H, source_W, H, W, N, columns, padding, offset, stride, factor,
     C0: tl.constexpr, C1: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PHASES: tl.constexpr,
-    STEPS0: tl.constexpr, STEPS1: tl.constexpr, SPLITS: tl.constexpr, SHIFT: tl.constexpr, NCHW: tl.constexpr,
-    PRECISION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    STEPS0: tl.constexpr, STEPS1: tl.constexpr, SPLITS: tl.constexpr, PARTIAL: tl.constexpr, SHIFT: tl.constexpr,
+    NCHW: tl.constexpr, PRECISION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of dst. Grid: (tiles of pixels x channels, splits x phases).
 
-    H, W: size of dst or, if it has phases, of one of them. With SPLITS > 1, dst is float32 [splits, rows, H, W, N], and
-    `epilogue.finish` adds its parts.
+    H, W: size of dst or, if it has phases, of one of them. With PARTIAL, dst is float32 [splits, rows, H, W, N], whose
+    parts another kernel adds.
     """
     tiles_c = tl.cdiv(N, CHANNELS)
     tile = tl.program_id(0) // tiles_c
@@ -190,7 +227,7 @@ def _conv(
             acc, second, more_weight, tl.maximum(begin - STEPS0, 0), tl.minimum(end - STEPS0, STEPS1), row, top, left,
             exists, c, source_H, source_W, columns, C1, KERNEL, DEPTH, PRECISION,
         )  # fmt: skip
-    if SPLITS > 1:
+    if PARTIAL:
         if PHASES == 4:
             H *= 2
             W *= 2
@@ -265,18 +302,29 @@ class Problem:
         """Return the blocks into which the kernel divides dst."""
         return Blocks.of(self.H, self.W, config.pixels, self.phases > 1)
 
-    def sums(self, config: LayerConfig) -> int:
-        """Return the number of sums that `epilogue.finish` has to add; 0: the kernel finishes its results itself."""
+    def sums(self, config: LayerConfig, partial: bool = False) -> int:
+        """Return the number of sums that another kernel has to add; 0: the kernel finishes its results itself.
+
+        partial: whether another kernel finishes them in any case.
+        """
         if isinstance(config, LibraryConfig):
             return 1 + (self.channels[1] > 0)
-        return config.splits if config.splits > 1 else 0
+        return config.splits if config.splits > 1 or partial else 0
+
+    def finish(self, config: LayerConfig) -> epilogue.FinishConfig:
+        """Return the configuration in which `epilogue.finish` adds the sums of the whole map."""
+        up = 1 + (self.phases > 1)
+        dtype = self.dtype if isinstance(config, LibraryConfig) else torch.float32
+        return epilogue.finish_config(
+            self.sums(config), self.rows, up * self.H, up * self.W, self.N, dtype, self.device
+        )[1]  # fmt: skip
 
     def finished_blocks(self, config: LayerConfig) -> Blocks:
         """Return the blocks of the kernel that computes statistics: `conv`, or `epilogue.finish` on the whole map."""
         if isinstance(config, ConvConfig) and config.splits == 1:
             return self.blocks(config)
         up = 1 + (self.phases > 1)
-        return Blocks.of(up * self.H, up * self.W, epilogue.FINISH_CANDIDATES[0].pixels)
+        return Blocks.of(up * self.H, up * self.W, self.finish(config).pixels)
 
     def tiles(self, config: ConvConfig) -> int:
         """Return the number of tiles, of each phase."""
@@ -301,7 +349,8 @@ class Problem:
         whole, split = candidates(self.dtype)
         if whole[-1].channels >= self.N:
             return whole[-1]
-        fitting = [config for config in whole[:-1] if config.channels < 2 * self.N] or [whole[-2]]
+        usual = [config for config in whole[:-1] if config.num_warps <= MOST_WARPS]
+        fitting = [config for config in usual if config.channels < 2 * self.N] or usual[-1:]
         best = min(fitting, key=self.cost)
         if 4 * self.tiles(best) * self.phases >= 3 * self.device.processors:
             return best
@@ -330,14 +379,36 @@ class Problem:
         whole, split = candidates(self.dtype)
         return (*((LIBRARY,) if self.phases == 1 else ()), *whole, *split)
 
-    def choose_layer(self) -> LayerConfig:
-        """Choose a configuration before weights are packed: by `library.pack` for `LIBRARY`, else by `pack`."""
-        return choose("conv.layer", self.key, self.device, self.layer_candidates, lambda: self.heuristic(True))
+    def columns(self) -> tuple[ColumnsConfig, ...]:
+        """Return the configurations in which the products of all taps are columns, if these are few enough."""
+        able = self.kernel == 3 and self.stride == self.phases == 1 and self.channels[1] == 0
+        able = able and self.source == (self.H, self.W) and self.channels[0] >= 2 * FEW.value
+        if not able or 9 * self.N > MOST_COLUMNS:
+            return ()
+        return HALF_COLUMNS if self.dtype.itemsize == 2 else SINGLE_COLUMNS
 
-    def choose(self, splits: bool) -> ConvConfig:
+    def as_columns(self) -> Problem:
+        """Return the problem of the matrix product whose columns are the products of all taps."""
+        return dataclasses.replace(self, kernel=1, N=self.kernel**2 * self.N)
+
+    def choose_layer(self, plain: bool = False) -> LayerConfig:
+        """Choose a configuration before weights are packed: by `library.pack` for `LIBRARY`, else by `pack`.
+
+        plain: the layer has nothing but a bias and stores NCHW, as the last one of a network does; then the products of
+        all its taps may be columns, for `pack_columns`.
+        """
+        columns = self.columns() if plain else ()
+
+        def heuristic() -> LayerConfig:
+            of_product = self.as_columns()
+            return fill(columns, of_product.tiles, self.device) if columns else self.heuristic(True)
+
+        return choose("conv.layer", self.key, self.device, (*columns, *self.layer_candidates), heuristic)
+
+    def choose(self, splits: bool, plain: bool = False) -> ConvConfig:
         """Choose a configuration of this module's kernel, by the heuristic if a file names the library."""
         if splits:
-            config = self.choose_layer()
+            config = self.choose_layer(plain)
             return config if isinstance(config, ConvConfig) else self.heuristic(True)
         whole, _ = candidates(self.dtype)
         return choose("conv.conv", self.key, self.device, whole, lambda: self.heuristic(False))
@@ -359,7 +430,7 @@ class Problem:
             "source_W": self.source[1], "H": self.H, "W": self.W, "N": self.N, "columns": weight[0].shape[3],
             "padding": padding, "offset": 0, "stride": 0, "factor": 1.0, "C0": self.channels[0],
             "C1": self.channels[1], "KERNEL": self.kernel, "STRIDE": self.stride, "PHASES": self.phases,
-            "STEPS0": steps0, "STEPS1": steps1, "SPLITS": config.splits, "SHIFT": 0, "NCHW": False,
+            "STEPS0": steps0, "STEPS1": steps1, "SPLITS": config.splits, "PARTIAL": False, "SHIFT": 0, "NCHW": False,
             "PRECISION": PRECISION, "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
             "CHANNELS": config.channels, "DEPTH": config.depth,
         }  # fmt: skip
@@ -432,25 +503,39 @@ def partial(
     padding: int = 0,
     config: ConvConfig | None = None,
 ) -> Launch:
-    """Compute sums[i] = the i-th share of the products of W src, which `epilogue.finish` adds in order.
+    """Compute sums[i] = the i-th share of the products of W src, which another kernel adds in order.
 
     This keeps all multiprocessors busy if maps are small and weights are not. sums: float32 [splits, rows, H', W', N].
     """
     shape = sums.shape[1:]
     problem = Problem.of(src, weight, shape, stride)
     if config is None:
-        config = next(c for c in candidates(problem.dtype)[1] if c.splits == len(sums))
-    assert config.splits == len(sums) > 1
+        whole, split = candidates(problem.dtype)
+        config = next((c for c in split if c.splits == len(sums)), whole[0])
+    assert config.splits == len(sums)
     return Launch(
         op="conv.partial",
         key=f"{problem.key} {config.splits}",
         kernel=_conv,
         grid=problem.grid(config),
-        arguments=problem.arguments(config, src, weight, sums, padding),
+        arguments=problem.arguments(config, src, weight, sums, padding) | {"PARTIAL": True},
         config=config,
-        candidates=tuple(c for c in candidates(problem.dtype)[1] if c.splits == config.splits),
+        candidates=_alike(config, problem.dtype),
         reference=lambda: _partial_reference(src, weight, sums, stride, padding, config.depth),
     )  # fmt: skip
+
+
+def _alike(config: ConvConfig, dtype: torch.dtype) -> tuple[ConvConfig, ...]:
+    """Return the configurations of `partial` that give as many sums; one that does not split is a layer's choice."""
+    if isinstance(config, ColumnsConfig):
+        return HALF_COLUMNS if dtype.itemsize == 2 else SINGLE_COLUMNS
+    return tuple(c for c in candidates(dtype)[1] if c.splits == config.splits) or (config,)
+
+
+def weight_columns(N: int, weight: Sequence[Tensor]) -> int:
+    """Return the number of columns of weights of `pack_columns`, without the padding: all have 3x3 taps."""
+    assert weight[0].shape[:2] == (1, 1)
+    return 9 * N
 
 
 def product_reference(
@@ -481,12 +566,14 @@ def _partial_reference(
 ) -> None:
     """Compute every share of W src in torch, from the weights of its steps alone."""
     steps: list[Tensor] = []  # the step to which each row of the weights belongs
+    count = 0
     for part in weight:
         _, taps, C, _ = part.shape
-        k = torch.arange(taps * C, dtype=torch.int64, device="cpu")
+        k = torch.arange(taps * C, dtype=torch.int64, device=part.device)
         step = k // depth if C < FEW else k // C * cdiv(C, depth) + k % C // depth
-        steps.append((step + (steps[-1].max() + 1 if steps else 0)).view(taps, C, 1))
-    share = cdiv(int(steps[-1].max()) + 1, len(sums))
+        steps.append((step + count).view(taps, C, 1))
+        count += cdiv(taps * C, depth) if C < FEW else taps * cdiv(C, depth)
+    share = cdiv(count, len(sums))
     for i, part in enumerate(sums):
         own = [torch.where(step // share == i, w, 0.0) for step, w in zip(steps, weight, strict=True)]
         part.copy_(product_reference(src, own, part.shape, stride, padding))
@@ -499,65 +586,73 @@ def layer(
     src: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Tensor,
-    dst: Tensor,
+    dst: Tensor | None,
     *,
     workspace: Tensor | None,
     stride: int = 1,
     padding: int = 0,
     nchw: bool = False,
     statistics: Tensor | None = None,
+    then: epilogue.Normed | None = None,
     chosen_for: int | None = None,
     config: LayerConfig | None = None,
     **finish: Any,
 ) -> tuple[Launch, ...]:
-    """Compute a convolution, as `conv` describes it, by one to three launches.
+    """Compute a convolution, as `conv` describes it, by one or two launches.
 
     Products may be split among programs or, with `LIBRARY`, computed by the library; then weights are those of
     `library.pack`, and the padding is on all sides. Without ``config``, one of this module's kernel is chosen.
-    ``statistics``, float32 [rows, strips, 2, N], are those of whole strips. ``workspace`` is flat float32 of the size
-    that `workspace` returns, or None if that is 0; its contents are not needed after the launches. ``finish`` has the
-    other arguments of `conv`.
+    ``statistics`` are in the blocks of `Problem.finished_blocks`. ``workspace`` is flat float32 of the size that
+    `workspace` returns, or None if that is 0; its contents are not needed after the launches. With ``then``, the result
+    is normalised too (`epilogue.normed`), and need not be stored: then dst may be None. ``finish`` has the other
+    arguments of `conv`.
     """
-    shape = _nhwc(dst, nchw)
-    problem = Problem.of(src, weight, shape, stride)
-    config = config or problem.like(chosen_for).choose(splits=True)
-
-    used = 0
-
-    def space(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        nonlocal used
+    if isinstance(config, ColumnsConfig):
+        assert dst is not None
+        assert nchw
+        assert statistics is None
+        assert then is None
+        assert set(finish) <= {"divide"}
+        assert finish.get("divide", 1.0) == 1.0
         assert workspace is not None
-        dtype = dtype or workspace.dtype
-        start, used = used, used + cdiv(math.prod(shape) * dtype.itemsize, workspace.itemsize)
-        return workspace[start:used].view(dtype)[: math.prod(shape)].view(shape)
-
-    launches = []
-    sums = None
-    if isinstance(config, LibraryConfig):
-        sums = space(len(src), *shape, dtype=problem.dtype)
-        launches.append(library.products(src, weight, sums, stride=stride, padding=padding, config=config))
-    elif config.splits > 1:
-        sums = space(config.splits, *shape)
-        launches.append(partial(src, weight, sums, stride=stride, padding=padding, config=config))
-    blocks = problem.finished_blocks(config)
-    parts = None
-    if statistics is not None:
-        whole = blocks.parts == 1
-        parts = statistics[:, :, None] if whole else space(problem.rows, blocks.strips, blocks.parts, 2, problem.N)
-    if sums is not None:
-        launches.append(epilogue.finish(sums, bias, dst, nchw=nchw, statistics=parts, chosen_for=chosen_for, **finish))
+        rows, _, H, W = dst.shape
+        columns = weight_columns(len(bias), weight)
+        sums = workspace[: rows * H * W * columns].view(1, rows, H, W, columns)
+        product = partial(src, weight, sums, config=config)
+        return product, epilogue.gather(sums[0], bias, dst, padding=padding, chosen_for=chosen_for)
+    if dst is None:
+        assert then is not None
+        shape: tuple[int, ...] = (*then.out.shape[:3], len(bias))
     else:
+        shape = _nhwc(dst, nchw)
+    problem = Problem.of(src, weight, shape, stride)
+    like = problem.like(chosen_for)
+    config = config or like.choose(splits=True)
+    number = problem.sums(config, partial=then is not None)
+    if number == 0:
         assert isinstance(config, ConvConfig)
-        launches.append(
+        assert dst is not None
+        return (
             conv(
-                src, weight, bias, dst, stride=stride, padding=padding, nchw=nchw, statistics=parts, config=config,
+                src, weight, bias, dst, stride=stride, padding=padding, nchw=nchw, statistics=statistics, config=config,
                 **finish,
-            )
+            ),
         )  # fmt: skip
-    if statistics is not None and blocks.parts > 1:
-        assert parts is not None
-        launches.append(epilogue.combine(parts, statistics, blocks=blocks, chosen_for=chosen_for))
-    return tuple(launches)
+    assert workspace is not None
+    kind = problem.dtype if isinstance(config, LibraryConfig) else workspace.dtype
+    sums = workspace.view(kind)[: number * math.prod(shape)].view(number, *shape)
+    if isinstance(config, LibraryConfig):
+        product = library.products(src, weight, sums, stride=stride, padding=padding, config=config)
+    else:
+        product = partial(src, weight, sums, stride=stride, padding=padding, config=config)
+    if then is not None:
+        assert statistics is None
+        assert not nchw
+        return product, epilogue.normed(sums, bias, dst, then, chosen_for=chosen_for, **finish)
+    assert dst is not None
+    return product, epilogue.finish(
+        sums, bias, dst, nchw=nchw, statistics=statistics, chosen_for=chosen_for, config=like.finish(config), **finish
+    )
 
 
 def workspace(
@@ -566,19 +661,18 @@ def workspace(
     shape: Sequence[int],
     *,
     stride: int = 1,
-    statistics: bool = False,
+    partial: bool = False,
     config: LayerConfig | None = None,
 ) -> int:
-    """Return how many numbers of workspace `layer` needs. shape: (rows, H', W', N) of dst."""
+    """Return how many numbers of workspace `layer` needs. shape: (rows, H', W', N) of dst; partial: with ``then``."""
+    if isinstance(config, ColumnsConfig):
+        return math.prod(shape[:3]) * weight_columns(shape[3], weight)
     problem = Problem.of(src, weight, shape, stride)
     config = config or problem.choose(splits=True)
-    blocks = problem.finished_blocks(config)
-    sums = problem.sums(config) * math.prod(shape)
+    sums = problem.sums(config, partial) * math.prod(shape)
     if isinstance(config, LibraryConfig):  # sums have the dtype of its operands
         sums = cdiv(sums * problem.dtype.itemsize, torch.float32.itemsize)
-    return sums + (
-        problem.rows * blocks.strips * blocks.parts * 2 * problem.N if statistics and blocks.parts > 1 else 0
-    )
+    return sums
 
 
 def _nhwc(dst: Tensor, nchw: bool) -> tuple[int, int, int, int]:

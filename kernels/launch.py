@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +47,9 @@ class Launch:
     config: Config
     candidates: tuple[Config, ...]  # all configurations that may be chosen for the operation
     reference: Callable[[], None]  # computes the same result into the same tensors in torch
-    remake: Callable[[Any], Launch] | None = None  # builds the launch with another configuration, for tuning and tests
+    # Builds the launch with another configuration and, by a function that replaces its operands, on other tensors; for
+    # tuning and tests.
+    remake: Callable[..., Launch] | None = None
 
     def __post_init__(self) -> None:
         if any(n > most for n, most in zip(self.grid, LIMITS, strict=False)):
@@ -88,7 +90,11 @@ def operation(function: Callable[..., Launch]) -> Callable[..., Launch]:
     @functools.wraps(function)
     def build(*args: Any, config: Config | None = None, **kwargs: Any) -> Launch:
         launch = function(*args, config=config, **kwargs)
-        return dataclasses.replace(launch, remake=lambda other: build(*args, config=other, **kwargs))
+
+        def remake(other: Any, replace: Callable[[Any], Any] = lambda operand: operand) -> Launch:
+            return build(*map(replace, args), config=other, **{name: replace(value) for name, value in kwargs.items()})
+
+        return dataclasses.replace(launch, remake=remake)
 
     return build
 
@@ -118,28 +124,50 @@ def _cuda_device(device: torch.device) -> Device:
     return Device(properties.name, properties.multi_processor_count)
 
 
-def config_file(name: str, folder: Path = CONFIGS) -> Path:
+def config_file(name: str, folder: Path | None = None) -> Path:
     """Return the path of the tuned configurations of a GPU: "NVIDIA H100 PCIe" -> nvidia-h100-pcie.json."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    return (folder or CONFIGS) / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
 @functools.cache
-def tuned(path: Path) -> dict[str, dict[str, int]]:
-    """Read the configurations of a file by "op key"; a file that does not exist has none."""
+def _read(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, float]]]:
+    """Read the configurations and the speeds of a file; one that does not exist has none."""
     if not path.is_file():
-        return {}
+        return {}, {}
     try:
-        configs = parse_json(path.read_text(encoding="utf-8"))["configs"]
-        return {key: {name: int(value) for name, value in fields.items()} for key, fields in configs.items()}
+        data = parse_json(path.read_text(encoding="utf-8"))
+        configs = {key: {name: int(v) for name, v in fields.items()} for key, fields in data["configs"].items()}
+        speeds = {key: {name: float(v) for name, v in of.items()} for key, of in data.get("speeds", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         raise BackendError(f"{path} is no file of launch configurations ({type(e).__name__}: {e}); delete it") from e
+    return configs, speeds
 
 
-def save_tuned(path: Path, gpu: str, configs: dict[str, Config]) -> None:
-    """Write configurations by "op key" to a file that `choose` reads."""
-    fields = {key: dataclasses.asdict(config) for key, config in sorted(configs.items())}
-    write_text(path, json.dumps({"gpu": gpu, "configs": fields}, indent=1) + "\n")
-    tuned.cache_clear()
+def tuned(path: Path) -> dict[str, dict[str, int]]:
+    """Return the configurations of a file by "op key"; a file that does not exist has none."""
+    return _read(path)[0]
+
+
+def speeds(path: Path) -> dict[str, dict[str, float]]:
+    """Return the img-steps/s of backends, by dtype and size of a batch: {"bfloat16 32x32x8": {"eager": 1e4, ...}}."""
+    return _read(path)[1]
+
+
+def save_tuned(
+    path: Path, gpu: str, configs: Mapping[str, Config | Mapping[str, int]],
+    measured: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:  # fmt: skip
+    """Write configurations, or their fields, by "op key" to a file that `choose` reads, and speeds that `speeds` reads.
+
+    measured None: those of the file remain.
+    """
+    fields = {
+        key: dataclasses.asdict(config) if isinstance(config, Config) else dict(config)
+        for key, config in sorted(configs.items())
+    }
+    data = {"gpu": gpu, "configs": fields, "speeds": dict(speeds(path) if measured is None else measured)}
+    write_text(path, json.dumps(data, indent=1) + "\n")
+    _read.cache_clear()
 
 
 def choose(op: str, key: str, device: Device, candidates: tuple[C, ...], heuristic: Callable[[], C]) -> C:

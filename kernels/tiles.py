@@ -2,8 +2,8 @@
 
 A *block* is ``height`` by ``width`` pixels within one strip (`fastdiff.core.program.STRIP` rows of pixels) of one row
 of the batch. A tile is a whole number of blocks. The statistics of a block therefore belong to one row and one strip.
-If a block is as wide as the map they are the strip's statistics; otherwise they are a *part* of them, and
-`fastdiff.kernels.epilogue.combine` merges the parts of a strip.
+If a block is as wide as the map they are the strip's statistics; otherwise they are a *part* of them. The norm that
+reads them merges all blocks of a row (`fastdiff.kernels.norm.moments`).
 """
 
 from __future__ import annotations
@@ -66,9 +66,22 @@ class Blocks:
         """Number of parts of a strip's statistics."""
         return self.columns * self.phases
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the whole map."""
+        scale = 2 if self.phases == PHASES else 1
+        return scale * self.H, scale * self.W
+
     def count(self, rows: int) -> int:
         """Return the number of blocks of each phase in ``rows`` maps."""
         return rows * self.strips * self.columns
+
+    def counts(self, like: Tensor) -> Tensor:
+        """Return the number of pixels of every part of every strip, [strips parts], as a tensor like ``like``."""
+        height = torch.arange(0, self.H, self.height, dtype=like.dtype, device=like.device)
+        width = torch.arange(0, self.W, self.width, dtype=like.dtype, device=like.device)
+        height, width = (self.H - height).clamp(max=self.height), (self.W - width).clamp(max=self.width)
+        return (height[:, None] * width.repeat_interleave(self.phases)).flatten()
 
 
 @triton.jit
@@ -153,11 +166,11 @@ def finish_arguments(
     }  # fmt: skip
 
 
-def finish_reference(
-    h: Tensor, bias: Tensor, dst: Tensor, nchw: bool, table: Tensor | None, entry: Tensor | None, offset: int,
-    residual: Tensor | None, divide: float, statistics: Tensor | None, blocks: Blocks,
-) -> None:  # fmt: skip
-    """Finish h [rows, H, W, N], which is at least float32, as `finish` does, in torch."""
+def finished(
+    h: Tensor, bias: Tensor, table: Tensor | None, entry: Tensor | None, offset: int, residual: Tensor | None,
+    divide: float,
+) -> Tensor:  # fmt: skip
+    """Compute (h + bias + table[entry, offset:] + residual) / divide in torch. h, [rows, H, W, N], is at least float32."""
     h = h + wide(bias)
     if table is not None:
         h = h + wide(row_vectors(table, entry, offset))[:, None, None, : h.shape[3]]
@@ -166,7 +179,15 @@ def finish_reference(
         if residual.shape[1] != h.shape[1]:
             residual = residual.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
         h = h + residual
-    h = h / divide
+    return h / divide
+
+
+def finish_reference(
+    h: Tensor, bias: Tensor, dst: Tensor, nchw: bool, table: Tensor | None, entry: Tensor | None, offset: int,
+    residual: Tensor | None, divide: float, statistics: Tensor | None, blocks: Blocks,
+) -> None:  # fmt: skip
+    """Finish h [rows, H, W, N], which is at least float32, as `finish` does, in torch."""
+    h = finished(h, bias, table, entry, offset, residual, divide)
     dst.copy_(h.permute(0, 3, 1, 2) if nchw else h)
     if statistics is None:
         return

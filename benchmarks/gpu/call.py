@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 from . import __doc__ as usage
 from .checks import graphs, kernels, parity
+from .compiling import WORKER, compile_share, precompile
 from .machine import header
-from .report import read, write
-from .run import SMALLEST_SHARE, Failure, Run
+from .profiling import profile
+from .report import read, summary, write
+from .run import JOURNAL, SMALLEST_SHARE, ContextLost, Failure, Run, forget
 from .speeds import update, whole_job
 from .tuning import tuning
 
@@ -24,30 +27,47 @@ HERE = Path(__file__).resolve().parent
 
 PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "header": header,
+    "precompile": precompile,
     "kernels": kernels,
     "graphs": graphs,
     "parity": parity,
-    "tuning": tuning,
-    "update": update,
     "cifar10 B=1": whole_job("cifar10-32", 1),
     "cifar10 B=256": whole_job("cifar10-32", 256),
-    "celebahq B=1": whole_job("celebahq-256", 1),
+    "profile": profile,
+    "tuning": tuning,
+    "tuned cifar10 B=1": whole_job("cifar10-32", 1, tuned=True),
+    "tuned cifar10 B=8": whole_job("cifar10-32", 8, tuned=True),
+    "tuned cifar10 B=64": whole_job("cifar10-32", 64, tuned=True),
+    "tuned cifar10 B=256": whole_job("cifar10-32", 256, tuned=True),
+    "tuned celebahq B=1": whole_job("celebahq-256", 1, tuned=True),
+    "tuned celebahq B=8": whole_job("celebahq-256", 8, tuned=True),
+    "update": update,
 }
+LOST = 17  # exit code of a process whose CUDA context is lost
+MOST_RESTARTS = 20  # of a part, each of which has one item more that failed
 
 
-def execute(parts: list[str], run: Run) -> None:
-    """Run parts one after the other, and write each result at once; this runs in a child process."""
+def execute(parts: list[str], run: Run) -> int:
+    """Run parts one after the other, and write each result at once; this runs in a child process.
+
+    A lost context ends the process, with `LOST` as its exit code: the part goes on in another one, without the item.
+    """
     for name in parts:
         started = time.time()
+        run = dataclasses.replace(run, part=name)
         try:
             result = PARTS[name](run)
             entry: dict[str, Any] = {"status": "unfinished" if result.get("unfinished") else "ok", "result": result}
+        except ContextLost as e:
+            print(f"{name}: the CUDA context is lost: {e}", file=sys.stderr)
+            return LOST
         except Failure as e:
             entry = {"status": "failed", "result": e.result, "error": str(e)}
         except Exception:
             entry = {"status": "failed", "error": traceback.format_exc()}
         run.finished[name] = {**entry, "seconds": round(time.time() - started, 1)}
         write(run.out, run.finished, run.dry)
+    return 0
 
 
 def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> str | None:
@@ -55,12 +75,40 @@ def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> str 
     command = [sys.executable, str(HERE), "--out", str(arguments.out), "--child", ",".join(parts)]
     command += ["--seconds", str(limit)] + ["--dry-run"] * arguments.dry_run
     command += ["--diffusers", str(arguments.diffusers)] if arguments.diffusers else []
-    environment = os.environ | ({"TRITON_INTERPRET": "1"} if arguments.dry_run else {})
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    environment |= {"TRITON_INTERPRET": "1"} if arguments.dry_run else {}
     try:
         done = subprocess.run(command, env=environment, timeout=limit, stderr=subprocess.PIPE, text=True)
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:.0f} s"
     return None if done.returncode == 0 else f"exit code {done.returncode}\n{(done.stderr or '')[-2000:]}"
+
+
+def go_on(group: list[str], arguments: argparse.Namespace, ends: float) -> None:
+    """Run parts of a group until each has a result, in other processes where one ends before."""
+    out, dry, problem = arguments.out, arguments.dry_run, "no time was left"
+    for _ in range(MOST_RESTARTS):
+        left = ends - time.time()
+        todo = [name for name in group if name not in read(out / "gpu.json", dry)]
+        if not todo or not (left > SMALLEST_SHARE or dry):
+            break
+        before = (out / JOURNAL).stat().st_size if (out / JOURNAL).is_file() else 0
+        problem = child(todo, arguments, left) or "it left no result"
+        stopped = problem.startswith("stopped")
+        if stopped or not (out / JOURNAL).is_file() or (out / JOURNAL).stat().st_size == before:
+            break  # another process would end in the same way
+    parts = read(out / "gpu.json", dry)
+    for name in group:
+        if name not in parts:
+            late = problem.startswith(("no time", "stopped"))
+            parts[name] = {"status": "unfinished" if late else "failed", "error": problem}
+            found = dataclasses.replace(Run(out, dry, ends, None, {}), part=name).items()
+            done = {
+                item: line.get("result", line.get("error")) for item, line in found.items() if line["state"] == "done"
+            }
+            if done:
+                parts[name]["result"] = {"items": done}
+    write(out, parts, dry)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,8 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     ends, out, dry = time.time() + arguments.seconds, arguments.out, arguments.dry_run
     out.mkdir(parents=True, exist_ok=True)
     if arguments.child:
-        execute(arguments.child.split(","), Run(out, dry, ends, arguments.diffusers, read(out / "gpu.json", dry)))
-        return 0
+        run = Run(out, dry, ends, arguments.diffusers, read(out / "gpu.json", dry))
+        if arguments.child.startswith(WORKER):
+            compile_share(dataclasses.replace(run, part="precompile"), *map(int, arguments.child.split("/")[1:]))
+            return 0
+        return execute(arguments.child.split(","), run)
     asked = [name.strip() for name in arguments.parts.split(",")]
     if not set(asked) <= set(PARTS):
         parser.error(f"unknown part {', '.join(set(asked) - set(PARTS))}; there are: {', '.join(PARTS)}")
@@ -90,20 +141,17 @@ def main(argv: list[str] | None = None) -> int:
     write(out, parts, dry)
     todo = [name for name in asked if arguments.anew or parts.get(name, {}).get("status") != "ok"]
     for group in [todo] if dry and todo else [[name] for name in todo]:
-        left = ends - time.time()
-        write(out, {name: part for name, part in parts.items() if name not in group}, dry)
-        problem = child(group, arguments, left) if left > SMALLEST_SHARE or dry else "no time was left"
+        write(out, {name: part for name, part in read(out / "gpu.json", dry).items() if name not in group}, dry)
+        if arguments.anew:
+            forget(out / JOURNAL, group, dry)
+        go_on(group, arguments, ends)
         parts = read(out / "gpu.json", dry)
-        for name in group:
-            if name not in parts:
-                late = problem is not None and problem.startswith(("no time", "stopped"))
-                parts[name] = {"status": "unfinished" if late else "failed", "error": problem or "it left no result"}
-        write(out, parts, dry)
         for name in group:
             print(
                 f"{name:16} {parts[name]['status']:11} {parts[name].get('error', '').strip().splitlines()[-1:]}",
                 flush=True,
             )
-    print((out / "gpu.md").read_text(encoding="utf-8"))
+    parts = read(out / "gpu.json", dry)
+    print("\n".join(summary(parts, dry)), flush=True)
     status = {parts[name]["status"] for name in asked}
     return 1 if "failed" in status else 3 if "unfinished" in status else 0

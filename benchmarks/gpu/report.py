@@ -55,3 +55,28 @@ def readable(parts: dict[str, Any], dry: bool) -> str:
 def cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) and abs(value) < 0.01 else str("" if value is None else value)
     return text.strip().splitlines()[-1].replace("|", "/") if text.strip() else ""
+
+
+MOST_LINES = 30
+
+
+def summary(parts: dict[str, Any], dry: bool) -> list[str]:
+    """Return at most `MOST_LINES` lines with what matters most: they are printed last, as the output may be cut."""
+    lines = ["summary" + ", a dry run on a CPU: no figure means anything" * dry]
+    for name, part in parts.items():
+        result = part.get("result", {})
+        words = [f"{name}: {part['status']}"]
+        if part["status"] != "ok" and part.get("error"):
+            words.append(cell(part["error"])[:120])
+        if "contenders" in result:
+            speeds = {k: row["img_steps_per_s"] for k, row in result["contenders"].items() if "img_steps_per_s" in row}
+            words += [f"{k} {v:.4g}" for k, v in sorted(speeds.items(), key=lambda pair: -pair[1])]
+        words += [f"{key} {cell(result[key])}" for key in ("device", "bf16_tflops", "copy_GB_per_s") if key in result]
+        for key in ("failed", "red", "unfinished"):
+            words += [f"{len(result[key])} {key}"] if result.get(key) else []
+        for key, rows in result.items():
+            if key.endswith("by operation"):
+                words += [f"{key.split(',')[0]} {rows[0]['predicted_us']} us predicted"]
+                words += [f"{rows[0]['measured_us']} us measured"] if "measured_us" in rows[0] else []
+        lines.append("; ".join(words)[:400])
+    return lines[:MOST_LINES]

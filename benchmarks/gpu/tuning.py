@@ -1,72 +1,201 @@
-"""The part `tuning`, which finds the fastest configuration of every launch and convolution."""
+"""The part `tuning`, which finds the fastest configuration of every launch that the published networks ask for.
+
+Truth comes before speed: a configuration is measured at a shape only after its results there were compared with the
+reference in float64, in memory that held NaN.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from .checks import moved, small_cases
+from . import lists, model
 from .networks import tiny
 from .run import Failure, Run
-from .timing import microseconds
+from .timing import in_graph
+
+# Network, images of a batch, and whether it is guided, whose configurations are tuned.
+JOBS = [("cifar10-32", n, False) for n in (1, 8, 64, 256)] + [("celebahq-256", n, False) for n in (1, 8)]
+WRITTEN = (
+    "dst",
+    "out",
+    "norm",
+    "x",
+    "xs",
+    "m1",
+    "m2",
+    "m3",
+)  # arguments that operations write, as far as they are floats
+APART = ("conv.conv", "conv.partial", "library.products")  # tuned as layers of one or several launches
 
 
-def launches(run: Run) -> list[Any]:
-    """Return a launch for each operation and shape that fastdiff ships, except operations whose check failed."""
-    from fastdiff.kernels.launch import Launch
-    from tests.support.kernel_cases import SHIPPED
+@dataclasses.dataclass
+class Candidate:
+    """Something to tune: ``build`` makes its launches in a configuration, on operands that a function replaces."""
 
-    ops = run.finished.get("kernels", {}).get("result", {}).get("ops", {})
-    made = [case().launch() for case in small_cases(run).values()] if run.dry else [make() for make in SHIPPED.values()]
-    # `conv_layers` tunes convolutions as layers of one or several launches.
-    made = [launch for launch in made if isinstance(launch, Launch) and launch.op not in ("conv.conv", "conv.partial")]
-    if not any("failed" not in op for op in ops.values()):
-        raise Failure("no kernel's check is green: the part `kernels` comes first", {})
-    distinct = {
-        (launch.op, launch.key): launch for launch in made if not ops.get(launch.op, {"failed": True}).get("failed")
-    }
-    # Heuristics give the starting point, except for the cases of a dry run, whose shapes they do not expect.
-    return [launch.remake(None) if launch.remake and not run.dry else launch for launch in distinct.values()]
+    key: str
+    chosen: Any
+    configs: tuple[Any, ...]
+    build: Callable[[Any, Callable[[Any], Any]], tuple[Any, ...]]
+    microseconds: float  # predicted, of all occurrences in the networks
+    accumulations: float
 
 
-def conv_layers(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...], Callable[[Any], Callable[[], None]]]]:
-    """Yield the distinct convolutions of the published networks in bfloat16, as the backend `triton` runs them.
-
-    Each is a tuple of the key, the heuristic's configuration, all configurations, and a function that builds the layer
-    in one of them.
-    """
+def replaced(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Replace the tensors in an operand, which may be a tuple or a dataclass of them."""
     import torch
 
-    from fastdiff import UNet
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(replaced(v, change) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: replaced(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def candidates(run: Run) -> list[Candidate]:
+    """Return everything that networks ask for, the longest of it first, except operations whose check failed."""
+    import torch
+
     from fastdiff.bench.networks import PUBLISHED
-    from fastdiff.core.lower import lower
-    from fastdiff.kernels import conv
-    from tests.support.cases_conv import harvest, layer_case
+    from fastdiff.kernels.launch import Device
+    from tests.support.kernel_harness import accumulations
 
-    cifar, celebahq = PUBLISHED["ddpm-cifar10-32"], PUBLISHED["ddpm-celebahq-256"]
-    for config, rows in [(tiny(), 1)] if run.dry else [(cifar, 1), (cifar, 256), (celebahq, 1)]:
-        with torch.device("meta"):
-            program = lower(UNet(config), (config.sample_size, config.sample_size))
-        for shape, words in harvest(program, rows).items():
-            case = layer_case(shape, torch.bfloat16, " ".join(sorted(words)))
-            arguments = {name: moved(value, run.device) for name, value in case.arguments.items()}
+    ops = run.finished.get("kernels", {}).get("result", {}).get("ops", {})
+    if not any("failed" not in op for op in ops.values()):
+        raise Failure("no kernel's check is green: the part `kernels` comes first", {})
+    processors = 132 if run.dry else torch.cuda.get_device_properties(0).multi_processor_count
+    device, rates = Device("", processors), model.Rates(processors=processors)
+    found: dict[str, Candidate] = {}
+    share: collections.Counter[str] = collections.Counter()
+    jobs = [("", 1, False)] if run.dry else JOBS
+    for network, images, guided in jobs:
+        config = PUBLISHED[f"ddpm-{network}"] if network else tiny()
+        for launch in lists.step(config, images, torch.bfloat16, guided, device):
+            if launch.op in APART or ops.get(launch.op, {"failed": True}).get("failed"):
+                continue
+            key = f"{launch.op} {launch.key}"
+            share[key] += model.microseconds(launch, rates)
 
-            def layer(config: Any, shape: Any = shape, arguments: Any = arguments) -> Callable[[], None]:
-                operands = shape.laid_out(arguments, config)
-                src, weight = operands["src"], operands["weight"]
-                emitted = arguments.get("statistics") is not None
-                need = conv.workspace(src, weight, shape.out, stride=shape.stride, statistics=emitted, config=config)
-                given = operands | {"workspace": torch.empty(need, device=run.device) if need else None}
-                made = conv.layer(**given, config=config)
-                return lambda: [launch() for launch in made] and None
+            def one(config: Any, change: Any, launch: Any = launch) -> tuple[Any, ...]:
+                return (launch.remake(config, lambda operand: replaced(operand, change)),)
 
-            problem = shape.problem(arguments)
-            yield f"conv.layer {problem.key}", problem.choose_layer(), problem.layer_candidates, layer
+            found.setdefault(key, Candidate(key, launch.config, launch.candidates, one, 0.0, 0.0))
+        for layer in lists.layers(config, images, torch.bfloat16, guided, device):
+            problem = layer.problem
+            plain = bool(layer.arguments["nchw"])
+            chosen = problem.choose_layer(plain)
+
+            def several(config: Any, change: Any, layer: Any = layer) -> tuple[Any, ...]:
+                return tuple(layer.replaced(lambda operand: replaced(operand, change)).launches(config))
+
+            share[layer.key] += sum(model.microseconds(launch, rates) for launch in layer.launches(chosen))
+            configs = (*(problem.columns() if plain else ()), *problem.layer_candidates)
+            count = accumulations(problem.dtype, problem.kernel**2 * sum(problem.channels))
+            found.setdefault(layer.key, Candidate(layer.key, chosen, configs, several, 0.0, count))
+    for key, candidate in found.items():
+        candidate.microseconds = share[key]
+    return sorted(found.values(), key=lambda candidate: -candidate.microseconds)
+
+
+class Checked:
+    """Operands of a candidate on a device, with the results of its reference in float64 and in float32."""
+
+    def __init__(self, candidate: Candidate, device: Any):
+        import torch
+
+        self.candidate = candidate
+        self.operands: dict[int, Any] = {}
+        self.device = device
+        self.exact, self.plain = (self.reference(dtype) for dtype in (torch.float64, torch.float32))
+
+    def on_device(self, t: Any) -> Any:
+        """Return the values of an operand: the same ones at every call, in memory of their own."""
+        import torch
+
+        if id(t) not in self.operands:
+            made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device)
+            rng = torch.Generator(self.device).manual_seed(len(self.operands))
+            if t.is_floating_point():
+                made.normal_(generator=rng)
+                if t.ndim == 4 and t.shape[0] in (1, 4) and t.shape[1] in (1, 4, 9):  # packed weights
+                    made.div_((t.shape[1] * t.shape[2]) ** 0.5)
+            else:
+                made.zero_()
+            self.operands[id(t)] = t, made  # keeps t alive, so that its id is not given to another
+        return self.operands[id(t)][1].clone(memory_format=torch.preserve_format)
+
+    def reference(self, dtype: Any) -> dict[str, Any]:
+        launches = self.candidate.build(
+            self.candidate.chosen, lambda t: self.on_device(t).to(dtype if t.is_floating_point() else t.dtype)
+        )
+        for launch in launches:
+            launch.reference()
+        return results(launches)
+
+    def launches(self, config: Any) -> tuple[Any, ...]:
+        return self.candidate.build(config, self.on_device)
+
+    def compare(self, launches: tuple[Any, ...], config: Any) -> None:
+        """Run the launches, and raise AssertionError if results differ from the reference's."""
+        import torch
+
+        from fastdiff.kernels.library import LIBRARY
+        from tests.support.kernel_harness import PER_ACCUMULATION, compare, rounding
+
+        for name, t in results(launches).items():
+            if name in ("dst", "out") or launches[-1].op == "norm.finalise":
+                t.fill_(torch.nan)
+        for launch in launches:
+            launch()
+        for name, got in results(launches).items():
+            band = 4.0 + PER_ACCUMULATION * self.candidate.accumulations
+            if config == LIBRARY:  # its sums are rounded once more
+                band += rounding(got.dtype) * 2.0**24
+            compare(name, got, self.exact[name].double(), self.plain[name], None, band)
+
+
+def results(launches: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what the last launch writes."""
+    import torch
+
+    written = {name: launches[-1].arguments.get(name) for name in WRITTEN}
+    if launches[-1].op == "update":
+        del written["out"]  # it reads this one
+    return {k: t for k, t in written.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+
+
+def tune(run: Run, candidate: Candidate) -> dict[str, Any]:
+    """Compare every configuration with the reference, and measure those that are right."""
+    checked = Checked(candidate, run.device)
+    times: dict[Any, float] = {}
+    red: dict[str, str] = {}
+    for config in candidate.configs[: 2 if run.dry else None]:
+        try:
+            launches = checked.launches(config)
+            checked.compare(launches, config)
+        except Exception as e:
+            if "CUDA error" in str(e):  # the context is lost
+                raise
+            red[str(config)] = f"{type(e).__name__}: {str(e)[:300]}"
+            continue
+        times[config] = in_graph(run, launches)
+    if not times:
+        raise Failure(f"no configuration is right: {red}", {})
+    best = min(times, key=times.__getitem__)
+    return {
+        "us": round(times[best], 2), "predicted_us": round(candidate.microseconds, 2),
+        "heuristic_us": round(times[candidate.chosen], 2) if candidate.chosen in times else None,
+        "config": dataclasses.asdict(best), "red": red,
+    }  # fmt: skip
 
 
 def tuning(run: Run) -> dict[str, Any]:
-    """Measure all configurations of all launches and convolutions, and write the fastest ones to a file."""
+    """Tune what the networks spend most of their predicted time on first, and write the file after each of it."""
     import torch
 
     from fastdiff.kernels.launch import config_file, save_tuned
@@ -74,57 +203,20 @@ def tuning(run: Run) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
     unfinished: list[str] = []
-    refused: list[str] = []
+    failed: dict[str, str] = {}
+    red: list[str] = []
     gpu = "dry run" if run.dry else torch.cuda.get_device_properties(0).name
-    for launch in launches(run):
-        key = f"{launch.op} {launch.key}"
+    for candidate in candidates(run):
         if run.late:
-            unfinished.append(key)
+            unfinished.append(candidate.key)
             continue
-        arguments = {name: moved(value, run.device) for name, value in launch.arguments.items()}
-        tensors = [v for value in arguments.values() for v in (value if isinstance(value, tuple) else (value,))]
-        moves = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-        times: dict[Any, float] = {}
-        for config in launch.candidates[: 2 if run.dry else None]:
-            other = launch.remake(config)
-            own = {
-                k: arguments[k] if torch.is_tensor(v) or isinstance(v, tuple) else v for k, v in other.arguments.items()
-            }
-            try:
-                times[config] = microseconds(run, dataclasses.replace(other, arguments=own))
-            except Exception as e:
-                if "CUDA error" in str(e):  # the context is lost
-                    raise
-                refused.append(f"{key} {config}: {e}")  # it needs more memory than this GPU has
-        if not times:
+        outcome = run.item(candidate.key, lambda: tune(run, candidate))  # noqa: B023 - called now
+        if "error" in outcome:
+            failed[candidate.key] = outcome["error"]
             continue
-        best[key] = min(times, key=times.__getitem__)
-        rows.append(
-            {
-                "launch": key,
-                "us": round(times[best[key]], 2),
-                "heuristic_us": round(times[launch.config], 2) if launch.config in times else None,
-                "config": dataclasses.asdict(best[key]),
-                "GB_per_s_of_all_operands": round(moves / times[best[key]] / 1e3, 2),
-            }
-        )
+        found = outcome["result"]
+        best[candidate.key] = found["config"]
+        red += [f"{candidate.key} {config}: {why}" for config, why in found["red"].items()]
+        rows.append({"launch": candidate.key, **{name: found[name] for name in found if name != "red"}})
         save_tuned(config_file(gpu, run.out), gpu, best)
-    for key, chosen, configs, layer in conv_layers(run):
-        if run.late:
-            unfinished.append(key)
-            continue
-        times = {}
-        for config in configs[: 2 if run.dry else None]:
-            try:
-                times[config] = microseconds(run, layer(config))
-            except Exception as e:
-                if "CUDA error" in str(e):  # the context is lost
-                    raise
-                refused.append(f"{key} {config}: {e}")
-        if times:
-            best[key] = min(times, key=times.__getitem__)
-            row = {"launch": key, "us": round(times[best[key]], 2)}
-            row |= {"heuristic_us": round(times[chosen], 2) if chosen in times else None}
-            rows.append(row | {"config": dataclasses.asdict(best[key])})
-    save_tuned(config_file(gpu, run.out), gpu, best)
-    return {"launches": rows, "refused": refused, "unfinished": unfinished}
+    return {"launches": rows, "red": red, "failed": failed, "unfinished": unfinished}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 
+import torch
 from torch import nn
 
 from fastdiff.backends.base import BACKENDS, BITWISE_ROWS, STEPWISE, Runner, Spec
@@ -22,7 +24,10 @@ log = logging.getLogger("fastdiff")
 
 
 def choose(unet: nn.Module, spec: Spec) -> str:
-    """Choose the backend that "auto" stands for: `native` where it can run, else `eager`. The choice is logged.
+    """Choose the backend that "auto" stands for, and log the choice.
+
+    It is `native` where that can run. On CUDA it is the one that the tuned file of the GPU's model has measured to be
+    fastest, of those that can run. Elsewhere it is `eager`.
 
     Args:
         unet: The network.
@@ -34,6 +39,10 @@ def choose(unet: nn.Module, spec: Spec) -> str:
     from fastdiff.backends import native
     from fastdiff.backends.network import unsupported_changes
 
+    measured = _measured_fastest(unet, spec) if spec.device.type == "cuda" else None
+    if measured is not None:
+        log.info("backend auto: %s, the fastest in this GPU's tuned file", measured)
+        return measured
     reasons = native.reasons_against(unet, spec)
     if not reasons:
         log.info("backend auto: native")
@@ -42,6 +51,35 @@ def choose(unet: nn.Module, spec: Spec) -> str:
     changed = isinstance(unet, UNet | UNetCondition) and bool(unsupported_changes(unet))
     log.log(logging.WARNING if changed else logging.INFO, "backend auto: eager; native cannot: %s", "; ".join(reasons))
     return "eager"
+
+
+def _measured_fastest(unet: nn.Module, spec: Spec) -> str | None:
+    """Return the fastest backend that can run, by the measurement of the most similar batch; None without a file.
+
+    Batches of the same dtype are compared by their numbers of pixels.
+    """
+    from fastdiff.backends import triton
+
+    if spec.frozen or not triton.has_kernels():  # slots are run by `eager` alone
+        return None
+    from fastdiff.kernels.launch import config_file, speeds
+
+    path = config_file(torch.cuda.get_device_properties(spec.device).name)
+    dtype, pixels = str(spec.dtype).removeprefix("torch."), math.prod((spec.batch, *spec.shape[1:]))
+    rows = [(key.partition(" "), found) for key, found in speeds(path).items()]
+    similar = [
+        (abs(math.log(pixels / math.prod(map(int, size.split("x"))))), size, found)
+        for (kind, _, size), found in rows
+        if kind == dtype
+    ]
+    if not similar:
+        return None
+    _, _, found = min(similar, key=lambda row: row[:2])
+    for backend in sorted(found, key=lambda name: -found[name]):
+        able = backend in ("eager", "compiled") or not triton.reasons_against(unet, spec)
+        if able and (spec.determinism != "bitwise" or backend == "triton"):
+            return backend
+    return None
 
 
 def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:

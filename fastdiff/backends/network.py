@@ -117,14 +117,17 @@ def plain_checksum(tensors: Sequence[Tensor]) -> int:
     in parts: one that is dense in another order, as with torch.channels_last, is read in the order of its memory, and
     its strides are words too, on the host.
     """
-    dense = [_in_memory_order(t) for t in tensors]
-    strides = [n for t, d in zip(tensors, dense, strict=True) if d.shape != t.shape for n in (*t.shape, *t.stride())]
-    total = int(_mixed(torch.tensor(strides, dtype=torch.int64, device="cpu"), 0).numpy())
     sums, first = [], 1
-    for words in _words(dense):
+    for words in _words([in_memory_order(t) for t in tensors]):
         sums.append(_mixed(words, first))
         first += len(words)
-    return (total + (int(torch.stack(sums).sum()) if sums else 0)) % (1 << 64)
+    return (layout_checksum(tensors) + (int(torch.stack(sums).sum()) if sums else 0)) % (1 << 64)
+
+
+def layout_checksum(tensors: Sequence[Tensor]) -> int:
+    """Compute the part of `plain_checksum` that the sizes and strides of tensors in another order add, on the host."""
+    strides = [n for t in tensors if not t.is_contiguous() and t.ndim != 1 for n in (*t.shape, *t.stride())]
+    return int(_mixed(torch.tensor(strides, dtype=torch.int64, device="cpu"), 0).numpy())
 
 
 def _mixed(words: Tensor, first: int) -> Tensor:
@@ -134,7 +137,7 @@ def _mixed(words: Tensor, first: int) -> Tensor:
     return _mix(words ^ (i * c)).sum()
 
 
-def _in_memory_order(t: Tensor) -> Tensor:
+def in_memory_order(t: Tensor) -> Tensor:
     """Return a tensor's numbers, flat if it is not row-major, without a copy unless it has gaps or overlaps."""
     if t.is_contiguous():
         return t

@@ -48,7 +48,7 @@ from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet, UNetConfig
 from tests.backends.test_backends import CASES, MICRO_CLASSES, Case, check, spec_of, start
 from tests.core.test_program import CLASS_IMAGES, image_size
-from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_cuda import Counter, FakeCuda
 from tests.support.paths import ROOT
 from tests.support.tuned_file import library_everywhere, tuning
 from tests.support.unets import (  # fmt: skip
@@ -151,7 +151,7 @@ def forward(unet: UNet, x: torch.Tensor, t: float, labels: Any = None, dtype: to
         steps.network(state, guided=False)  # makes the buffers
         for b in steps.buffers.values():
             b.arena.fill_(0xFF)
-            for tensor in (*b.embedding.values(), *b.space.values(), b.net):
+            for tensor in (*b.embedding.values(), *b.space.values(), *b.parts.values(), b.net):
                 tensor.fill_(torch.nan)
         steps.evaluate(state, guided=False)
     return state.out
@@ -281,6 +281,56 @@ def test_weights_that_change_are_followed_at_their_addresses(by_library: Callabl
     assert relative_error(after, exact) <= 2e-5
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_fresh_state_asks_for_one_checksum_by_one_launch(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the checksum that many launches compute elsewhere; one copy to the host waits for the device."""
+    monkeypatch.setattr("fastdiff.backends.triton.launches.BY_KERNEL", ("cpu",))
+    compiled, listed = [], []
+    monkeypatch.setattr(Launch, "compile", lambda launch: compiled.append(launch.op))
+
+    def run(launch: Launch) -> None:
+        listed.append(launch.op)
+        compute(launch)
+
+    unet = random_unet(TINY).to(memory_format=layout)
+    steps = TritonStep(unet, Spec(2, (3, 8, 8), torch.float32, CPU), run)
+    exact = shared.plain_checksum([p.detach() for p in unet.parameters()])
+    assert steps.weights.made_from == exact
+    assert listed == compiled == ["fingerprint"]
+    bank = TableBank([solvers.ddim(SCHEDULE, 4)], CPU)
+    with Counter() as plain:
+        shared.plain_checksum([p.detach() for p in unet.parameters()])
+    steps.follow(bank, fresh=False)
+    steps.run = steps.weights.run = lambda launch: listed.append(launch.op)
+    with Counter() as counter:
+        steps.follow(bank, fresh=True)
+    assert listed == ["fingerprint"] * 2
+    assert compiled == ["fingerprint"], "once"
+    views = ("detach", "permute", "view")
+    before, now = ([name for name in seen.seen if name not in views] for seen in (plain, counter))
+    assert len(now) <= 20 < len(before), "none for each weight"
+    assert now.count("_local_scalar_dense") == 0
+    steps.weights.run = compute
+    with torch.no_grad():
+        unet.conv_in.bias.data[-1] += 1e-3
+    steps.follow(bank, fresh=True)
+    assert steps.weights.version == 1
+    assert steps.weights.made_from == shared.plain_checksum([p.detach() for p in unet.parameters()]) != exact
+
+
+def test_a_checksum_that_cannot_be_compiled_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(launch: Launch) -> None:
+        raise BackendError("no compiler")
+
+    monkeypatch.setattr("fastdiff.backends.triton.launches.BY_KERNEL", ("cpu",))
+    monkeypatch.setattr(Launch, "compile", fails)
+    unet = random_unet(TINY)
+    steps = TritonStep(unet, Spec(2, (3, 8, 8), torch.float32, CPU), lambda launch: pytest.fail(launch.op))
+    assert steps.weights.made_from == shared.checksum(unet)
+
+
 # The list of launches -------------------------------------------------------------------------------------------------
 
 
@@ -310,17 +360,61 @@ def test_nothing_but_norms_and_products_is_launched(by_library: Callable[..., No
     assert counts["input"] == 1
     assert counts["attention.attention"] == kinds["Attention"]
     assert counts["library.products"] + counts["conv.conv"] + counts["conv.partial"] == kinds["Conv"]
-    assert counts["library.products"] + counts["conv.partial"] == counts["epilogue.finish"] > 0
+    summed = counts["epilogue.finish"] + counts["epilogue.normed"] + counts["epilogue.gather"]
+    assert counts["library.products"] + counts["conv.partial"] == summed > 0
+    assert counts["epilogue.gather"] == (not library), "of the last convolution's columns"
     doubled = sum(isinstance(op, Conv) and op.upsample for op in program.ops)
     assert counts["library.products"] == (kinds["Conv"] - doubled if library else 0)
     # A merged attention and the product before it read one norm of one map, which is computed once.
     norms = {(op.src[isinstance(op, Attention) :], program.norm(op)) for op in program.ops if program.norm(op)}
-    assert counts["norm.finalise"] == counts["norm.apply"] == len(norms)
+    assert counts["epilogue.normed"] + counts["norm.group_norm"] == len(norms)
     assert len(norms) == sum(program.norm(op) is not None for op in program.ops) - kinds["Attention"]
+    small = sum(program.buffers[src[0]].shape[0] <= 16 for src, _ in norms)
+    assert counts["epilogue.normed"] == small == 40, "a norm of a map of at most 16x16 pixels has no launch of its own"
     assert set(counts) <= {
-        "input", "norm.finalise", "norm.apply", "conv.conv", "conv.partial", "library.products", "epilogue.finish",
-        "epilogue.combine", "attention.attention",
+        "input", "norm.group_norm", "conv.conv", "conv.partial", "library.products", "epilogue.finish",
+        "epilogue.normed", "epilogue.gather", "attention.attention",
     }  # fmt: skip
+    assert library or len(listed) + 1 <= 170, "with the update"
+
+
+def test_norms_are_fused_where_sums_are_small_or_split() -> None:
+    """In large batches sums in float32 cost more than a launch; large maps have norms of their own, in two launches
+    where their statistics are many. Nothing that only a fused norm reads is stored.
+    """
+    from benchmarks.gpu import lists
+
+    counts = {}
+    for network, images in (("ddpm-cifar10-32", 1), ("ddpm-cifar10-32", 256), ("ddpm-celebahq-256", 1)):
+        listed = lists.step(PUBLISHED[network], images, torch.bfloat16)
+        counts[network, images] = collections.Counter(launch.op for launch in listed)
+        stored = [launch.arguments["dst"] is not None for launch in listed if launch.op == "epilogue.normed"]
+        assert False in stored
+        assert True in stored
+    one, many, large = counts.values()
+    assert 0 < many["epilogue.normed"] < one["epilogue.normed"]
+    assert many["norm.finalise"] == many["norm.apply"] > 0
+    assert large["norm.finalise"] > 0 < large["norm.group_norm"]
+    # The network of one channel a group at least, whose second sources straddle groups, in whole networks: test_variant.
+
+
+def test_a_buffer_whose_statistics_are_read_is_not_fused() -> None:
+    """A norm that cannot be computed with the convolution before it reads statistics, which a fused one does not write."""
+    from fastdiff.backends.triton.launches import _measured, _read
+    from fastdiff.core.program import Buffer, Norm, Program
+
+    norm = Norm("n", 2, 1e-5, True)
+    ops = (
+        Conv("a", ("x",), ("a",)), Conv("b", ("a",), ("b",), norm=norm), Conv("c", ("b", "a"), ("c",), norm=norm),
+        Conv("out", ("c",), ("o",), residual="b"),
+    )  # fmt: skip
+    program = Program(ops, {name: Buffer(name, (4, 4, 8)) for name in ("x", "a", "b", "c", "out")})
+    assert _measured(program, {}) == {"a", "b"}
+    assert _measured(program, {"a": (("a",), norm)}) == {"a", "b"}, "as the second source of a norm that is not fused"
+    assert _measured(program, {"a": (("a",), norm), "b": (("b", "a"), norm)}) == set()
+    assert _read(program, {"a": (("a",), norm), "b": (("b", "a"), norm)}) == {"x", "a", "b", "c"}
+    assert _read(program, {"a": (("a",), norm)}) == {"x", "a", "b", "c"}
+    assert "b" not in _read(Program(ops[:2], program.buffers), {})
 
 
 def test_every_kind_of_launch_is_run_as_it_says() -> None:
@@ -353,15 +447,16 @@ def test_a_norm_that_two_operations_read_is_launched_once() -> None:
     """Nothing else may use its memory in between, so it is only remembered until the next norm."""
     for config in (change(attention_head_dim=None), change(**ATTENTION_EVERYWHERE, attention_head_dim=None)):
         listed = launches(config, 2)
-        applied = [launch for launch in listed if launch.op == "norm.apply"]
-        read = [a.arguments["first"].data_ptr() for a in applied]
-        assert all(one != other for one, other in itertools.pairwise(read)), "no map twice in a row"
+        norms = {"norm.apply": "dst", "norm.group_norm": "dst", "epilogue.normed": "out"}
+        applied = [launch for launch in listed if launch.op in norms]
+        read = [launch.arguments["gamma"].data_ptr() for launch in applied if launch.op != "norm.apply"]
+        assert all(one != other for one, other in itertools.pairwise(read)), "no norm twice in a row"
         attentions = [launch for launch in listed if launch.op == "attention.attention"]
         assert attentions
         for attention in attentions:
             keys = attention.arguments["k"].data_ptr()
-            before = [launch for launch in listed[: listed.index(attention)] if launch.op == "norm.apply"]
-            assert before[-1].arguments["dst"].data_ptr() == keys, "its keys are the last norm"
+            before = [launch for launch in listed[: listed.index(attention)] if launch in applied]
+            assert before[-1].arguments[norms[before[-1].op]].data_ptr() == keys, "its keys are the last norm"
 
 
 def test_batch_sizes_share_packed_weights() -> None:
@@ -556,7 +651,7 @@ def test_kernels_that_cannot_be_compiled_leave_the_network_to_pytorch(
     assert relative_error(state.x, other.x) <= 1e-5
 
 
-@pytest.mark.parametrize("op", ["norm.apply", "guidance", "update"])
+@pytest.mark.parametrize("op", ["epilogue.normed", "guidance", "update"])
 def test_kernels_that_cannot_be_loaded_leave_the_network_to_pytorch(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """A tuned file may name configurations that need too much memory; all are loaded before a capture."""
 

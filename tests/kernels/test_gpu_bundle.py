@@ -6,16 +6,19 @@ import argparse
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
 
+from benchmarks.gpu import run as run_module
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "benchmarks" / "gpu"
@@ -44,7 +47,7 @@ PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {na
 
 
 def test_the_dry_run_where_packages_are_absent(call: ModuleType, tmp_path: Path) -> None:
-    from fastdiff.kernels.launch import tuned
+    from fastdiff.kernels.launch import speeds, tuned
     from tests.support.kernel_cases import CASES
 
     (tmp_path / "hook").mkdir()
@@ -54,6 +57,8 @@ def test_the_dry_run_where_packages_are_absent(call: ModuleType, tmp_path: Path)
     assert run.returncode == 0, run.stdout + run.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert len(files) <= 8
+    assert len(run.stdout.splitlines()) <= 60
+    assert "summary, a dry run" in run.stdout.splitlines()[-len(call.PARTS) - 1], "the last lines"
     assert {"gpu.json", "gpu.md"} < set(files)
     parts = parts_of(tmp_path / "out")
     assert list(parts) == list(call.PARTS)
@@ -64,11 +69,17 @@ def test_the_dry_run_where_packages_are_absent(call: ModuleType, tmp_path: Path)
     assert set(parts["graphs"]["result"]["equal_bits"].values()) == {True}
     assert all(0 < row["network_error"] < 0.1 for row in parts["parity"]["result"]["rows"])
     configs = tuned(tmp_path / "out" / "dry-run.json")
-    assert {key.split()[0] for key in configs} == ops - {"conv.conv", "conv.partial"} | {"conv.layer"}
+    asked = {"input", "attention.attention", "update", "conv.layer", "epilogue.normed"}
+    assert asked <= {key.split()[0] for key in configs} <= ops | {"conv.layer"}, "what a network asks for"
     assert parts["tuning"]["result"]["launches"][0]["config"] in configs.values()
+    assert not parts["tuning"]["result"]["red"], "every configuration is right"
     named = {key.split()[0] for key, config in configs.items() if "library" in config}
     assert named == {"conv.layer"}, "whatever is faster than an interpreter"
-    for name in ("cifar10 B=1", "cifar10 B=256", "celebahq B=1"):
+    measured = speeds(tmp_path / "out" / "dry-run.json")
+    assert set(measured["bfloat16 8x8x1"]) == {"eager", "compiled"}
+    rows = parts["profile"]["result"]["B=2, by operation"]
+    assert rows[0]["launch"] == "the step"
+    for name in ("cifar10 B=1", "cifar10 B=256", "tuned celebahq B=1"):
         contenders = parts[name]["result"]["contenders"]
         assert {"eager", "compiled", "baseline: one graph, max-autotune"} <= set(contenders)
         assert "No module named 'diffusers'" in contenders.pop("baseline: diffusers, compiled U-Net")["absent"]
@@ -164,17 +175,178 @@ def test_what_time_does_not_allow_is_not_started(
     assert {part["status"] for part in parts_of(tmp_path).values()} == {"unfinished"}
 
 
+ITEMS = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [sys.argv[1]]
+from benchmarks.gpu.run import Run
+
+out = Path(sys.argv[2])
+run = Run(out, True, time.time() + 99, None, {}, "a part")
+
+def compute(i):
+    with (out / "computed").open("a") as file:
+        file.write(f"{i}\\n")
+    time.sleep(0.02)
+    return [i]
+
+for i in range(60):
+    assert run.item(str(i), lambda: compute(i)) == {"result": [i]}
+print("complete")
+"""
+
+
+def test_items_that_are_finished_outlive_their_process(tmp_path: Path) -> None:
+    """The process is killed at random times, in the midst of a line too; each item is finished once."""
+    rng, killed = random.Random(0), 0
+    for _ in range(100):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ITEMS, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        if killed < 4:
+            before = len(run_module.read_lines(tmp_path / "items.jsonl"))
+            while len(run_module.read_lines(tmp_path / "items.jsonl")) < before + rng.randrange(2, 20):
+                time.sleep(0.001)
+            process.kill()
+            process.wait()
+            killed += 1
+            with (tmp_path / "items.jsonl").open("a") as file:
+                file.write('{"part": "a part", "item": "torn", "sta')
+            continue
+        assert process.communicate()[0] == "complete\n"
+        break
+    lines = run_module.read_lines(tmp_path / "items.jsonl")
+    done = [line["item"] for line in lines if line["state"] == "done"]
+    assert sorted(done, key=int) == [str(i) for i in range(60)]
+    computed = (tmp_path / "computed").read_text().split()
+    assert len(computed) <= 60 + killed, "at most one item of each process was computed again"
+
+
+def test_an_item_that_ends_its_process_is_given_up(call: ModuleType, tmp_path: Path) -> None:
+    """A segmentation fault leaves no result; after two of them the part goes on without the item."""
+
+    def new() -> Any:
+        return call.Run(tmp_path, True, time.time() + 99, None, {}, "a part")
+
+    for _ in range(run_module.ATTEMPTS):
+        new().write("bad", state="begun")
+    assert new().item("bad", lambda: pytest.fail("computed again")) == {
+        "error": "the process ended while this was computed"
+    }
+    assert new().item("good", lambda: 1) == {"result": 1}
+    assert new().item("good", lambda: pytest.fail("computed again")) == {"result": 1}
+    assert "ValueError: no" in new().item("wrong", lambda: int("no", 36) and bad("no"))["error"]
+    other = call.Run(tmp_path, False, time.time() + 99, None, {}, "a part")
+    assert other.items() == {}, "those of a dry run are others"
+
+
+def bad(why: str) -> None:
+    raise ValueError(why)
+
+
+def test_a_lost_context_costs_one_item(call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part goes on in a fresh process, and what was found before is kept."""
+
+    def part(run: Any) -> dict:
+        def item(name: str) -> str:
+            if name == "b":
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return name.upper()
+
+        return {name: run.item(name, lambda: item(name)) for name in "abc"}
+
+    started = []
+
+    def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> str | None:
+        started.append(parts)
+        run = call.Run(tmp_path, True, time.time() + 99, None, parts_of(tmp_path))
+        code = call.execute(parts, run)
+        return f"exit code {code}" if code else None
+
+    monkeypatch.setattr(call, "PARTS", {"first": part, "second": lambda run: {"us": 1.0}})
+    monkeypatch.setattr(call, "child", child)
+    assert call.main(["--out", str(tmp_path), "--dry-run", "--parts", "first,second"]) == 0
+    found = parts_of(tmp_path)
+    assert started == [["first", "second"], ["first", "second"]]
+    assert found["first"]["result"]["a"] == {"result": "A"}
+    assert "illegal memory access" in found["first"]["result"]["b"]["error"]
+    assert found["first"]["result"]["c"] == {"result": "C"}
+    assert found["second"]["status"] == "ok"
+
+
+def test_a_part_that_is_stopped_leaves_its_items(
+    call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child(parts: list[str], arguments: argparse.Namespace, limit: float) -> str:
+        run = call.Run(tmp_path, False, time.time() + 99, None, {}, parts[0])
+        run.write("one", state="begun")
+        run.write("one", state="done", result=5)
+        run.write("two", state="begun")
+        return "stopped after 2 s"
+
+    monkeypatch.setattr(call, "child", child)
+    assert call.main(["--out", str(tmp_path), "--parts", "tuning", "--seconds", "99"]) == 3
+    part = parts_of(tmp_path)["tuning"]
+    assert part["status"] == "unfinished"
+    assert part["result"]["items"] == {"one": 5}
+
+
+def test_the_summary_is_short_and_last(call: ModuleType) -> None:
+    parts = {f"part {i}": {"status": "failed", "error": "x\n" * 50, "result": {}} for i in range(99)}
+    assert len(call.summary(parts, False)) <= 30
+    contenders = {"eager": {"img_steps_per_s": 10.0}, "triton": {"img_steps_per_s": 30.0}, "broken": {"error": "x"}}
+    (_, line) = call.summary({"cifar10 B=1": {"status": "ok", "result": {"contenders": contenders}}}, False)
+    assert line == "cifar10 B=1: ok; triton 30; eager 10"
+
+
 def test_red_kernels_get_no_speed(call: ModuleType, tmp_path: Path) -> None:
     from benchmarks.gpu import tuning
 
-    ops = {"update": {"failed": True}, "noise": {"cases": 1}}
+    ops = {"update": {"failed": True}, "attention.attention": {"cases": 1}}
     run = call.Run(tmp_path, True, time.time() + 99, None, {"kernels": {"result": {"ops": ops}}})
-    assert {launch.op for launch in tuning.launches(run)} == {"noise"}
+    assert {candidate.key.split()[0] for candidate in tuning.candidates(run)} == {"attention.attention", "conv.layer"}
     with pytest.raises(call.Failure, match="check is red"):
         call.update(run)
     run.finished.clear()
     with pytest.raises(call.Failure, match="the part `kernels` comes first"):
-        tuning.launches(run)
+        tuning.candidates(run)
+
+
+def test_a_configuration_that_is_wrong_is_not_measured(
+    call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference of a launch stands for its kernel here; one configuration's result is off at one place."""
+    from benchmarks.gpu import tuning
+
+    ops = {"kernels": {"result": {"ops": {"norm.group_norm": {"cases": 1}, "epilogue.normed": {"cases": 1}}}}}
+    run = call.Run(tmp_path, True, time.time() + 99, None, ops, "tuning")
+    measured = []
+
+    def run_launch(launch: Any) -> None:
+        launch.reference()
+        if launch.config == wrong:
+            name = "out" if "out" in launch.arguments else "dst"
+            launch.arguments[name].view(-1)[7] += 0.25
+
+    monkeypatch.setattr("fastdiff.kernels.launch.Launch.__call__", run_launch)
+    monkeypatch.setattr("fastdiff.kernels.library.LibraryLaunch.__call__", run_launch)
+    monkeypatch.setattr(tuning, "in_graph", lambda run, launches: measured.append(launches[-1].config) or 1.0)
+    checked = 0
+    for candidate in tuning.candidates(run):
+        if candidate.key.startswith("conv.layer") and checked > 3:
+            continue
+        first = candidate.build(candidate.configs[0], lambda t: t)[-1]
+        wrong = first.config
+        found = tuning.tune(run, candidate) if len(candidate.configs) > 1 else None
+        if found is None:
+            continue
+        right = [config for config in candidate.configs[:2] if candidate.build(config, lambda t: t)[-1].config != wrong]
+        assert len(found["red"]) == 2 - len(right), candidate.key
+        assert str(candidate.configs[0]) in found["red"]
+        assert "values are off" in found["red"][str(candidate.configs[0])]
+        assert wrong not in measured[-len(right) :] if right else True
+        checked += 1
+    assert checked >= 3
 
 
 def test_unknown_parts_are_refused(call: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

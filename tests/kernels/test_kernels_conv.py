@@ -125,11 +125,27 @@ def test_tiles_are_not_twice_as_wide_as_the_map(C):
         silu=True,
     )  # fmt: skip
     assert launch.config.channels < 2 * C
-    blocks = Blocks.of(16, 16, 128)
-    combined = epilogue.combine(
-        meta(4096, blocks.strips, blocks.parts, 2, C), meta(4096, blocks.strips, 2, C), blocks=blocks
-    )
-    assert combined.config.channels < 2 * C
+    finished = epilogue.finish(
+        meta(4, 64, 32, 32, C), meta(C), meta(64, 32, 32, C, dtype=torch.bfloat16)
+    )  # fmt: skip
+    assert finished.config.channels < 2 * C
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eight_warps_have_a_twin_and_are_for_tuning_alone(dtype):
+    """Loops like theirs were miscompiled with 8 warps; tuning compares results, and a heuristic does not."""
+    whole, split = conv.candidates(dtype)
+    tiles = {(c.pixels, c.channels, c.depth) for c in whole if c.num_warps == 4}
+    for config in whole:
+        sums = config.pixels * config.channels // (32 * 4)  # registers of a thread among 4 warps
+        if config.num_warps == 8 and sums <= 128:
+            assert (config.pixels, config.channels, config.depth) in tiles, config
+    assert all(config.num_warps <= 4 for config in split)
+    for name, rows in (("ddpm-cifar10-32", 1), ("ddpm-cifar10-32", 256), ("ddpm-celebahq-256", 8)):
+        for shape in layers(name, rows):
+            problem = shape.problem(shape.shipped(dtype))
+            assert problem.choose_layer().num_warps <= 4, shape
+            assert problem.choose(splits=False).num_warps <= 4, shape
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:

@@ -136,9 +136,9 @@ def test_grids_beyond_the_limits_of_cuda_are_refused(grid):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "config_file", lambda name: config_file(name, tmp_path))
-    tuned.cache_clear()
+    module._read.cache_clear()
     yield tmp_path
-    tuned.cache_clear()
+    module._read.cache_clear()
 
 
 def test_tuned_configurations_come_before_heuristics(folder):

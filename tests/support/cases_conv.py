@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.core.lower import lower
-from fastdiff.core.program import STRIP, Conv, Program
+from fastdiff.core.program import Conv, Program
 from fastdiff.kernels import conv, epilogue, library
 from fastdiff.kernels.conv import ConvConfig, LayerConfig, Problem
 from fastdiff.kernels.launch import Launch, name_of
@@ -103,9 +104,11 @@ SHAPES = {
     "of three channels": Shape(2, (6, 9), (3,), 20),
     "of one channel": Shape(1, (8, 8), (1,), 16),
     "wide": Shape(1, (6, 40), (16,), 16),
+    "of three outputs": Shape(2, (5, 7), (40,), 3),
 }  # fmt: skip
 SMALL = ConvConfig(4, 2, 64, 32, 64)  # not shipped: less to interpret
 SMALL_SPLIT = dataclasses.replace(SMALL, splits=3)
+COLUMNS = conv.ColumnsConfig(4, 2, 64, 32, 64)
 
 
 def conv_case(
@@ -166,7 +169,9 @@ for dtype in DTYPES:
     CASES[f"conv out {name_of(dtype)}"] = functools.partial(
         conv_case, Shape(2, (6, 9), (20,), 3), dtype, SMALL, "nchw", torch.float32
     )
-for config in conv.CANDIDATES:
+# Those of other numbers of warps are the same to an interpreter.
+TILES = {(c.pixels, c.channels, c.depth): c for c in conv.CANDIDATES}
+for config in TILES.values():
     dtype = torch.bfloat16 if config in conv.HALF else torch.float32
     CASES[f"conv in {config}"] = functools.partial(
         conv_case, Shape(1, (6, 7), (72,), 40), dtype, config, "entry residual statistics", torch.float32
@@ -180,6 +185,7 @@ def partial_case(shape: Shape, dtype: torch.dtype, config: ConvConfig) -> Case:
 
 for name in ("3x3", "3x3 of two", "upsampled", "of three channels", "linear"):
     CASES[f"partial {name}"] = functools.partial(partial_case, SHAPES[name], torch.float32, SMALL_SPLIT)
+CASES["partial upsampled, not split"] = functools.partial(partial_case, SHAPES["upsampled"], torch.bfloat16, SMALL)
 for config in conv.SPLIT_CANDIDATES:
     dtype = torch.bfloat16 if config in conv.HALF_SPLIT else torch.float32
     CASES[f"partial in {config}"] = functools.partial(partial_case, Shape(2, (4, 4), (72,), 24), dtype, config)
@@ -215,22 +221,68 @@ for (splits, name, more), config in itertools.product(
         )
 
 
-def combine_case(H: int, W: int, upsample: bool, mean: float, config: epilogue.CombineConfig) -> Case:
-    rows, C = 2, 40
-    blocks = Blocks.of(H, W, 32, upsample)
-    parts = torch.stack(
-        [normal(rows, blocks.strips, blocks.parts, C, mean=mean), normal(rows, blocks.strips, blocks.parts, C).abs()], 3
-    )
-    arguments = {"parts": parts, "statistics": poison(rows, blocks.strips, 2, C), "blocks": blocks}
-    return Case(epilogue.combine, arguments, ("statistics",), apart={"statistics": 2}, config=config)
+def normed(
+    sums: Tensor, bias: Tensor, dst: Tensor | None, out: Tensor, gamma: Tensor, beta: Tensor, groups: int, silu: bool,
+    second: Tensor | None = None, norm_table: Tensor | None = None, norm_entry: Tensor | None = None,
+    norm_offset: int = 0, config: epilogue.NormedConfig | None = None, **finish: Any,
+) -> Launch:  # fmt: skip
+    """`epilogue.normed` with the fields of its norm as arguments."""
+    then = epilogue.Normed(out, gamma, beta, groups, 1e-5, silu, second, norm_table, norm_entry, norm_offset)
+    return epilogue.normed(sums, bias, dst, then, config=config, **finish)
 
 
-for (H, W, upsample, mean), config in itertools.product(
-    [(9, 40, False, 1e4), (3, 5, True, 0.0), (2, 20, True, 0.0)], epilogue.COMBINE_CANDIDATES
+def normed_case(
+    shape: Shape, splits: int, second: int, groups: int, dtype: torch.dtype, more: str,
+    config: epilogue.NormedConfig | None = None,
+) -> Case:  # fmt: skip
+    """Build a case of `epilogue.normed`. second: channels of the second source; more: also "unread", "modulated"."""
+    rows, H, W, N = shape.out
+    C = N + second
+    arguments = finishing(shape, dtype, more) | {
+        "sums": normal(splits, *shape.out, seed=8, dtype=torch.float32 if splits > 1 else dtype),
+        "dst": None if "unread" in more else poison(*shape.out, dtype=dtype),
+        "out": poison(rows, H, W, C, dtype=dtype), "gamma": normal(C, seed=2, mean=1.0), "beta": normal(C, seed=3),
+        "groups": groups, "silu": "linear" not in more,
+        "second": normal(rows, H, W, second, seed=4, dtype=dtype) if second else None,
+    }  # fmt: skip
+    if "modulated" in more:
+        arguments |= {"norm_table": normal(7 if "indexed" in more else rows, 3 + 2 * C, seed=10), "norm_offset": 3}
+        arguments |= {"norm_entry": torch.arange(rows) * 3 % 7} if "indexed" in more else {}
+    return Case(normed, arguments, ("out",) if "unread" in more else ("dst", "out"), config=config)
+
+
+for (splits, shape, second, groups, more), dtype in itertools.product(
+    [
+        (4, Shape(2, (5, 7), (1,), 24), 0, 4, "entry residual"),
+        (16, Shape(2, (4, 4), (1,), 20), 12, 4, "unread modulated indexed"),  # a group has channels of both sources
+        (2, Shape(2, (2, 3), (1,), 24, upsample=True), 8, 2, "embedding residual doubled modulated linear"),
+    ],
+    DTYPES,
 ):
-    CASES[f"combine {H}x{W}{' upsampled' * upsample} {config}"] = functools.partial(
-        combine_case, H, W, upsample, mean, config
+    CASES[f"normed {splits} {shape.out}+{second}/{groups} {more} {name_of(dtype)}"] = functools.partial(
+        normed_case, shape, splits, second, groups, dtype, more
     )
+CASES["normed of one pixel"] = functools.partial(normed_case, SHAPES["3x3 of one pixel"], 1, 0, 5, torch.float32, "")
+CASES["normed large mean"] = functools.partial(
+    normed_case, Shape(2, (7, 5), (1,), 20), 3, 4, 2, torch.float32, "large mean"
+)  # fmt: skip
+for config in epilogue.NORMED_CANDIDATES:
+    CASES[f"normed in {config}"] = functools.partial(
+        normed_case, Shape(1, (6, 6), (1,), 40), 2, 20, 5, torch.bfloat16, "residual", config
+    )
+
+
+def gather_case(shape: tuple[int, int, int], N: int, config: epilogue.GatherConfig | None = None) -> Case:
+    rows, H, W = shape
+    arguments = {
+        "sums": normal(rows, H, W, 9 * N), "bias": normal(N, seed=1), "dst": poison(rows, N, H, W), "padding": 1
+    }  # fmt: skip
+    return Case(epilogue.gather, arguments, ("dst",), config=config)
+
+
+for config in epilogue.GATHER_CANDIDATES:
+    CASES[f"gather {config}"] = functools.partial(gather_case, (2, 9, 20), 3, config)
+CASES["gather one pixel"] = functools.partial(gather_case, (1, 1, 1), 1)
 
 
 # Layers of lowered networks -------------------------------------------------------------------------------------------
@@ -252,8 +304,10 @@ class Layer:
             launch.reference()
 
 
-def layer(*args: Any, **kwargs: Any) -> Layer:
-    return Layer(conv.layer(*args, **kwargs))
+def layer(out: Tensor | None = None, gamma: Any = None, beta: Any = None, **kwargs: Any) -> Layer:
+    """`conv.layer`; with ``out``, a norm of two groups follows."""
+    then = None if out is None else epilogue.Normed(out, gamma, beta, 2, 1e-5, silu=True)
+    return Layer(conv.layer(**kwargs, then=then))
 
 
 def harvest(program: Program, rows: int) -> dict[Shape, set[str]]:
@@ -284,11 +338,13 @@ def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: LayerConfig 
     operands = shape.operands(dtype)
     config = config or shape.problem(operands).choose(splits=True)
     operands = shape.laid_out(operands, config)
+    if isinstance(config, conv.ColumnsConfig):
+        weight = conv.unpack(operands["weight"], N)[0]
+        operands |= {"weight": conv.pack_columns(weight, shape.channels, dtype)}
     arguments = operands | finishing(shape, dtype, more)
     size = conv.workspace(
-        operands["src"], operands["weight"], shape.out, stride=shape.stride, statistics="statistics" in more,
-        config=config,
-    )  # fmt: skip
+        operands["src"], operands["weight"], shape.out, stride=shape.stride, partial="then" in more, config=config
+    )
     nchw = "nchw" in more
     arguments |= {"dst": poison(*((rows, N, H, W) if nchw else shape.out), dtype=torch.float32 if nchw else dtype)}
     writes, scratch = ("dst",), ()
@@ -299,11 +355,15 @@ def layer_case(shape: Shape, dtype: torch.dtype, more: str, config: LayerConfig 
         writes += ("workspace",)
     arguments |= {"workspace": poison(size) if size else None}
     if "statistics" in more:
-        arguments["statistics"] = poison(rows, -(-H // STRIP), 2, N)
+        blocks = shape.problem(operands).finished_blocks(config)
+        arguments["statistics"] = poison(rows, blocks.strips, blocks.parts, 2, N)
         writes += ("statistics",)
+    if "then" in more:
+        arguments |= {"out": poison(*shape.out, dtype=dtype), "gamma": normal(N, seed=2), "beta": normal(N, seed=3)}
+        writes += ("out",)
     count = 0.0 if config == LIBRARY else shape.accumulations(dtype)
     return Case(
-        layer, arguments, writes, apart={"statistics": 2}, accumulations=count, config=config, scratch=scratch
+        layer, arguments, writes, apart={"statistics": 3}, accumulations=count, config=config, scratch=scratch
     )  # fmt: skip
 
 
@@ -325,6 +385,9 @@ for name, more, config in [
     ("upsampled", "entry statistics", SMALL),
     ("wide", "statistics", SMALL_SPLIT),
     ("wide", "statistics", SMALL),
+    ("3x3", "entry residual then", SMALL_SPLIT),
+    ("of three outputs", "nchw", COLUMNS),
+    ("upsampled", "embedding then", SMALL),
 ]:
     case = functools.partial(layer_case, SHAPES[name], torch.float32, more, config)
     CASES[f"layer {name}, {more}, {config}"] = case
@@ -336,6 +399,7 @@ for name, more, dtype in [
     ("1x1 of two", "residual statistics", torch.float16),
     ("of three channels", "nchw", torch.bfloat16),
     ("wide", "statistics", torch.float32),
+    ("1x1 of two", "residual then", torch.bfloat16),
 ]:
     case = functools.partial(layer_case, SHAPES[name], dtype, more, LIBRARY)
     CASES[f"layer {name}, {more}, {name_of(dtype)}, by {LIBRARY}"] = case
@@ -354,7 +418,7 @@ def finishing_on_meta(shape: Shape, dtype: torch.dtype, more: str, parts: int) -
     if "residual" in more:
         arguments["residual"] = meta(*shape.out, dtype=dtype)
     if "statistics" in more:
-        arguments["statistics"] = meta(rows, -(-H // STRIP), parts, 2, N)
+        arguments["statistics"] = meta(rows, Blocks.of(H, W, 128).strips, parts, 2, N)
     return arguments
 
 
@@ -386,24 +450,56 @@ for name, shape, dtype, more in [
     ("strided fp16", Shape(16, (32, 32), (256,), 256, stride=2, padding=0), torch.float16, "statistics"),
     ("of three channels", Shape(16, (32, 32), (3,), 128), torch.bfloat16, "statistics"),
 ]:
-    SHIPPED[f"conv {name}"] = functools.partial(conv_launch, shape, dtype, conv.HALF[0], more)
-for config, splits in zip(epilogue.FINISH_CANDIDATES, (1, 16, 4), strict=True):
+    SHIPPED[f"conv {name}"] = functools.partial(conv_launch, shape, dtype, conv.HALF[3], more)
+for config, splits in zip(epilogue.FINISH_CANDIDATES, (1, 4, 16, 16), strict=True):
     SHIPPED[f"finish {splits} {config}"] = functools.partial(finish_launch, LARGE, splits, torch.bfloat16, config)
-for config in epilogue.COMBINE_CANDIDATES:
-    blocks = Blocks.of(256, 256, 128)
-    SHIPPED[f"combine {config}"] = functools.partial(
-        epilogue.combine, meta(1, blocks.strips, blocks.parts, 2, 128), meta(1, blocks.strips, 2, 128), blocks=blocks,
-        config=config,
+
+
+def normed_launch(
+    shape: Shape, splits: int, second: int, dtype: torch.dtype, config: epilogue.NormedConfig | None, groups: int = 32
+) -> Launch:
+    rows, H, W, N = shape.out
+    C = N + second
+    kind = dtype if splits == 1 else torch.float32
+    return normed(
+        meta(splits, *shape.out, dtype=kind), meta(N), meta(*shape.out, dtype=dtype), meta(rows, H, W, C, dtype=dtype),
+        meta(C), meta(C), groups, True, meta(rows, H, W, second, dtype=dtype) if second else None, meta(64, 2 * C),
+        meta(rows, dtype=torch.int64), N, config, table=meta(64, 16 * N), entry=meta(rows, dtype=torch.int64), offset=N,
+        residual=meta(*shape.out, dtype=dtype),
     )  # fmt: skip
+
+
+def columns_launch(config: conv.ColumnsConfig, dtype: torch.dtype) -> Launch:
+    src, weight = meta(16, 32, 32, 128, dtype=dtype), meta(1, 1, 128, 32, dtype=dtype)
+    return conv.partial((src,), (weight,), meta(1, 16, 32, 32, 27), config=config)
+
+
+for config in conv.COLUMNS_CANDIDATES:
+    dtype = torch.bfloat16 if config in conv.HALF_COLUMNS else torch.float32
+    SHIPPED[f"partial {config}"] = functools.partial(columns_launch, config, dtype)
+for config in epilogue.GATHER_CANDIDATES:
+    SHIPPED[f"gather {config}"] = functools.partial(
+        epilogue.gather, meta(16, 32, 32, 27), meta(3), meta(16, 3, 32, 32), padding=1, config=config
+    )
+# Each configuration at a map that it is made for, behind as many shares as there are at such a map.
+for config in epilogue.NORMED_CANDIDATES:
+    side, splits = {8: (16, 4), 4: (8, 16), 2: (4, 16), 1: (4, 16)}[config.num_warps]
+    for second in (0, 128) if config.groups == 1 else (256,):
+        SHIPPED[f"normed {second} {config}"] = functools.partial(
+            normed_launch, Shape(16, (side, side), (256,), 256), splits, second, torch.bfloat16, config
+        )
+SHIPPED["normed fp32"] = functools.partial(
+    normed_launch, Shape(1, (16, 16), (256,), 256, upsample=False), 1, 256, torch.float32, None
+)  # fmt: skip
 ONE = Shape(1, (1, 1), (1,), 1)
 for name, shape, config, more in [
-    ("conv", ONE, conv.HALF[2], "entry residual statistics"),
-    ("conv out", ONE, conv.HALF[2], "nchw"),
-    ("conv upsampled", dataclasses.replace(ONE, channels=(32,), upsample=True), conv.HALF[2], "entry statistics"),
+    ("conv", ONE, conv.HALF[5], "entry residual statistics"),
+    ("conv out", ONE, conv.HALF[5], "nchw"),
+    ("conv upsampled", dataclasses.replace(ONE, channels=(32,), upsample=True), conv.HALF[5], "entry statistics"),
     ("partial", dataclasses.replace(ONE, channels=(16, 16)), conv.HALF_SPLIT[0], ""),
 ]:
     ONES[name] = functools.partial(conv_launch, shape, torch.bfloat16, config, more)
+ONES["gather"] = functools.partial(epilogue.gather, meta(1, 1, 1, 9), meta(1), meta(1, 1, 1, 1), padding=1)
 ONES["finish"] = functools.partial(finish_launch, ONE, 4, torch.bfloat16, epilogue.FINISH_CANDIDATES[2])
-ONES["combine"] = functools.partial(
-    epilogue.combine, meta(1, 1, 4, 2, 1), meta(1, 1, 2, 1), blocks=Blocks.of(1, 1, 64, upsample=True)
-)
+for second in (0, 1):
+    ONES[f"normed {second}"] = functools.partial(normed_launch, ONE, 4, second, torch.bfloat16, None, 1)

@@ -1,4 +1,4 @@
-"""Cases of the input, the embedding, and pooling."""
+"""Cases of the input, the embedding, pooling, and the checksum of weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from fastdiff.kernels import embed, input, pool
+from fastdiff.kernels import embed, fingerprint, input, pool
 from fastdiff.kernels.launch import Config, Launch, name_of
 from tests.support.cases_norm import configured, meta, normal, poison
 from tests.support.kernel_harness import DTYPES, Case
@@ -83,7 +84,37 @@ for (rows, features), dtype, indexed in itertools.product([(1, 1), (3, 200)], DT
     CASES[name] = functools.partial(embed_case, rows, features, dtype, indexed)
 
 
+def fingerprint_of(
+    tensors: tuple[Tensor, ...], sums: Tensor, skip: int = 0, config: Config | None = None
+) -> Launch:  # fmt: skip
+    """`fingerprint.fingerprint` without the first numbers of every tensor."""
+    own = [t[skip:] for t in tensors]
+    return fingerprint.fingerprint(own, fingerprint.parts(own).to(sums.device), sums, config=config)
+
+
+def fingerprint_case(dtype: torch.dtype, lengths: tuple[int, ...], skip: int) -> Case:
+    random = torch.Generator().manual_seed(0)
+    least = torch.iinfo(dtype)
+    tensors = tuple(torch.randint(least.min, least.max, (n,), dtype=dtype, generator=random) for n in lengths)
+    arguments = {"tensors": tensors, "sums": torch.zeros(len(fingerprint.parts([t[skip:] for t in tensors])))}
+    arguments["sums"] = arguments["sums"].to(torch.int64)
+    return Case(fingerprint_of, arguments | {"skip": skip}, ("sums",))
+
+
+for dtype, lengths, skip in [
+    (torch.int64, (5, 4100, 1), 0),
+    (torch.int16, (3, 8000, 16400), 0),  # tensors that end within a word
+    (torch.int16, (7, 9000), 1),  # and that begin within one
+    (torch.uint8, (1, 70), 3),
+]:
+    CASES[f"fingerprint {dtype} {lengths} from {skip}"] = functools.partial(fingerprint_case, dtype, lengths, skip)
+
+
 # Compiled launches.
+
+SHIPPED["fingerprint"] = functools.partial(
+    fingerprint.fingerprint, (), meta(4400, 3, dtype=torch.int64), meta(4400, dtype=torch.int64)
+)
 
 
 def pool_launch(normed: bool, dtype: torch.dtype, config: Config | None = None) -> Launch:

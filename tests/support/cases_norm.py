@@ -1,4 +1,4 @@
-"""Cases of GroupNorm: finalise and apply."""
+"""Cases of GroupNorm: finalise, apply and group_norm."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.core.program import STRIP
-from fastdiff.kernels import norm
-from fastdiff.kernels.launch import Config, Launch, cdiv, name_of
-from tests.support.interpreter import strip_statistics
+from fastdiff.kernels import norm, tiles
+from fastdiff.kernels.launch import Config, Launch, name_of, power_of_two
+from fastdiff.kernels.tiles import Blocks
 from tests.support.kernel_harness import DTYPES, Case
 
 CASES: dict[str, Callable[[], Case]] = {}
@@ -30,26 +30,43 @@ def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype)
 
 
-def strips(H: int) -> int:
-    return cdiv(H, STRIP)
+def whole_strips(H: int, W: int) -> Blocks:
+    return Blocks.of(H, W, STRIP * power_of_two(W))
+
+
+def block_statistics(x: Tensor, blocks: Blocks) -> Tensor:
+    """Compute mean and sum of squared deviations of each block of x: [rows, strips, parts, 2, C]."""
+    rows, _, _, C = x.shape
+    result = x.new_empty(rows, blocks.strips, blocks.parts, 2, C)
+    nothing = x.new_zeros(C)
+    tiles.finish_reference(x, nothing, torch.empty_like(x), False, None, None, 0, None, 1.0, result, blocks)
+    return result
+
+
+def modulation(rows: int, C: int, modulated: bool, indexed: bool) -> dict[str, object]:
+    if not modulated:
+        return {}
+    arguments = {"table": normal(5 if indexed else rows, 3 + 2 * C + 2, seed=4), "offset": 3}
+    return arguments | ({"entry": torch.tensor([4, 1])} if indexed else {})
 
 
 def finalise_case(
-    H: int, W: int, channels: tuple[int, ...], groups: int, mean: float, modulated: bool, indexed: bool
-) -> Case:
+    H: int, W: int, channels: tuple[int, ...], groups: int, mean: float, modulated: bool, indexed: bool,
+    blocks: tuple[Blocks, ...] = (),
+) -> Case:  # fmt: skip
     rows, C = 2, sum(channels)
+    blocks = blocks or (whole_strips(H, W),) * len(channels)
     parts = tuple(
-        strip_statistics(normal(rows, H, W, c, seed=i, dtype=torch.float64, mean=mean)).float()
-        for i, c in enumerate(channels)
+        block_statistics(normal(rows, H, W, c, seed=i, dtype=torch.float64, mean=mean), of).float()
+        for i, (c, of) in enumerate(zip(channels, blocks, strict=True))
     )
     arguments = {
         "statistics": parts, "gamma": normal(C, seed=2, mean=1.0), "beta": normal(C, seed=3),
-        "norm": poison(rows, 3, C), "height": H, "width": W, "groups": groups, "eps": 1e-5,
+        "norm": poison(rows, 3, C), "blocks": blocks, "groups": groups, "eps": 1e-5,
     }  # fmt: skip
-    if modulated:
-        arguments |= {"table": normal(5 if indexed else rows, 3 + 2 * C + 2, seed=4), "offset": 3}
-        arguments |= {"entry": torch.tensor([4, 1])} if indexed else {}
-    return Case(norm.finalise, arguments, ("norm",), apart={"norm": 1})
+    return Case(
+        norm.finalise, arguments | modulation(rows, C, modulated, indexed), ("norm",), apart={"norm": 1}
+    )  # fmt: skip
 
 
 for H, W, channels, groups in [
@@ -63,6 +80,43 @@ for H, W, channels, groups in [
         name = f"finalise {H}x{W} {channels}/{groups}" + " modulated" * modulated + " indexed" * indexed
         CASES[name] = functools.partial(finalise_case, H, W, channels, groups, 0.0, modulated, indexed)
 CASES["finalise of a large mean"] = functools.partial(finalise_case, 9, 6, (20, 12), 4, 1e4, False, False)
+# Strips in several parts, which differ between the sources and may be behind a doubling.
+IN_PARTS = (Blocks.of(10, 40, 32), Blocks.of(5, 20, 32, upsample=True))
+for mean in (0.0, 1e4):
+    CASES[f"finalise of parts about {mean:g}"] = functools.partial(
+        finalise_case, 10, 40, (20, 12), 4, mean, False, False, IN_PARTS
+    )
+
+
+def group_norm_case(
+    H: int, W: int, channels: tuple[int, ...], groups: int, dtype: torch.dtype, mean: float = 0.0,
+    modulated: bool = False, indexed: bool = False, blocks: tuple[Blocks, ...] = (),
+) -> Case:  # fmt: skip
+    rows, C = 2, sum(channels)
+    blocks = blocks or (whole_strips(H, W),) * len(channels)
+    src = tuple(normal(rows, H, W, c, seed=i, dtype=dtype, mean=mean) for i, c in enumerate(channels))
+    arguments = {
+        "src": src,
+        "statistics": tuple(block_statistics(x.double(), of).float() for x, of in zip(src, blocks, strict=True)),
+        "gamma": normal(C, seed=2, mean=1.0), "beta": normal(C, seed=3), "dst": poison(rows, H, W, C, dtype=dtype),
+        "blocks": blocks, "groups": groups, "eps": 1e-5, "silu": indexed or not modulated,
+    }  # fmt: skip
+    return Case(norm.group_norm, arguments | modulation(rows, C, modulated, indexed), ("dst",))
+
+
+for (H, W, channels, groups), dtype in itertools.product(
+    [(1, 1, (6,), 2), (5, 7, (20, 12), 4), (9, 6, (48,), 4)], DTYPES
+):
+    CASES[f"group_norm {H}x{W} {channels}/{groups} {name_of(dtype)}"] = functools.partial(
+        group_norm_case, H, W, channels, groups, dtype
+    )
+for indexed in (False, True):
+    CASES["group_norm modulated" + " indexed" * indexed] = functools.partial(
+        group_norm_case, 5, 7, (20, 12), 4, torch.float32, 0.0, True, indexed
+    )
+CASES["group_norm of parts"] = functools.partial(
+    group_norm_case, 10, 40, (20, 12), 4, torch.float32, 100.0, blocks=IN_PARTS
+)  # fmt: skip
 
 
 def apply_case(
@@ -93,6 +147,7 @@ def configured(build: Callable[[], Case], config: Config) -> Case:
 for label, candidates in {
     "finalise 30x2 (20, 4)/1 modulated": norm.FINALISE_CANDIDATES,
     "apply (2, 5, 7) (20, 12) bf16 silu": norm.APPLY_CANDIDATES,
+    "group_norm 5x7 (20, 12)/4 bf16": norm.GROUP_NORM_CANDIDATES,
 }.items():
     for config in candidates:
         CASES[f"{label} in {config}"] = functools.partial(configured, CASES[label], config)
@@ -109,9 +164,24 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def finalise_launch(H: int, channels: tuple[int, ...], modulated: bool, config: Config | None = None) -> Launch:
     C = sum(channels)
     more = {"table": meta(64, 6 * C), "entry": meta(16, dtype=torch.int64), "offset": C} if modulated else {}
+    blocks = (Blocks.of(H, H, 128),) * len(channels)
+    statistics = tuple(meta(16, of.strips, of.parts, 2, c) for of, c in zip(blocks, channels, strict=True))
     return norm.finalise(
-        tuple(meta(16, strips(H), 2, c) for c in channels), meta(C), meta(C), meta(16, 3, C), height=H, width=H,
-        groups=32, eps=1e-6, config=config, **more,
+        statistics, meta(C), meta(C), meta(16, 3, C), blocks=blocks, groups=32, eps=1e-6, config=config, **more
+    )
+
+
+def group_norm_launch(
+    H: int, channels: tuple[int, ...], modulated: bool, dtype: torch.dtype, config: Config | None = None
+) -> Launch:
+    C = sum(channels)
+    more = {"table": meta(64, 6 * C), "entry": meta(2, dtype=torch.int64), "offset": C} if modulated else {}
+    blocks = (Blocks.of(H, H, 32),) * len(channels)
+    statistics = tuple(meta(2, of.strips, of.parts, 2, c) for of, c in zip(blocks, channels, strict=True))
+    src = tuple(meta(2, H, H, c, dtype=dtype) for c in channels)
+    return norm.group_norm(
+        src, statistics, meta(C), meta(C), meta(2, H, H, C, dtype=dtype), blocks=blocks, groups=32, eps=1e-6,
+        silu=True, config=config, **more,
     )  # fmt: skip
 
 
@@ -128,6 +198,12 @@ for config in norm.FINALISE_CANDIDATES:
         name = f"finalise {channels} {config}"
         SHIPPED[name] = functools.partial(finalise_launch, 32, channels, len(channels) == 2, config)
 SHIPPED["finalise 256x256"] = functools.partial(finalise_launch, 256, (128, 128), False)
+for config in norm.GROUP_NORM_CANDIDATES:
+    for channels in ((128,), (256, 128)):
+        SHIPPED[f"group_norm {channels} {config}"] = functools.partial(
+            group_norm_launch, 32, channels, len(channels) == 2, torch.bfloat16, config
+        )
+SHIPPED["group_norm fp32"] = functools.partial(group_norm_launch, 64, (128, 128), False, torch.float32)
 for config in norm.APPLY_CANDIDATES:
     SHIPPED[f"apply bf16 {config}"] = functools.partial(
         apply_launch, (16, 32, 32), (256, 128), torch.bfloat16, True, config
@@ -137,8 +213,15 @@ for dtype in DTYPES:
     SHIPPED[f"apply {name_of(dtype)} two"] = functools.partial(apply_launch, (1, 4, 4), (256, 256), dtype, False)
 
 for channels in ((1,), (1, 1)):
-    ONES[f"finalise {channels}"] = functools.partial(
-        norm.finalise, tuple(meta(1, 1, 2, 1) for _ in channels), meta(len(channels)), meta(len(channels)),
-        meta(1, 3, len(channels)), height=1, width=1, groups=1, eps=1.0, table=meta(1, 5), offset=1,
-    )  # fmt: skip
+    one = tuple(meta(1, 1, 1, 2, 1) for _ in channels), meta(len(channels)), meta(len(channels))
+    alike = {"blocks": (Blocks.of(1, 1, 1),) * len(channels), "groups": 1, "eps": 1.0, "table": meta(1, 5), "offset": 1}
+    ONES[f"finalise {channels}"] = functools.partial(norm.finalise, *one, meta(1, 3, len(channels)), **alike)
+    ONES[f"group_norm {channels}"] = functools.partial(
+        norm.group_norm,
+        tuple(meta(1, 1, 1, 1) for _ in channels),
+        *one,
+        meta(1, 1, 1, len(channels)),
+        silu=True,
+        **alike,
+    )
     ONES[f"apply {channels}"] = functools.partial(apply_launch, (1, 1, 1), channels, torch.bfloat16, True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastdiff.kernels.launch import Config, Launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TARGETS = (80, 90, 100)
+TARGETS = (80, 89, 90, 100, 120)
 
 # Cases ----------------------------------------------------------------------------------------------------------------
 
@@ -280,8 +280,31 @@ class Binary:
 
     def tensor_cores(self, capability: int) -> bool:
         """Return whether it uses the target's tensor cores: HMMA, warp groups' HGMMA, or Blackwell's UTC*MMA."""
-        kinds = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC[A-Z]*MMA"}
-        return bool(re.search(rf"\b{kinds[capability]}\b", self.sass))
+        kinds = {90: r"HGMMA", 100: r"UTC[A-Z]*MMA"}
+        return bool(re.search(rf"\b{kinds.get(capability, 'HMMA')}\b", self.sass))
+
+    @property
+    def spills_in_loops(self) -> int:
+        """Number of instructions within loops that move registers to or from the stack."""
+        return spills_in_loops(self.sass)
+
+
+def instructions(sass: str) -> list[tuple[int, str]]:
+    """Return the address and text of every instruction of an assembly by cuobjdump."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    return [(int(address, 16), text) for address, text in found]
+
+
+def spills_in_loops(sass: str) -> int:
+    """Count loads and stores of the stack between the target of a branch backwards and the branch."""
+    lines = instructions(sass)
+    loops = []
+    for at, text in lines:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:  # a branch to itself is the end of a program
+            loops.append((int(target[1], 16), at))
+    spills = [at for at, text in lines if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(first <= at <= last for first, last in loops) for at in spills)
 
 
 POINTERS = {
@@ -290,13 +313,8 @@ POINTERS = {
 }  # fmt: skip
 
 
-def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
-    """Compile the kernel of a launch for a GPU of ``capability`` (90: Hopper), as a launch would do.
-
-    This needs neither a GPU nor a driver, and tensors may be on the meta device. folder: for the compiler's files.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(launch: Launch) -> Any:
+    """Return the source of a launch's kernel, specialised as the launch would do; tensors may be on the meta device."""
     from triton.compiler import ASTSource
 
     kernel = launch.kernel
@@ -320,7 +338,35 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
             assert isinstance(value, float), (name, value)
             kind = "fp32"
         signature[name] = kind
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compiled_for_amd(launch: Launch, architecture: str) -> Binary:
+    """Compile the kernel of a launch for a GPU of AMD, "gfx942" for instance. Scratch memory stands for spills."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    result = triton.compile(source_of(launch), target=GPUTarget("hip", architecture, 64), options=options)
+    text = result.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, name
+        return int(found[1])
+
+    return Binary(number("vgpr_count"), number("vgpr_spill_count"), result.metadata.shared, text)
+
+
+def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
+    """Compile the kernel of a launch for a GPU of ``capability`` (90: Hopper), as a launch would do.
+
+    This needs neither a GPU nor a driver. folder: for the compiler's files.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = source_of(launch)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     file = folder / f"{result.metadata.name}.cubin"

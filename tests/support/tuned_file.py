@@ -11,7 +11,7 @@ import torch
 
 from fastdiff.core.program import Program
 from fastdiff.kernels import conv, launch
-from fastdiff.kernels.launch import Config, Device, config_file, save_tuned, tuned
+from fastdiff.kernels.launch import Config, Device, config_file, save_tuned
 from fastdiff.kernels.library import LIBRARY
 from tests.support.cases_conv import harvest
 
@@ -24,9 +24,9 @@ def tuning(folder: Path) -> Iterator[Callable[[dict[str, Config]], None]]:
     path = config_file(GPU.name, folder)
     here = mock.patch.object(conv, "device_of", return_value=GPU)
     with here, mock.patch.object(launch, "config_file", return_value=path):
-        tuned.cache_clear()
+        launch._read.cache_clear()
         yield lambda configs: save_tuned(path, GPU.name, configs)
-    tuned.cache_clear()
+    launch._read.cache_clear()
 
 
 def library_everywhere(program: Program, rows: int, dtype: torch.dtype) -> dict[str, Config]:

@@ -1,5 +1,5 @@
 """Backend `triton`: fastdiff's own U-Net on CUDA, as Triton launches in a CUDA graph."""
 
-from fastdiff.backends.triton.runner import TritonRunner, TritonStep, prepare, reasons_against
+from fastdiff.backends.triton.runner import TritonRunner, TritonStep, has_kernels, prepare, reasons_against
 
-__all__ = ["TritonRunner", "TritonStep", "prepare", "reasons_against"]
+__all__ = ["TritonRunner", "TritonStep", "has_kernels", "prepare", "reasons_against"]

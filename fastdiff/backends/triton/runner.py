@@ -45,7 +45,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed")
-    if not _has_kernels():
+    if not has_kernels():
         reasons.append(
             "this checkout has no fastdiff/kernels, a symbolic link to kernels/: enable links, or use a wheel"
         )
@@ -67,7 +67,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     return reasons
 
 
-def _has_kernels() -> bool:
+def has_kernels() -> bool:
     """Return whether the kernels can be imported; without symbolic links a checkout has a text file in their place."""
     try:
         return importlib.util.find_spec("fastdiff.kernels.launch") is not None
@@ -97,7 +97,7 @@ class TritonStep:
         self.run = run
         self.chosen_for = BITWISE_ROWS if spec.determinism == "bitwise" else None
         self.program = lower(unet, spec.shape[1:])
-        self.weights = Weights.of(unet, spec.device)
+        self.weights = Weights.of(unet, spec.device, run)
         self.version = self.weights.version  # of the weights by which timesteps are embedded
         self.buffers: dict[int, Buffers] = {}
         self.bank: TableBank | None = None
