@@ -98,8 +98,9 @@ def _texts(config: UNetConditionConfig, number: int, generator: torch.Generator)
 
     channels = config.encoder_hid_dim or config.cross_attention_dim
     width = channels if isinstance(channels, int) else channels[0]
-    pooled = config.projection_class_embeddings_input_dim if config.class_embed_type is not None else None
-    return Texts(normal(number, TOKENS, width), None if pooled is None else normal(number, pooled))
+    pooled = config.projection_class_embeddings_input_dim
+    vectors = None if config.class_embed_type is None or pooled is None else normal(number, pooled)
+    return Texts(normal(number, TOKENS, width), vectors)
 
 
 class Stepper(Protocol):

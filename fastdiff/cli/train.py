@@ -455,6 +455,7 @@ def _captioned(config: UNetConfig, head_dim: int, tokens: int) -> tuple[UNetCond
     from fastdiff import UNetCondition, UNetConditionConfig
     from fastdiff.text import CaptionEncoder, CaptionEncoderConfig
 
+    assert config.norm_num_groups is not None  # an option of the command
     reads = [kind.startswith("Attn") for kind in config.down_block_types]
     condition = UNetConditionConfig(
         sample_size=config.sample_size,

@@ -430,6 +430,8 @@ class Engine:
             )
         if float(np.abs(r.guidance).max()) > LARGEST:
             raise InvalidArgument(f"guidance={shown(options['guidance'])}: at most {LARGEST:.3g} fits float32")
+        if r.prompts is not None and r.prompts.given is not None:
+            raise InvalidArgument("texts that were encoded before are not taken: an Engine encodes prompts= itself")
         if r.texts is not None and self._text is not None and r.texts.states.shape[1:] != self._text.states.shape:
             given, needed = list(r.texts.states.shape[1:]), list(self._text.states.shape)
             raise InvalidArgument(f"prompts: the text encoder gives states {given}, and {needed} for an empty text")
@@ -767,7 +769,7 @@ class Engine:
         return {
             "id": task.job.id, "n": r.n, "seed": r.seed, "indices": list(r.index),
             "labels": None if output.labels is None else output.labels.tolist(),
-            "prompts": None if given is None else list(given.of_images),
+            "prompts": None if given is None else [given.texts[i] for i in given.label.tolist()],
             "negative": None if given is None else [given.texts[i] for i in given.null.tolist()],
             "solver": r.table.solver, "rows": len(r.table), "degraded": task.degraded,
             "table_sha256": hashlib.sha256(r.table.to_json().encode()).hexdigest(), "nfe": r.nfe,

@@ -132,6 +132,11 @@ class Uneven:
         return self
 
 
+def test_encoded_texts_are_refused(sampler, engine):
+    with pytest.raises(InvalidArgument, match="encodes prompts= itself"):
+        engine.submit(1, context=sampler.encode(["a dog"]), steps=1)
+
+
 def test_an_encoder_with_states_of_several_lengths_ends_no_engine(sampler):
     unet, encoder = network_and_encoder()
     uneven = Sampler(unet, SCHEDULE, text_encoder=Uneven(encoder), backend=sampler.backend)
