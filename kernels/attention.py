@@ -148,7 +148,7 @@ def attention(
             "q": q, "k": k, "v": k if v is None else v, "dst": dst, "tokens": tokens,
             "head_dim": head_dim, "q_stride": q.stride(2), "kv_stride": k.stride(2), "dst_stride": dst.stride(2),
             "scale": math.log2(math.e) / math.sqrt(head_dim), "WHOLE": whole,
-            "SHARED": v is None, "PRECISION": PRECISION, "QUERIES": config.queries, "KEYS": config.keys,
+            "SHARED": v is None, "PRECISION": PRECISION if q.dtype.itemsize > 2 else "ieee", "QUERIES": config.queries, "KEYS": config.keys,
             "WIDTH": width, "DEPTH": config.depth,
         },
         config=config,

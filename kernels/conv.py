@@ -100,7 +100,8 @@ def _configs(*shapes: tuple[int, ...]) -> tuple[ConvConfig, ...]:
 
 # warps, stages, pixels, channels, depth[, splits]; of 4 warps the largest tiles come first. The memory of a
 # multiprocessor limits them: at 128x128 and 8 warps a thread has 64 float32 sums in registers, and the operands of all
-# stages take 96 KB of shared memory. At 128x256 the sums take 128 registers of 256 threads; 4 warps could not hold them.
+# stages take 96 KB of shared memory. At 128x256 the sums take 128 registers of each of 256 threads; those of 4 warps
+# could not hold them.
 HALF = _configs(
     (8, 3, 128, 256, 64),
     (8, 3, 256, 128, 64),
@@ -134,7 +135,7 @@ HALF_SPLIT = _configs((4, 3, 64, 64, 64, 4), (4, 3, 64, 32, 64, 16))
 SINGLE_SPLIT = _configs((4, 2, 64, 64, 32, 4), (4, 3, 64, 32, 32, 16))
 FEW = tl.constexpr(16)  # with fewer channels than this, a step covers several taps
 # A product of float32 is computed as three products of TF32 numbers, high parts and remainders, which keeps 22 bits of
-# the factors. Plain TF32 would keep 11.
+# the factors. Plain TF32 would keep 11. Those of halves need no such thing, and AMD's compiler does not have it.
 PRECISION = "tf32x3"
 CANDIDATES = (*HALF, *SINGLE)
 COLUMNS_CANDIDATES = (*HALF_COLUMNS, *SINGLE_COLUMNS)
@@ -191,8 +192,8 @@ def _conv(
     rows, source_H, source_W, H, W, N, columns, padding, offset, stride, factor,
     C0: tl.constexpr, C1: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PHASES: tl.constexpr,
     STEPS0: tl.constexpr, STEPS1: tl.constexpr, SPLITS: tl.constexpr, PARTIAL: tl.constexpr, SHIFT: tl.constexpr,
-    NCHW: tl.constexpr, PRECISION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    NCHW: tl.constexpr, PRECISION: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of dst. Grid: (tiles of pixels x channels, splits x phases).
 
@@ -431,7 +432,7 @@ class Problem:
             "padding": padding, "offset": 0, "stride": 0, "factor": 1.0, "C0": self.channels[0],
             "C1": self.channels[1], "KERNEL": self.kernel, "STRIDE": self.stride, "PHASES": self.phases,
             "STEPS0": steps0, "STEPS1": steps1, "SPLITS": config.splits, "PARTIAL": False, "SHIFT": 0, "NCHW": False,
-            "PRECISION": PRECISION, "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
+            "PRECISION": PRECISION if self.dtype.itemsize > 2 else "ieee", "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
             "CHANNELS": config.channels, "DEPTH": config.depth,
         }  # fmt: skip
 

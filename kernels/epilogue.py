@@ -288,7 +288,7 @@ def normed(
     C = then.out.shape[3]
     C1 = C - N
     assert then.out.shape[:3] == (rows, H, W)
-    assert C1 == (0 if then.second is None else then.second.shape[3])
+    assert (0 if then.second is None else then.second.shape[3]) == C1
     like, size = chosen_for or rows, C // then.groups
     key = f"{splits}x{like}x{H}x{W}x{N}+{C1}/{then.groups} {name_of(sums.dtype)} {name_of(then.out.dtype)}"
     candidates = tuple(

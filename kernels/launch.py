@@ -138,6 +138,8 @@ def _read(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, fl
         data = parse_json(path.read_text(encoding="utf-8"))
         configs = {key: {name: int(v) for name, v in fields.items()} for key, fields in data["configs"].items()}
         speeds = {key: {name: float(v) for name, v in of.items()} for key, of in data.get("speeds", {}).items()}
+        if not all(re.fullmatch(r"[a-z0-9]+ [1-9]\d*x[1-9]\d*x[1-9]\d*", key) for key in speeds):
+            raise ValueError(f"speeds of {', '.join(speeds)}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         raise BackendError(f"{path} is no file of launch configurations ({type(e).__name__}: {e}); delete it") from e
     return configs, speeds

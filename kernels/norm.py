@@ -58,7 +58,7 @@ def channels(group, C, size: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.conste
     i = tl.arange(0, GROUPS * SIZE)
     c = (group + i // SIZE) * size + i % SIZE
     exists = c < C
-    if SIZE != size:
+    if size != SIZE:
         exists = exists & (i % SIZE < size)
     return c, exists
 
@@ -85,7 +85,7 @@ def _sums(
         n = (height * width).to(tl.float32)[:, None]
         at = statistics + b[:, None] * 2 * C + c
         off = tl.load(at, mask=there, other=0.0) - about
-        if SQUARES:
+        if SQUARES:  # noqa: SIM108 - decided at compile time
             value = tl.load(at + C, mask=there, other=0.0) + n * off * off
         else:
             value = n * off
@@ -113,19 +113,19 @@ def moments(
         origin = tl.where(head < C0, origin, tl.load(at, mask=(head >= C0) & (head < C0 + C1), other=0.0))
     centre = origin
     var = origin
-    for SQUARES in tl.static_range(2):
+    for squares in tl.static_range(2):
         about = spread(centre, GROUPS, SIZE)
         sums = _sums(
-            first, row, c, exists & (c < C0), C0, about, H0, W0, parts0, number0, SQUARES, PHASES0, HEIGHT0, WIDTH0,
+            first, row, c, exists & (c < C0), C0, about, H0, W0, parts0, number0, squares, PHASES0, HEIGHT0, WIDTH0,
             BLOCKS, GROUPS * SIZE,
         )  # fmt: skip
         if TWO:
             sums += _sums(
-                second, row, c - C0, exists & (c >= C0), C1, about, H1, W1, parts1, number1, SQUARES, PHASES1, HEIGHT1,
+                second, row, c - C0, exists & (c >= C0), C1, about, H1, W1, parts1, number1, squares, PHASES1, HEIGHT1,
                 WIDTH1, BLOCKS, GROUPS * SIZE,
             )  # fmt: skip
         mean = tl.sum(tl.reshape(sums, [GROUPS, SIZE]), axis=1) / total
-        if SQUARES:
+        if squares:
             var = mean
         else:
             centre = origin + mean
@@ -134,7 +134,7 @@ def moments(
 
 @triton.jit
 def affine(gamma, beta, table, entry, row, c, exists, C, offset, stride, rstd):
-    """Return (scale, shift) = (gamma rstd (1 + m), beta (1 + m) + b) of channels ``c``, as `finalise` describes them."""
+    """Return (scale, shift) = (gamma rstd (1 + m), beta (1 + m) + b) of channels ``c`` (see `finalise`)."""
     scale = tl.load(gamma + c, mask=exists, other=0.0) * rstd
     shift = tl.load(beta + c, mask=exists, other=0.0)
     if table is not None:

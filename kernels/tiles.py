@@ -170,7 +170,7 @@ def finished(
     h: Tensor, bias: Tensor, table: Tensor | None, entry: Tensor | None, offset: int, residual: Tensor | None,
     divide: float,
 ) -> Tensor:  # fmt: skip
-    """Compute (h + bias + table[entry, offset:] + residual) / divide in torch. h, [rows, H, W, N], is at least float32."""
+    """Compute (h + bias + table[entry, offset:] + residual) / divide in torch, with h [rows, H, W, N]."""
     h = h + wide(bias)
     if table is not None:
         h = h + wide(row_vectors(table, entry, offset))[:, None, None, : h.shape[3]]

@@ -40,14 +40,15 @@ def binary(launch: Any) -> str:
     """Return what a binary depends on, as text: the kernel, its configuration, and what it is specialised on."""
     import torch
 
-    special = {p.name for p in launch.kernel.params if not p.do_not_specialize}
+    params = {p.name: p for p in getattr(launch.kernel, "params", ())}  # an interpreted kernel has none
     values = []
     for name, value in launch.arguments.items():
+        param = params.get(name)
         if isinstance(value, torch.Tensor):
             value = str(value.dtype)
-        elif name not in special:
+        elif param is not None and param.do_not_specialize:
             continue
-        elif isinstance(value, int) and not next(p for p in launch.kernel.params if p.name == name).is_constexpr:
+        elif isinstance(value, int) and param is not None and not param.is_constexpr:
             value = 1 if value == 1 else f"int of 16: {value % 16 == 0}"
         elif isinstance(value, float):
             value = "float"

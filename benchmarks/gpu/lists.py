@@ -41,7 +41,7 @@ def on(device: Any) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for module in (attention, conv, epilogue, launch, norm):
-            stack.enter_context(mock.patch.object(module, "device_of", lambda _: device or launch.NO_GPU))
+            stack.enter_context(mock.patch.object(module, "device_of", return_value=device or launch.NO_GPU))
         yield
 
 

@@ -82,8 +82,7 @@ def work(launch: Any) -> Work:
         written = operands["dst"] + operands["residual"]
         return Work(programs, products, depth * steps + written / programs, whole)
     if launch.op == "library.products":
-        rows, H, W, N = a["sums"].shape[1:]
-        products = sum(rows * H * W * w.numel() for w in a["weight"])
+        products = sum(a["sums"].shape[1:4].numel() * w.numel() for w in a["weight"])
         return Work(programs, products * (6 if a["sums"].element_size() == 4 else 1), whole, whole, by_library=True)
     if launch.op == "attention.attention":
         rows = a["dst"].shape[0]

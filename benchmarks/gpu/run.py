@@ -47,7 +47,7 @@ class Run:
     diffusers: Path | None
     finished: dict[str, Any]
     part: str = ""
-    _items: dict[str, dict[str, Any]] | None = None
+    _items: dict[str, dict[str, Any]] | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def device(self) -> Any:
@@ -116,7 +116,7 @@ class Run:
             self._items[line["item"]] = line | {"attempts": attempts + 1 if line["state"] == "begun" else 0}
 
     def item(self, name: str, compute: Callable[[], Any]) -> dict[str, Any]:
-        """Return {"result": ...} or {"error": ...} of an item of this part, which is computed unless the journal has it.
+        """Return {"result": ...} or {"error": ...} of an item, which is computed unless the journal has it.
 
         It is in the journal before this returns, so whatever ends the process later takes nothing with it. An item
         whose process has ended `ATTEMPTS` times without a result has failed.

@@ -40,7 +40,8 @@ class Candidate:
     configs: tuple[Any, ...]
     build: Callable[[Any, Callable[[Any], Any]], tuple[Any, ...]]
     microseconds: float  # predicted, of all occurrences in the networks
-    accumulations: float
+    band: float  # error allowed beside the reference's, in roundings of float32 (see tests/support/kernel_harness.py)
+    dtype: Any  # of its operands
 
 
 def replaced(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -63,7 +64,7 @@ def candidates(run: Run) -> list[Candidate]:
 
     from fastdiff.bench.networks import PUBLISHED
     from fastdiff.kernels.launch import Device
-    from tests.support.kernel_harness import accumulations
+    from tests.support.kernel_harness import PER_ACCUMULATION, accumulations
 
     ops = run.finished.get("kernels", {}).get("result", {}).get("ops", {})
     if not any("failed" not in op for op in ops.values()):
@@ -84,7 +85,9 @@ def candidates(run: Run) -> list[Candidate]:
             def one(config: Any, change: Any, launch: Any = launch) -> tuple[Any, ...]:
                 return (launch.remake(config, lambda operand: replaced(operand, change)),)
 
-            found.setdefault(key, Candidate(key, launch.config, launch.candidates, one, 0.0, 0.0))
+            found.setdefault(
+                key, Candidate(key, launch.config, launch.candidates, one, 0.0, band_of(launch), torch.bfloat16)
+            )
         for layer in lists.layers(config, images, torch.bfloat16, guided, device):
             problem = layer.problem
             plain = bool(layer.arguments["nchw"])
@@ -96,10 +99,23 @@ def candidates(run: Run) -> list[Candidate]:
             share[layer.key] += sum(model.microseconds(launch, rates) for launch in layer.launches(chosen))
             configs = (*(problem.columns() if plain else ()), *problem.layer_candidates)
             count = accumulations(problem.dtype, problem.kernel**2 * sum(problem.channels))
-            found.setdefault(layer.key, Candidate(layer.key, chosen, configs, several, 0.0, count))
+            band = 4.0 + PER_ACCUMULATION * count
+            found.setdefault(layer.key, Candidate(layer.key, chosen, configs, several, 0.0, band, problem.dtype))
     for key, candidate in found.items():
         candidate.microseconds = share[key]
     return sorted(found.values(), key=lambda candidate: -candidate.microseconds)
+
+
+def band_of(launch: Any) -> float:
+    """Return the error that is allowed for a launch beside its reference's, as in the tests of the kernels."""
+    from tests.support.cases_attention import BANDS
+    from tests.support.kernel_harness import PER_ACCUMULATION, accumulations
+
+    if launch.op != "attention.attention":
+        return 8.0
+    a, dtype = launch.arguments, launch.arguments["q"].dtype
+    count = accumulations(dtype, a["head_dim"]) + accumulations(dtype, a["tokens"])
+    return float(BANDS[dtype] + PER_ACCUMULATION * count)
 
 
 class Checked:
@@ -145,7 +161,7 @@ class Checked:
         import torch
 
         from fastdiff.kernels.library import LIBRARY
-        from tests.support.kernel_harness import PER_ACCUMULATION, compare, rounding
+        from tests.support.kernel_harness import compare, rounding
 
         for name, t in results(launches).items():
             if name in ("dst", "out") or launches[-1].op == "norm.finalise":
@@ -153,9 +169,9 @@ class Checked:
         for launch in launches:
             launch()
         for name, got in results(launches).items():
-            band = 4.0 + PER_ACCUMULATION * self.candidate.accumulations
+            band = self.candidate.band
             if config == LIBRARY:  # its sums are rounded once more
-                band += rounding(got.dtype) * 2.0**24
+                band += rounding(self.candidate.dtype) * 2.0**24
             compare(name, got, self.exact[name].double(), self.plain[name], None, band)
 
 

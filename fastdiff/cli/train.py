@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -102,7 +103,9 @@ def train(
         ),
     ] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of an attention head (default: one head).")] = None,
-    groups: Annotated[int, typer.Option(help="Groups of GroupNorm.")] = 32,
+    groups: Annotated[
+        int | None, typer.Option(help="Groups of GroupNorm (default: the most up to 32 that divide --channels).")
+    ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout in the residual blocks.")] = 0.0,
     scale_shift: Annotated[
         bool, typer.Option(help="Time and class scale and shift each block (FiLM) instead of being added.")
@@ -338,6 +341,11 @@ def _summary(trainer: Trainer, data: Path, initial_names: tuple[str, ...] | None
             f"{len(trainer.data)} images are fewer than a batch of {config.batch_size}: each is drawn several times in "
             "every update; --batch-size sets another"
         )
+    if config.steps <= config.lr_warmup:
+        warnings.append(
+            f"the learning rate still rises when the run ends: its warm-up takes {config.lr_warmup} updates, the run "
+            f"{config.steps}; --lr-warmup sets another"
+        )
     if unet.config.num_classes is None and trainer.data.num_classes is not None:
         warnings.append("the network has no classes, so the data's labels are ignored; --unconditional accepts that")
     if unet.config.num_classes is not None and unet.config.num_classes > (trainer.data.num_classes or 0):
@@ -411,7 +419,7 @@ def _channels(size: tuple[int, int]) -> list[int]:
 
 def _network(
     data: ImageData, channels: list[int] | None, layers: int, attention: list[int] | None, head_dim: int | None,
-    groups: int, dropout: float, scale_shift: bool, class_image: str | None, unconditional: bool,
+    groups: int | None, dropout: float, scale_shift: bool, class_image: str | None, unconditional: bool,
     drawn: int | None = None,
 ) -> UNetConfig:  # fmt: skip
     """Return the configuration of the U-Net that the options describe, for this data.
@@ -422,6 +430,7 @@ def _network(
 
     if channels is None:
         channels = _channels(data.size)
+    groups = math.gcd(32, *channels) if groups is None else groups
     heights = [data.size[0] >> level for level in range(len(channels))]
     if attention is None:
         attention = [height for height in heights if height <= MAX_ATTENTION][:1]
@@ -457,6 +466,7 @@ def _captioned(config: UNetConfig, head_dim: int, tokens: int) -> tuple[UNetCond
 
     assert config.norm_num_groups is not None  # an option of the command
     reads = [kind.startswith("Attn") for kind in config.down_block_types]
+    assert config.norm_num_groups is not None, "_network chooses a number"
     condition = UNetConditionConfig(
         sample_size=config.sample_size,
         in_channels=config.in_channels,

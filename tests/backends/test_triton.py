@@ -395,11 +395,10 @@ def test_norms_are_fused_where_sums_are_small_or_split() -> None:
     assert 0 < many["epilogue.normed"] < one["epilogue.normed"]
     assert many["norm.finalise"] == many["norm.apply"] > 0
     assert large["norm.finalise"] > 0 < large["norm.group_norm"]
-    # The network of one channel a group at least, whose second sources straddle groups, in whole networks: test_variant.
 
 
 def test_a_buffer_whose_statistics_are_read_is_not_fused() -> None:
-    """A norm that cannot be computed with the convolution before it reads statistics, which a fused one does not write."""
+    """A norm that is not computed with the convolution before it reads statistics, which a fused one does not write."""
     from fastdiff.backends.triton.launches import _measured, _read
     from fastdiff.core.program import Buffer, Norm, Program
 

@@ -294,6 +294,12 @@ def test_a_first_training_of_photographs(tmp_path: Path, size: int) -> None:
         assert picture.size == (size, size)
 
 
+@pytest.mark.parametrize(("channels", "groups"), [([64, 128], 32), ([16, 32], 16), ([24, 36], 4), ([7, 11], 1)])
+def test_groups_are_those_that_the_channels_allow(channels: list[int], groups: int) -> None:
+    config = _network(Toys(size=(8, 8)), channels, 1, [], None, None, 0.0, False, None, False)
+    assert config.norm_num_groups == groups
+
+
 def test_a_size_that_no_network_has_names_one_that_works(
     tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

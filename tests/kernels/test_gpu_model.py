@@ -1,0 +1,140 @@
+"""Tests of the lists of launches on the meta device, and of the predictions of their times."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
+
+from benchmarks.gpu import compiling, lists, model
+from benchmarks.gpu.networks import tiny
+from fastdiff.bench.networks import PUBLISHED
+from fastdiff.kernels import conv
+from fastdiff.kernels.library import LIBRARY
+
+RATES = model.Rates()
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    return lists.step(PUBLISHED["ddpm-cifar10-32"], 1, torch.bfloat16)
+
+
+def test_nothing_is_computed(cifar):
+    assert all(t.is_meta for launch in cifar for t in model.tensors(list(launch.arguments.values())))
+    assert [cifar[0].op, cifar[-1].op] == ["input", "update"]
+    assert len(cifar) <= 170
+
+
+def test_products_take_the_longer_of_arithmetic_and_reading():
+    """By hand: one tile of 128x128 of a 1x1 convolution of 64 channels; a step multiplies 2^20 numbers."""
+    x, w = torch.empty(1, 16, 8, 64, dtype=torch.bfloat16, device="meta"), None
+    w = torch.empty(1, 1, 64, 128, dtype=torch.bfloat16, device="meta")
+    launch = conv.partial((x,), (w,), torch.empty(1, 1, 16, 8, 128, device="meta"), config=conv.HALF[3])
+    found = model.work(launch)
+    assert found.programs == 1
+    assert found.products == 128 * 128 * 64
+    assert found.bytes == (128 + 128) * 64 * 2 + 128 * 128 * 4
+    clocks = max(found.products / 2048, found.bytes / 29)
+    assert model.microseconds(launch, RATES) == pytest.approx(RATES.launch + clocks / 1830)
+    assert model.microseconds(launch, dataclasses.replace(RATES, l2=1e9)) == pytest.approx(RATES.launch + 512 / 1830)
+
+
+def test_programs_beyond_the_multiprocessors_take_another_wave():
+    x = torch.empty(133, 8, 16, 64, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(1, 1, 64, 128, dtype=torch.bfloat16, device="meta")
+    times = [
+        model.microseconds(conv.partial((x[:n],), (w,), torch.empty(1, n, 8, 16, 128, device="meta"),
+                                        config=conv.HALF[3]), RATES) - RATES.launch for n in (1, 132, 133)
+    ]  # fmt: skip
+    assert times[1] == pytest.approx(times[0])
+    assert times[2] == pytest.approx(2 * times[0])
+
+
+def test_larger_batches_and_faster_gpus(cifar):
+    def total(launches, rates=RATES):
+        return model.summary(model.predicted(launches, rates))[0]["predicted_us"]
+
+    many = lists.step(PUBLISHED["ddpm-cifar10-32"], 64, torch.bfloat16)
+    assert total(cifar) < total(many) < 64 * total(cifar)
+    faster = dataclasses.replace(RATES, l2=2 * RATES.l2, products=2 * RATES.products)
+    assert total(many, faster) < 0.8 * total(many)
+
+
+def test_measured_times_are_beside_predictions(cifar):
+    measured = [2 * model.microseconds(launch, RATES) for launch in cifar]
+    rows = model.predicted(cifar, RATES, measured)
+    assert all(row["times"] == pytest.approx(2.0, abs=0.02) for row in rows)
+    whole = model.summary(rows)[0]
+    assert (whole["launch"], whole["launches"]) == ("the step", len(cifar))
+    assert whole["measured_us"] == pytest.approx(sum(measured), rel=1e-2)
+
+
+def test_the_script(capsys):
+    assert model.main(["--network", "cifar10-32", "--images", "1", "--launches", "--clock", "1.0"]) == 0
+    text = capsys.readouterr().out
+    assert "cifar10-32, 1 images, bfloat16" in text
+    assert text.count("conv.partial") > 20
+    assert "the step" in text
+
+
+def test_layers_can_be_built_in_each_of_their_configurations():
+    """With operands in the layout that it needs; what a layer of the network computes is what its references do."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in lists.layers(tiny(), 1, torch.float32):
+        plain = bool(layer.arguments["nchw"])
+        made: dict[int, torch.Tensor] = {}
+
+        def real(value, made=made):
+            if dataclasses.is_dataclass(value):
+                fields = {f.name: real(getattr(value, f.name)) for f in dataclasses.fields(value)}
+                return dataclasses.replace(value, **fields)
+            if isinstance(value, tuple | list):
+                return type(value)(map(real, value))
+            if not isinstance(value, torch.Tensor):
+                return value
+            if id(value) not in made:
+                there = torch.zeros(value.shape, dtype=value.dtype)
+                made[id(value)] = there.normal_(generator=generator) if value.is_floating_point() else there
+            return made[id(value)].clone()
+
+        results = []
+        configs = (*(layer.problem.columns() if plain else ()), *layer.problem.layer_candidates)
+        assert (LIBRARY in configs) == (layer.problem.phases == 1)
+        for config in configs:
+            launches = layer.replaced(real).launches(config)
+            for launch in launches:
+                launch.reference()
+            written = launches[-1].arguments
+            results.append(written["out"] if "out" in written else written["dst"])
+        for got in results[1:]:
+            assert (got - results[0]).abs().max() <= 1e-4 * results[0].abs().max(), layer.key
+
+
+def test_keys_of_layers_are_those_that_networks_ask_for(cifar):
+    """A tuned file helps only if its keys are asked for."""
+    asked = {layer.key for layer in lists.layers(PUBLISHED["ddpm-cifar10-32"], 1, torch.bfloat16)}
+    chosen = set()
+    with pytest.MonkeyPatch.context() as patch:
+        plain = conv.choose
+
+        def choose(op, key, *rest):
+            chosen.add(f"{op} {key}")
+            return plain(op, key, *rest)
+
+        patch.setattr(conv, "choose", choose)
+        lists.step(PUBLISHED["ddpm-cifar10-32"], 1, torch.bfloat16)
+    assert {key for key in chosen if key.startswith("conv.layer")} == asked
+
+
+def test_a_binary_is_named_by_what_the_compiler_sees(cifar):
+    """Launches that differ in numbers of rows or in multiples of 16 alone share one."""
+    names = {compiling.binary(launch) for launch in cifar}
+    assert 20 < len(names) < len(cifar)
+    (first,) = [launch for launch in cifar if launch.op == "update"]
+    assert compiling.binary(first) in names
+    other = dataclasses.replace(first, config=first.candidates[-1] if first.candidates[-1] != first.config else None)
+    assert compiling.binary(other) not in names
