@@ -29,8 +29,11 @@ from diffusers.models.attention_processor import AttnProcessor
 import fastdiff
 from fastdiff.backends.native import extension
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
+from fastdiff.integrations.condition import BackendCondition
 from fastdiff.integrations.scheduler import Scheduler
 from tests.support import warm
+from tests.support.conditions import config as condition_config
+from tests.support.conditions import diffusers_condition, random_condition
 from tests.support.paths import ROOT
 from tests.support.unets import TINY, VARIANTS, change, diffusers_twin, random_unet
 
@@ -741,6 +744,11 @@ def line_decoder(how):
     assert pipeline._fastdiff.decoders.keys() == {"vae"}
 
 
+def line_text(how):
+    network = BackendCondition(diffusers_condition(random_condition(condition_config())), "auto")
+    assert network.unsupported_changes() == []
+
+
 def line_own_loop(how):
     scheduler = Scheduler.from_config(diffusers.HeunDiscreteScheduler())
     scheduler.set_timesteps(3)
@@ -781,6 +789,7 @@ LINES = {
     "DDPMPipeline, DDIMPipeline, subclasses": line_whole,
     "their schedulers": line_schedulers,
     "any other pipeline with a UNet2DModel": line_others,
+    "any pipeline with a UNet2DConditionModel": line_text,
     "any pipeline whose vae or vqvae is an AutoencoderKL or VQModel": line_decoder,
     "a loop of your own": line_own_loop,
     "a network or scheduler that was modified": line_modified,
