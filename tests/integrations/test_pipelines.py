@@ -29,8 +29,11 @@ from diffusers.models.attention_processor import AttnProcessor
 import fastdiff
 from fastdiff.backends.native import extension
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument
+from fastdiff.integrations.condition import BackendCondition
 from fastdiff.integrations.scheduler import Scheduler
 from tests.support import warm
+from tests.support.conditions import config as condition_config
+from tests.support.conditions import diffusers_condition, random_condition
 from tests.support.paths import ROOT
 from tests.support.unets import TINY, VARIANTS, change, diffusers_twin, random_unet
 
@@ -254,7 +257,7 @@ def test_the_forward_of_a_call_does_what_diffusers_does():
     ts = [7, 7.9, torch.tensor(7), torch.tensor([7.5]), torch.tensor([3, 800])]
     with torch.no_grad():
         expected = [unet(x, t).sample for t in ts]
-    front = network.front()
+    front = network.front(lambda message: None)
     with torch.no_grad():
         for t, theirs in zip(ts, expected, strict=True):
             torch.testing.assert_close(front(x, t).sample, theirs, rtol=1e-4, atol=1e-5)
@@ -742,6 +745,11 @@ def line_decoder(how):
     assert pipeline._fastdiff.decoders.keys() == {"vae"}
 
 
+def line_text(how):
+    network = BackendCondition(diffusers_condition(random_condition(condition_config())), "auto")
+    assert network.unsupported_changes() == []
+
+
 def line_own_loop(how):
     scheduler = Scheduler.from_config(diffusers.HeunDiscreteScheduler())
     scheduler.set_timesteps(3)
@@ -782,6 +790,7 @@ LINES = {
     "DDPMPipeline, DDIMPipeline, subclasses": line_whole,
     "their schedulers": line_schedulers,
     "any other pipeline with a UNet2DModel": line_others,
+    "any pipeline with a UNet2DConditionModel": line_text,
     "any pipeline whose vae or vqvae is an AutoencoderKL or VQModel": line_decoder,
     "a loop of your own": line_own_loop,
     "a network or scheduler that was modified": line_modified,

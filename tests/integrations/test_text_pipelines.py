@@ -274,7 +274,7 @@ def test_networks_by_themselves(variant, evaluations):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("inference", [SLOW(False), True])
 def test_keys_and_values_are_computed_once_for_equal_states(monkeypatch, inference):
     """Identity and version are no sign of a change: both fail for tensors of inference mode."""
     computed = []
