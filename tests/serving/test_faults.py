@@ -68,7 +68,7 @@ def test_cancelling_races_with_finishing(server: Served) -> None:
     outcomes: list[str] = []
 
     def race(i: int) -> None:
-        name, pause = f"race-{i}", draw.choice((0.0, 0.002, 0.005, 0.02))
+        name, pause = f"race-{time.monotonic_ns()}-{i}", draw.choice((0.0, 0.002, 0.005, 0.02))
         with concurrent.futures.ThreadPoolExecutor() as pool:
             body = {"label": 1, "steps": 1 + i % 3, "seed": i}
             answer = pool.submit(server.http.post, "/v1/images/generations", json=body, headers={"x-request-id": name})
