@@ -61,8 +61,9 @@ test-all: $(READY)  ## run every test
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m 'not alone'
 	$(PYTEST) $(call marked,alone) -m alone
 
-kernel-check: $(READY)  ## interpret the Triton kernels, and compile all that is shipped for sm_80, sm_90 and sm_100: no spills
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_90 .aot-sm_100 .aot-sm_80 .interpreted
+kernel-check: $(READY)  ## interpret the Triton kernels, and compile them for six architectures: no spills in loops
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_90 .interpreted .aot-sm_100 .aot-sm_80 .aot-sm_89 \
+		.aot-sm_120 .aot-gfx942
 
 .aot-%:
 	$(PYTEST) -p no:cacheprovider -q tests/kernels/test_kernels_aot.py -k $*

@@ -120,6 +120,19 @@ SINGLE = _configs(
 # A loop over taps like that of `_accumulate` was miscompiled with 8 warps, silently (pytorch #173068). So heuristics
 # choose none of these: only tuning does, which compares the results of every shape before it measures.
 MOST_WARPS = 4
+
+
+def spills(config: ConvConfig, capability: int) -> bool:
+    """Return whether the loop of a configuration spills registers on GPUs of a compute capability.
+
+    It is what ``make kernel-check`` finds with Triton 3.7. Heuristics choose none of these either.
+    """
+    if config.depth == HALF[0].depth:
+        large = config.pixels * config.channels >= (128 * 128 if config.num_warps == 4 else 256 * 128)
+        return large and (capability >= 100 or (config.pixels == 256 and capability == 89))
+    return (config.num_warps, config.pixels, config.channels) == (4, 128, 64) and (capability < 90 or capability >= 120)
+
+
 # For the products of all taps of a 3x3 convolution of up to seven outputs.
 HALF_COLUMNS = (
     ColumnsConfig(4, 3, pixels=128, channels=32, depth=64),
@@ -350,7 +363,7 @@ class Problem:
         whole, split = candidates(self.dtype)
         if whole[-1].channels >= self.N:
             return whole[-1]
-        usual = [config for config in whole[:-1] if config.num_warps <= MOST_WARPS]
+        usual = [c for c in whole[:-1] if c.num_warps <= MOST_WARPS and not spills(c, self.device.capability)]
         fitting = [config for config in usual if config.channels < 2 * self.N] or usual[-1:]
         best = min(fitting, key=self.cost)
         if 4 * self.tiles(best) * self.phases >= 3 * self.device.processors:
@@ -432,7 +445,8 @@ class Problem:
             "padding": padding, "offset": 0, "stride": 0, "factor": 1.0, "C0": self.channels[0],
             "C1": self.channels[1], "KERNEL": self.kernel, "STRIDE": self.stride, "PHASES": self.phases,
             "STEPS0": steps0, "STEPS1": steps1, "SPLITS": config.splits, "PARTIAL": False, "SHIFT": 0, "NCHW": False,
-            "PRECISION": PRECISION if self.dtype.itemsize > 2 else "ieee", "HEIGHT": blocks.height, "WIDTH": blocks.width, "SIZE": config.pixels,
+            "PRECISION": PRECISION if self.dtype.itemsize > 2 else "ieee", "HEIGHT": blocks.height,
+            "WIDTH": blocks.width, "SIZE": config.pixels,
             "CHANNELS": config.channels, "DEPTH": config.depth,
         }  # fmt: skip
 

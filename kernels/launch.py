@@ -108,6 +108,7 @@ class Device:
 
     name: str
     processors: int  # streaming multiprocessors
+    capability: int = 90  # compute capability: 90 for Hopper
 
 
 NO_GPU = Device("", 132)  # for tensors on the CPU or the meta device: interpretation and compilation ahead of time
@@ -121,7 +122,7 @@ def device_of(tensor: Tensor) -> Device:
 @functools.cache
 def _cuda_device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, properties.multi_processor_count)
+    return Device(properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor)
 
 
 def config_file(name: str, folder: Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed: its wheels are fo
 from fastdiff.core.lower import lower
 from fastdiff.core.program import STRIP
 from fastdiff.kernels import conv, epilogue, norm
-from fastdiff.kernels.launch import NO_GPU
+from fastdiff.kernels.launch import NO_GPU, Device
 from fastdiff.kernels.tiles import Blocks
 from fastdiff.unet import UNet
 from tests.support.cases_conv import Shape, harvest
@@ -165,3 +166,15 @@ def test_three_products_of_tf32_hold_what_float32_promises():
     rounding = 4 * 2.0**-24 * float(exact.abs().max())
     assert float((three - exact).abs().max()) <= 2 * (plain + rounding)
     assert float((ah @ bh - exact).abs().max()) > 20 * (plain + rounding)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_heuristics_choose_nothing_that_spills(capability):
+    """They leave it to tuning, which measures whether it is fast all the same."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 256):
+            for shape in layers("ddpm-cifar10-32", rows):
+                problem = dataclasses.replace(
+                    shape.problem(shape.shipped(dtype)), device=Device("", 132, capability)
+                )  # fmt: skip
+                assert not conv.spills(problem.choose_layer(), capability), shape
