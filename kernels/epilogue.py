@@ -62,7 +62,7 @@ class FinishConfig(Config):
     channels: int
 
 
-# Largest tiles first. A thread holds 32 numbers of each sum: eight loads of 16 bytes. With fewer, the compiler would let
+# Largest tiles first. A thread has 32 numbers of each sum: eight loads of 16 bytes. With fewer, the compiler would let
 # fewer loads be on their way at once.
 FINISH_CANDIDATES = (
     FinishConfig(num_warps=8, num_stages=1, pixels=128, channels=64),
