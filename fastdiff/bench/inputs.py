@@ -97,7 +97,7 @@ def _texts(config: UNetConditionConfig, number: int, generator: torch.Generator)
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     channels = config.encoder_hid_dim or config.cross_attention_dim
-    width = channels if isinstance(channels, int) else channels[0]
+    width = channels if isinstance(channels, int) else next(c for c in channels if c is not None)  # at levels that read
     pooled = config.projection_class_embeddings_input_dim
     vectors = None if config.class_embed_type is None or pooled is None else normal(number, pooled)
     return Texts(normal(number, TOKENS, width), vectors)
