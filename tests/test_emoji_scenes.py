@@ -176,6 +176,7 @@ def test_the_table_of_words_keeps_what_is_alike():
     assert kept > 0.8
 
 
+@pytest.mark.slow
 def test_the_judge_and_its_measurement(composer, tmp_path, capsys):
     """A judge learns grounds and colours in a few steps, and measures a model that draws noise as one."""
     judge = recipe.train(composer, steps=60, batch=16)

@@ -42,7 +42,8 @@ class Levels:
 
     def around(self, timestep: Any, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noise levels before and after a step at a time from 0 to 1, of each image [B, 1, ...]."""
-        t = torch.as_tensor(timestep, device="cpu").float() * torch.ones(len(sample), dtype=torch.float32, device="cpu")
+        ones = torch.ones(len(sample), dtype=torch.float32, device="cpu")
+        t = torch.as_tensor(timestep, dtype=torch.float32, device="cpu") * ones
         index = (t * (len(self.times) - 1)).long()
         if not (t.isfinite().all() and (index >= 0).all() and (index < len(self.discrete)).all()):
             raise InvalidArgument(f"timestep={shown(timestep)}: a time from 0 to 1, as of timesteps, is needed")
@@ -178,7 +179,7 @@ def _check(model_output: Any, sample: Any) -> None:
 
 def noisy(levels: Levels, x0: Tensor, noise: Tensor, indices: Any) -> Tensor:
     """Return x_0 + sigma eps at indices of the discrete levels, as ScoreSdeVeScheduler's ``add_noise`` does."""
-    index = torch.as_tensor(indices, device="cpu").long().reshape(-1)
+    index = torch.as_tensor(indices, dtype=torch.int64, device="cpu").reshape(-1)
     if not ((index >= 0).all() and (index < len(levels.discrete)).all()) or len(index) not in (1, len(x0)):
         raise InvalidArgument(f"timesteps={shown(indices)}: an index of discrete_sigmas for each image is needed")
     return noise * levels.discrete[index].to(x0).view(-1, *[1] * (x0.ndim - 1)) + x0

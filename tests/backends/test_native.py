@@ -93,10 +93,18 @@ def test_operations(replays, name, method, isa, monkeypatch):
 BF16_ISAS = [*extension.bf16_isas(), *extension.emulated_isas()]
 
 
-@pytest.mark.parametrize("isa", BF16_ISAS)
+# An emulation takes seconds for each of the larger networks.
+LARGER = ("160 channels, 12x12", "resnet blocks, 24x40")
+
+
 @pytest.mark.parametrize(("method", "tolerance"), [("direct", 4e-3), ("winograd2", 7e-3), ("winograd4", 2e-2)])
 @pytest.mark.parametrize(
-    "name", ["tiny", "96 channels, 5x7", "160 channels, 12x12", "200 channels, 7x5", "1x1", "resnet blocks, 24x40"]
+    ("name", "isa"),
+    [
+        pytest.param(name, isa, marks=[pytest.mark.slow] * (name in LARGER and isa not in ISAS))
+        for name in ("tiny", "96 channels, 5x7", "200 channels, 7x5", "1x1", *LARGER)
+        for isa in BF16_ISAS
+    ],
 )
 def test_operations_in_bfloat16(replays, name, method, tolerance, isa, monkeypatch):
     """bfloat16 has 8 bits: 2^-9 is 2e-3, from each side of a product."""

@@ -375,7 +375,6 @@ def test_a_network_or_size_is_refused_by_name_and_left_to_eager(caplog):
         (unet, {"shape": (4, 9, 8)}, "multiples of 2, not 9x8"),
         (random_condition(config(in_channels=9)), {}, "4 channels of an image, which reads 9"),
         (random_condition(config(**VARIANTS["class labels"])), {}, "no labels beside a text"),
-        (unet, {"frozen": True}, "cannot join and leave"),
         (unet, {"dtype": torch.float64}, "not in float64"),
     ):
         other = dataclasses.replace(spec, **changed)

@@ -141,9 +141,9 @@ def test_no_memory_for_the_working_space():
     def work() -> int:
         sampler.sample(1, steps=1)  # threads and buffers are there
         x, out, index = torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8, 16), torch.zeros(1, dtype=torch.int64)
-        maps = torch.zeros(1, 8, 8, 1 << 16)  # for a space beyond what the C library holds in reserve
+        maps = torch.zeros(1, 8, 8, 1 << 18)  # for a space beyond what the C library holds in reserve
         engine = extension.Engine("", 3, x=x, out=out, out_channels=1, timestep=index, label=index)
-        engine.attention(src=[maps, maps], heads=1, head_dim=1 << 16, text=None, norm=None, bf16=False, dst=maps)
+        engine.attention(src=[maps, maps], heads=1, head_dim=1 << 18, text=None, norm=None, bf16=False, dst=maps)
         lift = limited_memory(engine.space // 4)
         try:
             engine.run(0, 1)

@@ -95,6 +95,7 @@ def test_workers_draw_from_a_file_of_prompts(sampler, tmp_path):
     assert np.abs(images.astype(int) - to_uint8(want)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_gets_an_error_that_says_so(tmp_path):
     model = saved(tmp_path / "model")
     (tmp_path / "script.py").write_text(

@@ -38,7 +38,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("given", ["checkout", "tests"])
+@pytest.mark.parametrize("given", ["checkout", pytest.param("tests", marks=pytest.mark.slow)])
 def test_every_test_is_counted_with_its_error(tmp_path, given):
     folder = tmp_path / "checkout" / "tests" / "schedulers"
     folder.mkdir(parents=True)

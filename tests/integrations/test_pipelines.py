@@ -791,7 +791,7 @@ LINES = {
     "their schedulers": line_schedulers,
     "any other pipeline with a UNet2DModel": line_others,
     "any pipeline with a UNet2DConditionModel": line_text,
-    "any pipeline whose vae or vqvae is an AutoencoderKL or VQModel": line_decoder,
+    "any pipeline whose vae or vqvae is an AutoencoderKL, VQModel or AutoencoderTiny (TAESD)": line_decoder,
     "a loop of your own": line_own_loop,
     "a network or scheduler that was modified": line_modified,
     "anything else": line_unsupported,

@@ -125,6 +125,7 @@ def test_data_that_do_not_fit(tmp_path):
         trainer(tmp_path, config={"gradient_checkpointing": True})
 
 
+@pytest.mark.slow
 def test_it_learns_what_captions_say(tmp_path):
     """After a short training the colour of an image is that of its prompt."""
     t = trainer(tmp_path, config={"steps": 120, "batch_size": 12, "lr": 1e-2, "lr_warmup": 20, "prediction": "sample"})
