@@ -4,11 +4,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <chrono>
 #include <string>
@@ -102,19 +97,6 @@ NB_MODULE(_native, m) {
     return names;
   });
 
-  m.def(
-      "prefer_large_pages",
-      [](const Array<uint8_t>& memory) {
-        check_memory(memory, "memory");
-#ifdef __linux__
-        const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)),
-                   begin = reinterpret_cast<uintptr_t>(memory.data());
-        const uintptr_t first = (begin + page - 1) / page * page, last = (begin + memory.nbytes()) / page * page;
-        if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-      },
-      nb::arg("memory").noconvert(),
-      "Ask the system for large pages for memory that was not used yet; where it has none, nothing changes.");
   bind_update(m);
   bind_engine(m);
   bind_checksum(m);
