@@ -129,7 +129,7 @@ def spills(config: ConvConfig, capability: int) -> bool:
     """
     if config.depth == HALF[0].depth:
         large = config.pixels * config.channels >= (128 * 128 if config.num_warps == 4 else 256 * 128)
-        return large and (capability >= 100 or (config.pixels == 256 and capability == 89))
+        return large and (capability >= 100 or (config.pixels == 256 and capability < 90))
     return (config.num_warps, config.pixels, config.channels) == (4, 128, 64) and (capability < 90 or capability >= 120)
 
 

@@ -54,8 +54,8 @@ CONVOLUTIONS = [name for name in SHIPPED if name.startswith("conv ")]
 # for the rest.
 NAMES = {90: list(SHIPPED), 80: [*ONCE, *CONVOLUTIONS], 100: [*ONCE, *CONVOLUTIONS], 89: ONCE, 120: ONCE}
 assert NAMES.keys() == set(TARGETS)
-# The loop of this one spills on GPUs of compute capability 12.0 too.
-SPILLS = {("attention.attention", 120)}
+# The loops of these spill on GPUs of such a compute capability too: of an operation, and of a case.
+SPILLS = {("attention.attention", 120), ("conv two sources", 80)}
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_compiles_without_spills_in_loops(folder, name, capability):
     launch = SHIPPED[name]()
     binary = compiled(launch, capability, folder)
     listed = isinstance(launch.config, conv.ConvConfig) and conv.spills(launch.config, capability)
-    if not listed and (launch.op, capability) not in SPILLS:
+    if not listed and not SPILLS & {(launch.op, capability), (name, capability)}:
         assert binary.spills_in_loops == 0, f"{binary.stack} bytes of stack: registers are spilled in a loop"
     if launch.op not in TENSOR_CORES:
         assert binary.stack <= 16, f"{binary.stack} bytes of stack: registers are spilled"
