@@ -61,7 +61,7 @@ def replacement(name: str) -> type:
         Scheduler.__init__(self, {"_class_name": name, **options})
 
     def from_config(cls: Any, config: Any, **options: Any) -> Any:
-        whole = Scheduler.from_config.__func__  # type: ignore[attr-defined]  # of a class method; the class is cls here
+        whole = Scheduler.from_config.__func__  # that of a class method, as the class is cls here
         return whole(cls, config, **{**options, "_class_name": name})
 
     return type(name, (Scheduler,), {"__init__": init, "from_config": classmethod(from_config)})
@@ -75,7 +75,7 @@ def pytest_configure() -> None:
     installed.
     """
     for name in ("transformers", "peft"):  # which imports it
-        sys.modules[name] = None  # type: ignore[assignment]  # documented: importing it is then an error
+        sys.modules[name] = None  # importing it is then an error
     import diffusers
 
     for name in (*FILES.values(), *MORE.values()):

@@ -246,7 +246,7 @@ SYSTEMS: dict[str, type[Engine]] = {"engine": Engine, "lock": Lock, "batch": Bat
 
 def enter(connection: Connection, setup: bytes, parent: int) -> None:
     """Run the drawing process of a server."""
-    worker.Engine = SYSTEMS[os.environ[POLICY]]  # type: ignore[misc]
+    worker.Engine = SYSTEMS[os.environ[POLICY]]
     worker.main(connection, setup, parent)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 from .networks import CLASSES, no_tf32, on_gpu, relative, runner_of, start, tiny, unet_of
@@ -114,7 +115,7 @@ def graphs(run: Run) -> dict[str, Any]:
         return same[name]
 
     for name in cases:
-        same[name] = run.item(name, lambda: replays(name)).get("result", False)  # noqa: B023 - called now
+        same[name] = run.item(name, functools.partial(replays, name)).get("result", False)
     runners: dict[Any, Any] = {}
     before = 0 if run.dry else torch.cuda.memory_reserved()
     for n in (1, 16, 4):
@@ -192,6 +193,10 @@ def parity(run: Run) -> dict[str, Any]:
             found.append((out, state.x.clone()))
         return found
 
+    def errors_of(unet: Any, backend: str, dtype: torch.dtype, options: Any, exact: Any) -> list[list[float]]:
+        got = outcomes(unet, backend, dtype, options)
+        return [[relative(*pair) for pair in zip(*both, strict=True)] for both in zip(got, exact, strict=True)]
+
     for name, unet, options in (("cifar10", plain, {}), ("fashion-mnist, guided", classes, guided)):
         exact = outcomes(unet, "eager", torch.float64, options)
         for dtype in (torch.float32, torch.bfloat16):
@@ -201,12 +206,8 @@ def parity(run: Run) -> dict[str, Any]:
                     unfinished.append(f"{name}, {dtype}, {backend}")
                     continue
 
-                def measure() -> list[list[float]]:
-                    got = outcomes(unet, backend, dtype, options)  # noqa: B023 - called now
-                    return [[relative(*pair) for pair in zip(*both, strict=True)]
-                            for both in zip(got, exact, strict=True)]  # noqa: B023  # fmt: skip
-
-                outcome = run.item(f"{name}, {dtype}, {backend}", measure)
+                job = functools.partial(errors_of, unet, backend, dtype, options, exact)
+                outcome = run.item(f"{name}, {dtype}, {backend}", job)
                 if "error" in outcome:
                     rows.append({"network": name, "dtype": str(dtype), "backend": backend, "ok": False} | outcome)
                     continue

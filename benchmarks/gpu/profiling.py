@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from . import lists, model
@@ -23,7 +24,7 @@ def profile(run: Run) -> dict[str, Any]:
     failed = []
     for network, images in [("", 2)] if run.dry else JOBS:
         name = f"{network} B={images}".strip()
-        outcome = run.item(name, lambda: rows_of(run, network, images))  # noqa: B023 - called now
+        outcome = run.item(name, functools.partial(rows_of, run, network, images))
         if "error" in outcome:
             failed.append(f"{name}: {outcome['error']}")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def update(run: Run) -> dict[str, Any]:
     for n, side in [(2, 4)] if run.dry else [(256, 32), (4096, 32), (1, 256), (64, 256)]:
         for table in (solvers.ddim(NoiseSchedule(), 1000), solvers.ddpm(NoiseSchedule(), 1000)):
             name = f"{n}x{side}x{side} {table.solver}"
-            outcome = run.item(name, lambda: update_row(run, n, side, table))  # noqa: B023 - called now
+            outcome = run.item(name, functools.partial(update_row, run, n, side, table))
             if "error" in outcome:
                 failed[name] = outcome["error"]
             else:
@@ -58,8 +59,7 @@ def update_row(run: Run, n: int, side: int, table: Any) -> dict[str, Any]:
 def contenders(run: Run, unet: Any, table: Any, images: int) -> dict[str, Callable[[], Callable[[], Any]]]:
     """Return functions that build the jobs that are compared, `eager` first."""
     found: dict[str, Callable[[], Callable[[], Any]]] = {
-        name: lambda name=name: backend_job(run, name, unet, table, images)  # type: ignore[misc]  # mypy infers no default's type
-        for name in on_gpu(run)
+        name: functools.partial(backend_job, run, name, unet, table, images) for name in on_gpu(run)
     }
     found["baseline: one graph, max-autotune"] = lambda: one_graph(run, unet, table, images)
     found["baseline: diffusers, compiled U-Net"] = lambda: diffusers_job(run, unet, len(table), images)
@@ -100,7 +100,7 @@ def whole_job(network: str, n: int, tuned: bool = False) -> Callable[[Run], dict
                     if run.late:
                         unfinished.append(name)
                         continue
-                    outcome = run.item(name, lambda: reference.measured(name, make))  # noqa: B023 - called now
+                    outcome = run.item(name, functools.partial(reference.measured, name, make))
                     rows[name] = outcome.get("result", {"error": outcome.get("error")})
                     if "img_steps_per_s" not in rows[name] and "absent" not in rows[name]:
                         failed.append(name)

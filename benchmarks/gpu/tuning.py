@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -226,7 +227,7 @@ def tuning(run: Run) -> dict[str, Any]:
         if run.late:
             unfinished.append(candidate.key)
             continue
-        outcome = run.item(candidate.key, lambda: tune(run, candidate))  # noqa: B023 - called now
+        outcome = run.item(candidate.key, functools.partial(tune, run, candidate))
         if "error" in outcome:
             failed[candidate.key] = outcome["error"]
             continue

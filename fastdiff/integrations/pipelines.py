@@ -54,7 +54,7 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
 
     Args:
         pipeline: The pipeline; its ``unet`` must be a ``UNet2DModel`` or a ``UNet2DConditionModel``, or its ``vae`` or
-            ``vqvae`` an ``AutoencoderKL`` or ``VQModel``.
+            ``vqvae`` an ``AutoencoderKL``, ``VQModel`` or ``AutoencoderTiny``.
         backend: "native", "compiled" or "eager"; or "auto": `native` where it can run, which is in float32 on a CPU,
             while elsewhere diffusers' own code runs, and the log says why.
         strict: Whether a network or scheduler that is not supported is an error. If False, that part is left to
