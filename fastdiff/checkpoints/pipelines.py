@@ -63,7 +63,7 @@ def check_pipeline(path: Path) -> list[str]:
     if kind not in PIPELINES:
         raise ConfigError(
             f"{path}: a {shown(kind)[1:-1]} is not supported; a {PIPELINES[0]} is, and so are pipelines of a "
-            "UNet2DModel. fastdiff.accelerate(pipeline) makes diffusers' own pipelines of U-Nets faster"
+            "UNet2DModel. fastdiff.accelerate(pipeline) runs the U-Nets of diffusers' own pipelines"
         )
     for part, allowed in PARTS.items():
         found = _class_of(index, part)

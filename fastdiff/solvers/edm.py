@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
-from fastdiff.checks import is_number, is_whole, number, shown, whole
+from fastdiff.checks import number, shown, whole
 from fastdiff.errors import ConfigError, InvalidArgument
-from fastdiff.solvers.spacing import RHO, SIGMA_SPACINGS, check_spacing, spaced_sigmas
+from fastdiff.solvers.spacing import RHO, SIGMA_SPACINGS, listed_sigmas, spaced_sigmas
 
 STEPS = 18  # steps of a run that gives no number
 MAX_STEPS = 1_000_000
@@ -109,13 +108,5 @@ class EDMSchedule:
                 )
             n = whole("steps", STEPS if steps is None else steps, 1, MAX_STEPS)
             return [self.time(s) for s in spaced_sigmas(spacing, n, self.sigma_max, self.sigma_min, self.rho).tolist()]
-        sigmas = list(check_spacing("spacing", spacing))
-        if not sigmas or (steps is not None and not (is_whole(steps) and steps == len(sigmas))):
-            raise InvalidArgument(f"steps={shown(steps)}, but spacing lists {len(sigmas)} sigmas (at least 1)")
-        for sigma in sigmas:
-            if not is_number(sigma) or sigma <= 0.0:
-                raise InvalidArgument(f"spacing: sigma {shown(sigma)} is not a positive number")
-        for a, b in itertools.pairwise(sigmas):
-            if a <= b:
-                raise InvalidArgument(f"spacing: sigmas must fall, got {a!r} before {b!r}")
-        return [self.time(float(sigma)) for sigma in sigmas]
+        sigmas = listed_sigmas(steps, spacing, lambda sigma: sigma > 0.0, "is not a positive number")
+        return [self.time(sigma) for sigma in sigmas]

@@ -12,7 +12,6 @@ states runs a flow network: `Walk.table` rewrites its rows for states of the flo
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checks import is_number, is_whole, number, shown, whole
+from fastdiff.checks import number, shown, whole
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.schedule import MAX_TIMESTEPS
-from fastdiff.solvers.spacing import SIGMA_SPACINGS, check_spacing, spaced_sigmas
+from fastdiff.solvers.spacing import SIGMA_SPACINGS, listed_sigmas, spaced_sigmas
 
 STEPS = 28  # steps of a run that gives no number
 SPACINGS = ("trailing", "linspace", *SIGMA_SPACINGS)
@@ -103,7 +102,8 @@ class FlowSchedule:
             InvalidArgument: If ``steps`` is out of range, or the spacing is unknown or does not fall.
         """
         if not isinstance(spacing, str):
-            return self._listed(steps, spacing)
+            what = "of a FlowSchedule lies above 0, at most at 1"
+            return [self.time(s) for s in listed_sigmas(steps, spacing, lambda sigma: 0.0 < sigma <= 1.0, what)]
         if spacing not in SPACINGS:
             raise InvalidArgument(
                 f"spacing={shown(spacing)}: a FlowSchedule has {', '.join(SPACINGS)}, or a list of sigmas"
@@ -116,18 +116,6 @@ class FlowSchedule:
             plain = 1.0 - np.arange(n) / n if spacing == "trailing" else np.linspace(1.0, lowest, n)
             sigmas = shifted(plain, self.shift)
         return [self.time(min(float(s), 1.0)) for s in sigmas]  # a power can end a rounding error above 1
-
-    def _listed(self, steps: int | None, spacing: Sequence[float]) -> list[float]:
-        sigmas = list(check_spacing("spacing", spacing))
-        if not sigmas or (steps is not None and not (is_whole(steps) and steps == len(sigmas))):
-            raise InvalidArgument(f"steps={shown(steps)}, but spacing lists {len(sigmas)} sigmas (at least 1)")
-        for sigma in sigmas:
-            if not is_number(sigma) or not 0.0 < sigma <= 1.0:
-                raise InvalidArgument(f"spacing: sigma {shown(sigma)} of a FlowSchedule lies above 0, at most at 1")
-        for a, b in itertools.pairwise(sigmas):
-            if a <= b:
-                raise InvalidArgument(f"spacing: sigmas must fall, got {a!r} before {b!r}")
-        return [self.time(float(sigma)) for sigma in sigmas]
 
 
 def shifted(sigmas: NDArray[Any], shift: float) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,22 @@ def spaced_sigmas(spacing: str, n: int, largest: float, smallest: float, rho: fl
         return np.exp(math.log(largest) + ramp * (math.log(smallest) - math.log(largest)))
     start, end = largest ** (1 / rho), smallest ** (1 / rho)
     return (start + ramp * (end - start)) ** rho
+
+
+def listed_sigmas(
+    steps: int | None, spacing: Sequence[float], fits: Callable[[float], bool], otherwise: str
+) -> list[float]:
+    """Return a falling list of noise levels as floats, each of which ``fits``; an error says ``otherwise`` of one."""
+    sigmas = list(check_spacing("spacing", spacing))
+    if not sigmas or (steps is not None and not (is_whole(steps) and steps == len(sigmas))):
+        raise InvalidArgument(f"steps={shown(steps)}, but spacing lists {len(sigmas)} sigmas (at least 1)")
+    for sigma in sigmas:
+        if not is_number(sigma) or not fits(sigma):
+            raise InvalidArgument(f"spacing: sigma {shown(sigma)} {otherwise}")
+    for a, b in itertools.pairwise(sigmas):
+        if a <= b:
+            raise InvalidArgument(f"spacing: sigmas must fall, got {a!r} before {b!r}")
+    return [float(sigma) for sigma in sigmas]
 
 
 def sigma_timesteps(schedule: NoiseSchedule, sigmas: Sequence[float] | NDArray[np.float64]) -> list[float]:

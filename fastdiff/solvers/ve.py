@@ -12,13 +12,12 @@ its rows, as it does for flows. The network reads x itself, and predicts the sco
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
-from fastdiff.checks import is_number, is_whole, number, shown, whole
+from fastdiff.checks import number, shown, whole
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.schedule import MAX_TIMESTEPS
-from fastdiff.solvers.spacing import SIGMA_SPACINGS, check_spacing, spaced_sigmas
+from fastdiff.solvers.spacing import SIGMA_SPACINGS, listed_sigmas, spaced_sigmas
 
 PREDICTIONS = ("score", "epsilon", "sample")  # what a network of this process can predict
 # Limits within which the states and the squares of the levels are exact enough in float32.
@@ -108,14 +107,5 @@ class VESchedule:
             n = min(50, self.timesteps) if steps is None else steps
             n = whole("steps", n, 1, self.timesteps, of="timesteps")
             return [float(s) for s in spaced_sigmas(spacing, n, self.sigma_max, self.sigma_min)]
-        sigmas = list(check_spacing("spacing", spacing))
-        if not sigmas or (steps is not None and not (is_whole(steps) and steps == len(sigmas))):
-            raise InvalidArgument(f"steps={shown(steps)}, but spacing lists {len(sigmas)} sigmas (at least 1)")
-        for sigma in sigmas:
-            if not is_number(sigma) or not SMALLEST <= sigma <= LARGEST:
-                limits = f"{SMALLEST:g} to {LARGEST:g}"
-                raise InvalidArgument(f"spacing: sigma {shown(sigma)} of a VESchedule is not in {limits}")
-        for a, b in itertools.pairwise(sigmas):
-            if a <= b:
-                raise InvalidArgument(f"spacing: sigmas must fall, got {a!r} before {b!r}")
-        return [float(sigma) for sigma in sigmas]
+        what = f"of a VESchedule is not in {SMALLEST:g} to {LARGEST:g}"
+        return listed_sigmas(steps, spacing, lambda sigma: SMALLEST <= sigma <= LARGEST, what)

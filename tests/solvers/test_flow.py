@@ -14,17 +14,12 @@ from fastdiff import solvers
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import FlowSchedule, StepTable, from_config
-from fastdiff.solvers.adams import deis_table
-from fastdiff.solvers.dpm2 import dpm2_table
-from fastdiff.solvers.dpmpp import dpmpp_table
-from fastdiff.solvers.euler import euler_table
 from fastdiff.solvers.flow import abar_of
-from fastdiff.solvers.heun import heun_table
 from fastdiff.solvers.paths import repaint, starting_at
-from fastdiff.solvers.unipc import unipc_table
 from fastdiff.solvers.walk import Level, Walk
 from tests.support import mixture
 from tests.support.mixture import posterior_mean, rms, runge_kutta
+from tests.support.orders import every_order
 
 FLOW = FlowSchedule(shift=2.0)
 
@@ -73,18 +68,7 @@ def between(sigma: float) -> tuple[float, float]:
     return 1000.0 * sigma / (1.0 + sigma), 1.0 / (1.0 + sigma * sigma)
 
 
-@pytest.mark.parametrize(
-    ("build", "order"),
-    [
-        (lambda w: euler_table(w, "euler", 0.0), 1),
-        (heun_table, 2),
-        (lambda w: dpmpp_table(w, "dpmpp_2m", 2, lower_order_final=False), 2),
-        (lambda w: unipc_table(w, 2, "bh2", lower_order_final=False), 3),
-        (lambda w: deis_table(w, 2, False), 2),
-        (lambda w: dpm2_table(w, "dpm2", 0.0), 2),
-    ],
-    ids=["euler", "heun", "dpmpp_2m", "unipc 2", "deis 2", "dpm2"],
-)
+@every_order
 def test_order_between_two_levels_on_a_mixture(build, order):
     """The first steps of multi-step solvers are of a lower order, which costs them as much as one of the whole."""
     errors = [rms(run(build(walk(n)), exact(1.0, 0.9)) - exact(0.9, 0.1)) for n in (80, 160, 320)]

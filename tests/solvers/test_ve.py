@@ -13,17 +13,12 @@ from fastdiff import solvers
 from fastdiff.errors import ConfigError, InvalidArgument
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import EDMSchedule, StepTable, VESchedule, from_config
-from fastdiff.solvers.adams import deis_table
 from fastdiff.solvers.compat import sigmas as compat
-from fastdiff.solvers.dpm2 import dpm2_table
-from fastdiff.solvers.dpmpp import dpmpp_table
-from fastdiff.solvers.euler import euler_table
-from fastdiff.solvers.heun import heun_table
 from fastdiff.solvers.paths import repaint, starting_at
-from fastdiff.solvers.unipc import unipc_table
 from fastdiff.solvers.walk import Level, Walk
 from tests.support import mixture
 from tests.support.mixture import posterior_mean, rms, runge_kutta
+from tests.support.orders import every_order
 from tests.support.schedulers import float64, scheduler_module
 
 VE = VESchedule(0.02, 20.0)
@@ -60,18 +55,7 @@ def walk(steps: int, start: float = 9.0, end: float = 0.1) -> Walk:
     )
 
 
-@pytest.mark.parametrize(
-    ("build", "order"),
-    [
-        (lambda w: euler_table(w, "euler", 0.0), 1),
-        (heun_table, 2),
-        (lambda w: dpmpp_table(w, "dpmpp_2m", 2, lower_order_final=False), 2),
-        (lambda w: unipc_table(w, 2, "bh2", lower_order_final=False), 3),
-        (lambda w: deis_table(w, 2, False), 2),
-        (lambda w: dpm2_table(w, "dpm2", 0.0), 2),
-    ],
-    ids=["euler", "heun", "dpmpp_2m", "unipc 2", "deis 2", "dpm2"],
-)
+@every_order
 def test_order_between_two_levels_on_a_mixture(build, order):
     errors = [rms(mixture.run(build(walk(n)), network, 9.0 * noise()) - exact(9.0, 0.1)) for n in (80, 160, 320)]
     slopes = np.log2(np.array(errors[:-1]) / errors[1:])
