@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastdiff.checks import number, shown, whole
 from fastdiff.errors import ConfigError, InvalidArgument
@@ -118,8 +117,8 @@ class FlowSchedule:
         return [self.time(min(float(s), 1.0)) for s in sigmas]  # a power can end a rounding error above 1
 
 
-def shifted(sigmas: NDArray[Any], shift: float) -> NDArray[Any]:
-    """Return noise levels of a flow after a shift; see `FlowSchedule`."""
+def shifted(sigmas: Any, shift: float) -> Any:
+    """Return noise levels of a flow, an array or a tensor, after a shift; see `FlowSchedule`."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers.flow import FlowSchedule
+from fastdiff.solvers.flow import FlowSchedule, shifted
 
 FLOW_SIGMAS = ("logit_normal", "uniform")
 
@@ -83,8 +83,7 @@ class Flow:
         """Return the network's timesteps for random words w, int64 below 2^32: sigma times T, float32."""
         u = (w.double() + 0.5) / 2.0**32
         sigma = u if self.uniform else torch.sigmoid(torch.special.ndtri(u))
-        shift = self.schedule.shift
-        return (shift * sigma / (1.0 + (shift - 1.0) * sigma) * self.schedule.timesteps).float()
+        return (shifted(sigma, self.schedule.shift) * self.schedule.timesteps).float()
 
     def levels(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """Return 1 - sigma and sigma at timesteps, float32 [B, 1, ...]."""
