@@ -323,9 +323,13 @@ def test_workers_fit_the_processors_and_the_memory(monkeypatch: pytest.MonkeyPat
 
 
 PEAK = """
-import resource, sys
+import ctypes, resource, sys
 import torch
 from fastdiff import Sampler, bulk
+
+if hasattr(ctypes.CDLL(None), "mallopt"):  # the C library gives memory back at once, so that the peak is what is used
+    for option, value in ((-1, 0), (-3, 1 << 16)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(option, value)
 
 class Zero(torch.nn.Module):
     def __init__(self):
@@ -348,8 +352,8 @@ print(*peaks)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak has another unit elsewhere")
 def test_memory_is_flat_in_n(tmp_path: Path) -> None:
-    """5,000 images are 15 MB of pixels, and would be 61 MB as floats; 6 MiB more than for 500 are allowed."""
+    """5,000 images are 15 MB of pixels, and would be 61 MB as floats; 2 MiB more than for 500 are allowed."""
     run = warm.run("-c", PEAK, tmp_path, "npz")
     assert run.returncode == 0, run.stderr
     few, many = map(int, run.stdout.split())
-    assert many - few < 6 << 10, (few, many)
+    assert many - few < 2 << 10, (few, many)
