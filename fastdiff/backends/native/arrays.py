@@ -12,7 +12,7 @@ from fastdiff.errors import BackendError
 
 
 def aligned(nbytes: int, what: str = "activations") -> Tensor:
-    """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes]. An error names them by ``what``."""
+    """Allocate ``nbytes`` zeroed bytes at a multiple of `ALIGNMENT`, uint8 [nbytes]; an error names them: ``what``."""
     try:
         raw = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
     except RuntimeError as e:
