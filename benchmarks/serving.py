@@ -406,7 +406,7 @@ def admission(model: str, repetitions: int) -> tuple[float, float]:
     admitted, submitted = [], []
     with Engine(model, max_queue_s=1e9) as engine:
         labels = None if engine.info.classes is None else 0
-        table, slots = engine.sampler.request(1, steps=20, labels=labels).table, engine._slots
+        table, slots = engine.sampler.request(1, steps=20, labels=labels).table, engine._stepper.slots
         coefficients, x = table.coefficients, torch.zeros(slots.state.x.shape[1:], dtype=torch.float32, device="cpu")
         for i in range(repetitions):
             begin = time.perf_counter()

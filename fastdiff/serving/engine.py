@@ -6,14 +6,11 @@ import asyncio
 import collections
 import copy
 import dataclasses
-import hashlib
 import logging
-import math
 import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,11 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import __version__
 from fastdiff.checks import number, one_of, optional, shown, text, whole
 from fastdiff.core import process
-from fastdiff.core.lower import text_attentions
-from fastdiff.core.slots import MOST_ROWS, Slots, Text
+from fastdiff.core.slots import MOST_ROWS
 from fastdiff.core.turns import reentrant
 from fastdiff.errors import (
     BackendError,
@@ -36,28 +31,24 @@ from fastdiff.errors import (
     EngineClosed,
     InvalidArgument,
     NumericsError,
-    OutOfMemory,
     QueueFull,
 )
 from fastdiff.modes import plain_modes
-from fastdiff.sampler import Event, SampleOutput, Sampler, choice
-from fastdiff.sampler.editing import Inpainting
-from fastdiff.sampler.loop import at_first_row, check_numbers, empty, initial_noise
+from fastdiff.sampler import SampleOutput, Sampler, choice
+from fastdiff.sampler.loop import check_numbers, empty
 from fastdiff.sampler.options import NetworkInfo, Options
 from fastdiff.sampler.request import Request
 from fastdiff.serving import scheduler
 from fastdiff.serving.job import Job
 from fastdiff.serving.lanes import Lanes
-from fastdiff.serving.scheduler import Curve, Load, Want
+from fastdiff.serving.stepper import Stepper
+from fastdiff.serving.task import Task, images_by_task
 from fastdiff.solvers import StepTable
 
 log = logging.getLogger("fastdiff")
 
-MOST_SLOTS = 64
-SLOT_BYTES = 256 << 20  # of all images in flight, with the keys and values of their texts
 MOST_TABLES = 256  # whose coefficients are kept
 LINGER_S = 1.0  # for which the thread of an engine without jobs waits for one
-SLOW_STEP_S = 0.2  # a step that takes longer is measured once
 FOLLOW = 0.1  # weight of the last step in the present cost of steps
 MOST_CHANGE = 4.0  # by which one step can have been slower or faster: a process may have been stopped meanwhile
 AHEAD = 64  # images whose noise is drawn when their job is submitted; that of others while it runs, a few at a time
@@ -106,38 +97,6 @@ class Stats:
     cap: int
     step_s: float
     longest_s: float
-
-
-class Task:
-    """A job on the engine's side."""
-
-    def __init__(self, job: Job, r: Request, arrived: float, deadline: float | None, previews: int):
-        self.job, self.request = job, r
-        self.arrived = self.served = arrived
-        self.deadline = deadline
-        self.due = math.inf
-        self.width = [1 + (g != 1.0) for g in r.guidance.tolist()]  # of most rows
-        guided = sum(1 for row in r.table.rows if row.g)
-        self.rows = len(r.table) * r.n + guided * sum(w - 1 for w in self.width)  # network rows that are left
-        self.at_once = sum(self.width[: scheduler.TOGETHER])
-        self.shows = {len(r.table) * (i + 1) // (previews + 1) - 1 for i in range(previews)} - {-1}
-        self.slots: dict[int, int] = {}  # by the position of an image
-        self.begun = self.ended = 0  # images
-        self.x: list[Tensor] = []  # the images of so many before their first row, those that have begun as well
-        self.result: Tensor | None = None
-        self.coefficients: Any = None
-        self.known: Load | None = None  # the load, until the job takes a step
-        self.ready = False  # whether it may take one
-        self.degraded = False  # whether its setting was chosen for its deadline
-
-    def load(self, slots: Slots) -> Load:
-        """Return what the scheduler sees."""
-        if self.known is None:
-            wants = [Want((self, i), slots.network_rows([slot]), True) for i, slot in self.slots.items()]
-            more = range(self.begun, min(self.begun + scheduler.TOGETHER, self.request.n))
-            wants += [Want((self, i), self.width[i], False) for i in more]
-            self.known = Load(self, self.arrived, self.due, self.served, wants, self.rows)
-        return self.known
 
 
 class Engine:
@@ -202,27 +161,8 @@ class Engine:
         else:
             options = {name: value for name, (value, _) in given.items()}
             self._sampler = Sampler.from_pretrained(model, **options)
-        if self._sampler.autoencoder is not None:
-            raise InvalidArgument(
-                "the network's images are latents, which an Engine does not decode yet; a Sampler does"
-            )
-        info = self._sampler.info
-        if info.size is None:
-            raise InvalidArgument("the network's configuration has no sample_size, so the size of images is not known")
-        if info.condition:
-            raise InvalidArgument(
-                f"the network reads a condition image of {info.condition} channels, which an Engine does not give it "
-                "yet; a Sampler does"
-            )
-        self._shape = (info.channels, *info.size)
-        self._runners = self._sampler._runners
-        self._text = _texts_of(self._sampler.request(1, prompts="", steps=1), 0)[0] if info.text else None
-        each = 24 * math.prod(self._shape) + 2 * self._text_bytes()
-        capacity = max(2 * scheduler.TOGETHER, min(MOST_SLOTS, SLOT_BYTES // each))
-        self._runner = self._runners.stepwise(capacity, self._shape)
-        labelled = info.classes is not None or info.null_label is not None
-        self._slots = Slots(capacity, self._shape, self._sampler.device, labelled, self._text)
-        self._curve = self._measured(most)
+        self._stepper = Stepper(self._sampler)
+        self._curve = self._stepper.measured(most)
         self._most = self._curve.most  # network rows of a step, unless device memory turns out to be short
         self._lane = (Lanes() if lanes is None else lanes).join()
         self._changed = threading.Condition()  # also guards what follows
@@ -421,8 +361,8 @@ class Engine:
 
     def _checked(self, n: int, options: dict[str, Any]) -> Request:
         r = self._sampler.request(n, **options)
-        if r.shape != self._shape:
-            size, own = ("x".join(map(str, shape[1:])) for shape in (r.shape, self._shape))
+        if r.shape != self._stepper.shape:
+            size, own = ("x".join(map(str, shape[1:])) for shape in (r.shape, self._stepper.shape))
             raise InvalidArgument(f"size={size}: an Engine draws images of the network's own size, {own}")
         if len(r.table) > self._max_steps:
             raise InvalidArgument(
@@ -432,8 +372,9 @@ class Engine:
             raise InvalidArgument(f"guidance={shown(options['guidance'])}: at most {LARGEST:.3g} fits float32")
         if r.prompts is not None and r.prompts.given is not None:
             raise InvalidArgument("texts that were encoded before are not taken: an Engine encodes prompts= itself")
-        if r.texts is not None and self._text is not None and r.texts.states.shape[1:] != self._text.states.shape:
-            given, needed = list(r.texts.states.shape[1:]), list(self._text.states.shape)
+        empty_text = self._stepper.text
+        if r.texts is not None and empty_text is not None and r.texts.states.shape[1:] != empty_text.states.shape:
+            given, needed = list(r.texts.states.shape[1:]), list(empty_text.states.shape)
             raise InvalidArgument(f"prompts: the text encoder gives states {given}, and {needed} for an empty text")
         return r
 
@@ -526,7 +467,7 @@ class Engine:
     def _prepare(self, task: Task) -> None:
         """Do what a job needs before its first step, in the caller's thread: its noise and the numbers of its table."""
         r = task.request
-        self._draw(task, AHEAD)
+        self._stepper.draw(task, AHEAD)
         with self._changed:
             known = self._tables.get(r.table)
         coefficients = r.table.coefficients if known is None else known[1]
@@ -537,17 +478,6 @@ class Engine:
             while len(self._tables) > MOST_TABLES:
                 self._tables.popitem(last=False)
         task.request = dataclasses.replace(r, table=table)
-
-    def _draw(self, task: Task, images: int) -> None:
-        """Make the states before the first row of some more images of a job."""
-        r, device, first = task.request, self._sampler.device, len(task.x)
-        chunk = range(first, min(first + images, r.n))
-        if isinstance(r.noise, Tensor):
-            z = r.noise[first : chunk.stop].detach().to(device=device, dtype=torch.float32)
-        else:
-            z = initial_noise(r.seeds(chunk), r.indices(chunk), r.shape, device)
-        image = None if r.image is None else r.image[first : chunk.stop].to(device)
-        task.x += at_first_row(r, z, image)
 
     def _start(self, task: Task) -> None:
         """Hand a prepared task to the thread."""
@@ -614,175 +544,46 @@ class Engine:
                 self._retire(task)
             else:
                 live.append(task)
-        chosen = scheduler.pick(now, [task.load(self._slots) for task in live], curve, len(self._slots.free))
+        slots = self._stepper.slots
+        chosen = scheduler.pick(now, [task.load(slots) for task in live], curve, len(slots.free))
         if not chosen:
             return
-        by_task = _by_task(chosen)
-        for task, images in by_task.items():
-            for i in images:
-                if i not in task.slots:
-                    self._enter(task, i)
-        by_task, rows = self._advance_what_fits(by_task)
+        step = self._stepper.advance(images_by_task(chosen))
         seconds, now = time.monotonic() - now, time.monotonic()
-        for task, images in by_task.items():
+        if step.short:
+            with self._changed:
+                # If nothing was advanced, the job that was ended may have been why earlier steps did not fit.
+                self._curve = dataclasses.replace(self._curve, most=step.rows or self._most)
+        for task, images in step.images.items():
             task.served, task.known = now, None
-            self._leave(task, images)
+            self._stepper.leave(task, images)
             if task.ended == task.request.n:
                 self._finish(task)
-        if not by_task:
+        if not step.images:
             return
         with self._changed:
             curve = self._curve
-            slower = min(max(seconds / curve.seconds(rows), 1.0 / MOST_CHANGE), MOST_CHANGE)
+            slower = min(max(seconds / curve.seconds(step.rows), 1.0 / MOST_CHANGE), MOST_CHANGE)
             self._curve = dataclasses.replace(curve, scale=curve.scale * (1.0 + FOLLOW * (slower - 1.0)))
-            self._counts.update(steps=1, image_steps=sum(map(len, by_task.values())), rows=rows)
+            self._counts.update(steps=1, image_steps=sum(map(len, step.images.values())), rows=step.rows)
             self._counts["busy_s"] += seconds
-            self._counts["step_rows"] = rows
+            self._counts["step_rows"] = step.rows
             self._count_queued()
-
-    def _enter(self, task: Task, i: int) -> None:
-        """Put image i of a job into a slot."""
-        r = task.request
-        if not task.begun:
-            task.job.begin()
-        seed = r.seed if isinstance(r.seed, int) else r.seed[i]
-        if i >= len(task.x):
-            self._draw(task, scheduler.TOGETHER)
-        task.slots[i] = self._slots.admit(
-            task.x[i], r.table, seed=seed, index=r.index[i],
-            label=None if r.labels is None or r.prompts is not None else int(r.labels[i]),
-            guidance=float(r.guidance[i]), rescale=r.guidance_rescale, coefficients=task.coefficients,
-            texts=None if r.prompts is None else _texts_of(r, i),
-        )  # fmt: skip
-        # The memory is free once no image that was drawn with it waits.
-        task.x[i] = torch.empty(0, dtype=torch.float32, device="cpu")
-        task.begun += 1
-
-    def _advance_what_fits(self, by_task: dict[Task, list[int]]) -> tuple[dict[Task, list[int]], int]:
-        """Advance images by a row; return which, and the number of network rows.
-
-        Where device memory is short, half of them are advanced, and later steps have no more rows. If it is short for
-        these, too, those of the first job are tried alone; if it is short even then, that job ends.
-        """
-        try:
-            return by_task, self._advance(by_task)
-        except torch.OutOfMemoryError as e:
-            error = e.with_traceback(None)  # whose frames hold memory
-        images = [(task, i) for task, own in by_task.items() for i in own]
-        half = images[: max(len(images) // 2, 1)]
-        first = [(task, i) for task, i in half if task is half[0][0]]
-        tried = images
-        for fewer in (half, first):
-            if len(fewer) == len(tried):
-                continue
-            tried = fewer
-            if self._sampler.device.type == "cuda":
-                torch.cuda.empty_cache()
-            try:
-                rows = self._advance(_by_task(fewer))
-            except torch.OutOfMemoryError as e:
-                error = e.with_traceback(None)
-                continue
-            log.warning("device memory does not suffice for a step of %d images; steps have fewer now", len(images))
-            self._limit_rows(rows)
-            return _by_task(fewer), rows
-        job = half[0][0].job
-        out = OutOfMemory(f"job {job.id} was ended: device memory does not suffice for {len(tried)} of its images")
-        out.__cause__ = error
-        job.settle(error=out)
-        self._limit_rows(self._most)  # the job may have been why earlier steps did not fit
-        return {}, 0
-
-    def _limit_rows(self, most: int | None) -> None:
-        with self._changed:
-            self._curve = dataclasses.replace(self._curve, most=most)
-
-    def _advance(self, by_task: dict[Task, list[int]]) -> int:
-        """Advance images by a row, show previews, and return the number of network rows."""
-        slots, state = self._slots, self._slots.state
-        at = [task.slots[i] for task, images in by_task.items() for i in images]
-        taken: dict[Task, int] = {}  # network rows
-        known: list[tuple[Task, list[int], Tensor]] = []
-        shown: list[tuple[Task, list[int], int]] = []
-        for task, images in by_task.items():
-            taken[task] = slots.network_rows([task.slots[i] for i in images])
-            task.rows -= taken[task]
-            if task.request.mask is not None:
-                part = state.select(np.array([task.slots[i] for i in images], np.int64))
-                known.append((task, images, self._inpainting(task, images).known(part)))
-            if task.shows:
-                length = len(task.request.table)
-                for i in images:
-                    row = length - slots.rows_left(task.slots[i])
-                    if row in task.shows:
-                        shown.append((task, [i], row))
-        previews = [task.slots[i] for task, (i,), _ in shown]
-        try:
-            x0 = slots.step(self._runner, at, previews)
-        except torch.OutOfMemoryError:  # no image has changed
-            for task, rows in taken.items():
-                task.rows += rows
-            raise
-        for task, images, pixels in known:
-            mine = torch.tensor([task.slots[i] for i in images], dtype=torch.int64, device=state.x.device)
-            state.x[mine] = torch.where(self._inpainting(task, images).anew, state.x[mine], pixels)
-        self._runners.give_back()
-        for k, (task, (i,), row) in enumerate(shown):
-            assert x0 is not None
-            x = state.x[task.slots[i]][None].clone()
-            task.job.show(Event(row, len(task.request.table), (task.request.index[i],), x, x0[k][None]))
-        return sum(taken.values())
-
-    def _inpainting(self, task: Task, images: Sequence[int]) -> Inpainting:
-        r, device = task.request, self._sampler.device
-        assert r.image is not None
-        assert r.mask is not None
-        return Inpainting(r.image[list(images)].to(device), r.mask[list(images)].to(device))
-
-    def _leave(self, task: Task, images: list[int]) -> None:
-        """Take images that are finished out of their slots."""
-        assert task.result is not None
-        for i in images:
-            slot = task.slots[i]
-            if self._slots.rows_left(slot) == 0:
-                task.result[i].copy_(self._slots.state.x[slot])
-                self._slots.retire(slot)
-                del task.slots[i]
-                task.ended += 1
 
     def _finish(self, task: Task) -> None:
         """Give a job its images, or the error that they are no numbers."""
-        r = task.request
-        assert task.result is not None
-        labels, prompts = (r.labels, None) if r.prompts is None else (None, r.prompts.of_images)
-        output = SampleOutput(task.result, r.seed, r.index[0], r.table, r.nfe, labels, r.class_names, r.index, prompts)
+        output = task.output()
         try:
             check_numbers(output, self._sampler.dtype)
         except NumericsError as e:
             task.job.settle(error=e)
         else:
-            task.job.settle(output, receipt=self._receipt(task, output))
+            task.job.settle(output, receipt=task.receipt(self._sampler, output))
         self._retire(task)
-
-    def _receipt(self, task: Task, output: SampleOutput) -> dict[str, Any]:
-        r, sampler, given = task.request, self._sampler, task.request.prompts
-        return {
-            "id": task.job.id, "n": r.n, "seed": r.seed, "indices": list(r.index),
-            "labels": None if output.labels is None else output.labels.tolist(),
-            "prompts": None if given is None else [given.texts[i] for i in given.label.tolist()],
-            "negative": None if given is None else [given.texts[i] for i in given.null.tolist()],
-            "solver": r.table.solver, "rows": len(r.table), "degraded": task.degraded,
-            "table_sha256": hashlib.sha256(r.table.to_json().encode()).hexdigest(), "nfe": r.nfe,
-            "guidance": r.guidance.tolist(), "guidance_rescale": r.guidance_rescale, "backend": sampler.backend,
-            "dtype": str(sampler.dtype).removeprefix("torch."), "determinism": sampler.determinism,
-            "version": __version__, "sha256": hashlib.sha256(output.images.numpy().tobytes()).hexdigest(),
-        }  # fmt: skip
 
     def _retire(self, task: Task) -> None:
         """Take all images of a job that has ended out of their slots."""
-        for slot in task.slots.values():
-            self._slots.retire(slot)
-        task.slots = {}
+        self._stepper.retire(task)
         with self._changed:
             self._forget(task)
 
@@ -794,54 +595,6 @@ class Engine:
             self._counts["dropped"] += task.job.previews_dropped
             self._count_queued()
             self._changed.notify_all()
-
-    def _text_bytes(self) -> int:
-        """Return the bytes of the keys and values of a text; 0 for a network that reads none."""
-        if self._text is None:
-            return 0
-        widths = [2 * layer.to_k.out_features for layer in text_attentions(self._sampler.unet).values()]
-        return 4 * len(self._text.states) * max(sum(widths), self._text.states.shape[1])
-
-    @plain_modes()
-    def _measured(self, most: int | None) -> Curve:
-        """Measure what steps cost, on empty slots: twice the rows each time, until a step takes long."""
-        points: list[tuple[int, float]] = []
-        rows = 1
-        while rows <= min(2 * scheduler.TOGETHER, most or 2 * scheduler.TOGETHER):
-            best = math.inf
-            for repetition in range(4):
-                begin = time.perf_counter()
-                try:
-                    self._slots.step(self._runner, range(rows))
-                except torch.OutOfMemoryError as e:
-                    if not points:
-                        raise OutOfMemory("device memory does not suffice for a step of one image") from e
-                    return Curve(tuple(points), most=points[-1][0])
-                self._runners.give_back()
-                if repetition > 0:
-                    best = min(best, time.perf_counter() - begin)
-                if repetition > 0 and best > SLOW_STEP_S:
-                    break
-            points.append((rows, best))
-            rows *= 2
-        return Curve(tuple(points), most=most)
-
-
-def _texts_of(r: Request, i: int) -> tuple[Text, Text]:
-    """Return the text of image i of a request, and that of its unconditional half."""
-    assert r.prompts is not None
-    assert r.texts is not None
-    numbers, states, pooled = (int(r.prompts.label[i]), int(r.prompts.null[i])), r.texts.states, r.texts.pooled
-    own, null = (Text(r.prompts.texts[k], states[k], None if pooled is None else pooled[k]) for k in numbers)
-    return own, null
-
-
-def _by_task(images: Sequence[tuple[Task, int]]) -> dict[Task, list[int]]:
-    """Return the images of each job."""
-    by_task: dict[Task, list[int]] = {}
-    for task, i in images:
-        by_task.setdefault(task, []).append(i)
-    return by_task
 
 
 def _check_possible(options: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class Gate:
     """Lets the steps of an engine pass one by one."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch):
-        self.slots, self.may = engine._slots, threading.Semaphore(0)
+        self.slots, self.may = engine._stepper.slots, threading.Semaphore(0)
         self.arrived = threading.Semaphore(0)
         self.taken: list[int] = []  # images of each step
         step = self.slots.step
@@ -295,7 +295,7 @@ def test_cancelled_images_leave_before_the_next_step(engine, monkeypatch):
     assert gate.taken == [4, 1, 1, 1]
     assert not other.cancel()
     assert (engine.stats().cancelled, engine.stats().finished) == (1, 1)
-    assert len(engine._slots.free) == len(engine._slots.state.x)
+    assert len(engine._stepper.slots.free) == len(engine._stepper.slots.state.x)
 
 
 def race(engine: Engine, times: int) -> None:
@@ -328,7 +328,7 @@ def race(engine: Engine, times: int) -> None:
     end = time.monotonic() + SECONDS
     while engine.stats().waiting + engine.stats().running and time.monotonic() < end:
         time.sleep(0.01)
-    assert len(engine._slots.free) == len(engine._slots.state.x)
+    assert len(engine._stepper.slots.free) == len(engine._stepper.slots.state.x)
     assert min(outcomes.values()) > times // 100, outcomes
     assert (engine.stats().finished, engine.stats().cancelled) == (outcomes["finished"], outcomes["cancelled"])
 
@@ -381,8 +381,8 @@ def test_an_error_of_a_step_ends_all_jobs_by_name(sampler, monkeypatch, caplog):
         jobs = [engine.submit(1, steps=5, labels=1, request_id=name) for name in "ab"]
         gate.reached()
         thread = engine._thread
-        monkeypatch.setattr(engine._slots, "retire", lambda slot: 1 / 0)
-        monkeypatch.setattr(engine._slots, "rows_left", lambda slot: 0)
+        monkeypatch.setattr(engine._stepper.slots, "retire", lambda slot: 1 / 0)
+        monkeypatch.setattr(engine._stepper.slots, "rows_left", lambda slot: 0)
         gate.open()
         for job in jobs:
             with pytest.raises(BackendError, match=f"job {job.id} was ended, .* a step raised ZeroDivisionError"):

@@ -157,7 +157,7 @@ def test_engines_take_turns(samplers, engines):
     inside: list[int] = []
     most: list[int] = []
     for engine in engines:
-        step = engine._slots.step
+        step = engine._stepper.slots.step
 
         def counted(*arguments, step=step):
             inside.append(1)
@@ -166,7 +166,7 @@ def test_engines_take_turns(samplers, engines):
             inside.pop()
             return found
 
-        engine._slots.step = counted
+        engine._stepper.slots.step = counted
     calls = [{"labels": 1}, {}]
     jobs = [
         (sampler, call, seed, engine.submit(2, steps=6, seed=seed, **call))
@@ -187,7 +187,7 @@ def test_an_engine_that_ends_gives_its_turn_up(engines):
     first.close()
     assert other.result(SECONDS)
     assert job.state == "cancelled"
-    monkey = second._slots
+    monkey = second._stepper.slots
     monkey.retire = lambda slot: 1 / 0  # the step that ends the next job fails
     third = Engine(second.sampler, lanes=second._lane._lanes)
     failed = second.submit(1, steps=2)

@@ -38,7 +38,7 @@ def shorten(engine: Engine, monkeypatch: pytest.MonkeyPatch, most: int, never: C
     """Let memory suffice for so many images, and for none of some labels; return the sizes of steps, as they come."""
     sizes: list[int] = []
     for name in ("step", "forward"):
-        real = getattr(engine._runner, name)
+        real = getattr(engine._stepper.runner, name)
 
         def tried(state: State, real: Any = real) -> None:
             assert state.taking is not None
@@ -48,7 +48,7 @@ def shorten(engine: Engine, monkeypatch: pytest.MonkeyPatch, most: int, never: C
             sizes.append(len(state.taking))
             real(state)
 
-        monkeypatch.setattr(engine._runner, name, tried)
+        monkeypatch.setattr(engine._stepper.runner, name, tried)
     return sizes
 
 
@@ -82,7 +82,7 @@ def test_only_the_job_that_does_not_fit_ends(sampler, engine, monkeypatch, besid
         check(sampler, job.result(SECONDS).images, 2, labels=label % 3, **options)
     later = engine.submit(2, labels=1, **options)
     check(sampler, later.result(SECONDS).images, 2, labels=1, **options)
-    assert len(engine._slots.free) == len(engine._slots.state.x)
+    assert len(engine._stepper.slots.free) == len(engine._stepper.slots.state.x)
     assert engine._curve.most is None  # it was that job
 
 

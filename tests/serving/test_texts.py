@@ -43,7 +43,7 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
 @pytest.fixture(scope="module")
 def engine(sampler: Sampler) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastdiff.serving.engine.MOST_SLOTS", 1)  # as few as there can be
+        patch.setattr("fastdiff.serving.stepper.MOST_SLOTS", 1)  # as few as there can be
         engine = Engine(sampler, max_queue_s=1e6)
     with engine:
         yield engine
@@ -65,13 +65,13 @@ def test_images_are_those_of_a_sampler(sampler, engine):
         if sampler.determinism == "bitwise":
             assert job.receipt["sha256"] == hashlib.sha256(expected.images.numpy().tobytes()).hexdigest()
     assert jobs[1][1].receipt["negative"] == ["", "snow", "a dog"]
-    assert engine._slots.texts.used == 0
+    assert engine._stepper.slots.texts.used == 0
 
 
 def test_prompts_join_a_batch_that_runs(sampler, engine):
     """Long jobs of other prompts are in flight at different steps; more prompts come than there are places for."""
     long = [engine.submit(2, prompts=["a dog", "a car"], steps=40, guidance=2.0, seed=seed) for seed in range(3)]
-    places = len(engine._slots.texts.now.states)
+    places = len(engine._stepper.slots.texts.now.states)
     for i in range(places + 5):
         prompt = " ".join(("dog", "car", "snow", "red", "night", "house")[(i >> k) % 6] for k in range(4))
         job = engine.submit(1, prompts=prompt, negative="snow", guidance=3.0, steps=2, seed=i)
