@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.hpp"
+
 namespace fastdiff {
 
 namespace nb = nanobind;
@@ -97,6 +99,18 @@ Operand operand(nb::handle given, size_t dimensions, const std::string& name) {
   for (const int64_t size : result.shape)
     require(size >= 1 && size <= most, name + " is " + describe(result.shape) + ": its sizes must be from 1 to 2^24");
   return result;
+}
+
+// Returns the operand "weights" or "to", packed weights of the shape that ConvArgs describes; bfloat16 comes as int16.
+template <class F, class B>
+Operand packed_weights(nb::handle given, const std::string& name, const Kernels& kernels, int64_t panels,
+                       int64_t positions, int64_t depth, bool bf16) {
+  const std::vector<int64_t> shape =
+      bf16 ? std::vector<int64_t>{panels, positions, depth / 2, panel, 2}
+           : std::vector<int64_t>{panels, positions, panel / kernels.slice, depth, kernels.slice};
+  Operand weights = bf16 ? operand<B>(given, 5, name) : operand<F>(given, 5, name);
+  require(weights.shape == shape, name + " is " + describe(weights.shape) + ", " + describe(shape) + " is needed");
+  return weights;
 }
 
 }  // namespace fastdiff

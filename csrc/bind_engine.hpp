@@ -59,7 +59,10 @@ class BoundEngine {
   // width, channels]. run() takes each row's timestep and label, which are [rows], from those arrays.
   BoundEngine(const std::string& isa, int threads, nb::handle x, nb::handle out, int out_channels, nb::handle timestep,
               nb::handle label, nb::handle class_image)
-      : x_(operand<float>(x, 4, "x")), rows_(rows_of(x_)), engine_(choose_kernels(isa), threads, rows_) {
+      : x_(operand<float>(x, 4, "x")),
+        rows_(rows_of(x_)),
+        kernels_(choose_kernels(isa)),
+        engine_(kernels_, threads, rows_) {
     use(x_);
     const Maps maps = this->maps(out, "out");
     require(
@@ -421,11 +424,9 @@ class BoundEngine {
 
   // Returns the packed weights, whose shape ConvArgs describes; bfloat16 comes as int16.
   const void* packed(nb::handle given, const ConvArgs& a) {
-    Operand weights = a.bf16 ? operand<const int16_t>(given, 5, "weights") : operand<const float>(given, 4, "weights");
-    std::vector<int64_t> shape = {a.panels(), a.positions(), a.depth() / (a.bf16 ? 2 : 1), panel};
-    if (a.bf16) shape.push_back(2);
-    require(weights.shape == shape, "weights are " + describe(weights.shape) + ", " + describe(shape) + " is needed");
-    return use(weights).data;
+    return use(packed_weights<const float, const int16_t>(given, "weights", kernels_, a.panels(), a.positions(),
+                                                          a.depth(), a.bf16))
+        .data;
   }
 
   // Returns a vector of at least `size` numbers.
@@ -529,6 +530,7 @@ class BoundEngine {
 
   Operand x_;
   int rows_;
+  const Kernels& kernels_;
   Engine engine_;
   Operand timestep_, label_, class_image_;
   float* out_ = nullptr;

@@ -45,11 +45,8 @@ inline void pack_weights(const Array<const float>& weights, const std::vector<in
   a.padded_channels = static_cast<int>(channel.size());
   const int64_t panels = ceil_div(a.outputs, panel), positions = method == Method::direct ? 1 : a.rows();
   const int64_t depth = a.rows() / positions * a.padded_channels;
-  const Operand result = bf16 ? operand<int16_t>(to, 5, "to") : operand<float>(to, 4, "to");
-  std::vector<int64_t> wanted = {panels, positions, bf16 ? depth / 2 : depth, panel};
-  if (bf16) wanted.push_back(2);
-  require(result.shape == wanted && result.data != nullptr,
-          "to is " + describe(result.shape) + ", " + describe(wanted) + " is needed");
+  const Operand result = packed_weights<float, int16_t>(to, "to", kernels, panels, positions, depth, bf16);
+  require(result.data != nullptr, "to is a shape: an array is needed");
   a.to = result.data;
   const WithoutGil without_gil;
   share_work(static_cast<int>(panels) * a.groups(), 16, threads, [&](Range tasks) { kernels.pack(a, tasks); });

@@ -97,7 +97,7 @@ struct ConvArgs {
   bool geglu;
   bool relu;
   bool bf16;            // operands are bfloat16: conv_load rounds the sources, and weights hold bfloat16
-  const void* weights;  // [panels, positions, depth, panel], zero-padded; bfloat16: [.., depth / 2, panel, 2]
+  const void* weights;  // [panels, positions, panel / slice, depth, slice]; bfloat16: [.., depth / 2, panel, 2]
   const float* bias;    // [padded outputs]; where geglu [panels, panel]
   int outputs;          // channels of dst, padded
   RowVectors emb;       // added to the bias of a row; base null: none
@@ -210,6 +210,7 @@ struct InputArgs {
 struct Kernels {
   const char* name;
   int lanes;
+  int slice;  // columns of a panel of floats that are stored together: it is [panel / slice, depth, slice]
   bool bf16;  // whether it can multiply bfloat16
   // Computes scale and shift from statistics.
   void (*norm)(const NormArgs&, Range rows);
@@ -225,7 +226,7 @@ struct Kernels {
   void (*embed)(RowVectors time, RowVectors classes, int features, float* dst, Range rows);
   // For measurements: a product by itself; and multiply-adds on registers alone, fma_chains vectors of them per round.
   void (*multiply)(int items, int width, int depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                   bool onto);
+                   bool onto, int rows);
   float (*fma)(int64_t rounds);
   int fma_chains;
   // The same for dot products of bfloat16, dot_operations of multiplying and adding per round; null where there are none.

@@ -44,7 +44,7 @@ std::tuple<double, double, double> rates(const std::string& isa) {
   std::vector<float> c(items * panel);
   const double product = gflops(2.0 * items * depth * panel * repeats, [&] {
     for (int i = 0; i < repeats; i++)
-      kernels.multiply(items, panel, depth, a.data(), depth, b.data(), c.data(), panel, false);
+      kernels.multiply(items, panel, depth, a.data(), depth, b.data(), c.data(), panel, false, depth);
   });
   volatile float kept = 0;
   const double peak =
@@ -80,6 +80,9 @@ NB_MODULE(_native, m) {
   m.attr("STRIP") = strip;
   m.attr("GROUP") = group;
   m.attr("PANEL") = panel;
+  m.def(
+      "slice", [](const std::string& isa) { return choose_kernels(isa).slice; }, nb::arg("isa"),
+      "Return the number of columns of a panel of floats that are stored together.");
   m.def("bf16_isas", [] {
     std::vector<std::string> names;
     for (const Kernels* kernels : available_kernels())

@@ -23,12 +23,12 @@ inline Vec read_head(const AttentionArgs& a, RowVectors source, int row, int hea
   return h * load(a.scale + at) + load(a.shift + at);
 }
 
-// Packs the values of a head's given keys, of which there are P, into v [width / panel, P, panel]; in bfloat16, into
+// Packs the values of a head's given keys, of which there are P, into v [width / slice, P, slice]; in bfloat16, into
 // [width / panel, P / 2, panel, 2].
 void pack_values(const AttentionArgs& a, int row, int head, Range given, float* v) {
   for (int p = 0; p < given.size(); p++)
     for (int k = 0; k < a.head_dim; k += lanes)
-      store(v + (static_cast<int64_t>(k / panel) * given.size() + p) * panel + k % panel,
+      store(v + (static_cast<int64_t>(k / slice) * given.size() + p) * slice + k % slice,
             read_head(a, a.values, row, head, given.begin + p, k));
 }
 
@@ -41,24 +41,24 @@ void pack_values(const AttentionArgs& a, int row, int head, Range given, BF16* v
                   p + 1 < given.size() ? read_head(a, a.values, row, head, given.begin + p + 1, k) : splat(0));
 }
 
-// Packs a head's given keys, transposed and divided by sqrt(d), into kt [keys / panel, d, panel]; in bfloat16, into
-// [keys / panel, d / 2, panel, 2]. Columns past the last key are zeros. The loop over channels encloses the one over a
-// panel's keys, so that the lines of kt that are written stay in the L1 cache.
+// Packs a head's given keys, transposed and divided by sqrt(d), into kt [keys / slice, d, slice]; in bfloat16, into
+// [keys / panel, d / 2, panel, 2]. Columns past the last key are zeros. The loop over channels encloses the one over the
+// keys that lie together, so that the lines of kt that are written stay in the L1 cache.
 template <class T>
 void pack_keys(const AttentionArgs& a, int row, int head, Range given, T* kt) {
-  constexpr int step = step_depth<T>;
+  constexpr int step = step_depth<T>, columns = together<T>;
   const int d = ceil_div(a.head_dim, step) * step, P = given.size();
   const float scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim));
   if (P % panel != 0)
     std::memset(kt + static_cast<int64_t>(P / panel) * d * panel, 0, sizeof(T) * static_cast<int64_t>(d) * panel);
-  for (int first = 0; first < P; first += panel)
+  for (int first = 0; first < P; first += columns)
     for (int k = 0; k < d; k += lanes)
-      for (int p = first; p < std::min(first + panel, P); p++) {
+      for (int p = first; p < std::min(first + columns, P); p++) {
         T key[lanes];
         store(key, read_head(a, a.keys, row, head, given.begin + p, k) * scale);
-        T* column = kt + (static_cast<int64_t>(first / panel) * d + k) * panel + p % panel * step;
+        T* column = kt + (static_cast<int64_t>(first / columns) * d + k) * columns + p % columns * step;
         for (int i = 0; i < std::min(lanes, d - k); i += step)
-          std::memcpy(column + static_cast<int64_t>(i) * panel, key + i, step * sizeof(T));
+          std::memcpy(column + static_cast<int64_t>(i) * columns, key + i, step * sizeof(T));
       }
 }
 
@@ -125,8 +125,8 @@ void attend(const AttentionArgs& a, Range units, float* space) {
   const int width = ceil_div(d, panel) * panel, depth = rounds ? even(d) : d, columns = padded(d);
   const int blocks = a.blocks();
   // Working space. An array of BF16 takes half as many floats as it has numbers.
-  T* kt = reinterpret_cast<T*>(space);                                          // [keys / panel, depth, panel]
-  T* v = kt + static_cast<int64_t>(most_keys) * depth;                          // [width / panel, last, panel]
+  T* kt = reinterpret_cast<T*>(space);                                          // [keys / slice, depth, slice]
+  T* v = kt + static_cast<int64_t>(most_keys) * depth;                          // [width / slice, last, slice]
   T* operand = v + static_cast<int64_t>(width) * (rounds ? even(most) : most);  // [query_block, keys or columns]
   float* scores = reinterpret_cast<float*>(operand + (rounds ? query_block * std::max(most_keys, columns) : 0));
   float* state = scores + static_cast<int64_t>(query_block) * most_keys;  // [together, query_block, 2 + width]

@@ -300,7 +300,7 @@ void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loade
       const int pixels = static_cast<int>(pixels_before(a, strips.end) - begin);
       for (int part = 0, from = 0; part < a.src.count; from += a.src.channels[part++])
         multiply(pixels, width, a.src.channels[part], a.src.data[part] + begin * a.src.channels[part],
-                 a.src.channels[part], weights + static_cast<int64_t>(from) * panel, products, panel, part > 0);
+                 a.src.channels[part], weights + static_cast<int64_t>(from) * slice, products, panel, part > 0, depth);
     } else if (a.bf16) {
       multiply_positions(a, used, width, static_cast<const BF16*>(loaded), items,
                          static_cast<const BF16*>(a.weights) + first_weight, products);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "kernels/gemm.hpp"
 #include "kernels/vec.hpp"
 
 namespace fastdiff {
@@ -65,15 +66,22 @@ void pack(const PackArgs& a, Range tasks) {
           case Method::winograd4: transform_weights(g4, from, both[half]); break;
         }
       }
-      // What a position has is [depth, panel]; a direct convolution has one, whose depth is [taps, channels].
+      // What a position has is a panel of `depth` rows; a direct convolution has one, whose rows are [taps, channels].
+      const bool direct = a.method == Method::direct;
+      const int64_t depth = static_cast<int64_t>(direct ? a.rows() : 1) * a.padded_channels;
       for (int i = 0; i < a.rows(); i++) {
-        const int64_t at = (static_cast<int64_t>(first / panel) * a.rows() + i) * a.padded_channels + c;
+        const int64_t begin =
+            static_cast<int64_t>(first / panel) * a.rows() * a.padded_channels + (direct ? 0 : i * depth);
+        const int64_t row = (direct ? static_cast<int64_t>(i) * a.padded_channels : 0) + c;
         if (a.bf16)
           for (int o = 0; o < panel; o += lanes)
-            store_pairs(static_cast<BF16*>(a.to) + at * panel + 2 * o, load(both[0][i] + o), load(both[1][i] + o));
+            store_pairs(static_cast<BF16*>(a.to) + (begin + row) * panel + 2 * o, load(both[0][i] + o),
+                        load(both[1][i] + o));
         else
-          for (int half = 0; half < 2; half++)
-            std::memcpy(static_cast<float*>(a.to) + (at + half) * panel, both[half][i], sizeof both[half][i]);
+          for (int o = 0; o < panel; o += slice)
+            for (int half = 0; half < 2; half++)
+              std::memcpy(static_cast<float*>(a.to) + begin * panel + (o * depth + (row + half) * slice),
+                          both[half][i] + o, slice * sizeof(float));
       }
     }
   }

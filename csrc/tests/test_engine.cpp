@@ -82,8 +82,14 @@ std::vector<std::vector<double>> winograd_g(Method method) {
   return g;
 }
 
+// Returns the place of a row and a column in a panel of floats with `depth` rows, or of bfloat16 before rounded().
+size_t in_panel(const Kernels& kernels, bool bf16, int depth, int row, int column) {
+  const size_t together = bf16 ? panel : kernels.slice;
+  return (column / together * depth + row) * together + column % together;
+}
+
 // Packs weights [outputs, channels of all sources, kernel, kernel] as ConvArgs describes it.
-std::vector<float> pack(const Case& c, const std::vector<float>& weights, const ConvArgs& a) {
+std::vector<float> pack(const Kernels& kernels, const Case& c, const std::vector<float>& weights, const ConvArgs& a) {
   std::vector<float> packed(static_cast<size_t>(a.panels()) * a.positions() * a.depth() * panel);
   int total = 0;
   for (int channels : c.channels) total += channels;
@@ -93,8 +99,8 @@ std::vector<float> pack(const Case& c, const std::vector<float>& weights, const 
       const int place = k < c.channels[0] ? k : padded(c.channels[0]) + k - c.channels[0];
       const float* w = &weights[(static_cast<size_t>(n) * total + k) * c.kernel * c.kernel];
       const auto at = [&](int position, int depth) -> float& {
-        return packed[((static_cast<size_t>(n / panel) * a.positions() + position) * a.depth() + depth) * panel +
-                      n % panel];
+        return packed[(static_cast<size_t>(n / panel) * a.positions() + position) * a.depth() * panel +
+                      in_panel(kernels, a.bf16, a.depth(), depth, n % panel)];
       };
       if (c.method == Method::direct) {
         for (int tap = 0; tap < c.kernel * c.kernel; tap++) at(0, tap * a.src.all_channels() + place) = w[tap];
@@ -166,10 +172,10 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
   a.inverse_divide = 0.5f;
   const std::vector<float> weights = random(static_cast<size_t>(c.outputs) * total * c.kernel * c.kernel);
   std::vector<float> bias = random(c.outputs), emb = random(static_cast<size_t>(c.rows) * c.outputs);
-  const std::vector<float> packed = pack(c, weights, a);
+  a.bf16 = c.bf16;
+  const std::vector<float> packed = pack(kernels, c, weights, a);
   const std::vector<uint16_t> halves = rounded(packed, a.depth());
   bias.resize(a.outputs);
-  a.bf16 = c.bf16;
   if (c.bf16)
     a.weights = halves.data();
   else
@@ -305,7 +311,7 @@ void check_tiles(const Kernels& kernels) {
   a.bf16 = true;
   a.outputs = padded(outputs);
   a.inverse_divide = 1.0f;
-  const std::vector<uint16_t> packed = rounded(pack(c, weights, a), channels);
+  const std::vector<uint16_t> packed = rounded(pack(kernels, c, weights, a), channels);
   const std::vector<float> bias(a.outputs);
   std::vector<float> dst(pixels * a.outputs);
   a.weights = packed.data();
@@ -359,7 +365,7 @@ std::vector<float> step_some(const Kernels& kernels, int threads, int capacity, 
     a.method = method;
     a.outputs = padded(to);
     a.inverse_divide = 1.0f;
-    packed = pack(c, random(static_cast<size_t>(to) * from * 9), a);
+    packed = pack(kernels, c, random(static_cast<size_t>(to) * from * 9), a);
     bias = random(to);
     bias.resize(a.outputs);
     a.weights = packed.data();
@@ -534,7 +540,8 @@ void check_layer(const Kernels& kernels, int threads, int rows, Map map, int cha
     const size_t p = output / a.per_panel();
     packed_bias[p * panel + column] = bias[n];
     for (int k = 0; k < channels; k++)
-      packed[(p * a.depth() + k) * panel + column] = weights[static_cast<size_t>(n) * channels + k];
+      packed[p * a.depth() * panel + in_panel(kernels, false, a.depth(), k, column)] =
+          weights[static_cast<size_t>(n) * channels + k];
   }
   a.weights = packed.data();
   a.bias = packed_bias.data();

@@ -23,7 +23,7 @@ from tests.support.unets import TINY_CLASSES, random_unet
 
 native = pytest.importorskip("fastdiff._native", reason="the native extension is not built")
 
-G, PANEL, By, Method = native.GROUP, native.PANEL, native.By, native.Method
+G, PANEL, SLICE, By, Method = native.GROUP, native.PANEL, native.slice(""), native.By, native.Method
 SCHEDULE = NoiseSchedule("linear", 100, beta_end=0.1)
 REFUSED = (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, BufferError)
 TIMES, LABELS = 5, 4
@@ -112,7 +112,7 @@ class Valid:
         }  # fmt: skip
         positions = {Method.direct: 1, Method.winograd2: 16, Method.winograd4: 36}[arguments["method"]]
         depth = sum(map(padded, channels)) * (arguments["kernel"] ** 2 if positions == 1 else 1)
-        arguments["weights"] = floats(-(-padded(outputs) // PANEL), positions, depth, PANEL)
+        arguments["weights"] = floats(-(-padded(outputs) // PANEL), positions, PANEL // SLICE, depth, SLICE)
         self.calls[name] = "conv", arguments
 
     def engine(self) -> dict[str, Any]:

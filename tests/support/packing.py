@@ -25,9 +25,15 @@ def winograd_g(points: tuple[float, ...]) -> Tensor:
 
 
 def pack(
-    weight: Tensor, channels: tuple[int, ...], method: str, group: int, panel: int, dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    channels: tuple[int, ...],
+    method: str,
+    group: int,
+    panel: int,
+    together: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Pack the weights [N, C, k, k] of a convolution as [panels, positions, depth, panel].
+    """Pack the weights [N, C, k, k] of a convolution as [panels, positions, panel / together, depth, together].
 
     In bfloat16 it is [panels, positions, depth / 2, panel, 2]. The channels of each source are padded with zeros to a
     multiple of ``group``, the number that the engine reads at a time, and N to whole panels of ``panel`` output
@@ -44,5 +50,6 @@ def pack(
     U = F.pad(U, (0, -N % panel))
     U = U.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).float()
     if dtype == torch.bfloat16:
-        U = U.unflatten(2, (-1, 2)).transpose(3, 4).to(dtype)
+        return U.unflatten(2, (-1, 2)).transpose(3, 4).to(dtype).contiguous()
+    U = U.unflatten(3, (-1, together)).transpose(2, 3)
     return U.contiguous()

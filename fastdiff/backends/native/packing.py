@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from fastdiff.backends.native import threads
 from fastdiff.backends.native.arrays import aligned, array
-from fastdiff.backends.native.extension import isa
 from fastdiff.backends.network import checksum, merged_layer
 from fastdiff.core.program import Conv
 
@@ -24,27 +23,35 @@ Built = TypeVar("Built")
 
 
 def pack(
-    native: ModuleType, weight: Tensor, channels: tuple[int, ...], method: str, dtype: torch.dtype = torch.float32
+    native: ModuleType,
+    weight: Tensor,
+    channels: tuple[int, ...],
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    isa: str = "",
 ) -> Tensor:
-    """Pack the weights [N, C, k, k] of a convolution as [panels, positions, depth, panel].
+    """Pack the weights [N, C, k, k] of a convolution as [panels, positions, panel / slice, depth, slice].
 
-    In bfloat16 it is [panels, positions, depth / 2, panel, 2]. The channels of each source are padded with zeros to a
-    multiple of ``native.GROUP``, the number that the engine reads at a time, and N to whole panels of ``native.PANEL``
-    output channels. The depth is the number of padded channels, k^2 times that where the method is "direct". Weights on
-    "meta" give a tensor of this shape on "meta".
+    In bfloat16 it is [panels, positions, depth / 2, panel, 2]. A slice has the output channels that the instruction set
+    (``isa``; empty: the best available one) computes at a time (``native.slice``). The channels of each source are
+    padded with zeros to a multiple of ``native.GROUP``, the number that the engine reads at a time, and N to whole
+    panels of ``native.PANEL`` output channels. The depth is the number of padded channels, k^2 times that where the
+    method is "direct". Weights on "meta" give a tensor of this shape on "meta".
     """
     N, _, k, _ = weight.shape
     depth = sum(-(-c // native.GROUP) * native.GROUP for c in channels)
     positions, taps = {"direct": (1, k * k), "winograd2": (16, 1), "winograd4": (36, 1)}[method]
-    shape = [-(-N // native.PANEL), positions, depth * taps, native.PANEL]
+    panels, depth, together = -(-N // native.PANEL), depth * taps, native.slice(isa)
     if dtype == torch.bfloat16:
-        shape = [*shape[:2], shape[2] // 2, native.PANEL, 2]
+        shape = [panels, positions, depth // 2, native.PANEL, 2]
+    else:
+        shape = [panels, positions, native.PANEL // together, depth, together]
     if weight.is_meta:
         return torch.empty(shape, dtype=dtype, device="meta")
     packed = aligned(math.prod(shape) * dtype.itemsize, "packed weights").view(dtype).view(shape)
     native.pack(
         weight.float().contiguous().numpy(), list(channels), getattr(native.Method, method), array(packed),
-        bf16=dtype == torch.bfloat16, threads=threads.number(), isa=isa(),
+        bf16=dtype == torch.bfloat16, threads=threads.number(), isa=isa,
     )  # fmt: skip
     return packed
 
@@ -110,7 +117,9 @@ class Weights:
                     del self.packed[key]
             return built if settled else None
 
-    def conv(self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def conv(
+        self, op: Conv, channels: tuple[int, ...], method: str, dtype: torch.dtype, isa: str
+    ) -> tuple[Tensor, Tensor]:
         """Return a convolution's packed weights in ``dtype`` (see `pack`) and its bias, padded float32."""
 
         def layer() -> tuple[Tensor, Tensor]:
@@ -119,10 +128,10 @@ class Weights:
             return (gated(W, half), gated(b, half)) if op.geglu else (W, b)
 
         def kernel() -> Tensor:
-            return pack(self.native, layer()[0], channels, method, dtype)
+            return pack(self.native, layer()[0], channels, method, dtype, isa)
 
         bias = self._once((op.weights, "bias"), lambda: self._padded(layer()[1]))
-        return self._once((op.weights, channels, method, dtype), kernel), bias
+        return self._once((op.weights, channels, method, dtype, isa), kernel), bias
 
     def _padded(self, v: Tensor) -> Tensor:
         return F.pad(v.float(), (0, -len(v) % self.native.GROUP)).contiguous()

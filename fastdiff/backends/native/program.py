@@ -78,6 +78,7 @@ class NativeProgram:
         self.inputs = inputs
         self.methods: dict[str, str] = {}
         self.spec = spec
+        self.isa = isa
         H, W, C = program.buffers["out"].shape
         self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device=arena.device)
         self.engine = native.Engine(
@@ -185,7 +186,7 @@ class NativeProgram:
         method = choose_method(op, self.program, rows, allowed)
         self.methods[op.dst] = method
         dtype = torch.bfloat16 if bf16 else torch.float32
-        kernel, bias = self.weights.conv(op, tuple(buffers[name].shape[2] for name in op.src), method, dtype)
+        kernel, bias = self.weights.conv(op, tuple(buffers[name].shape[2] for name in op.src), method, dtype, self.isa)
         self.engine.conv(
             src=self._sources(op),
             kernel=op.kernel,
