@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t block_numbers = 256 * 1024;
 
 // The least number of items per member for which it pays that every member reads all weights.
-constexpr int panel_items = 24;
+constexpr int slice_items = 24;
 
 // More threads than a machine has cores; counts of items per member stay within an int.
 constexpr int most_threads = 4096;
@@ -43,7 +43,8 @@ Engine::Split Engine::split(const ConvArgs& conv, int rows) const {
   // Weights are read once per block. If members have few strips each, it costs more that every member reads all weights
   // than that every member reads all items.
   const int mine = ceil_div(strips, members) * conv.items();
-  if (members > 1 && conv.panels() >= members && (mine < panel_items || strips < members)) return {strips, true};
+  if (members > 1 && kernels_.slices(conv) >= members && (mine < slice_items || strips < members))
+    return {strips, true};
   return {std::min(block, ceil_div(strips, members)), false};
 }
 
@@ -68,8 +69,8 @@ void Engine::add(const Op& op) {
     for (int rows = 1; rows <= capacity_; rows++) {
       const Split how = split(conv->conv, rows);
       const int items = how.block * conv->conv.items();
-      if (how.panels) common_size_ = std::max(common_size_, conv->conv.load_size(items));
-      wants(conv->conv.space() + conv->conv.product_size(items) + (how.panels ? 0 : conv->conv.load_size(items)));
+      if (how.slices) common_size_ = std::max(common_size_, conv->conv.load_size(items));
+      wants(conv->conv.space() + conv->conv.product_size(items) + (how.slices ? 0 : conv->conv.load_size(items)));
     }
     wants_norm(conv->norm);
   } else if (const auto* pool = std::get_if<PoolOp>(&op)) {
@@ -201,15 +202,15 @@ void Engine::run_op(int member, const ConvOp& op) {
   ConvArgs conv = op.conv;
   run_norm(member, op.norm, conv.src.scale, conv.src.shift);
   const Split how = split(conv, rows_);
-  const Range strips{0, rows_ * conv.map.strips()}, panels{0, conv.panels()};
+  const Range strips{0, rows_ * conv.map.strips()}, slices{0, kernels_.slices(conv)};
   const int items = how.block * conv.items();
   float* space = own(member);
   float* products = space + conv.space();
-  if (how.panels) {
+  if (how.slices) {
     const Range mine = share(strips, member, threads_);
     kernels_.conv_load(conv, mine, common_.get(), mine.begin * conv.items(), items, space);
     team_->barrier();
-    kernels_.conv_store(conv, strips, share(panels, member, threads_), common_.get(), items, products);
+    kernels_.conv_store(conv, strips, share(slices, member, threads_), common_.get(), items, products);
     return;
   }
   float* loaded = products + conv.product_size(items);
@@ -217,7 +218,7 @@ void Engine::run_op(int member, const ConvOp& op) {
   for (int s = mine.begin; s < mine.end; s += how.block) {
     const Range block{s, std::min(s + how.block, mine.end)};
     kernels_.conv_load(conv, block, loaded, 0, items, space);
-    kernels_.conv_store(conv, block, panels, loaded, items, products);
+    kernels_.conv_store(conv, block, slices, loaded, items, products);
   }
 }
 

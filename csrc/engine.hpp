@@ -88,11 +88,11 @@ class Engine {
   int64_t space() const;
 
  private:
-  // How members share a convolution. Either each processes its own strips, `block` at a time, or (`panels`) they load
-  // all strips together and each multiplies them with its own panels of weights.
+  // How members share a convolution. Either each processes its own strips, `block` at a time, or (`slices`) they load
+  // all strips together and each multiplies them with its own slices of weights.
   struct Split {
     int block;
-    bool panels;
+    bool slices;
   };
   Split split(const ConvArgs& conv, int rows) const;
   // What a call has while it runs: the team, and the working space.
@@ -124,7 +124,7 @@ class Engine {
   std::vector<Op> ops_;
   int64_t own_size_ = 0, common_size_ = 0, norm_size_ = 0;
   std::vector<std::unique_ptr<float[]>> own_;  // working space of each member
-  std::unique_ptr<float[]> common_;            // loaded items of a convolution that is split by panels
+  std::unique_ptr<float[]> common_;            // loaded items of a convolution that is split by slices
   std::unique_ptr<float[]> norm_;              // scale and shift of the present operation
 };
 

@@ -116,6 +116,8 @@ struct ConvArgs {
   int depth() const { return src.all_channels() * (method == Method::direct ? kernel * kernel : 1); }
   int per_panel() const { return geglu ? panel / 2 : panel; }  // channels of dst that a panel has
   int panels() const { return ceil_div(outputs, per_panel()); }
+  // Whether a panel's columns belong together: gates with their outputs, and the pairs of bfloat16 numbers.
+  bool whole_panels() const { return geglu || bf16; }
   // Items (tiles, or pixels where direct) per strip; the last strip of a map may have fewer.
   int items() const { return ceil_div(map.height < strip ? map.height : strip, tile()) * ceil_div(map.width, tile()); }
   // Numbers between two positions. The added `group` keeps positions from mapping to the same cache sets.
@@ -216,9 +218,9 @@ struct Kernels {
   void (*norm)(const NormArgs&, Range rows);
   // Reads, normalises and transforms strips into `loaded` [positions, items, depth], from item `offset` on.
   void (*conv_load)(const ConvArgs&, Range strips, void* loaded, int offset, int items, float* space);
-  // Multiplies the loaded items with panels of weights, and finishes them. `products`: product_size(items) numbers of
+  // Multiplies the loaded items with slices of weights, and finishes them. `products`: product_size(items) numbers of
   // working memory.
-  void (*conv_store)(const ConvArgs&, Range strips, Range panels, const void* loaded, int items, float* products);
+  void (*conv_store)(const ConvArgs&, Range strips, Range slices, const void* loaded, int items, float* products);
   void (*pool)(const PoolArgs&, Range strips, float* space);
   // A unit is a block of queries: (row * heads + head) * blocks + block.
   void (*attention)(const AttentionArgs&, Range units, float* space);
@@ -239,6 +241,8 @@ struct Kernels {
   void (*pack)(const PackArgs&, Range tasks);
   // Returns the checksum of n bytes, whose first word is number `first` of all.
   uint64_t (*checksum)(const uint8_t* bytes, int64_t n, int64_t first);
+  // Returns the number of slices that conv_store can process by themselves.
+  int slices(const ConvArgs& a) const { return a.whole_panels() ? a.panels() : ceil_div(a.outputs, slice); }
 };
 
 }  // namespace fastdiff

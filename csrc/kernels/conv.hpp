@@ -286,30 +286,33 @@ void multiply_positions(const ConvArgs& a, int used, int width, const T* loaded,
              products + position * a.product_stride(items), panel);
 }
 
-void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loaded, int items, float* products) {
+void conv_store(const ConvArgs& a, Range strips, Range slices, const void* loaded, int items, float* products) {
   forget_tiles();
-  const int per_row = a.map.strips(), depth = a.depth();
+  const int per_row = a.map.strips(), depth = a.depth(), columns = a.whole_panels() ? panel : slice;
   const int64_t stride = a.product_stride(items), begin = pixels_before(a, strips.begin);
-  for (int p = panels.begin; p < panels.end; p++) {
-    const int channels = std::min(a.per_panel(), a.outputs - p * a.per_panel());
-    const int width = a.geglu ? panel / 2 + channels : channels;
-    const int64_t first_weight = static_cast<int64_t>(p) * a.positions() * depth * panel;
+  for (int i = slices.begin; i < slices.end;) {
+    const int p = i * columns / panel, from = i * columns % panel;
+    const int n = std::min(slices.end - i, (panel - from) / columns);  // slices of this panel
+    const int end = std::min({a.per_panel(), a.outputs - p * a.per_panel(), from + n * columns});
+    const int width = a.geglu ? panel / 2 + end : end - from;
+    const int64_t first_weight = (static_cast<int64_t>(p) * a.positions() * panel + from) * depth;
     const int used = strips.size() * a.items();
     if (a.in_place()) {  // the pixels of the sources are the items, and nothing was loaded
       const float* weights = static_cast<const float*>(a.weights) + first_weight;
       const int pixels = static_cast<int>(pixels_before(a, strips.end) - begin);
-      for (int part = 0, from = 0; part < a.src.count; from += a.src.channels[part++])
+      for (int part = 0, row = 0; part < a.src.count; row += a.src.channels[part++])
         multiply(pixels, width, a.src.channels[part], a.src.data[part] + begin * a.src.channels[part],
-                 a.src.channels[part], weights + static_cast<int64_t>(from) * slice, products, panel, part > 0, depth);
+                 a.src.channels[part], weights + static_cast<int64_t>(row) * slice, products + from, panel, part > 0,
+                 depth);
     } else if (a.bf16) {
       multiply_positions(a, used, width, static_cast<const BF16*>(loaded), items,
-                         static_cast<const BF16*>(a.weights) + first_weight, products);
+                         static_cast<const BF16*>(a.weights) + first_weight, products + from);
     } else {
       multiply_positions(a, used, width, static_cast<const float*>(loaded), items,
-                         static_cast<const float*>(a.weights) + first_weight, products);
+                         static_cast<const float*>(a.weights) + first_weight, products + from);
     }
     for (int s = strips.begin; s < strips.end; s++)
-      for (int j = 0; j < channels; j += lanes) {
+      for (int j = from; j < end; j += lanes) {
         const int64_t item =
             a.in_place() ? pixels_before(a, s) - begin : static_cast<int64_t>(s - strips.begin) * a.items();
         const float* first = products + item * panel + j;
@@ -326,6 +329,7 @@ void conv_store(const ConvArgs& a, Range strips, Range panels, const void* loade
         }
         finish.done(s);
       }
+    i += n;
   }
 }
 
