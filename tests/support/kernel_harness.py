@@ -8,6 +8,7 @@ a kernel's module is imported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -275,23 +276,35 @@ def interpret(cases: dict[str, Callable[[], Case]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: registers and bytes of stack (spills) per thread, bytes of shared memory, assembly, warps."""
+    """A compiled kernel.
+
+    ``stack`` and ``registers`` are those of a thread, ``shared`` the bytes of shared memory of a program and ``warps``
+    its warps. ``text`` is the code before the last compiler (PTX, or AMD's assembly), ``file`` the result.
+    """
 
     registers: int
-    stack: int
+    stack: int  # bytes; spills are there
     shared: int
-    sass: str
     warps: int
+    text: str
+    file: Path | None = None
 
     def tensor_cores(self, capability: int) -> bool:
-        """Return whether it uses the target's tensor cores: HMMA, warp groups' HGMMA, or Blackwell's UTC*MMA."""
-        kinds = {90: r"HGMMA", 100: r"UTC[A-Z]*MMA"}
-        return bool(re.search(rf"\b{kinds.get(capability, 'HMMA')}\b", self.sass))
+        """Return whether it uses the target's tensor cores: those of warps, Hopper's of warp groups, or Blackwell's."""
+        return {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync") in self.text
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """The assembly. The disassembler takes most of a second to start, so ask for it only where it is needed."""
+        import triton
+
+        tool = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.run([tool, "-sass", self.file], check=True, capture_output=True, text=True).stdout
 
     @property
     def spills_in_loops(self) -> int:
         """Number of instructions within loops that move registers to or from the stack."""
-        return spills_in_loops(self.sass)
+        return spills_in_loops(self.sass) if self.stack else 0
 
 
 def instructions(sass: str) -> list[tuple[int, str]]:
@@ -312,15 +325,13 @@ def spills_in_loops(sass: str) -> int:
     return sum(any(first <= at <= last for first, last in loops) for at in spills)
 
 
-def waits_first(sass: str) -> bool:
-    """Return whether an assembly waits for the kernels before (ACQBULK) ahead of all that touches global memory.
+GLOBAL = re.compile(r"\b(ld|st|atom|red)\.(\w+\.)*global\b|\bcp\.async\b|\bcp\.reduce\b")  # PTX that touches it
 
-    TMA is left out: warps that issue it have code of their own, and start when the others have waited.
-    """
-    texts = [text for _, text in instructions(sass)]
-    waits = [i for i, text in enumerate(texts) if "ACQBULK" in text]
-    touches = [i for i, text in enumerate(texts) if re.search(r"\b(LDG|STG|LDGSTS|RED|REDG|ATOM|ATOMG)\b", text)]
-    return bool(waits) and all(waits[0] < i for i in touches)
+
+def waits_first(ptx: str) -> bool:
+    """Return whether a kernel's PTX waits for the kernels before ahead of all that touches global memory."""
+    wait, touches = ptx.find("griddepcontrol.wait"), GLOBAL.search(ptx)
+    return wait >= 0 and touches is not None and wait < touches.start()
 
 
 POINTERS = {
@@ -375,9 +386,8 @@ def compiled_for_amd(launch: Launch, architecture: str) -> Binary:
         assert found, name
         return int(found[1])
 
-    return Binary(
-        number("vgpr_count"), number("vgpr_spill_count"), result.metadata.shared, text, result.metadata.num_warps
-    )
+    shared, warps = result.metadata.shared, result.metadata.num_warps
+    return Binary(number("vgpr_count"), number("vgpr_spill_count"), shared, warps, text)
 
 
 def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
@@ -394,11 +404,12 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
     file.write_bytes(result.asm["cubin"])
 
     tool = triton.knobs.nvidia.cuobjdump.path
-    listing = subprocess.run([tool, "-res-usage", "-sass", file], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
-    assert found, listing[:2000]
+    usage = subprocess.run([tool, "-res-usage", file], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, usage
     registers, stack, _, local = map(int, found.groups())
-    return Binary(registers, stack + local, result.metadata.shared, listing, result.metadata.num_warps)
+    shared, warps = result.metadata.shared, result.metadata.num_warps
+    return Binary(registers, stack + local, shared, warps, result.asm["ptx"], file)
 
 
 if __name__ == "__main__":
