@@ -62,14 +62,7 @@ test-all: $(READY)  ## run every test
 	$(PYTEST) $(call marked,alone) -m alone
 
 kernel-check: $(READY)  ## interpret the Triton kernels, and compile them for six architectures: no spills in loops
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync .aot-sm_90 .interpreted .aot-sm_100 .aot-sm_80 .aot-sm_89 \
-		.aot-sm_120 .aot-gfx942
-
-.aot-%:
-	$(PYTEST) -p no:cacheprovider -q tests/kernels/test_kernels_aot.py -k $*
-
-.interpreted:
-	$(PYTEST) -p no:cacheprovider -q tests/kernels -m 'not slow'
+	$(PYTEST) -p no:cacheprovider -q -n $(JOBS) --dist loadgroup tests/kernels -m 'not slow or compiles'
 
 figures: $(READY)  ## measure every figure of the README and docs/ here, into out/figures: hours, on a machine that does nothing else
 	benchmarks/figures.sh

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels import overlap
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, name_of, operation, power_of_two, wide
 
 PRECISION = "tf32x3"  # of float32 products; see `fastdiff.kernels.conv`
@@ -44,6 +45,7 @@ CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit
 def _attention(
     q, k, v, dst, tokens, head_dim, q_stride, kv_stride, dst_stride, scale,
@@ -58,6 +60,7 @@ def _attention(
     Grid: (blocks of queries x parts of a head's channels, heads, rows). WHOLE: the head is a single part. SHARED: k and
     v are the same tensor, which a whole head reads once.
     """
+    overlap.wait()
     blocks = tl.cdiv(tokens, QUERIES)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     part = tl.program_id(0) // blocks

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels import epilogue, library, tiles
+from fastdiff.kernels import epilogue, hopper, library, overlap, tiles
 from fastdiff.kernels.launch import Config, Device, Launch, cdiv, choose, device_of, fill, name_of, operation, wide
 from fastdiff.kernels.library import LIBRARY, LibraryConfig
 from fastdiff.kernels.tiles import Blocks
@@ -91,6 +91,24 @@ class ColumnsConfig(ConvConfig):
         return f"columns of {super().__str__()}"
 
 
+@dataclasses.dataclass(frozen=True)
+class HopperConfig(ConvConfig):
+    """Configuration of `fastdiff.kernels.hopper.conv`; ``tma`` distinguishes it from others in a file.
+
+    ``num_warps`` multiply, and four more have a share of the registers, of which one loads.
+    """
+
+    tma: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the compiler: as many registers a thread as there are for all warps, in eights."""
+        return {**super().options, "maxnreg": min(255, 65536 // (32 * (self.num_warps + 4)) // 8 * 8)}
+
+    def __str__(self) -> str:
+        return f"TMA {super().__str__()}"
+
+
 LayerConfig = ConvConfig | LibraryConfig
 
 
@@ -150,6 +168,12 @@ FEW = tl.constexpr(16)  # with fewer channels than this, a step covers several t
 # A product of float32 is computed as three products of TF32 numbers, high parts and remainders, which keeps 22 bits of
 # the factors. Plain TF32 would keep 11. Those of halves need no such thing, and AMD's compiler does not have it.
 PRECISION = "tf32x3"
+# Only tuning tries these, and only on Hopper. Their stages fill the shared memory.
+HOPPER = (
+    HopperConfig(8, 4, pixels=128, channels=256, depth=64),
+    HopperConfig(8, 4, pixels=256, channels=128, depth=64),
+    HopperConfig(8, 5, pixels=128, channels=128, depth=64),
+)
 CANDIDATES = (*HALF, *SINGLE)
 COLUMNS_CANDIDATES = (*HALF_COLUMNS, *SINGLE_COLUMNS)
 SPLIT_CANDIDATES = (*HALF_SPLIT, *SINGLE_SPLIT)
@@ -199,6 +223,7 @@ def _accumulate(
     return acc
 
 
+@overlap.overlaps
 @triton.jit(do_not_specialize=["rows"])
 def _conv(
     first, second, weight, more_weight, dst, bias, table, entry, residual, statistics,
@@ -213,6 +238,7 @@ def _conv(
     H, W: size of dst or, if it has phases, of one of them. With PARTIAL, dst is float32 [splits, rows, H, W, N], whose
     parts another kernel adds.
     """
+    overlap.wait()
     tiles_c = tl.cdiv(N, CHANNELS)
     tile = tl.program_id(0) // tiles_c
     c = tl.program_id(0) % tiles_c * CHANNELS + tl.arange(0, CHANNELS)
@@ -391,7 +417,21 @@ class Problem:
         convolutions, and on the doubled map it would compute 9 / 4 of the products.
         """
         whole, split = candidates(self.dtype)
-        return (*((LIBRARY,) if self.phases == 1 else ()), *whole, *split)
+        return (*((LIBRARY,) if self.phases == 1 else ()), *whole, *split, *self.hopper())
+
+    def hopper(self) -> tuple[HopperConfig, ...]:
+        """Return the configurations of `fastdiff.kernels.hopper.conv` that can compute this.
+
+        A row of pixels or weights is described to the hardware in units of 16 bytes, and a step has one tap.
+        """
+        able = self.device.capability == 90 and self.dtype.itemsize == 2 and self.stride == 1
+        if not able or any(C % 8 != 0 or 0 < C < FEW for C in self.channels):
+            return ()
+        return tuple(
+            config
+            for config in HOPPER
+            if config.channels < 2 * self.N and hopper.box(self.blocks(config), config.pixels)
+        )
 
     def columns(self) -> tuple[ColumnsConfig, ...]:
         """Return the configurations in which the products of all taps are columns, if these are few enough."""
@@ -450,6 +490,13 @@ class Problem:
             "CHANNELS": config.channels, "DEPTH": config.depth,
         }  # fmt: skip
 
+    def launch(self, arguments: dict[str, Any], config: ConvConfig, **fields: Any) -> Launch:
+        """Return the launch of a configuration's kernel. fields: those of a launch that depend on the operation."""
+        if isinstance(config, HopperConfig):
+            units = self.tiles(config) * self.phases
+            return hopper.conv(arguments, units, self.device.processors, config, **fields)
+        return Launch(kernel=_conv, grid=self.grid(config), arguments=arguments, config=config, **fields)
+
 
 @operation
 def conv(
@@ -490,17 +537,14 @@ def conv(
     blocks = problem.blocks(config)
     assert config.splits == 1
     assert statistics is None or statistics.shape == (rows, blocks.strips, blocks.parts, 2, N)
-    return Launch(
+    whole = (*candidates(problem.dtype)[0], *(() if nchw else problem.hopper()))
+    return problem.launch(
+        problem.arguments(config, src, weight, dst, padding)
+        | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
+        config,
         op="conv.conv",
         key=problem.key,
-        kernel=_conv,
-        grid=problem.grid(config),
-        arguments=problem.arguments(config, src, weight, dst, padding)
-        | tiles.finish_arguments(bias, H, nchw, table, entry, offset, residual, divide, statistics),
-        config=config,
-        candidates=tuple(
-            c for c in candidates(problem.dtype)[0] if statistics is None or problem.blocks(c).parts == blocks.parts
-        ),
+        candidates=tuple(c for c in whole if statistics is None or problem.blocks(c).parts == blocks.parts),
         reference=lambda: tiles.finish_reference(
             product_reference(src, weight, shape, stride, padding), bias, dst, nchw, table, entry, offset, residual,
             divide, statistics, blocks,
@@ -528,13 +572,11 @@ def partial(
         whole, split = candidates(problem.dtype)
         config = next((c for c in split if c.splits == len(sums)), whole[0])
     assert config.splits == len(sums)
-    return Launch(
+    return problem.launch(
+        problem.arguments(config, src, weight, sums, padding) | {"PARTIAL": True},
+        config,
         op="conv.partial",
         key=f"{problem.key} {config.splits}",
-        kernel=_conv,
-        grid=problem.grid(config),
-        arguments=problem.arguments(config, src, weight, sums, padding) | {"PARTIAL": True},
-        config=config,
         candidates=_alike(config, problem.dtype),
         reference=lambda: _partial_reference(src, weight, sums, stride, padding, config.depth),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels import sources
+from fastdiff.kernels import overlap, sources
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose, device_of, name_of, operation, row_vectors, wide
 
 
@@ -24,11 +24,13 @@ class EmbedConfig(Config):
 CANDIDATES = (EmbedConfig(num_warps=1, num_stages=1, features=128),)
 
 
+@overlap.overlaps
 @triton.jit
 def _embed(
     time, timestep, classes, label, dst, features, time_stride, class_stride, dst_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Compute a block of features of one row. Grid: (feature blocks, rows)."""
+    overlap.wait()
     row = tl.program_id(1).to(tl.int64)
     at, what = row, row
     if timestep is not None:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels import norm, sources, tiles
+from fastdiff.kernels import norm, overlap, sources, tiles
 from fastdiff.kernels.launch import (
     Config,
     Device,
@@ -87,6 +87,7 @@ def finish_config(
     return key, choose("epilogue.finish", key, device, FINISH_CANDIDATES, lambda: fill(fitting, programs, device))
 
 
+@overlap.overlaps
 @triton.jit(do_not_specialize=["rows"])
 def _finish(
     sums, dst, bias, table, entry, residual, statistics, rows, H, W, N, offset, stride, factor,
@@ -94,6 +95,7 @@ def _finish(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of dst and its statistics. Grid: (tiles of pixels, blocks of channels)."""
+    overlap.wait()
     tile = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     row, y, x, exists = tiles.pixels(tile, rows, H, W, HEIGHT, WIDTH, SIZE)
@@ -215,6 +217,7 @@ def can_be_normed(H: int, W: int, C: int, groups: int) -> bool:
     return H * W <= MOST_PIXELS and min(held) <= MOST_ELEMENTS
 
 
+@overlap.overlaps
 @triton.jit(do_not_specialize=["rows"])
 def _normed(
     sums, second, dst, out, bias, table, entry, residual, gamma, beta, norm_table, norm_entry,
@@ -227,6 +230,7 @@ def _normed(
     The result is in registers from its sums to the end. Means are summed as differences from one of its numbers, so
     that a large mean costs no precision.
     """
+    overlap.wait()
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS
     C = N + C1
     c, exists = norm.channels(group, C, size, GROUPS, SIZE)
@@ -362,9 +366,11 @@ GATHER_CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit
 def _gather(sums, dst, bias, H, W, N, padding, KERNEL: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Compute a block of pixels of one row. Grid: (pixel blocks, rows)."""
+    overlap.wait()
     row = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     y, x = p // W, p % W

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels import overlap
 from fastdiff.kernels.launch import Config, Launch, operation
 
 
@@ -42,9 +43,11 @@ def parts(tensors: Sequence[Tensor]) -> Tensor:
     return torch.from_numpy(np.concatenate(found or [np.zeros((0, 3), np.int64)]))
 
 
+@overlap.overlaps
 @triton.jit
 def _fingerprint(table, sums, WORDS: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
     """Sum the mixed words of one part. Grid: (parts,)."""
+    overlap.wait()
     part = tl.program_id(0)
     address = tl.load(table + 3 * part)
     number = tl.load(table + 3 * part + 1)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.core import update as reference
-from fastdiff.kernels import update
+from fastdiff.kernels import overlap, update
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation, wide
 from fastdiff.solvers.table import COLUMNS
 
@@ -33,6 +33,7 @@ CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit(do_not_specialize=["images", "rows"])
 def _guide(
     net, out, bank, rows, table, row, guidance, images, guided, size, pixels, net_row, net_channel, net_pixel,
@@ -42,6 +43,7 @@ def _guide(
 
     guided: number of elements of an image to which guidance applies; those after them are the learned variance.
     """
+    overlap.wait()
     image = tl.program_id(1)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = e < size

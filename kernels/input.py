@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels import overlap
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation, power_of_two, wide
 
 COMBINE = (None, "add", "multiply", "concat")
@@ -28,12 +29,14 @@ CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit(do_not_specialize=["images", "table_rows"])
 def _input(
     x, class_image, dst, table, row, entries, timestep, images, pixels, C, padded, table_rows,
     CENTER: tl.constexpr, COMBINE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of pixels of one row. Grid: (pixel blocks, rows)."""
+    overlap.wait()
     r = tl.program_id(1)
     image = r % images
     p = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]

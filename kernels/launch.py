@@ -21,6 +21,7 @@ from fastdiff.errors import BackendError
 from fastdiff.files import parse_json, write_text
 
 CONFIGS = Path(__file__).parent / "configs"
+OVERLAP = True  # False: no kernel starts before the one in front of it has ended, for comparison
 LIMITS = ((1 << 31) - 1, 65535, 65535)  # of programs along each axis of a grid (CUDA programming guide)
 
 
@@ -30,6 +31,11 @@ class Config:
 
     num_warps: int
     num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the compiler."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 C = TypeVar("C", bound=Config)
@@ -58,9 +64,20 @@ class Launch:
                 "use a smaller batch_size, or smaller images"
             )
 
+    @property
+    def operands(self) -> dict[str, Any]:
+        """Arguments with which the kernel is called."""
+        return self.arguments
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the compiler and the launch: kernels that wait for those before them start before these end."""
+        early = getattr(self.kernel, "overlaps", False) and can_overlap()
+        return self.config.options | ({"launch_pdl": True} if early else {})
+
     def __call__(self) -> None:
         """Run the kernel on the current stream."""
-        self.kernel[self.grid](**self.arguments, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+        self.kernel[self.grid](**self.operands, **self.options)
 
     def compile(self) -> None:
         """Compile and load the kernel without running it.
@@ -69,9 +86,7 @@ class Launch:
         that the kernel needs. ``reference`` still works then.
         """
         try:
-            compiled = self.kernel.warmup(
-                **self.arguments, grid=self.grid, num_warps=self.config.num_warps, num_stages=self.config.num_stages
-            )
+            compiled = self.kernel.warmup(**self.operands, grid=self.grid, **self.options)
             compiled._init_handles()  # loads it; a launch would do so at the first run, in the midst of a capture
         except Exception as e:  # the compiler, the driver and the file system raise many types
             raise BackendError(f"kernel {self.op} ({self.key}, {self.config}) cannot be compiled: {e}") from e
@@ -123,6 +138,12 @@ def device_of(tensor: Tensor) -> Device:
 def _cuda_device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     return Device(properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor)
+
+
+def can_overlap() -> bool:
+    """Return whether the current GPU can start a kernel while the one before ends (see `fastdiff.kernels.overlap`)."""
+    nvidia = torch.version.cuda is not None and torch.cuda.is_available()
+    return OVERLAP and nvidia and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def config_file(name: str, folder: Path | None = None) -> Path:

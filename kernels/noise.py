@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.core import noise as reference
+from fastdiff.kernels import overlap
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, operation
 
 M0, M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
@@ -141,11 +142,13 @@ CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit
 def _noise(
     seed, index, row, dst, size, STREAM: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Compute a block of one image. Grid: (blocks, images)."""
+    overlap.wait()
     image = tl.program_id(1)
     seed, index, row = tl.load(seed + image), tl.load(index + image), tl.load(row + image)
     first = tl.program_id(0) * (BLOCK // 4)

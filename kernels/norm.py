@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels import sources
+from fastdiff.kernels import overlap, sources
 from fastdiff.kernels.launch import (
     Config,
     Launch,
@@ -219,6 +219,7 @@ FINALISE_CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit
 def _finalise(
     statistics0, statistics1, gamma, beta, table, entry, norm, C0, C1, total, eps, offset, stride,
@@ -231,6 +232,7 @@ def _finalise(
 
     table None: there is no modulation; entry None: row i reads entry i.
     """
+    overlap.wait()
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS
     C = C0 + C1
     centre, var = moments(
@@ -331,6 +333,7 @@ GROUP_NORM_CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit
 def _group_norm(
     first, second, statistics0, statistics1, gamma, beta, table, entry, dst, pixels, C0, C1, total, eps, offset, stride,
@@ -340,6 +343,7 @@ def _group_norm(
     GROUPS: tl.constexpr, SIZE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of dst. Grid: (pixel blocks, blocks of groups, rows)."""
+    overlap.wait()
     row, group = tl.program_id(2).to(tl.int64), tl.program_id(1) * GROUPS
     C = C0 + C1
     centre, var = moments(
@@ -439,12 +443,14 @@ APPLY_CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit
 def _apply(
     first, second, norm, dst, pixels, C0, C1,
     TWO: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of dst. Grid: (pixel blocks, channel blocks, rows)."""
+    overlap.wait()
     row = tl.program_id(2).to(tl.int64)
     C = C0 + C1
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels import sources
+from fastdiff.kernels import overlap, sources
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation
 
 
@@ -29,12 +29,14 @@ CANDIDATES = (
 )
 
 
+@overlap.overlaps
 @triton.jit
 def _pool(
     first, second, norm, dst, height, width, C0, C1,
     TWO: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of dst, which has ``height`` by ``width`` pixels. Grid: (pixel blocks, channel blocks, rows)."""
+    overlap.wait()
     row = tl.program_id(2).to(tl.int64)
     C = C0 + C1
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.core import update as reference
 from fastdiff.core.noise import UPDATE
-from fastdiff.kernels import noise
+from fastdiff.kernels import noise, overlap
 from fastdiff.kernels.launch import Config, Launch, cdiv, choose_filling, name_of, operation, wide
 from fastdiff.solvers.table import COLUMNS
 
@@ -75,6 +75,7 @@ def guided(c, unconditional, w, e, size):
     return tl.where(mask, u + w * (c - u), c)
 
 
+@overlap.overlaps
 @triton.jit(do_not_specialize=["images", "rows"])
 def _update(
     x, xs, m1, m2, m3, out, z, x0_scale, bank, rows, table, row, lengths, seed, index, guidance, arrived, images, size,
@@ -92,6 +93,7 @@ def _update(
     """
     # long: one pass over the image, whose loads, masks and stores depend on each other; parts of it would share as many
     # arguments as it has lines.
+    overlap.wait()
     image = tl.program_id(1)
     its_table = tl.load(table + image)
     its_row = tl.load(row + image)

@@ -13,25 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from . import lists
-from .networks import tiny
 from .run import Run
 
 WORKER = "precompile/"
-JOBS = [("cifar10-32", 1), ("cifar10-32", 256), ("cifar10-32", 8), ("cifar10-32", 64), ("celebahq-256", 1)]
 
 
 def distinct(run: Run) -> dict[str, Any]:
     """Return a launch for every binary that steps of the published networks need, by a name."""
     import torch
 
-    from fastdiff.bench.networks import PUBLISHED
     from fastdiff.kernels.launch import device_of
 
     found: dict[str, Any] = {}
     device = None if run.dry else device_of(torch.empty(0, device=run.device))
-    for network, images in [("", 2)] if run.dry else JOBS:
-        config = PUBLISHED[f"ddpm-{network}"] if network else tiny()
-        for launch in lists.step(config, images, torch.bfloat16, device=device):
+    for network, images, guided in [("", 2, False)] if run.dry else lists.JOBS:
+        for launch in lists.step(lists.network(network, guided), images, torch.bfloat16, guided, device):
             found.setdefault(binary(launch), launch)
     return found
 
@@ -64,13 +60,10 @@ def compile_share(run: Run, share: int, of: int) -> dict[str, str]:
     for i, (name, launch) in enumerate(distinct(run).items()):
         if i % of != share or launch.op == "library.products" or run.late:
             continue
-        config = launch.config
 
-        def compile(launch: Any = launch, config: Any = config) -> None:
+        def compile(launch: Any = launch) -> None:
             if not run.dry:  # interpreted kernels have nothing to compile
-                launch.kernel.warmup(
-                    **launch.arguments, grid=launch.grid, num_warps=config.num_warps, num_stages=config.num_stages
-                )
+                launch.kernel.warmup(**launch.operands, grid=launch.grid, **launch.options)
 
         outcome = run.item(name, compile)
         if "error" in outcome:

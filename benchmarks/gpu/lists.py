@@ -7,6 +7,24 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .networks import CLASSES, tiny
+
+# Network, images of a batch, and whether they are guided: what is compiled and tuned before it is measured. A guided
+# batch has twice as many rows, of a network with classes.
+JOBS = [
+    *(("cifar10-32", n, False) for n in (1, 8, 64, 256)),
+    *(("celebahq-256", n, False) for n in (1, 8)),
+    *(("cifar10-32", n, True) for n in (1, 8, 64)),
+]
+
+
+def network(name: str, guided: bool) -> Any:
+    """Return the configuration of a published network, with classes if it is to be guided; "": of a tiny one."""
+    from fastdiff.bench.networks import PUBLISHED
+
+    config = PUBLISHED[f"ddpm-{name}"] if name else tiny()
+    return dataclasses.replace(config, **CLASSES) if guided else config
+
 
 def step(config: Any, images: int, dtype: Any, guided: bool = False, device: Any = None) -> list[Any]:
     """Return the launches of a whole step of ``images`` images, in order, with the update as the last one.

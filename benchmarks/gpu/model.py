@@ -75,7 +75,8 @@ def work(launch: Any) -> Work:
     whole, programs = sum(operands.values()), math.prod(launch.grid) if launch.grid else 1
     if launch.op in ("conv.conv", "conv.partial"):
         size = a["weight"].element_size()
-        steps = -(-(a["STEPS0"] + a["STEPS1"]) // a["SPLITS"])
+        steps = -(-(a["STEPS0"] + a["STEPS1"]) // a.get("SPLITS", 1))
+        programs = getattr(launch, "units", programs)  # where a program has several tiles, one is finished as it ends
         depth = a["DEPTH"] * (a["SIZE"] + a["CHANNELS"]) * size
         # Three products of TF32 numbers, at half of the rate.
         products = a["SIZE"] * a["CHANNELS"] * a["DEPTH"] * steps * (6 if size == 4 else 1)

@@ -37,6 +37,12 @@ def profile(run: Run) -> dict[str, Any]:
     return result
 
 
+def times(ranges: list[tuple[float, float]]) -> list[float]:
+    """Return the time of each kernel since the one before it ended, for which it may have waited before."""
+    ends = [float("-inf"), *(end for _, end in ranges)]
+    return [end - max(start, before) for (start, end), before in zip(ranges, ends, strict=False)]
+
+
 def rows_of(run: Run, network: str, images: int) -> list[dict[str, Any]]:
     import torch
 
@@ -59,7 +65,7 @@ def rows_of(run: Run, network: str, images: int) -> list[dict[str, Any]]:
     kernels.sort(key=lambda e: e.time_range.start)
     steps = [i for i, e in enumerate(kernels) if e.name == "_update"]
     one = kernels[steps[0] + 1 : steps[1] + 1] if len(steps) > 1 else kernels  # the second of the three steps
-    measured = [e.time_range.elapsed_us() for e in one]
+    measured = times([(e.time_range.start, e.time_range.end) for e in one])
     if len(measured) != len(launches):
         names = [e.name for e in one]
         raise RuntimeError(f"a step has {len(measured)} kernels, not {len(launches)}: {names}")

@@ -13,12 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from . import lists, model
-from .networks import tiny
 from .run import Failure, Run
 from .timing import in_graph
 
-# Network, images of a batch, and whether it is guided, whose configurations are tuned.
-JOBS = [("cifar10-32", n, False) for n in (1, 8, 64, 256)] + [("celebahq-256", n, False) for n in (1, 8)]
+DRY_JOBS = [("", 1, False)]
 WRITTEN = (
     "dst",
     "out",
@@ -60,10 +58,12 @@ def replaced(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def candidates(run: Run) -> list[Candidate]:
-    """Return everything that networks ask for, the longest of it first, except operations whose check failed."""
+    """Return what networks ask for, except operations whose check failed.
+
+    The longest of it comes first, and what only guided batches ask for last.
+    """
     import torch
 
-    from fastdiff.bench.networks import PUBLISHED
     from fastdiff.kernels.launch import Device
     from tests.support.kernel_harness import PER_ACCUMULATION, accumulations
 
@@ -74,9 +74,9 @@ def candidates(run: Run) -> list[Candidate]:
     device, rates = Device("", processors), model.Rates(processors=processors)
     found: dict[str, Candidate] = {}
     share: collections.Counter[str] = collections.Counter()
-    jobs = [("", 1, False)] if run.dry else JOBS
-    for network, images, guided in jobs:
-        config = PUBLISHED[f"ddpm-{network}"] if network else tiny()
+    unguided: set[str] = set()
+    for network, images, guided in DRY_JOBS if run.dry else lists.JOBS:
+        config = lists.network(network, guided)
         for launch in lists.step(config, images, torch.bfloat16, guided, device):
             if launch.op in APART or ops.get(launch.op, {"failed": True}).get("failed"):
                 continue
@@ -102,9 +102,10 @@ def candidates(run: Run) -> list[Candidate]:
             count = accumulations(problem.dtype, problem.kernel**2 * sum(problem.channels))
             band = 4.0 + PER_ACCUMULATION * count
             found.setdefault(layer.key, Candidate(layer.key, chosen, configs, several, 0.0, band, problem.dtype))
+        unguided |= set() if guided else found.keys()
     for key, candidate in found.items():
         candidate.microseconds = share[key]
-    return sorted(found.values(), key=lambda candidate: -candidate.microseconds)
+    return sorted(found.values(), key=lambda candidate: (candidate.key not in unguided, -candidate.microseconds))
 
 
 def band_of(launch: Any) -> float:

@@ -300,6 +300,34 @@ def test_the_summary_is_short_and_last(call: ModuleType) -> None:
     assert line == "cifar10 B=1: ok; triton 30; eager 10"
 
 
+def test_contenders_may_measure_cudnns_algorithms(
+    call: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager, compiled and the baselines get the fastest algorithm for each shape: a fair comparison."""
+    import torch
+
+    from benchmarks.gpu import speeds
+
+    seen: list[bool] = []
+
+    def make() -> Any:
+        seen.append(torch.backends.cudnn.benchmark)
+
+        def job() -> Any:
+            seen.append(torch.backends.cudnn.benchmark)
+            return torch.zeros(2, 3, 8, 8)
+
+        return job
+
+    monkeypatch.setattr(speeds, "contenders", lambda *_: {"compiled": make})
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    run = call.Run(tmp_path, True, time.time() + 99, None, {}, "cifar10 B=1")
+    with pytest.raises(call.Failure, match="images that are off"):
+        call.PARTS["cifar10 B=1"](run)
+    assert seen == [True, True]
+    assert not torch.backends.cudnn.benchmark, "what follows is as before"
+
+
 def test_red_kernels_get_no_speed(call: ModuleType, tmp_path: Path) -> None:
     from benchmarks.gpu import tuning
 

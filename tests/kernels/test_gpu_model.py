@@ -9,13 +9,19 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
 
-from benchmarks.gpu import compiling, lists, model
+from benchmarks.gpu import compiling, lists, model, profiling, tuning
 from benchmarks.gpu.networks import tiny
+from benchmarks.gpu.run import Run
 from fastdiff.bench.networks import PUBLISHED
-from fastdiff.kernels import conv
+from fastdiff.kernels import attention, conv, epilogue, norm
+from fastdiff.kernels import launch as kernel_launch
 from fastdiff.kernels.library import LIBRARY
 
 RATES = model.Rates()
+# What the part "kernels" leaves where the checks of all operations are green.
+OPS = """attention.attention conv.conv conv.partial embed epilogue.finish epilogue.gather epilogue.normed guidance input
+norm.apply norm.finalise norm.group_norm pool update"""
+GREEN = {"kernels": {"result": {"ops": {op: {"cases": 1} for op in OPS.split()}}}}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +118,42 @@ def test_layers_can_be_built_in_each_of_their_configurations():
             results.append(written["out"] if "out" in written else written["dst"])
         for got in results[1:]:
             assert (got - results[0]).abs().max() <= 1e-4 * results[0].abs().max(), layer.key
+
+
+@pytest.mark.parametrize(("images", "guided"), [(1, False), (2, True)])
+def test_what_is_tuned_is_what_networks_ask_for(monkeypatch, tmp_path, images, guided):
+    """Guided sampling evaluates twice as many rows, for which a file has keys of their own."""
+    run = Run(tmp_path, True, 0.0, None, GREEN)
+    monkeypatch.setattr(tuning, "DRY_JOBS", [("", images, guided)])
+    asked = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (attention, conv, epilogue, kernel_launch, norm):
+            plain = module.choose
+
+            def choose(op, key, *rest, plain=plain):
+                asked.add(f"{op} {key}")
+                return plain(op, key, *rest)
+
+            patch.setattr(module, "choose", choose)
+        lists.step(lists.network("", guided), images, torch.bfloat16, guided)
+    tuned = {candidate.key: candidate for candidate in tuning.candidates(run)}
+    layers = {key for key in asked if key.startswith("conv.layer")}
+    assert len(layers) >= 5
+    assert all(key.startswith(f"conv.layer {images * (1 + guided)}x") for key in layers)
+    assert asked - {key for key in asked if key.startswith("conv.conv")} <= tuned.keys()
+
+
+def test_guided_batches_are_tuned_last(monkeypatch, tmp_path):
+    run = Run(tmp_path, True, 0.0, None, GREEN)
+    monkeypatch.setattr(tuning, "DRY_JOBS", [("", 1, False), ("", 4, True)])
+    rows = [int(c.key.split()[1].split("x")[0]) for c in tuning.candidates(run) if c.key.startswith("conv.layer")]
+    assert rows == sorted(rows)
+    assert set(rows) == {1, 8}
+    assert {(name, guided) for name, _, guided in lists.JOBS} >= {("cifar10-32", True), ("celebahq-256", False)}
+
+
+def test_a_kernel_that_waits_is_measured_from_the_end_of_the_one_before():
+    assert profiling.times([(0.0, 10.0), (2.0, 15.0), (18.0, 20.0)]) == [10.0, 5.0, 2.0]
 
 
 def test_keys_of_layers_are_those_that_networks_ask_for(cifar):

@@ -1,9 +1,12 @@
 """Tests that compile the Triton kernels without a GPU: no loop spills registers, and shared memory suffices.
 
-``make kernel-check`` selects the tests that compile by their targets: they are slow.
+``make kernel-check`` runs the tests that compile: they are slow.
 """
 
 from __future__ import annotations
+
+import inspect
+import re
 
 import pytest
 
@@ -12,11 +15,11 @@ pytest.importorskip("triton", reason="triton is not installed: its wheels are fo
 import torch
 import triton
 
-from fastdiff.kernels import conv, epilogue
+from fastdiff.kernels import conv, epilogue, hopper, overlap
 from fastdiff.kernels.launch import Launch
 from tests.support.cases_conv import Shape, finish_launch
 from tests.support.kernel_cases import CASES, ONES, SHIPPED, TENSOR_CORES
-from tests.support.kernel_harness import TARGETS, compiled, compiled_for_amd, instructions, spills_in_loops
+from tests.support.kernel_harness import TARGETS, compiled, compiled_for_amd, instructions, spills_in_loops, waits_first
 
 # Bytes that a program can have (CUDA programming guide).
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -59,6 +62,7 @@ SPILLS = {("attention.attention", 120), ("conv two sources", 80)}
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("name", "capability"), [on_target(name, target) for target in TARGETS for name in dict.fromkeys(NAMES[target])]
 )
@@ -70,13 +74,21 @@ def test_compiles_without_spills_in_loops(folder, name, capability):
         assert binary.spills_in_loops == 0, f"{binary.stack} bytes of stack: registers are spilled in a loop"
     if launch.op not in TENSOR_CORES:
         assert binary.stack <= 16, f"{binary.stack} bytes of stack: registers are spilled"
-    assert binary.registers * 32 * launch.config.num_warps <= 65536
+    assert binary.registers * 32 * binary.warps <= 65536
     assert binary.shared <= SHARED[capability]
     if launch.op in TENSOR_CORES:
         assert binary.tensor_cores(capability), f"no {capability} tensor-core instruction"
+    if capability < overlap.CAPABILITY:
+        assert "griddepcontrol" not in binary.text
+    elif getattr(launch.kernel, "overlaps", False):
+        assert waits_first(binary.text)
+    if isinstance(launch, hopper.HopperLaunch):
+        assert binary.stack == 0, f"{binary.stack} bytes of stack: registers are spilled"
+        assert {"UTMALDG", "HGMMA", "USETMAXREG", "ACQBULK"} <= set(re.findall(r"[A-Z]{5,}", binary.sass))
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ONCE, ids="{} gfx942".format)
 def test_compiles_for_amd(folder, name):
     """Products of float32 do not: AMD's compiler has no products of three TF32 numbers."""
@@ -92,14 +104,27 @@ def test_compiles_for_amd(folder, name):
     binary = compiled_for_amd(launch, "gfx942")
     assert binary.stack == 0, "registers are spilled"
     if launch.op in TENSOR_CORES:
-        assert "v_mfma" in binary.sass
+        assert "v_mfma" in binary.text
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ONES, ids="{} sm_90".format)
 def test_compiles_where_sizes_are_ones(folder, name):
     """The compiler makes arguments of 1 constants, which have no methods; interpreted kernels do not show that."""
     assert compiled(ONES[name](), 90, folder).stack == 0
+
+
+def test_a_kernel_is_marked_where_it_begins_with_a_wait():
+    """A launch starts marked kernels before those in front of them have ended: without a wait they would be wrong."""
+    marked = 0
+    for launch in {launch().kernel: launch() for launch in SHIPPED.values()}.values():
+        body = inspect.getsource(launch.kernel.fn).rpartition('"""')[2]
+        code = [line.strip() for line in body.splitlines() if line.strip() and not line.strip().startswith("#")]
+        assert getattr(launch.kernel, "overlaps", False) == (code[0] == "overlap.wait()"), launch.op
+        assert "overlap.wait()" not in code[1:], launch.op
+        marked += code[0] == "overlap.wait()"
+    assert marked >= 15
 
 
 def test_everything_is_both_interpreted_and_compiled():
@@ -132,6 +157,22 @@ SASS = """
 """
 
 
+@pytest.mark.parametrize(
+    ("ptx", "waits"),
+    [
+        ("griddepcontrol.wait; ld.global.v4.b32", True),
+        ("griddepcontrol.wait; mov.u32; @%p1 cp.async.cg.shared.global", True),
+        ("mbarrier.init.shared::cta.b64; griddepcontrol.wait; st.relaxed.gpu.global.b32", True),
+        ("ld.global.b32 griddepcontrol.wait; st.global.b32", False),
+        ("@%p1 atom.acq_rel.gpu.global.add.u32 griddepcontrol.wait; ld.global.b32", False),
+        ("cp.async.bulk.tensor.2d.shared::cta.global; griddepcontrol.wait;", False),
+        ("ld.global.b32; st.global.b32", False),
+    ],
+)
+def test_memory_before_the_wait_is_found(ptx, waits):
+    assert waits_first(ptx) == waits
+
+
 def test_spills_are_counted_in_loops_alone():
     assert spills_in_loops(SASS.format(where="")) == 1
     assert spills_in_loops(SASS.format(where="").replace("LDL R7, [R1+0x4] ;     ", "LDS R7, [R1+0x4] ;     ", 1)) == 0
@@ -139,6 +180,7 @@ def test_spills_are_counted_in_loops_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.parametrize("config", epilogue.FINISH_CANDIDATES[1:], ids="{} sm_90".format)
 def test_shares_are_loaded_before_they_are_added(folder, config):
     """At least 16 loads of 16 bytes are on their way before the first sum, in the tiles that small maps take."""

@@ -42,19 +42,22 @@ class Kernel:
 
     def __init__(self, error: Exception | None = None, load_error: Exception | None = None):
         self.error, self.load_error, self.runs, self.compiled, self.loads = error, load_error, [], [], 0
+        self.options = []
 
     def __getitem__(self, grid):
-        def run(x, y, SIZE, num_warps, num_stages):  # noqa: N803
+        def run(x, y, SIZE, num_warps, num_stages, **options):  # noqa: N803
             if self.error is not None:
                 raise self.error
             self.runs.append((grid, SIZE, num_warps, num_stages))
+            self.options.append(options)
             y.copy_(2 * x)
 
         return run
 
-    def warmup(self, x, y, SIZE, grid, num_warps, num_stages):  # noqa: N803
+    def warmup(self, x, y, SIZE, grid, num_warps, num_stages, **options):  # noqa: N803
         if self.error is not None:
             raise self.error
+        self.options.append(options)
         self.compiled.append((grid, SIZE, num_warps, num_stages))
         return types.SimpleNamespace(_init_handles=self.load)
 
@@ -93,6 +96,34 @@ def test_a_launch_runs_compiles_and_is_remade():
     other()
     assert kernel.runs[1:] == [((5,), 8, 1, 1)]
     assert other.remake(CANDIDATES[1]).grid == launch.grid
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "waits", "overlaps"),
+    [
+        ("13.0", (9, 0), True, True),
+        ("13.0", (12, 0), True, True),
+        ("13.0", (9, 0), False, False),
+        ("13.0", (8, 9), True, False),
+        (None, (9, 4), True, False),
+    ],
+    ids=["Hopper", "Blackwell", "a kernel that does not wait", "Ada", "AMD"],
+)
+def test_kernels_overlap_where_they_wait_and_the_gpu_can(monkeypatch, cuda, capability, waits, overlaps):
+    """The same binary is compiled and launched, so both have the option or neither."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    kernel = Kernel()
+    if waits:
+        kernel.overlaps = True
+    launch = double(torch.arange(4.0), torch.empty(4), kernel)
+    launch.compile()
+    launch()
+    assert kernel.options == 2 * [{"launch_pdl": True} if overlaps else {}]
+    monkeypatch.setattr(module, "OVERLAP", False)
+    launch()
+    assert kernel.options[2] == {}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("ptxas"), PermissionError(13, "read-only cache"), ValueError("json")])

@@ -190,6 +190,31 @@ for config in conv.SPLIT_CANDIDATES:
     dtype = torch.bfloat16 if config in conv.HALF_SPLIT else torch.float32
     CASES[f"partial in {config}"] = functools.partial(partial_case, Shape(2, (4, 4), (72,), 24), dtype, config)
 
+# Small maps, so that a tile has several rows, rows that do not exist, and parts of two images.
+WITH_TMA = conv.HopperConfig(8, 2, 128, 128, 64)
+HOPPER_SHAPES = {
+    "3x3": (Shape(3, (8, 8), (72,), 136), "entry residual statistics"),
+    "3x3 of 5x7": (Shape(5, (5, 7), (40,), 24), "embedding statistics large mean"),
+    "3x3 of two": (Shape(3, (4, 4), (72, 24), 72), "residual"),
+    "wide": (Shape(1, (6, 64), (16,), 8), "statistics entry"),
+    "1x1": (Shape(9, (4, 4), (136,), 40, kernel=1, padding=0), "residual statistics"),
+    "3x3 of one pixel": (Shape(3, (1, 1), (16,), 5), "embedding"),
+    "padded behind alone": (Shape(2, (8, 8), (24,), 16, padding=0), "statistics"),
+    "upsampled": (Shape(2, (3, 5), (24,), 24, upsample=True), "embedding residual doubled statistics"),
+    "upsampled wide": (Shape(1, (4, 64), (16, 24), 8, upsample=True), "statistics"),
+    "out": (Shape(3, (8, 8), (24,), 72), "nchw"),
+}  # fmt: skip
+for name, (shape, more) in HOPPER_SHAPES.items():
+    for dtype in DTYPES[1:] if name == "3x3" else DTYPES[1:2]:
+        CASES[f"hopper {name}, {more} {name_of(dtype)}"] = functools.partial(
+            conv_case, shape, dtype, WITH_TMA, more, torch.float32
+        )
+CASES["hopper partial"] = functools.partial(partial_case, HOPPER_SHAPES["3x3 of two"][0], torch.bfloat16, WITH_TMA)
+for config in conv.HOPPER:
+    CASES[f"hopper in {config}"] = functools.partial(
+        conv_case, Shape(3, (8, 16), (72,), 264), torch.bfloat16, config, "entry residual statistics", torch.float32
+    )
+
 
 # Epilogue -------------------------------------------------------------------------------------------------------------
 
@@ -422,10 +447,14 @@ def finishing_on_meta(shape: Shape, dtype: torch.dtype, more: str, parts: int) -
     return arguments
 
 
+def partial_launch(shape: Shape, dtype: torch.dtype, config: ConvConfig) -> Launch:
+    return conv.partial(**shape.shipped(dtype), sums=meta(config.splits, *shape.out), config=config)
+
+
 def conv_launch(shape: Shape, dtype: torch.dtype, config: ConvConfig, more: str) -> Launch:
     operands = shape.shipped(dtype)
     if config.splits > 1:
-        return conv.partial(**operands, sums=meta(config.splits, *shape.out), config=config)
+        return partial_launch(shape, dtype, config)
     parts = shape.problem(operands).blocks(config).parts
     return conv.conv(**operands, **finishing_on_meta(shape, dtype, more, parts), config=config)
 
@@ -451,6 +480,16 @@ for name, shape, dtype, more in [
     ("of three channels", Shape(16, (32, 32), (3,), 128), torch.bfloat16, "statistics"),
 ]:
     SHIPPED[f"conv {name}"] = functools.partial(conv_launch, shape, dtype, conv.HALF[3], more)
+for config in conv.HOPPER:
+    SHIPPED[f"hopper {config}"] = functools.partial(
+        conv_launch, LARGE, torch.bfloat16, config, "entry residual statistics"
+    )  # fmt: skip
+for name, shape, more in [
+    ("two sources", Shape(16, (16, 16), (256, 128), 256), "statistics"),
+    ("upsampled", Shape(16, (16, 16), (256,), 256, upsample=True), "statistics"),
+]:
+    SHIPPED[f"hopper {name}"] = functools.partial(conv_launch, shape, torch.float16, conv.HOPPER[0], more)
+SHIPPED["hopper partial"] = functools.partial(partial_launch, LARGE, torch.bfloat16, conv.HOPPER[0])
 for config, splits in zip(epilogue.FINISH_CANDIDATES, (1, 4, 16, 16), strict=True):
     SHIPPED[f"finish {splits} {config}"] = functools.partial(finish_launch, LARGE, splits, torch.bfloat16, config)
 
@@ -497,6 +536,7 @@ for name, shape, config, more in [
     ("conv out", ONE, conv.HALF[5], "nchw"),
     ("conv upsampled", dataclasses.replace(ONE, channels=(32,), upsample=True), conv.HALF[5], "entry statistics"),
     ("partial", dataclasses.replace(ONE, channels=(16, 16)), conv.HALF_SPLIT[0], ""),
+    ("hopper", dataclasses.replace(ONE, channels=(16,)), conv.HOPPER[2], "entry residual statistics"),
 ]:
     ONES[name] = functools.partial(conv_launch, shape, torch.bfloat16, config, more)
 ONES["gather"] = functools.partial(epilogue.gather, meta(1, 1, 1, 9), meta(1), meta(1, 1, 1, 1), padding=1)

@@ -8,6 +8,7 @@ a kernel's module is imported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -225,7 +226,7 @@ def product(a: Any, b: Any, sums: Any, size: int, precision: str) -> Any:
 
 
 def mend_interpreter() -> None:
-    """Let Triton's interpreter multiply matrices as tensor cores do, and correct a fault of it.
+    """Let Triton's interpreter multiply matrices as tensor cores do, correct a fault of it, and run Gluon's kernel.
 
     It would round each sum to nearest, and it stores bfloat16 as integers, which it multiplies. And it passes bounds of
     loops, which are arrays of one number, to ``int``, which NumPy 2.4 refuses.
@@ -233,6 +234,9 @@ def mend_interpreter() -> None:
     import numpy as np
     from triton import language as tl
     from triton.runtime import interpreter
+
+    from fastdiff.kernels import hopper
+    from tests.support import gluon
 
     patch = interpreter._patch_lang_tensor
 
@@ -252,6 +256,7 @@ def mend_interpreter() -> None:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._patch_lang_tensor = patch_tensor
+    hopper.HopperLaunch.__call__ = gluon.run
 
 
 def interpret(cases: dict[str, Callable[[], Case]]) -> None:
@@ -271,22 +276,35 @@ def interpret(cases: dict[str, Callable[[], Case]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: registers and bytes of stack (spills) per thread, bytes of shared memory, and its assembly."""
+    """A compiled kernel.
+
+    ``stack`` and ``registers`` are those of a thread, ``shared`` the bytes of shared memory of a program and ``warps``
+    its warps. ``text`` is the code before the last compiler (PTX, or AMD's assembly), ``file`` the result.
+    """
 
     registers: int
-    stack: int
+    stack: int  # bytes; spills are there
     shared: int
-    sass: str
+    warps: int
+    text: str
+    file: Path | None = None
 
     def tensor_cores(self, capability: int) -> bool:
-        """Return whether it uses the target's tensor cores: HMMA, warp groups' HGMMA, or Blackwell's UTC*MMA."""
-        kinds = {90: r"HGMMA", 100: r"UTC[A-Z]*MMA"}
-        return bool(re.search(rf"\b{kinds.get(capability, 'HMMA')}\b", self.sass))
+        """Return whether it uses the target's tensor cores: those of warps, Hopper's of warp groups, or Blackwell's."""
+        return {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync") in self.text
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """The assembly. The disassembler takes most of a second to start, so ask for it only where it is needed."""
+        import triton
+
+        tool = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.run([tool, "-sass", self.file], check=True, capture_output=True, text=True).stdout
 
     @property
     def spills_in_loops(self) -> int:
         """Number of instructions within loops that move registers to or from the stack."""
-        return spills_in_loops(self.sass)
+        return spills_in_loops(self.sass) if self.stack else 0
 
 
 def instructions(sass: str) -> list[tuple[int, str]]:
@@ -307,6 +325,15 @@ def spills_in_loops(sass: str) -> int:
     return sum(any(first <= at <= last for first, last in loops) for at in spills)
 
 
+GLOBAL = re.compile(r"\b(ld|st|atom|red)\.(\w+\.)*global\b|\bcp\.async\b|\bcp\.reduce\b")  # PTX that touches it
+
+
+def waits_first(ptx: str) -> bool:
+    """Return whether a kernel's PTX waits for the kernels before ahead of all that touches global memory."""
+    wait, touches = ptx.find("griddepcontrol.wait"), GLOBAL.search(ptx)
+    return wait >= 0 and touches is not None and wait < touches.start()
+
+
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
     torch.uint8: "*u8",
@@ -316,20 +343,24 @@ POINTERS = {
 def source_of(launch: Launch) -> Any:
     """Return the source of a launch's kernel, specialised as the launch would do; tensors may be on the meta device."""
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    kernel = launch.kernel
+    kernel, operands = launch.kernel, launch.operands
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    assert set(launch.arguments) == set(kernel.arg_names), set(launch.arguments) ^ set(kernel.arg_names)
+    assert set(operands) == set(kernel.arg_names), set(operands) ^ set(kernel.arg_names)
     for i, name in enumerate(kernel.arg_names):
-        value = launch.arguments[name]
+        value = operands[name]
         kind = "constexpr"
         special = not kernel.params[i].do_not_specialize
         if kernel.params[i].is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             constants[(i,)] = value
         elif isinstance(value, Tensor):
             kind, attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
         elif isinstance(value, int):
             kind = "i32" if abs(value) < 1 << 31 else "i64"
             if special and value % 16 == 0:
@@ -338,7 +369,8 @@ def source_of(launch: Launch) -> Any:
             assert isinstance(value, float), (name, value)
             kind = "fp32"
         signature[name] = kind
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compiled_for_amd(launch: Launch, architecture: str) -> Binary:
@@ -346,8 +378,7 @@ def compiled_for_amd(launch: Launch, architecture: str) -> Binary:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    result = triton.compile(source_of(launch), target=GPUTarget("hip", architecture, 64), options=options)
+    result = triton.compile(source_of(launch), target=GPUTarget("hip", architecture, 64), options=launch.config.options)
     text = result.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -355,7 +386,8 @@ def compiled_for_amd(launch: Launch, architecture: str) -> Binary:
         assert found, name
         return int(found[1])
 
-    return Binary(number("vgpr_count"), number("vgpr_spill_count"), result.metadata.shared, text)
+    shared, warps = result.metadata.shared, result.metadata.num_warps
+    return Binary(number("vgpr_count"), number("vgpr_spill_count"), shared, warps, text)
 
 
 def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
@@ -366,21 +398,18 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Binary:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source = source_of(launch)
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    result = triton.compile(source_of(launch), target=target, options=launch.config.options)
     file = folder / f"{result.metadata.name}.cubin"
     file.write_bytes(result.asm["cubin"])
 
-    def dump(option: str) -> str:
-        tool = triton.knobs.nvidia.cuobjdump.path
-        return subprocess.run([tool, option, file], check=True, capture_output=True, text=True).stdout
-
-    usage = dump("-res-usage")
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "-res-usage", file], check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, _, local = map(int, found.groups())
-    return Binary(registers, stack + local, result.metadata.shared, dump("-sass"))
+    shared, warps = result.metadata.shared, result.metadata.num_warps
+    return Binary(registers, stack + local, shared, warps, result.asm["ptx"], file)
 
 
 if __name__ == "__main__":
