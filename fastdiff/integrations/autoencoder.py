@@ -139,8 +139,13 @@ def front(
     members = {}
     for part, forward in forwards.items():
         shown = front_of(getattr(vae, part), forward=forward)
-        members[part] = property(lambda _, shown=shown: shown)
+        members[part] = _always(shown)
     return front_of(vae, **members) if members else None
+
+
+def _always(value: Any) -> property:
+    """Return a property that has the value for every object."""
+    return property(lambda _: value)
 
 
 class CoderForward:
