@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.backends.native import NativeDecoder
+from fastdiff.backends.native import NativeCoder
 from fastdiff.bench import machine, timing
 from fastdiff.bench.networks import randomize_
 from fastdiff.unet.decoder import Decoder, DecoderConfig
@@ -72,7 +72,7 @@ def measure(kind: str, pixels: int, rounds: int) -> dict[str, Any]:
     exact = theirs.double()(small.double())
     theirs.float()
     contenders: dict[str, Callable[[Tensor], Tensor]] = {
-        "native": NativeDecoder(ours),
+        "native": NativeCoder(ours),
         "diffusers": theirs,
         "diffusers-last": lambda z: last(z.contiguous(memory_format=torch.channels_last)),
     }

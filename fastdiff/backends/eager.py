@@ -34,8 +34,14 @@ class EagerRunner:
         elif texts is None:
             out = self.network(x, t, class_labels=label)
         else:
-            pooled = None if texts.pooled is None else texts.pooled[label].to(self.spec.dtype)
-            out = self.network(x, t, texts.states[label].to(self.spec.dtype), class_labels=pooled)
+            vector: dict[str, Any] = {}
+            if texts.pooled is not None:
+                pooled = texts.pooled[label].to(self.spec.dtype)
+                vector = {"class_labels": pooled}
+                if getattr(self.network, "add_embedding", None) is not None:
+                    # The embedded sizes are a part of the vector already.
+                    vector = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": pooled.new_zeros(len(x), 0)}}
+            out = self.network(x, t, texts.states[label].to(self.spec.dtype), **vector)
         return out if isinstance(out, Tensor) else out.sample
 
     @plain_modes()

@@ -92,13 +92,34 @@ def checksum(module: nn.Module) -> int:
     show it. It is fast and in memory only; files name a model by `fastdiff.checkpoints.weights_digest`. The native
     engine computes it on the CPU, at about the speed of reading memory; `plain_checksum` is the same elsewhere.
     """
+    weights = [p.detach() for p in module.parameters()]
+    parts = _checksums(weights)
+    return plain_checksum(weights) if parts is None else (sum(parts) + layout_checksum(weights)) % (1 << 64)
+
+
+def checksums(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Compute a checksum of each of a module's weights, with its strides, by all of its names.
+
+    Where two of them are equal, the weights are. It takes as long as `checksum`.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    weights = {id(p): p.detach() for p in named.values()}
+    found = _checksums(list(weights.values()))
+    if found is None:
+        found = [plain_checksum([w]) for w in weights.values()]
+    of = dict(zip(weights, found, strict=True))
+    return {name: (of[id(p)], *p.stride()) for name, p in named.items()}
+
+
+def _checksums(weights: list[Tensor]) -> list[int] | None:
+    """Compute the part of each weight in the checksum of all by the native engine; None where it cannot."""
     from fastdiff.backends.native.extension import extension  # it imports this module
 
-    native, weights = extension(), [p.detach() for p in module.parameters()]
+    native = extension()
     if native is None or not native.isas() or any(w.device.type != "cpu" for w in weights):
-        return plain_checksum(weights)
-    total: int = native.checksum([w.contiguous() for w in weights], threads=torch.get_num_threads())
-    return total
+        return None
+    found: list[int] = native.checksums([in_memory_order(w) for w in weights], threads=torch.get_num_threads())
+    return found
 
 
 def embedding_checksum(unet: UNet | UNetCondition) -> int:

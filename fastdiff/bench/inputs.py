@@ -46,6 +46,8 @@ class Workload:
         """
         reads = isinstance(model.unet, UNetCondition)
         info = NetworkInfo.of(model.unet, None, text=reads)
+        if info.sized:
+            raise ConfigError("addition_embed_type='text_time': no texts are made for a network that takes sizes")
         if guidance is not None and info.null_label is None and not reads:
             raise InvalidArgument(
                 f"guidance {guidance:g} needs a network trained with label dropout (config null_label); leave it out"

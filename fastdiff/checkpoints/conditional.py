@@ -48,7 +48,7 @@ from fastdiff.errors import CheckpointError, ConfigError
 from fastdiff.modes import plain_modes
 from fastdiff.solvers.keys import check_config
 from fastdiff.solvers.walk import Schedule
-from fastdiff.text import CaptionEncoder, CaptionEncoderConfig, ClipEncoder
+from fastdiff.text import CaptionEncoder, CaptionEncoderConfig, ClipEncoder, ClipPair
 from fastdiff.unet import UNetCondition, UNetConditionConfig
 from fastdiff.unet.latents import LatentDecoder
 
@@ -70,7 +70,7 @@ class PretrainedText:
     """
 
     unet: UNetCondition
-    text_encoder: CaptionEncoder | ClipEncoder
+    text_encoder: CaptionEncoder | ClipEncoder | ClipPair
     schedule: Schedule | None
     prediction: str | None
     scheduler_config: dict[str, Any]
@@ -121,7 +121,7 @@ def load_text(model: str | Path, **options: Any) -> PretrainedText | None:
 
     Args:
         model: The folder of a model or of its training, a training checkpoint, one of `builtin_models`, or the folder
-            of a StableDiffusionPipeline.
+            of a StableDiffusionPipeline or StableDiffusionXLPipeline.
         **options: variant and weights, as in `load`; the other options of `load` are refused.
 
     Returns:
@@ -178,24 +178,22 @@ def load_text(model: str | Path, **options: Any) -> PretrainedText | None:
 
 def _pipeline_in(path: Path, variant: str | None, weights: str | None) -> PretrainedText:
     """Load the folder of a pipeline that draws latents from a text."""
-    others = check_pipeline(path)
-    encoder = read_text_encoder(path, variant)
+    index, others = check_pipeline(path)
+    encoder = read_text_encoder(path, variant, index)
     autoencoder = read_autoencoder(path, variant)
     unet = _condition_in(path, variant, weights, torch.float32)
-    check_network(path, unet.config, autoencoder)
-    if encoder.model.config.hidden_size != unet.config.context_channels:
-        raise ConfigError(
-            f"{path}: the text encoder gives states of {encoder.model.config.hidden_size} channels, the network reads "
-            f"{unet.config.context_channels}"
-        )
+    check_network(path, unet.config, autoencoder, encoder)
     if others:
         log.warning("%s: a Sampler does not run %s of this pipeline", path, ", ".join(map(shown, others)))
     scheduler_path, scheduler = scheduler_file(path, warn=False)
     with naming(scheduler_path or path):
-        replaced = outdated_options(scheduler) if scheduler else {}
+        # The pipeline of XL takes the scheduler as it is.
+        outdated = outdated_options(scheduler) if scheduler and not isinstance(encoder, ClipPair) else {}
         schedule, prediction = schedule_of(scheduler) if scheduler else (None, None)
-    if replaced:
-        changes = ", ".join(f"{key}={value}" for key, value in replaced.items())
+    if outdated:
+        changes = ", ".join(f"{key}={value}" for key, value in outdated.items())
         log.warning("%s: an outdated configuration; %s as in diffusers' pipeline", scheduler_path, changes)
-    config = {**scheduler, **replaced, "clip_sample": False} if scheduler else {}  # latents are never clipped
+    config = {**scheduler, **outdated} if scheduler else {}
+    if config and not isinstance(encoder, ClipPair):
+        config["clip_sample"] = False
     return PretrainedText(unet, encoder, schedule, prediction, config, path, autoencoder)

@@ -21,19 +21,26 @@ from fastdiff.checks import boolean, number, shown
 from fastdiff.errors import BackendError, CheckpointError, ConfigError
 from fastdiff.solvers.compat.defaults import DEFAULTS
 from fastdiff.solvers.compat.diffusers import scheduler_name
-from fastdiff.text.clip import ClipEncoder
+from fastdiff.text.clip import ClipEncoder, ClipPair
 from fastdiff.unet import UNetConditionConfig
+from fastdiff.unet.condition_config import SIZES
 from fastdiff.unet.decoder import DecoderConfig
 from fastdiff.unet.latents import LatentDecoder
 
 INDEX = "model_index.json"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # have the same parts
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 # The parts that are read, and the classes that each of them may be of.
 PARTS = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer": TOKENIZERS,
+}
+PARTS_XL = {**PARTS, "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": TOKENIZERS}
+PIPELINES = {
+    "StableDiffusionPipeline": PARTS,
+    "StableDiffusionImg2ImgPipeline": PARTS,
+    "StableDiffusionXLPipeline": PARTS_XL,
 }
 SCALING_FACTOR = 0.18215  # of an AutoencoderKL whose configuration has none
 ENCODER_WEIGHTS = "model.safetensors"
@@ -56,22 +63,28 @@ def _class_of(index: dict[str, Any], part: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def check_pipeline(path: Path) -> list[str]:
-    """Raise `ConfigError` unless a pipeline is one that a Sampler draws; list its parts that a Sampler does not run."""
+def check_pipeline(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Raise `ConfigError` unless a pipeline is one that a Sampler draws.
+
+    The result is the contents of its index, and the list of its parts that a Sampler does not run.
+    """
     index = read_json(path / INDEX)
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
+        known = [name for name in PIPELINES if "Img2Img" not in name]
         raise ConfigError(
-            f"{path}: a {shown(kind)[1:-1]} is not supported; a {PIPELINES[0]} is, and so are pipelines of a "
-            "UNet2DModel. fastdiff.accelerate(pipeline) runs the U-Nets of diffusers' own pipelines"
+            f"{path}: a pipeline of class {shown(kind)} is not supported; a {' or a '.join(known)} is, and so are "
+            "pipelines of a UNet2DModel. fastdiff.accelerate(pipeline) runs the U-Nets of diffusers' own pipelines"
         )
-    for part, allowed in PARTS.items():
+    needed = PIPELINES[kind]
+    for part, allowed in needed.items():
         found = _class_of(index, part)
         if found not in allowed:
             has = f"has no {part}" if found is None else f"has {shown(found)} as its {part}"
-            raise ConfigError(f"{path / INDEX}: the {kind} {has}; {' or '.join(allowed)} is needed")
+            hint = "; Sampler(unet, text_encoder=T5Encoder(...)) takes one" if found == "T5EncoderModel" else ""
+            raise ConfigError(f"{path / INDEX}: the {kind} {has}; {' or '.join(allowed)} is needed{hint}")
     parts = {key for key, entry in index.items() if not key.startswith("_") and isinstance(entry, list) and any(entry)}
-    return sorted(parts - {*PARTS, "scheduler", "feature_extractor"})
+    return index, sorted(parts - {*needed, "scheduler", "feature_extractor"})
 
 
 def outdated_options(scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +94,10 @@ def outdated_options(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in defaults and scheduler.get(k, defaults[k]) != v}
 
 
-def check_network(path: Path, config: UNetConditionConfig, autoencoder: LatentDecoder) -> None:
-    """Raise `ConfigError` for networks that need more than latents and a text."""
+def check_network(
+    path: Path, config: UNetConditionConfig, autoencoder: LatentDecoder, encoder: ClipEncoder | ClipPair
+) -> None:
+    """Raise `ConfigError` for networks that need more than latents and a text, or texts of other encoders."""
     latents = autoencoder.config.latent_channels
     if config.in_channels != latents or config.out_channels != latents:
         raise ConfigError(
@@ -90,6 +105,25 @@ def check_network(path: Path, config: UNetConditionConfig, autoencoder: LatentDe
             f"the autoencoder have {latents}: a Sampler has nothing for the others, such as the masked image of an "
             "inpainting model. fastdiff.accelerate(pipeline) runs it in diffusers' own pipeline"
         )
+    if encoder.channels != config.context_channels:
+        raise ConfigError(
+            f"{path}: the text encoder gives states of {encoder.channels} channels, the network reads "
+            f"{config.context_channels}"
+        )
+    pair, added = isinstance(encoder, ClipPair), config.addition_embed_type
+    if pair != (added == "text_time"):
+        raise ConfigError(
+            f"{path}: addition_embed_type={added!r} of the network does not suit the pipeline, which has "
+            f"{'two text encoders' if pair else 'one text encoder'}"
+        )
+    if isinstance(encoder, ClipPair):
+        assert config.addition_time_embed_dim is not None  # UNetConditionConfig ensures this
+        width = encoder.pooled_channels + SIZES * config.addition_time_embed_dim
+        if width != config.projection_class_embeddings_input_dim:
+            raise ConfigError(
+                f"{path}: the second text encoder's vector has {encoder.pooled_channels} numbers, which gives {width} "
+                f"with {SIZES} sizes; the network takes {config.projection_class_embeddings_input_dim}"
+            )
     if config.time_cond_proj_dim is not None:
         raise ConfigError(
             f"{path}: the network takes an embedding of the guidance (time_cond_proj_dim), which a Sampler does not "
@@ -97,16 +131,31 @@ def check_network(path: Path, config: UNetConditionConfig, autoencoder: LatentDe
         )
 
 
-def read_text_encoder(path: Path, variant: str | None) -> ClipEncoder:
-    """Read ``text_encoder/`` and ``tokenizer/`` of a pipeline's folder, in float32, on the CPU."""
+def read_text_encoder(path: Path, variant: str | None, index: Mapping[str, Any]) -> ClipEncoder | ClipPair:
+    """Read the text encoder of a pipeline's folder, or both of Stable Diffusion XL, in float32, on the CPU."""
     try:
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
     except ImportError as e:
         raise BackendError(
             f"{path}: its text encoder needs the package transformers, which is not installed: "
             "pip install 'fastdiff[text]'"
         ) from e
-    folder = path / "text_encoder"
+    first = _read_clip(path, variant, "", CLIPTextModel)
+    if "text_encoder_2" not in PIPELINES[index["_class_name"]]:
+        return first
+    key = "force_zeros_for_empty_prompt"
+    with naming(path / INDEX):
+        zeros = boolean(key, index.get(key, True), error=ConfigError)
+    second = _read_clip(path, variant, "_2", CLIPTextModelWithProjection)
+    with naming(path / "text_encoder_2"):
+        return ClipPair(first, second, zeros)
+
+
+def _read_clip(path: Path, variant: str | None, end: str, kind: Any) -> ClipEncoder:
+    """Read the encoder and the tokenizer in the folders whose names have this end, by a class of transformers."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    folder, words = path / f"text_encoder{end}", path / f"tokenizer{end}"
     described = read_json(folder / "config.json")
     with naming(folder / "config.json"):
         if described.get("model_type") not in ("clip_text_model", "clip"):
@@ -114,15 +163,15 @@ def read_text_encoder(path: Path, variant: str | None) -> ClipEncoder:
         try:
             known = {k: v for k, v in described.items() if k not in ("auto_map", "torch_dtype", "dtype")}
             with torch.device("meta"):
-                model: Any = CLIPTextModel(CLIPTextConfig(**known)).float()
+                model: Any = kind(CLIPTextConfig(**known)).float()
         except Exception as e:  # transformers raises errors of all kinds for values that it does not know
             raise ConfigError(f"transformers cannot build this text encoder: {type(e).__name__}: {e}") from e
     _load(model, folder, variant)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(path / "tokenizer"), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(words), local_files_only=True)
     except Exception as e:
-        raise CheckpointError(f"{path / 'tokenizer'}: no tokenizer of CLIP: {type(e).__name__}: {e}") from e
-    with naming(path / "tokenizer"):
+        raise CheckpointError(f"{words}: no tokenizer of CLIP: {type(e).__name__}: {e}") from e
+    with naming(words):
         return ClipEncoder(model, tokenizer)
 
 
@@ -139,8 +188,12 @@ def _load(model: Any, folder: Path, variant: str | None) -> None:
     # Versions of transformers differ in this prefix, and in whether the constant positions are stored.
     prefix = "text_model."
     prefixed = any(name.startswith(prefix) for name in names)
-    tensors = {(prefix if prefixed else "") + k.removeprefix(prefix): tensor for k, tensor in tensors.items()
-               if not k.endswith("position_ids")}  # fmt: skip
+
+    def name_of(key: str) -> str:
+        bare = key.removeprefix(prefix)
+        return f"{prefix}{bare}" if prefixed and bare not in names else bare
+
+    tensors = {name_of(k): tensor for k, tensor in tensors.items() if not k.endswith("position_ids")}
     check_weights(model, tensors, where)
     model.to_empty(device="cpu")
     for name, buffer in model.named_buffers():

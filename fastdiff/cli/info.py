@@ -67,10 +67,9 @@ def info(
     """
     from fastdiff import Sampler
     from fastdiff.backends import BACKENDS
-    from fastdiff.backends.native import choose_method
+    from fastdiff.backends.native import choose_methods
     from fastdiff.core.lower import lower
     from fastdiff.core.plan import plan
-    from fastdiff.core.program import Conv
 
     if steps is not None and solver is None and n is None:
         raise InvalidArgument(f"--steps {steps} needs --solver: it is the length of a solver's table; or --n")
@@ -82,7 +81,7 @@ def info(
     size = sampler.info.size or (sampler.info.stride,) * 2
     rows = batch_size or 1
     layout = plan(lower(sampler.unet, size, _tokens(sampler)), rows)  # type: ignore[arg-type]  # UNet or UNetCondition
-    methods = {op.dst: choose_method(op, layout.program, rows) for op in layout.program.ops if isinstance(op, Conv)}
+    methods = choose_methods(layout.program, rows)
     operations = layout.to_dict(methods)
     table = None if solver is None else _table(sampler, solver, steps)
     result = _describe(sampler, model, size, operations["flops"] / rows)

@@ -1,7 +1,7 @@
 """Lowering of a U-Net to a `Program`: the walk of `UNet.forward`, which emits fused operations instead of computing.
 
-The text-conditioned U-Net (`UNetCondition`) and the decoder of an autoencoder (`Decoder`) consist of the same blocks
-and are lowered in the same way.
+The text-conditioned U-Net (`UNetCondition`) and the decoder and encoder of an autoencoder (`Decoder`, `Encoder`)
+consist of the same blocks and are lowered in the same way.
 
 Fusion is decided here, while emitting. A GroupNorm and its SiLU go into the operation that reads the result; bias, time
 embedding, residual and statistics go into the operation that writes; a concatenation is two sources; nearest doubling
@@ -12,6 +12,7 @@ half as large where a single head allows them to merge.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,17 @@ from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig
 from fastdiff.unet import model as modules
 from fastdiff.unet.condition import ACTIVATIONS, ConditionDownBlock, ConditionMidBlock, ConditionUpBlock
 from fastdiff.unet.decoder import Decoder, DecoderBlock
+from fastdiff.unet.encoder import Encoder, EncoderBlock
 from fastdiff.unet.tiny_decoder import TinyBlock, TinyDecoder
+from fastdiff.unet.tiny_encoder import TinyEncoder
 from fastdiff.unet.transformer import TextAttention, Transformer, TransformerBlock
 
 TOKENS = 77  # of a text, where their number is not known: CLIP's
 CHUNK = 64  # timesteps embedded at a time; fixed, so that an embedding's bits do not depend on their number
+Coder: TypeAlias = Decoder | Encoder | TinyDecoder | TinyEncoder
+Block: TypeAlias = (
+    modules.DownBlock | modules.UpBlock | ConditionDownBlock | ConditionUpBlock | DecoderBlock | EncoderBlock
+)
 
 
 def lower(unet: UNet | UNetCondition, size: tuple[int, int], tokens: int = TOKENS) -> Program:
@@ -103,17 +110,19 @@ def added_vector(unet: UNetCondition, text_embeds: Tensor, time_ids: Tensor) -> 
     """Return the input of the MLP of text_time, [B, D]: the pooled texts, and the sinusoids of ``time_ids``."""
     width = unet.config.addition_time_embed_dim
     assert width is not None
-    sizes = unet.sinusoid(time_ids.flatten(), width).reshape(len(time_ids), -1)
+    sizes = unet.sinusoid(time_ids.flatten(), width).reshape(len(time_ids), time_ids.shape[1] * width)
     return torch.cat([text_embeds.to(sizes.dtype), sizes], dim=1)
 
 
-def lower_decoder(decoder: Decoder | TinyDecoder, size: tuple[int, int]) -> Program:
-    """Lower a decoder to a program for latents of ``size`` (height, width); its weights may be on "meta".
+def lower_coder(coder: Coder, size: tuple[int, int]) -> Program:
+    """Lower a decoder or encoder to a program for latents or images of ``size``; its weights may be on "meta".
 
-    The program begins behind ``decoder.prepared`` and ends before ``decoder.finished``.
+    The program begins behind ``coder.prepared`` and ends before ``coder.finished``.
     """
-    emitter = _Emitter(decoder, size)
-    return emitter.tiny_decoder(decoder) if isinstance(decoder, TinyDecoder) else emitter.decoder(decoder)
+    emitter = _Emitter(coder, size)
+    if isinstance(coder, Encoder):
+        return emitter.encoder(coder)
+    return emitter.decoder(coder) if isinstance(coder, Decoder) else emitter.tiny(coder)
 
 
 def projection_keys(unet: nn.Module) -> list[str]:
@@ -258,7 +267,7 @@ class _Emitter:
         return self._finished(h, config.out_channels)
 
     def decoder(self, decoder: Decoder) -> Program:
-        h = self._conv("conv_in", (self.buffer("latent", (*self.size, decoder.config.latent_channels), external=True),))
+        h = self._conv("conv_in", (self._given(decoder),))
         h = self._mid(decoder.mid_block, h)
         for i, up in enumerate(decoder.up_blocks):
             assert isinstance(up, DecoderBlock)
@@ -268,11 +277,24 @@ class _Emitter:
                 h = self._resampled(f"up_blocks.{i}.upsamplers.0", h)
         return self._finished(h, decoder.config.out_channels)
 
-    def tiny_decoder(self, decoder: TinyDecoder) -> Program:
-        h = self.buffer("latent", (*self.size, decoder.config.latent_channels), external=True)
+    def encoder(self, encoder: Encoder) -> Program:
+        h = self._conv("conv_in", (self._given(encoder),))
+        for i, down in enumerate(encoder.down_blocks):
+            assert isinstance(down, EncoderBlock)
+            for j in range(len(down.resnets)):
+                h = self._layer(f"down_blocks.{i}", down, j, (h,))
+            if down.downsamplers is not None:
+                h = self._resampled(f"down_blocks.{i}.downsamplers.0", h)
+        return self._finished(self._mid(encoder.mid_block, h), encoder.config.out_channels)
+
+    def _given(self, coder: Coder) -> str:
+        return self.buffer("given", (*self.size, coder.in_channels), external=True)
+
+    def tiny(self, coder: TinyDecoder | TinyEncoder) -> Program:
+        h = self._given(coder)
         upsample = False
-        last = len(decoder.layers) - 1
-        for i, layer in enumerate(decoder.layers):
+        last = len(coder.layers) - 1
+        for i, layer in enumerate(coder.layers):
             if isinstance(layer, TinyBlock):
                 x = h
                 for j, residual in ((0, None), (2, None), (4, x)):
@@ -280,9 +302,10 @@ class _Emitter:
             elif isinstance(layer, nn.Conv2d):
                 if i == last:
                     H, W, _ = self.buffers[h].shape
-                    self.buffer("out", (H, W, decoder.config.out_channels), external=True)
+                    self.buffer("out", (H, W, layer.out_channels), external=True)
                 dst = "out" if i == last else None
-                h = self._conv(f"layers.{i}", (h,), upsample=upsample, relu=i == 0, dst=dst)
+                relu = isinstance(coder, TinyDecoder) and i == 0
+                h = self._conv(f"layers.{i}", (h,), upsample=upsample, relu=relu, dst=dst)
             upsample = isinstance(layer, nn.Upsample)
         return Program(tuple(self.ops), self.buffers)
 
@@ -374,7 +397,7 @@ class _Emitter:
     def _layer(
         self,
         key: str,
-        block: modules.DownBlock | modules.UpBlock | ConditionDownBlock | ConditionUpBlock | DecoderBlock,
+        block: Block,
         j: int,
         src: tuple[str, ...],
     ) -> str:

@@ -160,7 +160,7 @@ class Program:
                   class_before_mlp they are the output of the time MLP's first layer
     projections   elsewhere: every block's projection of the time embedding, concatenated
     <key>.text    the keys and values of the row's text, as [1, tokens, C], for the attention with this key prefix
-    latent        in place of all of these: what a decoder decodes
+    given         in place of all of these: what a decoder decodes, or an encoder encodes
     out           the network's output (NCHW in memory)
     """
 

@@ -6,8 +6,9 @@ The pipeline stays the same object. Its class becomes a subclass of its own clas
 - DDPMPipeline and DDIMPipeline, and subclasses that keep their ``__call__``, run a `PipelineLoop`: the table of the
   pipeline's scheduler, with the noise that diffusers would draw, in the same order.
 - Any other pipeline runs its own ``__call__``, in which ``pipeline.unet`` is a front of the network, which a backend
-  runs, and ``pipeline.vae`` (or ``vqvae``) a front of the autoencoder, whose decoder the native engine runs. Nothing is
-  put into the modules themselves, so other pipelines, accelerated or not, may run them in other threads.
+  runs, and ``pipeline.vae`` (or ``vqvae``) a front of the autoencoder, whose decoder and encoder the native engine
+  runs. Nothing is put into the modules themselves, so other pipelines, accelerated or not, may run them in other
+  threads.
 
 Every call looks at the network, its weights and the scheduler anew, so that all of them may change between calls. What
 would differ from diffusers by more than rounding is refused, or left to diffusers' own code:
@@ -29,8 +30,9 @@ from fastdiff.backends.base import refuse
 from fastdiff.checks import one_of
 from fastdiff.core.turns import Lock
 from fastdiff.errors import BackendError, ConfigError, InvalidArgument, ModifiedError
+from fastdiff.integrations import autoencoder
+from fastdiff.integrations.autoencoder import BackendCoder
 from fastdiff.integrations.condition import BackendCondition
-from fastdiff.integrations.decoder import BackendDecoder
 from fastdiff.integrations.loop import PipelineLoop, check_scheduler
 from fastdiff.integrations.network import BackendUNet
 from fastdiff.unet.changes import in_words, replaced
@@ -44,8 +46,8 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
     """Make fastdiff run a diffusers pipeline.
 
     fastdiff runs the whole loop of DDPMPipeline and DDIMPipeline, for the schedulers DDPM, DDIM, PNDM (PLMS), LCM,
-    DPMSolverMultistep, UniPC and DEIS; of other pipelines the network, and by `native` the decoder of the autoencoder
-    and the text-conditioned network of Stable Diffusion's pipelines.
+    DPMSolverMultistep, UniPC and DEIS; of other pipelines the network, and by `native` the decoder and encoder of the
+    autoencoder and the text-conditioned network of Stable Diffusion's pipelines.
     The same arguments and generators give the images that diffusers gives, up to rounding, and leave the generators in
     the state in which diffusers leaves them.
 
@@ -60,8 +62,9 @@ def accelerate(pipeline: Pipeline, backend: str = "auto", strict: bool = True) -
         strict: Whether a network or scheduler that is not supported is an error. If False, that part is left to
             diffusers, and the log says so once. A supported one that was modified, so that it is no longer what its
             configuration says (a patched method, a hook, an attribute), is left to diffusers in any case, unless
-            ``strict`` is True and ``backend`` is named. A decoder that cannot be run is left to diffusers in any case,
-            and so is a network beside a decoder that can; the log says so once.
+            ``strict`` is True and ``backend`` is named. A decoder or encoder that cannot be run is left to diffusers in
+            any case, and so is a network beside a decoder that can; the log says so once, for an encoder when a
+            pipeline calls it.
 
     Returns:
         The same object.
@@ -169,7 +172,7 @@ class PipelineCalls:
         self.backend = backend
         self.strict = strict
         self.network: BackendUNet | None = None
-        self.decoders: dict[str, BackendDecoder] = {}
+        self.coders: dict[tuple[str, str], BackendCoder] = {}  # by the names of the autoencoder and of its part
         self.decoding = False  # whether the pipeline has had a decoder of a supported kind
         self.lock = Lock()
         self.warned: set[str] = set()
@@ -213,48 +216,64 @@ class PipelineCalls:
                         loop.prepare()
                     if loop.table is not None:
                         return loop.run()
-                fronts = {name: decoder.front(self.warn_once) for name, decoder in decoders.items()}
+                fronts = self._autoencoders(pipeline, decoders)
                 if network is not None and self.backend != "eager":
                     fronts["unet"] = network.front(self.warn_once)
                 self._running.fronts = fronts
                 return self.base.__call__(*arguments.args, **arguments.kwargs)
             except BaseException:
-                for part in (network, *decoders.values()):
+                for part in (network, *self.coders.values()):
                     if part is not None:
                         part.forget_interrupted()
                 raise
             finally:
                 self._running.fronts = outer
 
-    def decoders_of(self, pipeline: Any) -> dict[str, BackendDecoder]:
+    def _autoencoders(self, pipeline: Any, decoders: dict[str, BackendCoder]) -> dict[str, Any]:
+        """Return the fronts of the pipeline's autoencoders, for those of their parts that the engine may run."""
+        fronts = {}
+        for name in self._names(pipeline):
+            encoder = functools.partial(self._coder, pipeline, name, "encoder")
+            shown = autoencoder.front(vars(pipeline)[name], decoders.get(name), encoder, self.warn_once)
+            if shown is not None:
+                fronts[name] = shown
+        return fronts
+
+    def _names(self, pipeline: Any) -> list[str]:
+        """Return the names of the pipeline's autoencoders, if the backend is one that runs them."""
+        runs = self.backend in ("auto", "native") and not self.whole_loop
+        return [
+            name
+            for name in AUTOENCODERS
+            if runs and vars(pipeline).get(name) is not None and not hasattr(self.base, name)
+        ]
+
+    def decoders_of(self, pipeline: Any) -> dict[str, BackendCoder]:
         """Return the decoders that the engine runs, by the names of the autoencoders; others are left to diffusers."""
-        ready = {}
-        for name in AUTOENCODERS if self.backend in ("auto", "native") and not self.whole_loop else ():
-            vae = vars(pipeline).get(name)
-            if getattr(vae, "decoder", None) is None or hasattr(self.base, name):
-                continue
-            what = f"{self.base.__name__}.{name}"
-            try:
-                known = self.decoders.get(name)
-                decoder = known if known is not None and known.is_of(vae) else BackendDecoder(vae)
-            except ConfigError as e:
-                self.warn_once(f"the decoder of {what} is left to diffusers: {e}")
-                continue
-            self.decoders[name], self.decoding = decoder, True
-            changed = decoder.unsupported_changes()
-            missing = [] if changed else decoder.reasons_against()
-            if changed:
-                self.warn_once(
-                    f"the decoder of {what} is left to diffusers, as it is not what its configuration says: "
-                    f"{in_words(changed)}"
-                )
-            elif missing:
-                self.warn_once(
-                    f"the decoder of {what} is left to diffusers; the native engine cannot run it: {'; '.join(missing)}"
-                )
-            else:
-                ready[name] = decoder
-        return ready
+        found = {name: self._coder(pipeline, name, "decoder") for name in self._names(pipeline)}
+        return {name: coder for name, coder in found.items() if coder is not None}
+
+    def _coder(self, pipeline: Any, name: str, part: str) -> BackendCoder | None:
+        """Return the decoder or encoder of an autoencoder, ready to run; None if it is left to diffusers."""
+        vae = vars(pipeline)[name]
+        if getattr(vae, part, None) is None:
+            return None
+        left = f"the {part} of {self.base.__name__}.{name} is left to diffusers"
+        try:
+            known = self.coders.get((name, part))
+            coder = known if known is not None and known.is_of(vae) else BackendCoder(vae, part)
+        except ConfigError as e:
+            self.warn_once(f"{left}: {e}")
+            return None
+        self.coders[name, part] = coder
+        self.decoding |= part == "decoder"
+        changed = coder.unsupported_changes()
+        missing = [] if changed else coder.reasons_against()
+        if changed:
+            self.warn_once(f"{left}, as it is not what its configuration says: {in_words(changed)}")
+        elif missing:
+            self.warn_once(f"{left}; the native engine cannot run it: {'; '.join(missing)}")
+        return None if changed or missing else coder
 
     def network_of(self, pipeline: Any) -> BackendUNet | None:
         """Return the pipeline's network, ready to run; None if it is left to diffusers.

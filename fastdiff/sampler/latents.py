@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.backends.native import NativeDecoder
+from fastdiff.backends.native import NativeCoder
 from fastdiff.checks import is_whole, shown
 from fastdiff.core.turns import Lock
 from fastdiff.errors import InvalidArgument
@@ -26,7 +26,7 @@ class Latents:
         self.autoencoder = autoencoder.to(device)
         self.device = device
         self.lock = Lock()
-        self.native = NativeDecoder(autoencoder.decoder) if backend == "native" else None
+        self.native = NativeCoder(autoencoder.decoder) if backend == "native" else None
 
     def options(self, o: Options, info: NetworkInfo) -> Options:
         """Return a call's options with the size of its latents; `InvalidArgument` says what latents do not allow."""

@@ -27,6 +27,7 @@ from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.table import check_clip
 from fastdiff.unet import UNet, UNetCondition
+from fastdiff.unet.condition_config import SIZES
 
 MAX_SCALES = 1 << 20
 STRENGTH = 0.8  # of img2img where the caller gives none, as in diffusers' pipelines
@@ -215,6 +216,7 @@ class NetworkInfo:
     pooled: bool = False  # whether it takes a pooled vector of each text besides
     text_channels: int | None = None  # channels of a text's states; None where it reads none
     pooled_channels: int | None = None  # of that vector
+    sized: bool = False  # whether it takes the size of the image in pixels besides
     condition: int = 0  # channels of the condition image that it reads after those of the image
     described: bool = False  # whether it has a configuration; without one any label is passed on to it
     class_names: tuple[str, ...] | None = None  # of the classes from 0 on; None where they have no names
@@ -239,6 +241,7 @@ class NetworkInfo:
                     "the network has no configuration that tells its input; give shape=(channels, height, width)"
                 )
             return cls(channels=shape[0], size=shape[1:])
+        sized = text and getattr(config, "addition_embed_type", None) == "text_time"
         pooled = text and getattr(config, "class_embed_type", None) in ("projection", "simple_projection")
         if getattr(config, "class_embed_type", None) is not None and not pooled:
             raise ConfigError(
@@ -273,9 +276,10 @@ class NetworkInfo:
             classes=None if embeds is None else embeds - (null is not None),
             null_label=null,
             text=text,
-            pooled=pooled,
+            pooled=pooled or sized,
             text_channels=config.context_channels if text else None,
-            pooled_channels=config.projection_class_embeddings_input_dim if pooled else None,
+            pooled_channels=_pooled_channels(config, sized) if pooled or sized else None,
+            sized=sized,
             condition=condition,
             described=True,
         )
@@ -291,6 +295,20 @@ def _check_reads_text(unet: nn.Module) -> None:
         raise InvalidArgument(
             f"text_encoder= is for a fastdiff.UNetCondition that reads text, not for this {type(unet).__name__}"
         )
-    for key in ("num_class_embeds", "addition_embed_type"):
-        if getattr(unet.config, key) is not None:
-            raise ConfigError(f"{key}={getattr(unet.config, key)!r}: a Sampler gives the network a text only")
+    config = unet.config
+    beside = config.class_embed_type is not None and config.addition_embed_type is not None
+    for key in ("num_class_embeds", *(["addition_embed_type"] if beside else [])):
+        if getattr(config, key) is not None:
+            raise ConfigError(f"{key}={getattr(config, key)!r}: a Sampler gives the network a text only")
+
+
+def _pooled_channels(config: Any, sized: bool) -> int:
+    """Return the channels of the vector of a text; `ConfigError` where there is no room for it beside the sizes."""
+    whole_width: int = config.projection_class_embeddings_input_dim
+    left = whole_width - (SIZES * config.addition_time_embed_dim if sized else 0)
+    if left < 1:
+        raise ConfigError(
+            f"projection_class_embeddings_input_dim={whole_width}: a Sampler gives the network {SIZES} sizes, embedded "
+            f"in {config.addition_time_embed_dim} numbers each, and the vector of a text"
+        )
+    return left

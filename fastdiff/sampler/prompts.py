@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import items, shown, text
+from fastdiff.core.lower import added_vector
 from fastdiff.core.state import Texts
 from fastdiff.errors import InvalidArgument
 from fastdiff.sampler.editing import check_dense
 from fastdiff.sampler.options import NetworkInfo, Options, scales
+from fastdiff.unet import UNetCondition
 
 MOST_TEXTS = 1 << 16  # that are encoded at once
 
 
 class TextEncoder(Protocol):
-    """An encoder of texts for the cross-attention of a network, such as a `fastdiff.text.CaptionEncoder`."""
+    """An encoder of texts for the cross-attention of a network, such as a `fastdiff.text.CaptionEncoder`.
+
+    Where it has an attribute ``negative_is_zeros`` that is true, no negative prompt is zeros in the place of states,
+    and not the text "".
+    """
 
     def tokenize(self, text: str) -> list[int]:
         """Return the numbers of a text's pieces; `InvalidArgument` says why a text cannot be encoded.
@@ -82,6 +88,8 @@ def check(n: int, o: Options, info: NetworkInfo, encoder: TextEncoder | None) ->
         null = bank.states("negative", o.negative)
     elif o.context is not None and o.negative is None and not (scales(o.guidance, n) != 1.0).any():
         null = label  # nothing is guided, so that no text need be encoded
+    elif o.negative is None and getattr(encoder, "negative_is_zeros", False):
+        null = bank.zeros("negative")
     else:
         null = bank.texts("negative", "" if o.negative is None else o.negative)
     return bank.prompts(label, null)
@@ -161,6 +169,13 @@ class _Bank:
         )
         return range(first, first + self.n) if len(states) == self.n else range(first, first + 1)
 
+    def zeros(self, name: str) -> range:
+        """Return the number of states that are zeros, for all images."""
+        tokens = self.given[0].states.shape[1] if self.given else len(self.encoder.tokenize(""))
+        pooled = torch.zeros(1, self.info.pooled_channels or 0, dtype=torch.float32, device="cpu")
+        states = torch.zeros(1, tokens, self.info.text_channels or 0, dtype=torch.float32, device="cpu")
+        return self.states(name, Texts(states, pooled if self.info.pooled else None))
+
     def prompts(self, *halves: list[str] | range) -> Prompts:
         """Return the prompts of the images' two halves."""
         first = sum(map(len, self.given))
@@ -197,3 +212,19 @@ def encode(prompts: Prompts, encoder: TextEncoder, pooled: bool) -> Texts:
         return Texts(torch.stack(all_states), None)
     before = [] if given is None or given.pooled is None else [*given.pooled]
     return Texts(torch.stack(all_states), torch.stack([*before, *(v.cpu() for v in vectors if v is not None)]))
+
+
+def with_sizes(texts: Texts, unet: UNetCondition, wanted: int | None, size: tuple[int, int]) -> Texts:
+    """Return the texts with the whole vector that a network of "text_time" adds to its time embedding.
+
+    Beside the vectors of the texts it has the sizes that Stable Diffusion XL was trained with, for images of ``size``
+    (height, width) in pixels that are no crops: original size, corner of the crop, target size. The vectors of the
+    texts must have the ``wanted`` number of channels.
+    """
+    assert texts.pooled is not None
+    if texts.pooled.shape[1] != wanted:
+        raise InvalidArgument(
+            f"the text encoder gives vectors of {texts.pooled.shape[1]} numbers, the network takes {wanted}"
+        )
+    sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device="cpu").expand(len(texts), -1)
+    return dataclasses.replace(texts, pooled=added_vector(unet, texts.pooled, sizes).float())

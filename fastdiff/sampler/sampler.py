@@ -27,7 +27,7 @@ from fastdiff.sampler.loop import Loop, Stream
 from fastdiff.sampler.measured import NAME, Measured, read_for
 from fastdiff.sampler.options import NetworkInfo, NoiseSource, Options
 from fastdiff.sampler.output import Event, SampleOutput
-from fastdiff.sampler.prompts import TextEncoder, check_texts, encode
+from fastdiff.sampler.prompts import TextEncoder, check_texts, encode, with_sizes
 from fastdiff.sampler.request import Request, check
 from fastdiff.sampler.runners import FAST, Runners, usable_device
 from fastdiff.schedule import NoiseSchedule
@@ -38,6 +38,7 @@ from fastdiff.solvers.prediction import check_prediction
 from fastdiff.solvers.registry import SOLVERS
 from fastdiff.solvers.spacing import check_spacing
 from fastdiff.solvers.walk import Schedule, check_process, default_prediction
+from fastdiff.unet import UNetCondition
 from fastdiff.unet.latents import LatentDecoder
 
 FIXED = (
@@ -197,8 +198,8 @@ class Sampler:
 
         Args:
             model: Name of a built-in model ("fashion-mnist"), a diffusers folder, or a checkpoint file. The folder of
-                a StableDiffusionPipeline has a text encoder, for which the package transformers is needed, and an
-                autoencoder; its safety checker is not run, which is logged.
+                a StableDiffusionPipeline or StableDiffusionXLPipeline has text encoders, for which the package
+                transformers is needed, and an autoencoder; its safety checker is not run, which is logged.
             backend: As for `Sampler`.
             device: As for `Sampler`; None: CUDA where there is one, else the CPU.
             dtype: As for `Sampler`.
@@ -325,7 +326,8 @@ class Sampler:
                 classes.
             prompts: What to draw, for a network that reads text: a text for all images, or one for each. "" asks for
                 nothing.
-            negative: What guidance leads away from, likewise, or as ``context``; None: "".
+            negative: What guidance leads away from, likewise, or as ``context``; None: "", or zeros in the place of its
+                states where the model was trained so (Stable Diffusion XL).
             context: In place of prompts, their states by an encoder of your own: [tokens, C] for all images, or
                 [n, tokens, C]; or what `encode` returns.
             guidance: Scale of classifier-free guidance for all images, or for each one; 1 is off.
@@ -646,7 +648,12 @@ class Sampler:
             n, o, self.info, self.schedule, self.prediction, self.scheduler_config, self.backend, self.text_encoder
         )
         if r.prompts is not None and self.text_encoder is not None:
-            r = dataclasses.replace(r, texts=encode(r.prompts, self.text_encoder, self.info.pooled))
+            texts = encode(r.prompts, self.text_encoder, self.info.pooled)
+            if self.info.sized and isinstance(self.unet, UNetCondition):
+                factor = 1 if self.autoencoder is None else self.autoencoder.factor
+                size = (r.shape[1] * factor, r.shape[2] * factor)
+                texts = with_sizes(texts, self.unet, self.info.pooled_channels, size)
+            r = dataclasses.replace(r, texts=texts)
         if known is not None and point is not None:
             known.check_rows(point, len(r.table))
         return r

@@ -1,18 +1,18 @@
-"""`ClipEncoder`: the text encoder of Stable Diffusion 1 and 2, run by the package transformers."""
+"""The text encoders of Stable Diffusion 1 and 2, `ClipEncoder`, and XL, `ClipPair`, run by the package transformers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdiff.checks import text as check_text
-from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.errors import ConfigError
 from fastdiff.modes import plain_modes
+from fastdiff.text.padded import PaddedEncoder
 
 
-class ClipEncoder:
+class ClipEncoder(PaddedEncoder):
     """Encoder of prompts by a ``CLIPTextModel`` and its tokenizer.
 
     As in Stable Diffusion, every text is padded to the same number of tokens, attention sees the padding, and the
@@ -32,39 +32,12 @@ class ClipEncoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any):
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.tokens = int(min(tokenizer.model_max_length, model.config.max_position_embeddings))
-        if tokenizer.pad_token_id is None or getattr(tokenizer, "padding_side", "right") != "right":
-            raise ConfigError(
-                f"the tokenizer has pad_token={tokenizer.pad_token!r} and padding_side={tokenizer.padding_side!r}; a "
-                "token for padding at the right is needed"
-            )
-        size, embedded = len(tokenizer), model.config.vocab_size
-        if size > embedded:
-            raise ConfigError(f"the tokenizer has {size} tokens, the text encoder {embedded}; they must fit")
-        self.tokenize("")  # the first call changes a tokenizer, and others may come from several threads
+        super().__init__(model, tokenizer, int(min(tokenizer.model_max_length, model.config.max_position_embeddings)))
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the numbers of a text's tokens.
-
-        Args:
-            text: The text.
-
-        Returns:
-            The numbers, ``tokens`` of them: the begin, the pieces of words, the end, and padding.
-
-        Raises:
-            InvalidArgument: If the text is no string, or has more pieces than fit.
-        """
-        # The padding is added here: a tokenizer that pads is changed by each call.
-        found = list(self.tokenizer(check_text("text", text), verbose=False)["input_ids"])
-        if len(found) > self.tokens:
-            raise InvalidArgument(
-                f"the text has {len(found) - 2} pieces of words; at most {self.tokens - 2} fit, which are all that "
-                "diffusers would read of it"
-            )
-        return found + [self.tokenizer.pad_token_id] * (self.tokens - len(found))
+    @property
+    def channels(self) -> int:
+        """Channels of the states."""
+        return int(self.model.config.hidden_size)
 
     @plain_modes()
     def encode(self, text: str) -> tuple[Tensor, None]:
@@ -79,16 +52,106 @@ class ClipEncoder:
         Raises:
             InvalidArgument: As `tokenize` does.
         """
-        tokens = torch.tensor([self.tokenize(text)], dtype=torch.int64, device=self.model.device)
-        mask = None
-        if getattr(self.model.config, "use_attention_mask", False):  # in no Stable Diffusion
-            pieces = len(self.tokenizer(text, verbose=False)["input_ids"])
-            mask = (torch.arange(self.tokens, dtype=torch.int64, device=tokens.device) < pieces).long()[None]
-        states: Tensor = self.model(input_ids=tokens, attention_mask=mask)[0]
+        tokens = self._tensor(text)
+        uses_mask = getattr(self.model.config, "use_attention_mask", False)  # in no Stable Diffusion
+        states: Tensor = self.model(input_ids=tokens, attention_mask=self._mask(text) if uses_mask else None)[0]
         return states[0].float(), None
 
-    def to(self, device: torch.device) -> ClipEncoder:
-        """Move the model to a device.
+    @plain_modes()
+    def penultimate(self, text: str) -> tuple[Tensor, Tensor | None]:
+        """Encode one text as Stable Diffusion XL reads it.
+
+        Args:
+            text: The text, as for `tokenize`.
+
+        Returns:
+            The states [tokens, channels] before the last layer, without a norm; and, of a
+            ``CLIPTextModelWithProjection``, the projected vector of the whole text, else None.
+
+        Raises:
+            InvalidArgument: As `tokenize` does.
+        """
+        found = self.model(input_ids=self._tensor(text), output_hidden_states=True)
+        vector = getattr(found, "text_embeds", None)
+        return found.hidden_states[-2][0].float(), None if vector is None else vector[0].float()
+
+
+class ClipPair:
+    """The two encoders of Stable Diffusion XL: the states of both beside each other, and the second one's vector.
+
+    Args:
+        first: The first encoder, of a ``CLIPTextModel``.
+        second: The second one, of a ``CLIPTextModelWithProjection``, with as many tokens.
+        negative_is_zeros: Whether no negative prompt is zeros, and not the text "", diffusers'
+            ``force_zeros_for_empty_prompt``.
+
+    Attributes:
+        first: As given.
+        second: As given.
+        negative_is_zeros: As given.
+        tokens: Number of tokens of every text.
+
+    Raises:
+        ConfigError: If the encoders differ in their number of tokens, or the second one gives no vector.
+    """
+
+    def __init__(self, first: ClipEncoder, second: ClipEncoder, negative_is_zeros: bool = True):
+        if first.tokens != second.tokens:
+            raise ConfigError(f"the text encoders take {first.tokens} and {second.tokens} tokens; they must agree")
+        if second.penultimate("")[1] is None:
+            raise ConfigError("the second text encoder gives no vector; a CLIPTextModelWithProjection is needed")
+        self.first, self.second = first, second
+        self.negative_is_zeros = negative_is_zeros
+        self.tokens = first.tokens
+
+    @property
+    def model(self) -> nn.Module:
+        """Both models."""
+        return nn.ModuleList([self.first.model, self.second.model])
+
+    @property
+    def channels(self) -> int:
+        """Channels of the states, of both encoders together."""
+        return self.first.channels + self.second.channels
+
+    @property
+    def pooled_channels(self) -> int:
+        """Channels of the vector of a whole text."""
+        return int(self.second.model.config.projection_dim)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the numbers of a text's tokens for the first encoder, after a check that it suits both.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The numbers, ``tokens`` of them.
+
+        Raises:
+            InvalidArgument: As `ClipEncoder.tokenize` does.
+        """
+        self.second.tokenize(text)
+        return self.first.tokenize(text)
+
+    def encode(self, text: str) -> tuple[Tensor, Tensor]:
+        """Encode one text, by itself.
+
+        Args:
+            text: The text, as for `tokenize`.
+
+        Returns:
+            The states [tokens, channels], and the vector [pooled_channels].
+
+        Raises:
+            InvalidArgument: As `tokenize` does.
+        """
+        states, vector = self.second.penultimate(text)
+        assert vector is not None
+        return torch.cat([self.first.penultimate(text)[0], states], dim=1), vector
+
+    def to(self, device: torch.device) -> ClipPair:
+        """Move the models to a device.
 
         Args:
             device: The device.
@@ -96,5 +159,6 @@ class ClipEncoder:
         Returns:
             The same object.
         """
-        self.model.to(device)
+        self.first.to(device)
+        self.second.to(device)
         return self

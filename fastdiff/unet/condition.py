@@ -272,7 +272,8 @@ class UNetCondition(nn.Module):
             assert added_cond_kwargs is not None
             assert config.addition_time_embed_dim is not None
             text, ids = (added_cond_kwargs[key] for key in ADDED)
-            sizes = self.sinusoid(ids.flatten(), config.addition_time_embed_dim).reshape(len(text), -1)
+            width = config.addition_time_embed_dim
+            sizes = self.sinusoid(ids.flatten(), width).reshape(len(text), ids.shape[1] * width)
             emb = emb + self.add_embedding(torch.cat([text.to(emb.dtype), sizes], dim=-1))
         return emb if config.time_embedding_act_fn is None else ACTIVATIONS[config.time_embedding_act_fn](emb)
 

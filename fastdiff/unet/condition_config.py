@@ -13,6 +13,7 @@ from fastdiff.unet.config import MAX_LAYERS, MAX_LEVELS, MAX_SIZE, choice, finit
 CROSS = "CrossAttn"  # how the types of blocks with cross-attention begin
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+SIZES = 6  # numbers that Stable Diffusion XL embeds beside a text: original size, corner of the crop, target size
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 CLASS_TYPES = (None, "timestep", "identity", "projection", "simple_projection")
 ACTIVATIONS = (None, "silu", "swish", "mish", "gelu", "relu")

@@ -25,17 +25,14 @@ UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """Configuration of a `Decoder`, with the keys and defaults of diffusers' ``AutoencoderKL``."""
+class CoderConfig:
+    """The keys that a `Decoder` and a `fastdiff.unet.encoder.Encoder` share, with the defaults of ``AutoencoderKL``."""
 
-    out_channels: int = 3
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
     block_out_channels: tuple[int, ...] = (64,)
     layers_per_block: int = 1
     act_fn: str = "silu"
     latent_channels: int = 4
     norm_num_groups: int = 32
-    norm_type: str = "group"
     mid_block_add_attention: bool = True
 
     # What the blocks of `fastdiff.unet.model` ask of a configuration besides.
@@ -48,32 +45,6 @@ class DecoderConfig:
     mid_block_scale_factor: ClassVar[float] = 1.0
     attn_norm_num_groups: ClassVar[None] = None
 
-    def __post_init__(self) -> None:
-        for key in ("up_block_types", "block_out_channels"):
-            value = getattr(self, key)
-            if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
-                raise ConfigError(f"{key}={shown(value)}: a list of 1 to {MAX_LEVELS} entries is needed")
-            object.__setattr__(self, key, tuple(value))
-        if len(self.up_block_types) != len(self.block_out_channels):
-            raise ConfigError(
-                f"up_block_types has {len(self.up_block_types)} entries but block_out_channels has "
-                f"{len(self.block_out_channels)}; they must agree"
-            )
-        for name in self.up_block_types:
-            if not isinstance(name, str) or name not in UP_BLOCKS:
-                raise ConfigError(f"up_block_types: {shown(name)} is not supported; allowed: {', '.join(UP_BLOCKS)}")
-        for key in ("out_channels", "latent_channels", "norm_num_groups"):
-            size(key, getattr(self, key))
-        size("layers_per_block", self.layers_per_block, MAX_LAYERS)
-        for i, channels in enumerate(self.block_out_channels):
-            if size(f"block_out_channels[{i}]", channels) % self.norm_num_groups:
-                raise ConfigError(
-                    f"block_out_channels[{i}]={channels} is not divisible by norm_num_groups={self.norm_num_groups}"
-                )
-        choice("act_fn", self.act_fn, ("silu", "swish"))
-        choice("norm_type", self.norm_type, ("group",))
-        choice("mid_block_add_attention", self.mid_block_add_attention, (False, True))
-
     @property
     def add_attention(self) -> bool:
         """Whether the mid block has attention."""
@@ -83,6 +54,47 @@ class DecoderConfig:
     def head_dim(channels: int) -> int:
         """Return the width of an attention's only head."""
         return channels
+
+
+def check_coder(config: CoderConfig, types: str, allowed: tuple[str, ...], pixels: str) -> None:
+    """Raise `ConfigError` for what is not supported; ``types`` and ``pixels`` are keys, of blocks and of channels."""
+    for key in (types, "block_out_channels"):
+        value = getattr(config, key)
+        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
+            raise ConfigError(f"{key}={shown(value)}: a list of 1 to {MAX_LEVELS} entries is needed")
+        object.__setattr__(config, key, tuple(value))
+    kinds = getattr(config, types)
+    if len(kinds) != len(config.block_out_channels):
+        raise ConfigError(
+            f"{types} has {len(kinds)} entries but block_out_channels has {len(config.block_out_channels)}; they must "
+            "agree"
+        )
+    for name in kinds:
+        if not isinstance(name, str) or name not in allowed:
+            raise ConfigError(f"{types}: {shown(name)} is not supported; allowed: {', '.join(allowed)}")
+    for key in (pixels, "latent_channels", "norm_num_groups"):
+        size(key, getattr(config, key))
+    size("layers_per_block", config.layers_per_block, MAX_LAYERS)
+    for i, channels in enumerate(config.block_out_channels):
+        if size(f"block_out_channels[{i}]", channels) % config.norm_num_groups:
+            raise ConfigError(
+                f"block_out_channels[{i}]={channels} is not divisible by norm_num_groups={config.norm_num_groups}"
+            )
+    choice("act_fn", config.act_fn, ("silu", "swish"))
+    choice("mid_block_add_attention", config.mid_block_add_attention, (False, True))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecoderConfig(CoderConfig):
+    """Configuration of a `Decoder`, with the keys and defaults of diffusers' ``AutoencoderKL``."""
+
+    out_channels: int = 3
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    norm_type: str = "group"
+
+    def __post_init__(self) -> None:
+        check_coder(self, "up_block_types", UP_BLOCKS, "out_channels")
+        choice("norm_type", self.norm_type, ("group",))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -117,10 +129,13 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Decoder of latents [B, latent_channels, H, W] to images [B, out_channels, H s, W s], s = 2^(levels - 1)."""
 
+    least = 1  # height and width of the smallest latents
+
     @plain_modes()
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
+        self.in_channels = config.latent_channels
         channels = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1, dtype=DTYPE)
         self.mid_block = MidBlock(config, channels[0])

@@ -26,7 +26,7 @@ from fastdiff.unet.config import UNetConfig, norm_groups
 
 if TYPE_CHECKING:
     from fastdiff.unet.condition_config import UNetConditionConfig
-    from fastdiff.unet.decoder import DecoderConfig
+    from fastdiff.unet.decoder import CoderConfig
 
 DTYPE = torch.float32  # of new weights, whatever torch's default is
 CLASS_MAP_SIZE = 8  # side of the map that the class encoder computes, before it is resized to the input's size
@@ -146,7 +146,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(
         self,
-        config: UNetConfig | UNetConditionConfig | DecoderConfig,
+        config: UNetConfig | UNetConditionConfig | CoderConfig,
         in_channels: int,
         out_channels: int,
         resample: str | None = None,
@@ -256,7 +256,7 @@ class Downsample(nn.Module):
         self.padding = padding
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding, dtype=DTYPE)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         if self.padding == 0:
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
@@ -354,7 +354,7 @@ class UpBlock(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention and residual block at the lowest resolution."""
 
-    def __init__(self, config: UNetConfig | DecoderConfig, channels: int):
+    def __init__(self, config: UNetConfig | CoderConfig, channels: int):
         super().__init__()
         factor = float(config.mid_block_scale_factor)
         self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels, scale_factor=factor) for _ in range(2))

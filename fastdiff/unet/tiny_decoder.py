@@ -22,6 +22,31 @@ from fastdiff.unet.config import MAX_LAYERS, MAX_LEVELS, choice, size
 from fastdiff.unet.model import DTYPE
 
 
+def check_tiny(config: Any, levels: str, numbers: str, pixels: str) -> None:
+    """Raise `ConfigError` for what is not supported.
+
+    The keys ``levels``, ``numbers`` and ``pixels`` have the channels and blocks of each level, and the channels of
+    images.
+    """
+    for key in (levels, numbers):
+        value = getattr(config, key)
+        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
+            raise ConfigError(f"{key}={shown(value)}: a list of 1 to {MAX_LEVELS} entries is needed")
+        object.__setattr__(config, key, tuple(value))
+    channels, blocks = getattr(config, levels), getattr(config, numbers)
+    if len(channels) != len(blocks):
+        raise ConfigError(f"{levels} has {len(channels)} entries but {numbers} has {len(blocks)}; they must agree")
+    for key in (pixels, "latent_channels"):
+        size(key, getattr(config, key))
+    for i, number in enumerate(blocks):
+        size(f"{numbers}[{i}]", number, MAX_LAYERS)
+    if any(size(levels, C) != channels[0] for C in channels):
+        raise ConfigError(
+            f"{levels}={shown(channels)}: the levels must have as many channels each, as no layer changes their number"
+        )
+    choice("act_fn", config.act_fn, ("relu",))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TinyDecoderConfig:
     """Configuration of a `TinyDecoder`, with the keys and defaults of diffusers' ``AutoencoderTiny``."""
@@ -35,27 +60,7 @@ class TinyDecoderConfig:
     upsampling_scaling_factor: int = 2
 
     def __post_init__(self) -> None:
-        for key in ("decoder_block_out_channels", "num_decoder_blocks"):
-            value = getattr(self, key)
-            if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_LEVELS:
-                raise ConfigError(f"{key}={shown(value)}: a list of 1 to {MAX_LEVELS} entries is needed")
-            object.__setattr__(self, key, tuple(value))
-        channels, blocks = self.decoder_block_out_channels, self.num_decoder_blocks
-        if len(channels) != len(blocks):
-            raise ConfigError(
-                f"decoder_block_out_channels has {len(channels)} entries but num_decoder_blocks has {len(blocks)}; "
-                "they must agree"
-            )
-        for key in ("out_channels", "latent_channels"):
-            size(key, getattr(self, key))
-        for i, number in enumerate(blocks):
-            size(f"num_decoder_blocks[{i}]", number, MAX_LAYERS)
-        if any(size("decoder_block_out_channels", C) != channels[0] for C in channels):
-            raise ConfigError(
-                f"decoder_block_out_channels={shown(channels)}: the levels must have as many channels each, as no "
-                "layer changes their number"
-            )
-        choice("act_fn", self.act_fn, ("relu",))
+        check_tiny(self, "decoder_block_out_channels", "num_decoder_blocks", "out_channels")
         choice("upsample_fn", self.upsample_fn, ("nearest",))
         choice("upsampling_scaling_factor", self.upsampling_scaling_factor, (2,))
 
@@ -81,10 +86,13 @@ class TinyBlock(nn.Module):
 class TinyDecoder(nn.Module):
     """Decoder of latents [B, latent_channels, H, W] to images [B, out_channels, H s, W s], s = 2^(levels - 1)."""
 
+    least = 1  # height and width of the smallest latents
+
     @plain_modes()
     def __init__(self, config: TinyDecoderConfig):
         super().__init__()
         self.config = config
+        self.in_channels = config.latent_channels
         C = config.decoder_block_out_channels[0]
         layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, C, 3, padding=1, dtype=DTYPE), nn.ReLU()]
         for blocks in config.num_decoder_blocks[:-1]:

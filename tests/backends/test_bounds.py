@@ -163,7 +163,7 @@ def functions() -> dict[str, dict[str, Any]]:
         "philox": {**words, "isa": ""},
         "normals": {"z": zeros(3, 7, 5), "seed": index, "index": index, "row": index, "stream": 1, "first": 3,
                     "words": np.zeros((3, 7, 5), np.uint32), "isa": ""},
-        "checksum": {"arrays": [floats(5), floats(3, 7)], "threads": 2, "isa": ""},
+        "checksums": {"arrays": [floats(5), floats(3, 7)], "threads": 2, "isa": ""},
     }  # fmt: skip
 
 

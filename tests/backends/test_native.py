@@ -64,7 +64,7 @@ def force(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def choose(op: Conv, *_: object) -> str:
         return method if (op.kernel, op.stride, op.padding) == (3, 1, (1, 1)) else "direct"
 
-    monkeypatch.setattr("fastdiff.backends.native.program.choose_method", choose)
+    monkeypatch.setattr("fastdiff.backends.native.methods.choose_method", choose)
 
 
 METHODS = ["direct", "winograd2", "winograd4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ def packings_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         fits = (op.kernel, op.stride, op.padding) == (3, 1, (1, 1))
         return "direct" if not fits else "winograd4" if rows == 2 else "winograd2"
 
-    monkeypatch.setattr("fastdiff.backends.native.program.choose_method", choose)
+    monkeypatch.setattr("fastdiff.backends.native.methods.choose_method", choose)
 
 
 def exchange(unet: UNet, others: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,11 +84,11 @@ def test_other_batch_sizes_while_weights_are_exchanged():
 
 def test_weights_that_change_while_they_are_packed(monkeypatch: pytest.MonkeyPatch):
     """Once: the new ones are packed. At every attempt: an error that says so."""
-    unet, edits, pack = random_unet(TINY), [1], packing.pack
+    unet, edits, pack = random_unet(TINY), [-1.0], packing.pack
 
     def edit(*args: object) -> Tensor:
-        if edits and edits.pop():
-            unet.conv_in.weight.data.neg_()
+        if edits:
+            unet.conv_in.weight.data.mul_(edits.pop())
         return pack(*args)
 
     monkeypatch.setattr(packing, "pack", edit)
@@ -95,7 +96,7 @@ def test_weights_that_change_while_they_are_packed(monkeypatch: pytest.MonkeyPat
     expected = Sampler(unet, SCHEDULE, backend="eager").sample(1, steps=2).images
     assert (got - expected).abs().max() < 1e-4
     unet.conv_out.weight.data.neg_()
-    edits += [1] * 10_000
+    edits += [1.001] * 10_000  # two edits of an attempt do not cancel
     with pytest.raises(BackendError, match="weights change while"):
         Sampler(unet, SCHEDULE, backend="native").sample(1, steps=2)
     edits.clear()
@@ -119,6 +120,72 @@ def test_an_error_while_packing_keeps_no_packing(monkeypatch: pytest.MonkeyPatch
     assert not packing.Weights.of(unet, native.extension()).packed
     expected = Sampler(unet, SCHEDULE, backend="eager").sample(1, steps=1).images
     assert (sampler.sample(1, steps=1).images - expected).abs().max() < 1e-4
+
+
+@pytest.fixture
+def packed_now(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """The keys of what is packed, in order; a kernel's has four parts, of which the first one is its layers."""
+    seen: list[tuple[object, ...]] = []
+    once = packing.Weights._once
+
+    def spied(self: packing.Weights, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        return once(self, key, lambda: seen.append(key) or make())
+
+    monkeypatch.setattr(packing.Weights, "_once", spied)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (["conv_in.weight"], [("conv_in",)]),
+        (["down_blocks.0.resnets.0.conv1.bias"], [("down_blocks.0.resnets.0.conv1",)]),
+        (["mid_block.resnets.0.norm1.weight"], []),
+        (["time_embedding.linear_1.weight"], []),
+        (["mid_block.attentions.0.to_q.weight"], ["mid_block.attentions.0.to_q"]),
+        (["mid_block.attentions.0.to_v.bias"], ["mid_block.attentions.0.to_v"]),
+        (["conv_in.weight", "conv_out.weight"], [("conv_in",), ("conv_out",)]),
+        ([], []),
+    ],
+)
+def test_only_changed_layers_are_packed_again(
+    packed_now: list[tuple[object, ...]], changed: list[str], expected: list[object]
+):
+    """An attention's layers are packed together, where they merge. The bits are those of packing everything."""
+    unet = random_unet(TINY)
+    sampler = Sampler(unet, SCHEDULE, backend="native")
+    sampler.sample(1, steps=1)
+    everything = [key for key in packed_now if len(key) == 4]
+    packed_now.clear()
+    weights = dict(unet.named_parameters())
+    for name in changed:
+        weights[name].data.mul_(-1.5)  # which bumps no version
+    images = sampler.sample(1, steps=1).images
+    layers = [key[0] for key in packed_now if len(key) == 4]
+    assert len(everything) > 20
+    assert len(layers) == len(expected)
+    assert all(found == want or want in found for found, want in zip(layers, expected, strict=True))
+    norms = [key[0] for key in packed_now if len(key) == 1]
+    assert norms == [name for name in changed if "norm" in name]
+    fresh = copy.deepcopy(unet)
+    assert torch.equal(Sampler(fresh, SCHEDULE, backend="native").sample(1, steps=1).images, images)
+    whole, kept = (packing.Weights.of(each, native.extension()).packed for each in (fresh, unet))
+    assert whole.keys() == kept.keys()
+    assert all(torch.equal(whole[key], kept[key]) for key in whole)
+
+
+def test_weights_that_two_layers_share_are_noticed_in_both(packed_now: list[tuple[object, ...]]):
+    unet = random_unet(TINY)
+    shared = unet.mid_block.resnets[0].conv1.weight
+    unet.mid_block.resnets[1].conv1.weight = shared
+    sampler = Sampler(unet, SCHEDULE, backend="native")
+    sampler.sample(1, steps=1)
+    packed_now.clear()
+    shared.data.neg_()
+    images = sampler.sample(1, steps=1).images
+    layers = {key[0] for key in packed_now if len(key) == 4}
+    assert layers == {(f"mid_block.resnets.{i}.conv1",) for i in range(2)}
+    assert (images - Sampler(unet, SCHEDULE, backend="eager").sample(1, steps=1).images).abs().max() < 1e-4
 
 
 def test_new_timesteps_after_the_embedding_changed():

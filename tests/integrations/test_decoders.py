@@ -25,85 +25,20 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, FusedAttnProcessor2_0
 
 import fastdiff
-from fastdiff.backends.native import NativeDecoder, extension
-from fastdiff.core.lower import lower_decoder
+from fastdiff.backends.native import NativeCoder, extension
+from fastdiff.core.lower import lower_coder
 from fastdiff.core.plan import plan
 from fastdiff.errors import ConfigError
-from fastdiff.integrations.decoder import DecoderForward
+from fastdiff.integrations.autoencoder import CoderForward
 from fastdiff.unet.decoder import Decoder, DecoderConfig
 from fastdiff.unet.tiny_decoder import TinyDecoder, TinyDecoderConfig
+from tests.support.autoencoders import ALL, SMALL, STABLE_DIFFUSION, autoencoder, latents, of_layout, tiny
 from tests.support.conditions import TINY as CONDITION
 from tests.support.interpreter import Interpreter
 from tests.support.unets import TINY, change, diffusers_twin, random_unet, randomize_, relative_error
 
 needs_native = pytest.mark.skipif(extension() is None, reason="the native engine is not built")
 ISAS = [] if extension() is None else extension().isas()
-
-SMALL = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "sample_size": 16,
-}
-THREE = {
-    "block_out_channels": (8, 16, 24),
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "layers_per_block": 2,
-}
-LAYOUTS = {
-    "small": {},
-    "16 latent channels": {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, **THREE},
-    "three levels": THREE,
-    "no mid attention": {"mid_block_add_attention": False},
-    "attention behind blocks": {
-        "down_block_types": ("AttnDownEncoderBlock2D",) * 2,
-        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-    },
-    "one level": {
-        "block_out_channels": (12,),
-        "down_block_types": ("DownEncoderBlock2D",),
-        "up_block_types": ("UpDecoderBlock2D",),
-    },
-    "channels and groups": {"block_out_channels": (21, 42), "norm_num_groups": 7, "out_channels": 1, "act_fn": "swish"},
-}
-TINIES = {  # of AutoencoderTiny
-    "tiny": {},
-    "tiny, two levels": {"num_decoder_blocks": (1, 2), "decoder_block_out_channels": (12, 12)},
-    "tiny, one level": {"num_decoder_blocks": (1,), "decoder_block_out_channels": (8,), "out_channels": 1},
-    "tiny, odd channels": {
-        "latent_channels": 16, "num_decoder_blocks": (1, 1), "decoder_block_out_channels": (21, 21),
-    },
-}  # fmt: skip
-ALL = [*LAYOUTS, *TINIES]
-STABLE_DIFFUSION = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-
-
-def autoencoder(kind=AutoencoderKL, seed=0, **changes):
-    """Build an autoencoder whose mid attention is far from uniform."""
-    vae = randomize_(kind(**{**SMALL, **changes}), seed).eval()
-    with torch.no_grad():
-        for name, p in vae.named_parameters():
-            if name.endswith(("to_q.weight", "to_k.weight")):
-                p *= 3.0**0.5
-    return vae.requires_grad_(False)
-
-
-def tiny(seed=0, **changes):
-    """Build a tiny autoencoder, whose encoder is as small as can be."""
-    encoder = {"encoder_block_out_channels": (8,), "num_encoder_blocks": (1,)}
-    config = {"decoder_block_out_channels": (8,) * 4, **encoder, **changes}
-    return randomize_(AutoencoderTiny(**config), seed).eval().requires_grad_(False)
-
-
-def of_layout(layout):
-    return tiny(**TINIES[layout]) if layout in TINIES else autoencoder(**LAYOUTS[layout])
 
 
 def ours(vae):
@@ -113,11 +48,6 @@ def ours(vae):
         module = Decoder(DecoderConfig.from_dict(vae.config)).eval().requires_grad_(False)
     module.load_state_dict(vae.decoder.state_dict())
     return module
-
-
-def latents(vae, *shape, seed=0):
-    B, H, W = shape
-    return torch.randn(B, vae.config.latent_channels, H, W, generator=torch.Generator().manual_seed(seed))
 
 
 # The module and its program -------------------------------------------------------------------------------------------
@@ -134,8 +64,8 @@ def test_the_module_equals_diffusers(layout):
 def test_the_program_equals_the_module(layout):
     vae = of_layout(layout)
     module, z = ours(vae).double(), latents(vae, 2, 6, 5).double()
-    run = Interpreter(lower_decoder(module, (6, 5)), module, 2)
-    assert relative_error(run.decode(z), module(z)) <= 1e-12
+    run = Interpreter(lower_coder(module, (6, 5)), module, 2)
+    assert relative_error(run.code(z), module(z)) <= 1e-12
 
 
 def test_published_layouts_have_the_keys_of_diffusers():
@@ -145,7 +75,7 @@ def test_published_layouts_have_the_keys_of_diffusers():
             module = Decoder(DecoderConfig.from_dict(vae.config))
         shapes = {k: v.shape for k, v in module.state_dict().items()}
         assert shapes == {k: v.shape for k, v in vae.decoder.state_dict().items()}
-        layout = plan(lower_decoder(module, (64, 64)), 1)
+        layout = plan(lower_coder(module, (64, 64)), 1)
         assert layout.size <= 1.2 * layout.bound
 
 
@@ -194,7 +124,7 @@ def test_tiny_configurations_that_are_refused(changes, words):
 def test_the_engine_is_as_exact_as_diffusers(monkeypatch, layout, isa):
     monkeypatch.setenv("FASTDIFF_ISA", isa)
     vae = of_layout(layout)
-    run, wide = NativeDecoder(ours(vae)), copy.deepcopy(vae.decoder).double()
+    run, wide = NativeCoder(ours(vae)), copy.deepcopy(vae.decoder).double()
     for shape in ((2, 8, 8), (3, 7, 5), (1, 2, 13)):
         z = latents(vae, *shape)
         exact, theirs, got = wide(z.double()), vae.decoder(z), run(z)
@@ -207,20 +137,20 @@ def test_the_engine_is_as_exact_as_diffusers(monkeypatch, layout, isa):
 def test_large_batches_run_in_parts(monkeypatch):
     vae = autoencoder()
     z = latents(vae, 5, 8, 8)
-    whole = NativeDecoder(ours(vae))(z)
+    whole = NativeCoder(ours(vae))(z)
     rows = []
-    monkeypatch.setattr("fastdiff.backends.native.decoding.part_rows", lambda n, size: rows.append(n) or min(n, 2))
-    parts = NativeDecoder(ours(vae))(z)
+    monkeypatch.setattr("fastdiff.backends.native.coding.part_rows", lambda n, size: rows.append(n) or min(n, 2))
+    parts = NativeCoder(ours(vae))(z)
     assert rows == [5]
     assert relative_error(parts, whole) <= 1e-5
-    assert relative_error(parts[4:], NativeDecoder(ours(vae))(z[4:])) <= 1e-5
+    assert relative_error(parts[4:], NativeCoder(ours(vae))(z[4:])) <= 1e-5
 
 
 @needs_native
 def test_changed_weights_are_packed_again():
     vae = autoencoder()
     module, z = ours(vae), latents(vae, 1, 4, 4)
-    run = NativeDecoder(module)
+    run = NativeCoder(module)
     before = run(z)
     module.up_blocks[0].resnets[1].conv2.weight.data.mul_(1.5)  # which bumps no version
     after = run(z)
@@ -232,7 +162,7 @@ def test_changed_weights_are_packed_again():
 def test_sizes_take_turns():
     vae = autoencoder()
     module = ours(vae)
-    run = NativeDecoder(module)
+    run = NativeCoder(module)
     for H, W in itertools.product((3, 8, 5, 2), repeat=2):
         z = latents(vae, 1, H, W)
         assert relative_error(run(z), module(z)) <= 1e-5
@@ -244,7 +174,7 @@ def test_strided_latents():
     vae = autoencoder()
     module = ours(vae)
     z = latents(vae, 4, 6, 12).to(memory_format=torch.channels_last)[::2, :, :, ::2]
-    assert relative_error(NativeDecoder(module)(z), module(z)) <= 1e-5
+    assert relative_error(NativeCoder(module)(z), module(z)) <= 1e-5
 
 
 # Pipelines ------------------------------------------------------------------------------------------------------------
@@ -286,13 +216,13 @@ def draw(pipeline, **options):
 def decodings(monkeypatch):
     """Count the decodings that the engine runs."""
     counted = []
-    run = NativeDecoder.__call__
+    run = NativeCoder.__call__
 
     def count(self, z):
         counted.append(tuple(z.shape))
         return run(self, z)
 
-    monkeypatch.setattr(NativeDecoder, "__call__", count)
+    monkeypatch.setattr(NativeCoder, "__call__", count)
     return counted
 
 
@@ -539,7 +469,7 @@ def test_a_decoder_that_is_exchanged_for_another_kind(decodings, caplog):
 def test_what_the_engine_cannot_do_in_the_same_way(decodings):
     vae = autoencoder()
     pipeline = fastdiff.accelerate(text_pipeline(vae))
-    forward = DecoderForward(pipeline._fastdiff.decoders["vae"], lambda reason: None)
+    forward = CoderForward(vae.decoder, lambda reason: None, pipeline._fastdiff.coders["vae", "decoder"])
     z = latents(vae, 1, 4, 4)
     expected = vae.decoder(z)
     assert relative_error(forward(z), expected) <= 1e-5
@@ -566,7 +496,7 @@ def test_a_decoding_that_fails_is_left_to_diffusers(monkeypatch, caplog):
     def fail(self, z):
         raise fastdiff.errors.BackendError("no memory")
 
-    monkeypatch.setattr(NativeDecoder, "__call__", fail)
+    monkeypatch.setattr(NativeCoder, "__call__", fail)
     with caplog.at_level(logging.WARNING, "fastdiff"):
         assert torch.equal(draw(pipeline)[0], expected)
         draw(pipeline)
@@ -581,7 +511,7 @@ def test_backends_that_run_no_decoder(decodings):
     pipeline = text_pipeline()
     pipeline.unet = diffusers_twin(random_unet(change(TINY, in_channels=4, out_channels=4)))
     fastdiff.accelerate(pipeline, "eager")
-    assert not pipeline._fastdiff.decoders
+    assert not pipeline._fastdiff.coders
     assert not decodings
 
 

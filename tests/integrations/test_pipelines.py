@@ -742,7 +742,7 @@ def line_decoder(how):
     with torch.no_grad():
         expected = pipeline(torch.ones(2, 4, 6, 6))
         torch.testing.assert_close(fastdiff.accelerate(pipeline)(torch.ones(2, 4, 6, 6)), expected)
-    assert pipeline._fastdiff.decoders.keys() == {"vae"}
+    assert pipeline._fastdiff.coders.keys() == {("vae", "decoder")}
 
 
 def line_text(how):

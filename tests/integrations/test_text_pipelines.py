@@ -25,15 +25,16 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import fastdiff
 from fastdiff.backends import native
+from fastdiff.backends.native import NativeCoder
+from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.network import TextTables
 from fastdiff.errors import BackendError, ConfigError, ModifiedError
 from fastdiff.integrations.condition import BackendCondition, ConditionForward
 from tests.support.conditions import VARIANTS, config, diffusers_condition, random_condition, random_inputs
-from tests.support.pipelines import SCHEDULE, WIDTH, pipeline, psnr, text_parts
+from tests.support.pipelines import SCHEDULE, WIDTH, pair_parts, pipeline, psnr
 from tests.support.unets import relative_error
 
 if native.extension() is None:
@@ -118,16 +119,27 @@ def test_images_are_those_of_diffusers(words, evaluations, kind, scheduler, opti
     assert psnr(images(made, **other), got) < 30  # prompts matter
 
 
-@pytest.mark.slow
-def test_from_an_image(words, evaluations):
+@pytest.fixture
+def coded(monkeypatch):
+    """The channels of what the engine encodes, 3, and decodes, 4."""
+    seen = []
+    run = NativeCoder.__call__
+    monkeypatch.setattr(NativeCoder, "__call__", lambda self, x: seen.append(x.shape[1]) or run(self, x))
+    return seen
+
+
+def test_from_an_image(words, evaluations, coded):
     made = pipeline(words, "sd1", cls=StableDiffusionImg2ImgPipeline)
-    picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    assert_same(made, evaluations, 2, image=picture, strength=0.7)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    got = assert_same(made, evaluations, 2, prompt="a dog", image=picture, strength=0.7)
+    assert coded == [3, 4]
+    other = images(made, prompt="a dog", image=1.0 - picture, strength=0.7)
+    assert psnr(got, other) < 30  # the picture matters
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["inpaint", "sd1"])
-def test_inpainting(words, evaluations, kind):
+def test_inpainting(words, evaluations, coded, kind):
     """With a network of nine channels, and with one that reads the latents alone."""
     made = pipeline(words, kind, cls=StableDiffusionInpaintPipeline)
     generator = torch.Generator().manual_seed(1)
@@ -136,6 +148,8 @@ def test_inpainting(words, evaluations, kind):
     mask[:, :, 4:12] = 1
     assert_same(made, evaluations, 3, image=picture, mask_image=mask, height=16, width=16, strength=1.0)
     assert {shape[1] for shape in evaluations} == {9 if kind == "inpaint" else 4}
+    assert coded.count(3) >= 1
+    assert coded[-1] == 4
 
 
 @pytest.mark.slow
@@ -147,15 +161,7 @@ def test_latent_consistency(words, evaluations):
 
 @pytest.mark.slow
 def test_sdxl(words, evaluations):
-    tokenizer, encoder = text_parts(words / "words-gelu", "gelu", "!")
-    described = CLIPTextConfig.from_dict({**encoder.config.to_dict(), "projection_dim": WIDTH})
-    torch.manual_seed(3)
-    second = CLIPTextModelWithProjection(described).eval()
-    parts = {
-        "tokenizer": tokenizer, "text_encoder": encoder, "tokenizer_2": tokenizer, "text_encoder_2": second,
-        "add_watermarker": False,
-    }  # fmt: skip
-    made = pipeline(words, "sdxl", cls=StableDiffusionXLPipeline, **parts)
+    made = pipeline(words, "sdxl", cls=StableDiffusionXLPipeline, **pair_parts(words))
     size = {"height": 16, "width": 16}
     got = assert_same(made, evaluations, 3, negative_prompt=["red", ""], **size)
     moved = images(made, negative_prompt=["red", ""], crops_coords_top_left=(300, 40), **size)
@@ -355,6 +361,42 @@ def test_lora_of_a_network(evaluations):
     scaled = unet(x, 40, states, cross_attention_kwargs={"scale": 0.3}).sample
     assert torch.equal(shown(x, 40, states, cross_attention_kwargs={"scale": 0.3}).sample, scaled)
     assert "cross_attention_kwargs scale" in said[0]
+
+
+@torch.no_grad()
+def test_a_change_of_adapters_packs_their_layers_alone(monkeypatch):
+    packed, once = [], Weights._once
+    monkeypatch.setattr(Weights, "_once", lambda self, key, make: once(self, key, lambda: packed.append(key) or make()))
+    unet = diffusers_condition(random_condition(config())).requires_grad_(False)
+    x, states = (random_inputs(config())[name] for name in ("x", "encoder_hidden_states"))
+    add_lora(unet, "one", 1)
+    add_lora(unet, "two", 2, ["conv1"])
+    shown, said = front(unet)
+
+    def layers(change):
+        """Return the layers whose kernels a change makes anew, of those that are packed together all."""
+        packed.clear()
+        change()
+        got = shown(x, 40, states).sample
+        kernels = {name for key in packed if len(key) == 4 for name in key[0]}  # before another network is packed
+        other, _ = front(copy.deepcopy(unet))
+        assert torch.equal(got, other(x, 40, states).sample)  # the bits of packing everything
+        return kernels
+
+    everything = layers(lambda: unet.set_adapters(["one", "two"], [0.5, 0.8]))
+    adapted = {name for name, m in unet.named_modules() if hasattr(m, "lora_A")}
+    convolutions = {name for name in adapted if name.endswith("conv1")}
+    assert 0 < len(convolutions) < len(adapted) < len(everything) / 2
+    beside = {f"{name[:-1]}{kind}" for name in adapted if name.endswith("attn1.to_q") for kind in "kv"}
+    assert layers(lambda: unet.set_adapters(["one", "two"], [0.7, 0.8])) == adapted | beside
+    assert layers(lambda: unet.set_adapters(["one", "two"], [0.7, -0.3])) == convolutions
+    assert layers(lambda: unet.set_adapters(["one", "two"], [0.7, -0.3])) == set()
+    assert layers(unet.disable_adapters) == adapted | beside
+    assert layers(unet.enable_adapters) == adapted | beside
+    assert layers(unet.fuse_lora) <= adapted | beside  # equal up to rounding
+    assert layers(unet.unfuse_lora) <= adapted | beside
+    assert layers(unet.unload_lora) <= adapted | beside
+    assert not said
 
 
 def residuals(unet, x, states):
@@ -586,7 +628,7 @@ def test_networks_that_are_left_to_diffusers(words, evaluations, caplog, changes
     with caplog.at_level(logging.WARNING, "fastdiff"):
         fastdiff.accelerate(made)
     assert any(words_ in m for m in logged(caplog))
-    assert made._fastdiff.decoders
+    assert made._fastdiff.coders
     if "attention_type" in changes:
         assert images(made).shape == (2, 3, 16, 16)
     assert not evaluations
@@ -595,9 +637,9 @@ def test_networks_that_are_left_to_diffusers(words, evaluations, caplog, changes
 # LoRA -----------------------------------------------------------------------------------------------------------------
 
 
-def add_lora(unet, name, seed, **options):
+def add_lora(unet, name, seed, targets=("to_q", "to_out.0", "conv1"), **options):
     torch.manual_seed(seed)
-    described = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_out.0", "conv1"], **options)
+    described = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), **options)
     unet.add_adapter(described, adapter_name=name)
     with torch.no_grad():
         for key, p in unet.named_parameters():

@@ -209,8 +209,9 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("file", "changes", "words"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "a StableDiffusionXLPipeline is not"),
-        ("model_index.json", {"_class_name": None}, "StableDiffusionPipeline is"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "has no text_encoder_2; CLIPTextModelWith"),
+        ("model_index.json", {"_class_name": "StableDiffusionUpscale"}, "class 'StableDiffusionUpscale' is not"),
+        ("model_index.json", {"_class_name": None}, "class None is not supported; a StableDiffusionPipeline or a"),
         ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "'T5EncoderModel' as its text"),
         ("model_index.json", {"tokenizer": [None, None]}, "has no tokenizer; CLIPTokenizer"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "'AutoencoderTiny' as its vae"),
@@ -244,7 +245,7 @@ def test_a_pipeline_without_a_unet_is_refused_by_name(folder):
     del index["unet"]
     index |= {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="a FluxPipeline is not supported"):
+    with pytest.raises(ConfigError, match="class 'FluxPipeline' is not supported"):
         Sampler.from_pretrained(folder)
 
 

@@ -27,7 +27,7 @@ def strip_statistics(x: Tensor) -> Tensor:
 
 
 class Interpreter:
-    """Runs a program in the precision of ``unet``, which may be a decoder, for a fixed number of rows."""
+    """Runs a program in the precision of ``unet``, which may be a decoder or encoder, for a fixed number of rows."""
 
     def __init__(self, program: Program, unet: Any, rows: int):
         self.program = program
@@ -46,10 +46,10 @@ class Interpreter:
         return self.run()
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """Compute `Decoder.forward` by the program."""
+    def code(self, z: Tensor) -> Tensor:
+        """Compute the forward of a decoder or an encoder by the program."""
         out = torch.full((len(z), *self.shape("out")), math.nan).to(z)
-        self.external = {"latent": self.unet.prepared(z).permute(0, 2, 3, 1), "out": out}
+        self.external = {"given": self.unet.prepared(z).permute(0, 2, 3, 1), "out": out}
         return self.unet.finished(self.run())
 
     def run(self) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastdiff.unet import UNetCondition
 from tests.support.conditions import config, diffusers_condition, random_condition
@@ -81,6 +81,24 @@ def text_parts(folder: Path, act: str = "quick_gelu", pad: str = "<|endoftext|>"
             if "embedding" in name:
                 p *= 20.0  # so that words matter as much as places
     return tokenizer, model
+
+
+def pair_parts(folder: Path) -> dict[str, Any]:
+    """Return the tokenizers and text encoders of Stable Diffusion XL, which pads in two ways."""
+    tokenizer, encoder = text_parts(folder / "words-gelu", "gelu", "!")
+    first_tokenizer, first = text_parts(folder / "words-quick_gelu")
+    described = CLIPTextConfig.from_dict({**encoder.config.to_dict(), "projection_dim": WIDTH})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        second = CLIPTextModelWithProjection(described).eval()
+    with torch.no_grad():
+        for name, p in second.named_parameters():
+            if "embedding" in name:
+                p *= 20.0
+    return {
+        "tokenizer": first_tokenizer, "text_encoder": first, "tokenizer_2": tokenizer, "text_encoder_2": second,
+        "add_watermarker": False,
+    }  # fmt: skip
 
 
 def network(kind: str = "sd1", seed: int = 0) -> UNetCondition:

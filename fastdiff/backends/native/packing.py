@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fastdiff.backends.native import threads
 from fastdiff.backends.native.arrays import aligned, array
-from fastdiff.backends.network import checksum, merged_layer
+from fastdiff.backends.network import checksums, merged_layer
 from fastdiff.core.program import Conv
 
 Built = TypeVar("Built")
@@ -74,10 +74,10 @@ def _state(unet: nn.Module) -> dict[str, Tensor]:
 class Weights:
     """Packed weights of a network; each packing is made once and shared by all batch sizes and threads.
 
-    ``made_from`` is the checksum of the network's weights, by which `of` notices changes.
+    ``made_from`` has the checksum of each of the network's weights, by which `of` notices changes.
     """
 
-    def __init__(self, unet: nn.Module, native: ModuleType, made_from: int | None):
+    def __init__(self, unet: nn.Module, native: ModuleType, made_from: dict[str, tuple[int, ...]]):
         self.native = native
         self.state = _state(unet)
         self.packed: dict[tuple[Any, ...], Tensor] = {}
@@ -87,19 +87,42 @@ class Weights:
     @classmethod
     def shapes(cls, unet: nn.Module, native: ModuleType) -> Weights:
         """Return weights on "meta", from which the size of every packing is known before anything is packed."""
-        weights = cls(unet, native, None)
+        weights = cls(unet, native, {})
         weights.state = {k: v.to("meta") for k, v in weights.state.items()}
         return weights
 
     @classmethod
     def of(cls, unet: nn.Module, native: ModuleType) -> Weights:
-        """Return the shared weights of a network, new ones if they have changed since the last call."""
-        now = checksum(unet)
+        """Return the shared weights of a network, new ones if they have changed since the last call.
+
+        The new ones have the packings of layers that have not changed.
+        """
+        now = checksums(unet)
         with _weights_lock:
             known = _weights.get(unet)
-            if known is None or known.made_from != now:
-                known = _weights[unet] = cls(unet, native, now)
+        if known is not None and known.made_from == now:
             return known
+        made = cls(unet, native, now)
+        if known is not None:
+            made._take(known)
+        with _weights_lock:
+            other = _weights.get(unet)
+            if other is not None and other.made_from == now:  # another thread was first
+                return other
+            _weights[unet] = made
+        return made
+
+    def _take(self, former: Weights) -> None:
+        """Take over the former packings of the layers and norms whose weights are the same now."""
+        before, now = former.made_from, self.made_from
+        with former.lock:  # as it may drop packings that it is making
+            for key, packed in former.packed.items():
+                layers = key[0]
+                names = [layers] if isinstance(layers, str) else [
+                    f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")
+                ]  # fmt: skip
+                if any(name in now for name in names) and all(before.get(name) == now.get(name) for name in names):
+                    self.packed[key] = packed
 
     def unless_changed(self, unet: nn.Module, build: Callable[[], Built]) -> Built | None:
         """Return what ``build`` makes of packed weights; None if it packed some that are not those of ``made_from``.
@@ -111,7 +134,7 @@ class Weights:
             before, settled = set(self.packed), False
             try:
                 built = build()
-                settled = self.packed.keys() == before or checksum(unet) == self.made_from
+                settled = self.packed.keys() == before or checksums(unet) == self.made_from
             finally:
                 for key in () if settled else self.packed.keys() - before:
                     del self.packed[key]

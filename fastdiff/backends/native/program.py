@@ -19,7 +19,7 @@ from fastdiff.backends.base import Spec
 from fastdiff.backends.native import threads
 from fastdiff.backends.native.arrays import array
 from fastdiff.backends.native.extension import extension, isa
-from fastdiff.backends.native.methods import METHODS, choose_method
+from fastdiff.backends.native.methods import METHODS, choose_methods
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.network import EMBEDDING_PRODUCTS, embedding_width
 from fastdiff.core.lower import TOKENS, lower, text_attentions, vector_kind
@@ -53,7 +53,7 @@ class ProgramInputs:
     times: Tensor  # embeddings of timesteps, float32 [timesteps, features]
     classes: Tensor | None  # embeddings of labels, or of texts, float32 [labels, features], where the network has them
     class_images: Tensor | None  # float32 [rows, H, W, C], where the network has them
-    latent: Tensor | None = None  # float32 [rows, H, W, padded C], of a decoder, which reads nothing else
+    given: Tensor | None = None  # float32 [rows, H, W, padded C], of a decoder or encoder, which reads nothing else
     text: dict[str, Tensor] | None = None  # keys and values by external buffer, float32 [labels, tokens, C]
 
 
@@ -76,9 +76,12 @@ class NativeProgram:
         self.arena = arena
         self.weights = weights
         self.inputs = inputs
-        self.methods: dict[str, str] = {}
         self.spec = spec
         self.isa = isa
+        # F(4x4, 3x3) rounds bfloat16 more than twice as much as F(2x2, 3x3), so it must be asked for.
+        allowed = METHODS[1:] if spec.dtype == torch.bfloat16 and not spec.fast else METHODS
+        counted = None if spec.determinism == "bitwise" else self.rows
+        self.methods = choose_methods(program, counted, allowed, spec.dtype.itemsize)
         H, W, C = program.buffers["out"].shape
         self.out = torch.zeros(self.rows, H, W, self._padded(C), dtype=torch.float32, device=arena.device)
         self.engine = native.Engine(
@@ -90,8 +93,8 @@ class NativeProgram:
 
     def buffer(self, name: str) -> Tensor:
         """Return a view of a buffer in the arena, [rows, H, W, padded C]."""
-        if name == "latent" and self.inputs.latent is not None:
-            return self.inputs.latent
+        if name == "given" and self.inputs.given is not None:
+            return self.inputs.given
         H, W, C = self.program.buffers[name].shape
         shape = (self.rows, H, W, self._padded(C))
         return self.out if name == "out" else self._view(self.layout.offsets[name], shape)
@@ -180,11 +183,7 @@ class NativeProgram:
     def _add_conv(self, op: Conv, dst: Any) -> None:
         buffers = self.program.buffers
         bf16 = self.spec.dtype == torch.bfloat16 and op.dst not in EMBEDDING_PRODUCTS
-        # F(4x4, 3x3) rounds bfloat16 more than twice as much as F(2x2, 3x3), so it must be asked for.
-        allowed = METHODS[1:] if bf16 and not self.spec.fast else METHODS
-        rows = None if self.spec.determinism == "bitwise" else self.rows
-        method = choose_method(op, self.program, rows, allowed)
-        self.methods[op.dst] = method
+        method = self.methods[op.dst]
         dtype = torch.bfloat16 if bf16 else torch.float32
         kernel, bias = self.weights.conv(op, tuple(buffers[name].shape[2] for name in op.src), method, dtype, self.isa)
         self.engine.conv(

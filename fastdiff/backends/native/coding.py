@@ -1,4 +1,4 @@
-"""The decoder of an autoencoder, run by the native engine."""
+"""The decoder or encoder of an autoencoder, run by the native engine."""
 
 from __future__ import annotations
 
@@ -13,69 +13,67 @@ from fastdiff.backends.native.arrays import aligned
 from fastdiff.backends.native.extension import extension, isa
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.native.program import NativeProgram, ProgramInputs, part_rows
-from fastdiff.core.lower import lower_decoder
+from fastdiff.core.lower import Coder, lower_coder
 from fastdiff.core.plan import plan
 from fastdiff.errors import BackendError
 from fastdiff.modes import plain_modes
-from fastdiff.unet.decoder import Decoder
-from fastdiff.unet.tiny_decoder import TinyDecoder
 
-MOST_SIZES = 8  # programs that are kept: tiled decoding has four sizes of tiles
+MOST_SIZES = 8  # programs that are kept: tiling has four sizes of tiles
 PACKINGS = 3  # attempts to pack weights that another thread changes meanwhile
 
 
-class NativeDecoder:
-    """Decoder whose calls the engine runs, for latents of any size, a batch in parts that stay in the cache.
+class NativeCoder:
+    """Decoder or encoder whose calls the engine runs, for any size, a batch in parts that stay in the cache.
 
     Weights are packed at the first call, and again where they have changed since the last one. It is for one thread at
     a time.
     """
 
-    def __init__(self, decoder: Decoder | TinyDecoder):
+    def __init__(self, coder: Coder):
         native = extension()
         assert native is not None
         self.native = native
-        self.decoder = decoder
+        self.coder = coder
         self._reset(None)
 
     def _reset(self, weights: Weights | None) -> None:
         self.weights = weights
         self.process = os.getpid()
-        self.programs: dict[tuple[int, int, int], NativeProgram] = {}  # by rows, height and width of the latents
+        self.programs: dict[tuple[int, int, int], NativeProgram] = {}  # by rows, height and width of what is given
         self.arena = aligned(0)
 
     @plain_modes()
-    def __call__(self, z: Tensor) -> Tensor:
-        """Decode latents, float32 [B, latent_channels, H, W] on the CPU, to images [B, out_channels, H s, W s]."""
-        z = self.decoder.prepared(z)
-        program = self._ready(z)
-        B, C = z.shape[:2]
-        rows, latent = program.rows, program.inputs.latent
-        assert latent is not None
+    def __call__(self, x: Tensor) -> Tensor:
+        """Decode latents or encode images, float32 [B, in_channels, H, W] on the CPU, as the module does."""
+        x = self.coder.prepared(x)
+        program = self._ready(x)
+        B, C = x.shape[:2]
+        rows, given = program.rows, program.inputs.given
+        assert given is not None
         height, width, channels = program.program.buffers["out"].shape
-        images = torch.empty(B, channels, height, width, dtype=torch.float32, device="cpu")
+        coded = torch.empty(B, channels, height, width, dtype=torch.float32, device="cpu")
         for first in range(0, B, rows):
-            part = z[first : first + rows]
-            latent[: len(part), :, :, :C].copy_(part.permute(0, 2, 3, 1))
+            part = x[first : first + rows]
+            given[: len(part), :, :, :C].copy_(part.permute(0, 2, 3, 1))
             program.engine.run(0, len(program.engine))
-            images[first : first + rows] = program.out[: len(part), :, :, :channels].permute(0, 3, 1, 2)
-        return self.decoder.finished(images)
+            coded[first : first + rows] = program.out[: len(part), :, :, :channels].permute(0, 3, 1, 2)
+        return self.coder.finished(coded)
 
-    def _ready(self, z: Tensor) -> NativeProgram:
-        """Return the program for a part of the batch, made of the weights that the decoder has now."""
+    def _ready(self, x: Tensor) -> NativeProgram:
+        """Return the program for a part of the batch, made of the weights that the module has now."""
         for _ in range(PACKINGS):
-            weights = Weights.of(self.decoder, self.native)
+            weights = Weights.of(self.coder, self.native)
             if weights is not self.weights or self.process != os.getpid():
                 self._reset(weights)
-            program = self._program(weights, z)
+            program = self._program(weights, x)
             if program is not None:
                 return program
-        raise BackendError("the decoder's weights change while they are packed; another thread may be training it")
+        raise BackendError("the autoencoder's weights change while they are packed; another thread may be training it")
 
-    def _program(self, weights: Weights, z: Tensor) -> NativeProgram | None:
+    def _program(self, weights: Weights, x: Tensor) -> NativeProgram | None:
         """Return the program; None if the weights have changed meanwhile."""
-        B, C, H, W = z.shape
-        lowered = lower_decoder(self.decoder, (H, W))
+        B, C, H, W = x.shape
+        lowered = lower_coder(self.coder, (H, W))
         rows = part_rows(B, plan(lowered, 1, group=self.native.GROUP).size)
         if (rows, H, W) in self.programs:
             return self.programs[rows, H, W]
@@ -97,7 +95,7 @@ class NativeDecoder:
             times=zeros(1, group),
             classes=None,
             class_images=None,
-            latent=zeros(rows, H, W, -(-C // group) * group),
+            given=zeros(rows, H, W, -(-C // group) * group),
         )
         spec = Spec(rows, (C, H, W), torch.float32, torch.device("cpu"))
 
@@ -107,9 +105,9 @@ class NativeDecoder:
             )
 
         try:
-            program = weights.unless_changed(self.decoder, build)
+            program = weights.unless_changed(self.coder, build)
         except (TypeError, ValueError) as e:
-            raise BackendError(f"backend 'native' cannot decode latents of {tuple(z.shape)}: {e}") from e
+            raise BackendError(f"backend 'native' cannot run an autoencoder for {tuple(x.shape)}: {e}") from e
         if program is not None:
             self.programs[rows, H, W] = program
         return program
