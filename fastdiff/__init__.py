@@ -29,7 +29,7 @@ _EXPORTS = {
     "FastdiffError": "fastdiff.errors",
 }
 # Further names of modules, kept for code written for an earlier layout of the package.
-_MODULES = {"checkpoint": "fastdiff.checkpoints", "images": "fastdiff.data.pictures"}
+_MODULES = {"checkpoint": "fastdiff.checkpoints", "images": "fastdiff.data.pictures", "unet_config": "fastdiff.unet"}
 
 if TYPE_CHECKING:
     from fastdiff import bulk as bulk

@@ -147,6 +147,31 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def other_kind(head: bytes, size: int) -> str | None:
+    """Say what lies in the place of a file where a download went wrong; None where it may be the file itself.
+
+    ``head`` is the beginning, as 512 bytes, of the file of ``size`` bytes.
+    """
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if size == 0:
+        return "an empty file; download or copy it again"
+    if text.startswith((b"version https://git-lfs", b"version https://hawser")):
+        named = re.search(rb"size (\d{1,15})", head)
+        real = f", which has {int(named[1])} bytes" if named else ""
+        return (
+            f"a Git LFS pointer of {size} bytes, not the file itself{real}; `git lfs pull` in its repository "
+            "downloads it"
+        )
+    if text.startswith((b"/annex/", b"../.git/annex", b".git/annex")):
+        return "a git-annex pointer, not the file itself; `git annex get` downloads it"
+    if re.match(rb"(<!doctype html|<html|<head|<\?xml|<!--)", text):
+        return (
+            f"an HTML or XML page of {size} bytes, such as one that asks to sign in or reports an error, not the file "
+            "itself; download it again, and look at the address"
+        )
+    return None
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON of an untrusted file, whose length the caller has bounded.
 

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pickletools
-import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import wrappers
 from fastdiff.checks import is_whole
 from fastdiff.errors import CheckpointError
-from fastdiff.files import parse_json
+from fastdiff.files import other_kind, parse_json
 
 # A U-Net of 1,000 tensors (ADM's largest has 900) makes a training checkpoint of 5,000, with a header of 0.7 MB.
 MAX_HEADER = 4 << 20
@@ -93,27 +92,10 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def _refuse_other_kind(path: Path, head: bytes, size: int) -> None:
-    """Name what lies in the place of weights, or of a configuration, where a download went wrong.
-
-    ``head`` is the beginning of the file of ``size`` bytes.
-    """
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if size == 0:
-        raise CheckpointError(f"{path}: an empty file; download or copy it again")
-    if text.startswith((b"version https://git-lfs", b"version https://hawser")):
-        named = re.search(rb"size (\d{1,15})", head)
-        real = f", which has {int(named[1])} bytes" if named else ""
-        raise CheckpointError(
-            f"{path}: a Git LFS pointer of {size} bytes, not the file itself{real}; `git lfs pull` in its repository "
-            "downloads it"
-        )
-    if text.startswith((b"/annex/", b"../.git/annex", b".git/annex")):
-        raise CheckpointError(f"{path}: a git-annex pointer, not the file itself; `git annex get` downloads it")
-    if re.match(rb"(<!doctype html|<html|<head|<\?xml|<!--)", text):
-        raise CheckpointError(
-            f"{path}: an HTML or XML page of {size} bytes, such as one that asks to sign in or reports an error, not "
-            "the file itself; download it again, and look at the address"
-        )
+    """Name what lies in the place of weights, or of a configuration; ``head`` and ``size`` as for `other_kind`."""
+    found = other_kind(head, size)
+    if found is not None:
+        raise CheckpointError(f"{path}: {found}")
 
 
 # safetensors ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,10 @@ log = logging.getLogger("fastdiff")
 
 # Every network of a layout has this tensor, once: those of diffusers, of DDPM, OpenAI and EDM.
 MARKERS = ("time_embedding.linear_1.weight", "temb.dense.0.weight", "time_embed.0.weight", "map_layer0.weight")
-AVERAGED = re.compile("ema|shadow|averag|swa", re.IGNORECASE)
+# Names of averages have one of these words ("model_ema", "g_ema", "EMAModel"): "semantic_unet" is none.
+AVERAGED = re.compile(
+    r"(?<![a-zA-Z])(?:ema|swa|avg)(?![a-z])|(?<![A-Z])(?:EMA|SWA|Ema|Swa|Avg)(?![a-z])|(?i:shadow|averag)"
+)
 MOST_TENSORS = 1 << 14  # of a file
 DEPTH = 6  # of dictionaries and lists
 FEWEST = 16  # tensors of a network: a shorter list of tensors is none

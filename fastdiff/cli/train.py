@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastdiff.checks import shown
 from fastdiff.cli.options import (
     AlphaOption,
     FramesOption,
@@ -33,12 +34,14 @@ from fastdiff.cli.options import (
 from fastdiff.errors import InvalidArgument, printable
 
 if TYPE_CHECKING:
+    from fastdiff.checkpoints import Pretrained
     from fastdiff.schedule import NoiseSchedule
     from fastdiff.solvers import FlowSchedule
     from fastdiff.text import CaptionEncoder
     from fastdiff.training import ImageData, Trainer
     from fastdiff.unet import UNetCondition, UNetConfig
 
+LONG = 48 * 3600.0  # seconds of a run that should not surprise anyone
 TEXT_CHANNELS, TEXT_HEAD = 128, 32  # of the states of captions; of a head of attention to them
 
 
@@ -86,7 +89,8 @@ def train(
     ] = None,
     caption_tokens: Annotated[int, typer.Option(help="Pieces of words that a caption may have, and 2.")] = 64,
     init: Annotated[
-        str | None, typer.Option(help="Start from this model's network and weights instead of the options below.")
+        str | None,
+        typer.Option(help="Start from this model's network, weights and noise schedule instead of the options below."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A U-Net config.json (diffusers keys); replaces the network options below.")
@@ -117,7 +121,7 @@ def train(
         str | None,
         typer.Option(help="linear, scaled_linear, cosine, sigmoid, or flow for flow matching (default: linear)."),
     ] = None,
-    timesteps: Annotated[int, typer.Option(help="Length of the noise schedule.")] = 1000,
+    timesteps: Annotated[int | None, typer.Option(help="Length of the noise schedule (default: 1000).")] = None,
     prediction: Annotated[
         str | None,
         typer.Option(help="epsilon, sample, v_prediction or flow_prediction (default: epsilon; the last of a flow)."),
@@ -183,7 +187,10 @@ def train(
     from fastdiff.files import write_text
     from fastdiff.training.lock import locked
 
-    noise, predicted = _process(schedule, timesteps, prediction, shift)
+    if init is not None and config is not None:
+        raise InvalidArgument("--init and --config both give the network; use one")
+    given = None if init is None else load(init)
+    noise, predicted = _process(schedule, timesteps, prediction, shift, given)
     settings = TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, prediction=predicted, min_snr_gamma=min_snr_gamma,
         label_dropout=label_dropout, hflip=hflip, lr=lr, lr_warmup=lr_warmup, lr_decay=lr_decay,
@@ -191,14 +198,6 @@ def train(
         gradient_checkpointing=gradient_checkpointing, seed=seed, log_every=log_every, save_every=save_every,
         sample_every=sample_every, flow_sigmas=flow_sigmas,
     )  # fmt: skip
-    if init is not None and config is not None:
-        raise InvalidArgument("--init and --config both give the network; use one")
-    given = None if init is None else load(init)
-    if given is not None and given.schedule is not None and (given.schedule != noise or given.prediction != predicted):
-        raise InvalidArgument(
-            f"--init {init}: it was trained with another --schedule, --timesteps, --shift or --prediction; use those "
-            f"of `fastdiff info {init}`"
-        )
     unet_config = UNetConfig.from_dict(read_json(config)) if config is not None else None
     if captions is not None and (init is not None or config is not None or class_image is not None or scale_shift):
         raise InvalidArgument(
@@ -282,12 +281,35 @@ def train(
 
 
 def _process(
-    schedule: str | None, timesteps: int, prediction: str | None, shift: float | None
+    schedule: str | None,
+    timesteps: int | None,
+    prediction: str | None,
+    shift: float | None,
+    given: Pretrained | None,
 ) -> tuple[NoiseSchedule | FlowSchedule, str]:
-    """Return the noise schedule and the prediction that the options name; either of them may say that it is a flow."""
+    """Return the noise schedule and the prediction that the options name; either of them may say that it is a flow.
+
+    Without any of the options they are those of the model ``given`` to start from, if it has some.
+    """
+    if given is None or given.schedule is None or given.prediction is None:
+        return _named_process(schedule, timesteps, prediction, shift)
+    known: tuple[Any, str] = given.schedule, given.prediction
+    named = (schedule, timesteps, prediction, shift)
+    if any(option is not None for option in named) and _named_process(*named) != known:
+        raise InvalidArgument(
+            f"--init {given.path}: it was trained with another --schedule, --timesteps, --shift or --prediction "
+            f"({shown(known[0])}, {known[1]}); leave them out to go on with its own"
+        )
+    return known
+
+
+def _named_process(
+    schedule: str | None, timesteps: int | None, prediction: str | None, shift: float | None
+) -> tuple[NoiseSchedule | FlowSchedule, str]:
     from fastdiff import NoiseSchedule
     from fastdiff.solvers import FlowSchedule
 
+    timesteps = 1000 if timesteps is None else timesteps
     if schedule == "flow" or (schedule is None and prediction == "flow_prediction"):
         return FlowSchedule(1.0 if shift is None else shift, timesteps), prediction or "flow_prediction"
     if shift is not None:
@@ -336,39 +358,14 @@ def _summary(trainer: Trainer, data: Path, initial_names: tuple[str, ...] | None
     for entry in described["skipped_files"]:
         entry["reason"] = in_flags(entry["reason"])
     warnings = [in_flags(text) for text in described.pop("warnings")]
-    if len(trainer.data) < config.batch_size:
-        warnings.append(
-            f"{len(trainer.data)} images are fewer than a batch of {config.batch_size}: each is drawn several times in "
-            "every update; --batch-size sets another"
-        )
-    if config.steps <= config.lr_warmup:
-        warnings.append(
-            f"the learning rate still rises when the run ends: its warm-up takes {config.lr_warmup} updates, the run "
-            f"{config.steps}; --lr-warmup sets another"
-        )
-    if unet.config.num_classes is None and trainer.data.num_classes is not None:
-        warnings.append("the network has no classes, so the data's labels are ignored; --unconditional accepts that")
-    if unet.config.num_classes is not None and unet.config.num_classes > (trainer.data.num_classes or 0):
-        warnings.append(
-            f"the network has {unet.config.num_classes} classes, the data {trainer.data.num_classes}: the others are "
-            "not trained; another --config or --init, or the options of the network, have as many"
-        )
-    names = trainer.class_names
-    if initial_names is not None and names is not None and initial_names != names:
-        i = next((i for i, pair in enumerate(zip(initial_names, names, strict=False)) if len({*pair}) > 1), 0)
-        warnings.append(
-            f"class {i} is {initial_names[i]} in the model of --init and {names[i]} in the data; --class-names sets "
-            "the order"
-        )
-    seconds = trainer.seconds_per_update()
-    left = max(config.steps - trainer.step, 0)
+    seconds, left = trainer.seconds_per_update(), max(config.steps - trainer.step, 0)
     return {
         "data": described,
         "network": {
             "parameters": sum(p.numel() for p in unet.parameters()),
             "sample_size": list(trainer.data.size),
             "classes": unet.config.num_classes,
-            "class_names": names and list(names),
+            "class_names": trainer.class_names and list(trainer.class_names),
         },
         "device": str(trainer.device),
         "precision": config.precision,
@@ -379,8 +376,46 @@ def _summary(trainer: Trainer, data: Path, initial_names: tuple[str, ...] | None
         "epochs": round(left * config.batch_size / len(trainer.data), 2),
         "seconds_per_update": round(seconds, 4),
         "seconds": round(left * seconds, 1),
-        "warnings": warnings,
+        "warnings": [*warnings, *_doubts(trainer, initial_names, left * seconds)],
     }
+
+
+def _doubts(trainer: Trainer, initial_names: tuple[str, ...] | None, seconds: float) -> list[str]:
+    """Return what is doubtful about a run of so many seconds, besides its data."""
+    from fastdiff.data.summary import duration
+
+    config, classes = trainer.config, trainer.unet.config.num_classes
+    warnings: list[str] = []
+    if len(trainer.data) < config.batch_size:
+        warnings.append(
+            f"{len(trainer.data)} images are fewer than a batch of {config.batch_size}: each is drawn several times in "
+            "every update; --batch-size sets another"
+        )
+    if config.steps <= config.lr_warmup:
+        warnings.append(
+            f"the learning rate still rises when the run ends: its warm-up takes {config.lr_warmup} updates, the run "
+            f"{config.steps}; --lr-warmup sets another"
+        )
+    if classes is None and trainer.data.num_classes is not None:
+        warnings.append("the network has no classes, so the data's labels are ignored; --unconditional accepts that")
+    if classes is not None and classes > (trainer.data.num_classes or 0):
+        warnings.append(
+            f"the network has {classes} classes, the data {trainer.data.num_classes}: the others are not trained; "
+            "another --config or --init, or the options of the network, have as many"
+        )
+    names = trainer.class_names
+    if initial_names is not None and names is not None and initial_names != names:
+        i = next((i for i, pair in enumerate(zip(initial_names, names, strict=False)) if len({*pair}) > 1), 0)
+        warnings.append(
+            f"class {i} is {initial_names[i]} in the model of --init and {names[i]} in the data; --class-names sets "
+            "the order"
+        )
+    if seconds > LONG:
+        warnings.append(
+            f"the run takes about {duration(seconds)} on this device: --steps makes it shorter, --batch-size and "
+            "--channels an update; it may be stopped at any time (Ctrl-C), sampled, and resumed"
+        )
+    return warnings
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:
@@ -390,10 +425,11 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     network, size = summary["network"], "x".join(map(str, summary["network"]["sample_size"]))
     classes = "no classes" if network["classes"] is None else f"{network['classes']} classes"
     each = summary["seconds_per_update"]
+    processes = f", {summary['processes']} processes" if summary["processes"] > 1 else ""
     return [
         *data_lines("data", summary["data"]),
         line("network", f"{network['parameters']:,} parameters, images of {size}, {classes}"),
-        line("device", f"{summary['device']}, {summary['precision']}, {summary['processes']} processes"),
+        line("device", f"{summary['device']}, {summary['precision']}{processes}"),
         line(
             "time",
             f"about {duration(summary['seconds'])} for {summary['updates']:,} updates of {summary['batch_size']} "
@@ -464,7 +500,6 @@ def _captioned(config: UNetConfig, head_dim: int, tokens: int) -> tuple[UNetCond
     from fastdiff import UNetCondition, UNetConditionConfig
     from fastdiff.text import CaptionEncoder, CaptionEncoderConfig
 
-    assert config.norm_num_groups is not None  # an option of the command
     reads = [kind.startswith("Attn") for kind in config.down_block_types]
     assert config.norm_num_groups is not None, "_network chooses a number"
     condition = UNetConditionConfig(

@@ -24,6 +24,7 @@ from fastdiff.data.folder import FolderData
 from fastdiff.data.in_memory import ArrayData
 from fastdiff.data.pixels import DEFAULT, MAX_PIXELS, Reading, why
 from fastdiff.errors import DataError, InvalidArgument, printable
+from fastdiff.files import other_kind
 
 log = logging.getLogger("fastdiff")
 
@@ -225,7 +226,8 @@ def _kind(path: Path) -> str:
         if not stat.S_ISREG(mode):
             raise DataError(f"{path} is neither a folder nor a regular file")
         with path.open("rb") as file:
-            head = file.read(263)
+            head = file.read(512)
+            size = os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         raise DataError(f"cannot open {path}: {why(error)}") from error
     if head[:2] == b"PK":
@@ -236,4 +238,7 @@ def _kind(path: Path) -> str:
         return "idx"
     if head[:4] == b"PAR1":
         return "parquet"
+    found = other_kind(head, size)
+    if found is not None:
+        raise DataError(f"{path}: {found}")
     raise DataError(f"{path} is neither a folder of images, an .npz, .tar, Parquet nor IDX file (gzipped or not)")

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fastdiff.checks import is_number, one_of
 from fastdiff.errors import DataError, InvalidArgument
+from fastdiff.files import other_kind
 
 # Only these decoders run, whatever a file's suffix is: for some formats (EPS) Pillow would start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -212,7 +213,16 @@ def headers(path: Path, reading: Reading = DEFAULT) -> list[Header] | str:
                 found.append(_header(image, frames))
             return found
     except Exception as error:  # a decoder may raise anything at all for a damaged file
-        return "not a readable image" if isinstance(error, UnidentifiedImageError) else why(error)
+        return _unreadable(path) if isinstance(error, UnidentifiedImageError) else why(error)
+
+
+def _unreadable(path: Path) -> str:
+    """Say what a file is that no decoder takes."""
+    with suppress(OSError), path.open("rb") as file:
+        found = other_kind(file.read(512), os.fstat(file.fileno()).st_size)
+        if found is not None:
+            return found
+    return "not a readable image"
 
 
 def seek(image: Image.Image, frame: int) -> None:

@@ -70,8 +70,10 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Format a time in s, min or h."""
+    """Format a time in s, min, h or days."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    if minutes < 48 * 60:
+        return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    return f"{minutes / (24 * 60):.0f} days"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fastdiff.errors import InvalidArgument
 from fastdiff.integrations.states import indices_of, listed, same
 from fastdiff.solvers import StepTable
+from fastdiff.solvers.compat.given import ANY_TIMESTEP
 from fastdiff.solvers.paths import looks_back
 
 
@@ -54,7 +55,7 @@ class Search:
             return after
         if after is not None and self._repeats(table, t, after):
             return Place(after.row - 1, after.start - 1)
-        if self.name == "DDIMScheduler" and t >= 0 and t.is_integer() and not any(t == row.t for row in table.rows):
+        if self.name in ANY_TIMESTEP and t >= 0 and t.is_integer() and not any(t == row.t for row in table.rows):
             self.table(alone=t)  # which refuses timesteps beyond the schedule's
             return Place(0, alone=t)
         row = self._row(table, t, after)

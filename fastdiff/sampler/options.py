@@ -89,8 +89,11 @@ def scales(value: Any, n: int | None) -> NDArray[np.float64]:
         listed = []
     fits = bool(listed) and (alone or n is None or len(listed) == n)
     if not fits or not all(v is None or _real(v) for v in listed):
-        many = "one for each image, is" if n is None else f"{n} of them, are"
-        raise InvalidArgument(f"guidance={shown(value)}: one number, or {many} needed")
+        many = "one for each image, is" if n is None else f"{n} of them, one for each image, are"
+        raise InvalidArgument(
+            f"guidance={shown(value)}: one number, or {many} needed; a weight for each step is the column g of a table "
+            "given as solver="
+        )
     if not all(map(is_number, listed)):
         raise InvalidArgument(f"guidance={shown(value)}: finite numbers are needed")
     array = np.array([float(v) for v in listed])

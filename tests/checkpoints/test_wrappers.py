@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff.checkpoints import convert, load, load_weights, save_folder
 from fastdiff.checkpoints.folders import TORCH_WEIGHTS, WEIGHTS
-from fastdiff.checkpoints.wrappers import parameter_order
+from fastdiff.checkpoints.wrappers import AVERAGED, parameter_order
 from fastdiff.errors import CheckpointError, ConfigError, InvalidArgument
 from fastdiff.unet import UNet
 from tests.checkpoints.test_layouts import CASES, state_dict
@@ -113,6 +113,24 @@ def test_averages_are_preferred_wherever_they_are(folder):
     save_file(flat, folder / WEIGHTS)
     refused(folder, "which weights? Name one with weights=", "'teacher'", "'student'")
     assert_equal_weights(load(folder, weights="student").unet, expected)
+
+
+AVERAGES = ("ema", "model_ema", "emaModel", "netEMA", "LitEma", "g_ema", "swa_model", "EMA1", "my_shadow")
+OTHERS = ("semantic_net", "swap", "schema", "cinema", "thematic", "SCHEMA", "remainder", "swarm")
+
+
+def test_names_of_averages():
+    assert all(AVERAGED.search(name) for name in AVERAGES)
+    assert not any(AVERAGED.search(name) for name in OTHERS)
+
+
+@pytest.mark.parametrize(("average", "other"), [("netEMA", "semantic_net"), ("g_ema", "schema")])
+def test_averages_are_known_by_words_of_their_names(folder, average, other):
+    plain, averaged = (random_unet(TINY, seed=seed).state_dict() for seed in (1, 2))
+    torch.save({other: plain, average: averaged}, folder / "w.pt")
+    assert_equal_weights(load(folder / "w.pt").unet, random_unet(TINY, seed=2))
+    torch.save({other: plain, "net": averaged}, folder / "w.pt")
+    refused(folder / "w.pt", "which weights?", repr(other), "'net'")
 
 
 def test_what_is_left_out_is_named(folder, caplog):

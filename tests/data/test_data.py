@@ -315,6 +315,30 @@ def test_unreadable_files_are_named_and_skipped(tmp_path, caplog):
         load_data(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4548\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "HTML"),
+        (b"../.git/annex/objects/xx/yy", "git-annex"),
+        (b"", "an empty file"),
+    ],
+)
+def test_what_lies_in_the_place_of_data_is_named(tmp_path, content, word):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jpg: {word}|a\.jpg: an? {word}"):
+        load_data(photos)
+    Image.new("L", (4, 4), 77).save(photos / "good.png")
+    (skipped,) = load_data(photos).skipped
+    assert word in skipped[1]
+    for name in ("images.npz", "train-images-idx3-ubyte.gz", "a.tar", "train.parquet"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=word):
+            load_data(tmp_path / name)
+
+
 @pytest.mark.parametrize(("width", "height"), [(100_000, 100_000), (10_000, 8_000), (1 << 30, 1)])
 def test_pixel_bombs_are_refused_from_the_header(tmp_path, caplog, width, height):
     write_png(tmp_path / "bomb.png", width, height, 8, 0, [b"\0" * 10])

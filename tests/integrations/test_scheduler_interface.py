@@ -209,13 +209,16 @@ def test_a_share_of_the_distilled_timesteps(name):
     assert difference(run(ours, x, ours.timesteps, **own), run(theirs, x, theirs.timesteps, **given)) < 1e-3
 
 
-def test_ddim_takes_any_timestep():
-    theirs, ours = pair({"_class_name": "DDIMScheduler"})
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMInverseScheduler"])
+def test_ddim_takes_any_timestep(name):
+    theirs, ours = pair({"_class_name": name})
     prepared(theirs, ours, 10)
     x = torch.randn(SHAPE, generator=seeded(0))
     for t in (950, 431, 7):
         assert difference(ours.step(x.sin(), t, x).prev_sample, theirs.step(x.sin(), t, x).prev_sample) < 1e-5
     run(ours, x, ours.timesteps)  # the run's own timesteps are as before
+    with pytest.raises(FastdiffError, match="1000"):
+        ours.step(x, 1000, x)
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 3, 7), (2, 3, 2, 4, 4), (2, 3, 2, 2, 2, 2)], ids=str)

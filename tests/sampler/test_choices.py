@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -26,8 +27,6 @@ HUGE = (1 << 64) - 1
 
 
 def sampler_of(channels: int = 3, **options: Any) -> Sampler:
-    import dataclasses
-
     config = dataclasses.replace(TINY, in_channels=channels, out_channels=channels)
     return Sampler(random_unet(config), **options)
 
@@ -151,8 +150,6 @@ def test_what_an_output_says() -> None:
 def test_the_command_refuses_before_it_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int, name: str, word: str
 ) -> None:
-    import dataclasses
-
     config = dataclasses.replace(TINY, in_channels=channels, out_channels=channels)
     save_folder(tmp_path / "m", random_unet(config), fastdiff.NoiseSchedule())
     monkeypatch.setattr(Sampler, "sample", lambda *a, **k: pytest.fail("it draws"))
@@ -265,6 +262,29 @@ def test_copies_of_samplers_of_other_modules() -> None:
     assert torch.equal(copy.deepcopy(first).sample(1, steps=2).images, first.sample(1, steps=2).images)
     assert copy.copy(first).unet is first.unet
     assert copy.deepcopy(first).unet is not first.unet
+
+
+def test_guidance_of_each_step() -> None:
+    """The column g of a table is a row's share of guidance: its scale is 1 + g (guidance - 1)."""
+    s = Sampler(random_unet(TINY_CLASSES))
+    options: dict[str, Any] = {"labels": 1, "seed": 3}
+    table = s.request(1, steps=4, labels=1).table
+
+    def with_shares(*shares: float) -> fastdiff.StepTable:
+        rows = tuple(row._replace(g=g) for row, g in zip(table.rows, shares, strict=True))
+        return dataclasses.replace(table, rows=rows)
+
+    two = s.sample(1, solver=table, guidance=2.0, **options).images
+    half = s.sample(1, solver=with_shares(0.5, 0.5, 0.5, 0.5), guidance=3.0, **options).images
+    torch.testing.assert_close(half, two, rtol=1e-4, atol=1e-4)
+    late = s.sample(1, solver=with_shares(0.0, 0.0, 1.0, 1.0), guidance=3.0, **options).images
+    interval = s.sample(1, solver=table, guidance=3.0, guidance_interval=(0.5, 1.0), **options).images
+    torch.testing.assert_close(late, interval, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(late, two, atol=1e-3)
+    refused: tuple[Any, ...] = ([1.0, 2.0, 3.0, 4.0], lambda i: 2.0, "late")
+    for guidance in refused:
+        with pytest.raises(InvalidArgument, match="the column g of a table"):
+            s.sample(2, steps=4, labels=1, guidance=guidance)
 
 
 class Wrapped(torch.nn.Module):

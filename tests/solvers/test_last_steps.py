@@ -14,7 +14,7 @@ import pytest
 
 from fastdiff import solvers
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import StepTable
+from tests.support import mixture
 
 SCHEDULE = NoiseSchedule()
 WEIGHT, MEAN, DEVIATION = np.array([0.3, 0.5, 0.2]), np.array([-0.7, 0.1, 0.8]), np.array([0.05, 0.08, 0.03])
@@ -40,26 +40,14 @@ def network(x: np.ndarray, abar: float) -> np.ndarray:
     return s * (share * distance / variance).sum(axis=1)
 
 
-def run(table: StepTable, x: np.ndarray) -> np.ndarray:
-    m1 = m2 = m3 = xs = np.zeros_like(x)
-    for row in table.rows:
-        out = network(x, row.abar)
-        x0 = row.kx * x + row.ko * out
-        h = row.hx * x + row.ho * out + row.h0 * x0
-        after = row.ax * x + row.ao * out + row.a0 * x0 + row.a1 * m1 + row.a2 * m2 + row.a3 * m3 + row.as_ * xs
-        xs = x if row.save else xs
-        m1, m2, m3 = (h, m1, m2) if row.push else (m1, m2, m3)
-        x = after
-    return x
-
-
 @functools.cache
 def errors(name: str) -> list[float]:
     """Return the root mean square distance from the probability flow's image, for 15, 20 and 50 steps."""
     noise = np.random.default_rng(1).standard_normal(1000)
-    exact = run(solvers.heun(SCHEDULE, 1000, clip=None), noise)
+    exact = mixture.run(solvers.heun(SCHEDULE, 1000, clip=None), network, noise, at="abar")
     build = {"dpmpp_2m": solvers.dpmpp_2m, **MULTISTEP}[name]
-    return [float(np.sqrt(np.mean((run(build(SCHEDULE, n, clip=None), noise) - exact) ** 2))) for n in (15, 20, 50)]
+    tables = [build(SCHEDULE, n, clip=None) for n in (15, 20, 50)]
+    return [mixture.rms(mixture.run(table, network, noise, at="abar") - exact) for table in tables]
 
 
 @pytest.mark.parametrize("name", MULTISTEP)

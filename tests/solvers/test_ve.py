@@ -91,6 +91,20 @@ def test_predictors_of_the_paper(variance, equation):
         assert row.s**2 == pytest.approx(wanted if after else 0.0, rel=1e-9)
 
 
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+def test_order_of_the_predictors(variance):
+    """Without their noise they solve the drift of the reverse SDE, dx/dlog sigma = 2 (x - E[x_0 | x]), in order 1."""
+
+    def slope(x: np.ndarray, log_sigma: float) -> np.ndarray:
+        return 2.0 * (x - posterior_mean(x, 1.0, math.exp(log_sigma)))
+
+    wanted = runge_kutta(slope, 20.0 * noise(), math.log(20.0), math.log(1e-3))
+    tables = [solvers.ddpm(VE, n, variance=variance, clip=None) for n in (80, 160, 320)]
+    errors = [rms(mixture.run(table, network, 20.0 * noise()) - wanted) for table in tables]
+    slopes = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert np.abs(slopes - 1.0).max() < 0.2, (errors, slopes)
+
+
 def test_stochastic_solvers_keep_the_variance():
     """Without data, x = sigma eps, the variance after every row is that of its level."""
     for table in (

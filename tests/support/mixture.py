@@ -21,23 +21,31 @@ def posterior_mean(x: np.ndarray, a: float, s: float) -> np.ndarray:
     return (share * (MEAN + a * DEVIATION**2 / variance * distance)).sum(axis=1)
 
 
-def run(table: StepTable, network: Callable[[np.ndarray, float], np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Run a table without noise, with the network's output at its timestep."""
+def run(
+    table: StepTable,
+    network: Callable[[np.ndarray, float], np.ndarray],
+    x: np.ndarray,
+    draws: np.random.Generator | None = None,
+    at: str = "t",
+) -> np.ndarray:
+    """Run a table with the network's output at its timestep, or at another column; without ``draws`` without noise."""
     m1 = m2 = m3 = xs = np.zeros_like(x)
     for row in table.rows:
-        out = network(x, row.t)
+        out = network(x, getattr(row, at))
         x0 = np.clip(row.kx * x + row.ko * out, -row.c, row.c)
         h = row.hx * x + row.ho * out + row.h0 * x0
         after = row.ax * x + row.ao * out + row.a0 * x0 + row.a1 * m1 + row.a2 * m2 + row.a3 * m3 + row.as_ * xs
+        after = after if draws is None else after + row.s * draws.standard_normal(x.shape)
         xs = x if row.save else xs
         m1, m2, m3 = (h, m1, m2) if row.push else (m1, m2, m3)
         x = after
     return x
 
 
-def runge_kutta(f: Callable[[np.ndarray, float], np.ndarray], x: np.ndarray, start: float, end: float) -> np.ndarray:
-    """Integrate dx/ds = f(x, s) by the classical method in 1000 steps."""
-    n = 1000
+def runge_kutta(
+    f: Callable[[np.ndarray, float], np.ndarray], x: np.ndarray, start: float, end: float, n: int = 1000
+) -> np.ndarray:
+    """Integrate dx/ds = f(x, s) by the classical method in n steps."""
     h = (end - start) / n
     for i in range(n):
         s = start + i * h

@@ -343,9 +343,11 @@ float64), and asserts that the default differs from them in the following and no
 ## Order of convergence
 
 On Gaussian data with the exact network, over log-SNR lambda from -6 to 1.5 in equal steps, the error of the samples'
-standard deviation falls with the number of steps to the power below (`tests/solvers/test_orders.py` asserts it; of a
-flow `tests/solvers/test_flow.py`, and of a variance-exploding process `tests/solvers/test_ve.py`, on a mixture of
-Gaussians):
+standard deviation falls with the number of steps to the power below (`tests/solvers/test_orders.py` asserts it).
+`tests/solvers/test_nonlinear_orders.py` asserts it on a mixture of Gaussians, whose network is not linear: for the
+probability flow, for the drift of the reverse SDE (there `dpmpp_3m_sde` is of order 3), for the flow between the noise
+of ancestral and churned steps, for `tcd` with eta=0 (1), both inversions and the steps of `Sampler.adapt` (2 and 3).
+`tests/solvers/test_flow.py` does for a flow, and `tests/solvers/test_ve.py` for a variance-exploding process:
 
 | solver | order |
 |---|---|

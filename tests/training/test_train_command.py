@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,10 @@ import torch
 from PIL import Image
 
 from fastdiff import cli
-from fastdiff.cli.train import _network
+from fastdiff.checkpoints import save_folder
+from fastdiff.cli.train import _doubts, _network
+from fastdiff.sampler import Sampler
+from fastdiff.schedule import NoiseSchedule
 from fastdiff.training.lock import locked
 from fastdiff.unet import UNet
 from tests.support import warm
@@ -28,6 +32,8 @@ from tests.training.toys import (
     digests,
     log_of,
     python,
+    toy_trainer,
+    toy_unet,
 )
 
 SMALL = (
@@ -137,7 +143,7 @@ def test_the_summary(tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pyt
         "values      16-bit: ", "8-bit: 0 to 255", "classes     2: 0 cats: 4, 1 dogs: 2", "skipped     4:",
         "1 .txt: files whose names do not end as those of images do", "torn.png: OSError: image file is truncated",
         "small.png: it is 4x8: smaller than 8x8, and images are not enlarged (--fit pad would pad it)",
-        "images of 8x8, 2 classes", "device      cpu, fp32, 1 processes", "for 4 updates of 64 images (42.67 times all",
+        "images of 8x8, 2 classes", "device      cpu, fp32\n", "for 4 updates of 64 images (42.67 times all",
         "WARNING     1 of 6 images have an alpha channel", "--alpha white accepts that",
         "WARNING     3 of 6 images have colour",
         "--image-channels 3 accepts that", "WARNING     no image in the sub-folder birds",
@@ -150,6 +156,12 @@ def test_the_summary(tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pyt
     assert written["network"]["class_names"] == ["cats", "dogs"]
     assert len(written["warnings"]) == 4
     assert written["seconds"] == pytest.approx(4 * written["seconds_per_update"], rel=0.1, abs=0.1)
+
+
+def test_a_run_of_days_says_so_beforehand(tmp_path: Path) -> None:
+    (warning,) = _doubts(toy_trainer(tmp_path, steps=100, lr_warmup=1), None, 3 * 86400.0)
+    assert warning.startswith("the run takes about 3 days on this device: --steps makes it shorter")
+    assert _doubts(toy_trainer(tmp_path, steps=100, lr_warmup=1), None, 3600.0) == []
 
 
 def test_what_is_settled_is_no_warning(
@@ -292,6 +304,36 @@ def test_a_first_training_of_photographs(tmp_path: Path, size: int) -> None:
     assert drawn.returncode == 0, drawn.stderr
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (size, size)
+
+
+def test_a_model_goes_on_at_another_size(
+    tmp_path: Path, photos: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--init takes network, weights and noise schedule of a model, --config a network; the size is that of --size."""
+    config = dataclasses.replace(
+        toy_unet(in_channels=3, out_channels=3).config, block_out_channels=(8, 8), layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        num_class_embeds=3, null_label=2,
+    )  # fmt: skip
+    schedule = NoiseSchedule("cosine", 30)
+    save_folder(tmp_path / "m", UNet(config), schedule, prediction="v_prediction", class_names=("cats", "dogs"))
+    at = SMALL.index("--timesteps")
+    line = ("train", photos, *SMALL[:at], *SMALL[at + 2 :], "--size", "4", "--steps", "1", "--sample-every", "0")
+    code, errors = command(capsys, monkeypatch, *line, "--init", tmp_path / "m", "-o", tmp_path / "on")
+    assert code == 0, errors
+    made = Sampler.from_pretrained(tmp_path / "on" / "model")
+    assert (made.info.size, made.schedule, made.prediction) == ((4, 4), schedule, "v_prediction")
+    code, errors = command(
+        capsys, monkeypatch, *line, "--init", tmp_path / "m", "-o", tmp_path / "no", "--prediction", "epsilon"
+    )
+    assert code == 2
+    assert "another --schedule" in errors
+    assert "v_prediction); leave them out to go on with its own" in errors
+    network = tmp_path / "m" / "unet" / "config.json"
+    code, errors = command(capsys, monkeypatch, *line, "--config", network, "-o", tmp_path / "new")
+    assert code == 0, errors
+    made = Sampler.from_pretrained(tmp_path / "new" / "model")
+    assert (made.info.size, made.schedule, made.prediction) == ((4, 4), NoiseSchedule(), "epsilon")
 
 
 @pytest.mark.parametrize(("channels", "groups"), [([64, 128], 32), ([16, 32], 16), ([24, 36], 4), ([7, 11], 1)])

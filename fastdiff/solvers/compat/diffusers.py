@@ -82,7 +82,7 @@ def from_config(
             0.3).
         use_clipped_model_output: Option of DDIMScheduler's step: take eps from the clipped x_0.
         timesteps: Falling timesteps in place of the spacing's, for the schedulers whose ``set_timesteps`` has this
-            option, or for DDIMScheduler with ``steps``, which gives the length of its steps.
+            option, or for DDIMScheduler and its inverse with ``steps``, which gives the length of their steps.
         sigmas: Falling noise levels in place of the spacing's: for EulerDiscreteScheduler with the run's end as the
             last of them, which may be 0; for FlowMatchEulerDiscreteScheduler, also beside ``timesteps``, and
             UniPCMultistepScheduler with use_flow_sigmas without the end, and before the shift.

@@ -83,11 +83,14 @@ def ddim_inverse(source: Source) -> StepTable:
     """Return the table of DDIM from less to more noise: x' = a_t x_0 + s_t eps, both predicted at the step's start."""
     schedule = source.schedule()
     T, n = schedule.timesteps, checks.whole("steps", source.steps, 1, schedule.timesteps, of="the schedule's timesteps")
-    if source.one_of("timestep_spacing", "leading", ("leading", "trailing")) == "leading":
+    spacing = source.one_of("timestep_spacing", "leading", ("leading", "trailing"))
+    if source.times is not None:
+        t = source.times[::-1]
+    elif spacing == "leading":
         t = np.arange(n) * (T // n) + source.get("steps_offset", 0)
     else:
         t = np.arange(T, 0, -T / n)[::-1].round() - 1
-    if len(t) != n or t[0] < 0 or t[-1] > T - 1:
+    if (source.times is None and len(t) != n) or t[0] < 0 or t[-1] > T - 1:
         raise source.fails(f"its timesteps {t[0]:g} .. {t[-1]:g} leave 0 .. {T - 1}")
     prediction, image = source.prediction(), 1.0 if source.get("set_alpha_to_one", True) else schedule.abar(0)
     starts = [schedule.abar(p) if p >= 0 else image for p in (t - T // n).tolist()]

@@ -13,6 +13,7 @@ from fastdiff import checks
 from fastdiff.errors import InvalidArgument
 
 # Schedulers whose set_timesteps takes timesteps, and those that take noise levels.
+ANY_TIMESTEP = ("DDIMScheduler", "DDIMInverseScheduler")  # whose steps have a length, whatever timestep they start at
 TAKES_TIMESTEPS = (
     "DDPMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "EulerDiscreteScheduler", "HeunDiscreteScheduler", "CMStochasticIterativeScheduler",
@@ -32,7 +33,7 @@ def given_levels(
         raise InvalidArgument("timesteps and sigmas exclude each other: give one of them")
     times = levels = None
     if timesteps is not None:
-        if name not in (*TAKES_TIMESTEPS, "DDIMScheduler"):
+        if name not in (*TAKES_TIMESTEPS, *ANY_TIMESTEP):
             raise InvalidArgument(f"{name} takes no timesteps=, as in diffusers; {', '.join(TAKES_TIMESTEPS)} do")
         spaced = [key for key in config if key.startswith("use_") and key.endswith(("_sigmas", "_lambdas"))]
         spaced = [] if name == "FlowMatchEulerDiscreteScheduler" else spaced
