@@ -375,7 +375,7 @@ ops = []
 triton.prepare = Interpreted
 unet, encoder = network_and_encoder(sample_size=4)
 images = [
-    Sampler(unet, SCHEDULE, text_encoder=encoder, backend=backend, device="cpu").sample(3, **CALL, steps=2).images
+    Sampler(unet, SCHEDULE, text_encoder=encoder, backend=backend, device="cpu").sample(3, **CALL, steps=1).images
     for backend in ("eager", "triton")
 ]
 print(json.dumps({
@@ -386,7 +386,7 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_interpreted_prompts_of_a_sampler() -> None:
-    """The kernels themselves: two guided steps of three images with prompts and negative prompts of their own."""
+    """The kernels themselves: a guided step of three images with prompts and negative prompts of their own."""
     result = subprocess.run(
         [sys.executable, "-c", CHILD, str(ROOT)],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False,
