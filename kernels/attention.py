@@ -1,6 +1,7 @@
-"""Multi-head attention over the pixels of a row, without storing the matrix of its weights (Dao et al. 2022).
+"""Multi-head attention over the pixels of a row, or the tokens of its text, without storing the matrix of its weights.
 
-`attention` builds the launch, `_attention` is the kernel, and `attention_reference` computes the same in torch.
+The algorithm is that of Dao et al. 2022. `attention` builds the launch, `_attention` is the kernel, and
+`attention_reference` computes the same in torch.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ CANDIDATES = (
 @overlap.overlaps
 @triton.jit
 def _attention(
-    q, k, v, dst, tokens, head_dim, q_stride, kv_stride, dst_stride, scale,
+    q, k, v, dst, entry, tokens, keys, head_dim, q_stride, kv_stride, dst_stride, scale,
     WHOLE: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +58,9 @@ def _attention(
         s = q k_j^T scale,    m' = max(m, max s),    p = 2^(s - m'),    l' = l 2^(m - m') + sum p,
         acc' = acc 2^(m - m') + p v_j,    result = acc / l                   scale = log2(e) / sqrt(head_dim)
 
-    Grid: (blocks of queries x parts of a head's channels, heads, rows). WHOLE: the head is a single part. SHARED: k and
-    v are the same tensor, which a whole head reads once.
+    Grid: (blocks of queries x parts of a head's channels, heads, rows). ``tokens`` are the queries of a row, ``keys``
+    its keys. entry None: the keys of row i are those at i. WHOLE: the head is a single part. SHARED: k and v are the
+    same tensor, which a whole head reads once.
     """
     overlap.wait()
     blocks = tl.cdiv(tokens, QUERIES)
@@ -68,8 +70,11 @@ def _attention(
     d = tl.arange(0, WIDTH)
     j = tl.arange(0, KEYS)
     q += row * tokens * q_stride + head * head_dim
-    k += row * tokens * kv_stride + head * head_dim
-    v += row * tokens * kv_stride + head * head_dim
+    at = row
+    if entry is not None:
+        at = tl.load(entry + row)
+    k += at * keys * kv_stride + head * head_dim
+    v += at * keys * kv_stride + head * head_dim
     if WHOLE:
         mask = (t < tokens)[:, None] & (d < head_dim)[None, :]
         query = tl.load(q + t[:, None] * q_stride + d[None, :], mask=mask, other=0.0)
@@ -77,8 +82,8 @@ def _attention(
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
-    for begin in range(0, tokens, KEYS):
-        there = begin + j < tokens
+    for begin in range(0, keys, KEYS):
+        there = begin + j < keys
         key_at = (begin + j)[:, None] * kv_stride
         if WHOLE:
             key = tl.load(k + key_at + d[None, :], mask=there[:, None] & (d < head_dim)[None, :], other=0.0)
@@ -116,25 +121,30 @@ def attention(
     *,
     heads: int,
     head_dim: int,
+    entry: Tensor | None = None,
     chosen_for: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Launch:
-    """Compute dst = softmax(q k^T / sqrt(head_dim)) v, head by head, over the pixels of a row.
+    """Compute dst = softmax(q k^T / sqrt(head_dim)) v, head by head, over the keys of a row.
+
+    These are its pixels or, with ``entry``, int64 [rows], the tokens of the text at k[entry] and v[entry], which are
+    [texts, 1, tokens, heads head_dim]: rows may share a text.
 
     Scores are relative to the largest one so far, so that no exponential overflows. In bfloat16 and float16 the weights
-    are rounded to that dtype before they are multiplied by v. All tensors are [rows, H, W, heads head_dim], contiguous
-    or slices of wider pixels; without v, v is k.
+    are rounded to that dtype before they are multiplied by v. All other tensors are [rows, H, W, heads head_dim], and
+    all are contiguous or slices of wider pixels; without v, v is k.
     """
     rows, H, W, inner = dst.shape
-    assert inner == heads * head_dim
-    for x in (q, k, k if v is None else v, dst):
-        assert x.shape == dst.shape
-        step = x.stride(2)
-        assert x.stride() == (H * W * step, W * step, step, 1), "pixels follow each other at one stride"
-    assert v is None or v.stride() == k.stride()
-    tokens = H * W
+    assert inner == heads * head_dim == k.shape[3]
+    assert q.shape == dst.shape
+    assert entry is not None or k.shape == dst.shape
+    assert v is None or (v.shape, v.stride()) == (k.shape, k.stride())
+    for x in (q, k, dst):
+        (_, height, width, _), step = x.shape, x.stride(2)
+        assert x.stride() == (height * width * step, width * step, step, 1), "pixels follow each other at one stride"
+    tokens, keys = H * W, k.shape[1] * k.shape[2]
     like = chosen_for or rows
-    key = f"{like}x{tokens}x{heads}x{head_dim} {name_of(q.dtype)}"
+    key = f"{like}x{tokens}x{heads}x{head_dim} " + f"of {keys} " * (entry is not None) + name_of(q.dtype)
     device = device_of(q)
     config = config or choose(
         "attention.attention", key, device, CANDIDATES,
@@ -148,7 +158,7 @@ def attention(
         kernel=_attention,
         grid=(cdiv(tokens, config.queries) * cdiv(head_dim, width), heads, rows),
         arguments={
-            "q": q, "k": k, "v": k if v is None else v, "dst": dst, "tokens": tokens,
+            "q": q, "k": k, "v": k if v is None else v, "dst": dst, "entry": entry, "tokens": tokens, "keys": keys,
             "head_dim": head_dim, "q_stride": q.stride(2), "kv_stride": k.stride(2), "dst_stride": dst.stride(2),
             "scale": math.log2(math.e) / math.sqrt(head_dim), "WHOLE": whole,
             "SHARED": v is None, "PRECISION": PRECISION if q.dtype.itemsize > 2 else "ieee",
@@ -157,7 +167,7 @@ def attention(
         },
         config=config,
         candidates=CANDIDATES,
-        reference=lambda: attention_reference(q, k, k if v is None else v, dst, heads),
+        reference=lambda: attention_reference(q, k, k if v is None else v, dst, heads, entry),
     )  # fmt: skip
 
 
@@ -176,8 +186,10 @@ def heuristic(sequences: int, tokens: int, head_dim: int, single: bool, processo
     return fitting[-1]
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, dst: Tensor, heads: int) -> None:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, dst: Tensor, heads: int, entry: Tensor | None = None) -> None:
     """Compute dst = softmax(q k^T / sqrt(head_dim)) v in torch."""
+    if entry is not None:
+        k, v = k[entry], v[entry]
     q, k, v = (wide(x).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
     dst.copy_((weights @ v).transpose(1, 2).reshape(dst.shape))

@@ -34,18 +34,27 @@ def step(config: Any, images: int, dtype: Any, guided: bool = False, device: Any
     """
     import torch
 
-    from fastdiff import NoiseSchedule, UNet, solvers
+    from fastdiff import NoiseSchedule, UNet, UNetCondition, UNetConditionConfig, solvers
     from fastdiff.backends import Spec
     from fastdiff.backends.triton import TritonStep
-    from fastdiff.core.state import State, TableBank
+    from fastdiff.core.lower import TOKENS, vector_width
+    from fastdiff.core.state import State, TableBank, Texts
 
     meta, found = torch.device("meta"), []
     shape = (config.in_channels, config.sample_size, config.sample_size)
     with on(device), meta, torch.no_grad():
-        steps = TritonStep(UNet(config), Spec(images, shape, dtype, meta, config.null_label), found.append)
-        labels = {} if config.num_class_embeds is None else {"label": [0] * images}
+        text = UNetCondition(config) if isinstance(config, UNetConditionConfig) else None
+        unet, null = (UNet(config), config.null_label) if text is None else (text, None)
+        steps = TritonStep(unet, Spec(images, shape, dtype, meta, null), found.append)
+        labels = {} if text is None and config.num_class_embeds is None else {"label": [0] * images}
         bank = TableBank([solvers.ddim(NoiseSchedule(), 2)], meta)
         state = State.create(torch.empty(images, *shape), bank, guidance=1.0 + guided, **labels)
+        if text is not None:
+            width = vector_width(text)
+            pooled = None if width is None else torch.empty(1, width)
+            state.texts = Texts(torch.empty(1, TOKENS, config.context_channels), pooled, names=("",))
+            state.null = state.label
+            steps.follow_texts(text, state)
         steps.whole(state, guided, noisy=False)
     return found
 
@@ -55,10 +64,10 @@ def on(device: Any) -> Iterator[None]:
     """Choose configurations as on a GPU with these properties; None: as without one."""
     from unittest import mock
 
-    from fastdiff.kernels import attention, conv, epilogue, launch, norm
+    from fastdiff.kernels import attention, conv, epilogue, geglu, launch, norm
 
     with contextlib.ExitStack() as stack:
-        for module in (attention, conv, epilogue, launch, norm):
+        for module in (attention, conv, epilogue, geglu, launch, norm):
             stack.enter_context(mock.patch.object(module, "device_of", return_value=device or launch.NO_GPU))
         yield
 

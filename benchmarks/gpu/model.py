@@ -1,6 +1,6 @@
 """Predicts the time of every launch of a step from its sizes and the rates of a GPU, before anything is measured.
 
-    python -m benchmarks.gpu.model                              # the sums of both published networks, by operation
+    python -m benchmarks.gpu.model                              # the sums of published networks, by operation
     python -m benchmarks.gpu.model --network cifar10-32 --images 1 --launches
     python -m benchmarks.gpu.model --processors 108 --clock 1.41 --l2 20 --memory 1.9
 
@@ -19,7 +19,7 @@ import dataclasses
 import math
 from typing import Any
 
-BATCHES = {"cifar10-32": (1, 8, 64, 256), "celebahq-256": (1, 8)}
+BATCHES = {"cifar10-32": (1, 8, 64, 256), "celebahq-256": (1, 8), "sd15": (1, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,15 @@ def work(launch: Any) -> Work:
         return Work(programs, products * (6 if a["sums"].element_size() == 4 else 1), whole, whole, by_library=True)
     if launch.op == "attention.attention":
         rows = a["dst"].shape[0]
-        products = 2 * rows * a["tokens"] ** 2 * a["dst"].shape[3]
+        products = 2 * rows * a["tokens"] * a["keys"] * a["dst"].shape[3]
         # Every program reads all keys and values of its head.
-        read = a["tokens"] * a["head_dim"] * a["k"].element_size() * (1 if a["SHARED"] else 2)
+        read = a["keys"] * a["head_dim"] * a["k"].element_size() * (1 if a["SHARED"] else 2)
         return Work(programs, products / programs, read + (operands["q"] + operands["dst"]) / programs, whole)
+    if launch.op == "geglu":
+        size = a["weight"].element_size()
+        read = a["C"] * (a["PIXELS"] + 2 * a["CHANNELS"]) * size
+        products = 2 * a["PIXELS"] * a["CHANNELS"] * a["C"] * (6 if size == 4 else 1)
+        return Work(programs, products, read + operands["dst"] / programs, whole)
     if launch.op == "norm.group_norm":
         held = sum(operands[name] for name in ("statistics0", "statistics1") if name in operands)
         blocks = launch.grid[0]  # of pixels, whose programs read the same statistics
@@ -134,14 +139,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     import torch
 
-    from fastdiff.bench.networks import PUBLISHED
+    from fastdiff.bench.networks import PUBLISHED, READING_TEXT
 
     from . import lists
 
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--network", choices=list(BATCHES), action="append", help="both without")
+    parser.add_argument("--network", choices=list(BATCHES), action="append", help="all without")
     parser.add_argument("--images", type=int, action="append", help="batch sizes")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--launches", action="store_true", help="print every launch")
@@ -151,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     rates = Rates(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Rates)})
     for network in arguments.network or BATCHES:
         for images in arguments.images or BATCHES[network]:
-            rows = predicted(lists.step(PUBLISHED[f"ddpm-{network}"], images, getattr(torch, arguments.dtype)), rates)
+            config = READING_TEXT.get(network) or PUBLISHED[f"ddpm-{network}"]
+            rows = predicted(lists.step(config, images, getattr(torch, arguments.dtype)), rates)
             print(f"\n{network}, {images} images, {arguments.dtype}")
             for row in [*(rows if arguments.launches else []), *summary(rows)]:
                 print("  ".join(f"{value:>9.2f}" if isinstance(value, float) else f"{value!s:<16}"

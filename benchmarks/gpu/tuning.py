@@ -116,7 +116,7 @@ def band_of(launch: Any) -> float:
     if launch.op != "attention.attention":
         return 8.0
     a, dtype = launch.arguments, launch.arguments["q"].dtype
-    count = accumulations(dtype, a["head_dim"]) + accumulations(dtype, a["tokens"])
+    count = accumulations(dtype, a["head_dim"]) + accumulations(dtype, a["keys"])
     return float(BANDS[dtype] + PER_ACCUMULATION * count)
 
 

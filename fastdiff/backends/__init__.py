@@ -87,8 +87,8 @@ def prepare(backend: str, unet: nn.Module, spec: Spec) -> Runner:
 
     Args:
         backend: One of `BACKENDS`; "auto" is for `choose`.
-        unet: The network: `fastdiff.UNet` for `native` and `triton`, `fastdiff.UNetCondition` for `native`, any module
-            for the others.
+        unet: The network: `fastdiff.UNet` or `fastdiff.UNetCondition` for `native` and `triton`, any module for the
+            others.
         spec: What to prepare for.
 
     Returns:

@@ -22,9 +22,11 @@ from fastdiff.core.lower import (
     text_attentions,
     unlowered,
     vector_kind,
+    vector_width,
 )
 from fastdiff.core.program import Conv, Program
 from fastdiff.core.state import TableBank, Texts
+from fastdiff.errors import BackendError
 from fastdiff.modes import plain_modes
 from fastdiff.solvers.table import COLUMNS
 from fastdiff.unet import UNet, UNetCondition, UNetConditionConfig, UNetConfig, changes
@@ -66,6 +68,19 @@ def condition_reasons(unet: UNetCondition) -> list[str]:
         reasons.append(
             f"it has no time_embedding_act_fn {config.time_embedding_act_fn!r} with a class embedding or added vector"
         )
+    return reasons
+
+
+def program_reasons(unet: nn.Module, shape: tuple[int, int, int]) -> list[str]:
+    """List every reason why a network cannot run as a lowered program on images of ``shape`` (C, H, W)."""
+    if type(unet) is not UNetCondition:
+        return network_reasons(unet)
+    reasons = condition_reasons(unet)
+    multiple, (channels, height, width) = unet.config.stride, shape
+    if height % multiple or width % multiple:
+        reasons.append(f"it needs images whose height and width are multiples of {multiple}, not {height}x{width}")
+    if channels != unet.config.in_channels:
+        reasons.append(f"it feeds the network {channels} channels of an image, which reads {unet.config.in_channels}")
     return reasons
 
 
@@ -271,6 +286,20 @@ class EmbeddingTables:
         return torch.from_numpy(found[inverse.reshape(timesteps.shape)])
 
 
+def check_texts(unet: UNetCondition, texts: Texts | None) -> Texts:
+    """Return the texts of a state; raise `BackendError` unless their shapes are those that the network reads."""
+    width = unet.config.context_channels
+    if texts is None or texts.states.ndim != 3 or 0 in texts.states.shape or texts.states.shape[2] != width:
+        given = None if texts is None else list(texts.states.shape)
+        raise BackendError(f"this network needs texts, states of the shape [texts, tokens, {width}], not {given}")
+    kind = vector_kind(unet)
+    wanted = None if kind is None else [len(texts), vector_width(unet)]
+    given = None if texts.pooled is None else list(texts.pooled.shape)
+    if given != wanted and not (kind == "condition" and given is None):
+        raise BackendError(f"this network needs pooled vectors of texts of the shape {wanted}, not {given}")
+    return texts
+
+
 def _digest(texts: Texts, i: int) -> bytes:
     """Compute a digest of a text's numbers, which is the same for equal texts."""
     digest = hashlib.blake2b()
@@ -283,32 +312,43 @@ def _digest(texts: Texts, i: int) -> bytes:
 class TextTables:
     """Keys and values of texts for every attention that reads them, computed once for all steps.
 
-    ``banks`` has those of each external buffer ``<key>.text``, float32 [room, tokens, C], and ``classes`` the class
-    embeddings that come with the texts, float32 [room, features], or None. Equal texts share a row, whichever `Texts`
-    they come from. ``places`` has the row of each text by a digest of its numbers. Where the room does not suffice,
-    larger tensors take the place of all, up to ``most_bytes``, or as many as one `Texts` needs. Beyond that the rows
-    are given to others: then another dict takes the place of ``places``, and earlier results of `entries` no longer
-    hold.
+    ``banks`` has those of each external buffer ``<key>.text``, [room, tokens, C] in ``dtype``, and ``classes`` the
+    class embeddings that come with the texts, float32 [room, features], or None. Equal texts share a row, whichever
+    `Texts` they come from. ``places`` has the row of each text by a digest of its numbers. Where the room does not
+    suffice, larger tensors take the place of all, up to ``most_bytes``, or as many as one `Texts` needs. Beyond that
+    the rows are given to others: then another dict takes the place of ``places``, and earlier results of `entries` no
+    longer hold.
 
     Texts that come and go (`Texts.names`) are instead in rows of their own numbers, see `follow`. A table serves texts
     of one kind only.
     """
 
     @plain_modes()
-    def __init__(self, unet: UNetCondition, tokens: int, device: torch.device, most_bytes: int):
+    def __init__(
+        self,
+        unet: UNetCondition,
+        tokens: int,
+        device: torch.device,
+        most_bytes: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.unet = unet
         self.tokens = tokens
         self.widths = {name: 2 * m.to_k.out_features for name, m in text_attentions(unet).items()}
         features = 0 if vector_kind(unet) is None else unet.config.temb_channels
-        self.most = max(1, most_bytes // (4 * (tokens * sum(self.widths.values()) + features)))
+        held = dtype.itemsize * tokens * sum(self.widths.values()) + 4 * features  # bytes of a text
+        self.most = max(1, most_bytes // held)
         self.places: dict[bytes, int] = {}
         self.names: list[Hashable] = []  # of the texts in rows of their own numbers
         self.banks = {
-            name: torch.zeros(0, tokens, width, dtype=torch.float32, device=device)
-            for name, width in self.widths.items()
+            name: torch.zeros(0, tokens, width, dtype=dtype, device=device) for name, width in self.widths.items()
         }
         self.classes = torch.zeros(0, features, dtype=torch.float32, device=device) if features else None
         self.room = 0
+
+    def refresh(self) -> None:
+        """Drop what was computed from weights that have changed since; all tensors keep their addresses."""
+        self.places, self.names = {}, []
 
     @plain_modes()
     def entries(self, texts: Texts) -> Tensor:
@@ -341,7 +381,7 @@ class TextTables:
         return any(before[i] is not None for i in new)
 
     def _compute(self, texts: Texts, i: int, place: int) -> None:
-        like = next(iter(self.banks.values()))
+        like = self.unet.conv_in.weight
         vector = None if texts.pooled is None else texts.pooled[i].to(like)
         rows, embedded = embed_text(self.unet, texts.states[i].to(like), vector)
         for name, row in rows.items():

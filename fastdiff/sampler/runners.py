@@ -60,8 +60,8 @@ class Runners:
         self.global_changes: list[str] = []
         first = self._spec(1, (info.channels, *(info.size or (info.stride,) * 2)))
         self.backend = backend
-        if info.text and backend in ("compiled", "triton"):
-            refuse(backend, ["the network reads text, which eager and native alone feed it"])
+        if info.text and backend == "compiled":
+            refuse(backend, ["the network reads text, which the other backends alone feed it"])
         if info.condition:
             self.backend = "eager" if backend == "auto" else backend
             condition = f"the network reads a condition image of {info.condition} channels, which eager alone feeds it"

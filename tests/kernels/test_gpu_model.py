@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed: its wheels are fo
 from benchmarks.gpu import compiling, lists, model, profiling, tuning
 from benchmarks.gpu.networks import tiny
 from benchmarks.gpu.run import Run
-from fastdiff.bench.networks import PUBLISHED
+from fastdiff.bench.networks import PUBLISHED, READING_TEXT
 from fastdiff.kernels import attention, conv, epilogue, norm
 from fastdiff.kernels import launch as kernel_launch
 from fastdiff.kernels.library import LIBRARY
@@ -33,6 +34,20 @@ def test_nothing_is_computed(cifar):
     assert all(t.is_meta for launch in cifar for t in model.tensors(list(launch.arguments.values())))
     assert [cifar[0].op, cifar[-1].op] == ["input", "update"]
     assert len(cifar) <= 170
+
+
+def test_the_launches_of_a_network_that_reads_texts():
+    """Stable Diffusion 1.5: 16 transformers of one block. The keys and values of texts are no launches of a step."""
+    listed = lists.step(READING_TEXT["sd15"], 1, torch.bfloat16, guided=True)
+    assert all(t.is_meta for launch in listed for t in model.tensors(list(launch.arguments.values())))
+    counts = collections.Counter(launch.op for launch in listed)
+    assert (counts["geglu"], counts["layer_norm"], counts["attention.attention"]) == (16, 3 * 16, 2 * 16)
+    keys = [launch.arguments["keys"] for launch in listed if launch.arguments.get("entry") is not None
+            and launch.op == "attention.attention"]  # fmt: skip
+    assert keys == [77] * 16
+    products = sum(w.programs * w.products for launch in listed if launch.op == "geglu" for w in [model.work(launch)])
+    assert 2 * products == pytest.approx(2 * 102e9, rel=0.02), "two rows of 102 GFLOP"
+    assert model.summary(model.predicted(listed, RATES))[0]["launches"] == len(listed) <= 420
 
 
 def test_products_take_the_longer_of_arithmetic_and_reading():

@@ -75,6 +75,36 @@ for config in CANDIDATES:
     CASES[f"attention of one map in {config}"] = functools.partial(shared_case, (1, 9, 9), width - 8, dtype, config)
 
 
+def text_case(
+    size: tuple[int, int, int], tokens: int, heads: int, head_dim: int, dtype: torch.dtype, config: AttentionConfig
+) -> Case:
+    """Build a case in which rows read some of four texts, with scores of a spread of 3; the others are NaN."""
+    inner = heads * head_dim
+    entry = torch.tensor([3, 1, 3])[: size[0]]
+    bank = poison(4, 1, tokens, 2 * inner, dtype=dtype)
+    bank[entry] = normal(4, 1, tokens, 2 * inner, seed=1, dtype=dtype)[entry]
+    k, v = bank.chunk(2, dim=3)
+    arguments = {
+        "q": (3.0 * normal(*size, inner)).to(dtype), "k": k, "v": v, "dst": poison(*size, inner, dtype=dtype),
+        "heads": heads, "head_dim": head_dim, "entry": entry,
+    }  # fmt: skip
+    count = accumulations(dtype, head_dim) + accumulations(dtype, tokens)
+    return Case(attention.attention, arguments, ("dst",), band=BANDS[dtype], config=config, accumulations=count)
+
+
+# The last block of keys has one of its keys, several, or all.
+for (size, tokens, heads, head_dim), dtype in itertools.product(
+    [((3, 1, 1), 1, 1, 8), ((3, 5, 7), 77, 2, 5), ((2, 3, 7), 16, 2, 16), ((1, 2, 2), 33, 1, 70)], DTYPES
+):
+    CASES[f"attention of {size} to texts {tokens} {heads}x{head_dim} {name_of(dtype)}"] = functools.partial(
+        text_case, size, tokens, heads, head_dim, dtype, SMALL
+    )
+for config in (CANDIDATES[0], CANDIDATES[-1]):
+    CASES[f"attention to texts in {config}"] = functools.partial(
+        text_case, (2, 4, 5), 77, 1, 40, torch.float32 if config.single else torch.bfloat16, config
+    )
+
+
 # Compiled launches ----------------------------------------------------------------------------------------------------
 
 
@@ -101,3 +131,24 @@ for shared in (False, True):
     ONES[f"attention {'of one map' * shared}"] = functools.partial(
         attention_launch, (1, 1, 1), 1, 1, torch.bfloat16, shared, CANDIDATES[1]
     )
+
+
+def text_launch(
+    size: tuple[int, int, int], tokens: int, heads: int, head_dim: int, dtype: torch.dtype,
+    config: AttentionConfig | None = None,
+) -> Launch:  # fmt: skip
+    inner = heads * head_dim
+    k, v = meta(8, 1, tokens, 2 * inner, dtype=dtype).chunk(2, dim=3)
+    return attention.attention(
+        meta(*size, inner, dtype=dtype), k, v, meta(*size, inner, dtype=dtype), heads=heads, head_dim=head_dim,
+        entry=meta(size[0], dtype=torch.int64), config=config,
+    )  # fmt: skip
+
+
+# The heads of Stable Diffusion 1.5 at its levels of 64x64 and 8x8 pixels.
+for side, head_dim in ((64, 40), (8, 160)):
+    for dtype in (torch.bfloat16, torch.float32):
+        SHIPPED[f"attention to texts {head_dim} {name_of(dtype)}"] = functools.partial(
+            text_launch, (2, side, side), 77, 8, head_dim, dtype
+        )
+ONES["attention to texts"] = functools.partial(text_launch, (1, 1, 1), 1, 1, 1, torch.bfloat16, CANDIDATES[1])

@@ -7,10 +7,10 @@ makes a constant. TENSOR_CORES: operations that must use tensor cores.
 
 from __future__ import annotations
 
-from tests.support import cases_attention, cases_conv, cases_ends, cases_norm, cases_update
+from tests.support import cases_attention, cases_conv, cases_ends, cases_norm, cases_transformer, cases_update
 
-MODULES = (cases_attention, cases_conv, cases_ends, cases_norm, cases_update)
+MODULES = (cases_attention, cases_conv, cases_ends, cases_norm, cases_transformer, cases_update)
 CASES = {name: build for module in MODULES for name, build in module.CASES.items()}
 SHIPPED = {name: build for module in MODULES for name, build in module.SHIPPED.items()}
 ONES = {name: build for module in MODULES for name, build in module.ONES.items()}
-TENSOR_CORES = {"conv.conv", "conv.partial", "attention.attention"}
+TENSOR_CORES = {"conv.conv", "conv.partial", "attention.attention", "geglu"}

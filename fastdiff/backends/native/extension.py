@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from fastdiff.backends.base import Spec
-from fastdiff.backends.network import condition_reasons, network_reasons
-from fastdiff.unet import UNetCondition
+from fastdiff.backends.network import program_reasons
 
 
 def extension() -> ModuleType | None:
@@ -34,15 +33,7 @@ def multiplies_bf16(native: ModuleType) -> bool:
 
 def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
     """List every reason why `native` cannot run the network; empty where it can."""
-    if type(unet) is not UNetCondition:
-        return network_reasons(unet) + engine_reasons(spec.dtype, spec.device)
-    reasons = condition_reasons(unet)
-    multiple, (channels, height, width) = unet.config.stride, spec.shape
-    if height % multiple or width % multiple:
-        reasons.append(f"it needs images whose height and width are multiples of {multiple}, not {height}x{width}")
-    if channels != unet.config.in_channels:
-        reasons.append(f"it feeds the network {channels} channels of an image, which reads {unet.config.in_channels}")
-    return reasons + engine_reasons(spec.dtype, spec.device)
+    return program_reasons(unet, spec.shape) + engine_reasons(spec.dtype, spec.device)
 
 
 def engine_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:

@@ -21,9 +21,9 @@ from fastdiff.backends.native.arrays import aligned
 from fastdiff.backends.native.extension import extension, isa, reasons_against
 from fastdiff.backends.native.packing import Weights
 from fastdiff.backends.native.program import TIMES, NativeProgram, ProgramInputs, part_rows
-from fastdiff.backends.network import EmbeddingTables, TextTables, embedding_checksum
+from fastdiff.backends.network import EmbeddingTables, TextTables, check_texts, embedding_checksum
 from fastdiff.core import update
-from fastdiff.core.lower import lower, vector_kind, vector_width
+from fastdiff.core.lower import lower
 from fastdiff.core.plan import plan
 from fastdiff.core.state import State, Texts
 from fastdiff.errors import BackendError
@@ -241,16 +241,7 @@ class NativeRunner:
 
     def _enter_texts(self, unet: UNetCondition, state: State, cache: StateCache) -> None:
         """Find the rows of the state's texts, whose keys and values are computed now where they are new."""
-        texts = state.texts
-        width = unet.config.context_channels
-        if texts is None or texts.states.ndim != 3 or 0 in texts.states.shape or texts.states.shape[2] != width:
-            given = None if texts is None else list(texts.states.shape)
-            raise BackendError(f"this network needs texts, states of the shape [texts, tokens, {width}], not {given}")
-        kind = vector_kind(unet)
-        wanted = None if kind is None else [len(texts), vector_width(unet)]
-        given = None if texts.pooled is None else list(texts.pooled.shape)
-        if given != wanted and not (kind == "condition" and given is None):
-            raise BackendError(f"this network needs pooled vectors of texts of the shape {wanted}, not {given}")
+        texts = check_texts(unet, state.texts)
         tokens = texts.states.shape[1]
         if self.texts is None or self.texts.tokens != tokens:
             self.texts = TextTables(unet, tokens, torch.device("cpu"), TEXT_BYTES)

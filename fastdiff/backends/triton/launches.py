@@ -3,7 +3,9 @@
 Activations have one dtype and are NHWC, in an arena; embeddings, statistics, x and ``out`` are float32. Everything that
 follows a convolution is done by the launch that computes it or, where its products are split, by the launch that sums
 them. On maps of up to 16x16 pixels that launch also computes the norm that is read next (`Launches.fused`). Elsewhere a
-norm is one launch, or two where its statistics are many, and reads one or two sources.
+norm is one launch, or two where its statistics are many, and reads one or two sources. A LayerNorm is a launch before
+the product that reads it. The keys and values of texts are computed before, once (`TextTables`): a row reads those of
+its label.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from fastdiff.backends.network import (
     EMBEDDING_PRODUCTS,
     EmbeddingTables,
+    TextTables,
     checksum,
     in_memory_order,
     layout_checksum,
@@ -29,12 +32,12 @@ from fastdiff.core.plan import STATISTICS, plan
 from fastdiff.core.program import Attention, Conv, Embed, Input, Norm, Op, Pool, Program
 from fastdiff.core.state import State
 from fastdiff.errors import BackendError
-from fastdiff.kernels import attention, conv, embed, epilogue, fingerprint, input, library, pool
+from fastdiff.kernels import attention, conv, embed, epilogue, fingerprint, geglu, input, layer_norm, library, pool
 from fastdiff.kernels import norm as kernel_norm
 from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.library import LIBRARY, LibraryConfig
 from fastdiff.kernels.tiles import Blocks
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 # Weights --------------------------------------------------------------------------------------------------------------
 
@@ -48,7 +51,7 @@ class Weights:
     ``run`` runs a launch.
     """
 
-    def __init__(self, unet: UNet, device: torch.device, run: Callable[[Launch], None]):
+    def __init__(self, unet: UNet | UNetCondition, device: torch.device, run: Callable[[Launch], None]):
         self.device = device
         self.run = run
         self.made: dict[Any, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]] = {}
@@ -58,12 +61,12 @@ class Weights:
         self.version = 0
 
     @classmethod
-    def of(cls, unet: UNet, device: torch.device, run: Callable[[Launch], None]) -> Weights:
+    def of(cls, unet: UNet | UNetCondition, device: torch.device, run: Callable[[Launch], None]) -> Weights:
         """Return the packed weights of a network on a device, new ones at the first call."""
         known = _weights.setdefault(unet, {})  # values hold tensors of the network, not the network itself
         return known.get(device) or known.setdefault(device, cls(unet, device, run))
 
-    def fingerprint(self, unet: UNet) -> int:
+    def fingerprint(self, unet: UNet | UNetCondition) -> int:
         """Compute the network's checksum: on a GPU by one launch, and one copy of its results to the host.
 
         Where the kernel cannot be compiled, or weights are elsewhere, `checksum` computes it.
@@ -91,7 +94,7 @@ class Weights:
             total = int(sums.cpu().numpy().sum())
         return (total + layout_checksum(weights)) % (1 << 64)
 
-    def follow(self, unet: UNet) -> None:
+    def follow(self, unet: UNet | UNetCondition) -> None:
         """Pack again if the network's weights have changed."""
         now = self.fingerprint(unet)
         if now == self.made_from:
@@ -103,9 +106,12 @@ class Weights:
         self.version += 1
 
     def conv(
-        self, op: Conv, channels: Sequence[int], dtype: torch.dtype, config: conv.LayerConfig
+        self, op: Conv, channels: Sequence[int], dtype: torch.dtype, config: conv.LayerConfig | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return a convolution's kernel for each source, in ``dtype`` and ``config``'s layout, and its float32 bias."""
+        """Return a convolution's kernel for each source, in ``dtype`` and ``config``'s layout, and its float32 bias.
+
+        A gated layer, whose kernel has one layout, has no such configuration.
+        """
 
         def kernels() -> Sequence[Tensor]:
             W = merged_layer(op, self.tensors)[0]
@@ -131,11 +137,11 @@ class Weights:
         return self.made[key][1]
 
 
-def _tensors(unet: UNet) -> dict[str, Tensor]:
+def _tensors(unet: UNet | UNetCondition) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in unet.state_dict().items()}
 
 
-_weights: weakref.WeakKeyDictionary[UNet, dict[torch.device, Weights]] = weakref.WeakKeyDictionary()
+_weights: weakref.WeakKeyDictionary[UNet | UNetCondition, dict[torch.device, Weights]] = weakref.WeakKeyDictionary()
 
 # Buffers and operations -----------------------------------------------------------------------------------------------
 
@@ -143,9 +149,10 @@ _weights: weakref.WeakKeyDictionary[UNet, dict[torch.device, Weights]] = weakref
 class Buffers:
     """Buffers that a program's operations read and write, with activations in ``dtype``.
 
-    ``timestep``, int64 [rows], is the row of the embedded timesteps for each row, ``label`` its class, ``class_images``
-    float32 [rows, H, W, C], where the network has them, ``net``, float32 [rows, C, H, W], the network's output where
-    guidance follows, ``space`` scratch memory by purpose, for one operation at a time.
+    ``timestep``, int64 [rows], is the row of the embedded timesteps for each row, ``label`` its class, or the place of
+    its text in the tables of texts, ``class_images`` float32 [rows, H, W, C], where the network has them, ``net``,
+    float32 [rows, C, H, W], the network's output where guidance follows, ``space`` scratch memory by purpose, for one
+    operation at a time.
     """
 
     def __init__(self, program: Program, rows: int, dtype: torch.dtype, device: torch.device):
@@ -216,14 +223,14 @@ class Launches:
 
     Rows of ``buffers`` beyond the number of images are the images again, with other labels. ``entries`` is the row of
     the embedded timesteps for each row of each table, int64 [tables, rows]. Configurations are chosen for
-    ``chosen_for`` rows; None: for those of ``buffers``.
+    ``chosen_for`` rows; None: for those of ``buffers``. ``texts`` has what a text-conditioned network reads of them.
 
     ``fused`` has the sources and the norm that are computed together with a convolution, by the buffer that it writes.
     """
 
     def __init__(
         self, buffers: Buffers, weights: Weights, state: State, out: Tensor, entries: Tensor,
-        embeddings: EmbeddingTables, chosen_for: int | None = None,
+        embeddings: EmbeddingTables, chosen_for: int | None = None, texts: TextTables | None = None,
     ):  # fmt: skip
         self.buffers = buffers
         self.weights = weights
@@ -231,6 +238,7 @@ class Launches:
         self.out = out
         self.entries = entries
         self.embeddings = embeddings
+        self.texts = texts
         self.chosen_for = chosen_for
         self.list: list[Launch] = []
         self.held: tuple[tuple[str, ...], Norm] | None = None  # the sources and norm that "normalised" holds
@@ -317,21 +325,27 @@ class Launches:
             src = b[op.src[0]].flatten(1)
             launch = embed.embed(src, None, torch.zeros_like(src[:1]).expand_as(src), None, dst)
         else:
-            times, classes = self.embeddings.times, self.embeddings.classes
+            times, classes = self.embeddings.times, (self.texts or self.embeddings).classes
             assert classes is not None
             launch = embed.embed(times, b.timestep, classes, b.label, dst)
         self.list.append(launch)
 
     def _add_attention(self, op: Attention) -> None:
         b = self.buffers
-        if len(op.src) == 1:
+        v: Tensor | None = None
+        if op.text:
+            assert self.texts is not None
+            q = b[op.src[0]]
+            k, v = self.texts.banks[op.src[1]][:, None].chunk(2, dim=3)
+        elif len(op.src) == 1:
             q, k, v = b[op.src[0]].chunk(3, dim=3)
         else:
-            q, v = b[op.src[0]], None
+            q = b[op.src[0]]
             k = b[op.src[1]] if op.norm is None else self._normalised(op.src[1:], op.norm)
         self.list.append(
             attention.attention(
-                q, k, v, b[op.dst], heads=op.heads, head_dim=op.head_dim, chosen_for=self.chosen_for
+                q, k, v, b[op.dst], heads=op.heads, head_dim=op.head_dim, entry=b.label if op.text else None,
+                chosen_for=self.chosen_for,
             )
         )  # fmt: skip
 
@@ -354,6 +368,10 @@ class Launches:
         if op.norm is not None:
             self._normalised(op.src, op.norm)
         src = self._sources(op)
+        if op.geglu:
+            (gated,), bias = self.weights.conv(op, [src[0].shape[3]], src[0].dtype)
+            self.list.append(geglu.geglu(src[0], gated, bias, b[op.dst], chosen_for=self.chosen_for))
+            return
         config = self._chosen(op, src)
         weight, bias = self.weights.conv(op, [s.shape[3] for s in src], src[0].dtype, config)
         finish: dict[str, Any] = {"divide": op.divide}
@@ -410,6 +428,13 @@ class Launches:
             return dst
         self.held = src, norm
         sources = [b[name] for name in src]
+        if not norm.groups:
+            self.list.append(
+                layer_norm.layer_norm(
+                    sources[0], *self._vectors(norm), dst, eps=norm.eps, chosen_for=self.chosen_for
+                )
+            )  # fmt: skip
+            return dst
         blocks = [self.blocks[name] for name in src]
         elements = dst.numel() // b.rows * (self.chosen_for or b.rows)
         if sum(of.strips * of.parts for of in blocks) <= MOST_BLOCKS and elements <= MOST_NORMED:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from fastdiff.backends.base import BITWISE_ROWS, Runner, Spec, refuse
 from fastdiff.backends.eager import EagerRunner
 from fastdiff.backends.graph import GraphRunner
-from fastdiff.backends.network import EmbeddingTables, network_reasons
+from fastdiff.backends.network import EmbeddingTables, TextTables, check_texts, program_reasons
 from fastdiff.core import update
 from fastdiff.core.lower import lower
-from fastdiff.core.state import State, TableBank
+from fastdiff.core.state import State, TableBank, Texts
 from fastdiff.errors import BackendError
 from fastdiff.modes import plain_modes
-from fastdiff.unet import UNet
+from fastdiff.unet import UNet, UNetCondition
 
 if TYPE_CHECKING:
     from fastdiff.backends.triton.launches import Buffers
@@ -37,6 +37,7 @@ log = logging.getLogger("fastdiff")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_IMAGES = 32767  # CUDA's limit along a grid's second and third axis, for two rows per image
+TEXT_BYTES = 256 << 20  # keys and values of texts that are kept; those of a text of Stable Diffusion 1.5 take 8 MB
 MOST_TABLES = 4  # full tables whose embedded timesteps are kept, so that so many samples can take turns
 
 
@@ -55,7 +56,7 @@ def reasons_against(unet: nn.Module, spec: Spec) -> list[str]:
         reasons.append("it needs a GPU of compute capability 8.0 (Ampere) or newer")
     if spec.device.type != "cuda":
         reasons.append(f"it runs on CUDA, not on {spec.device}")
-    reasons += network_reasons(unet)
+    reasons += program_reasons(unet, spec.shape)
     if getattr(getattr(unet, "config", None), "padding_mode", "zeros") != "zeros":
         reasons.append("its convolutions pad with zeros, not as padding_mode='circular'")
     if spec.dtype not in DTYPES:
@@ -76,9 +77,9 @@ def has_kernels() -> bool:
 
 
 def prepare(unet: nn.Module, spec: Spec) -> TritonRunner:
-    """Prepare a `fastdiff.UNet` to run on Triton kernels, which are compiled at the first step."""
+    """Prepare a `fastdiff.UNet` or `fastdiff.UNetCondition` to run on Triton kernels, compiled at the first step."""
     refuse("triton", reasons_against(unet, spec))
-    assert isinstance(unet, UNet)
+    assert isinstance(unet, UNet | UNetCondition)
     return TritonRunner(unet, spec)
 
 
@@ -89,7 +90,7 @@ class TritonStep:
     """
 
     @plain_modes()
-    def __init__(self, unet: UNet, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
+    def __init__(self, unet: UNet | UNetCondition, spec: Spec, run: Callable[[Launch], None] = lambda launch: launch()):
         from fastdiff.backends.triton.launches import Weights
 
         self.unet = unet
@@ -107,6 +108,10 @@ class TritonStep:
         # For each bank in use the `EmbeddingTables.places` and the entries, as samples may take turns.
         self.found: weakref.WeakKeyDictionary[TableBank, tuple[dict[float, int], Tensor]] = weakref.WeakKeyDictionary()
         self.arrived = torch.zeros(spec.batch, dtype=torch.int32, device=spec.device)
+        self.texts: TextTables | None = None  # made when the first state brings the number of tokens
+        # For each `Texts` in use the `TextTables.places` and the rows that its texts have there.
+        self.text_rows: weakref.WeakKeyDictionary[Texts, tuple[dict[bytes, int], Tensor]] = weakref.WeakKeyDictionary()
+        self.shown: tuple[Any, ...] | None = None  # what the labels in the buffers were found from
 
     def follow(self, bank: TableBank, fresh: bool) -> bool:
         """Take over the tables of ``bank`` and changed weights, for which a ``fresh`` state looks.
@@ -121,6 +126,8 @@ class TritonStep:
         if changed:
             self.version = self.weights.version
             self.embeddings.refresh()
+            if self.texts is not None:
+                self.texts.refresh()
         self.bank = bank
         times, held = self.embeddings.times, self.entries
         places, entries = self.found.get(bank, (None, None))
@@ -133,6 +140,31 @@ class TritonStep:
         tables, rows = entries.shape
         self.entries[:tables, :rows].copy_(entries)
         return self.entries is not held or self.embeddings.times is not times
+
+    def follow_texts(self, unet: UNetCondition, state: State) -> None:
+        """Take over the state's texts, whose keys and values are computed now where they are new.
+
+        ``texts.banks`` is another dict afterwards if tensors have moved whose addresses graphs may hold.
+        """
+        if state.null is None and state.guided_host.any():
+            raise BackendError("this network needs the number of a text for each image (null)")
+        if self.texts is not None and self.shown is not None:
+            present = (state.texts, self.texts.places, state.label, state.null)
+            if all(a is b for a, b in zip(self.shown, present, strict=True)):
+                return
+        texts = check_texts(unet, state.texts)
+        if self.texts is None or self.texts.tokens != texts.states.shape[1]:
+            self.texts = TextTables(unet, texts.states.shape[1], self.spec.device, TEXT_BYTES, self.spec.dtype)
+        places, _ = self.text_rows.get(texts, (None, None))
+        if texts.names is not None:  # these are in rows of their own numbers
+            self.texts.follow(texts)
+            rows = torch.arange(len(texts), dtype=torch.int64, device=self.spec.device)
+            self.text_rows[texts] = self.texts.places, rows
+        elif places is not self.texts.places:
+            rows = self.texts.entries(texts).to(self.spec.device)
+            self.text_rows[texts] = self.texts.places, rows
+        self.take_labels(state)
+        self.shown = texts, self.texts.places, state.label, state.null
 
     def network(self, state: State, guided: bool) -> list[Launch]:
         """Return the launches from ``state.x`` to ``state.out``, or to ``net`` of the 2B-row buffers if ``guided``."""
@@ -147,23 +179,45 @@ class TritonStep:
         if state.out is None:
             state.out = torch.zeros(images, C, *state.x.shape[2:], dtype=torch.float32, device=state.x.device)
         out = b.net if guided else state.out
-        return Launches(b, self.weights, state, out, self.entries, self.embeddings, self.chosen_for).list
+        return Launches(
+            b, self.weights, state, out, self.entries, self.embeddings, self.chosen_for, self.texts
+        ).list  # fmt: skip
 
     def take_labels(self, state: State) -> None:
         """Set the labels of all rows, and the class images of networks that have them, which no step changes."""
-        images, encoder = len(state.x), self.unet.class_encoder
+        images, encoder = len(state.x), self.unet.class_encoder if isinstance(self.unet, UNet) else None
+        label, null = (state.label, None) if self.texts is None else self._rows_of_texts(self.texts, state)
         for rows in (images, 2 * images):
             b = self.buffers.get(rows)
-            if b is None or state.label is None:
+            if b is None or label is None:
                 continue
-            b.label[:images].copy_(state.label)
-            b.label[images:].fill_(self.spec.null_label or 0)
+            b.label[:images].copy_(label)
+            if null is None:
+                b.label[images:].fill_(self.spec.null_label or 0)
+            elif rows > images:
+                b.label[images:].copy_(null)
             if encoder is not None:
                 maps = self._in_turn(lambda label: encoder(label, self.spec.shape[1:]), b.label)
                 maps = maps.permute(0, 2, 3, 1).float().contiguous()
                 if b.class_images is None:
                     b.class_images = maps
                 b.class_images.copy_(maps)
+
+    def _rows_of_texts(self, texts: TextTables, state: State) -> list[Tensor | None]:
+        """Return the rows in the tables of each image's text, and of that of its unconditional half if it has one."""
+        assert state.texts is not None
+        _, rows = self.text_rows[state.texts]
+        found: list[Tensor | None] = []
+        for name in ("label", "null"):
+            labels = getattr(state, name)
+            if labels is None and name == "null":
+                found.append(None)
+                continue
+            fits = labels is not None and labels.shape == (len(state.x),)
+            if not fits or not (labels.is_meta or bool(((labels >= 0) & (labels < len(rows))).all())):
+                raise BackendError(f"this network needs the number of a text for each image ({name})")
+            found.append(rows[labels])
+        return found
 
     def _in_turn(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply ``function`` to all rows at once or, where bits must not depend on their number, to one at a time."""
@@ -247,15 +301,17 @@ class TritonRunner:
     """
 
     def __init__(
-        self, unet: UNet, spec: Spec, cuda: Any = torch.cuda, run: Callable[[Launch], None] = lambda launch: launch()
-    ):
+        self, unet: UNet | UNetCondition, spec: Spec, cuda: Any = torch.cuda,
+        run: Callable[[Launch], None] = lambda launch: launch(),
+    ):  # fmt: skip
         self.unet = unet
         self.spec = spec
         self.cuda = cuda
         self.device_step = TritonStep(unet, spec, run)
         self.graphs = GraphRunner(self.device_step, unet, spec, cuda)
         self.kernels_compiled: set[tuple[bool, ...]] = set()  # kinds of steps: guided or not, and what they keep
-        self.instead: GraphRunner | None = None
+        self.banks: dict[str, Tensor] | None = None  # of the texts, whose addresses the graphs have
+        self.instead: Runner | None = None
         self.known: weakref.WeakSet[State] = weakref.WeakSet()
 
     def forward(self, state: State) -> None:
@@ -285,7 +341,15 @@ class TritonRunner:
                 refuse("triton", reasons_against(self.unet, self.spec))
                 self.known.add(state)
             version = self.device_step.version
-            if self.device_step.follow(state.bank, fresh):
+            moved = self.device_step.follow(state.bank, fresh)
+            if isinstance(self.unet, UNetCondition):
+                self.device_step.follow_texts(self.unet, state)
+                assert self.device_step.texts is not None
+                moved, self.banks = (
+                    moved or self.device_step.texts.banks is not self.banks,
+                    self.device_step.texts.banks,
+                )
+            if moved:
                 self.graphs.graphs.clear()
             if self.device_step.version != version:  # class images are computed from weights
                 self.device_step.take_labels(state)
@@ -305,5 +369,8 @@ class TritonRunner:
                 raise BackendError(f"backend triton: {e}; with determinism='seed' PyTorch runs the network") from e
             log.warning("backend triton: %s; PyTorch runs the network instead, in float32", e)
             spec = dataclasses.replace(self.spec, dtype=torch.float32)
-            self.instead = GraphRunner(EagerRunner(self.unet, spec), self.unet, spec, self.cuda)
+            eager = EagerRunner(self.unet, spec)
+            # A graph of these steps would read the texts of the state that it was captured with.
+            texts = isinstance(self.unet, UNetCondition)
+            self.instead = eager if texts else GraphRunner(eager, self.unet, spec, self.cuda)
         self.kernels_compiled.add(kind)
