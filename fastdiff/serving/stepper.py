@@ -33,7 +33,7 @@ SLOW_STEP_S = 0.2  # a step that takes longer is measured once
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step has done.
+    """The outcome of a step: the images that it advanced, and what that took.
 
     Attributes:
         images: The images of each job that were advanced.
