@@ -270,7 +270,7 @@ def test_texts_labels_and_nulls_that_a_caller_replaces(small: UNetCondition) -> 
     runner = captured(small, x)
     state = state_of(x, texts, [0, 1], [2, 2], 2.0)
     changes: list[dict[str, Any]] = [
-        {}, {"null": torch.tensor([1, 0])}, {"label": torch.tensor([2, 0])}, {"texts": drawn(2, 3, seed=9)[1]},
+        {}, {}, {"null": torch.tensor([1, 0])}, {"label": torch.tensor([2, 0])}, {"texts": drawn(2, 3, seed=9)[1]},
         {"texts": texts}, {},
     ]  # fmt: skip
     for change in changes:

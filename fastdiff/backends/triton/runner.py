@@ -341,16 +341,14 @@ class TritonRunner:
                 refuse("triton", reasons_against(self.unet, self.spec))
                 self.known.add(state)
             version = self.device_step.version
-            moved = self.device_step.follow(state.bank, fresh)
+            if self.device_step.follow(state.bank, fresh):
+                self.graphs.graphs.clear()
             if isinstance(self.unet, UNetCondition):
                 self.device_step.follow_texts(self.unet, state)
                 assert self.device_step.texts is not None
-                moved, self.banks = (
-                    moved or self.device_step.texts.banks is not self.banks,
-                    self.device_step.texts.banks,
-                )
-            if moved:
-                self.graphs.graphs.clear()
+                if self.device_step.texts.banks is not self.banks:
+                    self.graphs.graphs.clear()
+                    self.banks = self.device_step.texts.banks
             if self.device_step.version != version:  # class images are computed from weights
                 self.device_step.take_labels(state)
             self._compile(state, bool(state.guided_host.any()))
