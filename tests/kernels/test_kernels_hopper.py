@@ -13,13 +13,16 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its wheels are for Linux")
 
+from fastdiff.core.lower import lower
 from fastdiff.kernels import conv, hopper
 from fastdiff.kernels.launch import Device
 from fastdiff.kernels.tiles import Blocks
+from fastdiff.unet import UNet
 from tests.support import gluon
-from tests.support.cases_conv import HOPPER_SHAPES, WITH_TMA, Shape, conv_case, layer_case
+from tests.support.cases_conv import HOPPER_SHAPES, WITH_TMA, Shape, conv_case, harvest, layer_case
 from tests.support.kernel_harness import check
 from tests.support.tuned_file import GPU, tuning
+from tests.support.unets import PUBLISHED
 
 SIDES = [(1, 1), (2, 3), (5, 7), (8, 8), (4, 4), (16, 16), (12, 16), (32, 32), (64, 64), (6, 40), (256, 256)]
 
@@ -80,6 +83,18 @@ def test_it_is_a_candidate_where_it_can_compute_the_layer(shape, dtype, capabili
     assert len(found) == number
     assert set(found) <= set(problem.layer_candidates)
     assert not isinstance(problem.choose_layer(), conv.HopperConfig), "only tuning tries what never ran"
+
+
+@pytest.mark.parametrize("name", ["ddpm-cifar10-32", "ddpm-celebahq-256"])
+def test_the_published_networks_divide_into_boxes(name):
+    """All of their layers of stride 1 but the first, of three channels, and the last, of three outputs."""
+    config = PUBLISHED[name]
+    with torch.device("meta"):
+        shapes = list(harvest(lower(UNet(config), (config.sample_size,) * 2), rows=8))
+    able = {shape for shape in shapes if shape.problem(shape.shipped(torch.bfloat16)).hopper()}
+    others = [shape for shape in shapes if shape not in able and shape.stride == 1]
+    assert len(able) > 15
+    assert all(3 in (*shape.channels, shape.outputs) for shape in others), others
 
 
 def test_a_tuned_file_chooses_it(tmp_path):

@@ -484,11 +484,11 @@ for config in conv.HOPPER:
     SHIPPED[f"hopper {config}"] = functools.partial(
         conv_launch, LARGE, torch.bfloat16, config, "entry residual statistics"
     )  # fmt: skip
-for name, shape, more in [
-    ("two sources", Shape(16, (16, 16), (256, 128), 256), "statistics"),
-    ("upsampled", Shape(16, (16, 16), (256,), 256, upsample=True), "statistics"),
+for name, shape, config in [
+    ("two sources", Shape(16, (16, 16), (256, 128), 256), conv.HOPPER[2]),
+    ("upsampled", Shape(16, (16, 16), (256,), 256, upsample=True), conv.HOPPER[0]),
 ]:
-    SHIPPED[f"hopper {name}"] = functools.partial(conv_launch, shape, torch.float16, conv.HOPPER[0], more)
+    SHIPPED[f"hopper {name}"] = functools.partial(conv_launch, shape, torch.float16, config, "statistics")
 SHIPPED["hopper partial"] = functools.partial(partial_launch, LARGE, torch.bfloat16, conv.HOPPER[0])
 for config, splits in zip(epilogue.FINISH_CANDIDATES, (1, 4, 16, 16), strict=True):
     SHIPPED[f"finish {splits} {config}"] = functools.partial(finish_launch, LARGE, splits, torch.bfloat16, config)
