@@ -23,7 +23,7 @@ XL = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
-LARGE = [(SD15, 64), (SD15, 32), (XL, 128)]
+LARGE = [(SD15, 64), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((SD15, 32), (XL, 128)))]
 
 
 def on_meta(fields: dict[str, object]) -> UNetCondition:

