@@ -184,6 +184,7 @@ def train(
     from fastdiff.data.datasets import open_data
     from fastdiff.data.pairs import open_pairs
     from fastdiff.data.pixels import Reading
+    from fastdiff.data.summary import duration
     from fastdiff.files import write_text
     from fastdiff.training.lock import locked
 
@@ -277,7 +278,9 @@ def train(
             "seconds": round(seconds, 1),
             "summary": summary,
         }
-        print(json.dumps(result) if as_json else f"{printable(out / 'model')}: step {trainer.step}, {seconds:.0f} s")
+        text = f"{printable(out / 'model')}: step {trainer.step}, {duration(seconds)}"
+        text += f"; `fastdiff sample {printable(out)}` draws from it"
+        print(json.dumps(result) if as_json else text)
 
 
 def _process(

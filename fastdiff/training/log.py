@@ -62,7 +62,8 @@ class TrainingLog:
         self.losses.append(loss)
         self.busy.append(seconds)
         last = step == self.config.steps
-        self.bar.update(step, f"loss {loss:.4f}  {self.config.batch_size / seconds:.0f} images/s")
+        rate = self.config.batch_size / seconds
+        self.bar.update(step, f"loss {loss:.4f}  {rate:.{0 if rate >= 10 else 2}f} images/s")
         if step % self.config.log_every and not last:
             return
         record = {
