@@ -124,7 +124,7 @@ def test_an_error_while_packing_keeps_no_packing(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def packed_now(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """The keys of what is packed, in order; a kernel's has four parts, of which the first one is its layers."""
+    """The keys of what is packed, in order; a kernel's has five parts, of which the first one is its layers."""
     seen: list[tuple[object, ...]] = []
     once = packing.Weights._once
 
@@ -155,13 +155,13 @@ def test_only_changed_layers_are_packed_again(
     unet = random_unet(TINY)
     sampler = Sampler(unet, SCHEDULE, backend="native")
     sampler.sample(1, steps=1)
-    everything = [key for key in packed_now if len(key) == 4]
+    everything = [key for key in packed_now if len(key) == 5]
     packed_now.clear()
     weights = dict(unet.named_parameters())
     for name in changed:
         weights[name].data.mul_(-1.5)  # which bumps no version
     images = sampler.sample(1, steps=1).images
-    layers = [key[0] for key in packed_now if len(key) == 4]
+    layers = [key[0] for key in packed_now if len(key) == 5]
     assert len(everything) > 20
     assert len(layers) == len(expected)
     assert all(found == want or want in found for found, want in zip(layers, expected, strict=True))
@@ -183,7 +183,7 @@ def test_weights_that_two_layers_share_are_noticed_in_both(packed_now: list[tupl
     packed_now.clear()
     shared.data.neg_()
     images = sampler.sample(1, steps=1).images
-    layers = {key[0] for key in packed_now if len(key) == 4}
+    layers = {key[0] for key in packed_now if len(key) == 5}
     assert layers == {(f"mid_block.resnets.{i}.conv1",) for i in range(2)}
     assert (images - Sampler(unet, SCHEDULE, backend="eager").sample(1, steps=1).images).abs().max() < 1e-4
 

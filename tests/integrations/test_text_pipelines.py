@@ -379,7 +379,7 @@ def test_a_change_of_adapters_packs_their_layers_alone(monkeypatch):
         change()
         expected = unet(x, 40, states).sample
         assert relative_error(shown(x, 40, states).sample, expected) <= 1e-5
-        return {name for key in packed if len(key) == 4 for name in key[0]}
+        return {name for key in packed if len(key) == 5 for name in key[0]}
 
     everything = layers(lambda: unet.set_adapters(["one", "two"], [0.5, 0.8]))
     adapted = {name for name, m in unet.named_modules() if hasattr(m, "lora_A")}
