@@ -82,6 +82,10 @@ class TrainingLog:
                 for key in ("loss", "lr", "images_per_s"):
                     self.board.add_scalar(key, record[key], step)
 
+    def drawing(self, row: int, rows: int) -> None:
+        """Show how far a sample grid is; row counts from 0, and several parts of a grid each have all rows."""
+        self.bar.note(f"drawing samples: row {row + 1} of {rows}")
+
     def image(self, step: int, picture: Any) -> None:
         """Show a sample grid (a PIL image) in TensorBoard."""
         if self.board is not None:
@@ -139,10 +143,17 @@ class _Bar:
 
     def update(self, step: int, text: str) -> None:
         self.progress.update(self.task, completed=step, description=text)
+        self._line(f"step {step}/{self.total}  {text}", step == self.total)
+
+    def note(self, text: str) -> None:
+        self.progress.update(self.task, description=text)
+        self._line(text)
+
+    def _line(self, text: str, always: bool = False) -> None:
         now = time.monotonic()
-        if not self.live and (now >= self.next_line or step == self.total):
+        if not self.live and (now >= self.next_line or always):
             self.next_line = now + 30.0
-            print(f"step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.progress.stop()

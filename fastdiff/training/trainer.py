@@ -593,6 +593,7 @@ class Trainer:
         output = sampler.sample(
             n, solver=self._table, seed=self.config.seed, labels=labels, size=self.data.size, condition=condition,
             prompts=prompts, guidance=1.0 if prompts is None else GRID_GUIDANCE,
+            callback=lambda event: logger.drawing(event.row, event.rows),
         )  # fmt: skip
         picture = output.grid(columns=8)
         path = self.out / "samples" / f"step-{self.step:07d}.png"

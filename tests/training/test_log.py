@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +113,17 @@ def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = plain.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 3/3"]  # the first, every 30 s, the last
     assert "\x1b" not in plain.getvalue()
+
+
+def test_progress_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of samples may take longer than the updates before it."""
+    plain, clock = Screen(terminal=False), itertools.count(0.0, 20.0)
+    monkeypatch.setattr(sys, "stderr", plain)
+    times = types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr("fastdiff.training.log.time", times)
+    toy_trainer(tmp_path, steps=2, sample_every=2).fit()
+    lines = plain.getvalue().splitlines()
+    rows = [int(line.split()[3]) for line in lines if line.startswith("drawing samples: row ")]
+    assert rows == sorted(rows)
+    assert len(rows) > 5
+    assert lines[-1].endswith(f": row {rows[-1]} of {rows[-1]}")
