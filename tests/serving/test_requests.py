@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastdiff.serving import process
 from fastdiff.serving.front import Keys
 from fastdiff.serving.process import Pulse
 from fastdiff.serving.requests import Generation, Refusal, labels_of, options_of, read_generation, subject_of
-from fastdiff.serving.server import named
+from fastdiff.serving.server import _socket, named
 from fastdiff.serving.wire import Model
 
 FASHION = Model("fashion", 32, 32, 1, 3, ["Coat", "Bag", "0"], "native", "bitwise", "float32", ["ddim"])
@@ -171,3 +172,13 @@ def test_values_of_the_command_line() -> None:
     for parse, text in ((_size, "0"), (_size, "-1"), (_size, "1XB"), (_rows, "0"), (_rows, "x"), (_rows, "٣")):
         with pytest.raises(InvalidArgument):
             parse(text)
+
+
+def test_packets_of_an_answer_do_not_wait_for_each_other() -> None:
+    """Nagle's algorithm holds the second one back until the client confirms the first one, 40 ms later."""
+    with (
+        _socket("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()[:2], timeout=60),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
