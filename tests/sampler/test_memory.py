@@ -92,7 +92,7 @@ def test_a_limit_of_the_process_is_foreseen():
         sampler.sample(n, steps=1, batch_size=16)
     except FastdiffError as e:
         print(e)
-    resource.setrlimit(resource.RLIMIT_AS, (now + 2 * result, -1))
+    resource.setrlimit(resource.RLIMIT_AS, (now + 4 * result, -1))  # threads reserve addresses, too
     print(len(sampler.sample(n, steps=1, batch_size=16).images))
     """.replace("\n    ", "\n")
     )
