@@ -78,6 +78,7 @@ def test_refused_prompts(sampler, tmp_path, prompts, message):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow  # 11 s: two processes that import torch
 def test_workers_draw_from_a_file_of_prompts(sampler, tmp_path):
     """The command with a worker writes the images of a sampler that has loaded the same folder."""
     checkpoints.save_folder(tmp_path / "model", sampler.unet, sampler.schedule, text_encoder=sampler.text_encoder)

@@ -191,6 +191,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return run
 
 
+@pytest.mark.slow  # 8 s; `make bulk-check` runs it
 def test_commands(tmp_path: Path, model: str, call: Call) -> None:
     """The four commands one after another, with the errors that a job's folder can have."""
     (tmp_path / "labels.txt").write_text("3\n1\n#2\n", encoding="utf-8")
