@@ -2,7 +2,7 @@
 // bfloat16. Sums are float.
 //
 // b is stored as [panel / slice, depth, slice]: the columns that are computed at a time lie together, so that their rows
-// are read one after the other (rows at a distance of a panel are read at 0.6 of the speed from the L3 cache with AVX2).
+// are read one after the other.
 // In bfloat16, b is [depth / 2, panel, 2].
 #pragma once
 
@@ -75,9 +75,8 @@ template <int items, int vectors>
 // Computes c [items, vectors * lanes] = a b, or adds to it (`accumulate`).
 //
 // Each of the first `fetched` values of k prefetches `lines` cache lines of `ahead`, rows of weights that a later call
-// reads: they are used once per pass and are rarely closer than the L3 cache. Where vectors are long, every step also
-// prefetches the items of a that follow these, so that they reach the L1 cache in time; with AVX2, that costs more than it
-// saves.
+// reads: they are used once per pass and are rarely closer than the L3 cache. Except with AVX2, every step also
+// prefetches the items of a that follow these, so that they reach the L1 cache in time.
 template <int items, int vectors, int lines, class T>
 [[gnu::always_inline]] inline void multiply_block(int depth, const T* a, int64_t lda, const T* b, float* c, int64_t ldc,
                                                   bool accumulate, const T* ahead, int fetched) {

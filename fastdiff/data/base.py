@@ -54,7 +54,7 @@ class ImageData(Dataset[Batch]):
 
     def __len__(self) -> int:
         """Return the number of images."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of data knows its own
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return a batch of images.
@@ -69,7 +69,7 @@ class ImageData(Dataset[Batch]):
         Raises:
             IndexError: If an index is out of range.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of data reads its own
 
     def _check(self, indices: Sequence[int]) -> list[int]:
         order = [operator.index(index) for index in indices]

@@ -39,23 +39,10 @@ class ClipEncoder(PaddedEncoder):
         """Channels of the states."""
         return int(self.model.config.hidden_size)
 
-    @plain_modes()
-    def encode(self, text: str) -> tuple[Tensor, None]:
-        """Encode one text, by itself, so that the bits do not depend on other texts.
-
-        Args:
-            text: The text, as for `tokenize`.
-
-        Returns:
-            The states [tokens, channels], and None in the place of a pooled vector.
-
-        Raises:
-            InvalidArgument: As `tokenize` does.
-        """
-        tokens = self._tensor(text)
-        uses_mask = getattr(self.model.config, "use_attention_mask", False)  # in no Stable Diffusion
-        states: Tensor = self.model(input_ids=tokens, attention_mask=self._mask(text) if uses_mask else None)[0]
-        return states[0].float(), None
+    @property
+    def hides_padding(self) -> bool:
+        """Whether attention leaves out the padding, which it does in no Stable Diffusion."""
+        return bool(getattr(self.model.config, "use_attention_mask", False))
 
     @plain_modes()
     def penultimate(self, text: str) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdiff.checks import text as check_text
 from fastdiff.checks import whole
 from fastdiff.errors import ConfigError, InvalidArgument
+from fastdiff.modes import plain_modes
 
 Self = TypeVar("Self", bound="PaddedEncoder")
 
@@ -47,6 +48,11 @@ class PaddedEncoder:
         self._others = len(self._pieces(""))  # tokens that are no piece of a text
         self.tokens = whole("tokens", tokens, self._others + 1)
 
+    @property
+    def hides_padding(self) -> bool:
+        """Whether attention leaves out the padding."""
+        return True
+
     def _pieces(self, text: str) -> list[int]:
         # The padding is added by `tokenize`: a tokenizer that pads is changed by each call.
         return list(self.tokenizer(check_text("text", text), verbose=False)["input_ids"])
@@ -70,6 +76,23 @@ class PaddedEncoder:
                 "which are all that diffusers would read of it"
             )
         return found + [self.tokenizer.pad_token_id] * (self.tokens - len(found))
+
+    @plain_modes()
+    def encode(self, text: str) -> tuple[Tensor, None]:
+        """Encode one text, by itself, so that the bits do not depend on other texts.
+
+        Args:
+            text: The text, as for `tokenize`.
+
+        Returns:
+            The states [tokens, channels], and None in the place of a pooled vector.
+
+        Raises:
+            InvalidArgument: As `tokenize` does.
+        """
+        mask = self._mask(text) if self.hides_padding else None
+        states: Tensor = self.model(input_ids=self._tensor(text), attention_mask=mask)[0]
+        return states[0].float(), None
 
     def _tensor(self, text: str) -> Tensor:
         """Return the tokens of a text, int64 [1, tokens]."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from fastdiff.modes import plain_modes
 from fastdiff.text.padded import PaddedEncoder
 
 
@@ -42,19 +39,3 @@ class T5Encoder(PaddedEncoder):
     def channels(self) -> int:
         """Channels of the states."""
         return int(self.model.config.d_model)
-
-    @plain_modes()
-    def encode(self, text: str) -> tuple[Tensor, None]:
-        """Encode one text, by itself, so that the bits do not depend on other texts.
-
-        Args:
-            text: The text, as for `tokenize`.
-
-        Returns:
-            The states [tokens, channels], and None in the place of a pooled vector.
-
-        Raises:
-            InvalidArgument: As `tokenize` does.
-        """
-        states: Tensor = self.model(input_ids=self._tensor(text), attention_mask=self._mask(text))[0]
-        return states[0].float(), None

@@ -126,7 +126,21 @@ class DecoderBlock(nn.Module):
         return x if self.upsamplers is None else self.upsamplers[0](x, None)
 
 
-class Decoder(nn.Module):
+class Plain(nn.Module):
+    """A part of an autoencoder whose layers take what it is given, and give its result."""
+
+    @staticmethod
+    def prepared(x: Tensor) -> Tensor:
+        """Return what is given as the layers take it, which is as it is."""
+        return x
+
+    @staticmethod
+    def finished(y: Tensor) -> Tensor:
+        """Return what the layers give, as it is."""
+        return y
+
+
+class Decoder(Plain):
     """Decoder of latents [B, latent_channels, H, W] to images [B, out_channels, H s, W s], s = 2^(levels - 1)."""
 
     least = 1  # height and width of the smallest latents
@@ -145,16 +159,6 @@ class Decoder(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=config.norm_eps, dtype=DTYPE)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1, dtype=DTYPE)
-
-    @staticmethod
-    def prepared(z: Tensor) -> Tensor:
-        """Return the latents as the layers take them, which is as they are."""
-        return z
-
-    @staticmethod
-    def finished(y: Tensor) -> Tensor:
-        """Return images of what the layers give, which are images already."""
-        return y
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(z), None)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastdiff.modes import plain_modes
 from fastdiff.unet.config import choice
-from fastdiff.unet.decoder import CoderConfig, check_coder
+from fastdiff.unet.decoder import CoderConfig, Plain, check_coder
 from fastdiff.unet.model import DTYPE, Attention, Downsample, MidBlock, ResnetBlock
 
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -73,7 +73,7 @@ class EncoderBlock(nn.Module):
         return x if self.downsamplers is None else self.downsamplers[0](x, None)
 
 
-class Encoder(nn.Module):
+class Encoder(Plain):
     """Encoder of images [B, in_channels, H, W] to [B, out_channels, H / s, W / s], rounded down; s = 2^(levels - 1)."""
 
     @plain_modes()
@@ -91,16 +91,6 @@ class Encoder(nn.Module):
         self.mid_block = MidBlock(config, channels[-1])
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=config.norm_eps, dtype=DTYPE)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1, dtype=DTYPE)
-
-    @staticmethod
-    def prepared(x: Tensor) -> Tensor:
-        """Return the images as the layers take them, which is as they are."""
-        return x
-
-    @staticmethod
-    def finished(y: Tensor) -> Tensor:
-        """Return what the layers give, as it is."""
-        return y
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
