@@ -105,10 +105,11 @@ Operand operand(nb::handle given, size_t dimensions, const std::string& name) {
 template <class F, class B>
 Operand packed_weights(nb::handle given, const std::string& name, const Kernels& kernels, int64_t panels,
                        int64_t positions, int64_t depth, bool bf16) {
+  const int64_t columns = kernels.columns(bf16);
   const std::vector<int64_t> shape =
-      bf16 ? std::vector<int64_t>{panels, positions, depth / 2, panel, 2}
-           : std::vector<int64_t>{panels, positions, panel / kernels.slice, depth, kernels.slice};
-  Operand weights = bf16 ? operand<B>(given, 5, name) : operand<F>(given, 5, name);
+      bf16 ? std::vector<int64_t>{panels, positions, panel / columns, depth / 2, columns, 2}
+           : std::vector<int64_t>{panels, positions, panel / columns, depth, columns};
+  Operand weights = bf16 ? operand<B>(given, 6, name) : operand<F>(given, 5, name);
   require(weights.shape == shape, name + " is " + describe(weights.shape) + ", " + describe(shape) + " is needed");
   return weights;
 }

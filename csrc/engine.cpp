@@ -30,25 +30,29 @@ Engine::Engine(const Kernels& kernels, int threads, int capacity)
 }
 
 Engine::Split Engine::split(const ConvArgs& conv, int rows) const {
-  const int strips = rows * conv.map.strips(), members = threads_;
-  const int64_t item = static_cast<int64_t>(conv.positions()) * (conv.depth() / (conv.bf16 ? 2 : 1) + panel);
+  const int strips = rows * conv.map.strips(), members = threads_, mine = ceil_div(strips, members);
+  const int64_t numbers = conv.load_size(1) + conv.product_size(1);  // of a strip
   // Among the blocks that fit, take the largest one whose number of items nearly fills the last group of six that a
   // product computes at a time. The weights of a 1x1 convolution fit into the cache, so that its blocks may be smaller.
-  const int64_t numbers = conv.kernel == 1 ? block_numbers / 4 : block_numbers;
-  const int most = static_cast<int>(std::clamp<int64_t>(numbers / (item * conv.items()), 1, strips));
+  const int64_t space = conv.kernel == 1 ? block_numbers / 4 : block_numbers;
+  const int most = static_cast<int>(std::clamp<int64_t>(space / numbers, 1, strips));
   int block = 1;
   const auto waste = [&](int b) { return static_cast<double>(ceil_div(b * conv.items(), 6) * 6) / (b * conv.items()); };
   for (int b = 1; b <= most; b++)
     if (waste(b) <= waste(block) + 0.02) block = b;
   // Weights are read once per block. If members have few strips each, it costs more that every member reads all weights
   // than that every member reads all items.
-  const int mine = ceil_div(strips, members) * conv.items();
-  if (members > 1 && kernels_.slices(conv) >= members && (mine < slice_items || strips < members))
+  if (members > 1 && kernels_.slices(conv) >= members && (mine * conv.items() < slice_items || strips < members))
     return {strips, true};
-  return {std::min(block, ceil_div(strips, members)), false};
+  return {std::min(block, mine), false};
 }
 
-void Engine::add(const Op& op) {
+void Engine::add(const Op& given) {
+  Op op = given;
+  if (auto* products = std::get_if<ConvOp>(&op)) {
+    ConvArgs& a = products->conv;
+    a.windows = kernels_.windows && a.bf16 && a.method == Method::direct && a.kernel == 3;
+  }
   const auto* products = std::get_if<ConvOp>(&op);
   const auto* attends = std::get_if<AttentionOp>(&op);
   if (!kernels_.bf16 && ((products && products->conv.bf16) || (attends && attends->attention.bf16)))
@@ -68,9 +72,9 @@ void Engine::add(const Op& op) {
     // Fewer rows may be split otherwise, and then need more space than all of them.
     for (int rows = 1; rows <= capacity_; rows++) {
       const Split how = split(conv->conv, rows);
-      const int items = how.block * conv->conv.items();
-      if (how.slices) common_size_ = std::max(common_size_, conv->conv.load_size(items));
-      wants(conv->conv.space() + conv->conv.product_size(items) + (how.slices ? 0 : conv->conv.load_size(items)));
+      const int64_t loaded = conv->conv.load_size(how.block);
+      if (how.slices) common_size_ = std::max(common_size_, loaded);
+      wants(conv->conv.space() + conv->conv.product_size(how.block) + (how.slices ? 0 : loaded));
     }
     wants_norm(conv->norm);
   } else if (const auto* pool = std::get_if<PoolOp>(&op)) {
@@ -99,11 +103,17 @@ Team& Engine::team() {
   return *team_;
 }
 
+Engine::Floats Engine::floats(int64_t size) {
+  Floats memory(static_cast<float*>(::operator new(sizeof(float) * size, std::align_val_t{64})));
+  std::fill_n(memory.get(), size, 0.0f);
+  return memory;
+}
+
 void Engine::allocate() try {
-  std::vector<std::unique_ptr<float[]>> own;
-  for (int i = 0; i < threads_; i++) own.push_back(std::make_unique<float[]>(own_size_));
-  common_ = std::make_unique<float[]>(common_size_);
-  norm_ = std::make_unique<float[]>(2 * norm_size_);
+  std::vector<Floats> own;
+  for (int i = 0; i < threads_; i++) own.push_back(floats(own_size_));
+  common_ = floats(common_size_);
+  norm_ = floats(2 * norm_size_);
   own_ = std::move(own);
 } catch (const std::bad_alloc&) {
   throw ResourceError("there is no memory for " + std::to_string(space()) + " bytes of the engine's working space");
@@ -203,22 +213,20 @@ void Engine::run_op(int member, const ConvOp& op) {
   run_norm(member, op.norm, conv.src.scale, conv.src.shift);
   const Split how = split(conv, rows_);
   const Range strips{0, rows_ * conv.map.strips()}, slices{0, kernels_.slices(conv)};
-  const int items = how.block * conv.items();
   float* space = own(member);
   float* products = space + conv.space();
+  const Range mine = share(strips, member, threads_);
   if (how.slices) {
-    const Range mine = share(strips, member, threads_);
-    kernels_.conv_load(conv, mine, common_.get(), mine.begin * conv.items(), items, space);
+    kernels_.conv_load(conv, strips, mine, common_.get(), space);
     team_->barrier();
-    kernels_.conv_store(conv, strips, share(slices, member, threads_), common_.get(), items, products);
+    kernels_.conv_store(conv, strips, share(slices, member, threads_), common_.get(), products);
     return;
   }
-  float* loaded = products + conv.product_size(items);
-  const Range mine = share(strips, member, threads_);
+  float* loaded = products + conv.product_size(how.block);
   for (int s = mine.begin; s < mine.end; s += how.block) {
     const Range block{s, std::min(s + how.block, mine.end)};
-    kernels_.conv_load(conv, block, loaded, 0, items, space);
-    kernels_.conv_store(conv, block, slices, loaded, items, products);
+    kernels_.conv_load(conv, block, block, loaded, space);
+    kernels_.conv_store(conv, block, slices, loaded, products);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <new>
 #include <variant>
 #include <vector>
 
@@ -114,6 +115,13 @@ class Engine {
   void run_norm(int member, const NormArgs& norm, const float*& scale, const float*& shift);
   float* own(int member) { return own_[member].get(); }
 
+  // Memory of floats at a multiple of a cache line's size, so that no vector that kernels load or store lies in two.
+  struct Free {
+    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  using Floats = std::unique_ptr<float[], Free>;
+  static Floats floats(int64_t size);
+
   enum Phase { open, adding, closed };  // whether operations may be added
 
   const Kernels& kernels_;
@@ -123,9 +131,9 @@ class Engine {
   std::atomic<Phase> phase_{open};
   std::vector<Op> ops_;
   int64_t own_size_ = 0, common_size_ = 0, norm_size_ = 0;
-  std::vector<std::unique_ptr<float[]>> own_;  // working space of each member
-  std::unique_ptr<float[]> common_;            // loaded items of a convolution that is split by slices
-  std::unique_ptr<float[]> norm_;              // scale and shift of the present operation
+  std::vector<Floats> own_;  // working space of each member
+  Floats common_;            // loaded items of a convolution that is split by slices
+  Floats norm_;              // scale and shift of the present operation
 };
 
 }  // namespace fastdiff

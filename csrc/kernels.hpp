@@ -97,7 +97,8 @@ struct ConvArgs {
   bool geglu;
   bool relu;
   bool bf16;            // operands are bfloat16: conv_load rounds the sources, and weights hold bfloat16
-  const void* weights;  // [panels, positions, panel / slice, depth, slice]; bfloat16: [.., depth / 2, panel, 2]
+  bool windows;         // direct 3x3: items are windows of the padded pixels that are loaded, which share them
+  const void* weights;  // [panels, positions, panel / slice, depth, slice]; bfloat16: [.., depth / 2, slice, 2]
   const float* bias;    // [padded outputs]; where geglu [panels, panel]
   int outputs;          // channels of dst, padded
   RowVectors emb;       // added to the bias of a row; base null: none
@@ -116,15 +117,25 @@ struct ConvArgs {
   int depth() const { return src.all_channels() * (method == Method::direct ? kernel * kernel : 1); }
   int per_panel() const { return geglu ? panel / 2 : panel; }  // channels of dst that a panel has
   int panels() const { return ceil_div(outputs, per_panel()); }
-  // Whether a panel's columns belong together: gates with their outputs, and the pairs of bfloat16 numbers.
-  bool whole_panels() const { return geglu || bf16; }
-  // Items (tiles, or pixels where direct) per strip; the last strip of a map may have fewer.
-  int items() const { return ceil_div(map.height < strip ? map.height : strip, tile()) * ceil_div(map.width, tile()); }
+  // Rows of pixels in a strip; the last strip of a map may have fewer.
+  int strip_rows() const { return map.height < strip ? map.height : strip; }
+  // Items (tiles, or pixels where direct) per strip; the last strip of a map may have fewer. Where `windows`, also those
+  // between two rows of pixels, which are of no use: they let the items of a map follow each other at equal distances.
+  int items() const { return ceil_div(strip_rows(), tile()) * (windows ? columns() : ceil_div(map.width, tile())); }
   // Numbers between two positions. The added `group` keeps positions from mapping to the same cache sets.
-  int64_t load_stride(int items) const { return static_cast<int64_t>(items) * depth() + (bf16 ? 2 : 1) * group; }
-  int64_t product_stride(int items) const { return static_cast<int64_t>(items) * panel + group; }
-  int64_t load_size(int items) const { return positions() * load_stride(items) / (bf16 ? 2 : 1); }  // in floats
-  int64_t product_size(int items) const { return positions() * product_stride(items); }
+  int64_t load_stride(int strips) const {
+    if (windows) return padded_before(strips, ceil_div(strips - 1, map.strips()) + 1) * src.all_channels();
+    return static_cast<int64_t>(strips) * items() * depth() + (bf16 ? 2 : 1) * group;
+  }
+  int64_t product_stride(int strips) const { return static_cast<int64_t>(strips) * items() * panel + group; }
+  int64_t load_size(int strips) const { return positions() * load_stride(strips) / (bf16 ? 2 : 1); }  // in floats
+  int64_t product_size(int strips) const { return positions() * product_stride(strips); }
+  // Where `windows`: the maps of a block of strips, whole or in part, lie one after the other. Returns the number of
+  // padded pixels before strip n of the block, if `maps` maps begin before it.
+  int64_t padded_before(int n, int maps) const {
+    return (static_cast<int64_t>(n) * strip_rows() * stride + static_cast<int64_t>(maps) * (kernel - stride)) *
+           columns();
+  }
   // Whether the sources in memory are the operand of the product, so that nothing needs to be loaded.
   bool in_place() const {
     return method == Method::direct && kernel == 1 && stride == 1 && src.scale == nullptr && src.gamma == nullptr &&
@@ -212,15 +223,18 @@ struct InputArgs {
 struct Kernels {
   const char* name;
   int lanes;
-  int slice;  // columns of a panel of floats that are stored together: it is [panel / slice, depth, slice]
-  bool bf16;  // whether it can multiply bfloat16
+  int slice;       // columns of a panel of floats that are stored together: it is [panel / slice, depth, slice]
+  int bf16_slice;  // the same of bfloat16: [panel / slice, depth / 2, slice, 2]
+  bool bf16;       // whether it can multiply bfloat16
+  bool windows;    // whether it multiplies windows in place, by ConvArgs::windows, in bfloat16
   // Computes scale and shift from statistics.
   void (*norm)(const NormArgs&, Range rows);
-  // Reads, normalises and transforms strips into `loaded` [positions, items, depth], from item `offset` on.
-  void (*conv_load)(const ConvArgs&, Range strips, void* loaded, int offset, int items, float* space);
-  // Multiplies the loaded items with slices of weights, and finishes them. `products`: product_size(items) numbers of
-  // working memory.
-  void (*conv_store)(const ConvArgs&, Range strips, Range slices, const void* loaded, int items, float* products);
+  // Reads, normalises and transforms the given strips of a block into `loaded`, which has room for the block: [positions,
+  // items, depth], or where ConvArgs::windows padded pixels.
+  void (*conv_load)(const ConvArgs&, Range block, Range strips, void* loaded, float* space);
+  // Multiplies the loaded items of a block of strips with slices of weights, and finishes them. `products`:
+  // product_size() numbers of working memory.
+  void (*conv_store)(const ConvArgs&, Range block, Range slices, const void* loaded, float* products);
   void (*pool)(const PoolArgs&, Range strips, float* space);
   // A unit is a block of queries: (row * heads + head) * blocks + block.
   void (*attention)(const AttentionArgs&, Range units, float* space);
@@ -241,8 +255,9 @@ struct Kernels {
   void (*pack)(const PackArgs&, Range tasks);
   // Returns the checksum of n bytes, whose first word is number `first` of all.
   uint64_t (*checksum)(const uint8_t* bytes, int64_t n, int64_t first);
-  // Returns the number of slices that conv_store can process by themselves.
-  int slices(const ConvArgs& a) const { return a.whole_panels() ? a.panels() : ceil_div(a.outputs, slice); }
+  int columns(bool of_bf16) const { return of_bf16 ? bf16_slice : slice; }
+  // Returns the number of slices that conv_store can process by themselves: panels where they have gates.
+  int slices(const ConvArgs& a) const { return a.geglu ? a.panels() : ceil_div(a.outputs, columns(a.bf16)); }
 };
 
 }  // namespace fastdiff

@@ -81,8 +81,8 @@ NB_MODULE(_native, m) {
   m.attr("GROUP") = group;
   m.attr("PANEL") = panel;
   m.def(
-      "slice", [](const std::string& isa) { return choose_kernels(isa).slice; }, nb::arg("isa"),
-      "Return the number of columns of a panel of floats that are stored together.");
+      "slice", [](const std::string& isa, bool bf16) { return choose_kernels(isa).columns(bf16); }, nb::arg("isa"),
+      nb::arg("bf16") = false, "Return the number of columns of a panel of weights that are stored together.");
   m.def("bf16_isas", [] {
     std::vector<std::string> names;
     for (const Kernels* kernels : available_kernels())

@@ -24,7 +24,7 @@ inline Vec read_head(const AttentionArgs& a, RowVectors source, int row, int hea
 }
 
 // Packs the values of a head's given keys, of which there are P, into v [width / slice, P, slice]; in bfloat16, into
-// [width / panel, P / 2, panel, 2].
+// [width / slice, P / 2, slice, 2].
 void pack_values(const AttentionArgs& a, int row, int head, Range given, float* v) {
   for (int p = 0; p < given.size(); p++)
     for (int k = 0; k < a.head_dim; k += lanes)
@@ -33,16 +33,17 @@ void pack_values(const AttentionArgs& a, int row, int head, Range given, float* 
 }
 
 void pack_values(const AttentionArgs& a, int row, int head, Range given, BF16* v) {
+  constexpr int columns = together<BF16>;
   const int P = even(given.size());
   for (int p = 0; p < P; p += 2)
     for (int k = 0; k < a.head_dim; k += lanes)
-      store_pairs(v + (static_cast<int64_t>(k / panel) * P + p) * panel + k % panel * 2,
+      store_pairs(v + (static_cast<int64_t>(k / columns) * P + p) * columns + k % columns * 2,
                   read_head(a, a.values, row, head, given.begin + p, k),
                   p + 1 < given.size() ? read_head(a, a.values, row, head, given.begin + p + 1, k) : splat(0));
 }
 
 // Packs a head's given keys, transposed and divided by sqrt(d), into kt [keys / slice, d, slice]; in bfloat16, into
-// [keys / panel, d / 2, panel, 2]. Columns past the last key are zeros. The loop over channels encloses the one over the
+// [keys / slice, d / 2, slice, 2]. Columns past the last key are zeros. The loop over channels encloses the one over the
 // keys that lie together, so that the lines of kt that are written stay in the L1 cache.
 template <class T>
 void pack_keys(const AttentionArgs& a, int row, int head, Range given, T* kt) {

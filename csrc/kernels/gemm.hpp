@@ -3,7 +3,7 @@
 //
 // b is stored as [panel / slice, depth, slice]: the columns that are computed at a time lie together, so that their rows
 // are read one after the other.
-// In bfloat16, b is [depth / 2, panel, 2].
+// In bfloat16, b is [panel / slice, depth / 2, slice, 2], whose slice is `together<BF16>`.
 #pragma once
 
 #include <algorithm>
@@ -30,11 +30,11 @@ constexpr int step_depth = 1;
 template <>
 constexpr int step_depth<BF16> = 2;
 
-// Columns of b that are stored together.
+// Columns of b that are stored together: with tiles, those of two, so that what a product reads has no gaps.
 template <class T>
 constexpr int together = slice;
 template <>
-constexpr int together<BF16> = panel;
+constexpr int together<BF16> = FASTDIFF_AMX ? tile_columns : panel;
 
 // Adds a[i, k] b[k, j] to sum[i][j], for one k.
 template <int items, int vectors>

@@ -48,6 +48,7 @@ void transform_weights(const WeightTransform<n>& g, const float (&taps)[9][panel
 void pack(const PackArgs& a, Range tasks) {
   static const WeightTransform<4> g2({0, 1, -1});
   static const WeightTransform<6> g4({0, 0.75, -0.75, 1.5, -1.5});
+  constexpr int paired = together<BF16>;
   const int taps = a.kernel * a.kernel;
   for (int task = tasks.begin; task < tasks.end; task++) {
     const int first = task / a.groups() * panel, outputs = std::min(panel, a.outputs - first);
@@ -75,8 +76,8 @@ void pack(const PackArgs& a, Range tasks) {
         const int64_t row = (direct ? static_cast<int64_t>(i) * a.padded_channels : 0) + c;
         if (a.bf16)
           for (int o = 0; o < panel; o += lanes)
-            store_pairs(static_cast<BF16*>(a.to) + (begin + row) * panel + 2 * o, load(both[0][i] + o),
-                        load(both[1][i] + o));
+            store_pairs(static_cast<BF16*>(a.to) + begin * panel + (o / paired * depth + row) * paired + o % paired * 2,
+                        load(both[0][i] + o), load(both[1][i] + o));
         else
           for (int o = 0; o < panel; o += slice)
             for (int half = 0; half < 2; half++)

@@ -18,6 +18,8 @@
 namespace fastdiff {
 namespace {
 
+constexpr int tile_columns = 32;  // of weights that are stored together, [depth / 2, tile_columns, 2]: two tiles
+
 // The operand of the instruction ldtilecfg.
 struct TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -129,17 +131,24 @@ inline void shape_tiles(int first, int second, int depth) {
 }
 
 // Computes 16 columns of c [items, ..] = a b, or where `wide` 32, of up to 16 items, or where `tall` up to 32; or adds
-// them to c (`onto`). Where `ahead`, prefetches the same columns of the panel of weights that follows this one.
-template <bool tall, bool wide, bool ahead>
-void multiply_tiles(int items, int depth, const BF16* a, int64_t lda, const BF16* b, float* c, int64_t ldc, bool onto) {
-  constexpr int64_t row = panel * 2 * sizeof(BF16);  // of b, which has two values of k
+// them to c (`onto`). Each step prefetches `fetched` cache lines of `ahead`, weights that a later call reads: they are used
+// once per pass and are rarely closer than the L3 cache.
+//
+// Each row of a is `parts` parts of `depth` numbers, `apart` numbers from one to the next. Their last numbers, where
+// depth is no multiple of 32, are summed after all others, since tiles of another shape lose their contents. The
+// operands of a step are loaded during the one before, each when its last product is under way.
+template <bool tall, bool wide>
+void multiply_tiles(int items, int parts, int64_t apart, int depth, const BF16* a, int64_t lda, const BF16* b, float* c,
+                    int64_t ldc, bool onto, const BF16* ahead, int fetched) {
+  constexpr int line = 64 / sizeof(BF16);
+  constexpr int64_t row = tile_columns * 2 * sizeof(BF16);  // of b, which has two values of k
   const int64_t a_row = lda * static_cast<int64_t>(sizeof(BF16)), c_row = ldc * static_cast<int64_t>(sizeof(float));
-  const BF16* below = a + 16 * lda;
+  const int64_t below = 16 * lda;
   float* c_below = c + 16 * ldc;
-  for (int k = 0; k < depth;) {
-    const int step = std::min(32, depth - k), end = k + (depth - k) / step * step;
+  for (int from = 0; from < depth;) {
+    const int step = std::min(32, depth - from), end = from + (depth - from) / step * step;
     shape_tiles(std::min(items, 16), std::max(items - 16, 0), step);
-    if (onto || k > 0) {
+    if (onto || from > 0) {
       tile_load(0, c, c_row);
       if constexpr (wide) tile_load(1, c + 16, c_row);
       if constexpr (tall) tile_load(2, c_below, c_row);
@@ -150,65 +159,82 @@ void multiply_tiles(int items, int depth, const BF16* a, int64_t lda, const BF16
       if constexpr (tall) tile_zero(2);
       if constexpr (tall && wide) tile_zero(3);
     }
-    for (; k < end; k += step) {
-      const BF16* weights = b + static_cast<int64_t>(k) * panel;
-      if constexpr (ahead)
-        for (int r = 0; r < step / 2; r++) {
-          const BF16* next = weights + (static_cast<int64_t>(depth) + 2 * r) * panel;
-          __builtin_prefetch(next, 0, 2);
-          if constexpr (wide) __builtin_prefetch(next + 32, 0, 2);
-        }
-      tile_load(4, a + k, a_row);
-      tile_load(6, weights, row);
+    const BF16 *rows = a + from, *weights = b + static_cast<int64_t>(from) * tile_columns;
+    tile_load(4, rows, a_row);
+    tile_load(6, weights, row);
+    if constexpr (tall) tile_load(5, rows + below, a_row);
+    if constexpr (wide) tile_load(7, weights + 32, row);
+    for (int part = 0, k = from;;) {
+      for (int l = 0; l < fetched; l++, ahead += line) __builtin_prefetch(ahead, 0, 2);
+      k += step;
+      if (k == end) {
+        k = from;
+        part++;
+      }
+      const bool more = part < parts;
+      rows = a + part * apart + k;
+      weights = b + (static_cast<int64_t>(part) * depth + k) * tile_columns;
       tile_dot(0, 4, 6);
-      if constexpr (wide) {
-        tile_load(7, weights + 32, row);
-        tile_dot(1, 4, 7);
-      }
-      if constexpr (tall) {
-        tile_load(5, below + k, a_row);
-        tile_dot(2, 5, 6);
-      }
+      if constexpr (wide) tile_dot(1, 4, 7);
+      if (more) tile_load(4, rows, a_row);
       if constexpr (tall && wide) tile_dot(3, 5, 7);
+      if constexpr (wide)
+        if (more) tile_load(7, weights + 32, row);
+      if constexpr (tall) {
+        tile_dot(2, 5, 6);
+        if (more) tile_load(5, rows + below, a_row);
+      }
+      if (!more) break;
+      tile_load(6, weights, row);
     }
     tile_store(0, c, c_row);
     if constexpr (wide) tile_store(1, c + 16, c_row);
     if constexpr (tall) tile_store(2, c_below, c_row);
     if constexpr (tall && wide) tile_store(3, c_below + 16, c_row);
+    from = end;
   }
 }
 
 template <bool wide>
-void multiply_column(int items, int depth, const BF16* a, int64_t lda, const BF16* b, float* c, int64_t ldc,
-                     bool onto) {
+void multiply_column(int items, int parts, int64_t apart, int depth, const BF16* a, int64_t lda, const BF16* b,
+                     float* c, int64_t ldc, bool onto) {
+  // Each block of items prefetches its share of the columns that follow these in memory.
+  const int blocks = ceil_div(items, 32), steps = parts * ceil_div(depth, 32);
+  const int64_t size = static_cast<int64_t>(parts) * depth * tile_columns;
+  const int fetched = ceil_div(static_cast<int>(size * sizeof(BF16) / 64), steps * blocks);
+  const BF16* ahead = b + size;
   for (int i = 0; i < items; i += 32, a += 32 * lda, c += 32 * ldc) {
     const int n = std::min(items - i, 32);
-    if (n > 16 && i == 0)
-      multiply_tiles<true, wide, true>(n, depth, a, lda, b, c, ldc, onto);
-    else if (n > 16)
-      multiply_tiles<true, wide, false>(n, depth, a, lda, b, c, ldc, onto);
-    else if (i == 0)
-      multiply_tiles<false, wide, true>(n, depth, a, lda, b, c, ldc, onto);
-    else
-      multiply_tiles<false, wide, false>(n, depth, a, lda, b, c, ldc, onto);
+    const auto multiply = n > 16 ? multiply_tiles<true, wide> : multiply_tiles<false, wide>;
+    multiply(n, parts, apart, depth, a, lda, b, c, ldc, onto, ahead, fetched);
+    ahead += static_cast<int64_t>(steps) * fetched * (64 / sizeof(BF16));
+  }
+}
+
+// Computes the first `width` columns of c [items, panel] = a b, or adds them to c, for items of several parts as
+// multiply_tiles() has them; b is [panel / 32,
+// parts, depth / 2, 32, 2].
+__attribute__((noinline)) void multiply_parts(int items, int width, int parts, int64_t apart, int depth, const BF16* a,
+                                              int64_t lda, const BF16* b, float* c, int64_t ldc, bool onto) {
+  for (int j = 0; j < width; j += tile_columns) {
+    const auto multiply = width - j > 16 ? multiply_column<true> : multiply_column<false>;
+    multiply(items, parts, apart, depth, a, lda, b + static_cast<int64_t>(j) * parts * depth, c + j, ldc, onto);
   }
 }
 
 // Computes what multiply() of kernels/gemm.hpp does, for an even depth. A row of a tile is summed by itself, so an item's
 // bits do not depend on its neighbours.
-__attribute__((noinline)) void multiply(int items, int width, int depth, const BF16* a, int64_t lda, const BF16* b,
-                                        float* c, int64_t ldc, bool onto = false) {
-  for (int j = 0; j < width; j += 32) {
-    if (width - j > 16)
-      multiply_column<true>(items, depth, a, lda, b + j * 2, c + j, ldc, onto);
-    else
-      multiply_column<false>(items, depth, a, lda, b + j * 2, c + j, ldc, onto);
-  }
+void multiply(int items, int width, int depth, const BF16* a, int64_t lda, const BF16* b, float* c, int64_t ldc,
+              bool onto = false) {
+  multiply_parts(items, width, 1, 0, depth, a, lda, b, c, ldc, onto);
 }
 
 #else
 
 inline void forget_tiles() {}
+void multiply_parts(int, int, int, int64_t, int, const BF16*, int64_t, const BF16*, float*, int64_t, bool) {
+  __builtin_trap();  // Kernels::windows is false
+}
 
 #endif
 

@@ -84,7 +84,7 @@ std::vector<std::vector<double>> winograd_g(Method method) {
 
 // Returns the place of a row and a column in a panel of floats with `depth` rows, or of bfloat16 before rounded().
 size_t in_panel(const Kernels& kernels, bool bf16, int depth, int row, int column) {
-  const size_t together = bf16 ? panel : kernels.slice;
+  const size_t together = kernels.columns(bf16);
   return (column / together * depth + row) * together + column % together;
 }
 

@@ -115,6 +115,22 @@ def test_operations_in_bfloat16(replays, name, method, tolerance, isa, monkeypat
         replay.check(compiled, i, tolerance)
 
 
+@pytest.mark.skipif("amx" not in ISAS or "amx-emulated" not in BF16_ISAS, reason="no AMX here, or no emulation of it")
+@pytest.mark.parametrize("method", ["direct", "winograd2"])
+@pytest.mark.parametrize("name", ["tiny", "96 channels, 5x7", "200 channels, 7x5"])
+def test_tiles_and_their_emulation_give_equal_bits(replays, name, method, monkeypatch):
+    replay = replays(name, 3)
+    force(monkeypatch, method)
+    results = []
+    for isa in ("amx", "amx-emulated"):
+        compiled = replay.compiled(isa, 2, torch.bfloat16)
+        compiled.engine.run(0, len(compiled.engine))
+        results.append(compiled.out.clone())
+    assert results[0].isfinite().all()
+    assert results[0].any()
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     ("rows", "threads"), [(1, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(5, 3), (1, 3), (5, 2)])]
@@ -273,10 +289,10 @@ def test_packings_are_those_of_plain_operations(method, dtype, isa):
         W = torch.randn(shape)
         W[0, 0, 0, 0], W[1, 1, 0, 0] = 1e-39, -0.0  # a denormal number
         packed = packing.pack(extension, W, channels, method, dtype, isa)
-        together = extension.slice(isa) if dtype == torch.float32 else extension.PANEL
+        together = extension.slice(isa, dtype == torch.bfloat16)
         exact = reference.pack(W, channels, method, extension.GROUP, extension.PANEL, together)
         if dtype == torch.bfloat16:
-            exact = exact.squeeze(2).unflatten(2, (-1, 2)).transpose(3, 4)
+            exact = exact.unflatten(3, (-1, 2)).transpose(4, 5)
         assert packed.dtype == dtype
         assert packed.shape == packing.pack(extension, W.to("meta"), channels, method, dtype, isa).shape == exact.shape
         most = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23  # half of a unit in the last place, and one

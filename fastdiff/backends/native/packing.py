@@ -32,18 +32,18 @@ def pack(
 ) -> Tensor:
     """Pack the weights [N, C, k, k] of a convolution as [panels, positions, panel / slice, depth, slice].
 
-    In bfloat16 it is [panels, positions, depth / 2, panel, 2]. A slice has the output channels that the instruction set
-    (``isa``; empty: the best available one) computes at a time (``native.slice``). The channels of each source are
-    padded with zeros to a multiple of ``native.GROUP``, the number that the engine reads at a time, and N to whole
-    panels of ``native.PANEL`` output channels. The depth is the number of padded channels, k^2 times that where the
-    method is "direct". Weights on "meta" give a tensor of this shape on "meta".
+    In bfloat16 it is [panels, positions, panel / slice, depth / 2, slice, 2]. A slice has the output channels that the
+    instruction set (``isa``; empty: the best available one) computes at a time (``native.slice``). The channels of each
+    source are padded with zeros to a multiple of ``native.GROUP``, the number that the engine reads at a time, and N to
+    whole panels of ``native.PANEL`` output channels. The depth is the number of padded channels, k^2 times that where
+    the method is "direct". Weights on "meta" give a tensor of this shape on "meta".
     """
     N, _, k, _ = weight.shape
     depth = sum(-(-c // native.GROUP) * native.GROUP for c in channels)
     positions, taps = {"direct": (1, k * k), "winograd2": (16, 1), "winograd4": (36, 1)}[method]
-    panels, depth, together = -(-N // native.PANEL), depth * taps, native.slice(isa)
+    panels, depth, together = -(-N // native.PANEL), depth * taps, native.slice(isa, dtype == torch.bfloat16)
     if dtype == torch.bfloat16:
-        shape = [panels, positions, depth // 2, native.PANEL, 2]
+        shape = [panels, positions, native.PANEL // together, depth // 2, together, 2]
     else:
         shape = [panels, positions, native.PANEL // together, depth, together]
     if weight.is_meta:
