@@ -131,12 +131,13 @@ float of_bf16(uint16_t upper) {
   return x;
 }
 
-// Rounds packed weights to bfloat16 [.., depth / 2, panel, 2].
-std::vector<uint16_t> rounded(const std::vector<float>& packed, int depth) {
+// Rounds packed weights to bfloat16 [.., depth / 2, columns, 2].
+std::vector<uint16_t> rounded(const Kernels& kernels, const std::vector<float>& packed, int depth) {
+  const size_t columns = kernels.columns(true);
   std::vector<uint16_t> pairs(packed.size());
   for (size_t i = 0; i < packed.size(); i++) {
-    const size_t block = i / panel / depth, k = i / panel % depth, n = i % panel;
-    pairs[((block * depth + k / 2 * 2) * panel) + 2 * n + k % 2] = nearest_bf16(packed[i]);
+    const size_t block = i / columns / depth, k = i / columns % depth, n = i % columns;
+    pairs[((block * depth + k / 2 * 2) * columns) + 2 * n + k % 2] = nearest_bf16(packed[i]);
   }
   return pairs;
 }
@@ -174,7 +175,7 @@ void check_conv(const Kernels& kernels, int threads, const Case& c) {
   std::vector<float> bias = random(c.outputs), emb = random(static_cast<size_t>(c.rows) * c.outputs);
   a.bf16 = c.bf16;
   const std::vector<float> packed = pack(kernels, c, weights, a);
-  const std::vector<uint16_t> halves = rounded(packed, a.depth());
+  const std::vector<uint16_t> halves = rounded(kernels, packed, a.depth());
   bias.resize(a.outputs);
   if (c.bf16)
     a.weights = halves.data();
@@ -311,7 +312,7 @@ void check_tiles(const Kernels& kernels) {
   a.bf16 = true;
   a.outputs = padded(outputs);
   a.inverse_divide = 1.0f;
-  const std::vector<uint16_t> packed = rounded(pack(kernels, c, weights, a), channels);
+  const std::vector<uint16_t> packed = rounded(kernels, pack(kernels, c, weights, a), channels);
   const std::vector<float> bias(a.outputs);
   std::vector<float> dst(pixels * a.outputs);
   a.weights = packed.data();
