@@ -212,8 +212,7 @@ void multiply_column(int items, int parts, int64_t apart, int depth, const BF16*
 }
 
 // Computes the first `width` columns of c [items, panel] = a b, or adds them to c, for items of several parts as
-// multiply_tiles() has them; b is [panel / 32,
-// parts, depth / 2, 32, 2].
+// multiply_tiles() has them. b is [panel / 32, parts, depth / 2, 32, 2].
 __attribute__((noinline)) void multiply_parts(int items, int width, int parts, int64_t apart, int depth, const BF16* a,
                                               int64_t lda, const BF16* b, float* c, int64_t ldc, bool onto) {
   for (int j = 0; j < width; j += tile_columns) {
