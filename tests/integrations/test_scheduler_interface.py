@@ -267,7 +267,7 @@ def test_a_run_is_as_in_diffusers(name):
         torch.testing.assert_close(ours.sigmas, theirs.sigmas.float(), rtol=1e-4, atol=1e-5)
     if hasattr(theirs, "index_for_timestep"):
         for t, u in zip(theirs.timesteps, ours.timesteps, strict=True):
-            # The last two of KDPM2 are equal, or 5e-6 apart, by the float32 of the processor; the second of equals counts.
+            # The last two of KDPM2 are equal or 5e-6 apart, as the processor rounds; the second of equals counts.
             if (theirs.timesteps == t).sum() == (ours.timesteps == u).sum():
                 assert ours.index_for_timestep(u) == theirs.index_for_timestep(t)
     x = torch.randn(SHAPE, generator=seeded(0))
