@@ -99,7 +99,7 @@ def test_steps_and_images_are_k_diffusions(order: int, rtol: float, schedule: An
         sigmas, x, trials = their_run(sampler, order, rtol, 0.0078, 2)
     table = sampler.adapt(2, order=order, rtol=rtol, clip=None)
     levels = [math.sqrt((1 - row.abar) / row.abar) for row in table.rows if not row.stage]
-    # The states between steps are float32, whose rounding depends on the processor: 2e-5 on one with AMX.
+    # The states between steps are float32, whose rounding depends on the processor.
     assert levels == pytest.approx(sigmas, rel=1e-4 if schedule is None else 2e-3)
     assert table.steps == len(sigmas)
     assert len(table) == order * (len(sigmas) - 1) + 1
